@@ -1,0 +1,1 @@
+"""Tamiyo: the sidecar that reads a run's metrics and decides. Runs alone, without torch."""

@@ -1,0 +1,1 @@
+"""Ways into a training script that knows nothing of us."""

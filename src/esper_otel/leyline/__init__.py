@@ -1,0 +1,1 @@
+"""The shared language: metrics, stages, decisions, frames, wire. Imports nothing of ours."""

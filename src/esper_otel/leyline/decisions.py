@@ -1,0 +1,114 @@
+"""Decisions: what Tamiyo answers, and how strong each answer is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Action(StrEnum):
+    """What a decision means for the run; see :data:`FORCE` for which one wins."""
+
+    CONTINUE = "CONTINUE"
+    SEED = "SEED"
+    OPTIMIZER = "OPTIMIZER"
+    PAUSE = "PAUSE"
+
+
+class Severity(StrEnum):
+    """How bad it is."""
+
+    NORMAL = "NORMAL"
+    WARNING = "WARNING"
+    HIGH = "HIGH"
+    CRITICAL = "CRITICAL"
+
+
+FORCE: dict[Action, int] = {action: force for force, action in enumerate(Action)}
+"""PAUSE over OPTIMIZER over SEED over CONTINUE."""
+
+RANK_OF: dict[Severity, int] = {severity: rank for rank, severity in enumerate(Severity)}
+"""NORMAL 0 to CRITICAL 3."""
+
+NOMINAL = "nominal"
+"""Reason of a decision when no rule fired."""
+
+CONSERVATIVE_MODE = "conservative_mode"
+"""Reason of a PAUSE that conservative mode put in place of a SEED."""
+
+# Reasons of a CONTINUE that the client gave itself because no answer came.
+TIMEOUT = "timeout"
+UNREACHABLE = "unreachable"
+PROTOCOL_ERROR = "protocol_error"
+BREAKER_OPEN = "breaker_open"
+NOT_ASKED = "not_asked"
+
+FAILED_OPEN: frozenset[str] = frozenset({TIMEOUT, UNREACHABLE, PROTOCOL_ERROR, BREAKER_OPEN})
+"""Reasons which say that nobody judged the step. Unknown is not healthy."""
+
+
+class SeedOperation(StrEnum):
+    """What the garden proposes, and a SEED decision allows, for one seed."""
+
+    GERMINATE = "germinate"
+    TRAIN = "train"
+    BLEND = "blend"
+    SHADOW = "shadow"
+    PROBATE = "probate"
+    FOSSILIZE = "fossilize"
+    CULL = "cull"
+
+
+class Proposal(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One seed operation the garden would like to do after this step."""
+
+    seed_id: str
+    operation: SeedOperation
+
+
+class Finding(msgspec.Struct, frozen=True, array_like=True):
+    """One rule that fired, with the values it saw (key of the metric → value)."""
+
+    rule: str
+    action: Action
+    severity: Severity
+    text: str
+    values: dict[str, float]
+    seed_id: str | None = None
+
+
+class Decision(msgspec.Struct, frozen=True, array_like=True):
+    """Tamiyo's answer about one step.
+
+    ``step`` is the step it was asked for, ``observed_step`` the newest step the
+    sidecar had seen of this rank, -1 when it had seen none. ``reason`` is the id of the
+    rule that won, ``nominal``, ``conservative_mode`` or one of :data:`FAILED_OPEN`.
+    """
+
+    id: str
+    run: str
+    step: int
+    observed_step: int
+    action: Action
+    severity: Severity
+    reason: str
+    findings: list[Finding] = []
+    target_seed: str | None = None
+    seed_operation: SeedOperation | None = None
+    parameters: dict[str, float] = {}
+    conservative: bool = False
+    table_version: str = ""
+
+
+def unanswered(run: str, step: int, reason: str) -> Decision:
+    """The CONTINUE a trainer gives itself when nobody answered, or nobody was asked."""
+    return Decision(
+        id="",
+        run=run,
+        step=step,
+        observed_step=-1,
+        action=Action.CONTINUE,
+        severity=Severity.NORMAL,
+        reason=reason,
+    )

@@ -1,0 +1,50 @@
+"""Frames: what one step, and each seed during it, looked like.
+
+On the training thread a frame is a *row*, a list of floats in registry order in which
+NaN says "absent": non-finite measurements are never values, they are counted in
+``nonfinite``. Off the training thread a frame is a :class:`StepFrame`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, nan
+
+import msgspec
+
+from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
+
+ABSENT = nan
+"""Value of an absent metric in a row."""
+
+
+class StepFrame(msgspec.Struct, frozen=True, array_like=True):
+    """Everything known of one step of one rank.
+
+    ``run``, ``rank`` and ``instance`` (unique per process) say whose step it is,
+    ``time_unix_nano`` when it ended. ``values`` maps the keys of step metrics that are
+    present to finite values, ``seeds`` does the same per seed id.
+    """
+
+    run: str
+    instance: str
+    rank: int
+    step: int
+    time_unix_nano: int
+    values: dict[str, float]
+    seeds: dict[str, dict[str, float]] = {}
+
+
+def step_row() -> list[float]:
+    """A row of step values with everything absent."""
+    return [ABSENT] * len(STEP_KEYS)
+
+
+def seed_row() -> list[float]:
+    """A row of seed values with everything absent."""
+    return [ABSENT] * len(SEED_KEYS)
+
+
+def present(keys: Sequence[str], row: Sequence[float]) -> dict[str, float]:
+    """The finite values of ``row`` by key; the two must be equally long."""
+    return {key: value for key, value in zip(keys, row, strict=True) if isfinite(value)}

@@ -1,0 +1,227 @@
+"""The metric registry: the one place where a metric's name, unit and gating are written.
+
+Exporters, Tamiyo, the table checker and ``docs/metrics.md`` are all made from it.
+Times are milliseconds of a monotonic clock; weighted statistics use an exponential
+weight of 0.2. Units are UCUM, as OpenTelemetry asks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Scope = Literal["step", "seed"]
+
+
+class Metric(NamedTuple):
+    """One row of the registry.
+
+    ``gated`` metrics vanish when ``TOLARIA_STEP_ENRICHMENT_ENABLED`` is false.
+    ``scope`` says whose value it is: the step's, or one seed's (then every point
+    carries the attribute ``seed_id``).
+    """
+
+    key: str
+    unit: str
+    meaning: str
+    when: str = "always"
+    gated: bool = False
+    scope: Scope = "step"
+
+    @property
+    def instrument(self) -> str:
+        """The OTel instrument name: the key itself for Kasmina's, else ``tolaria.`` + key."""
+        return self.key if self.key.startswith("kasmina.") else f"tolaria.{self.key}"
+
+
+def _seed(key: str, unit: str, meaning: str, when: str = "always") -> Metric:
+    return Metric(f"kasmina.seed.{key}", unit, meaning, when, scope="seed")
+
+
+_REPORTED = "when the loop reports it"
+_PHASE = "when the loop exposes its phases"
+_CUDA = "CUDA only"
+
+STEP_METRICS: tuple[Metric, ...] = (
+    Metric("step", "{step}", "global optimizer step; a frame without it is not a frame"),
+    Metric("loss", "{loss}", "mean loss of the step, over its micro-batches", "when known"),
+    Metric("accuracy", "1", "accuracy of the step", _REPORTED),
+    Metric(
+        "gradient_norm",
+        "{grad}",
+        "L2 norm over all gradients, before clipping",
+        "when the optimizer or the loop gives the gradients",
+    ),
+    Metric("samples_per_s", "{sample}/s", "samples over the step's latency", "when counted"),
+    Metric(
+        "hook_latency_ms",
+        "ms",
+        "everything this package did on the training thread at the end of the step, "
+        "the ask included; a frame is sealed before its own ask, so it carries the hook "
+        "that ended the step before, which is the one inside its step_latency_ms",
+    ),
+    Metric(
+        "tamiyo_latency_ms",
+        "ms",
+        "waiting for the decision, 0.0 when not asked; of the same hook as hook_latency_ms",
+    ),
+    Metric(
+        "step_latency_ms",
+        "ms",
+        "end of the previous step to the end of this one",
+        "from the second step on",
+        gated=True,
+    ),
+    Metric(
+        "forward_ms",
+        "ms",
+        "from the batch in hand to the start of backward, zero_grad and loss included",
+        _PHASE,
+        gated=True,
+    ),
+    Metric("backward_ms", "ms", "inside backward", _PHASE, gated=True),
+    Metric("optimizer_ms", "ms", "inside optimizer.step", _PHASE, gated=True),
+    Metric(
+        "kasmina.apply_ms",
+        "ms",
+        "applying the decision, 0.0 when there was none; of the same hook as hook_latency_ms",
+        gated=True,
+    ),
+    Metric(
+        "kasmina.finalize_ms",
+        "ms",
+        "advancing alpha, gates and building the seed frames",
+        gated=True,
+    ),
+    Metric(
+        "loss_delta",
+        "{loss}",
+        "loss minus the previous step's",
+        "from the second loss on",
+        gated=True,
+    ),
+    Metric("loss_ewma", "{loss}", "weighted mean of loss", "when loss is", gated=True),
+    Metric(
+        "loss_volatility",
+        "{loss}",
+        "weighted standard deviation of loss",
+        "when loss is",
+        gated=True,
+    ),
+    Metric(
+        "grad_norm_ewma",
+        "{grad}",
+        "weighted mean of gradient_norm",
+        "when gradient_norm is",
+        gated=True,
+    ),
+    Metric(
+        "grad_var",
+        "{grad}2",
+        "weighted variance of gradient_norm",
+        "when gradient_norm is",
+        gated=True,
+    ),
+    Metric(
+        "grad_conflict_rate",
+        "1",
+        "conflicting pairs over compared pairs in the PCGrad aggregation",
+        "with two gradient sources or more",
+        gated=True,
+    ),
+    Metric(
+        "optimizer_lr",
+        "1",
+        "learning rate, mean over parameter groups, after the step",
+        "when the optimizer is known",
+        gated=True,
+    ),
+    Metric(
+        "optimizer_momentum",
+        "1",
+        "momentum (Adam: beta1), mean over parameter groups",
+        "where the optimizer has one",
+        gated=True,
+    ),
+    Metric(
+        "input_wait_ms",
+        "ms",
+        "time the loop waited for its next batch",
+        "when batches come through a watched iterator",
+        gated=True,
+    ),
+    Metric(
+        "h2d_copy_ms",
+        "ms",
+        "first host-to-device copy of the step, by CUDA events read later",
+        _CUDA,
+        gated=True,
+    ),
+    Metric("gpu_mem_used_gb", "GBy", "device memory in use", _CUDA, gated=True),
+    Metric("gpu_mem_free_gb", "GBy", "device memory free", _CUDA, gated=True),
+    Metric("gpu_util_percent", "%", "device utilisation", "NVML only", gated=True),
+    Metric("cpu_util_percent", "%", "host CPU utilisation", "psutil only", gated=True),
+    Metric(
+        "nonfinite",
+        "{value}",
+        "how many of this step's values were NaN or infinite (they themselves are left out)",
+    ),
+    Metric(
+        "kasmina.isolation.violations",
+        "{violation}",
+        "isolation violations of all seeds, running count",
+        "with a garden",
+    ),
+    Metric("kasmina.kernel_fetch_ms", "ms", "last seed kernel fetch", "with a garden"),
+    Metric("kasmina.seeds_live", "{seed}", "seeds alive", "with a garden"),
+)
+
+SEED_METRICS: tuple[Metric, ...] = (
+    _seed("stage", "{state}", "number of the stage"),
+    _seed("alpha", "1", "blend weight of the seed, 0 to 1"),
+    _seed("alpha_steps", "{step}", "steps spent advancing alpha", "BLENDING only"),
+    _seed("kernel_attached", "{flag}", "1 when the seed's kernel is attached"),
+    _seed("last_kernel_latency_ms", "ms", "last fetch or call of the seed's kernel"),
+    _seed("isolation_violations", "{violation}", "running count of this seed"),
+    _seed("fallback_used", "{flag}", "1 when the kernel was replaced by identity"),
+    _seed(
+        "isolation.dot",
+        "{grad}2",
+        "inner product of host and seed gradient at the slot's input",
+        "when isolation statistics exist",
+    ),
+    _seed(
+        "isolation.host_norm",
+        "{grad}",
+        "norm of the gradient that comes back through the host path",
+        "when isolation statistics exist",
+    ),
+    _seed(
+        "isolation.seed_norm",
+        "{grad}",
+        "norm of the gradient that comes back through the seed path",
+        "when isolation statistics exist",
+    ),
+)
+
+STEP_KEYS: tuple[str, ...] = tuple(metric.key for metric in STEP_METRICS)
+SEED_KEYS: tuple[str, ...] = tuple(metric.key for metric in SEED_METRICS)
+
+STEP_SLOT: dict[str, int] = {key: slot for slot, key in enumerate(STEP_KEYS)}
+"""Position of a step metric in a row of step values (ring, wire)."""
+
+SEED_SLOT: dict[str, int] = {key: slot for slot, key in enumerate(SEED_KEYS)}
+"""Position of a seed metric in a row of seed values."""
+
+BY_KEY: dict[str, Metric] = {metric.key: metric for metric in (*STEP_METRICS, *SEED_METRICS)}
+BY_INSTRUMENT: dict[str, Metric] = {metric.instrument: metric for metric in BY_KEY.values()}
+
+SEED_ID = "seed_id"
+"""Attribute carried by every point of a seed metric."""
+
+RUN_ID, RANK, WORLD_SIZE, INSTANCE_ID = (
+    "esper.run_id",
+    "esper.rank",
+    "esper.world_size",
+    "service.instance.id",
+)
+"""Resource attributes that identify a trainer."""

@@ -1,0 +1,192 @@
+"""Messages of the decision socket and how they lie on the wire.
+
+A message is a 4-byte little-endian length and a MessagePack body of at most 64 KiB:
+a msgspec struct as an array whose first element is its tag. MessagePack and not pickle,
+because whoever can write to the socket must not be able to run code.
+
+A connection begins with :class:`Hello`, answered by :class:`Welcome` (or
+:class:`Refusal`, after which the server closes). Then each :class:`Ask` is answered by
+one :class:`Answer` with the same ``request_id``. A client may send its first Ask right
+behind the Hello without waiting. Tools send :class:`StatusRequest` or
+:class:`LatestRequest` without a Hello.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from esper_otel.leyline.decisions import Decision, Proposal
+
+PROTOCOL = 1
+MAX_BODY = 64 * 1024
+MAX_SOCKET_PATH = 107
+"""Longest path that fits ``sun_path`` on Linux, in bytes (108 with its final NUL)."""
+
+_LENGTH = struct.Struct("<I")
+
+
+class WireError(ValueError):
+    """Bytes on the socket that are not a message of this protocol."""
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """A trainer introduces itself and names the columns of the rows it will send."""
+
+    protocol: int
+    run: str
+    instance: str
+    rank: int
+    world_size: int
+    step_columns: list[str]
+    seed_columns: list[str]
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
+    """The sidecar accepts; ``table_version`` is the table it decides by."""
+
+    protocol: int
+    table_version: str
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
+    """The sidecar does not go on with this connection, and why."""
+
+    message: str
+
+
+class SeedRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Values of one seed in the order of ``Hello.seed_columns``; NaN is absent."""
+
+    seed_id: str
+    values: list[float]
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
+    """What now? With the frame of the step just ended.
+
+    ``values`` are in the order of ``Hello.step_columns``; NaN is absent.
+    """
+
+    request_id: int
+    step: int
+    time_unix_nano: int
+    values: list[float]
+    seeds: list[SeedRow] = []
+    proposal: Proposal | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
+    """The decision about the step of the Ask with the same ``request_id``."""
+
+    request_id: int
+    decision: Decision
+
+
+class StatusRequest(msgspec.Struct, frozen=True, array_like=True, tag="status?"):
+    """A tool asks how the sidecar is doing."""
+
+
+class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
+    """The sidecar's state as plain data, for tools and people."""
+
+    report: dict[str, Any]
+
+
+class LatestRequest(msgspec.Struct, frozen=True, array_like=True, tag="latest?"):
+    """A tool asks for the newest decision of a rank; an empty run means the newest run."""
+
+    run: str = ""
+    rank: int = 0
+
+
+class Latest(msgspec.Struct, frozen=True, array_like=True, tag="latest"):
+    """The newest decision of that rank, None when the sidecar has not seen it."""
+
+    decision: Decision | None
+
+
+ToServer = Hello | Ask | StatusRequest | LatestRequest
+ToClient = Welcome | Refusal | Answer | Status | Latest
+
+_encoder = msgspec.msgpack.Encoder()
+_server_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+_client_decoder: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
+
+
+def encode(message: ToServer | ToClient) -> bytes:
+    """The bytes of one message, length included; :class:`WireError` when over 64 KiB."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_BODY:
+        raise WireError(f"a message may have {MAX_BODY} bytes, this one has {len(body)}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_to_server(body: bytes | bytearray | memoryview) -> ToServer:
+    """A body as the server reads it; :class:`WireError` when it is none."""
+    try:
+        return _server_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"not a message of protocol {PROTOCOL}: {error}") from None
+
+
+def decode_to_client(body: bytes | bytearray | memoryview) -> ToClient:
+    """A body as the client reads it; :class:`WireError` when it is none."""
+    try:
+        return _client_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"not a message of protocol {PROTOCOL}: {error}") from None
+
+
+class MessageBuffer:
+    """Cuts a byte stream into bodies; what is left of the last one waits for more."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def __len__(self) -> int:
+        """Bytes that wait for the rest of their message."""
+        return len(self._bytes)
+
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
+        """Yield each body completed by ``data``.
+
+        Raises :class:`WireError` as soon as a length over 64 KiB is announced, so that
+        nobody makes the reader hold more than that.
+        """
+        buffer = self._bytes
+        buffer += data
+        while len(buffer) >= 4:
+            (length,) = _LENGTH.unpack_from(buffer)
+            if length > MAX_BODY:
+                raise WireError(f"a message may have {MAX_BODY} bytes, one of {length} came")
+            if len(buffer) < 4 + length:
+                return
+            body = bytes(buffer[4 : 4 + length])
+            del buffer[: 4 + length]
+            yield body
+
+
+def default_socket_path() -> Path:
+    """``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a per-user temporary folder."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime) / "esper" / "tamiyo.sock"
+    return Path(tempfile.gettempdir()) / f"esper-{os.getuid()}" / "tamiyo.sock"
+
+
+def check_socket_path(path: Path) -> None:
+    """Raise ``ValueError`` when the system cannot take ``path`` as a socket's name."""
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
+        raise ValueError(
+            f"{path}: a Unix socket's path may have {MAX_SOCKET_PATH} bytes, this has {length}"
+        )

@@ -1,0 +1,1 @@
+"""The stream: frames to OTLP, off the training thread."""

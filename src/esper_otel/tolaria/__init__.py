@@ -1,0 +1,1 @@
+"""Tolaria: what happened in this step."""
