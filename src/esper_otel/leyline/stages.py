@@ -38,7 +38,7 @@ TRANSITIONS: dict[Stage, frozenset[Stage]] = {
 }
 
 
-class IllegalTransition(ValueError):
+class IllegalTransitionError(ValueError):
     """A seed was asked to move between two stages that are not connected."""
 
     def __init__(self, source: Stage, target: Stage) -> None:
@@ -52,6 +52,6 @@ class IllegalTransition(ValueError):
 
 
 def check_transition(source: Stage, target: Stage) -> None:
-    """Raise :class:`IllegalTransition` unless ``source`` may go to ``target``."""
+    """Raise :class:`IllegalTransitionError` unless ``source`` may go to ``target``."""
     if target not in TRANSITIONS[source]:
-        raise IllegalTransition(source, target)
+        raise IllegalTransitionError(source, target)
