@@ -112,6 +112,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
                     raw[field.name] = environ[name].strip()
                     names[field.name] = name
                     break
+        for name in overrides:
+            if name not in cls.__struct_fields__:
+                raise SettingsError(f"{name}={overrides[name]!r}: there is no such setting")
         raw.update(overrides)
         known = {name for field in cls.__struct_fields__ for name in _variables(field)}
         for name in sorted(environ):

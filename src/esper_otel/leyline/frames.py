@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, nan
+from typing import NamedTuple
 
 import msgspec
 
+from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 
 ABSENT = nan
@@ -48,3 +50,20 @@ def seed_row() -> list[float]:
 def present(keys: Sequence[str], row: Sequence[float]) -> dict[str, float]:
     """The finite values of ``row`` by key; the two must be equally long."""
     return {key: value for key, value in zip(keys, row, strict=True) if isfinite(value)}
+
+
+class StepTimeline(NamedTuple):
+    """When the phases of one step were; becomes the spans of its trace.
+
+    ``phases`` are (span name, start, end), all times Unix nanoseconds. ``row`` is the
+    step's row of values. ``decision`` is None when nobody was asked.
+    """
+
+    step: int
+    start_unix_nano: int
+    end_unix_nano: int
+    phases: list[tuple[str, int, int]]
+    row: list[float]
+    decision: Decision | None = None
+    applied: bool = False
+    """Whether the decision changed something in the run."""

@@ -1,0 +1,132 @@
+"""The ``esper-otel`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper_otel import __version__
+from esper_otel.settings import EsperSettings, Mode, SettingsError
+
+_RUN = """\
+Runs a training script as `python` would, and records it: every optimizer step streams
+out as OpenTelemetry (OTEL_* variables say where to; default http://localhost:4318), and
+a Tamiyo sidecar on this host is asked after each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (2 for a mistake in the call)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command = {"run": _run, "resend": _resend, "show": _show}[options.command]
+    try:
+        return command(options)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esper-otel", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"esper-otel {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run", help="run a training script, instrumented", description=_RUN
+    )
+    run.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
+    run.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
+    run.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
+    run.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
+    run.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
+    run.add_argument(
+        "script",
+        nargs=argparse.REMAINDER,
+        metavar="script.py [argument ...] | -m module [argument ...]",
+        help="what `python` would be given",
+    )
+    resend = commands.add_parser("resend", help="deliver telemetry that a run left unsent")
+    resend.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    show = commands.add_parser("show", help="print recorded steps")
+    show.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    show.add_argument("--json", action="store_true", help="one JSON object per frame")
+    show.add_argument(
+        "--metrics",
+        metavar="KEY,…",
+        default="loss,gradient_norm,step_latency_ms,optimizer_lr",
+        help="columns, by key of the registry (default: %(default)s)",
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    script: list[str] = options.script
+    if not script or script == ["-m"]:
+        return _refuse("run: expected a script, or -m and a module")
+    if options.enforce and options.mode not in (None, "enforce"):
+        return _refuse(f"run: --enforce and --mode {options.mode} exclude each other")
+    # A file called train.py and not a module path: -c and - are Python's own.
+    if not script[0].startswith("-"):
+        path = Path(script[0])
+        if not path.exists():
+            return _refuse(f"run: {path}: no such file")
+        if path.is_dir() and not (path / "__main__.py").exists():
+            return _refuse(f"run: {path}: a folder without __main__.py")
+    environment = dict(os.environ)
+    given = {
+        "ESPER_MODE": "enforce" if options.enforce else options.mode,
+        "ESPER_TAMIYO_SOCKET": options.socket,
+        "ESPER_RECORDING_DIR": options.record,
+        "ESPER_RUN_ID": options.run_id,
+    }
+    environment.update({name: value for name, value in given.items() if value is not None})
+    try:
+        EsperSettings.from_environment(environment)
+    except SettingsError as error:
+        return _refuse(f"run: {error}")
+    from esper_otel.integrations.startup import execute
+
+    execute(script, environment)
+
+
+def _resend(options: argparse.Namespace) -> int:
+    from esper_otel.stream import resend
+
+    report = resend(options.files, os.environ)
+    for line in report.lines:
+        print(line)
+    return 0 if report.complete else 1
+
+
+def _show(options: argparse.Namespace) -> int:
+    from esper_otel.leyline.metrics import BY_KEY
+    from esper_otel.stream import RecordingError, read_frames
+
+    columns = [key for key in options.metrics.split(",") if key]
+    for key in columns:
+        if key not in BY_KEY:
+            return _refuse(f"show: --metrics {key}: expected keys of the metric registry")
+    status = 0
+    for path in options.files:
+        try:
+            for frame in read_frames(path):
+                if options.json:
+                    print(json.dumps(frame, default=str))
+                else:
+                    values = (f"{key}={frame.values[key]:.6g}" for key in columns)
+                    print(frame.step, *values)
+        except (RecordingError, OSError) as error:
+            print(f"esper-otel: show: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _refuse(message: str) -> int:
+    print(f"esper-otel: {message}", file=sys.stderr)
+    return 2

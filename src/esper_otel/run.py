@@ -1,0 +1,262 @@
+"""One instrumented training run: where recorder, stream, client and probes are put together."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any, TypeVar
+
+from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.wire import default_socket_path
+from esper_otel.settings import EsperSettings, Mode, SettingsError
+from esper_otel.stream import Stream, StreamReport, is_disabled
+from esper_otel.tamiyo.client import TamiyoClient
+from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.devices import DeviceSampler
+from esper_otel.tolaria.gradients import gradient_norm
+from esper_otel.tolaria.recorder import Recorder
+from esper_otel.tolaria.responses import LearningRate, Responses
+from esper_otel.tolaria.scalars import ScalarReader
+
+log = logging.getLogger("esper_otel")
+Batch = TypeVar("Batch")
+
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_automatic: Run | None = None
+_told: set[str] = set()
+
+
+class Run:
+    """A training run as it is recorded, streamed and decided about.
+
+    Made by :func:`start` for a loop that is told so, or by the instrumentor for one that
+    knows nothing of it. Nothing here raises because of what happens while training; a
+    wrong *argument* does, at once.
+    """
+
+    def __init__(self, settings: EsperSettings) -> None:
+        self.settings = settings
+        self.enabled = not is_disabled()
+        """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or asked."""
+        self.run_id = settings.run_id or _new_run_id()
+        self.instance_id = secrets.token_hex(8)
+        self.scalars = ScalarReader()
+        self._handles: list[Any] = []
+        self._report: StreamReport | None = None
+        self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
+        self._client = self._make_client()
+        self._devices = DeviceSampler(settings.tolaria_step_enrichment_enabled)
+        self.responses = Responses(
+            LearningRate(
+                minimum=settings.lr_scale_min,
+                maximum=settings.lr_scale_max,
+                release_steps=settings.release_steps,
+            ),
+            enforce=settings.mode is Mode.ENFORCE,
+        )
+        self.recorder = Recorder(
+            self._stream,
+            run=self.run_id,
+            responses=self.responses,
+            client=self._client,
+            enriched=settings.tolaria_step_enrichment_enabled,
+            device_values=lambda: self._devices.latest,
+            span_every=settings.span_every,
+            span_slow_factor=settings.span_slow_factor,
+        )
+        if not self.enabled:
+            self.recorder.switch_off()
+            return
+        self._stream.start()
+        self._devices.start()
+        _runs.add(self)
+        atexit.register(self.close)
+
+    # What a loop calls.
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate over ``loader``, timing the wait for each batch and counting its samples."""
+        batches = iter(loader)
+        while True:
+            asked_for = perf_counter_ns()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.recorder.batch_came(asked_for, samples_in(batch))
+            yield batch
+
+    def report(self, loss: Any = None, **values: Any) -> None:
+        """Tell what the loop knows of this step, before the optimizer steps.
+
+        ``loss`` and ``values`` (``accuracy``, ``grad_conflict_rate``, ``gradient_norm``,
+        ``samples_per_s``) are numbers or tensors of one element; a tensor on a device is
+        read when it gets here, without waiting for it. Called once per micro-batch, the
+        step's loss is their mean. Raises ``ValueError`` for a name that is none of these.
+        """
+        begin = self.scalars.begin
+        self.recorder.report(
+            None if loss is None else begin(loss),
+            {key: begin(value) for key, value in values.items()},
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step: ``forward``, ``backward`` or ``optimizer``."""
+        began = perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.recorder.phase(name, began, perf_counter_ns())
+
+    def step(self) -> None:
+        """End the step; for loops whose optimizer was not given to :func:`start`."""
+        self.recorder.end_step()
+
+    def on_pause(self, freeze: Callable[[Decision], None]) -> None:
+        """Have ``freeze`` called with every PAUSE decision that is enforced."""
+        self.responses.on_pause(freeze)
+
+    @property
+    def decision(self) -> Decision:
+        """The newest decision."""
+        return self.recorder.decision
+
+    @property
+    def stream_report(self) -> StreamReport:
+        """What became of the telemetry so far."""
+        return self._report or self._stream.report()
+
+    def close(self, timeout_s: float | None = None) -> StreamReport:
+        """Send what is unsent, for at most ``timeout_s`` (default: the setting), and stop."""
+        if self._report is not None:
+            return self._report
+        atexit.unregister(self.close)
+        _runs.discard(self)
+        for handle in self._handles:
+            handle.remove()
+        self._devices.stop()
+        self.recorder.finish()
+        self.recorder.switch_off()
+        if self._client is not None:
+            self._client.close()
+        self._report = self._stream.close(timeout_s)
+        return self._report
+
+    # What optimizers call, of this loop or of any.
+
+    def follow(self, optimizer: Any) -> None:
+        """Take the steps of ``optimizer`` (a ``torch.optim.Optimizer``) for the run's steps."""
+        self.recorder.optimizer = optimizer
+        self._handles += [
+            optimizer.register_step_pre_hook(lambda *_: self.optimizer_begins(optimizer)),
+            optimizer.register_step_post_hook(lambda *_: self.optimizer_ended()),
+        ]
+
+    def optimizer_begins(self, optimizer: Any) -> None:
+        """``optimizer`` is about to step: measure its gradients unless they have been."""
+        recorder = self.recorder
+        began = perf_counter_ns()
+        norm = None
+        if recorder.wants_norm:
+            try:
+                tensor = gradient_norm(
+                    p for group in optimizer.param_groups for p in group["params"]
+                )
+                if tensor is not None:
+                    norm = self.scalars.begin(tensor)
+            except Exception:
+                tell_once("the gradient norm could not be taken")
+        recorder.optimizer_begins(began, norm)
+
+    def optimizer_ended(self) -> None:
+        """The optimizer has stepped, and so has the run."""
+        self.recorder.optimizer_ends()
+        self.recorder.end_step()
+
+    def _make_client(self) -> TamiyoClient | None:
+        settings = self.settings
+        if settings.mode is Mode.OFF or not self.enabled:
+            return None
+        path = Path(settings.tamiyo_socket) if settings.tamiyo_socket else default_socket_path()
+        try:
+            return TamiyoClient(
+                path,
+                run=self.run_id,
+                instance=self.instance_id,
+                rank=settings.rank,
+                world_size=settings.world_size,
+                deadline_ms=settings.tamiyo_deadline_ms,
+            )
+        except ValueError as error:
+            raise SettingsError(f"tamiyo_socket: {error}") from None
+
+
+def start(optimizer: Any = None, **settings: Any) -> Run:
+    """Begin to record this process's training loop.
+
+    ``optimizer`` is the one whose steps are the run's; without one the loop calls
+    :meth:`Run.step` itself. ``settings`` are fields of :class:`EsperSettings` and win
+    over the environment; raises :class:`SettingsError` for one that cannot be used.
+    Decisions are enforced unless the settings say otherwise: who writes this line has
+    asked for them.
+
+    When the process is already instrumented (``esper-otel run``) its run is returned, so
+    that steps go on being counted once.
+    """
+    if _automatic is not None:
+        tell_once("this process is instrumented already: start() gives back that run")
+        return _automatic
+    if not os.environ.get("ESPER_MODE"):
+        settings.setdefault("mode", Mode.ENFORCE)
+    run = Run(EsperSettings.from_environment(**settings))
+    if optimizer is not None:
+        run.follow(optimizer)
+    return run
+
+
+def start_automatic(**settings: Any) -> Run:
+    """The run of a process that is instrumented from outside; at most one at a time."""
+    global _automatic
+    if _automatic is None:
+        _automatic = Run(EsperSettings.from_environment(**settings))
+    return _automatic
+
+
+def end_automatic() -> None:
+    """End what :func:`start_automatic` began, if it did."""
+    global _automatic
+    if _automatic is not None:
+        _automatic.close()
+        _automatic = None
+
+
+def _new_run_id() -> str:
+    # Readable, sortable, and not from the global random state.
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+
+
+def tell_once(message: str) -> None:
+    """Warn of something that may happen at every step, once per process."""
+    if message not in _told:
+        _told.add(message)
+        log.warning(message, exc_info=sys.exc_info()[1] is not None)
+
+
+def _switch_off_in_child() -> None:
+    global _automatic
+    for run in list(_runs):
+        run.recorder.switch_off()
+    _automatic = None
+
+
+os.register_at_fork(after_in_child=_switch_off_in_child)

@@ -1,0 +1,525 @@
+"""Turns what happens in a training loop into one frame per optimizer step.
+
+The recorder is told of events (a batch came, backward began, the optimizer stepped) and
+knows nothing of torch; who tells it is an integration or the explicit API. All its
+methods run on the training thread, so they are short, allocate little, wait for nothing
+but the decision, and never raise.
+
+Time is tiled: every mark ends one phase and begins the next, so that the phases of a
+step and the hook that ended the one before add up to the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite, nan
+from time import perf_counter_ns
+from typing import Any, Protocol
+
+from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS, STEP_SLOT
+from esper_otel.tolaria.clock import Clock
+from esper_otel.tolaria.dynamics import WeightedStatistics
+from esper_otel.tolaria.responses import Optimizer, Responses
+
+log = logging.getLogger("esper_otel")
+
+_EMPTY_ROW = [nan] * len(STEP_KEYS)
+
+# Slots as plain integers: a dictionary look-up each would be a tenth of the step's cost.
+_STEP = STEP_SLOT["step"]
+_LOSS = STEP_SLOT["loss"]
+_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
+_SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
+_HOOK = STEP_SLOT["hook_latency_ms"]
+_TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
+_STEP_LATENCY = STEP_SLOT["step_latency_ms"]
+_FORWARD = STEP_SLOT["forward_ms"]
+_BACKWARD = STEP_SLOT["backward_ms"]
+_OPTIMIZER = STEP_SLOT["optimizer_ms"]
+_APPLY = STEP_SLOT["kasmina.apply_ms"]
+_FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
+_LOSS_DELTA = STEP_SLOT["loss_delta"]
+_LOSS_EWMA = STEP_SLOT["loss_ewma"]
+_LOSS_VOLATILITY = STEP_SLOT["loss_volatility"]
+_GRAD_NORM_EWMA = STEP_SLOT["grad_norm_ewma"]
+_GRAD_VAR = STEP_SLOT["grad_var"]
+_LR = STEP_SLOT["optimizer_lr"]
+_MOMENTUM = STEP_SLOT["optimizer_momentum"]
+_INPUT_WAIT = STEP_SLOT["input_wait_ms"]
+_H2D = STEP_SLOT["h2d_copy_ms"]
+_NONFINITE = STEP_SLOT["nonfinite"]
+
+REPORTABLE = frozenset({"accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s"})
+"""Keys that a loop may report itself, besides its loss."""
+
+_DEEPEST_WAIT = 8
+"""Frames that may wait for values from a device. Beyond it the oldest goes without."""
+
+
+class Reading(Protocol):
+    """A number that a device still has to deliver."""
+
+    def ready(self) -> bool:
+        """Whether it has arrived; never waits for it."""
+
+    def value(self) -> float | None:
+        """The number; None when it has been lost or is not here yet."""
+
+
+Value = float | Reading
+
+
+class Frames(Protocol):
+    """Where finished frames go; neither call may block or raise."""
+
+    def frame(
+        self,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+    ) -> None:
+        """Take one step's values."""
+
+    def timeline(self, timeline: StepTimeline) -> None:
+        """Take one step's phases, to become spans."""
+
+
+class Asks(Protocol):
+    """Who is asked for a decision."""
+
+    def ask(
+        self,
+        step: int,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+    ) -> Decision:
+        """The decision about a step; within a deadline, and never an exception."""
+
+
+class _Pending:
+    """A frame whose device values are still on their way."""
+
+    __slots__ = ("losses", "norm", "others", "row", "step", "time")
+
+    def __init__(
+        self,
+        step: int,
+        time: int,
+        row: list[float],
+        losses: list[Value],
+        norm: Value | None,
+        others: list[tuple[int, Value]],
+    ) -> None:
+        self.step = step
+        self.time = time
+        self.row = row
+        self.losses = losses
+        self.norm = norm
+        self.others = others
+
+    def ready(self) -> bool:
+        """Whether every value has arrived."""
+        return (
+            all(type(loss) is float or loss.ready() for loss in self.losses)
+            and (self.norm is None or type(self.norm) is float or self.norm.ready())
+            and all(type(value) is float or value.ready() for _, value in self.others)
+        )
+
+
+class Recorder:
+    """Follows one training loop; see the module for the manner.
+
+    ``optimizer`` (settable) is whose learning rate is read and, in ``enforce``, scaled.
+    ``device_values`` returns the newest device probes by key. ``client`` None means
+    that nobody is asked.
+    """
+
+    def __init__(
+        self,
+        frames: Frames,
+        *,
+        run: str,
+        responses: Responses,
+        client: Asks | None = None,
+        enriched: bool = True,
+        device_values: Callable[[], Mapping[str, float]] = dict,
+        span_every: int = 50,
+        span_slow_factor: float = 2.0,
+    ) -> None:
+        self.optimizer: Optimizer | None = None
+        self.step = 0
+        """Optimizer steps seen so far."""
+        self.decision: Decision = unanswered(run, 0, NOT_ASKED)
+        """The newest decision."""
+        self.on_decision: Callable[[Decision, list[float]], None] | None = None
+        self.clock = Clock()
+        self._frames = frames
+        self._run = run
+        self._responses = responses
+        self._client = client
+        self._enriched = enriched
+        self._device_values = device_values
+        self._span_every = span_every
+        self._span_slow_factor = span_slow_factor
+        self._off = False
+        self._told_of_trouble = False
+
+        self._loss_statistics = WeightedStatistics()
+        self._norm_statistics = WeightedStatistics()
+        self._latency_statistics = WeightedStatistics()
+        self._last_loss = nan
+        self._pending: deque[_Pending] = deque()
+
+        self._last_end = 0
+        self._last_hook_end = 0
+        self._hook_ms = self._tamiyo_ms = self._apply_ms = 0.0
+        self._begin_step(0)
+
+    # What the loop does, in the order in which a step does it.
+
+    def batch_came(self, asked_for: int, samples: int) -> None:
+        """The loop asked for a batch at mark ``asked_for`` and has it now.
+
+        ``samples`` is its size, 0 when not known. A batch is charged to the step that
+        computes on it: until then the next one takes its place, so the fetches of a
+        validation loop are never charged to training.
+        """
+        now = perf_counter_ns()
+        self._fetched = (asked_for, now, samples)
+        self._mark = now
+
+    def forward_without_gradient(self) -> None:
+        """The batch in hand went through a forward that cannot train: it is not a step's."""
+        self._fetched = None
+
+    def backward_begins(self) -> None:
+        """The loop calls backward: what led here since the batch came was forward."""
+        now = perf_counter_ns()
+        if self._fetched is not None:
+            self._charge_fetch(self._fetched)
+        mark = self._mark or now
+        if self._begun == 0:
+            self._begun = mark
+        self._forward_ns += now - mark
+        self._phases.append(("train.forward", mark, now))
+        self._mark = now
+
+    def backward_ends(self, loss: Value | None) -> None:
+        """Backward is done; ``loss`` is what it began from, None when that is no scalar."""
+        now = perf_counter_ns()
+        self._backward_ns += now - self._mark
+        self._phases.append(("train.backward", self._mark, now))
+        self._mark = now
+        if loss is not None:
+            self._losses.append(loss)
+
+    def clipped(self, norm: Value) -> None:
+        """Gradients were clipped, and ``norm`` is what their norm was before."""
+        self._norm = norm
+
+    @property
+    def wants_norm(self) -> bool:
+        """Whether nobody has told this step's gradient norm yet."""
+        return self._norm is None
+
+    def optimizer_begins(self, hook_began: int, norm: Value | None) -> None:
+        """The optimizer is about to step; ``norm`` was computed since ``hook_began``."""
+        now = perf_counter_ns()
+        if norm is not None:
+            self._norm = norm
+        if self._fetched is not None:
+            self._charge_fetch(self._fetched)
+        self._prepare_ns += now - hook_began
+        self._phases.append(("tolaria.gradient_norm", hook_began, now))
+        self._optimizer_mark = now
+
+    def optimizer_ends(self) -> None:
+        """The optimizer has stepped."""
+        now = perf_counter_ns()
+        began = self._optimizer_mark
+        if began:
+            self._optimizer_ns += now - began
+            self._phases.append(("train.optimizer", began, now))
+            self._optimizer_mark = 0
+        self._mark = now
+
+    def phase(self, name: str, began: int, ended: int) -> None:
+        """One phase of an explicit loop: ``forward``, ``backward`` or ``optimizer``.
+
+        Raises ``ValueError`` for another name.
+        """
+        took = ended - began
+        if name == "forward":
+            self._forward_ns += took
+        elif name == "backward":
+            self._backward_ns += took
+        elif name == "optimizer":
+            self._optimizer_ns += took
+        else:
+            raise ValueError(f"phase {name!r}: expected forward, backward or optimizer")
+        self._phases.append((f"train.{name}", began, ended))
+        self._mark = ended
+
+    def report(self, loss: Value | None, values: Mapping[str, Value]) -> None:
+        """What the loop knows of this step; ``values`` by key, of :data:`REPORTABLE`.
+
+        A reported loss takes the place of those that backward began from.
+        Raises ``ValueError`` for a key that cannot be reported.
+        """
+        for key, value in values.items():
+            if key not in REPORTABLE:
+                raise ValueError(
+                    f"report({key}=…): expected one of {', '.join(sorted(REPORTABLE))}"
+                )
+            if key == "gradient_norm":
+                self._norm = value
+            elif self._enriched or not BY_KEY[key].gated:
+                self._reported.append((STEP_SLOT[key], value))
+        if loss is not None:
+            self._reported_losses.append(loss)
+
+    def copied_to_device(self, milliseconds: Value) -> None:
+        """How long the step's first host-to-device copy took."""
+        if self._enriched:
+            self._reported.append((_H2D, milliseconds))
+
+    def end_step(self) -> None:
+        """The step is done: seal its frame, stream it, ask about it, do what was decided."""
+        if self._off:
+            self._begin_step(0)
+            return
+        try:
+            self._end_step(perf_counter_ns())
+        except Exception:
+            if not self._told_of_trouble:
+                self._told_of_trouble = True
+                log.exception("a step could not be recorded; the run goes on")
+            self._begin_step(perf_counter_ns())
+
+    def finish(self) -> None:
+        """No step follows: frames that wait for a device go with what has arrived."""
+        while self._pending:
+            self._complete(self._pending.popleft())
+
+    def switch_off(self) -> None:
+        """Do nothing from here on (a forked child must not report its parent's steps)."""
+        self._off = True
+
+    # The end of a step.
+
+    def _end_step(self, ended: int) -> None:
+        if self._fetched is not None:
+            self._charge_fetch(self._fetched)
+        self.step = step = self.step + 1
+        time = self.clock.step_end(ended)
+        row = _EMPTY_ROW[:]
+        row[_STEP] = step
+        row[_HOOK] = self._hook_ms
+        row[_TAMIYO] = self._tamiyo_ms
+        row[_NONFINITE] = 0.0
+        since = self._last_end or self._first_fetch or self._begun or ended
+        latency_ms = (ended - since) / 1e6
+        if self._samples and latency_ms > 0.0:
+            row[_SAMPLES_PER_S] = self._samples * 1e3 / latency_ms
+        if self._enriched:
+            self._put_gated(row, latency_ms)
+        losses = self._reported_losses or self._losses
+        pending = _Pending(step, time, row, losses, self._norm, self._reported)
+        slow = self._is_slow(latency_ms) if self._last_end else False
+
+        newest: _Pending | None = None
+        if not self._pending and pending.ready():
+            self._complete(pending)
+            newest = pending
+        else:
+            self._pending.append(pending)
+            while self._pending and (
+                self._pending[0].ready() or len(self._pending) > _DEEPEST_WAIT
+            ):
+                newest = self._pending.popleft()
+                self._complete(newest)
+
+        client = self._client
+        sealed = perf_counter_ns()
+        if client is None or newest is None:
+            decision = unanswered(self._run, step, NOT_ASKED)
+            asked = applied = sealed
+            acted = False
+            self._tamiyo_ms = self._apply_ms = 0.0
+        else:
+            decision = client.ask(newest.step, newest.time, newest.row)
+            asked = perf_counter_ns()
+            acted = self._responses.apply(decision, self.optimizer)
+            applied = perf_counter_ns()
+            self._tamiyo_ms = (asked - sealed) / 1e6
+            self._apply_ms = (applied - asked) / 1e6
+        self.decision = decision
+        if self.on_decision is not None:
+            self.on_decision(decision, row)
+
+        if (
+            slow
+            or decision.action is not Action.CONTINUE
+            or decision.findings
+            or (self._span_every and step % self._span_every == 0)
+        ):
+            if client is not None:
+                self._phases.append(("tamiyo.decide", sealed, asked))
+                self._phases.append(("kasmina.apply", asked, applied))
+            offset = self.clock.offset
+            self._frames.timeline(
+                StepTimeline(
+                    step=step,
+                    start_unix_nano=(self._last_hook_end or since) + offset,
+                    end_unix_nano=applied + offset,
+                    phases=[
+                        (name, began + offset, end + offset)
+                        for name, began, end in self._phases
+                    ],
+                    row=row,
+                    decision=decision if client is not None else None,
+                    applied=acted,
+                )
+            )
+        self._last_end = ended
+        self._latency_statistics.update(latency_ms)
+        hook_end = perf_counter_ns()
+        self._hook_ms = (hook_end - ended + self._prepare_ns) / 1e6
+        self._begin_step(hook_end)
+
+    def _begin_step(self, hook_end: int) -> None:
+        self._last_hook_end = self._mark = hook_end
+        self._begun = self._first_fetch = 0
+        self._forward_ns = self._backward_ns = self._optimizer_ns = 0
+        self._wait_ns = -1
+        self._prepare_ns = 0
+        self._samples = 0
+        self._fetched: tuple[int, int, int] | None = None
+        self._optimizer_mark = 0
+        self._norm: Value | None = None
+        self._losses: list[Value] = []
+        self._reported_losses: list[Value] = []
+        self._reported: list[tuple[int, Value]] = []
+        self._phases: list[tuple[str, int, int]] = []
+
+    def _charge_fetch(self, fetched: tuple[int, int, int]) -> None:
+        asked_for, came, samples = fetched
+        if self._wait_ns < 0:
+            self._wait_ns = 0
+            self._first_fetch = asked_for
+        self._wait_ns += came - asked_for
+        self._samples += samples
+        self._phases.append(("train.input_wait", asked_for, came))
+        self._fetched = None
+
+    def _is_slow(self, latency_ms: float) -> bool:
+        return latency_ms > self._span_slow_factor * self._latency_statistics.mean
+
+    def _put_gated(self, row: list[float], latency_ms: float) -> None:
+        if self._last_end:
+            row[_STEP_LATENCY] = latency_ms
+        if self._forward_ns:
+            row[_FORWARD] = self._forward_ns / 1e6
+        if self._backward_ns:
+            row[_BACKWARD] = self._backward_ns / 1e6
+        if self._optimizer_ns:
+            row[_OPTIMIZER] = self._optimizer_ns / 1e6
+        if self._wait_ns >= 0:
+            row[_INPUT_WAIT] = self._wait_ns / 1e6
+        row[_APPLY] = self._apply_ms
+        row[_FINALIZE] = 0.0  # no garden is planted
+        if self.optimizer is not None:
+            self._put_optimizer(row, self.optimizer.param_groups)
+        for key, value in self._device_values().items():
+            row[STEP_SLOT[key]] = value
+
+    def _put_optimizer(self, row: list[float], groups: list[dict[str, Any]]) -> None:
+        rates = momenta = 0.0
+        known = with_momentum = 0
+        for group in groups:
+            rate = host_number(group.get("lr"))
+            if rate is not None:
+                rates += rate
+                known += 1
+            momentum = group.get("momentum")
+            if momentum is None and "betas" in group:
+                momentum = group["betas"][0]
+            momentum = host_number(momentum)
+            if momentum is not None:
+                momenta += momentum
+                with_momentum += 1
+        if groups and known == len(groups):
+            self._put_number(row, _LR, rates / known)
+        if with_momentum:
+            self._put_number(row, _MOMENTUM, momenta / with_momentum)
+
+    @staticmethod
+    def _put_number(row: list[float], slot: int, number: float) -> None:
+        if isfinite(number):
+            row[slot] = number
+        else:
+            row[_NONFINITE] += 1.0
+
+    def _complete(self, pending: _Pending) -> None:
+        """Put in what has arrived by now, and let the frame go."""
+        row = pending.row
+        enriched = self._enriched
+        self._last_loss, last_loss = nan, self._last_loss
+        if pending.losses:
+            loss = _mean(pending.losses)
+            if loss is not None:
+                self._put_number(row, _LOSS, loss)
+                if isfinite(loss):
+                    self._last_loss = loss
+                    if enriched:
+                        if last_loss == last_loss:
+                            row[_LOSS_DELTA] = loss - last_loss
+                        statistics = self._loss_statistics
+                        statistics.update(loss)
+                        row[_LOSS_EWMA] = statistics.mean
+                        row[_LOSS_VOLATILITY] = statistics.deviation
+        if pending.norm is not None:
+            norm = _arrived(pending.norm)
+            if norm is not None:
+                self._put_number(row, _GRADIENT_NORM, norm)
+                if enriched and isfinite(norm):
+                    statistics = self._norm_statistics
+                    statistics.update(norm)
+                    row[_GRAD_NORM_EWMA] = statistics.mean
+                    row[_GRAD_VAR] = statistics.variance
+        for slot, value in pending.others:
+            number = _arrived(value)
+            if number is not None:
+                self._put_number(row, slot, number)
+        self._frames.frame(pending.time, row)
+
+
+def host_number(value: object) -> float | None:
+    """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
+    if type(value) is float:
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    if getattr(getattr(value, "device", None), "type", None) == "cpu":
+        return float(value)  # type: ignore[arg-type]
+    return None
+
+
+def _arrived(value: Value) -> float | None:
+    return value if isinstance(value, float) else value.value()
+
+
+def _mean(losses: list[Value]) -> float | None:
+    """Mean over micro-batches; None while one of them is missing."""
+    total = 0.0
+    for loss in losses:
+        number = _arrived(loss)
+        if number is None:
+            return None
+        total += number
+    return total / len(losses)

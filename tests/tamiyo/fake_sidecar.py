@@ -1,0 +1,90 @@
+"""A sidecar of the tests' own, which answers as it is told to."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from esper_otel.leyline import wire
+from esper_otel.leyline.decisions import Action, Decision, Severity
+
+
+def decision_about(ask: wire.Ask) -> Decision:
+    return Decision(
+        id=f"test/{ask.step}",
+        run="test",
+        step=ask.step,
+        observed_step=ask.step,
+        action=Action.OPTIMIZER,
+        severity=Severity.HIGH,
+        reason="a_rule",
+        parameters={"lr_scale": 0.5},
+    )
+
+
+def answer(ask: wire.Ask) -> list[bytes]:
+    return [wire.encode(wire.Answer(ask.request_id, decision_about(ask)))]
+
+
+class FakeSidecar:
+    """Serves one connection after the other; ``reply`` turns an ask into what is sent.
+
+    A reply of ``[b""]`` closes the connection.
+    """
+
+    def __init__(self, path: Path, reply: Callable[[wire.Ask], list[bytes]] = answer) -> None:
+        self.reply = reply
+        self.asks: list[wire.Ask] = []
+        self.hellos: list[wire.Hello] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(os.fspath(path))
+        self._listener.listen(8)
+        self._open: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        for each in (*self._open, self._listener):
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            each.close()
+        self._thread.join(5)
+
+    def __enter__(self) -> FakeSidecar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._open.append(connection)
+            try:
+                self._talk(connection)
+            except OSError:
+                pass
+            connection.close()
+
+    def _talk(self, connection: socket.socket) -> None:
+        buffer = wire.MessageBuffer()
+        while data := connection.recv(65536):
+            for body in buffer.feed(data):
+                message = wire.decode_to_server(body)
+                if isinstance(message, wire.Hello):
+                    self.hellos.append(message)
+                    connection.sendall(wire.encode(wire.Welcome(wire.PROTOCOL, "table 1")))
+                elif isinstance(message, wire.Ask):
+                    self.asks.append(message)
+                    for part in self.reply(message):
+                        if not part:
+                            return
+                        connection.sendall(part)

@@ -1,0 +1,364 @@
+import math
+
+import pytest
+
+from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, Severity, unanswered
+from esper_otel.leyline.frames import present
+from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS
+from esper_otel.tolaria import recorder as recorder_module
+from esper_otel.tolaria.recorder import Recorder
+from esper_otel.tolaria.responses import LearningRate, Responses
+
+MS = 1_000_000
+
+
+class Clock:
+    """perf_counter_ns of the tests: stands still unless told to go on."""
+
+    def __init__(self):
+        self.now = 10**12
+
+    def __call__(self):
+        return self.now
+
+    def pass_ms(self, milliseconds):
+        self.now += int(milliseconds * MS)
+
+
+class Frames:
+    def __init__(self):
+        self.taken = []
+        self.timelines = []
+
+    def frame(self, time_unix_nano, row, seeds=()):
+        self.taken.append((time_unix_nano, present(STEP_KEYS, row)))
+
+    def timeline(self, timeline):
+        self.timelines.append(timeline)
+
+
+class Sidecar:
+    """Answers after ``takes_ms`` with ``decision``."""
+
+    def __init__(self, clock, takes_ms=0.0, decision=None):
+        self.clock, self.takes_ms, self.decision = clock, takes_ms, decision
+        self.asked = []
+
+    def ask(self, step, time_unix_nano, row, seeds=()):
+        self.asked.append((step, time_unix_nano, present(STEP_KEYS, row)))
+        self.clock.pass_ms(self.takes_ms)
+        return self.decision or unanswered("r", step, "nominal")
+
+
+class Optimizer:
+    def __init__(self, *groups):
+        self.param_groups = list(groups)
+
+
+class Late:
+    """A value that a device has not delivered yet."""
+
+    def __init__(self):
+        self.number = None
+
+    def ready(self):
+        return self.number is not None
+
+    def value(self):
+        return self.number
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(recorder_module, "perf_counter_ns", clock)
+    return clock
+
+
+def make(clock, enforce=False, **options):
+    frames = Frames()
+    rate = LearningRate(minimum=0.01, maximum=1.0, release_steps=10)
+    recorder = Recorder(frames, run="r", responses=Responses(rate, enforce=enforce), **options)
+    recorder.optimizer = Optimizer({"lr": 0.1, "momentum": 0.9})
+    return recorder, frames
+
+
+def one_step(
+    recorder,
+    clock,
+    *,
+    loss=1.0,
+    norm=2.0,
+    wait=1.0,
+    forward=4.0,
+    backward=6.0,
+    norm_ms=0.5,
+    optimizer=2.0,
+    samples=32,
+):
+    asked_for = clock()
+    clock.pass_ms(wait)
+    recorder.batch_came(asked_for, samples)
+    clock.pass_ms(forward)
+    recorder.backward_begins()
+    clock.pass_ms(backward)
+    recorder.backward_ends(loss)
+    hook_began = clock()
+    clock.pass_ms(norm_ms)
+    recorder.optimizer_begins(hook_began, norm)
+    clock.pass_ms(optimizer)
+    recorder.optimizer_ends()
+    recorder.end_step()
+
+
+def test_a_frame_holds_what_the_loop_did(clock):
+    recorder, frames = make(clock)
+    one_step(recorder, clock)
+    one_step(recorder, clock, loss=0.5, norm=3.0)
+    _, first = frames.taken[0]
+    _, second = frames.taken[1]
+    assert first["step"] == 1
+    assert second == pytest.approx(
+        {
+            "step": 2,
+            "loss": 0.5,
+            "gradient_norm": 3.0,
+            "samples_per_s": 32 / 13.5e-3,
+            "hook_latency_ms": 0.5,
+            "tamiyo_latency_ms": 0.0,
+            "step_latency_ms": 13.5,
+            "forward_ms": 4.0,
+            "backward_ms": 6.0,
+            "optimizer_ms": 2.0,
+            "kasmina.apply_ms": 0.0,
+            "kasmina.finalize_ms": 0.0,
+            "loss_delta": -0.5,
+            "loss_ewma": 0.9,
+            "loss_volatility": 0.2,
+            "grad_norm_ewma": 2.2,
+            "grad_var": 0.16,
+            "optimizer_lr": 0.1,
+            "optimizer_momentum": 0.9,
+            "input_wait_ms": 1.0,
+            "nonfinite": 0.0,
+        }
+    )
+
+
+def test_what_needs_a_step_before_is_absent_from_the_first(clock):
+    recorder, frames = make(clock)
+    one_step(recorder, clock)
+    (_, first) = frames.taken[0]
+    assert not first.keys() & {"step_latency_ms", "loss_delta"}
+    assert first["samples_per_s"] == pytest.approx(32 / 13.5e-3)
+
+
+def test_without_enrichment_every_gated_metric_is_gone_and_the_others_remain(clock):
+    enriched, with_all = make(clock, device_values=lambda: {"cpu_util_percent": 5.0})
+    plain, without = make(
+        clock, enriched=False, device_values=lambda: {"cpu_util_percent": 5.0}
+    )
+    for recorder in (enriched, plain):
+        recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+        one_step(recorder, clock)
+        recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+        one_step(recorder, clock)
+    everything = with_all.taken[1][1].keys()
+    assert {"accuracy", "grad_conflict_rate", "cpu_util_percent"} <= everything
+    assert without.taken[1][1].keys() == {k for k in everything if not BY_KEY[k].gated}
+
+
+def test_phases_and_the_hook_before_add_up_to_the_step(clock):
+    recorder, frames = make(clock)
+    recorder._client = Sidecar(clock, takes_ms=0.7)
+    for _ in range(3):
+        one_step(recorder, clock)
+    _, last = frames.taken[-1]
+    parts = ("input_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "hook_latency_ms")
+    assert sum(last[part] for part in parts) == pytest.approx(last["step_latency_ms"])
+    assert last["tamiyo_latency_ms"] == pytest.approx(0.7)
+    assert last["hook_latency_ms"] == pytest.approx(0.7 + 0.5)
+
+
+def test_the_ask_carries_exactly_the_frame_that_is_streamed(clock):
+    recorder, frames = make(clock)
+    recorder._client = sidecar = Sidecar(clock)
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert [(time, values) for _, time, values in sidecar.asked] == frames.taken
+
+
+def test_the_loss_of_micro_batches_is_their_mean_and_their_samples_add_up(clock):
+    recorder, frames = make(clock)
+    for _ in range(2):
+        for loss in (1.0, 2.0, 6.0):
+            recorder.batch_came(clock(), 8)
+            recorder.backward_begins()
+            clock.pass_ms(2)
+            recorder.backward_ends(loss)
+        recorder.optimizer_begins(clock(), 1.0)
+        recorder.optimizer_ends()
+        recorder.end_step()
+    _, last = frames.taken[-1]
+    assert last["loss"] == 3.0
+    assert last["backward_ms"] == 6.0
+    assert last["samples_per_s"] == pytest.approx(24 / 6e-3)
+
+
+def test_a_reported_loss_takes_the_place_of_what_backward_saw(clock):
+    recorder, frames = make(clock)
+    recorder.report(0.25, {})
+    one_step(recorder, clock, loss=9.0)
+    one_step(recorder, clock, loss=9.0)
+    assert [values["loss"] for _, values in frames.taken] == [0.25, 9.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_left_out_and_counted(clock, bad):
+    recorder, frames = make(clock)
+    one_step(recorder, clock, loss=1.0)
+    one_step(recorder, clock, loss=bad, norm=bad)
+    one_step(recorder, clock, loss=3.0)
+    one_step(recorder, clock, loss=4.0)
+    first, second, third, fourth = (values for _, values in frames.taken)
+    assert (first["nonfinite"], second["nonfinite"], third["nonfinite"]) == (0, 2, 0)
+    assert not second.keys() & {"loss", "gradient_norm", "loss_delta", "loss_ewma", "grad_var"}
+    assert "loss_delta" not in third, "there is no previous loss to compare with"
+    assert fourth["loss_delta"] == 1.0
+    assert math.isfinite(fourth["loss_ewma"])
+
+
+def test_a_rate_that_is_not_finite_is_counted_too(clock):
+    recorder, frames = make(clock)
+    recorder.optimizer = Optimizer({"lr": math.inf})
+    one_step(recorder, clock)
+    _, values = frames.taken[0]
+    assert "optimizer_lr" not in values
+    assert values["nonfinite"] == 1
+
+
+def test_rates_and_momenta_are_means_over_groups(clock):
+    recorder, frames = make(clock)
+    recorder.optimizer = Optimizer(
+        {"lr": 0.1, "betas": (0.9, 0.999)}, {"lr": 0.3, "betas": (0.7, 0.999)}
+    )
+    one_step(recorder, clock)
+    recorder.optimizer = Optimizer({"lr": 0.5})
+    one_step(recorder, clock)
+    assert frames.taken[0][1]["optimizer_lr"] == pytest.approx(0.2)
+    assert frames.taken[0][1]["optimizer_momentum"] == pytest.approx(0.8)
+    assert "optimizer_momentum" not in frames.taken[1][1]
+
+
+def test_fetches_of_a_validation_loop_are_not_charged_to_training(clock):
+    recorder, frames = make(clock)
+    one_step(recorder, clock)
+    for _ in range(5):
+        asked_for = clock()
+        clock.pass_ms(100)
+        recorder.batch_came(asked_for, 1000)
+    one_step(recorder, clock, wait=1.0, samples=32)
+    _, last = frames.taken[-1]
+    assert last["input_wait_ms"] == pytest.approx(1.0)
+    assert last["samples_per_s"] == pytest.approx(32e3 / last["step_latency_ms"])
+
+
+def test_times_of_frames_rise_even_when_the_clock_stands_still(clock):
+    recorder, frames = make(clock)
+    for _ in range(5):
+        recorder.end_step()
+    times = [time for time, _ in frames.taken]
+    assert times == sorted(set(times))
+
+
+def test_a_value_still_on_a_device_delays_its_frame_and_those_behind_it(clock):
+    recorder, frames = make(clock)
+    late = Late()
+    one_step(recorder, clock, loss=late)
+    one_step(recorder, clock, loss=2.0)
+    assert frames.taken == []
+    late.number = 5.0
+    one_step(recorder, clock, loss=3.0)
+    assert [(v["step"], v["loss"]) for _, v in frames.taken] == [(1, 5.0), (2, 2.0), (3, 3.0)]
+    assert frames.taken[1][1]["loss_delta"] == -3.0
+    assert recorder.decision.reason == NOT_ASKED
+
+
+def test_a_device_that_never_delivers_costs_its_values_and_no_frame(clock):
+    recorder, frames = make(clock)
+    for _ in range(20):
+        one_step(recorder, clock, loss=Late())
+    recorder.finish()
+    assert [v["step"] for _, v in frames.taken] == list(range(1, 21))
+    assert all("loss" not in v and v["nonfinite"] == 0 for _, v in frames.taken)
+
+
+def test_an_enforced_decision_changes_the_optimizer(clock):
+    decision = Decision(
+        "d", "r", 1, 1, Action.OPTIMIZER, Severity.HIGH, "x", parameters={"lr_scale": 0.5}
+    )
+    recorder, frames = make(clock, enforce=True)
+    recorder._client = Sidecar(clock, decision=decision)
+    one_step(recorder, clock)
+    assert recorder.optimizer.param_groups[0]["lr"] == 0.05
+    assert frames.timelines[-1].applied
+    assert recorder.decision is decision
+
+
+def test_spans_go_to_every_nth_step_to_slow_ones_and_to_findings(clock):
+    recorder, frames = make(clock, span_every=10)
+    recorder._client = sidecar = Sidecar(clock)
+    for step in range(1, 31):
+        sidecar.decision = (
+            Decision("d", "r", step, step, Action.PAUSE, Severity.HIGH, "x")
+            if step == 17
+            else None
+        )
+        one_step(recorder, clock, forward=40.0 if step == 24 else 4.0)
+    assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24, 30]
+
+
+def test_the_spans_of_a_step_tile_it(clock):
+    recorder, frames = make(clock, span_every=2)
+    recorder._client = Sidecar(clock, takes_ms=0.7)
+    one_step(recorder, clock)
+    one_step(recorder, clock)
+    (timeline,) = frames.timelines
+    assert [name for name, _, _ in timeline.phases] == [
+        "train.input_wait",
+        "train.forward",
+        "train.backward",
+        "tolaria.gradient_norm",
+        "train.optimizer",
+        "tamiyo.decide",
+        "kasmina.apply",
+    ]
+    ends = [timeline.start_unix_nano]
+    for _, began, ended in timeline.phases:
+        assert began == ends[-1]
+        ends.append(ended)
+    assert ends[-1] == timeline.end_unix_nano
+
+
+def test_what_cannot_be_reported_is_refused_by_name(clock):
+    recorder, _ = make(clock)
+    with pytest.raises(ValueError, match="report\\(acuracy=…\\): expected one of accuracy"):
+        recorder.report(None, {"acuracy": 1.0})
+    with pytest.raises(ValueError, match="phase 'foward': expected forward"):
+        recorder.phase("foward", 0, 1)
+
+
+def test_an_exception_inside_is_told_once_and_reaches_nobody(clock, caplog):
+    recorder, frames = make(clock)
+    frames.frame = lambda *_: 1 / 0
+    one_step(recorder, clock)
+    one_step(recorder, clock)
+    assert len(caplog.records) == 1
+    assert "the run goes on" in caplog.text
+
+
+def test_switched_off_it_does_nothing(clock):
+    recorder, frames = make(clock)
+    recorder.switch_off()
+    one_step(recorder, clock)
+    assert (frames.taken, recorder.step) == ([], 0)
