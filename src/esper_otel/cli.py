@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         return _refuse(f"run: {error}")
     from esper_otel.integrations.startup import execute
 
-    execute(script, environment)
+    return execute(script, environment)
 
 
 def _resend(options: argparse.Namespace) -> int:

@@ -156,10 +156,9 @@ class Run:
 
     def follow(self, optimizer: Any) -> None:
         """Take the steps of ``optimizer`` (a ``torch.optim.Optimizer``) for the run's steps."""
-        self.recorder.optimizer = optimizer
         self._handles += [
-            optimizer.register_step_pre_hook(lambda *_: self.optimizer_begins(optimizer)),
-            optimizer.register_step_post_hook(lambda *_: self.optimizer_ended()),
+            optimizer.register_step_pre_hook(lambda one, *_: self.optimizer_begins(one)),
+            optimizer.register_step_post_hook(lambda one, *_: self.optimizer_ended(one)),
         ]
 
     def optimizer_begins(self, optimizer: Any) -> None:
@@ -174,14 +173,19 @@ class Run:
                 )
                 if tensor is not None:
                     norm = self.scalars.begin(tensor)
+                    if tensor.device.type == "cuda":
+                        self._devices.watch(tensor.device.index)
             except Exception:
                 tell_once("the gradient norm could not be taken")
         recorder.optimizer_begins(began, norm)
 
-    def optimizer_ended(self) -> None:
-        """The optimizer has stepped, and so has the run."""
-        self.recorder.optimizer_ends()
-        self.recorder.end_step()
+    def optimizer_ended(self, optimizer: Any) -> None:
+        """``optimizer`` has stepped, and so has the run."""
+        recorder = self.recorder
+        recorder.optimizer_ends()
+        recorder.optimizer = optimizer
+        recorder.end_step()
+        recorder.optimizer = None  # its owner, not this, decides how long it lives
 
     def _make_client(self) -> TamiyoClient | None:
         settings = self.settings

@@ -110,7 +110,8 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
             for name in _variables(field.name):
                 if environ.get(name, "") != "":
                     raw[field.name] = environ[name].strip()
-                    names[field.name] = name
+                    if field.name not in overrides:
+                        names[field.name] = name
                     break
         for name in overrides:
             if name not in cls.__struct_fields__:
@@ -127,9 +128,11 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = raw[field.name]
             try:
                 values[field.name] = msgspec.convert(value, field.type, strict=False)
-            except msgspec.ValidationError as error:
+            except msgspec.ValidationError:
                 source = names.get(field.name, field.name)
-                raise SettingsError(f"{source}={value!r}: {_plain(error)}") from None
+                raise SettingsError(
+                    f"{source}={value!r}: expected {_EXPECTED[field.type]}"
+                ) from None
         settings = cls(**values)
         settings.check(names)
         return settings
@@ -173,6 +176,14 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("release_steps", 1, _INFINITY),
 )
 
+_EXPECTED: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Mode: "off, advise or enforce",
+}
+
 _OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH"})
 """Variables of ours that are not settings (``esper-otel run`` hands one to its child)."""
 
@@ -182,8 +193,3 @@ def _variables(field: str) -> tuple[str, ...]:
         return ("TOLARIA_STEP_ENRICHMENT_ENABLED",)
     own = f"ESPER_{field.upper()}"
     return (own, field.upper()) if field in ("rank", "world_size") else (own,)
-
-
-def _plain(error: msgspec.ValidationError) -> str:
-    message = str(error)
-    return message[:1].lower() + message[1:]

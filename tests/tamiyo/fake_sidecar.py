@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -48,10 +49,8 @@ class FakeSidecar:
 
     def close(self) -> None:
         for each in (*self._open, self._listener):
-            try:
+            with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             each.close()
         self._thread.join(5)
 
@@ -68,10 +67,8 @@ class FakeSidecar:
             except OSError:
                 return
             self._open.append(connection)
-            try:
+            with contextlib.suppress(OSError):
                 self._talk(connection)
-            except OSError:
-                pass
             connection.close()
 
     def _talk(self, connection: socket.socket) -> None:

@@ -1,3 +1,4 @@
+import itertools
 import logging
 
 import pytest
@@ -87,7 +88,7 @@ def test_after_enough_clean_steps_the_rate_is_given_back_to_the_last_bit():
         seen.append(optimizer.rates[0])
     assert seen[:10] == [held[0]] * 10, "held while it may come back"
     assert seen[10:] == sorted(seen[10:]), "then ever closer to the run's own"
-    assert all(b / a < 1.3 for a, b in zip(seen[10:], seen[11:], strict=False)), "gently"
+    assert all(b / a < 1.3 for a, b in itertools.pairwise(seen[10:])), "gently"
     assert optimizer.rates == pytest.approx([0.3, 0.7], rel=1e-12)
     assert subject.lr_scale == 1.0
 

@@ -12,6 +12,7 @@ and raises as ever.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable
@@ -85,17 +86,26 @@ class _Watch:
         self._recorder = run.recorder
         self._begin = run.scalars.begin
         self._primary: weakref.ref[Any] | None = None
+        self._rival: weakref.ref[Any] | None = None
         self._backward_depth = 0
         self._scaled: tuple[Any, Any] | None = None
         self._undo: list[Callable[[], None]] = []
         if not run.enabled:
             return
-        self._hook_optimizers(torch)
+        try:
+            self._put_on(torch)
+        except BaseException:
+            self.undo()  # half of it would be worse than nothing
+            raise
+
+    def _put_on(self, torch: Any) -> None:
+        self._hook_optimizers()
         self._wrap(torch.Tensor, "backward", self._backward)
         clip = self._wrap(torch.nn.utils, "clip_grad_norm_", self._clip)
         self._put(torch.nn.utils.clip_grad, "clip_grad_norm_", clip)
         self._wrap(torch.amp.GradScaler, "scale", self._scale)
-        iterators = getattr(torch.utils.data.dataloader, "_BaseDataLoaderIter", None)
+        loaders = importlib.import_module("torch.utils.data.dataloader")
+        iterators = getattr(loaders, "_BaseDataLoaderIter", None)
         if hasattr(iterators, "__next__"):
             # The class and not DataLoader.__iter__: what iter(loader) returns, and when
             # its workers start, stay as they are.
@@ -108,8 +118,9 @@ class _Watch:
         while self._undo:
             self._undo.pop()()
 
-    def _hook_optimizers(self, torch: Any) -> None:
-        hooks = torch.optim.optimizer
+    def _hook_optimizers(self) -> None:
+        # torch.optim deletes its attribute of this name; the module is public all the same.
+        hooks = importlib.import_module("torch.optim.optimizer")
         before = hooks.register_optimizer_step_pre_hook(self._optimizer_begins)
         after = hooks.register_optimizer_step_post_hook(self._optimizer_ended)
         self._undo += [before.remove, after.remove]
@@ -201,17 +212,21 @@ class _Watch:
 
     def _begin_if_primary(self, optimizer: Any) -> None:
         primary = self._primary() if self._primary is not None else None
-        if primary is None:
-            # The first optimizer that steps sets the run's steps.
+        if primary is not optimizer:
+            # The first optimizer that steps sets the run's steps, until it is gone or
+            # another steps twice while it rests: a script that trains one model after
+            # the other.
+            rival = self._rival() if self._rival is not None else None
+            if primary is not None and rival is not optimizer:
+                self._rival = weakref.ref(optimizer)
+                return
             self._primary = weakref.ref(optimizer)
-            self._recorder.optimizer = optimizer
-        elif primary is not optimizer:
-            return
+        self._rival = None
         self._run.optimizer_begins(optimizer)
 
     def _optimizer_ended(self, optimizer: Any, *_: Any) -> None:
         if self._primary is not None and self._primary() is optimizer:
-            self._quietly(self._run.optimizer_ended)
+            self._quietly(self._run.optimizer_ended, optimizer)
 
     def _quietly(self, work: Callable[..., None], *args: Any) -> None:
         try:

@@ -55,14 +55,15 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "hook_latency_ms",
         "ms",
-        "everything this package did on the training thread at the end of the step, "
-        "the ask included; a frame is sealed before its own ask, so it carries the hook "
-        "that ended the step before, which is the one inside its step_latency_ms",
+        "everything this package did on the training thread around the end of a step, the "
+        "ask included, as far as it lies inside this step_latency_ms: a frame is sealed "
+        "before its own ask, so that part is of the step before",
     ),
     Metric(
         "tamiyo_latency_ms",
         "ms",
-        "waiting for the decision, 0.0 when not asked; of the same hook as hook_latency_ms",
+        "waiting for the decision, 0.0 when not asked; inside hook_latency_ms, so of the ask "
+        "that ended the step before",
     ),
     Metric(
         "step_latency_ms",
@@ -83,7 +84,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "kasmina.apply_ms",
         "ms",
-        "applying the decision, 0.0 when there was none; of the same hook as hook_latency_ms",
+        "applying the decision, 0.0 when there was none; of the same ask as tamiyo_latency_ms",
         gated=True,
     ),
     Metric(

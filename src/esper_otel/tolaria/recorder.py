@@ -319,7 +319,7 @@ class Recorder:
         time = self.clock.step_end(ended)
         row = _EMPTY_ROW[:]
         row[_STEP] = step
-        row[_HOOK] = self._hook_ms
+        row[_HOOK] = self._hook_ms + self._prepare_ns / 1e6
         row[_TAMIYO] = self._tamiyo_ms
         row[_NONFINITE] = 0.0
         since = self._last_end or self._first_fetch or self._begun or ended
@@ -389,7 +389,7 @@ class Recorder:
         self._last_end = ended
         self._latency_statistics.update(latency_ms)
         hook_end = perf_counter_ns()
-        self._hook_ms = (hook_end - ended + self._prepare_ns) / 1e6
+        self._hook_ms = (hook_end - ended) / 1e6
         self._begin_step(hook_end)
 
     def _begin_step(self, hook_end: int) -> None:

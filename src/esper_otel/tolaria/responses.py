@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -56,6 +57,7 @@ class LearningRate:
         self._clean_steps = 0
         self._return_factor = 1.0
         self._groups: list[_Group] = []
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self._warned = False
 
     @property
@@ -100,6 +102,9 @@ class LearningRate:
     def _multiply(self, factor: float, optimizer: Optimizer) -> None:
         """``factor`` infinite: give everything back at once."""
         groups = optimizer.param_groups
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            self._groups = []  # another optimizer: what was done to the last one is its own
+            self._optimizer = weakref.ref(optimizer)
         while len(self._groups) < len(groups):
             self._groups.append(_Group())
         for state, group in zip(self._groups, groups, strict=False):

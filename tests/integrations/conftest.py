@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from esper_otel import run as runs
+from esper_otel.leyline.frames import present
+from esper_otel.leyline.metrics import STEP_KEYS
+
+
+class CapturedStream:
+    """Stands where the stream stands and keeps what it is given."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.frames: list[dict[str, float]] = []
+        self.timelines: list[object] = []
+
+    def start(self) -> None:
+        pass
+
+    def frame(self, time_unix_nano, row, seeds=()):
+        self.frames.append(present(STEP_KEYS, row))
+
+    def timeline(self, timeline):
+        self.timelines.append(timeline)
+
+    def report(self):
+        return None
+
+    def close(self, timeout_s=None):
+        return self
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The frames of whatever run is started during the test."""
+    stream = CapturedStream()
+    monkeypatch.setattr(runs, "Stream", lambda *_, **__: stream)
+    monkeypatch.setenv("ESPER_MODE", "off")
+    return stream

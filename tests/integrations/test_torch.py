@@ -1,0 +1,340 @@
+import logging
+import math
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+import esper_otel  # noqa: E402
+from esper_otel import run as runs  # noqa: E402
+from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
+from esper_otel.settings import SettingsError  # noqa: E402
+
+REQUIRED = {
+    "step",
+    "loss",
+    "gradient_norm",
+    "samples_per_s",
+    "hook_latency_ms",
+    "tamiyo_latency_ms",
+    "step_latency_ms",
+    "forward_ms",
+    "backward_ms",
+    "optimizer_ms",
+    "input_wait_ms",
+    "kasmina.apply_ms",
+    "kasmina.finalize_ms",
+    "loss_delta",
+    "loss_ewma",
+    "loss_volatility",
+    "grad_norm_ewma",
+    "grad_var",
+    "optimizer_lr",
+    "optimizer_momentum",
+    "nonfinite",
+}
+
+
+@pytest.fixture
+def instrumented(captured):
+    instrumentor = TorchInstrumentor()
+    instrumentor.instrument(skip_dep_check=True)
+    yield captured
+    instrumentor.uninstrument()
+
+
+def data(n=96, batch_size=32, **options):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 4, generator=generator)
+    return DataLoader(
+        TensorDataset(x, x.sum(1, keepdim=True)), batch_size=batch_size, **options
+    )
+
+
+def plain_loop(*, epochs=2, clip=None, accumulate=1, loader=None, evaluate=False):
+    """A training loop as people write it; returns its losses and final weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(epochs):
+        model.train()
+        for i, (x, y) in enumerate(loader or data()):
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            losses.append(loss.item())
+            if (i + 1) % accumulate == 0:
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        if evaluate:
+            model.eval()
+            with torch.no_grad():
+                for x, y in data(batch_size=96):
+                    nn.functional.mse_loss(model(x), y)
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+def test_every_optimizer_step_is_one_frame_with_what_a_step_has(instrumented):
+    losses, _ = plain_loop()
+    assert [frame["step"] for frame in instrumented.frames] == list(range(1, 7))
+    assert [frame["loss"] for frame in instrumented.frames] == losses
+    later = instrumented.frames[-1]
+    assert later.keys() >= REQUIRED
+    assert later["optimizer_lr"] == pytest.approx(0.05)
+    assert later["optimizer_momentum"] == pytest.approx(0.9)
+    assert ("h2d_copy_ms" in later) == torch.cuda.is_available()
+
+
+def test_phases_add_up_to_the_step(instrumented):
+    plain_loop(epochs=4)
+    parts = ("input_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "hook_latency_ms")
+    for frame in instrumented.frames[1:]:
+        assert sum(frame[part] for part in parts) <= frame["step_latency_ms"] + 1e-6
+
+
+def test_losses_weights_and_random_states_are_bit_identical(captured):
+    def observed():
+        random.seed(3)
+        losses, weights = plain_loop(clip=1.0, loader=data(shuffle=True))
+        return losses, weights, random.random(), torch.rand(1).item()
+
+    bare = observed()
+    instrumentor = TorchInstrumentor()
+    instrumentor.instrument(skip_dep_check=True)
+    try:
+        watched = observed()
+    finally:
+        instrumentor.uninstrument()
+    assert watched[0] == bare[0]
+    assert all(torch.equal(a, b) for a, b in zip(watched[1], bare[1], strict=True))
+    assert watched[2:] == bare[2:]
+    assert len(captured.frames) == 6
+
+
+def test_the_norm_is_that_before_clipping(instrumented):
+    plain_loop(epochs=1)
+    plain_loop(epochs=1, clip=1e-3)
+    free, clipped = instrumented.frames[:3], instrumented.frames[3:]
+    assert clipped[0]["gradient_norm"] == pytest.approx(free[0]["gradient_norm"])
+    assert clipped[0]["gradient_norm"] > 1e-2
+
+
+def test_clipping_a_part_does_not_pass_for_the_whole_norm(instrumented):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(3, 4)).sum().backward()
+        norms.append(math.sqrt(sum(p.grad.norm().item() ** 2 for p in model.parameters())))
+        nn.utils.clip_grad_norm_(model[0].parameters(), 1e9)
+        optimizer.step()
+    assert [f["gradient_norm"] for f in instrumented.frames[1:]] == pytest.approx(norms[1:])
+
+
+def test_gradient_accumulation_is_one_step(instrumented):
+    losses, _ = plain_loop(epochs=2, accumulate=3)
+    assert [frame["step"] for frame in instrumented.frames] == [1, 2]
+    means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert [frame["loss"] for frame in instrumented.frames] == pytest.approx(means)
+
+
+def test_validation_is_not_counted_as_training(instrumented):
+    plain_loop(epochs=2, evaluate=True)
+    assert len(instrumented.frames) == 6
+    for frame in instrumented.frames[1:]:
+        assert frame["samples_per_s"] * frame["step_latency_ms"] / 1e3 == pytest.approx(32)
+
+
+def test_nan_is_counted_and_left_out(instrumented):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model(torch.ones(1, 2)) * math.nan).sum().backward()
+    optimizer.step()
+    (frame,) = instrumented.frames
+    assert frame["nonfinite"] == 2, "loss and gradient norm"
+    assert not frame.keys() & {"loss", "gradient_norm"}
+
+
+def test_the_loss_under_a_gradient_scaler_is_the_users(instrumented):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss = model(torch.ones(1, 2)).square().sum()
+    scaler.scale(loss).backward()
+    gradient = model.weight.grad.norm().item(), model.bias.grad.norm().item()
+    scaler.step(optimizer)
+    scaler.update()
+    (frame,) = instrumented.frames
+    assert frame["loss"] == pytest.approx(loss.item())
+    assert frame["gradient_norm"] == pytest.approx(math.hypot(*gradient) / 1024)
+
+
+def test_workers_of_a_loader_report_nothing(instrumented):
+    plain_loop(epochs=1, loader=data(num_workers=2))
+    assert [frame["step"] for frame in instrumented.frames] == [1, 2, 3]
+
+
+def test_a_second_optimizer_does_not_make_steps_of_its_own(instrumented):
+    first = torch.optim.SGD([a := torch.ones(1, requires_grad=True)], lr=0.1)
+    second = torch.optim.SGD([b := torch.ones(1, requires_grad=True)], lr=0.1)
+    for _ in range(3):
+        (a * b).sum().backward()
+        first.step()
+        second.step()
+    assert len(instrumented.frames) == 3
+
+
+def originals():
+    from torch.optim import optimizer as hooks
+
+    return {
+        "backward": torch.Tensor.__dict__["backward"],
+        "clip": nn.utils.clip_grad_norm_,
+        "clip at home": nn.utils.clip_grad.clip_grad_norm_,
+        "scale": torch.amp.GradScaler.__dict__["scale"],
+        "next": torch.utils.data.dataloader._BaseDataLoaderIter.__dict__["__next__"],
+        "pre": dict(hooks._global_optimizer_pre_hooks),
+        "post": dict(hooks._global_optimizer_post_hooks),
+    }
+
+
+def test_uninstrumenting_puts_every_object_back(captured):
+    before = originals()
+    instrumentor = TorchInstrumentor()
+    instrumentor.instrument(skip_dep_check=True)
+    during = originals()
+    assert all(during[name] is not before[name] for name in ("backward", "clip", "next"))
+    instrumentor.uninstrument()
+    after = originals()
+    assert all(after[name] is before[name] for name in list(before)[:5])
+    assert (after["pre"], after["post"]) == (before["pre"], before["post"])
+    plain_loop()
+    assert captured.frames == []
+
+
+def test_instrumenting_twice_is_instrumenting_once(instrumented, caplog):
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    plain_loop(epochs=1)
+    assert len(instrumented.frames) == 3
+
+
+def test_a_wrong_setting_raises_from_code_and_warns_from_the_environment(
+    captured, monkeypatch, caplog
+):
+    with pytest.raises(SettingsError, match="spam=1: there is no such setting"):
+        TorchInstrumentor().instrument(skip_dep_check=True, spam=1)
+    TorchInstrumentor().uninstrument()
+    monkeypatch.setenv("ESPER_SPAN_EVERY", "often")
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    assert "ESPER_SPAN_EVERY='often'" in caplog.text
+    plain_loop(epochs=1)
+    TorchInstrumentor().uninstrument()
+    assert captured.frames == []
+
+
+def test_a_failure_of_ours_does_not_reach_the_loop(instrumented, monkeypatch, caplog):
+    monkeypatch.setattr(runs, "gradient_norm", lambda _: 1 / 0)
+    monkeypatch.setattr(runs, "_told", set())
+    with caplog.at_level(logging.WARNING):
+        losses, _ = plain_loop(epochs=1)
+    assert len(losses) == 3
+    assert [("gradient_norm" in f, "loss" in f) for f in instrumented.frames] == [
+        (False, True)
+    ] * 3
+    assert len([r for r in caplog.records if "gradient norm" in r.message]) == 1
+
+
+def test_a_users_error_passes_through_unchanged(instrumented):
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar"):
+        (x * 2).backward()
+    with pytest.raises(StopIteration):
+        next(iter(data(n=0)))
+
+
+# The explicit way in.
+
+
+def explicit_loop(run, model, optimizer, epochs=2):
+    losses = []
+    for _ in range(epochs):
+        for x, y in run.batches(data()):
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            run.report(loss=loss, accuracy=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def test_three_added_lines_record_a_loop(captured):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    run = esper_otel.start(optimizer)
+    losses = explicit_loop(run, model, optimizer)
+    run.close()
+    frames = captured.frames
+    assert [frame["loss"] for frame in frames] == losses
+    assert frames[-1].keys() >= REQUIRED - {"forward_ms", "backward_ms"} | {"accuracy"}
+    assert frames[-1]["optimizer_momentum"] == pytest.approx(0.9)
+
+
+def test_phases_can_be_told(captured):
+    run = esper_otel.start()
+    for _ in range(2):
+        with run.phase("forward"):
+            pass
+        with run.phase("backward"):
+            pass
+        run.report(loss=torch.tensor(2.0), gradient_norm=1.5)
+        run.step()
+    run.close()
+    assert captured.frames[-1].keys() >= {"forward_ms", "backward_ms", "gradient_norm", "loss"}
+
+
+def test_both_ways_in_count_a_step_once(instrumented):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    run = esper_otel.start(optimizer)
+    losses = explicit_loop(run, model, optimizer)
+    assert [frame["step"] for frame in instrumented.frames] == list(range(1, 7))
+    assert [frame["loss"] for frame in instrumented.frames] == losses
+    for frame in instrumented.frames[1:]:
+        assert frame["samples_per_s"] * frame["step_latency_ms"] / 1e3 == pytest.approx(32)
+
+
+def test_a_closed_run_takes_its_hooks_off(captured):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    run = esper_otel.start(optimizer)
+    explicit_loop(run, model, optimizer, epochs=1)
+    run.close()
+    plain = len(captured.frames)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert len(captured.frames) == plain == 3
+
+
+def test_a_setting_that_does_not_exist_or_fit_is_refused_at_once(captured):
+    with pytest.raises(SettingsError, match="no such setting"):
+        esper_otel.start(moode="advise")
+    with pytest.raises(SettingsError, match="mode='always'"):
+        esper_otel.start(mode="always")
+
+
+def test_a_disabled_sdk_disables_everything(captured, monkeypatch):
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    run = esper_otel.start(optimizer)
+    explicit_loop(run, model, optimizer)
+    run.close()
+    assert captured.frames == []
