@@ -38,19 +38,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"esper-otel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
-        "run", help="run a training script, instrumented", description=_RUN
+        "run",
+        help="run a training script, instrumented",
+        description=_RUN,
+        usage="esper-otel run [option ...] (script.py | -m module) [argument ...]",
     )
     run.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
     run.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
     run.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
     run.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
     run.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
-    run.add_argument(
-        "script",
-        nargs=argparse.REMAINDER,
-        metavar="script.py [argument ...] | -m module [argument ...]",
-        help="what `python` would be given",
-    )
+    run.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="run a module")
+    run.add_argument("script", nargs=argparse.REMAINDER, help="what `python` would be given")
     resend = commands.add_parser("resend", help="deliver telemetry that a run left unsent")
     resend.add_argument("files", nargs="+", type=Path, metavar="FILE")
     show = commands.add_parser("show", help="print recorded steps")
@@ -67,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     script: list[str] = options.script
-    if not script or script == ["-m"]:
+    if options.module is not None:
+        script = ["-m", *options.module] if options.module else []
+    if not script:
         return _refuse("run: expected a script, or -m and a module")
     if options.enforce and options.mode not in (None, "enforce"):
         return _refuse(f"run: --enforce and --mode {options.mode} exclude each other")

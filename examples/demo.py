@@ -1,0 +1,312 @@
+"""The demo: one script, one accident, twice; once only watched and once rescued.
+
+Starts a Tamiyo sidecar and runs ``digits.py``, which knows nothing of it, under
+``esper-otel run``. What is shown while it runs is read from the OTLP that the run
+records, as any backend would get it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+SCRIPT = HERE / "digits.py"
+EPOCHS = "60"
+ROWS = 12
+PHASES = {
+    "input_wait_ms": ("input", "yellow"),
+    "forward_ms": ("forward", "green"),
+    "backward_ms": ("backward", "blue"),
+    "optimizer_ms": ("optimizer", "magenta"),
+    "hook_latency_ms": ("esper", "red"),
+}
+ACTION_STYLE = {"PAUSE": "red", "OPTIMIZER": "bold yellow"}
+
+console = Console()
+
+
+@dataclass
+class Told:
+    """One decision other than CONTINUE, as its span tells it."""
+
+    step: int
+    action: str
+    rule: str
+    applied: bool
+    values: dict[str, float]
+
+    def seen(self) -> str:
+        """The values the rule saw, in words."""
+        return ", ".join(f"{key} {value:.4g}" for key, value in self.values.items())
+
+
+class Tail:
+    """Reads what has been added to a recording since it was last asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while len(size := file.read(4)) == 4:
+                body = file.read(length := struct.unpack(">I", size)[0])
+                if len(body) < length:
+                    return  # still being written
+                self.offset += 4 + length
+                yield body
+
+
+@dataclass
+class Observed:
+    """What the recording of one run has told so far."""
+
+    mode: str
+    folder: Path
+    steps: list[dict[str, float]] = field(default_factory=list)
+    told: dict[int, Told] = field(default_factory=dict)
+    accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        stem = f"digits-{self.mode}-rank0"
+        self.metrics = Tail(self.folder / f"{stem}.metrics.otlp")
+        self.traces = Tail(self.folder / f"{stem}.traces.otlp")
+
+    @property
+    def accident(self) -> int | None:
+        """The first step at the faulty rate."""
+        for before, after in zip(self.steps, self.steps[1:], strict=False):
+            if after["optimizer_lr"] > 10 * before["optimizer_lr"]:
+                return int(after["step"])
+        return None
+
+    def read(self) -> None:
+        """Take in what has been recorded since last time."""
+        for body in self.metrics:
+            for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+                for scope in resource.scope_metrics:
+                    values = {
+                        metric.name.removeprefix("tolaria."): metric.gauge.data_points[
+                            0
+                        ].as_double
+                        for metric in scope.metrics
+                    }
+                    if "step" in values:
+                        self.steps.append(values)
+        for body in self.traces:
+            for spans in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for scope_spans in spans.scope_spans:
+                    for span in scope_spans.spans:
+                        if span.name == "tamiyo.decide":
+                            self._take_decision(span)
+
+    def _take_decision(self, span: Any) -> None:
+        said = {a.key: a.value for a in span.attributes}
+        action = said["esper.decision.action"].string_value
+        if action == "CONTINUE":
+            return
+        rule = said["esper.decision.reason"].string_value
+        values: dict[str, float] = {}
+        for event in span.events:
+            finding = {a.key: a.value for a in event.attributes}
+            if finding["esper.finding.rule"].string_value == rule:
+                values = {
+                    key.removeprefix("esper.finding.value."): value.double_value
+                    for key, value in finding.items()
+                    if key.startswith("esper.finding.value.")
+                }
+        step = int(said["esper.decision.id"].string_value.rsplit("/", 1)[1])
+        applied = said["esper.decision.applied"].bool_value
+        self.told[step] = Told(step, action, rule, applied, values)
+
+
+def bar(values: dict[str, float], width: int = 24) -> Text:
+    """Where the step's time went, each phase in its colour."""
+    total = values.get("step_latency_ms", 0.0)
+    text = Text()
+    if total > 0:
+        for key, (_, colour) in PHASES.items():
+            text.append("█" * round(width * values.get(key, 0.0) / total), style=colour)
+    return text
+
+
+def picture(run: Observed) -> Group:
+    """The newest steps of a run, oldest first, and its newest decisions."""
+    legend = Text("step time: ")
+    for name, colour in PHASES.values():
+        legend.append(f"█ {name} ", style=colour)
+    how = {"advise": "decisions are only reported", "enforce": "decisions are applied"}
+    table = Table(title=f"digits, {run.mode}: {how[run.mode]}", title_justify="left")
+    for column in ("step", "loss", "gradient", "lr", "ms"):
+        table.add_column(column, justify="right")
+    table.add_column("step time", min_width=26)
+    table.add_column("Tamiyo", min_width=34, no_wrap=True)
+    # Every 20th step, and every one with a decision.
+    shown = [s for s in run.steps if s["step"] % 20 == 0 or int(s["step"]) in run.told]
+    for values in shown[-ROWS:]:
+        told = run.told.get(int(values["step"]))
+        table.add_row(
+            f"{values['step']:.0f}",
+            f"{values['loss']:.4f}" if "loss" in values else "not finite",
+            f"{values['gradient_norm']:.3g}" if "gradient_norm" in values else "not finite",
+            f"{values['optimizer_lr']:.2g}",
+            f"{values['step_latency_ms']:.2f}" if "step_latency_ms" in values else "",
+            bar(values),
+            Text(f"{told.action}  {told.rule}", style=ACTION_STYLE.get(told.action, ""))
+            if told
+            else Text("CONTINUE", style="dim"),
+        )
+    return Group(table, legend)
+
+
+def ended(process: subprocess.Popen[str]) -> None:
+    """End a process of ours, politely and then not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def sidecar(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A living sidecar: its socket and the address of its OTLP receiver."""
+    socket = folder / "tamiyo.sock"
+    command = [str(BIN / "tamiyo"), "serve", "--socket", str(socket)]
+    command += ["--otlp-http", "127.0.0.1:0", "--otlp-grpc", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise SystemExit("the sidecar did not start")
+        status = subprocess.run(
+            [str(BIN / "tamiyo"), "status", "--json", "--socket", str(socket)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        yield socket, json.loads(status.stdout)["otlp_http"]
+    finally:
+        ended(process)
+
+
+def train(mode: str, folder: Path, socket: Path, otlp: str) -> Observed:
+    """Run the script under ``mode``, showing what its telemetry says meanwhile."""
+    run = Observed(mode, folder)
+    command = [str(BIN / "esper-otel"), "run", "--mode", mode, "--socket", str(socket)]
+    command += ["--record", str(folder), "--run-id", f"digits-{mode}"]
+    command += [str(SCRIPT), "--epochs", EPOCHS]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+    environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{otlp}"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for the demo, which ends its own
+    )
+    try:
+        with Live(picture(run), console=console, refresh_per_second=10) as live:
+            while process.poll() is None:
+                time.sleep(0.1)
+                run.read()
+                live.update(picture(run))
+            run.read()
+            live.update(picture(run))
+        assert process.stdout is not None
+        output = process.stdout.read()
+    finally:
+        ended(process)
+    if process.returncode:
+        raise SystemExit(f"{SCRIPT.name} ended with {process.returncode}:\n{output}")
+    run.accuracy = float(output.rsplit("test accuracy", 1)[1].split()[0])
+    return run
+
+
+def summary(runs: list[Observed]) -> None:
+    """Both runs side by side, and how the second was rescued."""
+    table = Table(title="The same script, seed and accident", title_justify="left")
+    for column in ("mode", "test accuracy", "decisions", "applied", "noticed after"):
+        table.add_column(column, justify="right")
+    for run in runs:
+        accident = run.accident
+        after = [step for step in run.told if accident is not None and step >= accident]
+        table.add_row(
+            run.mode,
+            f"{run.accuracy:.1%}",
+            str(len(run.told)),
+            str(sum(told.applied for told in run.told.values())),
+            f"{min(after) - accident} steps" if accident is not None and after else "-",
+        )
+    console.print(table)
+    rescued = runs[-1]
+    accident = rescued.accident
+    if accident is not None:
+        console.print(
+            f"The schedule multiplied the learning rate by 50 at step {accident}. "
+            f"Tamiyo's first answers in {rescued.mode}:"
+        )
+        for told in [told for step, told in sorted(rescued.told.items()) if step >= accident][
+            :6
+        ]:
+            console.print(
+                f"  step {told.step} (+{told.step - accident})  {told.action}  "
+                f"[bold]{told.rule}[/bold]  {told.seen()}",
+                highlight=False,
+            )
+    console.print(f"\nRecorded OTLP: {rescued.folder}", highlight=False)
+    console.print(
+        f"Look at it:    {BIN}/esper-otel show {rescued.metrics.path}", highlight=False
+    )
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path("recordings") / f"demo-{stamp}"
+    folder.mkdir(parents=True)
+    try:
+        with (
+            tempfile.TemporaryDirectory() as run_folder,
+            sidecar(Path(run_folder)) as (socket, otlp),
+        ):
+            runs = [train(mode, folder, socket, otlp) for mode in ("advise", "enforce")]
+    except KeyboardInterrupt:
+        console.print("\nended; what was recorded lies in", str(folder))
+        return 130
+    summary(runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""``esper-otel run`` is ``python``: the same script under both, compared."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+ESPER = [str(Path(sys.executable).parent / "esper-otel")]
+
+
+def run(command, *, cwd, env=CLEAN, **options):
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def both(arguments, *, cwd, env=CLEAN, **options):
+    bare = run([sys.executable, *arguments], cwd=cwd, env=env, **options)
+    ours = run([*ESPER, "run", *arguments], cwd=cwd, env=env, **options)
+    return bare, ours
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(source, name="train.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source))
+        return path
+
+    return write
+
+
+SAME = {
+    "arguments": "import sys; print(sys.argv)",
+    "main": "print(__name__, __file__, __spec__, __builtins__)",
+    "path": "import sys; print(sys.path[0], sys.path[1:] , 'autoload' in str(sys.path))",
+    "pickled main": """
+        import multiprocessing, os
+        def work(x): return x * x
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.map(work, [1, 2, 3]))
+        """,
+    "environment": """
+        import os
+        print({k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "ESPER"))})
+        """,
+    "child": """
+        import subprocess, sys
+        code = "import sys; print('esper_otel' in sys.modules, sys.path)"
+        print(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
+        """,
+    "stdin": "import sys; print(sys.stdin.read())",
+    "exit status": "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)",
+    "exit message": "raise SystemExit('no data')",
+    "traceback": "def f():\n    raise KeyError('x')\nf()",
+    "syntax error": "x = (",
+    "os._exit": "import os; os._exit(5)",
+    "atexit": "import atexit; atexit.register(print, 'bye')",
+}
+
+
+@pytest.mark.parametrize("source", SAME.values(), ids=SAME)
+def test_it_behaves_like_python(script, tmp_path, source):
+    path = script(source)
+    bare, ours = both([path.name, "--lr", "0.1", "-m", "x"], cwd=tmp_path, input="line\n")
+    assert (ours.returncode, ours.stdout, ours.stderr) == (
+        bare.returncode,
+        bare.stdout,
+        bare.stderr,
+    )
+
+
+def test_a_module_and_a_pythonpath_work_as_ever(script, tmp_path):
+    script("import sys, helper; print(__name__, sys.argv[1:], helper.x)", "package/train.py")
+    script("x = 3", "elsewhere/helper.py")
+    env = CLEAN | {"PYTHONPATH": str(tmp_path / "elsewhere")}
+    bare, ours = both(["-m", "package.train", "a"], cwd=tmp_path, env=env)
+    assert bare.stdout == "__main__ ['a'] 3\n"
+    assert ours.stdout == bare.stdout
+
+
+def test_a_sitecustomize_of_the_users_own_still_runs(script, tmp_path):
+    script("import sys; sys.seen = [*getattr(sys, 'seen', []), 1]", "site/sitecustomize.py")
+    script("import sitecustomize, sys; print(sitecustomize.__file__, sys.seen)")
+    env = CLEAN | {"PYTHONPATH": str(tmp_path / "site")}
+    bare, ours = both(["train.py"], cwd=tmp_path, env=env)
+    assert "site/sitecustomize.py [1]" in bare.stdout
+    assert ours.stdout == bare.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_end_it_as_they_end_python(script, tmp_path, number):
+    path = script("import signal\nprint('up', flush=True)\nsignal.pause()")
+    seen = []
+    for command in ([sys.executable], [*ESPER, "run"]):
+        with subprocess.Popen(
+            [*command, str(path)],
+            env=CLEAN,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                assert process.stdout.readline() == "up\n"
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=30)
+            finally:
+                process.kill()
+        seen.append((process.returncode, errors))
+    assert seen[0] == seen[1]
+
+
+def test_a_script_that_never_imports_torch_does_not_pay_for_it(script, tmp_path):
+    script("import sys; print({'torch', 'numpy', 'grpc'} & set(sys.modules))")
+    assert run([*ESPER, "run", "train.py"], cwd=tmp_path).stdout == "set()\n"
+
+
+MISTAKES = {
+    "no script": (["run"], "expected a script"),
+    "missing script": (["run", "nope.py"], "run: nope.py: no such file"),
+    "module without name": (["run", "-m"], "expected a script"),
+    "conflict": (["run", "--enforce", "--mode", "off", "x.py"], "exclude each other"),
+    "unknown command": (["rum"], "invalid choice: 'rum'"),
+    "bad mode": (["run", "--mode", "force", "x.py"], "invalid choice: 'force'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_call_is_told_in_words(tmp_path, arguments, message):
+    done = run([*ESPER, *arguments], cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_setting_that_does_not_fit_stops_it_before_the_script(script, tmp_path):
+    script("print('ran')")
+    env = CLEAN | {"ESPER_TAMIYO_DEADLINE_MS": "soon"}
+    done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ESPER_TAMIYO_DEADLINE_MS='soon': expected" in done.stderr
