@@ -9,7 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from esper_otel import __version__
+from esper_otel.leyline.frames import StepFrame
 from esper_otel.settings import EsperSettings, Mode, SettingsError
 
 _RUN = """\
@@ -99,10 +102,13 @@ def _run(options: argparse.Namespace) -> int:
 def _resend(options: argparse.Namespace) -> int:
     from esper_otel.stream import resend
 
-    report = resend(options.files, os.environ)
-    for line in report.lines:
-        print(line)
-    return 0 if report.complete else 1
+    report = resend(options.files)
+    for file in report.files:
+        rejected = f", {file.rejected:,} rejected by the receiver" if file.rejected else ""
+        print(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept")
+        if file.problem:
+            print(f"esper-otel: resend: {file.problem}", file=sys.stderr)
+    return 0 if report.is_complete else 1
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -118,14 +124,25 @@ def _show(options: argparse.Namespace) -> int:
         try:
             for frame in read_frames(path):
                 if options.json:
-                    print(json.dumps(frame, default=str))
+                    print(json.dumps(msgspec.structs.asdict(frame)))
                 else:
-                    values = (f"{key}={frame.values[key]:.6g}" for key in columns)
-                    print(frame.step, *values)
+                    print(_line(frame, columns))
         except (RecordingError, OSError) as error:
-            print(f"esper-otel: show: {error}", file=sys.stderr)
+            known = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+            print(f"esper-otel: show: {known}", file=sys.stderr)
             status = 1
     return status
+
+
+def _line(frame: StepFrame, columns: Sequence[str]) -> str:
+    shown = {"": frame.values} | {f"{seed_id} ": s for seed_id, s in frame.seeds.items()}
+    words = [
+        f"{whose}{key}={values[key]:.6g}"
+        for whose, values in shown.items()
+        for key in columns
+        if key in values
+    ]
+    return " ".join([f"step={frame.step}", *words])
 
 
 def _refuse(message: str) -> int:

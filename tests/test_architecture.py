@@ -1,0 +1,85 @@
+"""The arrows between packages, and what importing each of them may bring along."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {
+    "esper_otel": ROOT / "src" / "esper_otel",
+    "esper_tamiyo": ROOT / "sidecar" / "esper_tamiyo",
+}
+
+MAY_IMPORT = {
+    "esper_otel.leyline": {"esper_otel.leyline"},
+    "esper_otel.settings": set(),
+    "esper_otel.tolaria": {"esper_otel.leyline", "esper_otel.tolaria"},
+    "esper_otel.tamiyo": {"esper_otel.leyline", "esper_otel.tamiyo"},
+    "esper_otel.stream": {
+        "esper_otel",
+        "esper_otel.leyline",
+        "esper_otel.settings",
+        "esper_otel.stream",
+    },
+    "esper_tamiyo": {"esper_otel.leyline", "esper_tamiyo"},
+}
+"""Package → packages of ours it may import; whoever is not named here may import all."""
+
+
+def modules(package):
+    """Modules of a package, or the one module of that name."""
+    top, *rest = package.split(".")
+    path = SOURCES[top].joinpath(*rest)
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def imported(module):
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("package", "allowed"), MAY_IMPORT.items(), ids=MAY_IMPORT)
+def test_arrows_point_one_way(package, allowed):
+    for module in modules(package):
+        for name in imported(module):
+            if name.split(".")[0] not in SOURCES:
+                continue
+            home = ".".join(name.split(".")[:2]) if name.startswith("esper_otel.") else "top"
+            if name.startswith("esper_tamiyo"):
+                home = "esper_tamiyo"
+            elif name == "esper_otel" or name.startswith("esper_otel.__"):
+                home = "esper_otel"
+            assert home in allowed or name in allowed, f"{module}: imports {name}"
+
+
+def test_only_providers_imports_the_sdk():
+    users = {
+        module.name
+        for module in modules("esper_otel")
+        if any(name.startswith("opentelemetry.sdk") for name in imported(module))
+    }
+    assert users == {"providers.py"}
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("esper_otel", {"torch", "numpy", "grpc", "google", "requests", "aiohttp", "msgspec"}),
+        ("esper_otel.run", {"torch", "grpc", "google.protobuf", "requests", "aiohttp"}),
+        ("esper_otel.cli", {"torch", "numpy", "grpc", "google.protobuf", "requests"}),
+        ("esper_tamiyo.cli", {"torch", "numpy", "grpc", "google.protobuf", "aiohttp"}),
+        ("esper_tamiyo.server", {"torch", "numpy", "grpc", "google.protobuf", "aiohttp"}),
+        ("esper_tamiyo.ingest", {"torch"}),
+    ],
+)
+def test_importing_brings_nothing_heavy_along(module, heavy):
+    code = f"import sys, {module}; print(sorted(set(sys.modules) & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
