@@ -214,7 +214,7 @@ def sidecar(folder: Path) -> Iterator[tuple[Path, str]]:
             capture_output=True,
             text=True,
         )
-        yield socket, json.loads(status.stdout)["otlp_http"]
+        yield socket, json.loads(status.stdout)["ingest"]["otlp_http"]
     finally:
         ended(process)
 

@@ -55,15 +55,21 @@ def present(keys: Sequence[str], row: Sequence[float]) -> dict[str, float]:
 class StepTimeline(NamedTuple):
     """When the phases of one step were; becomes the spans of its trace.
 
-    ``phases`` are (span name, start, end), all times Unix nanoseconds. ``row`` is the
-    step's row of values. ``decision`` is None when nobody was asked.
+    ``phases`` are (span name, start, end), for example ``train.forward``; all times are
+    Unix nanoseconds whose differences are those of a monotonic clock. ``row`` is the
+    step's row of values. ``decision`` is None when nobody was asked, ``applied`` whether
+    it changed something in the run.
     """
 
     step: int
     start_unix_nano: int
     end_unix_nano: int
-    phases: list[tuple[str, int, int]]
-    row: list[float]
+    phases: Sequence[tuple[str, int, int]]
+    row: Sequence[float] = ()
     decision: Decision | None = None
     applied: bool = False
-    """Whether the decision changed something in the run."""
+
+    @property
+    def spans(self) -> int:
+        """How many spans it makes."""
+        return 1 + len(self.phases)

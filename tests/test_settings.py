@@ -1,0 +1,161 @@
+"""Settings from the environment: every variable, every kind of mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from esper_otel.settings import EsperSettings, Mode, SettingsError
+
+VARIABLES = [
+    ("TOLARIA_STEP_ENRICHMENT_ENABLED", "false", "tolaria_step_enrichment_enabled", False),
+    ("TOLARIA_STEP_ENRICHMENT_ENABLED", "0", "tolaria_step_enrichment_enabled", False),
+    ("TOLARIA_STEP_ENRICHMENT_ENABLED", "True", "tolaria_step_enrichment_enabled", True),
+    ("ESPER_RUN_ID", "night-3", "run_id", "night-3"),
+    ("ESPER_RUN_ID", "7", "run_id", "7"),
+    ("ESPER_MODE", "off", "mode", Mode.OFF),
+    ("ESPER_MODE", "enforce", "mode", Mode.ENFORCE),
+    ("ESPER_TAMIYO_SOCKET", "/run/t.sock", "tamiyo_socket", "/run/t.sock"),
+    ("ESPER_TAMIYO_DEADLINE_MS", "2.5", "tamiyo_deadline_ms", 2.5),
+    ("ESPER_STREAM_INTERVAL_MS", " 250 ", "stream_interval_ms", 250.0),
+    ("ESPER_RING_STEPS", "64", "ring_steps", 64),
+    ("ESPER_SPOOL_MB", "1", "spool_mb", 1.0),
+    ("ESPER_SPOOL_DIR", "/var/spool", "spool_dir", "/var/spool"),
+    ("ESPER_RECORDING_DIR", "rec", "recording_dir", "rec"),
+    ("ESPER_FLUSH_TIMEOUT_S", "0", "flush_timeout_s", 0.0),
+    ("ESPER_SPAN_EVERY", "0", "span_every", 0),
+    ("ESPER_SPAN_SLOW_FACTOR", "3", "span_slow_factor", 3.0),
+    ("ESPER_LR_SCALE_MIN", "0.1", "lr_scale_min", 0.1),
+    ("ESPER_LR_SCALE_MAX", "2", "lr_scale_max", 2.0),
+    ("ESPER_RELEASE_STEPS", "9", "release_steps", 9),
+]
+
+
+@pytest.mark.parametrize(("variable", "text", "field", "value"), VARIABLES)
+def test_a_variable_sets_its_field(variable: str, text: str, field: str, value: Any) -> None:
+    settings = EsperSettings.from_environment({variable: text})
+    assert getattr(settings, field) == value
+    assert type(getattr(settings, field)) is type(value)
+    others = set(EsperSettings.__struct_fields__) - {field}
+    assert all(getattr(settings, name) == getattr(EsperSettings(), name) for name in others)
+
+
+def test_every_field_is_in_the_table_above() -> None:
+    tested = {field for _, _, field, _ in VARIABLES} | {"rank", "world_size"}
+    assert tested == set(EsperSettings.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank", "world_size"),
+    [
+        ({}, 0, 1),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, 3, 4),
+        ({"RANK": "3", "WORLD_SIZE": "4", "ESPER_RANK": "1", "ESPER_WORLD_SIZE": "2"}, 1, 2),
+        ({"RANK": "", "WORLD_SIZE": ""}, 0, 1),
+    ],
+)
+def test_rank_is_torchruns_unless_said_otherwise(
+    environ: dict[str, str], rank: int, world_size: int
+) -> None:
+    settings = EsperSettings.from_environment(environ)
+    assert (settings.rank, settings.world_size) == (rank, world_size)
+
+
+def test_arguments_win_over_the_environment() -> None:
+    environ = {"ESPER_MODE": "advise", "ESPER_SPAN_EVERY": "many"}
+    settings = EsperSettings.from_environment(environ, mode="off", span_every=5)
+    assert settings.mode is Mode.OFF
+    assert settings.span_every == 5
+
+
+def test_an_empty_variable_is_not_set() -> None:
+    assert EsperSettings.from_environment({"ESPER_RING_STEPS": ""}) == EsperSettings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expected"),
+    [
+        ("TOLARIA_STEP_ENRICHMENT_ENABLED", "maybe", "expected true or false"),
+        ("ESPER_MODE", "enforced", "expected off, advise or enforce"),
+        ("ESPER_TAMIYO_DEADLINE_MS", "fast", "expected a number"),
+        ("ESPER_TAMIYO_DEADLINE_MS", "0", "expected a number from 0.1 to 60000"),
+        ("ESPER_TAMIYO_DEADLINE_MS", "nan", "expected a number from 0.1 to 60000"),
+        ("ESPER_STREAM_INTERVAL_MS", "0.5", "expected a number from 1 to 60000"),
+        ("ESPER_RING_STEPS", "8", "expected a number from 16 to 4.1943e+06"),
+        ("ESPER_RING_STEPS", "100.5", "expected a whole number"),
+        ("ESPER_SPOOL_MB", "-1", "expected a number from 0.01 to 65536"),
+        ("ESPER_FLUSH_TIMEOUT_S", "601", "expected a number from 0 to 600"),
+        ("ESPER_SPAN_EVERY", "-1", "expected a number from 0 to inf"),
+        ("ESPER_SPAN_SLOW_FACTOR", "0.5", "expected a number from 1 to inf"),
+        ("ESPER_LR_SCALE_MIN", "1.5", "expected a number from 0 to 1"),
+        ("ESPER_LR_SCALE_MAX", "0.5", "expected a number from 1 to 1000"),
+        ("ESPER_RELEASE_STEPS", "0", "expected a number from 1 to inf"),
+        ("ESPER_RANK", "-1", "expected a number from 0 to inf"),
+        ("WORLD_SIZE", "0", "expected a number from 1 to inf"),
+        ("RANK", "first", "expected a whole number"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_variable_and_what_was_expected(
+    variable: str, text: str, expected: str
+) -> None:
+    with pytest.raises(SettingsError) as mistake:
+        EsperSettings.from_environment({variable: text})
+    message = str(mistake.value)
+    assert message.startswith(f"{variable}=")
+    assert text in message
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_bad_argument_is_named_by_its_field() -> None:
+    with pytest.raises(SettingsError, match=r"^ring_steps=1: expected a number from 16"):
+        EsperSettings.from_environment({}, ring_steps=1)
+    with pytest.raises(SettingsError, match=r"^mode='loud': expected off, advise or enforce"):
+        EsperSettings.from_environment({}, mode="loud")
+    with pytest.raises(SettingsError, match=r"^run_id=7: expected text"):
+        EsperSettings.from_environment({}, run_id=7)
+
+
+def test_a_rank_outside_its_world_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"rank=2: expected less than world_size=2"):
+        EsperSettings.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_a_misspelt_variable_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    settings = EsperSettings.from_environment({"ESPER_TAMIYO_DEADLINE": "1", "ESPRESSO": "2"})
+    assert settings == EsperSettings()
+    assert [record.getMessage() for record in caplog.records] == [
+        "ESPER_TAMIYO_DEADLINE is set, but esper-otel has no such setting"
+    ]
+    assert caplog.records[0].name == "esper_otel"
+
+
+def test_known_variables_are_not_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    EsperSettings.from_environment({variable: text for variable, text, _, _ in VARIABLES})
+    assert caplog.records == []
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPER_RUN_ID", "from-outside")
+    assert EsperSettings.from_environment().run_id == "from-outside"
+
+
+def test_unsent_telemetry_is_left_where_state_belongs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert EsperSettings().spool_path == tmp_path / "esper" / "spool"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EsperSettings().spool_path == tmp_path / ".local" / "state" / "esper" / "spool"
+    assert EsperSettings(spool_dir="here").spool_path == Path("here")
+
+
+def test_settings_do_not_change() -> None:
+    settings = EsperSettings()
+    with pytest.raises(AttributeError):
+        settings.rank = 1  # type: ignore[misc]
+    assert msgspec.structs.replace(settings, rank=1, world_size=2).rank == 1
