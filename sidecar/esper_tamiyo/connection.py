@@ -1,0 +1,140 @@
+"""One connection of the decision socket: bytes in, messages out, never waiting."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable
+from itertools import compress
+from math import isfinite
+
+from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.metrics import SEED_SLOT, STEP_SLOT
+from esper_otel.leyline.wire import (
+    Ask,
+    Hello,
+    MessageBuffer,
+    ToClient,
+    ToServer,
+    WireError,
+    decode_to_server,
+    encode,
+)
+
+MAX_BACKLOG = 256 * 1024
+"""Unread answers, in bytes, after which a client is given up."""
+
+_LENGTH = struct.Struct("<I")
+
+_UNKNOWN = ""
+"""Stands for every column that is not in the registry."""
+
+
+class Columns:
+    """Turns rows of one kind into values by key."""
+
+    __slots__ = ("_all_known", "_keys", "in_registry_order")
+
+    def __init__(self, names: list[str], known: dict[str, int]) -> None:
+        self._keys = [name if name in known else _UNKNOWN for name in names]
+        self._all_known = _UNKNOWN not in self._keys
+        self.in_registry_order = names == list(known)
+
+    def values(self, row: list[float]) -> dict[str, float]:
+        """The present values of a row, the finite ones; raises :class:`WireError`."""
+        if len(row) != len(self._keys):
+            raise WireError(f"{len(self._keys)} columns were named, a row has {len(row)}")
+        values = dict(compress(zip(self._keys, row, strict=True), map(isfinite, row)))
+        if not self._all_known:
+            values.pop(_UNKNOWN, None)
+        return values
+
+
+class Trainer:
+    """Who asks on a connection, and what the places of its rows mean."""
+
+    __slots__ = ("_seed_columns", "_step_columns", "glances", "instance", "key")
+
+    def __init__(self, hello: Hello) -> None:
+        self.key = (hello.run, hello.rank)
+        self.instance = hello.instance
+        self._step_columns = Columns(hello.step_columns, STEP_SLOT)
+        self._seed_columns = Columns(hello.seed_columns, SEED_SLOT)
+        self.glances = self._step_columns.in_registry_order
+        """Whether its rows can be held against guards as they are."""
+
+    def frame(self, ask: Ask) -> StepFrame:
+        """The frame of an ask; raises :class:`WireError` for rows that do not fit."""
+        values = self._step_columns.values(ask.values)
+        values["step"] = float(ask.step)
+        seeds = (
+            {row.seed_id: self._seed_columns.values(row.values) for row in ask.seeds}
+            if ask.seeds
+            else {}
+        )
+        run, rank = self.key
+        return StepFrame(run, self.instance, rank, ask.step, ask.time_unix_nano, values, seeds)
+
+
+class Connection:
+    """A client's socket with what it has not yet sent and not yet read."""
+
+    __slots__ = ("_incoming", "_outgoing", "_socket", "fd", "trainer")
+
+    def __init__(self, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        self._socket = accepted
+        self.fd = accepted.fileno()
+        self.trainer: Trainer | None = None
+        self._incoming = MessageBuffer()
+        self._outgoing = bytearray()
+
+    def messages(self, data: memoryview) -> Iterable[ToServer]:
+        """The messages completed by ``data``; raises :class:`WireError`."""
+        if (
+            not self._incoming
+            and len(data) > 4
+            and _LENGTH.unpack_from(data)[0] == len(data) - 4
+        ):
+            return (decode_to_server(data[4:]),)  # nearly always: one read, one message
+        return map(decode_to_server, self._incoming.feed(data))
+
+    def receive_into(self, buffer: bytearray) -> int:
+        """As ``socket.recv_into``: 0 is the end, and errors are the socket's."""
+        return self._socket.recv_into(buffer)
+
+    def send(self, message: ToClient) -> bool:
+        """Send what the socket takes now and keep the rest; False: the client is gone."""
+        data = encode(message)
+        if self._outgoing:
+            self._outgoing += data
+            return len(self._outgoing) <= MAX_BACKLOG
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        if sent < len(data):
+            self._outgoing += data[sent:]
+        return True
+
+    def flush(self) -> bool:
+        """Send more of what was kept; False: the client is gone."""
+        try:
+            sent = self._socket.send(self._outgoing)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        del self._outgoing[:sent]
+        return True
+
+    @property
+    def backlog(self) -> int:
+        """Bytes the client has not read yet."""
+        return len(self._outgoing)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()

@@ -1,0 +1,163 @@
+"""The ingest process as the decide process sees it: started, listened to, restarted."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from esper_tamiyo.addresses import Address
+from esper_tamiyo.pipe import Failed, Inlet, Kind, Ready, Tally
+
+log = logging.getLogger("tamiyo")
+
+FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 10.0
+STABLE_AFTER_S = 10.0
+"""A child that lived this long starts over with the first backoff when it dies."""
+
+MAX_QUEUE = 4096
+"""Frames that wait for their turn; beyond it the pipe is left to fill up."""
+
+READ_BYTES = 16 * 1024
+END_PATIENCE_S = 1.5
+
+
+class IngestError(Exception):
+    """The ingest process could not start."""
+
+
+class IngestChild:
+    """Starts the process, queues its frames undecoded, and starts it again when it dies."""
+
+    def __init__(self, grpc_at: Address, http_at: Address) -> None:
+        self._addresses = (str(grpc_at), str(http_at))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: socket.socket | None = None
+        self._inlet = Inlet()
+        self._buffer = bytearray(READ_BYTES)
+        self._backoff = FIRST_BACKOFF_S
+        self._started_at = 0.0
+        self._restart_at: float | None = None
+        self._tally = Tally()
+        self.frames: deque[bytes] = deque()
+        self.ready: Ready | None = None
+        self.listening = False
+        self.restarts = 0
+
+    def start(self) -> socket.socket:
+        """Start the process; returns our end of the pipe, to be watched for reading."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-P", "-m", "esper_tamiyo.ingest", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                [*command, *self._addresses],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        ours.setblocking(False)
+        self._pipe = ours
+        self._inlet = Inlet()
+        self._started_at = time.monotonic()
+        self._restart_at = None
+        return ours
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be read from the pipe now."""
+        return len(self.frames) < MAX_QUEUE
+
+    def read(self) -> bool:
+        """Take in what the pipe holds; False when the process is gone.
+
+        Raises :class:`IngestError` when it cannot listen the first time.
+        """
+        if self._pipe is None:
+            return False
+        try:
+            count = self._pipe.recv_into(self._buffer)
+        except BlockingIOError:
+            return True
+        except OSError:
+            count = 0
+        for kind, body in self._inlet.feed(memoryview(self._buffer)[:count]):
+            if kind == Kind.FRAME:
+                self.frames.append(body)
+            else:
+                self._heed(kind, body)
+        if count == 0 and self.ready is None:
+            raise IngestError("the ingest process ended before it listened")
+        return count > 0
+
+    def bury(self) -> None:
+        """The process is gone: plan the next one."""
+        self._end(patience_s=0.0)
+        now = time.monotonic()
+        if now - self._started_at >= STABLE_AFTER_S:
+            self._backoff = FIRST_BACKOFF_S
+        self._restart_at = now + self._backoff
+        log.warning("the ingest process ended; starting it again in %g s", self._backoff)
+        self._backoff = min(self._backoff * 2, MAX_BACKOFF_S)
+
+    def due_in(self) -> float | None:
+        """Seconds until the process is to be started again, None when it runs."""
+        if self._restart_at is None:
+            return None
+        return max(0.0, self._restart_at - time.monotonic())
+
+    def restart(self) -> socket.socket:
+        """Start the process again, at the same addresses."""
+        self.restarts += 1
+        return self.start()
+
+    def close(self) -> None:
+        """End the process and wait for it, not long."""
+        self._end(END_PATIENCE_S)
+
+    def report(self) -> dict[str, Any]:
+        """State and counts as plain data."""
+        return {
+            "listening": self.listening,
+            "otlp_grpc": self._addresses[0],
+            "otlp_http": self._addresses[1],
+            "pid": self._process.pid if self._process else None,
+            "restarts": self.restarts,
+            "frames_waiting": len(self.frames),
+            **msgspec.structs.asdict(self._tally),
+        }
+
+    def _heed(self, kind: int, body: bytes) -> None:
+        if kind == Kind.TALLY:
+            news = msgspec.msgpack.decode(body, type=Tally)
+            for field in Tally.__struct_fields__:
+                setattr(self._tally, field, getattr(self._tally, field) + getattr(news, field))
+        elif kind == Kind.READY:
+            self.ready = msgspec.msgpack.decode(body, type=Ready)
+            self._addresses = (self.ready.grpc, self.ready.http)
+            self.listening = True
+        elif kind == Kind.FAILED:
+            message = msgspec.msgpack.decode(body, type=Failed).message
+            if self.ready is None:
+                raise IngestError(message)
+            log.warning("%s", message)
+
+    def _end(self, patience_s: float) -> None:
+        self.listening = False
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

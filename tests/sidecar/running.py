@@ -1,0 +1,158 @@
+"""A real ``tamiyo serve`` for tests, and a client that says exactly what it is told."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from esper_otel.leyline.frames import step_row
+from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS, STEP_SLOT
+from esper_otel.leyline.wire import (
+    PROTOCOL,
+    Ask,
+    Hello,
+    LatestRequest,
+    MessageBuffer,
+    StatusRequest,
+    decode_to_client,
+    encode,
+)
+
+TAMIYO = str(Path(sys.executable).with_name("tamiyo"))
+PATIENCE_S = 15.0
+
+
+def until(condition, patience_s=PATIENCE_S):
+    """Poll ``condition`` until it is true; fail when it does not become so."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.01)
+
+
+def is_alive(pid):
+    """Whether that process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def tamiyo(*arguments):
+    """Run the command to its end."""
+    return subprocess.run(
+        [TAMIYO, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+
+
+class Client:
+    """One connection of the decision socket, in blocking calls."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(PATIENCE_S)
+        self.socket.connect(os.fspath(path))
+        self._buffer = MessageBuffer()
+        self._received = []
+
+    def send(self, message):
+        self.socket.sendall(encode(message))
+
+    def receive(self):
+        """The next message, None when the server has hung up."""
+        while not self._received:
+            try:
+                data = self.socket.recv(65536)
+            except ConnectionResetError:
+                return None
+            if not data:
+                return None
+            self._received += [decode_to_client(body) for body in self._buffer.feed(data)]
+        return self._received.pop(0)
+
+    def call(self, message):
+        self.send(message)
+        return self.receive()
+
+    def hello(self, run="run", instance="one", rank=0, columns=STEP_KEYS):
+        return self.call(
+            Hello(PROTOCOL, run, instance, rank, 1, list(columns), list(SEED_KEYS))
+        )
+
+    def ask(self, step, request_id=None, proposal=None, seeds=(), **values):
+        """The decision about a step with these values."""
+        row = step_row()
+        for key, value in {"step": float(step), "nonfinite": 0.0, **values}.items():
+            row[STEP_SLOT[key]] = value
+        request_id = step if request_id is None else request_id
+        answer = self.call(Ask(request_id, step, step + 1, row, list(seeds), proposal))
+        assert answer.request_id == request_id
+        return answer.decision
+
+    def status(self):
+        return self.call(StatusRequest()).report
+
+    def latest(self, run="", rank=0):
+        return self.call(LatestRequest(run, rank)).decision
+
+    def close(self):
+        self.socket.close()
+
+
+class Sidecar:
+    """A running sidecar."""
+
+    def __init__(self, process, words):
+        self.process = process
+        self.words = words
+        self.socket = Path(words["socket"])
+
+    @contextmanager
+    def client(self):
+        client = Client(self.socket)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def status(self):
+        with self.client() as client:
+            return client.status()
+
+
+@contextmanager
+def sidecar(path, *arguments, ingest=False):
+    """A sidecar at ``path``; its end is checked to be a clean one."""
+    receivers = (
+        ("--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0")
+        if ingest
+        else ("--no-ingest",)
+    )
+    process = subprocess.Popen(
+        [TAMIYO, "serve", "--socket", str(path), *receivers, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with process.stdout:
+            line = process.stdout.readline()
+        assert line.startswith("tamiyo ready "), line
+        words = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
+        yield Sidecar(process, words)
+        if process.poll() is None:
+            process.terminate()
+            assert process.wait(PATIENCE_S) == 0
+            assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,297 @@
+"""Every operator, true, false and unknown; and every rule of the prototype at its number."""
+
+from math import nextafter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.leyline.decisions import Action, Proposal, SeedOperation, Severity
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.engine import Engine
+from esper_tamiyo.history import History, Last, RollingMedian, Watched
+from esper_tamiyo.rules import test_of as as_test
+from esper_tamiyo.table import Combine, Condition, Group, Operator
+from esper_tamiyo.table_file import load
+
+PROPOSAL = Proposal("seed", SeedOperation.GERMINATE)
+TRUE = Condition("loss", Operator.ABOVE, 0.0)
+FALSE = Condition("loss", Operator.BELOW, 0.0)
+UNKNOWN = Condition("accuracy", Operator.ABOVE, 0.0)
+
+
+def verdict(condition, values, before=(), warmup=3, window=5):
+    """The verdict on ``values`` after the frames ``before``."""
+    history = History(
+        Watched(("loss", "loss_volatility"), ("loss",), window=window, warmup=warmup)
+    )
+    for earlier in before:
+        history.absorb(earlier)
+    return as_test(condition)(values, history)
+
+
+def loss(*values):
+    return [{"loss": value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("operator", "number", "value", "expected"),
+    [
+        (Operator.ABOVE, 2.0, 2.1, True),
+        (Operator.ABOVE, 2.0, 2.0, False),
+        (Operator.AT_LEAST, 2.0, 2.0, True),
+        (Operator.AT_LEAST, 2.0, nextafter(2.0, 0.0), False),
+        (Operator.BELOW, 2.0, 1.9, True),
+        (Operator.BELOW, 2.0, 2.0, False),
+        (Operator.AT_MOST, 2.0, 2.0, True),
+        (Operator.AT_MOST, 2.0, nextafter(2.0, 3.0), False),
+    ],
+)
+def test_a_bound(operator, number, value, expected):
+    condition = Condition("loss", operator, number)
+    assert verdict(condition, {"loss": value}) is expected
+    assert verdict(condition, {"accuracy": value}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "before", "expected"),
+    [
+        (6.1, (1, 2, 9), True),
+        (6.0, (1, 2, 9), False),
+        (99.0, (1, 2), None),  # warm-up
+        (None, (1, 2, 9), None),
+        (1.0, (0, 0, 0), True),
+        (1.0, (-1, -2, -3), None),  # three times a negative baseline means nothing
+        (31.0, (99, 1, 10, 10, 10, 10), True),  # 99 has left the window of five
+    ],
+)
+def test_above_baseline(value, before, expected):
+    condition = Condition("loss", Operator.ABOVE_BASELINE, 3.0, "loss")
+    values = {} if value is None else {"loss": value}
+    assert verdict(condition, values, loss(*before)) is expected
+
+
+def test_above_the_baseline_of_another_metric():
+    condition = Condition("loss_delta", Operator.ABOVE_BASELINE, 3.0, "loss_volatility")
+    before = [{"loss_volatility": 2.0}] * 3
+    assert verdict(condition, {"loss_delta": 6.5}, before) is True
+    assert verdict(condition, {"loss_delta": 6.0, "loss_volatility": 50.0}, before) is False
+
+
+@pytest.mark.parametrize(
+    ("value", "before", "expected"),
+    [
+        (3.0, (2.0,), True),
+        (2.9, (2.0,), False),
+        (3.0, (), None),
+        (None, (2.0,), None),
+    ],
+)
+def test_rises_by(value, before, expected):
+    condition = Condition("loss", Operator.RISES_BY, 1.0)
+    values = {} if value is None else {"loss": value}
+    assert verdict(condition, values, loss(*before)) is expected
+
+
+def test_rises_by_looks_past_steps_without_the_value():
+    condition = Condition("loss", Operator.RISES_BY, 1.0)
+    assert verdict(condition, {"loss": 3.0}, [{"loss": 2.0}, {}, {}]) is True
+
+
+@pytest.mark.parametrize(
+    ("value", "before", "expected"),
+    [
+        (1.0, (1, 1), True),
+        (1.0, (2, 1, 1), True),
+        (1.0, (1, 2, 1), False),
+        (2.0, (1, 1), False),
+        (1.0, (1,), None),  # equal so far, too few to say
+        (None, (1, 1), None),
+    ],
+)
+def test_unchanged_for(value, before, expected):
+    condition = Condition("loss", Operator.UNCHANGED_FOR, 3.0)
+    values = {} if value is None else {"loss": value}
+    assert verdict(condition, values, loss(*before)) is expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("nonfinite", {"nonfinite": 1.0}, True),
+        ("nonfinite", {"nonfinite": 0.0}, False),
+        ("nonfinite", {"loss": 1.0}, None),
+        ("loss", {"nonfinite": 1.0}, True),
+        ("loss", {"nonfinite": 1.0, "loss": 1.0}, False),
+        ("loss", {"nonfinite": 0.0}, None),
+        ("loss", {}, None),
+    ],
+)
+def test_nonfinite(metric, values, expected):
+    assert verdict(Condition(metric, Operator.NONFINITE), values) is expected
+
+
+@pytest.mark.parametrize(
+    ("combine", "parts", "expected"),
+    [
+        (Combine.ALL, (TRUE, TRUE), True),
+        (Combine.ALL, (TRUE, FALSE), False),
+        (Combine.ALL, (TRUE, UNKNOWN), None),
+        (Combine.ALL, (UNKNOWN, FALSE), False),
+        (Combine.ANY, (FALSE, TRUE), True),
+        (Combine.ANY, (UNKNOWN, TRUE), True),
+        (Combine.ANY, (FALSE, FALSE), False),
+        (Combine.ANY, (FALSE, UNKNOWN), None),
+        (Combine.ALL, (TRUE, Group(Combine.ANY, (FALSE, UNKNOWN))), None),
+    ],
+)
+def test_groups_are_three_valued(combine, parts, expected):
+    assert verdict(Group(combine, parts), {"loss": 1.0}) is expected
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
+    st.integers(2, 9),
+    st.integers(1, 9),
+)
+def test_the_rolling_median_is_the_median_of_the_last_values(values, window, warmup):
+    rolling = RollingMedian(window, min(warmup, window))
+    for count, value in enumerate(values, 1):
+        rolling.push(value)
+        if count < min(warmup, window):
+            assert rolling.median() is None
+            continue
+        last = sorted(values[max(0, count - window) : count])
+        low, high = last[(len(last) - 1) // 2], last[len(last) // 2]
+        assert rolling.median() == pytest.approx((low + high) / 2)
+        assert low <= rolling.median() <= high
+
+
+def test_last_counts_repeats():
+    last = Last()
+    for value in (1.0, 2.0, 2.0):
+        last.push(value)
+    assert (last.value, last.repeats, last.total) == (2.0, 2, 3)
+
+
+QUIET = {
+    "step": 0.0,
+    "loss": 1.0,
+    "loss_delta": 0.0,
+    "loss_volatility": 0.0,
+    "grad_var": 0.0,
+    "optimizer_lr": 0.1,
+    "nonfinite": 0.0,
+    "kasmina.isolation.violations": 4.0,
+}
+JUST_MORE = 1.0000001
+
+PROTOTYPE = [
+    # rule, values at its number (silent), values beyond (fires), severity, action
+    ("hook_budget", {"hook_latency_ms": 50.0}, {"hook_latency_ms": 50.1}),
+    ("step_latency_high", {"step_latency_ms": 120.0}, {"step_latency_ms": 120.1}),
+    ("kasmina_apply_slow", {"kasmina.apply_ms": 30.0}, {"kasmina.apply_ms": 30.1}),
+    ("kasmina_finalize_slow", {"kasmina.finalize_ms": 30.0}, {"kasmina.finalize_ms": 30.1}),
+    (
+        "isolation_violations",
+        {"kasmina.isolation.violations": 4.0},
+        {"kasmina.isolation.violations": 5.0},
+    ),
+    ("loss_spike", {"loss_delta": 0.15}, {"loss_delta": 0.15 * JUST_MORE}),
+    ("loss_warning", {"loss_delta": 0.075}, {"loss_delta": 0.075 * JUST_MORE}),
+    (
+        "loss_volatility_high",
+        {"loss_volatility": 0.1125},
+        {"loss_volatility": 0.1125 * JUST_MORE},
+    ),
+    ("grad_variance_high", {"grad_var": 1.0}, {"grad_var": JUST_MORE}),
+    ("grad_conflict_high", {"grad_conflict_rate": 0.5}, {"grad_conflict_rate": 0.51}),
+    (
+        "optimizer_hint",
+        {"optimizer_lr": 1e-9, "loss_delta": 0.08},
+        {"optimizer_lr": 0.0, "loss_delta": 0.08},
+    ),
+    (
+        "device_pressure_high",
+        {"gpu_util_percent": 95.0, "gpu_mem_free_gb": 0.21},
+        {"gpu_util_percent": 95.0, "gpu_mem_free_gb": 0.2},
+    ),
+    ("cpu_pressure_high", {"cpu_util_percent": 94.9}, {"cpu_util_percent": 95.0}),
+    ("nonfinite_loss", {"nonfinite": 0.0}, {"nonfinite": 1.0}),
+]
+
+
+def fired(engine, step, values):
+    frame = StepFrame("run", "one", 0, step, step, {**QUIET, **values, "step": float(step)})
+    return {finding.rule for finding in engine.observe(frame, PROPOSAL).findings}
+
+
+@pytest.mark.parametrize(("rule", "at", "beyond"), PROTOTYPE, ids=[row[0] for row in PROTOTYPE])
+def test_prototype_rules_fire_beyond_their_number_and_not_at_it(rule, at, beyond):
+    engine = Engine(load("prototype"))
+    fired(engine, 0, {})
+    assert rule not in fired(engine, 1, at)
+    assert rule in fired(engine, 2, beyond)
+
+
+def test_optimizer_stale_needs_fifty_equal_rates_and_drift():
+    engine = Engine(load("prototype"))
+    drift = {"loss_volatility": 0.2}
+    for step in range(49):
+        assert "optimizer_stale" not in fired(engine, step, drift)
+    assert "optimizer_stale" in fired(engine, 49, drift)
+    assert "optimizer_stale" not in fired(engine, 50, {})
+    assert "optimizer_stale" in fired(engine, 51, {"grad_var": 1.1})
+    assert "optimizer_stale" not in fired(engine, 52, {"optimizer_lr": 0.2, **drift})
+
+
+def test_prototype_severities_and_actions_are_the_design_s():
+    table = {rule.id: rule for rule in load("prototype").rules}
+    pauses = {"hook_budget", "step_latency_high", "isolation_violations", "loss_spike"}
+    pauses |= {"device_pressure_high", "nonfinite_loss"}
+    assert {name for name, rule in table.items() if rule.action is Action.PAUSE} == pauses
+    high = (pauses - {"nonfinite_loss"}) | {"cpu_pressure_high"}
+    assert {name for name, rule in table.items() if rule.severity is Severity.HIGH} == high
+    assert table["nonfinite_loss"].severity is Severity.CRITICAL
+    entering = {name for name, rule in table.items() if rule.conservative}
+    assert entering == {"loss_spike", "nonfinite_loss"}
+    at_any_time = pauses | {"optimizer_hint", "optimizer_stale"}
+    assert {name for name, rule in table.items() if not rule.downgrade} == at_any_time
+
+
+@pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
+@pytest.mark.parametrize("level", [0.01, 11.0])
+def test_the_default_table_fits_any_scale(step_ms, level):
+    """Quiet on a steady run; a jump is a spike, and staying up is divergence."""
+    engine = Engine(load("default"))
+
+    def values(step, loss, before, volatility):
+        wobble = 1 + 0.05 * (-1) ** step
+        return {
+            "loss": loss * wobble,
+            "loss_delta": loss * wobble - before,
+            "loss_volatility": volatility,
+            "gradient_norm": wobble,
+            "grad_var": 0.01,
+            "optimizer_lr": 0.1,
+            "step_latency_ms": step_ms * wobble,
+            "hook_latency_ms": 0.3,
+            "nonfinite": 0.0,
+        }
+
+    before = level
+    for step in range(100):
+        now = values(step, level, before, level * 0.05)
+        assert fired(engine, step, now) == set()
+        before = now["loss"]
+    assert "loss_spike" in fired(engine, 100, values(100, level * 6, before, level * 2.5))
+    later = fired(engine, 101, values(101, level * 6, level * 6, level * 2.2))
+    assert "loss_diverging" in later
+    assert "loss_spike" not in later
+
+
+def test_a_huge_value_breaks_nothing():
+    engine = Engine(load("default"))
+    for step in range(70):
+        fired(engine, step, {"loss": 1e308 * (-1) ** step, "loss_delta": -1e308})
+    assert engine.report()["frames"]["bad"] == 0

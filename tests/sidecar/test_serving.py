@@ -1,0 +1,360 @@
+"""A real sidecar at its decision socket: what it answers, and what it withstands."""
+
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from esper_otel.leyline.decisions import Action, Proposal, SeedOperation
+from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
+from esper_otel.leyline.wire import (
+    MAX_BODY,
+    PROTOCOL,
+    Ask,
+    Hello,
+    Refusal,
+    SeedRow,
+    Welcome,
+    encode,
+)
+from esper_tamiyo import listening
+from esper_tamiyo.connection import MAX_BACKLOG
+from esper_tamiyo.listening import Listener, SocketError, may_knock, peer_uid
+from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One sidecar for all tests that leave it as it is; each uses a run of its own."""
+    with sidecar(tmp_path_factory.mktemp("s") / "t.sock", "--table", "prototype") as running:
+        yield running
+
+
+@pytest.fixture
+def client(shared):
+    with shared.client() as client:
+        yield client
+
+
+@pytest.fixture
+def bystander(shared):
+    """Somebody else, who must get good answers before and after."""
+    with shared.client() as client:
+        client.hello(run="bystander", instance=os.urandom(4).hex())
+        client.ask(0)
+        yield client
+        assert client.ask(1).reason == "nominal"
+
+
+def test_a_trainer_is_welcomed_and_answered(client):
+    welcome = client.hello(run="a")
+    assert isinstance(welcome, Welcome)
+    assert welcome.protocol == PROTOCOL
+    assert welcome.table_version.startswith("prototype-1+")
+    assert client.ask(0, loss=1.0).action is Action.CONTINUE
+    spike = client.ask(1, loss_delta=0.5)
+    assert (spike.action, spike.reason, spike.conservative) == (
+        Action.PAUSE,
+        "loss_spike",
+        True,
+    )
+    assert spike.table_version == welcome.table_version
+    assert client.latest("a") == spike
+
+
+def test_a_proposal_is_granted(client):
+    client.hello(run="b")
+    proposal = Proposal("s1", SeedOperation.GERMINATE)
+    for step in (0, 1):  # the first makes the run known, the second is answered at a glance
+        decision = client.ask(step, loss_delta=0.0, proposal=proposal)
+        assert (decision.action, decision.target_seed) == (Action.SEED, "s1")
+
+
+def test_an_ask_may_come_right_behind_the_hello(client):
+    hello = Hello(PROTOCOL, "c", "one", 0, 1, ["step", "loss_delta"], [])
+    client.socket.sendall(encode(hello) + encode(Ask(7, 0, 0, [0.0, 0.2])))
+    assert isinstance(client.receive(), Welcome)
+    answer = client.receive()
+    assert (answer.request_id, answer.decision.reason) == (7, "loss_spike")
+
+
+def test_columns_may_come_in_any_order_and_unknown_ones_are_ignored(client):
+    client.call(Hello(PROTOCOL, "d", "one", 0, 1, ["new", "loss_delta", "step"], ["x"]))
+    ask = Ask(0, 0, 0, [99.0, 0.2, 0.0], [SeedRow("s", [1.0])])
+    decision = client.call(ask).decision
+    assert decision.reason == "loss_spike"
+    assert decision.findings[0].values == {"loss_delta": 0.2}
+
+
+def test_messages_may_come_in_pieces(client):
+    for byte in encode(Hello(PROTOCOL, "e", "one", 0, 1, [], [])):
+        client.socket.sendall(bytes([byte]))
+    assert isinstance(client.receive(), Welcome)
+
+
+def test_a_restarted_trainer_starts_anew(client):
+    client.hello(run="f", instance="one")
+    client.ask(500)
+    client.hello(run="f", instance="two")
+    assert client.ask(0).observed_step == 0
+
+
+HELLO = encode(Hello(PROTOCOL, "x", "x", 0, 1, list(STEP_KEYS), list(SEED_KEYS)))
+NARROW = encode(Hello(PROTOCOL, "x", "x", 0, 1, ["step"], ["kasmina.seed.alpha"]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (struct.pack("<I", 5) + b"\xc1junk", "not a message of protocol 1"),
+        (b"GET / HTTP/1.1\r\n\r\n", f"a message may have {MAX_BODY} bytes"),
+        (struct.pack("<I", MAX_BODY + 1), f"a message may have {MAX_BODY} bytes"),
+        (encode(Refusal("?")), "not a message of protocol 1"),
+        (encode(Ask(1, 1, 1, [1.0])), "an Ask came before a Hello"),
+        (
+            encode(Hello(PROTOCOL + 1, "x", "x", 0, 1, [], [])),
+            f"this is protocol {PROTOCOL}, not {PROTOCOL + 1}",
+        ),
+        (HELLO + encode(Ask(1, 1, 1, [1.0])), "columns were named, a row has 1"),
+        (
+            NARROW + encode(Ask(1, 1, 1, [1.0], [SeedRow("s", [])])),
+            "1 columns were named, a row has 0",
+        ),
+    ],
+)
+def test_what_is_no_message_ends_that_connection_only(shared, bystander, data, message):
+    malformed = shared.status()["connections"].get("malformed", 0)
+    with shared.client() as client:
+        client.socket.sendall(data)
+        replies = []
+        while (reply := client.receive()) is not None:
+            replies.append(reply)
+    assert isinstance(replies[-1], Refusal)
+    assert message in replies[-1].message
+    assert shared.status()["connections"]["malformed"] == malformed + 1
+
+
+def test_a_truncated_message_is_forgotten_with_its_connection(shared, bystander):
+    before = shared.status()["connections"]["open"]
+    with shared.client() as client:
+        client.socket.sendall(HELLO[:20])
+        until(lambda: shared.status()["connections"]["open"] == before + 1)
+    until(lambda: shared.status()["connections"]["open"] == before)
+
+
+def test_a_client_that_does_not_read_is_given_up(shared, bystander):
+    with shared.client() as client:
+        client.hello(run="deaf")
+        flood = encode(Ask(1, 1, 1, [1.0] * len(STEP_KEYS))) * 50
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            client.socket.sendall(flood * (100 * MAX_BACKLOG // len(flood)))
+    assert shared.status()["connections"]["gave_up"] >= 1
+
+
+def test_a_pipelined_flood_is_answered_in_order(client):
+    client.hello(run="flood")
+    asks = [encode(Ask(n, n, n, [0.0] * len(STEP_KEYS))) for n in range(300)]
+    client.socket.sendall(b"".join(asks))
+    assert [client.receive().request_id for _ in range(300)] == list(range(300))
+
+
+def test_findings_too_long_to_send_are_answered_all_the_same(tmp_path):
+    table = tmp_path / "t.yaml"
+    rules = "\n".join(
+        f"  - {{id: r{n}, metric: kasmina.seed.alpha, above: 0, severity: HIGH, action: PAUSE}}"
+        for n in range(4)
+    )
+    table.write_text(f"version: t\nrules:\n{rules}\n")
+    with sidecar(tmp_path / "t.sock", "--table", table) as running, running.client() as client:
+        client.call(Hello(PROTOCOL, "r", "i", 0, 1, [], ["kasmina.seed.alpha"]))
+        decision = client.call(Ask(1, 1, 1, [], [SeedRow("s" * 30_000, [1.0])])).decision
+        assert decision.reason == "protocol_error"
+        assert running.status()["engine"]["frames"]["bad"] == 1
+
+
+def test_the_socket_and_its_new_folder_are_private(tmp_path):
+    path = tmp_path / "esper" / "t.sock"
+    with sidecar(path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_the_peer_is_known_by_the_kernel():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert peer_uid(ours) == os.geteuid()
+    assert may_knock(os.geteuid())
+    assert may_knock(0)
+    assert not may_knock(os.geteuid() + 12345)
+
+
+def test_a_stale_socket_is_replaced(tmp_path):
+    path = tmp_path / "t.sock"
+    with sidecar(path) as running:
+        running.process.kill()
+        running.process.wait()
+        assert path.exists()
+        with sidecar(path) as next_one, next_one.client() as client:
+            assert isinstance(client.hello(), Welcome)
+
+
+def test_a_living_one_is_not(shared, bystander):
+    second = tamiyo("serve", "--no-ingest", "--socket", shared.socket)
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"tamiyo: {shared.socket}: taken by a living sidecar; "
+        "end it or choose another --socket\n"
+    )
+
+
+def refusal(path):
+    with pytest.raises(SocketError) as caught:
+        Listener(path)
+    return str(caught.value)
+
+
+def test_places_a_socket_cannot_be(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 120)
+    assert "a Unix socket's path may have 107 bytes" in refusal(long)
+    plain = tmp_path / "file"
+    plain.write_text("mine")
+    assert refusal(plain) == f"{plain}: exists and is not a socket; choose another --socket"
+    assert refusal(plain / "t.sock") == f"{plain}: is not a folder"
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert "is a symbolic link" in refusal(tmp_path / "link" / "t.sock")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert "others may write to it" in refusal(tmp_path / "open" / "t.sock")
+    (tmp_path / "theirs").mkdir()
+    monkeypatch.setattr(listening.os, "geteuid", lambda: 4242)
+    if os.getuid() != 0:
+        assert "belongs to user" in refusal(tmp_path / "theirs" / "t.sock")
+
+
+def test_a_path_that_was_taken_over_is_left_to_its_new_owner(tmp_path):
+    path = tmp_path / "t.sock"
+    listener = Listener(path)
+    path.rename(tmp_path / "moved.sock")
+    path.write_text("not ours")
+    listener.close()
+    assert path.read_text() == "not ours"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_cleanly(tmp_path, number):
+    path = tmp_path / "t.sock"
+    with sidecar(path) as running:
+        with running.client() as client:
+            client.hello()
+            running.process.send_signal(number)
+            assert client.receive() is None
+        assert running.process.wait(10) == 0
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--table", "nope.yaml"), "nope.yaml: cannot be read: No such file or directory"),
+        (
+            ("--otlp-http", "0.0.0.0:0"),
+            "--otlp-http 0.0.0.0:0: 0.0.0.0 is reachable from other",
+        ),
+        (("--otlp-grpc", "[::]:1"), "--otlp-grpc [::]:1: :: is reachable from other machines"),
+        (("--otlp-grpc", "example.org:1"), 'expected an IP address or localhost, got "example'),
+        (("--otlp-grpc", "4317"), '--otlp-grpc 4317: expected HOST:PORT, got "4317"'),
+        (("--otlp-grpc", "127.0.0.1:99999"), 'expected HOST:PORT, got "127.0.0.1:99999"'),
+    ],
+)
+def test_mistakes_at_the_start(tmp_path, arguments, message):
+    ended = tamiyo("serve", "--socket", tmp_path / "t.sock", *arguments)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "t.sock").exists()
+
+
+def test_check(tmp_path):
+    good = tamiyo("check", "default")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "loss_diverging" in good.stdout
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("version: 1\nrules:\n- {id: a, metric: los, above: x}\n")
+    ended = tamiyo("check", bad)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 4
+    assert all(line.startswith(f"{bad}:3: rules[0].") for line in ended.stderr.splitlines())
+
+
+def test_ask_and_status(shared, client):
+    nobody = tamiyo("ask", "--socket", shared.socket, "--run", "nobody")
+    assert (nobody.returncode, nobody.stderr) == (
+        1,
+        "tamiyo: no step of run nobody, rank 0, has been seen\n",
+    )
+    client.hello(run="asked", rank=2)
+    client.ask(4, loss_delta=0.5)
+    told = tamiyo("ask", "--socket", shared.socket, "--run", "asked", "--rank", "2")
+    assert told.stdout.startswith("PAUSE  HIGH  loss_spike\nrun asked, step 4, table prototype")
+    assert "loss_spike: The loss jumped. (loss_delta 0.5)" in told.stdout
+    plain = tamiyo("ask", "--socket", shared.socket, "--run", "asked", "--rank", "2", "--json")
+    assert '"reason": "loss_spike"' in plain.stdout
+    status = tamiyo("status", "--socket", shared.socket)
+    assert "asked/2: step 4, PAUSE (loss_spike), conservative" in status.stdout
+    assert '"last_frame_age_s"' in tamiyo("status", "--socket", shared.socket, "--json").stdout
+
+
+def test_a_sidecar_that_has_seen_nothing_says_so(tmp_path):
+    with sidecar(tmp_path / "t.sock") as running:
+        assert "it has seen no step yet" in tamiyo("status", "--socket", running.socket).stdout
+        nothing = tamiyo("ask", "--socket", running.socket)
+        assert nothing.stderr == "tamiyo: no step of any run, rank 0, has been seen\n"
+
+
+@pytest.mark.parametrize("command", ["ask", "status"])
+def test_tools_say_when_nobody_is_there(tmp_path, command):
+    ended = tamiyo(command, "--socket", tmp_path / "none.sock")
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"tamiyo: {tmp_path / 'none.sock'}: no sidecar listens there; "
+        "start one with `tamiyo serve`\n"
+    )
+
+
+def test_the_command_stays_light():
+    """Neither torch nor what only the receivers or a table need."""
+    heavy = ("torch", "grpc", "aiohttp", "google.protobuf", "numpy", "yaml", "asyncio")
+    code = f"""
+import sys, esper_tamiyo.cli, esper_tamiyo.server, esper_tamiyo.asking
+print([name for name in {heavy!r} if name in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "['yaml']" or found.stdout.strip() == "[]"
+
+
+def test_a_trainer_of_another_user_cannot_connect(shared):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    code = (
+        "import socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX)\n"
+        "try: s.connect(sys.argv[1])\n"
+        "except PermissionError: print('refused')\n"
+    )
+    ended = subprocess.run(
+        ["python3", "-c", code, str(shared.socket)], capture_output=True, text=True, user=65534
+    )
+    assert ended.stdout == "refused\n"
+
+
+def test_the_fixture_s_sidecar_is_the_installed_command(shared):
+    assert TAMIYO.endswith("tamiyo")
+    assert is_alive(shared.process.pid)
+    client = Client(shared.socket)
+    assert client.status()["pid"] == shared.process.pid
+    client.close()

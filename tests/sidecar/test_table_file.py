@@ -1,0 +1,403 @@
+"""What a table may say, and what is said about a bad one."""
+
+import json
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.leyline.decisions import Action, Severity
+from esper_tamiyo.table import Combine, Operator
+from esper_tamiyo.table_file import MAX_BYTES, TableError, TableSource, load, parse
+
+RULE_IDS = {
+    "hook_budget",
+    "step_latency_high",
+    "kasmina_apply_slow",
+    "kasmina_finalize_slow",
+    "isolation_violations",
+    "loss_spike",
+    "loss_warning",
+    "loss_volatility_high",
+    "grad_variance_high",
+    "grad_conflict_high",
+    "optimizer_hint",
+    "optimizer_stale",
+    "device_pressure_high",
+    "cpu_pressure_high",
+    "nonfinite_loss",
+}
+
+
+def parsed(text):
+    return parse(TableSource("thresholds.yaml", text.encode()))
+
+
+def errors(text):
+    with pytest.raises(TableError) as caught:
+        parsed(text)
+    return str(caught.value).splitlines()
+
+
+def table(*rules, top=""):
+    """A table with these rules, each a line of YAML flow; rules[0] is on line 4."""
+    lines = "\n".join(f"  - {{{rule}}}" for rule in rules)
+    return f"version: one\n{top}\nrules:\n{lines}\n"
+
+
+REST = "severity: HIGH, action: PAUSE"
+
+
+def test_a_rule_is_read_in_full():
+    rule = parsed(
+        """
+        version: 1.10
+        baseline: {window: 32, warmup: 8}
+        conservative: {clean_steps: 7}
+        rules:
+          - id: diverging
+            all:
+              - {metric: loss, above_baseline: 4, baseline_of: loss_volatility}
+              - any: [{metric: loss, above: 1e3}, {nonfinite: true}]
+            for: 2
+            cooldown: 3
+            severity: HIGH
+            action: OPTIMIZER
+            parameters: {lr_scale: 0.5}
+            text: Too much.
+        """
+    )
+    assert rule.version.startswith("1.10+")
+    assert (rule.baseline.window, rule.baseline.warmup, rule.clean_steps) == (32, 8, 7)
+    (diverging,) = rule.rules
+    assert (diverging.persistence, diverging.cooldown) == (2, 3)
+    assert (diverging.severity, diverging.action) == (Severity.HIGH, Action.OPTIMIZER)
+    assert diverging.parameters == {"lr_scale": 0.5}
+    first, second = diverging.when.parts
+    assert (first.metric, first.operator, first.number) == ("loss", Operator.ABOVE_BASELINE, 4)
+    assert first.baseline_of == "loss_volatility"
+    assert second.combine is Combine.ANY
+    assert [part.operator for part in second.parts] == [Operator.ABOVE, Operator.NONFINITE]
+    assert second.parts[0].number == 1000.0
+
+
+def test_the_version_names_the_content():
+    one = parsed(table(f"id: a, metric: loss, above: 1, {REST}"))
+    two = parsed(table(f"id: a, metric: loss, above: 2, {REST}"))
+    assert one.version != two.version
+    assert one.version == parsed(table(f"id: a, metric: loss, above: 1, {REST}")).version
+
+
+def test_a_rule_without_a_text_says_its_condition():
+    (rule,) = parsed(table(f"id: a, metric: loss, above_baseline: 3, {REST}")).rules
+    assert rule.text == "loss above 3 × its baseline"
+
+
+@pytest.mark.parametrize("name", ["default", "prototype"])
+def test_shipped_tables_are_valid_and_have_every_rule_of_the_prototype(name):
+    rules = {rule.id: rule for rule in load(name).rules}
+    assert rules.keys() >= RULE_IDS
+    assert all(rule.text for rule in rules.values())
+
+
+def test_shipped_tables_agree_on_severity_and_action():
+    default = {rule.id: rule for rule in load("default").rules}
+    for rule in load("prototype").rules:
+        other = default[rule.id]
+        assert (other.severity, other.action) == (rule.severity, rule.action), rule.id
+        assert (other.downgrade, other.conservative) == (rule.downgrade, rule.conservative)
+
+
+BAD = [
+    # (rule or top-level text, line, what is said)
+    (
+        f'id: a, metric: loss, above: "fast", {REST}',
+        'rules[0].above: expected a number, got "fast"',
+    ),
+    (
+        f"id: a, metric: loss, above: fast, {REST}",
+        'rules[0].above: expected a number, got "fast"',
+    ),
+    (
+        f"id: a, metric: loss, above: [1], {REST}",
+        "rules[0].above: expected a number, got a list",
+    ),
+    (
+        f"id: a, metric: loss, above: .nan, {REST}",
+        "rules[0].above: expected a number, got .nan",
+    ),
+    (
+        f"id: a, metric: loss, above: .inf, {REST}",
+        "rules[0].above: expected a number, got .inf",
+    ),
+    (
+        f"id: a, metric: loss, above: true, {REST}",
+        "rules[0].above: expected a number, got true",
+    ),
+    (f"id: a, metric: loss, above: , {REST}", "rules[0].above: expected a number, got nothing"),
+    (
+        f"id: a, metric: los, above: 1, {REST}",
+        'rules[0].metric: unknown metric "los"; did you mean loss?',
+    ),
+    (
+        f"id: a, metric: tolaria.loss, above: 1, {REST}",
+        'rules[0].metric: unknown metric "tolaria.loss"',
+    ),
+    (f"id: a, metric: loss, above: 1, of: 5, {REST}", "rules[0].of: unknown field"),
+    (f"id: a, metric: loss, above: 1, scope: rank, {REST}", "rules[0].scope: unknown field"),
+    (
+        f"id: a, metric: loss, above: 1, below: 2, {REST}",
+        "rules[0]: expected exactly one of above, above_baseline, at_least, at_most, below, "
+        "nonfinite, rises_by, unchanged_for; got above, below",
+    ),
+    (f"id: a, metric: loss, {REST}", "rules[0]: expected exactly one of"),
+    (
+        f"id: a, {REST}",
+        "rules[0]: expected one of a metric with its operator, all, any; got none",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, all: [], {REST}",
+        "rules[0]: expected one of a metric with its operator, all, any; "
+        "got all, above, metric",
+    ),
+    (f"id: a, above: 1, {REST}", "rules[0].metric: missing"),
+    (f"metric: loss, above: 1, {REST}", "rules[0].id: missing"),
+    ("id: a, metric: loss, above: 1, action: PAUSE", "rules[0].severity: missing"),
+    ("id: a, metric: loss, above: 1, severity: HIGH", "rules[0].action: missing"),
+    (
+        "id: a, metric: loss, above: 1, severity: HIGH, action: STOP",
+        'rules[0].action: expected one of CONTINUE, OPTIMIZER, PAUSE; got "STOP"',
+    ),
+    (
+        "id: a, metric: loss, above: 1, severity: HIGH, action: pause",
+        'rules[0].action: expected one of CONTINUE, OPTIMIZER, PAUSE; got "pause"; '
+        "did you mean PAUSE?",
+    ),
+    (
+        "id: a, metric: loss, above: 1, severity: HIGH, action: SEED",
+        'rules[0].action: expected one of CONTINUE, OPTIMIZER, PAUSE; got "SEED"',
+    ),
+    (
+        "id: a, metric: loss, above: 1, severity: BAD, action: PAUSE",
+        'rules[0].severity: expected one of NORMAL, WARNING, HIGH, CRITICAL; got "BAD"',
+    ),
+    (f"id: A b, metric: loss, above: 1, {REST}", "rules[0].id: expected a to z, 0 to 9 and _"),
+    (f"id: nominal, metric: loss, above: 1, {REST}", 'rules[0].id: "nominal" is a reason'),
+    (f"id: [a], metric: loss, above: 1, {REST}", "rules[0].id: expected text, got a list"),
+    (
+        f"id: a, metric: loss, above: 1, for: 0, {REST}",
+        "rules[0].for: expected at least 1, got 0",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, for: 1.5, {REST}",
+        "rules[0].for: expected a whole number, got 1.5",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, cooldown: -1, {REST}",
+        "rules[0].cooldown: expected at least 0, got -1",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, downgrade: maybe, {REST}",
+        'rules[0].downgrade: expected true or false, got "maybe"',
+    ),
+    (
+        f"id: a, metric: loss, above: 1, downgrade: true, conservative: true, {REST}",
+        "rules[0].conservative: a downgrade rule cannot enter conservative mode",
+    ),
+    (
+        f"id: a, metric: loss, above_baseline: 0, {REST}",
+        "rules[0].above_baseline: expected more than 0",
+    ),
+    (f"id: a, metric: loss, rises_by: -1, {REST}", "rules[0].rises_by: expected more than 0"),
+    (
+        f"id: a, metric: loss, unchanged_for: 1, {REST}",
+        "rules[0].unchanged_for: expected at least 2, got 1",
+    ),
+    (f"id: a, nonfinite: false, {REST}", "rules[0].nonfinite: expected true, got false"),
+    (
+        f"id: a, metric: loss, above: 1, baseline_of: loss, {REST}",
+        "rules[0].baseline_of: has a meaning only beside above_baseline",
+    ),
+    (
+        f"id: a, metric: loss, above_baseline: 2, baseline_of: kasmina.seed.alpha, {REST}",
+        "rules[0].baseline_of: kasmina.seed.alpha and loss are not of the same scope",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, parameters: {{lr_scale: 2}}, {REST}",
+        "rules[0].parameters: only OPTIMIZER takes parameters, this is PAUSE",
+    ),
+    (
+        "id: a, metric: loss, above: 1, parameters: {lr_scale: 11}, severity: HIGH, "
+        "action: OPTIMIZER",
+        "rules[0].parameters.lr_scale: expected more than 0, at most 10, got 11",
+    ),
+    (
+        "id: a, metric: loss, above: 1, parameters: {lr_scale: 0}, severity: HIGH, "
+        "action: OPTIMIZER",
+        "rules[0].parameters.lr_scale: expected more than 0, at most 10, got 0",
+    ),
+    (
+        "id: a, metric: loss, above: 1, parameters: {lr_scal: 1}, severity: HIGH, "
+        "action: OPTIMIZER",
+        "rules[0].parameters.lr_scal: unknown field; did you mean lr_scale?",
+    ),
+    (f"id: a, all: [], {REST}", "rules[0].all: expected at least one condition"),
+    (f"id: a, all: 3, {REST}", "rules[0].all: expected a list, got 3"),
+    (f"id: a, all: [3], {REST}", "rules[0].all[0]: expected a mapping, got 3"),
+    (
+        f"id: a, all: [{{metric: los, above: 1}}], {REST}",
+        'rules[0].all[0].metric: unknown metric "los"',
+    ),
+    (
+        f"id: a, all: [{{any: [{{all: [{{metric: loss, above: 1}}]}}]}}], {REST}",
+        "rules[0].all[0].any[0].all: expected conditions: groups nest once",
+    ),
+    (f"id: a, id: b, metric: loss, above: 1, {REST}", "rules[0].id: given twice"),
+]
+
+
+@pytest.mark.parametrize(("rule", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_bad_rule_is_named_with_its_line_and_field(rule, message):
+    (line,) = errors(table(rule))
+    assert line.startswith(f"thresholds.yaml:4: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "thresholds.yaml:1: the table is empty"),
+        ("3", "thresholds.yaml:1: expected a mapping, got 3"),
+        ("version: 1\n", "thresholds.yaml:1: rules: missing"),
+        ("version: 1\nrules: []\n", "thresholds.yaml:2: rules: expected at least one rule"),
+        ("version: 1\nrules: x\n", 'thresholds.yaml:2: rules: expected a list, got "x"'),
+        ("version: 1\nrules:\n- 5\n", "thresholds.yaml:3: rules[0]: expected a mapping, got 5"),
+        ("version: 1\nrules: [\n", "thresholds.yaml:3: not valid YAML: "),
+        ("version: 1\n\tx: 1\n", "thresholds.yaml:2: not valid YAML: "),
+        ("version: 1\nx: \x07\n", "thresholds.yaml:2: not valid YAML: "),
+        ("version: 1\n---\nversion: 2\n", "thresholds.yaml:2: not valid YAML: "),
+        ('version: "\\UFFFFFFFF"\n', "thresholds.yaml:1: not valid YAML: "),
+        ("[" * 5000, "thresholds.yaml:1: not valid YAML: nested too deeply"),
+        ("version: 1\nrules: &r [{id: a, all: *r}]\n", "thresholds.yaml:2: "),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(text, line):
+    assert errors(text)[0].startswith(line)
+
+
+def test_top_level_fields_are_checked_too():
+    good = f"id: a, metric: loss, above: 1, {REST}"
+    cases = {
+        "inhibit: 1": "thresholds.yaml:2: inhibit: unknown field",
+        "baseline: {windw: 3}": (
+            "thresholds.yaml:2: baseline.windw: unknown field; did you mean window?"
+        ),
+        "baseline: {window: 8, warmup: 9}": (
+            "thresholds.yaml:2: baseline.warmup: expected at most the window of 8"
+        ),
+        "baseline: 4": "thresholds.yaml:2: baseline: expected a mapping, got 4",
+        "conservative: {clean_steps: 0}": (
+            "thresholds.yaml:2: conservative.clean_steps: expected at least 1, got 0"
+        ),
+    }
+    for top, line in cases.items():
+        assert errors(table(good, top=top)) == [line]
+
+
+def test_all_errors_come_at_once_in_order_of_lines():
+    found = errors(
+        table(
+            "id: a, metric: los, above: fast, severity: HIGH, action: PAUSE",
+            "id: b, metric: loss, above: 1, severity: HIGH, action: PAUSE",
+            "id: b, metric: loss, below: x, severity: high, action: PAUSE",
+        )
+    )
+    assert found == [
+        'thresholds.yaml:4: rules[0].above: expected a number, got "fast"',
+        'thresholds.yaml:4: rules[0].metric: unknown metric "los"; did you mean loss?',
+        'thresholds.yaml:6: rules[2].below: expected a number, got "x"',
+        'thresholds.yaml:6: rules[2].id: "b" is already the rule of line 5',
+        "thresholds.yaml:6: rules[2].severity: expected one of NORMAL, WARNING, HIGH, "
+        'CRITICAL; got "high"; did you mean HIGH?',
+    ]
+
+
+def test_a_misspelt_operator_is_suggested():
+    first, second = errors(table(f"id: a, metric: loss, abov: 1, {REST}"))
+    assert first.startswith("thresholds.yaml:4: rules[0]: expected exactly one of above, ")
+    assert second == ("thresholds.yaml:4: rules[0].abov: unknown field; did you mean above?")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "missing.yaml"
+    for path, reason in (
+        (missing, "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "nul\0", "embedded null byte"),
+    ):
+        with pytest.raises(TableError, match=reason):
+            load(str(path))
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"version: 1\ntext: \xe9\n")
+    with pytest.raises(TableError, match=r"latin\.yaml:2: not UTF-8 text: byte 17"):
+        load(str(latin))
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(TableError, match="larger than"):
+        load(str(large))
+
+
+def faults_of(data):
+    """Lines of the TableError; anything else that is raised goes on to the test."""
+    try:
+        parse(TableSource("thresholds.yaml", data))
+    except TableError as error:
+        return str(error).splitlines()
+    return []
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["loss", "PAUSE", "HIGH", "kasmina.seed.alpha", "above", "1e3"])
+)
+FIELDS = st.sampled_from(
+    [
+        *("version", "rules", "baseline", "window", "warmup", "clean_steps", "junk"),
+        *("id", "metric", "all", "any", "for", "cooldown", "downgrade", "severity"),
+        *("action", "parameters", "lr_scale", "conservative", "text", "baseline_of"),
+        *(operator.value for operator in Operator),
+    ]
+)
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner, max_size=6),
+    max_leaves=25,
+)
+
+
+@given(
+    JUNK.map(yaml.safe_dump)
+    | st.fixed_dictionaries({"version": SCALARS, "rules": st.lists(JUNK, max_size=3)}).map(
+        yaml.safe_dump
+    )
+    | st.text(max_size=60)
+    | st.text(alphabet="-:[]{}&*!|>'\"%@`#, \n\tab1", max_size=40)
+)
+def test_no_text_gives_anything_but_a_table_or_a_table_error(text):
+    for line in faults_of(text.encode("utf-8", "replace")):
+        assert line.startswith("thresholds.yaml")
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_give_anything_but_a_table_or_a_table_error(data):
+    assert isinstance(faults_of(data), list)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_finite_number_is_read_as_it_is(number):
+    (rule,) = parsed(table(f"id: a, metric: loss, above: {json.dumps(number)}, {REST}")).rules
+    assert rule.when.number == number
