@@ -23,16 +23,17 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
+            nn.GELU(),
             nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
+            nn.GELU(),
             nn.MaxPool2d(2),
         )
         self.classify = nn.Linear(32 * 4 * 4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (batch, 10), of images, shape (batch, 1, 8, 8)."""
-        return self.classify(self.features(images).flatten(1))
+        logits: Tensor = self.classify(self.features(images).flatten(1))
+        return logits
 
 
 def load(seed: int) -> tuple[TensorDataset, TensorDataset]:
@@ -53,7 +54,8 @@ def evaluate(model: nn.Module, data: TensorDataset) -> float:
     """Share of ``data`` that ``model`` gets right."""
     images, labels = data.tensors
     with torch.no_grad():
-        return (model(images).argmax(1) == labels).float().mean().item()
+        right: Tensor = model(images).argmax(1) == labels
+    return float(right.float().mean())
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
         for images, labels in loader:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images), labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             schedule.step()

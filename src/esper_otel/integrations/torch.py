@@ -20,7 +20,9 @@ from time import perf_counter_ns
 from typing import Any
 
 import wrapt
-from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
+from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
+    BaseInstrumentor,
+)
 
 from esper_otel import run as runs
 from esper_otel.settings import EsperSettings, SettingsError

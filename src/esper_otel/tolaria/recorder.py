@@ -12,11 +12,10 @@ step and the hook that ended the one before add up to the step.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite, nan
+from math import nan
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Protocol
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
 from esper_otel.leyline.frames import StepTimeline
@@ -24,6 +23,7 @@ from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.dynamics import WeightedStatistics
 from esper_otel.tolaria.responses import Optimizer, Responses
+from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
 
 log = logging.getLogger("esper_otel")
 
@@ -31,8 +31,6 @@ _EMPTY_ROW = [nan] * len(STEP_KEYS)
 
 # Slots as plain integers: a dictionary look-up each would be a tenth of the step's cost.
 _STEP = STEP_SLOT["step"]
-_LOSS = STEP_SLOT["loss"]
-_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
 _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
@@ -42,35 +40,12 @@ _BACKWARD = STEP_SLOT["backward_ms"]
 _OPTIMIZER = STEP_SLOT["optimizer_ms"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
-_LOSS_DELTA = STEP_SLOT["loss_delta"]
-_LOSS_EWMA = STEP_SLOT["loss_ewma"]
-_LOSS_VOLATILITY = STEP_SLOT["loss_volatility"]
-_GRAD_NORM_EWMA = STEP_SLOT["grad_norm_ewma"]
-_GRAD_VAR = STEP_SLOT["grad_var"]
-_LR = STEP_SLOT["optimizer_lr"]
-_MOMENTUM = STEP_SLOT["optimizer_momentum"]
 _INPUT_WAIT = STEP_SLOT["input_wait_ms"]
 _H2D = STEP_SLOT["h2d_copy_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
 REPORTABLE = frozenset({"accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s"})
 """Keys that a loop may report itself, besides its loss."""
-
-_DEEPEST_WAIT = 8
-"""Frames that may wait for values from a device. Beyond it the oldest goes without."""
-
-
-class Reading(Protocol):
-    """A number that a device still has to deliver."""
-
-    def ready(self) -> bool:
-        """Whether it has arrived; never waits for it."""
-
-    def value(self) -> float | None:
-        """The number; None when it has been lost or is not here yet."""
-
-
-Value = float | Reading
 
 
 class Frames(Protocol):
@@ -101,36 +76,6 @@ class Asks(Protocol):
         """The decision about a step; within a deadline, and never an exception."""
 
 
-class _Pending:
-    """A frame whose device values are still on their way."""
-
-    __slots__ = ("losses", "norm", "others", "row", "step", "time")
-
-    def __init__(
-        self,
-        step: int,
-        time: int,
-        row: list[float],
-        losses: list[Value],
-        norm: Value | None,
-        others: list[tuple[int, Value]],
-    ) -> None:
-        self.step = step
-        self.time = time
-        self.row = row
-        self.losses = losses
-        self.norm = norm
-        self.others = others
-
-    def ready(self) -> bool:
-        """Whether every value has arrived."""
-        return (
-            all(type(loss) is float or loss.ready() for loss in self.losses)
-            and (self.norm is None or type(self.norm) is float or self.norm.ready())
-            and all(type(value) is float or value.ready() for _, value in self.others)
-        )
-
-
 class Recorder:
     """Follows one training loop; see the module for the manner.
 
@@ -138,6 +83,24 @@ class Recorder:
     ``device_values`` returns the newest device probes by key. ``client`` None means
     that nobody is asked.
     """
+
+    # Of the step under way; all made anew by _begin_step. Marks are of perf_counter_ns.
+    _mark: int
+    _begun: int
+    _first_fetch: int
+    _fetched: tuple[int, int, int] | None
+    _wait_ns: int
+    _forward_ns: int
+    _backward_ns: int
+    _prepare_ns: int
+    _optimizer_ns: int
+    _optimizer_mark: int
+    _samples: int
+    _norm: Value | None
+    _losses: list[Value]
+    _reported_losses: list[Value]
+    _reported: list[tuple[int, Value]]
+    _phases: list[tuple[str, int, int]]
 
     def __init__(
         self,
@@ -169,11 +132,8 @@ class Recorder:
         self._off = False
         self._told_of_trouble = False
 
-        self._loss_statistics = WeightedStatistics()
-        self._norm_statistics = WeightedStatistics()
-        self._latency_statistics = WeightedStatistics()
-        self._last_loss = nan
-        self._pending: deque[_Pending] = deque()
+        self._sealer = Sealer(enriched=enriched)
+        self._latency = WeightedStatistics()
 
         self._last_end = 0
         self._last_hook_end = 0
@@ -303,8 +263,8 @@ class Recorder:
 
     def finish(self) -> None:
         """No step follows: frames that wait for a device go with what has arrived."""
-        while self._pending:
-            self._complete(self._pending.popleft())
+        for frame in self._sealer.finish():
+            self._frames.frame(frame.time, frame.row)
 
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
@@ -329,20 +289,11 @@ class Recorder:
         if self._enriched:
             self._put_gated(row, latency_ms)
         losses = self._reported_losses or self._losses
-        pending = _Pending(step, time, row, losses, self._norm, self._reported)
+        frame = Unsealed(step, time, row, losses, self._norm, self._reported)
         slow = self._is_slow(latency_ms) if self._last_end else False
-
-        newest: _Pending | None = None
-        if not self._pending and pending.ready():
-            self._complete(pending)
-            newest = pending
-        else:
-            self._pending.append(pending)
-            while self._pending and (
-                self._pending[0].ready() or len(self._pending) > _DEEPEST_WAIT
-            ):
-                newest = self._pending.popleft()
-                self._complete(newest)
+        newest: Unsealed | None = None
+        for newest in self._sealer.take(frame):
+            self._frames.frame(newest.time, newest.row)
 
         client = self._client
         sealed = perf_counter_ns()
@@ -387,7 +338,7 @@ class Recorder:
                 )
             )
         self._last_end = ended
-        self._latency_statistics.update(latency_ms)
+        self._latency.update(latency_ms)
         hook_end = perf_counter_ns()
         self._hook_ms = (hook_end - ended) / 1e6
         self._begin_step(hook_end)
@@ -399,13 +350,13 @@ class Recorder:
         self._wait_ns = -1
         self._prepare_ns = 0
         self._samples = 0
-        self._fetched: tuple[int, int, int] | None = None
+        self._fetched = None
         self._optimizer_mark = 0
-        self._norm: Value | None = None
-        self._losses: list[Value] = []
-        self._reported_losses: list[Value] = []
-        self._reported: list[tuple[int, Value]] = []
-        self._phases: list[tuple[str, int, int]] = []
+        self._norm = None
+        self._losses = []
+        self._reported_losses = []
+        self._reported = []
+        self._phases = []
 
     def _charge_fetch(self, fetched: tuple[int, int, int]) -> None:
         asked_for, came, samples = fetched
@@ -418,7 +369,7 @@ class Recorder:
         self._fetched = None
 
     def _is_slow(self, latency_ms: float) -> bool:
-        return latency_ms > self._span_slow_factor * self._latency_statistics.mean
+        return latency_ms > self._span_slow_factor * self._latency.mean
 
     def _put_gated(self, row: list[float], latency_ms: float) -> None:
         if self._last_end:
@@ -434,92 +385,6 @@ class Recorder:
         row[_APPLY] = self._apply_ms
         row[_FINALIZE] = 0.0  # no garden is planted
         if self.optimizer is not None:
-            self._put_optimizer(row, self.optimizer.param_groups)
+            put_optimizer(row, self.optimizer.param_groups)
         for key, value in self._device_values().items():
             row[STEP_SLOT[key]] = value
-
-    def _put_optimizer(self, row: list[float], groups: list[dict[str, Any]]) -> None:
-        rates = momenta = 0.0
-        known = with_momentum = 0
-        for group in groups:
-            rate = host_number(group.get("lr"))
-            if rate is not None:
-                rates += rate
-                known += 1
-            momentum = group.get("momentum")
-            if momentum is None and "betas" in group:
-                momentum = group["betas"][0]
-            momentum = host_number(momentum)
-            if momentum is not None:
-                momenta += momentum
-                with_momentum += 1
-        if groups and known == len(groups):
-            self._put_number(row, _LR, rates / known)
-        if with_momentum:
-            self._put_number(row, _MOMENTUM, momenta / with_momentum)
-
-    @staticmethod
-    def _put_number(row: list[float], slot: int, number: float) -> None:
-        if isfinite(number):
-            row[slot] = number
-        else:
-            row[_NONFINITE] += 1.0
-
-    def _complete(self, pending: _Pending) -> None:
-        """Put in what has arrived by now, and let the frame go."""
-        row = pending.row
-        enriched = self._enriched
-        self._last_loss, last_loss = nan, self._last_loss
-        if pending.losses:
-            loss = _mean(pending.losses)
-            if loss is not None:
-                self._put_number(row, _LOSS, loss)
-                if isfinite(loss):
-                    self._last_loss = loss
-                    if enriched:
-                        if last_loss == last_loss:
-                            row[_LOSS_DELTA] = loss - last_loss
-                        statistics = self._loss_statistics
-                        statistics.update(loss)
-                        row[_LOSS_EWMA] = statistics.mean
-                        row[_LOSS_VOLATILITY] = statistics.deviation
-        if pending.norm is not None:
-            norm = _arrived(pending.norm)
-            if norm is not None:
-                self._put_number(row, _GRADIENT_NORM, norm)
-                if enriched and isfinite(norm):
-                    statistics = self._norm_statistics
-                    statistics.update(norm)
-                    row[_GRAD_NORM_EWMA] = statistics.mean
-                    row[_GRAD_VAR] = statistics.variance
-        for slot, value in pending.others:
-            number = _arrived(value)
-            if number is not None:
-                self._put_number(row, slot, number)
-        self._frames.frame(pending.time, row)
-
-
-def host_number(value: object) -> float | None:
-    """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
-    if type(value) is float:
-        return value
-    if isinstance(value, int | float):
-        return float(value)
-    if getattr(getattr(value, "device", None), "type", None) == "cpu":
-        return float(value)  # type: ignore[arg-type]
-    return None
-
-
-def _arrived(value: Value) -> float | None:
-    return value if isinstance(value, float) else value.value()
-
-
-def _mean(losses: list[Value]) -> float | None:
-    """Mean over micro-batches; None while one of them is missing."""
-    total = 0.0
-    for loss in losses:
-        number = _arrived(loss)
-        if number is None:
-            return None
-        total += number
-    return total / len(losses)

@@ -1,0 +1,201 @@
+"""Sealing: a step's values go into its row, in the order of steps, when all have arrived.
+
+On the CPU every value is there at once. A value on a device arrives later; its frame
+waits for it, and so do those behind it, because statistics follow the order of steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from math import isfinite, nan
+from typing import Any, Protocol
+
+from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.tolaria.dynamics import WeightedStatistics
+
+DEEPEST_WAIT = 8
+"""Frames that may wait for a device. Beyond it the oldest goes without what is missing."""
+
+_LOSS = STEP_SLOT["loss"]
+_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
+_LOSS_DELTA = STEP_SLOT["loss_delta"]
+_LOSS_EWMA = STEP_SLOT["loss_ewma"]
+_LOSS_VOLATILITY = STEP_SLOT["loss_volatility"]
+_GRAD_NORM_EWMA = STEP_SLOT["grad_norm_ewma"]
+_GRAD_VAR = STEP_SLOT["grad_var"]
+_LR = STEP_SLOT["optimizer_lr"]
+_MOMENTUM = STEP_SLOT["optimizer_momentum"]
+_NONFINITE = STEP_SLOT["nonfinite"]
+
+
+class Reading(Protocol):
+    """A number that a device still has to deliver."""
+
+    def ready(self) -> bool:
+        """Whether it has arrived; never waits for it."""
+
+    def value(self) -> float | None:
+        """The number; None when it has been lost or is not here yet."""
+
+
+Value = float | Reading
+"""A number, or one that a device still has to deliver."""
+
+
+class Unsealed:
+    """A frame and the values that are still to be put into its row.
+
+    ``losses`` are those of the step's micro-batches, ``norm`` the gradient norm, ``others``
+    pairs of (slot, value).
+    """
+
+    __slots__ = ("losses", "norm", "others", "row", "step", "time")
+
+    def __init__(
+        self,
+        step: int,
+        time: int,
+        row: list[float],
+        losses: list[Value],
+        norm: Value | None,
+        others: list[tuple[int, Value]],
+    ) -> None:
+        self.step = step
+        self.time = time
+        self.row = row
+        self.losses = losses
+        self.norm = norm
+        self.others = others
+
+    def ready(self) -> bool:
+        """Whether every value has arrived."""
+        for loss in self.losses:
+            if not isinstance(loss, float) and not loss.ready():
+                return False
+        for _, value in self.others:
+            if not isinstance(value, float) and not value.ready():
+                return False
+        norm = self.norm
+        return norm is None or isinstance(norm, float) or norm.ready()
+
+
+class Sealer:
+    """Puts values and statistics into rows; NaN and infinity are counted, never put.
+
+    ``enriched`` False leaves the statistics out, which are gated.
+    """
+
+    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "_waiting")
+
+    def __init__(self, *, enriched: bool) -> None:
+        self._enriched = enriched
+        self._loss = WeightedStatistics()
+        self._norm = WeightedStatistics()
+        self._last_loss = nan
+        self._waiting: deque[Unsealed] = deque()
+
+    def take(self, frame: Unsealed) -> list[Unsealed]:
+        """Take a step's frame; returns those that are sealed by now, oldest first."""
+        waiting = self._waiting
+        if not waiting and frame.ready():
+            self._seal(frame)
+            return [frame]
+        waiting.append(frame)
+        sealed = []
+        while waiting and (waiting[0].ready() or len(waiting) > DEEPEST_WAIT):
+            sealed.append(waiting.popleft())
+            self._seal(sealed[-1])
+        return sealed
+
+    def finish(self) -> list[Unsealed]:
+        """No step follows: what waits is sealed with what has arrived."""
+        sealed = list(self._waiting)
+        self._waiting.clear()
+        for frame in sealed:
+            self._seal(frame)
+        return sealed
+
+    def _seal(self, frame: Unsealed) -> None:
+        row = frame.row
+        enriched = self._enriched
+        # "Minus the previous step's": after a step without a loss there is none.
+        self._last_loss, last_loss = nan, self._last_loss
+        if frame.losses:
+            loss = _mean(frame.losses)
+            if loss is not None and put(row, _LOSS, loss):
+                self._last_loss = loss
+                if enriched:
+                    if last_loss == last_loss:
+                        row[_LOSS_DELTA] = loss - last_loss
+                    statistics = self._loss
+                    statistics.update(loss)
+                    row[_LOSS_EWMA] = statistics.mean
+                    row[_LOSS_VOLATILITY] = statistics.deviation
+        if frame.norm is not None:
+            norm = _arrived(frame.norm)
+            if norm is not None and put(row, _GRADIENT_NORM, norm) and enriched:
+                statistics = self._norm
+                statistics.update(norm)
+                row[_GRAD_NORM_EWMA] = statistics.mean
+                row[_GRAD_VAR] = statistics.variance
+        for slot, value in frame.others:
+            number = _arrived(value)
+            if number is not None:
+                put(row, slot, number)
+
+
+def put(row: list[float], slot: int, number: float) -> bool:
+    """Put ``number`` into ``row``, or count it there when it is not finite."""
+    if isfinite(number):
+        row[slot] = number
+        return True
+    row[_NONFINITE] += 1.0
+    return False
+
+
+def put_optimizer(row: list[float], groups: list[dict[str, Any]]) -> None:
+    """Mean learning rate and momentum of parameter groups, as far as the host has them."""
+    rates = momenta = 0.0
+    known = with_momentum = 0
+    for group in groups:
+        rate = host_number(group.get("lr"))
+        if rate is not None:
+            rates += rate
+            known += 1
+        momentum = group.get("momentum")
+        if momentum is None and "betas" in group:
+            momentum = group["betas"][0]
+        momentum = host_number(momentum)
+        if momentum is not None:
+            momenta += momentum
+            with_momentum += 1
+    if known and known == len(groups):
+        put(row, _LR, rates / known)
+    if with_momentum:
+        put(row, _MOMENTUM, momenta / with_momentum)
+
+
+def host_number(value: object) -> float | None:
+    """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
+    if type(value) is float:
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    if getattr(getattr(value, "device", None), "type", None) == "cpu":
+        return float(value)  # type: ignore[arg-type]
+    return None
+
+
+def _arrived(value: Value) -> float | None:
+    return value if isinstance(value, float) else value.value()
+
+
+def _mean(losses: list[Value]) -> float | None:
+    """Mean over micro-batches; None while one of them is missing."""
+    total = 0.0
+    for loss in losses:
+        number = _arrived(loss)
+        if number is None:
+            return None
+        total += number
+    return total / len(losses)
