@@ -226,7 +226,7 @@ def _nonfinite(condition: Condition) -> Test:
             return None if count is None else count > 0.0
         if metric in values:
             return False
-        return True if count else None
+        return True if count is not None and count > 0.0 else None
 
     return test
 

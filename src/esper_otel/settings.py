@@ -90,8 +90,10 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     lr_scale_max: float = 1.0
     """Upper bound of the same."""
 
-    release_steps: int = 50
-    """Steps without an OPTIMIZER decision before the learning rate is given back."""
+    release_steps: int = 200
+    """Steps without an OPTIMIZER decision before the learning rate is given back, and
+    over which it is. More than a table's baseline window, so that what comes of it is held
+    against a healthy past and not against the trouble itself."""
 
     @classmethod
     def from_environment(

@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import math
 import random
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import esper_otel  # noqa: E402
 from esper_otel import run as runs  # noqa: E402
+from esper_otel.integrations import torch as watching  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
 
@@ -257,6 +259,56 @@ def test_a_users_error_passes_through_unchanged(instrumented):
         (x * 2).backward()
     with pytest.raises(StopIteration):
         next(iter(data(n=0)))
+
+
+class OnCuda:
+    """A tensor that says it lies on a CUDA device."""
+
+    device = torch.device("cuda", 0)
+
+
+class Copies:
+    """Stands where the timer of copies stands: every timed copy takes 2.5 ms."""
+
+    def __init__(self):
+        self.timed = 0
+        self.reading = None
+
+    @contextlib.contextmanager
+    def copying(self, device=None):
+        self.timed += 1
+        yield
+        self.reading = 2.5
+
+    def take(self):
+        reading, self.reading = self.reading, None
+        return reading
+
+
+def test_with_cuda_the_first_copy_of_a_step_is_timed(captured, monkeypatch):
+    copies = Copies()
+    real_to = torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(watching, "CopyTimer", lambda: copies)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *a: OnCuda() if a == ("cuda",) else real_to(t, *a)
+    )
+    instrumentor = TorchInstrumentor()
+    instrumentor.instrument(skip_dep_check=True)
+    try:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            x = torch.ones(2, 4).to(torch.float32)
+            if step != 1:
+                torch.ones(2, 4).to("cuda")
+                torch.ones(2, 4).to("cuda")
+            model(x).sum().backward()
+            optimizer.step()
+    finally:
+        instrumentor.uninstrument()
+    assert [frame.get("h2d_copy_ms") for frame in captured.frames] == [2.5, None, 2.5]
+    assert copies.timed == 5, "three casts and one copy in each of two steps"
 
 
 # The explicit way in.

@@ -3,7 +3,8 @@
 Step boundaries come from torch's public global optimizer hooks. What has no hook is
 wrapped where it is looked up: ``Tensor.backward`` (the loss is what it is called on),
 ``clip_grad_norm_`` (its norm is reused), ``GradScaler.scale`` (to know the loss it hid)
-and the fetch of a DataLoader's iterator. ``uninstrument()`` puts the very objects back.
+the fetch of a DataLoader's iterator, and, with CUDA, ``Tensor.to`` and ``Tensor.cuda``.
+``uninstrument()`` puts the very objects back.
 
 A wrapper does its own work within :func:`_quietly`: what the user called behaves, returns
 and raises as ever.
@@ -27,6 +28,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
 from esper_otel import run as runs
 from esper_otel.settings import EsperSettings, SettingsError
 from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.scalars import CopyTimer
 
 log = logging.getLogger("esper_otel")
 
@@ -91,6 +93,8 @@ class _Watch:
         self._rival: weakref.ref[Any] | None = None
         self._backward_depth = 0
         self._scaled: tuple[Any, Any] | None = None
+        self._copies = CopyTimer()
+        self._copied = False
         self._undo: list[Callable[[], None]] = []
         if not run.enabled:
             return
@@ -106,6 +110,9 @@ class _Watch:
         clip = self._wrap(torch.nn.utils, "clip_grad_norm_", self._clip)
         self._put(torch.nn.utils.clip_grad, "clip_grad_norm_", clip)
         self._wrap(torch.amp.GradScaler, "scale", self._scale)
+        if torch.cuda.is_available():
+            self._wrap(torch.Tensor, "to", self._to_device)
+            self._wrap(torch.Tensor, "cuda", self._to_device)
         loaders = importlib.import_module("torch.utils.data.dataloader")
         iterators = getattr(loaders, "_BaseDataLoaderIter", None)
         if hasattr(iterators, "__next__"):
@@ -138,14 +145,17 @@ class _Watch:
         return wrapper
 
     def _put(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        original = owner.__dict__[name]
+        inherited = name not in owner.__dict__
+        original = getattr(owner, name) if inherited else owner.__dict__[name]
         setattr(owner, name, wrapper)
 
         def restore() -> None:
-            if owner.__dict__.get(name) is wrapper:
-                setattr(owner, name, original)
-            else:
+            if owner.__dict__.get(name) is not wrapper:
                 log.warning("%s was wrapped again by somebody else and is left as it is", name)
+            elif inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
         self._undo.append(restore)
 
@@ -201,6 +211,24 @@ class _Watch:
                 return
         self._recorder.clipped(self._begin(norm))
 
+    def _to_device(self, original: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._copied or tensor.device.type != "cpu":
+            return original(tensor, *args, **kwargs)
+        with self._copies.copying():
+            result = original(tensor, *args, **kwargs)
+        # Known only now: .to() takes a device in many ways, and may not be about one.
+        if result.device.type == "cuda":
+            self._copied = True
+        else:
+            self._copies.take()
+        return result
+
+    def _tell_copy(self) -> None:
+        self._copied = False
+        reading = self._copies.take()
+        if reading is not None:
+            self._recorder.copied_to_device(reading)
+
     def _fetch(self, original: Any, iterator: Any) -> Any:
         asked_for = perf_counter_ns()
         batch = original(iterator)
@@ -228,6 +256,7 @@ class _Watch:
 
     def _optimizer_ended(self, optimizer: Any, *_: Any) -> None:
         if self._primary is not None and self._primary() is optimizer:
+            self._quietly(self._tell_copy)
             self._quietly(self._run.optimizer_ended, optimizer)
 
     def _quietly(self, work: Callable[..., None], *args: Any) -> None:
