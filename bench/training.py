@@ -41,7 +41,7 @@ def sidecar(folder: Path) -> Iterator[dict[str, str]]:
             told = json.loads(subprocess.check_output(status, text=True))
             yield {
                 "ESPER_TAMIYO_SOCKET": str(socket),
-                "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{told['otlp_http']}",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{told['ingest']['otlp_http']}",
                 "ESPER_SPOOL_DIR": str(folder / "spool"),
             }
         finally:

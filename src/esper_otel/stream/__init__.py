@@ -1,1 +1,24 @@
-"""The stream: frames to OTLP, off the training thread."""
+"""The stream: frames to OTLP, off the training thread.
+
+Importing this package is cheap; what sending needs is loaded by :meth:`Stream.start`.
+"""
+
+from esper_otel.stream.destination import is_disabled
+from esper_otel.stream.playback import read_frames
+from esper_otel.stream.recording import RecordingError, read_recording
+from esper_otel.stream.redelivery import FileReport, ResendReport, resend
+from esper_otel.stream.spool import Account
+from esper_otel.stream.stream import Stream, StreamReport
+
+__all__ = [
+    "Account",
+    "FileReport",
+    "RecordingError",
+    "ResendReport",
+    "Stream",
+    "StreamReport",
+    "is_disabled",
+    "read_frames",
+    "read_recording",
+    "resend",
+]

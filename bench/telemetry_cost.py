@@ -1,0 +1,210 @@
+"""What telemetry costs a training step, against the same by hand with the SDK.
+
+By hand: 24 synchronous gauges set with two attributes, and 5 spans (``train.step`` and
+four phases), exported by the SDK's own OTLP/HTTP exporters. Ours: the same 24 values handed
+to the stream, which sends every step of them, and spans at the default sampling.
+
+* On the training thread: CPU time of that thread, in blocks of both in turn, in one process.
+* Of the whole process: a process each, in turn. What a step costs is the training thread's
+  CPU time inside the calls and all CPU time of other threads, from the second second until
+  everything is delivered to a receiver in a process of its own. Metrics leave ten times a
+  second either way, though the SDK then sends the last of the values and ours every one;
+  spans leave as each does by default. The faster the steps, the more of them share the
+  cost of sending: hence several paces, of which 5 ms has the bar.
+
+    python -m bench.telemetry_cost [--json PATH]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from bench.figures import Figure, alternate, median, run
+from bench.receiver import METRICS as METRICS_PATH
+from bench.receiver import TRACES as TRACES_PATH
+from bench.receiver import ReceiverProcess
+from esper_otel.leyline.frames import StepTimeline, step_row
+from esper_otel.leyline.metrics import STEP_METRICS
+from esper_otel.settings import EsperSettings
+from esper_otel.stream import Stream
+
+BENCH = "telemetry_cost"
+METRICS = 24
+PHASES = ("train.input_wait", "train.forward", "train.backward", "train.optimizer")
+
+BLOCKS, BLOCK_STEPS = 40, 100
+RUNS, WARM_S, RUN_S = 3, 1.0, 3.0
+PACES_MS = (1, 5, 20)
+BARRED_PACE_MS = 5
+
+
+class Recording(NamedTuple):
+    """A way of recording steps: what is called for each, and what ends it."""
+
+    step: Callable[[int], None]
+    close: Callable[[], None]
+
+
+def figures() -> list[Figure]:
+    receiver = ReceiverProcess()
+    try:
+        rows = on_the_training_thread(receiver.url) + of_the_whole_process(receiver.url)
+        counts = receiver.counts()
+    finally:
+        receiver.kill()
+    if not counts["requests"].get(METRICS_PATH) or not counts["requests"].get(TRACES_PATH):
+        raise AssertionError(f"the receiver did not get both signals: {counts['requests']}")
+    return rows
+
+
+def on_the_training_thread(url: str) -> list[Figure]:
+    ours, sdk = with_stream(url), with_sdk(url)
+    steps = iter(range(sys.maxsize))
+
+    def block(recording: Recording) -> float:
+        """CPU time of this thread for one step, in µs."""
+        numbers = [next(steps) for _ in range(BLOCK_STEPS)]
+        began = time.thread_time_ns()
+        for number in numbers:
+            recording.step(number)
+        return (time.thread_time_ns() - began) / 1e3 / BLOCK_STEPS
+
+    block(ours), block(sdk)
+    ours_us, sdk_us = alternate(lambda: block(ours), lambda: block(sdk), BLOCKS)
+    ours.close()
+    sdk.close()
+    return [
+        Figure.at_most(
+            BENCH,
+            "CPU of the training thread per step, stream alone",
+            median(ours_us),
+            "µs",
+            median(sdk_us),
+            bar=1 / 30,
+        ),
+        Figure.report(
+            BENCH, "the same, slowest of the blocks", max(ours_us), "µs", max(sdk_us)
+        ),
+    ]
+
+
+def of_the_whole_process(url: str) -> list[Figure]:
+    rows = []
+    for pace_ms in PACES_MS:
+        ours, sdk = alternate(
+            partial(_worker, "stream", url, pace_ms),
+            partial(_worker, "sdk", url, pace_ms),
+            RUNS,
+        )
+        figure = f"CPU of the process per step, steps of {pace_ms} ms"
+        value, baseline = median(ours), median(sdk)
+        if pace_ms == BARRED_PACE_MS:
+            rows.append(Figure.at_most(BENCH, figure, value, "µs", baseline, bar=1 / 8))
+        else:
+            rows.append(Figure.report(BENCH, figure, value, "µs", baseline))
+    return rows
+
+
+def with_stream(url: str) -> Recording:
+    """Our stream, spans at the default sampling."""
+    settings = EsperSettings()
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
+    stream = Stream(settings, run_id="bench", instance_id="bench", environ=environ)
+    stream.start()
+    row = [0.5] * METRICS + step_row()[METRICS:]
+
+    def step(number: int) -> None:
+        row[0] = number
+        now = time.time_ns()
+        stream.frame(now, row)
+        if number % settings.span_every == 0:
+            phases = [(name, now - 4_000_000, now) for name in PHASES]
+            stream.timeline(StepTimeline(number, now - 5_000_000, now, phases, row))
+
+    return Recording(step, lambda: _closed(stream))
+
+
+def _closed(stream: Stream) -> None:
+    report = stream.close()
+    if report.metrics.delivered != report.metrics.produced or not report.metrics.produced:
+        raise AssertionError(f"not everything was delivered: {report}")
+
+
+def with_sdk(url: str) -> Recording:
+    """The SDK's instruments and exporters, by hand."""
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    reader = PeriodicExportingMetricReader(
+        OTLPMetricExporter(f"{url}{METRICS_PATH}"), export_interval_millis=100
+    )
+    meters = MeterProvider([reader])
+    tracers = TracerProvider()
+    tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{url}{TRACES_PATH}")))
+    meter, tracer = meters.get_meter("bench"), tracers.get_tracer("bench")
+    gauges = [
+        meter.create_gauge(metric.instrument, metric.unit) for metric in STEP_METRICS[:METRICS]
+    ]
+    attributes: dict[str, str | int] = {"run_id": "bench", "rank": 0}
+
+    def step(number: int) -> None:
+        with tracer.start_as_current_span("train.step") as span:
+            span.set_attribute("step", number)
+            for name in PHASES:
+                tracer.start_span(name).end()
+        for gauge in gauges:
+            gauge.set(0.5, attributes)
+
+    def close() -> None:
+        meters.shutdown()
+        tracers.shutdown()
+
+    return Recording(step, close)
+
+
+def _worker(kind: str, url: str, pace_ms: int) -> float:
+    """CPU time per step in µs that a process spends on recording steps in this way."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "bench.telemetry_cost", "--worker", kind, url, str(pace_ms)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(finished.stdout)
+
+
+def work(kind: str, url: str, pace_ms: str) -> None:
+    """Record steps at a steady pace and print the CPU time each took, in µs."""
+    recording = with_stream(url) if kind == "stream" else with_sdk(url)
+    pause_s = int(pace_ms) / 1e3
+    warm, steps = int(WARM_S / pause_s), int(RUN_S / pause_s)
+    for number in range(warm):
+        recording.step(number)
+        time.sleep(pause_s)
+    process, thread, calls = time.process_time_ns(), time.thread_time_ns(), 0
+    for number in range(warm, warm + steps):
+        began = time.thread_time_ns()
+        recording.step(number)
+        calls += time.thread_time_ns() - began
+        time.sleep(pause_s)
+    began = time.thread_time_ns()
+    recording.close()
+    calls += time.thread_time_ns() - began
+    others = (time.process_time_ns() - process) - (time.thread_time_ns() - thread)
+    print((calls + others) / 1e3 / steps)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:])
+    else:
+        sys.exit(run(figures))

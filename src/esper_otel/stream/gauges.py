@@ -1,0 +1,109 @@
+"""Gauges: the latest frame through the OpenTelemetry metrics API.
+
+Every metric of the registry is an observable gauge, so a ``MeterProvider`` of the user's
+own exports it in its own way. Nothing happens unless a reader collects; then the newest
+record of the ring is read, which costs the training thread nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from math import isfinite
+
+from opentelemetry.metrics import CallbackOptions, Observation, get_meter
+
+from esper_otel import __version__
+from esper_otel.leyline.metrics import SEED_ID, SEED_METRICS, STEP_METRICS
+from esper_otel.stream.encoding import SCOPE
+from esper_otel.stream.ring import FrameRing
+
+log = logging.getLogger("esper_otel")
+
+_Callback = Callable[[CallbackOptions], Iterable[Observation]]
+
+
+class _Shown:
+    """The ring whose latest frame the gauges of this process report."""
+
+    def __init__(self) -> None:
+        self.ring: FrameRing | None = None
+        self.registered = False
+        self.lock = threading.Lock()
+
+
+_shown = _Shown()
+
+
+def show(ring: FrameRing) -> None:
+    """Report the latest frame of ``ring`` from now on; gauges are made once a process."""
+    with _shown.lock:
+        _shown.ring = ring
+        if _shown.registered:
+            return
+        _shown.registered = True
+        meter = get_meter(SCOPE, __version__)
+        for slot, metric in enumerate(STEP_METRICS):
+            meter.create_observable_gauge(
+                metric.instrument, [_step_callback(slot)], metric.unit, metric.meaning
+            )
+        for slot, metric in enumerate(SEED_METRICS):
+            meter.create_observable_gauge(
+                metric.instrument, [_seed_callback(slot)], metric.unit, metric.meaning
+            )
+
+
+def hide(ring: FrameRing) -> None:
+    """Report nothing more of ``ring``."""
+    # Without the lock: a forked child calls this, and the lock may be held there forever.
+    if _shown.ring is ring:
+        _shown.ring = None
+
+
+def _step_callback(slot: int) -> _Callback:
+    def observe(options: CallbackOptions) -> Iterable[Observation]:
+        return _never_raising(_step_observations, slot)
+
+    return observe
+
+
+def _seed_callback(slot: int) -> _Callback:
+    def observe(options: CallbackOptions) -> Iterable[Observation]:
+        return _never_raising(_seed_observations, slot)
+
+    return observe
+
+
+def _never_raising(
+    observations: Callable[[FrameRing, int], list[Observation]], slot: int
+) -> list[Observation]:
+    ring = _shown.ring
+    if ring is None:
+        return []
+    try:
+        return observations(ring, slot)
+    except Exception:
+        log.debug("reading the latest frame failed", exc_info=True)
+        return []
+
+
+def _step_observations(ring: FrameRing, slot: int) -> list[Observation]:
+    frames = ring.latest()
+    if frames is None:
+        return []
+    value = float(frames.steps.values[0, slot])
+    return [Observation(value)] if isfinite(value) else []
+
+
+def _seed_observations(ring: FrameRing, slot: int) -> list[Observation]:
+    frames = ring.latest()
+    if frames is None:
+        return []
+    return [
+        Observation(value, {SEED_ID: frames.seed_ids[number]})
+        for number, value in zip(
+            frames.seeds.tags.tolist(), frames.seeds.values[:, slot].tolist(), strict=True
+        )
+        if isfinite(value)
+    ]

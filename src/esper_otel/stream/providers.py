@@ -1,0 +1,136 @@
+"""Providers: everything that needs the OpenTelemetry SDK.
+
+The only module that imports ``opentelemetry.sdk``. It gives the resource of this trainer,
+and tracers that never touch the process's random numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Tracer as SdkTracer
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.trace import SpanContext
+
+from esper_otel import __version__
+from esper_otel.leyline.metrics import INSTANCE_ID, RANK, RUN_ID, WORLD_SIZE
+from esper_otel.stream.encoding import SCOPE
+
+log = logging.getLogger("esper_otel")
+
+SPANS_PER_REQUEST = 512
+
+
+def trainer_resource(run_id: str, instance_id: str, rank: int, world_size: int) -> Resource:
+    """Who produces this telemetry: what OTel detects, and which trainer of which run.
+
+    The SDK's detectors read ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` from
+    the process's environment.
+    """
+    identity: dict[str, str | int] = {
+        RUN_ID: run_id,
+        RANK: rank,
+        WORLD_SIZE: world_size,
+        INSTANCE_ID: instance_id,
+    }
+    try:
+        resource = Resource.create(identity)
+    except Exception as error:
+        # Detectors are plugins, and at the interpreter's end they get no threads.
+        log.debug("resource detection failed: %s", error)
+        resource = Resource(identity)
+    name = str(resource.attributes.get(SERVICE_NAME, ""))
+    if not name or name.startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: "esper-trainer"}))
+    return resource
+
+
+def serialised_resource(resource: Resource) -> bytes:
+    """``resource`` as the SDK's own encoder writes it, taken from around a span."""
+    span = ReadableSpan("resource", context=SpanContext(1, 1, False), resource=resource)
+    return encode_spans([span]).resource_spans[0].resource.SerializeToString()
+
+
+class OwnIds(IdGenerator):
+    """Span and trace ids from a random source of our own.
+
+    The SDK's generator draws from the global ``random``: one span would change the
+    numbers that the training run sees next, and ranks seeded alike would get like ids.
+    """
+
+    def __init__(self) -> None:
+        self._random = random.Random(os.urandom(32))
+
+    def generate_trace_id(self) -> int:
+        """128 random bits."""
+        return self._bits(128)
+
+    def generate_span_id(self) -> int:
+        """64 random bits."""
+        return self._bits(64)
+
+    def is_trace_id_random(self) -> bool:
+        """They are: 56 bits and more of each."""
+        return True
+
+    def _bits(self, count: int) -> int:
+        while not (number := self._random.getrandbits(count)):
+            pass
+        return number
+
+
+class Tracers:
+    """The tracer that spans go through: the user's provider, or one of our own.
+
+    A global SDK ``TracerProvider`` is looked for every time, since a script may set one
+    after the stream began. Spans of our own provider are collected here, for
+    :meth:`take` to encode.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self._ids = OwnIds()
+        self._finished = _Collector()
+        # shutdown_on_exit=False: the stream is closed by its owner, within its time.
+        self._own = TracerProvider(
+            resource=resource, shutdown_on_exit=False, id_generator=self._ids
+        )
+        self._own.add_span_processor(self._finished)
+
+    @property
+    def are_users(self) -> bool:
+        """Whether the user has set a provider, which then delivers the spans itself."""
+        return isinstance(trace.get_tracer_provider(), TracerProvider)
+
+    def tracer(self) -> trace.Tracer:
+        """A tracer whose ids are ours."""
+        current = trace.get_tracer_provider()
+        provider = current if isinstance(current, TracerProvider) else self._own
+        tracer = provider.get_tracer(SCOPE, __version__)
+        if isinstance(tracer, SdkTracer):
+            tracer.id_generator = self._ids
+        return tracer
+
+    def take(self, put: Callable[[bytes, int], None]) -> None:
+        """Hand the finished spans of our own provider to ``put`` as (request, spans)."""
+        spans, self._finished.spans = self._finished.spans, []
+        for start in range(0, len(spans), SPANS_PER_REQUEST):
+            some = spans[start : start + SPANS_PER_REQUEST]
+            put(encode_spans(some).SerializeToString(), len(some))
+
+
+class _Collector(SpanProcessor):
+    """Keeps finished spans; they are made and taken on the stream's one thread."""
+
+    def __init__(self) -> None:
+        self.spans: list[ReadableSpan] = []
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.context.trace_flags.sampled:
+            self.spans.append(span)

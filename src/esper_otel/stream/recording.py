@@ -1,0 +1,147 @@
+"""Recording: OTLP in files.
+
+A file holds requests of one signal, each behind its size as four bytes, most significant
+first. That is what the Collector's file exporter writes with ``format: proto``, so its
+tools read ours and ours read its.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from esper_otel.stream.destination import Signal
+
+log = logging.getLogger("esper_otel")
+
+MAX_MESSAGE = 64 << 20
+"""Larger sizes are taken for bytes of another kind of file: receivers stop far earlier."""
+
+_SIZE = struct.Struct(">I")
+
+
+class RecordingError(ValueError):
+    """A file that is no recording from some place on: ``offset`` says where."""
+
+    def __init__(self, path: Path, offset: int, problem: str) -> None:
+        super().__init__(f"{path}: byte {offset}: {problem}")
+        self.offset = offset
+
+
+def stem(run_id: str, rank: int, pid: int | None = None) -> str:
+    """Name of a run's files without folder and ending; what no file name has becomes _."""
+    name = f"{run_id}-rank{rank}" + ("" if pid is None else f"-{pid}")
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII).lstrip(".")
+
+
+def signal_of(path: Path) -> Signal | None:
+    """The signal that the name of a recording tells, None when it tells none."""
+    for signal in Signal:
+        if path.name.endswith(f".{signal}.otlp"):
+            return signal
+    return None
+
+
+def framed(body: bytes) -> bytes:
+    """A request as it lies in a file."""
+    return _SIZE.pack(len(body)) + body
+
+
+def read_recording(path: Path) -> Iterator[bytes]:
+    """The requests in ``path``, in order.
+
+    Raises :class:`RecordingError` at the first byte from which on there is none, after
+    everything before it was yielded, and :class:`OSError` when it cannot be read.
+    """
+    with path.open("rb") as file:
+        offset = 0
+        while size_bytes := file.read(_SIZE.size):
+            if len(size_bytes) < _SIZE.size:
+                raise RecordingError(path, offset, "the file ends inside a size")
+            (size,) = _SIZE.unpack(size_bytes)
+            if not 0 < size <= MAX_MESSAGE:
+                raise RecordingError(
+                    path, offset, f"expected the size of a request, found {size:,}"
+                )
+            body = file.read(size)
+            if len(body) < size:
+                raise RecordingError(
+                    path, offset, f"a request of {size:,} bytes has only {len(body):,}"
+                )
+            offset += _SIZE.size + size
+            yield body
+
+
+class Recording:
+    """Everything a run produces, appended to one file per signal as it comes.
+
+    A disk that fails ends the recording with one warning; the run goes on.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._folder = folder
+        self._stem = stem
+        self._files: dict[Signal, int] = {}
+        self._paths: dict[Signal, Path] = {}
+        self._failed = False
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Files written so far."""
+        return tuple(self._paths.values())
+
+    def append(self, signal: Signal, body: bytes) -> None:
+        """Write one request. Never raises."""
+        if self._failed:
+            return
+        try:
+            _write(self._file(signal), framed(body))
+        except OSError as error:
+            self._failed = True
+            log.warning("recording to %s stopped: %s", self._folder, error)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file(self, signal: Signal) -> int:
+        if signal not in self._files:
+            path = self._folder / f"{self._stem}.{signal}.otlp"
+            self._files[signal] = _open(path)
+            self._paths[signal] = path
+        return self._files[signal]
+
+
+def leave(folder: Path, stem: str, signal: Signal, bodies: Iterable[bytes]) -> Path:
+    """Append requests to the file of ``signal`` in ``folder``; raises :class:`OSError`."""
+    path = folder / f"{stem}.{signal}.otlp"
+    file = _open(path)
+    try:
+        for body in bodies:
+            _write(file, framed(body))
+    finally:
+        os.close(file)
+    return path
+
+
+def _open(path: Path) -> int:
+    """A descriptor that appends. Unbuffered: a forked child has nothing to flush twice."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def _write(file: int, data: bytes) -> None:
+    """All of ``data``, or none of it and :class:`OSError`."""
+    before = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    except OSError:
+        os.ftruncate(file, before)
+        raise

@@ -1,0 +1,198 @@
+"""Ring: where the training thread leaves its frames, numbers only.
+
+One thread writes, one reads, and neither waits for the other: each side owns one
+counter, and a record counts only once the writer has moved its counter past it.
+Packing 31 doubles takes about 1 µs; a queue of Python objects would keep them alive and
+make the garbage collector walk them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
+
+SeedRows = Sequence[tuple[str, list[float]]]
+"""The seeds of one frame: (seed id, row in registry order)."""
+
+
+class Rows(NamedTuple):
+    """Records copied out of a ring, oldest first.
+
+    ``times`` (n) are nanoseconds of the Unix epoch, ``tags`` (n) mean what the writer
+    meant, ``values`` (n, width) hold NaN where a metric is absent.
+    """
+
+    times: npt.NDArray[np.int64]
+    tags: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
+
+
+class Frames(NamedTuple):
+    """Whole frames: step rows, and the seed rows that belong to them.
+
+    The tag of a step row is the end of its seeds in ``seeds``, the tag of a seed row its
+    index in ``seed_ids``.
+    """
+
+    steps: Rows
+    seeds: Rows
+    seed_ids: Sequence[str]
+
+
+class Ring:
+    """Fixed number of records of one time, one tag and ``width`` doubles each."""
+
+    __slots__ = (
+        "_buffer",
+        "_none",
+        "_pack_into",
+        "_rows",
+        "_size",
+        "capacity",
+        "read",
+        "written",
+    )
+
+    def __init__(self, capacity: int, width: int) -> None:
+        record = struct.Struct(f"<qq{width}d")
+        self.capacity = capacity
+        self._size = record.size
+        self._buffer = bytearray(capacity * record.size)
+        self.written = 0
+        self.read = 0
+        self._pack_into = record.pack_into
+        layout = [("time", "<i8"), ("tag", "<i8"), ("values", "<f8", (width,))]
+        self._rows = np.frombuffer(self._buffer, np.dtype(layout))
+        none = self._rows[:0]
+        self._none = Rows(none["time"], none["tag"], none["values"])
+
+    def write(self, index: int, time_unix_nano: int, tag: int, row: Sequence[float]) -> None:
+        """Fill the record of the running number ``index``; not visible until published.
+
+        Raises :class:`struct.error` when the row has another width or holds no numbers.
+        """
+        offset = index % self.capacity * self._size
+        self._pack_into(self._buffer, offset, time_unix_nano, tag, *row)
+
+    def copy(self, start: int, end: int) -> Rows:
+        """The records with running numbers ``start`` to ``end`` - 1."""
+        if start == end:
+            return self._none
+        first, last = start % self.capacity, end % self.capacity
+        if first < last:
+            rows = self._rows[first:last].copy()
+        else:
+            rows = np.concatenate((self._rows[first:], self._rows[:last]))
+        return Rows(rows["time"], rows["tag"], rows["values"])
+
+
+class FrameRing:
+    """Ring of step frames, and ring of the seed rows that go with them.
+
+    A frame is written whole or refused whole, and read whole: its seed rows come first,
+    its step row publishes it. ``refused_frames`` and ``refused_points`` belong to the
+    writing thread.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._steps = Ring(capacity, len(STEP_KEYS))
+        self._seeds = Ring(capacity, len(SEED_KEYS))
+        self._numbers: dict[str, int] = {}
+        self._seed_ids: list[str] = []
+        self.refused_frames = 0
+        self.refused_points = 0
+
+    @property
+    def accepted(self) -> int:
+        """Frames written so far."""
+        return self._steps.written
+
+    def put(self, time_unix_nano: int, row: Sequence[float], seeds: SeedRows) -> bool:
+        """Write one frame; False when there is no room, which is counted."""
+        steps = self._steps
+        if steps.written - steps.read >= steps.capacity:
+            return self._refuse(row, seeds)
+        if seeds and not self._put_seeds(time_unix_nano, seeds):
+            return self._refuse(row, seeds)
+        steps.write(steps.written, time_unix_nano, self._seeds.written, row)
+        steps.written += 1
+        return True
+
+    def take(self) -> Frames | None:
+        """Every frame written since the last call, None when there is none."""
+        steps, seeds = self._steps, self._seeds
+        end = steps.written
+        if end == steps.read:
+            return None
+        step_rows = steps.copy(steps.read, end)
+        first_seed = seeds.read
+        last_seed = int(step_rows.tags[-1])
+        seed_rows = seeds.copy(first_seed, last_seed)
+        step_rows = step_rows._replace(tags=step_rows.tags - first_seed)
+        seeds.read = last_seed
+        steps.read = end
+        return Frames(step_rows, seed_rows, self._seed_ids)
+
+    def latest(self) -> Frames | None:
+        """The newest frame alone, whether taken or not; None before the first."""
+        steps = self._steps
+        end = steps.written
+        if end == 0:
+            return None
+        rows = steps.copy(max(end - 2, 0), end)
+        first_seed = int(rows.tags[0]) if end > 1 else 0
+        seed_rows = self._seeds.copy(first_seed, int(rows.tags[-1]))
+        newest = Rows(rows.times[-1:], rows.tags[-1:] - first_seed, rows.values[-1:])
+        return Frames(newest, seed_rows, self._seed_ids)
+
+    def _put_seeds(self, time_unix_nano: int, seeds: SeedRows) -> bool:
+        """Write the seed rows of a frame, all or none of them."""
+        ring = self._seeds
+        if ring.written + len(seeds) - ring.read > ring.capacity:
+            return False
+        for index, (seed_id, values) in enumerate(seeds, ring.written):
+            number = self._numbers.get(seed_id)
+            if number is None:
+                number = self._numbers[seed_id] = len(self._seed_ids)
+                self._seed_ids.append(seed_id)
+            ring.write(index, time_unix_nano, number, values)
+        ring.written += len(seeds)
+        return True
+
+    def _refuse(self, row: Sequence[float], seeds: SeedRows) -> bool:
+        self.refused_frames += 1
+        self.refused_points += sum(map(isfinite, row))
+        self.refused_points += sum(sum(map(isfinite, values)) for _, values in seeds)
+        return False
+
+
+def part(frames: Frames, start: int, end: int) -> Frames:
+    """The frames from ``start`` to ``end`` - 1, with their seeds."""
+    if start == 0 and end >= len(frames.steps.times):
+        return frames
+    steps = _between(frames.steps, start, end)
+    first = int(frames.steps.tags[start - 1]) if start else 0
+    seeds = _between(frames.seeds, first, int(steps.tags[-1]))
+    return Frames(steps._replace(tags=steps.tags - first), seeds, frames.seed_ids)
+
+
+def chosen(rows: Rows, indices: Sequence[int]) -> Rows:
+    """The rows at ``indices``."""
+    where = np.array(indices)
+    return Rows(rows.times[where], rows.tags[where], rows.values[where])
+
+
+def _between(rows: Rows, start: int, end: int) -> Rows:
+    return Rows(rows.times[start:end], rows.tags[start:end], rows.values[start:end])
+
+
+def points(frames: Frames) -> int:
+    """How many data points the frames make: one per finite value."""
+    return sum(int(np.isfinite(rows.values).sum()) for rows in (frames.steps, frames.seeds))

@@ -1,0 +1,196 @@
+"""Sender: the thread that delivers one signal, and its patience.
+
+Sending never holds back draining: whatever a receiver does to this thread, batches wait
+in the spool. Delivery is at least once: a batch whose answer did not come is sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from esper_otel.stream.destination import Destination, Signal
+from esper_otel.stream.spool import Group, Spool
+from esper_otel.stream.transport import Outcome, Transport, Verdict, open_transport
+
+log = logging.getLogger("esper_otel")
+
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 5.0
+"""Short, so that a receiver that comes back is found soon."""
+
+
+class Backoff:
+    """Pauses between attempts: doubling, with jitter so that ranks do not march in step.
+
+    The jitter has its own source: the training run's random numbers are not ours.
+    """
+
+    def __init__(self) -> None:
+        self._random = random.Random(os.urandom(16))
+        self._failures = 0
+
+    def reset(self) -> None:
+        """The last attempt succeeded."""
+        self._failures = 0
+
+    def pause_s(self, asked_s: float | None) -> float:
+        """Seconds to wait after one more failure, at least what the receiver asked for."""
+        full = min(FIRST_PAUSE_S * 2.0**self._failures, LONGEST_PAUSE_S)
+        self._failures = min(self._failures + 1, 16)
+        return max(full * self._random.uniform(0.5, 1.0), asked_s or 0.0)
+
+
+class Outage:
+    """Tells people that the receiver is away, once in a run, and that it is back."""
+
+    def __init__(self, kept: str) -> None:
+        self._kept = kept
+        self._lock = threading.Lock()
+        self._down: set[Signal] = set()
+        self._told = False
+
+    def begin(self, destination: Destination, reason: str) -> None:
+        """A request of this signal could not be delivered now."""
+        with self._lock:
+            self._down.add(destination.signal)
+            told, self._told = self._told, True
+        level = logging.DEBUG if told else logging.WARNING
+        log.log(
+            level,
+            "telemetry cannot be delivered to %s (%s); training goes on, %s",
+            destination.endpoint,
+            reason,
+            self._kept,
+        )
+
+    def end(self, destination: Destination) -> None:
+        """A request of this signal was delivered."""
+        with self._lock:
+            was_down = destination.signal in self._down
+            self._down.discard(destination.signal)
+        if was_down:
+            log.info("telemetry is delivered to %s again", destination.endpoint)
+
+
+class Sender:
+    """Delivers the batches of one signal from the spool until told to finish."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        spool: Spool,
+        outage: Outage,
+        open_transport: Callable[[Destination], Transport] = open_transport,
+    ) -> None:
+        self._destination = destination
+        self._spool = spool
+        self._outage = outage
+        self._backoff = Backoff()
+        self._finishing = threading.Event()
+        self._deadline = float("inf")
+        self._refused = False
+        self._transport = open_transport(destination)
+        self._thread = threading.Thread(
+            target=self._run, name=f"esper-send-{destination.signal}", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def finish(self, deadline: float) -> None:
+        """Send what waits until ``deadline`` (of :func:`time.monotonic`), then stop."""
+        self._deadline = deadline
+        self._finishing.set()
+
+    def join(self) -> None:
+        """Wait for the thread until the deadline, then let go of it and its connection."""
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0))
+        self._transport.close()
+
+    def _run(self) -> None:
+        signal = self._destination.signal
+        while (group := self._spool.take(signal)) is not None:
+            timeout_s = min(self._destination.timeout_s, self._deadline - time.monotonic())
+            if timeout_s <= 0:
+                self._spool.put_back(group)
+                return
+            if not self._settle(group, self._send(group, timeout_s)):
+                return
+
+    def _send(self, group: Group, timeout_s: float) -> Outcome:
+        try:
+            return self._transport.send(group.body(), timeout_s)
+        except Exception as error:
+            # A transport that raises has a fault of its own; what it carried is kept.
+            log.debug("sending failed", exc_info=True)
+            return Outcome(Verdict.RETRY, f"{type(error).__name__}: {error}")
+
+    def _settle(self, group: Group, outcome: Outcome) -> bool:
+        """Account for ``group``, pause where that is due; False to stop sending."""
+        match outcome.verdict:
+            case Verdict.DELIVERED:
+                self._delivered(group, outcome)
+            case Verdict.REFUSED:
+                self._refuse(group, outcome)
+            case Verdict.UNSUPPORTED:
+                return self._unsupported(group, outcome)
+            case Verdict.RETRY | Verdict.UNREACHABLE:
+                return self._try_later(group, outcome)
+        return True
+
+    def _delivered(self, group: Group, outcome: Outcome) -> None:
+        self._spool.deliver(group, outcome.rejected)
+        self._backoff.reset()
+        self._outage.end(self._destination)
+        if outcome.rejected:
+            self._warn_refused(f"{outcome.rejected} items", outcome.reason)
+
+    def _refuse(self, group: Group, outcome: Outcome) -> None:
+        self._backoff.reset()
+        if self._spool.refuse(group):
+            self._warn_refused("a request", outcome.reason)
+
+    def _warn_refused(self, what: str, reason: str) -> None:
+        if not self._refused:
+            self._refused = True
+            log.warning(
+                "%s refused %s of %s for good (%s); such telemetry is dropped and counted",
+                self._destination.endpoint,
+                what,
+                self._destination.signal,
+                reason,
+            )
+
+    def _unsupported(self, group: Group, outcome: Outcome) -> bool:
+        """No such endpoint: without traces a run is whole, without metrics it is not."""
+        if self._destination.signal is not Signal.TRACES:
+            self._refuse(group, outcome)
+            return True
+        self._spool.close_line(Signal.TRACES)
+        log.info("%s takes no traces (%s)", self._destination.endpoint, outcome.reason)
+        return False
+
+    def _try_later(self, group: Group, outcome: Outcome) -> bool:
+        self._spool.put_back(group)
+        self._outage.begin(self._destination, outcome.reason)
+        if self._finishing.is_set() and outcome.verdict is Verdict.UNREACHABLE:
+            # Nobody is there: waiting for the deadline would only hold up the exit.
+            return False
+        pause_s = self._backoff.pause_s(outcome.retry_after_s)
+        if not self._finishing.is_set():
+            began = time.monotonic()
+            if not self._finishing.wait(pause_s) or outcome.retry_after_s is None:
+                return True
+            pause_s -= time.monotonic() - began
+        # The end has come during the pause, or before it. A receiver that named its pause
+        # gets it where time allows; else this was the last attempt.
+        if time.monotonic() + pause_s >= self._deadline:
+            return False
+        time.sleep(max(pause_s, 0.0))
+        return True

@@ -1,0 +1,265 @@
+"""Spool: what waits to be delivered, bounded, and the account of all of it.
+
+For each signal *produced = delivered + spooled + dropped* holds at every moment, because
+one lock guards the four numbers and the queue. The training thread never takes it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from enum import Enum
+
+import msgspec
+
+from esper_otel.stream.destination import Signal
+
+MAX_GROUP = 2 << 20
+"""Bytes sent in one request; a single batch may be larger."""
+
+
+class Account(msgspec.Struct, frozen=True):
+    """Data points, or spans, of one signal.
+
+    ``spooled`` waits in memory or was left in a file. ``refused`` is the part of
+    ``dropped`` that a receiver did not want.
+    """
+
+    produced: int = 0
+    delivered: int = 0
+    spooled: int = 0
+    dropped: int = 0
+    refused: int = 0
+
+
+class Batch(msgspec.Struct, eq=False):
+    """One serialised request and how many points or spans it holds.
+
+    ``alone``: it was refused together with others, so it is sent by itself.
+    """
+
+    signal: Signal
+    body: bytes
+    items: int
+    number: int
+    alone: bool = False
+
+
+class Group(msgspec.Struct, eq=False):
+    """Batches on their way in one request.
+
+    Serialised protobuf messages laid end to end are the message of both, so batches need
+    no decoding to travel together.
+    """
+
+    batches: list[Batch]
+
+    @property
+    def signal(self) -> Signal:
+        """Signal of every batch in it."""
+        return self.batches[0].signal
+
+    @property
+    def items(self) -> int:
+        """Points or spans in it."""
+        return sum(batch.items for batch in self.batches)
+
+    def body(self) -> bytes:
+        """The request."""
+        return b"".join(batch.body for batch in self.batches)
+
+
+class _Phase(Enum):
+    OPEN = "batches come and go"
+    FINISHING = "no more batches come"
+    SEALED = "what is left was taken away; results of requests in flight come too late"
+
+
+class Spool:
+    """Bounded queue of batches, one line per signal; the oldest of all gives way."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        # What is in flight cannot be dropped, so it should leave room for what is newer.
+        self._max_group = min(MAX_GROUP, max_bytes // 4)
+        self._bytes = 0
+        self._numbered = 0
+        self._lines: dict[Signal, deque[Batch]] = {signal: deque() for signal in Signal}
+        self._in_flight: dict[Signal, Group | None] = dict.fromkeys(Signal)
+        self._accounts = dict.fromkeys(Signal, Account())
+        self._closed: set[Signal] = set()
+        self._phase = _Phase.OPEN
+        self._lock = threading.RLock()
+        # One per signal: waking the other sender for nothing cost as much as a frame.
+        self._changed = {signal: threading.Condition(self._lock) for signal in Signal}
+
+    def put(self, signal: Signal, body: bytes, items: int) -> None:
+        """Take one batch in; where it does not fit, the oldest ones are dropped."""
+        with self._lock:
+            if signal in self._closed:
+                self._count(signal, produced=items, dropped=items, refused=items)
+                return
+            if self._phase is _Phase.SEALED:
+                self._count(signal, produced=items, dropped=items)
+                return
+            self._numbered += 1
+            self._lines[signal].append(Batch(signal, body, items, self._numbered))
+            self._bytes += len(body)
+            self._count(signal, produced=items, spooled=items)
+            while self._bytes > self._max_bytes and self._drop_oldest():
+                pass
+            self._changed[signal].notify_all()
+
+    def take(self, signal: Signal) -> Group | None:
+        """The oldest batches of ``signal`` for one request; waits for some.
+
+        None when there will be none any more. Every group taken must be settled by one of
+        :meth:`deliver`, :meth:`refuse` and :meth:`put_back`.
+        """
+        line = self._lines[signal]
+        with self._lock:
+            while not line and self._phase is _Phase.OPEN and signal not in self._closed:
+                self._changed[signal].wait()
+            if not line or self._phase is _Phase.SEALED:
+                return None
+            group = Group([line.popleft()])
+            size = len(group.batches[0].body)
+            while line and not (line[0].alone or group.batches[0].alone):
+                size += len(line[0].body)
+                if size > self._max_group:
+                    break
+                group.batches.append(line.popleft())
+            self._in_flight[signal] = group
+            return group
+
+    def deliver(self, group: Group, rejected: int = 0) -> None:
+        """``group`` was taken by the receiver but for ``rejected`` of its items."""
+        with self._lock:
+            if self._settle(group):
+                items = group.items
+                rejected = min(max(rejected, 0), items)
+                self._count(
+                    group.signal,
+                    spooled=-items,
+                    delivered=items - rejected,
+                    dropped=rejected,
+                    refused=rejected,
+                )
+
+    def refuse(self, group: Group) -> bool:
+        """The receiver will never take ``group``; False when its parts get another try.
+
+        One bad batch should not take its neighbours along, nor a limit on the size of
+        requests all of them: several are sent again one by one.
+        """
+        with self._lock:
+            if len(group.batches) > 1:
+                for batch in group.batches:
+                    batch.alone = True
+                self.put_back(group)
+                return False
+            if self._settle(group):
+                self._drop(group.batches, refused=True)
+            return True
+
+    def put_back(self, group: Group) -> None:
+        """``group`` was not taken now; it is first in line again."""
+        with self._lock:
+            if self._settle(group):
+                self._lines[group.signal].extendleft(reversed(group.batches))
+                self._bytes += sum(len(batch.body) for batch in group.batches)
+                while self._bytes > self._max_bytes and self._drop_oldest():
+                    pass
+
+    def close_line(self, signal: Signal) -> None:
+        """No receiver for ``signal``: what waits and what still comes is refused."""
+        with self._lock:
+            self._closed.add(signal)
+            group = self._in_flight[signal]
+            if group is not None:
+                self.put_back(group)
+            line = self._lines[signal]
+            self._bytes -= sum(len(batch.body) for batch in line)
+            self._drop(line, refused=True)
+            line.clear()
+            self._changed[signal].notify_all()
+
+    def is_closed(self, signal: Signal) -> bool:
+        """Whether ``signal`` has no receiver."""
+        return signal in self._closed
+
+    def finish(self) -> None:
+        """No more batches come: :meth:`take` stops waiting for them."""
+        with self._lock:
+            self._phase = _Phase.FINISHING
+            self._wake_all()
+
+    def seal(self) -> list[Batch]:
+        """Hand over everything unsent, oldest first; it stays counted as spooled.
+
+        A batch in flight is among it: whether it was taken will not be known in time.
+        """
+        with self._lock:
+            self._phase = _Phase.SEALED
+            batches = [batch for line in self._lines.values() for batch in line]
+            for group in self._in_flight.values():
+                batches += group.batches if group else []
+            for signal in Signal:
+                self._lines[signal].clear()
+                self._in_flight[signal] = None
+            self._bytes = 0
+            self._wake_all()
+            return sorted(batches, key=lambda batch: batch.number)
+
+    def lose(self, signal: Signal, items: int) -> None:
+        """``items`` that were spooled could not be kept."""
+        with self._lock:
+            self._count(signal, spooled=-items, dropped=items)
+
+    def never_made(self, signal: Signal, items: int) -> None:
+        """``items`` were due, but no batch could be made of them."""
+        with self._lock:
+            self._count(signal, produced=items, dropped=items)
+
+    def account(self, signal: Signal) -> Account:
+        """The numbers of ``signal`` at this moment."""
+        with self._lock:
+            return self._accounts[signal]
+
+    def _wake_all(self) -> None:
+        for changed in self._changed.values():
+            changed.notify_all()
+
+    def _settle(self, group: Group) -> bool:
+        """End the flight of ``group``; False when the spool was sealed meanwhile."""
+        if self._in_flight[group.signal] is not group:
+            return False
+        self._in_flight[group.signal] = None
+        self._bytes -= sum(len(batch.body) for batch in group.batches)
+        return True
+
+    def _drop_oldest(self) -> bool:
+        """Drop the oldest waiting batch; False when all that is left is in flight."""
+        waiting = [line for line in self._lines.values() if line]
+        if not waiting:
+            return False
+        batch = min(waiting, key=lambda line: line[0].number).popleft()
+        self._bytes -= len(batch.body)
+        self._drop([batch])
+        return True
+
+    def _drop(self, batches: Iterable[Batch], refused: bool = False) -> None:
+        for batch in batches:
+            self._count(
+                batch.signal,
+                spooled=-batch.items,
+                dropped=batch.items,
+                refused=batch.items if refused else 0,
+            )
+
+    def _count(self, signal: Signal, **changes: int) -> None:
+        account = self._accounts[signal]
+        self._accounts[signal] = msgspec.structs.replace(
+            account, **{name: getattr(account, name) + by for name, by in changes.items()}
+        )

@@ -1,0 +1,299 @@
+"""Stream: the door through which a recorder hands over its frames.
+
+The training thread writes numbers and returns; two kinds of daemon thread do the rest:
+``esper-stream`` turns frames into OTLP, ``esper-send-metrics`` and ``esper-send-traces``
+deliver it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.settings import EsperSettings
+from esper_otel.stream import recording as files
+from esper_otel.stream.destination import Signal, destinations
+from esper_otel.stream.spool import Account, Batch, Spool
+
+if TYPE_CHECKING:
+    from esper_otel.stream.drain import Drain
+    from esper_otel.stream.ring import SeedRows
+    from esper_otel.stream.sender import Sender
+
+log = logging.getLogger("esper_otel")
+
+MAX_TIMELINES = 4096
+"""Steps whose spans may wait to be made."""
+
+
+class StreamReport(msgspec.Struct, frozen=True):
+    """What became of the telemetry of a run, at one moment.
+
+    ``frames`` were accepted, ``refused_frames`` found the ring full (their points count
+    as dropped). ``metrics`` counts data points, ``traces`` spans of our own provider.
+    ``files`` hold what is unsent, ``recordings`` everything, where that was asked for.
+    """
+
+    frames: int = 0
+    refused_frames: int = 0
+    metrics: Account = Account()
+    traces: Account = Account()
+    files: tuple[Path, ...] = ()
+    recordings: tuple[Path, ...] = ()
+
+
+class Stream:
+    """Frames and timelines of one training process on their way to OTLP.
+
+    ``environ`` holds the ``OTEL_*`` variables that say where telemetry goes (default: the
+    process's). In a forked child every method does nothing.
+    """
+
+    def __init__(
+        self,
+        settings: EsperSettings,
+        *,
+        run_id: str,
+        instance_id: str,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        from esper_otel.stream.ring import FrameRing
+
+        self._settings = settings
+        self._run_id = run_id
+        self._instance_id = instance_id
+        self._environ = environ
+        self._ring = FrameRing(settings.ring_steps)
+        self._timelines: deque[StepTimeline] = deque()
+        self._refused_spans = 0
+        self._spool = Spool(int(settings.spool_mb * 1e6))
+        self._recording: files.Recording | None = None
+        self._drain: Drain | None = None
+        self._senders: dict[Signal, Sender] = {}
+        self._hide: Callable[[], None] | None = None
+        self._files: tuple[Path, ...] = ()
+        self._on = True
+        self._faulted = False
+        self._closed = False
+        self._pid = os.getpid()
+        _streams.add(self)
+
+    def start(self) -> None:
+        """Load what sending needs and start the threads. Never raises.
+
+        Loading (SDK, protobuf, requests or grpc) happens on the caller's thread and takes
+        a few tenths of a second once. On a thread of ours it would meet the fork of the
+        first DataLoader worker half done, and that worker would find the import locks
+        held for ever.
+        """
+        if self._drain is not None or self._closed or os.getpid() != self._pid:
+            return
+        try:
+            self._start()
+        except Exception as error:
+            self._on = False
+            log.warning("telemetry is off, it could not be started: %r", error)
+            log.debug("the fault", exc_info=True)
+
+    def frame(self, time_unix_nano: int, row: list[float], seeds: SeedRows = ()) -> None:
+        """Hand over one step: its row and the rows of its seeds, in registry order.
+
+        Takes a few microseconds, waits for nothing and never raises. NaN is absent.
+        """
+        if self._on:
+            try:
+                self._ring.put(time_unix_nano, row, seeds)
+            except Exception as error:
+                self._fault(error)
+
+    def timeline(self, timeline: StepTimeline) -> None:
+        """Hand over the times of one step, to be told as spans. Never raises."""
+        if not self._on:
+            return
+        if len(self._timelines) < MAX_TIMELINES:
+            self._timelines.append(timeline)
+        else:
+            self._refused_spans += timeline.spans
+
+    def report(self) -> StreamReport:
+        """What became of everything handed over so far."""
+        ring, recording = self._ring, self._recording
+        lost_points, lost_spans = ring.refused_points, self._refused_spans
+        return StreamReport(
+            frames=ring.accepted,
+            refused_frames=ring.refused_frames,
+            metrics=_with_lost(self._spool.account(Signal.METRICS), lost_points),
+            traces=_with_lost(self._spool.account(Signal.TRACES), lost_spans),
+            files=self._files,
+            recordings=() if recording is None else recording.paths,
+        )
+
+    def close(self, timeout_s: float | None = None) -> StreamReport:
+        """Deliver what can be delivered in time, leave the rest in files, and stop.
+
+        ``timeout_s`` (default: the setting ``flush_timeout_s``) is the longest this takes
+        whatever the receiver does, but for writing the files. Closing twice is closing
+        once.
+        """
+        if os.getpid() != self._pid:
+            return StreamReport()
+        if self._closed:
+            return self.report()
+        self._closed = True
+        self._on = False
+        budget_s = self._settings.flush_timeout_s if timeout_s is None else timeout_s
+        end = time.monotonic() + budget_s
+        # The last part of the time is for writing what could not be sent.
+        deadline = end - min(0.2 * budget_s, 0.25)
+        if self._hide is not None:
+            self._hide()
+        if self._drain is not None and not self._drain.stop(deadline - time.monotonic()):
+            log.warning("telemetry of the last steps could not be written in time")
+        self._spool.finish()
+        for sender in self._senders.values():
+            sender.finish(deadline)
+        for sender in self._senders.values():
+            sender.join()
+        self._abandon_ring()
+        self._leave(self._spool.seal(), end)
+        return self.report()
+
+    def _start(self) -> None:
+        from esper_otel.stream import gauges
+        from esper_otel.stream.drain import Drain
+        from esper_otel.stream.encoding import FrameEncoder
+        from esper_otel.stream.providers import (
+            Tracers,
+            serialised_resource,
+            trainer_resource,
+        )
+        from esper_otel.stream.sender import Outage, Sender
+
+        settings = self._settings
+        resource = trainer_resource(
+            self._run_id, self._instance_id, settings.rank, settings.world_size
+        )
+        outage = Outage(
+            f"up to {settings.spool_mb:g} MB are kept, and what is unsent at the end is "
+            f"left in {settings.spool_path}"
+        )
+        if settings.recording_dir:
+            self._recording = files.Recording(
+                Path(settings.recording_dir), files.stem(self._run_id, settings.rank)
+            )
+        for destination in destinations(self._environ).values():
+            try:
+                self._senders[destination.signal] = Sender(destination, self._spool, outage)
+            except (OSError, ValueError) as error:
+                # Certificates that are none: ssl.SSLError is an OSError.
+                log.warning(
+                    "%s are not sent to %s: %s",
+                    destination.signal,
+                    destination.endpoint,
+                    error,
+                )
+        self._drain = Drain(
+            ring=self._ring,
+            timelines=self._timelines,
+            encoder=FrameEncoder(serialised_resource(resource)),
+            tracers=Tracers(resource),
+            spool=self._spool,
+            recording=self._recording,
+            sent=frozenset(self._senders),
+            interval_s=settings.stream_interval_ms / 1e3,
+        )
+        self._drain.start()
+        for sender in self._senders.values():
+            sender.start()
+        gauges.show(self._ring)
+        self._hide = lambda: gauges.hide(self._ring)
+
+    def _abandon_ring(self) -> None:
+        """Count what nobody will turn into OTLP any more."""
+        from esper_otel.stream.ring import points
+
+        frames = self._ring.take()
+        if frames is not None:
+            self._spool.never_made(Signal.METRICS, points(frames))
+        spans = sum(timeline.spans for timeline in self._timelines)
+        if spans:
+            self._spool.never_made(Signal.TRACES, spans)
+
+    def _leave(self, batches: list[Batch], end: float) -> None:
+        """Write what is unsent to files, on a thread so that a dead disk holds up nobody."""
+        if not batches:
+            return
+        left: dict[Signal, Path] = {}
+        thread = threading.Thread(
+            target=self._write_files, args=(batches, left), name="esper-leave", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            # Python 3.12 and later start no threads while the interpreter ends.
+            self._write_files(batches, left)
+        else:
+            thread.join(max(end - time.monotonic(), 0.0) + 1.0)
+        self._files = tuple(left.values())
+        for signal in Signal:
+            items = sum(batch.items for batch in batches if batch.signal is signal)
+            if items and signal not in left:
+                self._spool.lose(signal, items)
+        if left:
+            log.warning(
+                "unsent telemetry is left in files; deliver it with: esper-otel resend %s",
+                " ".join(map(str, self._files)),
+            )
+
+    def _write_files(self, batches: list[Batch], left: dict[Signal, Path]) -> None:
+        folder = self._settings.spool_path
+        stem = files.stem(self._run_id, self._settings.rank, self._pid)
+        for signal in Signal:
+            bodies = [batch.body for batch in batches if batch.signal is signal]
+            if not bodies:
+                continue
+            try:
+                left[signal] = files.leave(folder, stem, signal, bodies)
+            except OSError as error:
+                log.warning("unsent %s are lost, %s: %s", signal, folder, error)
+
+    def _fault(self, error: Exception) -> None:
+        """A frame that is none: counted and said once; its points are not known."""
+        self._ring.refused_frames += 1
+        if not self._faulted:
+            self._faulted = True
+            log.warning("a frame could not be recorded: %r", error)
+
+    def _silence(self) -> None:
+        """In a forked child: the run belongs to the parent."""
+        self._on = False
+        if self._hide is not None:
+            self._hide()
+
+
+def _with_lost(account: Account, lost: int) -> Account:
+    """``account`` and what never came as far as the spool."""
+    return msgspec.structs.replace(
+        account, produced=account.produced + lost, dropped=account.dropped + lost
+    )
+
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _silence_child() -> None:
+    for stream in list(_streams):
+        stream._silence()
+
+
+os.register_at_fork(after_in_child=_silence_child)

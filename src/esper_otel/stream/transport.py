@@ -1,0 +1,103 @@
+"""Transport: one serialised request to one receiver, and what became of it.
+
+What may be tried again is decided here and nowhere else, as the OTLP specification says.
+A request whose answer did not come in time may have been taken all the same; it counts as
+not delivered and is sent again, so that a receiver can see a batch twice but never not at
+all.
+
+``grpc`` and the protobuf classes are imported where they are needed: together they cost
+more than all the rest of the package.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from esper_otel import __version__
+from esper_otel.stream import destination as where
+from esper_otel.stream.destination import Destination, Signal
+
+USER_AGENT = f"esper-otel/{__version__}"
+
+MAX_ANSWER = 1 << 16
+"""Bytes of an answer that are read: a partial success and its message need fewer."""
+
+
+class Verdict(Enum):
+    """What became of a request."""
+
+    DELIVERED = "delivered"
+    RETRY = "retry"
+    """Not now; the same request may be sent again."""
+
+    UNREACHABLE = "unreachable"
+    """As RETRY: nobody is there."""
+
+    REFUSED = "refused"
+    """Never, for this request."""
+
+    UNSUPPORTED = "unsupported"
+    """Never, for this signal: the receiver has no such endpoint."""
+
+
+class Outcome(NamedTuple):
+    """Verdict on one request, with what the receiver said about it.
+
+    ``rejected`` is the number of points or spans that a receiver left out of a delivered
+    request, ``retry_after_s`` the pause it asked for.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+    rejected: int = 0
+    retry_after_s: float | None = None
+
+
+class Transport(Protocol):
+    """Sends requests of one signal, one at a time. Never raises for the network's faults."""
+
+    def send(self, body: bytes, timeout_s: float) -> Outcome:
+        """Send one serialised request and wait for its answer."""
+
+    def close(self) -> None:
+        """Let go of connections, and of a call in flight where that is possible."""
+
+
+def open_transport(destination: Destination) -> Transport:
+    """The transport that ``destination`` asks for; connects at the first request."""
+    if destination.protocol is where.Protocol.GRPC:
+        from esper_otel.stream.over_grpc import GrpcTransport
+
+        return GrpcTransport(destination)
+    from esper_otel.stream.over_http import HttpTransport
+
+    return HttpTransport(destination)
+
+
+def delivered(signal: Signal, answer: bytes) -> Outcome:
+    """A request that was taken, perhaps without some of its points or spans."""
+    if not answer:
+        return Outcome(Verdict.DELIVERED)
+    from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+    try:
+        if signal is Signal.METRICS:
+            metrics = metrics_service_pb2.ExportMetricsServiceResponse.FromString(answer)
+            rejected = metrics.partial_success.rejected_data_points
+            reason = metrics.partial_success.error_message
+        else:
+            traces = trace_service_pb2.ExportTraceServiceResponse.FromString(answer)
+            rejected = traces.partial_success.rejected_spans
+            reason = traces.partial_success.error_message
+    except DecodeError:
+        # 2xx was said; a body that is no protobuf does not take it back.
+        return Outcome(Verdict.DELIVERED)
+    return Outcome(Verdict.DELIVERED, reason, rejected)
+
+
+def plain(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,115 @@
+"""Files of OTLP: the Collector's format, read up to the bad place, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.stream import RecordingError, read_frames, read_recording
+from esper_otel.stream.destination import Signal
+from esper_otel.stream.recording import Recording, framed, leave, stem
+
+M, T = Signal.METRICS, Signal.TRACES
+
+
+def test_a_request_lies_behind_its_size_most_significant_byte_first():
+    # As the Collector's file exporter writes with "format: proto".
+    assert framed(b"abc") == struct.pack(">I", 3) + b"abc"
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=10))
+def test_what_is_recorded_is_read(tmp_path_factory, bodies):
+    folder = tmp_path_factory.mktemp("recording")
+    recording = Recording(folder, "run")
+    for body in bodies:
+        recording.append(M, body)
+    recording.close()
+    assert [body for path in recording.paths for body in read_recording(path)] == bodies
+
+
+def test_each_signal_has_its_file_and_runs_append(tmp_path):
+    for body in (b"1", b"2"):
+        recording = Recording(tmp_path / "deep" / "down", "run-rank0")
+        recording.append(M, b"m" + body)
+        recording.append(T, b"t" + body)
+        recording.close()
+    folder = tmp_path / "deep" / "down"
+    assert list(read_recording(folder / "run-rank0.metrics.otlp")) == [b"m1", b"m2"]
+    assert list(read_recording(folder / "run-rank0.traces.otlp")) == [b"t1", b"t2"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "problem"),
+    [
+        (b"\x00\x00", "ends inside a size"),
+        (b"\x00\x00\x00\x09half", "9 bytes has only 4"),
+        (b"#!/bin/sh\n", "expected the size of a request"),
+        (bytes(40), "expected the size of a request"),
+    ],
+)
+def test_a_bad_file_is_read_up_to_the_bad_place(tmp_path, tail, problem):
+    path = tmp_path / "run.metrics.otlp"
+    path.write_bytes(framed(b"good") + tail)
+    read = []
+    with pytest.raises(RecordingError, match=problem) as caught:
+        read.extend(read_recording(path))
+    assert caught.value.offset == 8
+    assert str(path) in str(caught.value)
+    bodies = read_recording(path)
+    assert next(bodies) == b"good"
+
+
+def test_an_empty_file_holds_nothing(tmp_path):
+    path = tmp_path / "run.metrics.otlp"
+    path.touch()
+    assert list(read_recording(path)) == []
+
+
+def test_a_metrics_file_that_holds_something_else_is_named_with_its_place(tmp_path):
+    path = tmp_path / "run.metrics.otlp"
+    path.write_bytes(framed(b"\x0a\x00") + framed(b"\xff\xff"))
+    with pytest.raises(RecordingError, match="byte 6: not an OTLP metrics request"):
+        list(read_frames(path))
+
+
+def test_a_disk_that_fails_ends_the_recording_with_one_warning(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    recording = Recording(tmp_path / "file", "run")
+    for _ in range(3):
+        recording.append(M, b"body")
+    recording.close()
+    assert caplog.text.count("recording to") == 1
+    assert recording.paths == ()
+
+
+def test_a_write_that_fails_half_way_leaves_no_half_request(tmp_path, monkeypatch):
+    path = leave(tmp_path, "run", M, [b"first"])
+    write = os.write
+    allowed = [2]
+
+    def failing(file: int, data: bytes) -> int:
+        if not allowed:
+            raise OSError(28, "No space left on device")
+        return write(file, bytes(data[: allowed.pop()]))
+
+    monkeypatch.setattr(os, "write", failing)
+    with pytest.raises(OSError, match="No space"):
+        leave(tmp_path, "run", M, [b"second"])
+    assert list(read_recording(path)) == [b"first"]
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ("plain-1.0_x", "plain-1.0_x-rank3"),
+        ("../../etc/pass wd", "_.._etc_pass_wd-rank3"),
+        ("naïve/ü", "na_ve__-rank3"),
+    ],
+)
+def test_a_runs_name_makes_a_harmless_file_name(run, name):
+    assert stem(run, 3) == name
+    assert stem(run, 3, 77) == f"{name}-77"

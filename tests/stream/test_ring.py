@@ -1,0 +1,141 @@
+"""The ring: whole frames or none, in order, without waiting."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from math import inf, isnan, nan
+
+import pytest
+
+from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
+from esper_otel.stream.ring import FrameRing, part, points
+
+WIDTH, SEED_WIDTH = len(STEP_KEYS), len(SEED_KEYS)
+
+
+def a_row(step: int) -> list[float]:
+    return [float(step)] + [nan] * (WIDTH - 1)
+
+
+def a_seed(seed_id: str, value: float) -> tuple[str, list[float]]:
+    return seed_id, [value] * SEED_WIDTH
+
+
+def test_what_was_put_is_taken_once_and_in_order():
+    ring = FrameRing(8)
+    for step in range(3):
+        assert ring.put(100 + step, a_row(step), [a_seed("a", step), a_seed("b", -step)])
+    frames = ring.take()
+    assert frames.steps.times.tolist() == [100, 101, 102]
+    assert frames.steps.values[:, 0].tolist() == [0, 1, 2]
+    assert isnan(frames.steps.values[0, 1])
+    assert frames.steps.tags.tolist() == [2, 4, 6]
+    assert [frames.seed_ids[tag] for tag in frames.seeds.tags] == ["a", "b"] * 3
+    assert frames.seeds.times.tolist() == [100, 100, 101, 101, 102, 102]
+    assert frames.seeds.values[:, 0].tolist() == [0, 0, 1, -1, 2, -2]
+    assert ring.take() is None
+
+
+def test_it_goes_round():
+    ring = FrameRing(4)
+    taken = []
+    for step in range(0, 30, 3):
+        for each in range(step, step + 3):
+            assert ring.put(each, a_row(each), [a_seed("s", each)])
+        frames = ring.take()
+        assert frames.steps.tags.tolist() == [1, 2, 3]
+        assert frames.seeds.values[:, 0].tolist() == frames.steps.values[:, 0].tolist()
+        taken += frames.steps.values[:, 0].tolist()
+    assert taken == list(range(30))
+
+
+def test_a_full_ring_refuses_the_new_frame_and_counts_its_points():
+    ring = FrameRing(2)
+    assert ring.put(1, a_row(1), ())
+    assert ring.put(2, a_row(2), ())
+    assert not ring.put(3, [3.0, 0.5, inf] + [nan] * (WIDTH - 3), [a_seed("s", 1.0)])
+    assert (ring.accepted, ring.refused_frames) == (2, 1)
+    assert ring.refused_points == 2 + SEED_WIDTH
+    assert ring.take().steps.values[:, 0].tolist() == [1, 2]
+    assert ring.put(4, a_row(4), ())
+
+
+def test_a_frame_whose_seeds_have_no_room_is_refused_whole():
+    ring = FrameRing(4)
+    assert ring.put(1, a_row(1), [a_seed(name, 1.0) for name in "abc"])
+    assert not ring.put(2, a_row(2), [a_seed(name, 2.0) for name in "ab"])
+    frames = ring.take()
+    assert len(frames.steps.times) == 1
+    assert len(frames.seeds.times) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "seeds"),
+    [
+        ([1.0], ()),
+        (["loss"] * WIDTH, ()),
+        (a_row(1), [a_seed("good", 1.0), ("bad", [1.0])]),
+    ],
+)
+def test_a_row_that_is_none_leaves_no_trace(row, seeds):
+    ring = FrameRing(4)
+    with pytest.raises(struct.error):
+        ring.put(1, row, seeds)
+    assert ring.take() is None
+    assert ring.put(2, a_row(2), [a_seed("s", 2.0)])
+    frames = ring.take()
+    assert [frames.seed_ids[tag] for tag in frames.seeds.tags] == ["s"]
+
+
+def test_the_latest_frame_is_there_whether_taken_or_not():
+    ring = FrameRing(4)
+    assert ring.latest() is None
+    for step in range(1, 8):
+        seeds = [a_seed(f"s{step}", step)] if step % 2 else []
+        ring.put(step, a_row(step), seeds)
+        for _ in range(2):
+            latest = ring.latest()
+            assert latest.steps.values[:, 0].tolist() == [step]
+            assert latest.seeds.values[:, 0].tolist() == [step] * len(seeds)
+            assert [latest.seed_ids[tag] for tag in latest.seeds.tags] == [
+                seed_id for seed_id, _ in seeds
+            ]
+            ring.take()
+
+
+def test_a_part_keeps_frames_and_their_seeds_together():
+    ring = FrameRing(16)
+    for step in range(6):
+        ring.put(step, a_row(step), [a_seed("s", step)] * step)
+    frames = ring.take()
+    middle = part(frames, 2, 5)
+    assert middle.steps.values[:, 0].tolist() == [2, 3, 4]
+    assert middle.steps.tags.tolist() == [2, 5, 9]
+    assert middle.seeds.values[:, 0].tolist() == [2, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert points(middle) == 3 + 9 * SEED_WIDTH
+
+
+def test_one_thread_writes_while_another_reads():
+    ring = FrameRing(64)
+    total = 5000
+
+    def write() -> None:
+        step = 0
+        while step < total:
+            step += ring.put(step, [float(step)] * WIDTH, [a_seed("s", step)])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    expected = 0
+    while expected < total:
+        frames = ring.take()
+        if frames is None:
+            continue
+        steps = frames.steps.values
+        count = len(steps)
+        wanted = [float(step) for step in range(expected, expected + count)]
+        assert steps.min(axis=1).tolist() == steps.max(axis=1).tolist() == wanted
+        assert frames.seeds.values[:, -1].tolist() == wanted
+        expected += count
+    writer.join()

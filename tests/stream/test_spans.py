@@ -1,0 +1,207 @@
+"""Spans: one trace per step with its own times, through whichever provider there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from math import nan
+
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.resources import Resource
+
+from bench.receiver import HttpReceiver
+from esper_otel.leyline.decisions import Action, Decision, Finding, Severity, unanswered
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.metrics import STEP_KEYS
+from esper_otel.stream.providers import OwnIds, Tracers
+from esper_otel.stream.spans import tell
+
+PHASES = [
+    ("train.input_wait", 1_000, 2_000),
+    ("train.forward", 2_000, 4_000),
+    ("train.backward", 4_000, 7_000),
+    ("train.optimizer", 7_000, 8_000),
+    ("tamiyo.decide", 8_000, 8_500),
+]
+
+FINDING = Finding(
+    "loss_spike", Action.PAUSE, Severity.HIGH, "loss jumped", {"loss_delta": 0.4}, "s1"
+)
+DECISION = Decision(
+    id="d1",
+    run="run",
+    step=7,
+    observed_step=7,
+    action=Action.OPTIMIZER,
+    severity=Severity.HIGH,
+    reason="loss_spike",
+    findings=[FINDING],
+    target_seed="s1",
+    parameters={"lr_scale": 0.5},
+    table_version="default-1",
+)
+
+
+@pytest.fixture
+def http():
+    with HttpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def spans_of(http, open_stream):
+    """The spans that reach a receiver, by name."""
+
+    def send(timeline: StepTimeline) -> dict[str, Span]:
+        stream = open_stream(http.url)
+        stream.timeline(timeline)
+        stream.close()
+        return {span.name: span for span in http.inbox.spans()}
+
+    return send
+
+
+def attributes(carrier) -> dict[str, object]:
+    return {
+        attribute.key: getattr(attribute.value, attribute.value.WhichOneof("value"))
+        for attribute in carrier.attributes
+    }
+
+
+def test_a_step_is_one_trace_with_its_own_times(spans_of):
+    spans = spans_of(StepTimeline(7, 500, 9_000, PHASES))
+    root = spans.pop("train.step")
+    assert (root.start_time_unix_nano, root.end_time_unix_nano) == (500, 9_000)
+    assert root.parent_span_id == b""
+    assert [(s.name, s.start_time_unix_nano, s.end_time_unix_nano) for s in spans.values()] == (
+        PHASES
+    )
+    for span in spans.values():
+        assert span.parent_span_id == root.span_id
+        assert span.trace_id == root.trace_id
+    assert len({span.span_id for span in spans.values()}) == len(PHASES)
+
+
+def test_the_step_span_carries_what_people_look_for(spans_of):
+    given = {"loss": 0.25, "gradient_norm": 2.0, "optimizer_lr": 0.1}
+    row = [given.get(key, nan) for key in STEP_KEYS]
+    root = spans_of(StepTimeline(7, 500, 9_000, PHASES, row, DECISION))["train.step"]
+    assert attributes(root) == {
+        "esper.step": 7,
+        "esper.loss": 0.25,
+        "esper.gradient_norm": 2.0,
+        "esper.optimizer_lr": 0.1,
+        "esper.decision.action": "OPTIMIZER",
+        "esper.decision.severity": "HIGH",
+        "esper.decision.reason": "loss_spike",
+    }
+
+
+def test_the_decision_is_told_with_every_finding(spans_of):
+    timeline = StepTimeline(7, 500, 9_000, PHASES, (), DECISION, applied=True)
+    decide = spans_of(timeline)["tamiyo.decide"]
+    assert decide.kind == Span.SPAN_KIND_CLIENT
+    assert decide.status.code == Status.STATUS_CODE_UNSET
+    told = attributes(decide)
+    assert told["esper.decision.id"] == "d1"
+    assert told["esper.decision.observed_step"] == 7
+    assert told["esper.decision.target_seed"] == "s1"
+    assert told["esper.decision.parameter.lr_scale"] == 0.5
+    assert told["esper.decision.applied"] is True
+    (event,) = decide.events
+    assert (event.name, event.time_unix_nano) == ("esper.finding", 8_500)
+    assert attributes(event) == {
+        "esper.finding.rule": "loss_spike",
+        "esper.finding.action": "PAUSE",
+        "esper.finding.severity": "HIGH",
+        "esper.finding.text": "loss jumped",
+        "esper.finding.seed_id": "s1",
+        "esper.finding.value.loss_delta": 0.4,
+    }
+
+
+def test_only_a_step_that_nobody_judged_is_an_error(spans_of):
+    timeline = StepTimeline(7, 500, 9_000, PHASES, (), unanswered("run", 7, "timeout"))
+    spans = spans_of(timeline)
+    assert spans["tamiyo.decide"].status.code == Status.STATUS_CODE_ERROR
+    assert attributes(spans["tamiyo.decide"])["error.type"] == "timeout"
+    others = [span for name, span in spans.items() if name != "tamiyo.decide"]
+    assert {span.status.code for span in others} == {Status.STATUS_CODE_UNSET}
+
+
+def test_ids_are_ours_and_the_runs_random_numbers_are_not_used():
+    random.seed(1)
+    before = random.getstate()
+    ids = [OwnIds(), OwnIds()]
+    spans = {each.generate_span_id() for each in ids for _ in range(100)}
+    traces = {each.generate_trace_id() for each in ids for _ in range(100)}
+    assert len(spans) == len(traces) == 200
+    assert 0 not in spans | traces
+    assert max(spans) < 2**64 < max(traces) < 2**128
+    assert random.getstate() == before
+
+
+def test_many_spans_are_divided_into_requests():
+    tracers = Tracers(Resource({}))
+    for step in range(400):
+        tell(StepTimeline(step, 1, 9, [("train.forward", 2, 3)]), tracers)
+    counts = []
+    tracers.take(lambda body, spans: counts.append(spans))
+    tracers.take(lambda body, spans: counts.append(spans))
+    assert counts == [512, 288]
+
+
+def test_the_users_provider_is_used_and_its_random_numbers_are_left_alone():
+    """In a process of its own: a global provider can be set only once."""
+    script = """
+import json, random
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.settings import EsperSettings
+from esper_otel.stream import Stream
+
+stream = Stream(EsperSettings(stream_interval_ms=10.0), run_id="run", instance_id="i")
+stream.start()
+exporter = InMemorySpanExporter()
+provider = TracerProvider(resource=Resource({"mine": True}))
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+random.seed(7)
+before = random.getstate()
+stream.timeline(StepTimeline(3, 1, 9, [("train.forward", 2, 3)]))
+report = stream.close()
+untouched = random.getstate() == before
+with trace.get_tracer("mine").start_as_current_span("mine"):
+    pass
+spans = exporter.get_finished_spans()
+print(json.dumps({
+    "names": [span.name for span in spans],
+    "mine": all(span.resource.attributes["mine"] for span in spans),
+    "untouched": untouched,
+    "accounted": report.traces.produced,
+    "users_ids_still_random": random.getstate() != before,
+}))
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OTEL_METRICS_EXPORTER": "none"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    assert json.loads(finished.stdout) == {
+        "names": ["train.forward", "train.step", "mine"],
+        "mine": True,
+        "untouched": True,
+        "accounted": 0,
+        "users_ids_still_random": True,
+    }
