@@ -7,6 +7,7 @@ records, as any backend would get it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -33,7 +34,6 @@ from rich.text import Text
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 SCRIPT = HERE / "digits.py"
-EPOCHS = "60"
 ROWS = 12
 PHASES = {
     "input_wait_ms": ("input", "yellow"),
@@ -43,6 +43,8 @@ PHASES = {
     "hook_latency_ms": ("esper", "red"),
 }
 ACTION_STYLE = {"PAUSE": "red", "OPTIMIZER": "bold yellow"}
+
+SHOW = os.path.relpath(BIN / "esper-otel")
 
 console = Console()
 
@@ -219,12 +221,12 @@ def sidecar(folder: Path) -> Iterator[tuple[Path, str]]:
         ended(process)
 
 
-def train(mode: str, folder: Path, socket: Path, otlp: str) -> Observed:
+def train(mode: str, epochs: int, folder: Path, socket: Path, otlp: str) -> Observed:
     """Run the script under ``mode``, showing what its telemetry says meanwhile."""
     run = Observed(mode, folder)
     command = [str(BIN / "esper-otel"), "run", "--mode", mode, "--socket", str(socket)]
     command += ["--record", str(folder), "--run-id", f"digits-{mode}"]
-    command += [str(SCRIPT), "--epochs", EPOCHS]
+    command += [str(SCRIPT), "--epochs", str(epochs)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{otlp}"}
     process = subprocess.Popen(
@@ -253,6 +255,11 @@ def train(mode: str, folder: Path, socket: Path, otlp: str) -> Observed:
     return run
 
 
+def steps(count: int) -> str:
+    """So many steps, in words."""
+    return f"{count} step" + ("" if count == 1 else "s")
+
+
 def summary(runs: list[Observed]) -> None:
     """Both runs side by side, and how the second was rescued."""
     table = Table(title="The same script, seed and accident", title_justify="left")
@@ -266,7 +273,7 @@ def summary(runs: list[Observed]) -> None:
             f"{run.accuracy:.1%}",
             str(len(run.told)),
             str(sum(told.applied for told in run.told.values())),
-            f"{min(after) - accident} steps" if accident is not None and after else "-",
+            steps(min(after) - accident) if accident is not None and after else "-",
         )
     console.print(table)
     rescued = runs[-1]
@@ -285,12 +292,15 @@ def summary(runs: list[Observed]) -> None:
                 highlight=False,
             )
     console.print(f"\nRecorded OTLP: {rescued.folder}", highlight=False)
-    console.print(
-        f"Look at it:    {BIN}/esper-otel show {rescued.metrics.path}", highlight=False
-    )
+    console.print(f"Look at it:    {SHOW} show {rescued.metrics.path}", highlight=False)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=60, help="of each run")
+    parser.add_argument("--picture", metavar="FILE", help="also write the output as SVG")
+    options = parser.parse_args()
+    console.record = options.picture is not None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("recordings") / f"demo-{stamp}"
@@ -300,11 +310,16 @@ def main() -> int:
             tempfile.TemporaryDirectory() as run_folder,
             sidecar(Path(run_folder)) as (socket, otlp),
         ):
-            runs = [train(mode, folder, socket, otlp) for mode in ("advise", "enforce")]
+            runs = [
+                train(mode, options.epochs, folder, socket, otlp)
+                for mode in ("advise", "enforce")
+            ]
     except KeyboardInterrupt:
         console.print("\nended; what was recorded lies in", str(folder))
         return 130
     summary(runs)
+    if options.picture:
+        console.save_svg(options.picture, title="make demo")
     return 0
 
 

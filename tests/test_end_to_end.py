@@ -1,0 +1,226 @@
+"""A real training process, a real sidecar and real sockets between them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench.receiver import HttpReceiver
+from esper_otel.stream import read_frames
+from sidecar.running import is_alive, sidecar, until
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "examples" / "digits.py")
+ESPER = str(Path(sys.executable).with_name("esper-otel"))
+
+NAN_SCRIPT = """
+import math, torch
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(40):
+    loss = model(torch.ones(4, 2)).square().mean()
+    (loss * math.nan if step == 25 else loss).backward()
+    if step == 25:
+        optimizer.zero_grad()
+    else:
+        optimizer.step()
+    if step == 25:
+        optimizer.step()
+    optimizer.zero_grad()
+"""
+
+FORKING_SCRIPT = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+data = DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8, num_workers=2)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+for epoch in range(2):
+    for (x,) in data:
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def environment(tmp_path, **more):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+    return clean | {"ESPER_SPOOL_DIR": str(tmp_path / "spool")} | more
+
+
+def run(command, env, **options):
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=100, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_whole_way(tmp_path):
+    """Script → recorder → socket and stream → sidecar, and both copies are one frame."""
+    with sidecar(tmp_path / "s.sock", ingest=True) as tamiyo:
+        env = environment(
+            tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{tamiyo.words['otlp_http']}"
+        )
+        command = [ESPER, "run", "--socket", str(tmp_path / "s.sock"), "--run-id", "whole"]
+        command += ["--record", str(tmp_path), DIGITS, "--no-accident", "--epochs", "4"]
+        done = run(command, env)
+        frames = list(read_frames(tmp_path / "whole-rank0.metrics.otlp"))
+        steps = [frame.step for frame in frames]
+        status = until(
+            lambda: (s := tamiyo.status())["engine"]["frames"]["duplicate"] >= len(steps) and s
+        )
+    assert re.fullmatch(r"test accuracy 0\.\d+\n", done.stdout)
+    assert done.stderr == ""
+    assert steps == list(range(1, 4 * 22 + 1))
+    counts = status["engine"]["frames"]
+    assert counts["judged"] == counts["duplicate"] == len(steps)
+    assert counts["late"] == counts["bad"] == 0
+    last = frames[-1].values
+    assert last.keys() >= {
+        *("loss", "gradient_norm", "samples_per_s", "hook_latency_ms", "tamiyo_latency_ms"),
+        *("step_latency_ms", "kasmina.apply_ms", "kasmina.finalize_ms", "loss_delta"),
+        *("optimizer_lr", "forward_ms", "backward_ms", "optimizer_ms", "input_wait_ms"),
+    }
+    assert last["tamiyo_latency_ms"] > 0
+    assert ("h2d_copy_ms" in last) == torch.cuda.is_available()
+
+
+def test_training_is_bit_identical_with_everything_on(tmp_path):
+    bare, watched = tmp_path / "bare.pt", tmp_path / "watched.pt"
+    arguments = [DIGITS, "--no-accident", "--epochs", "3", "--save"]
+    run([sys.executable, *arguments, str(bare)], environment(tmp_path))
+    with sidecar(tmp_path / "s.sock", ingest=True) as tamiyo:
+        env = environment(
+            tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{tamiyo.words['otlp_http']}"
+        )
+        socket = str(tmp_path / "s.sock")
+        run([ESPER, "run", "--enforce", "--socket", socket, *arguments, str(watched)], env)
+        assert tamiyo.status()["engine"]["frames"]["judged"] == 66
+    one, other = torch.load(bare), torch.load(watched)
+    assert one["losses"] == other["losses"]
+    assert all(torch.equal(one["weights"][k], other["weights"][k]) for k in one["weights"])
+
+
+def test_with_nobody_there_the_run_is_undisturbed_and_its_telemetry_can_be_sent_later(tmp_path):
+    with HttpReceiver() as receiver:
+        endpoint = receiver.url
+    env = environment(tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    command = [ESPER, "run", "--socket", str(tmp_path / "none.sock"), "--run-id", "alone"]
+    done = run([*command, DIGITS, "--no-accident", "--epochs", "2"], env)
+    assert re.fullmatch(r"test accuracy 0\.\d+\n", done.stdout)
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 3, done.stderr
+    assert sum("telemetry cannot be delivered" in line for line in warnings) == 1
+    assert sum("no decisions from Tamiyo" in line for line in warnings) == 1
+    left = sorted((tmp_path / "spool").iterdir())
+    assert all(str(path) in done.stderr for path in left)
+    metrics = next(path for path in left if path.name.endswith(".metrics.otlp"))
+    assert [frame.step for frame in read_frames(metrics)] == list(range(1, 45))
+    with HttpReceiver() as receiver:
+        env["OTEL_EXPORTER_OTLP_ENDPOINT"] = receiver.url
+        done = run([ESPER, "resend", *map(str, left)], env)
+        assert receiver.inbox.steps() == Counter(range(1, 45))
+    assert "0 kept" in done.stdout
+    assert not any(path.exists() for path in left)
+
+
+def test_nan_is_counted_and_reaches_tamiyo(tmp_path):
+    script = tmp_path / "nan.py"
+    script.write_text(NAN_SCRIPT)
+    with sidecar(tmp_path / "s.sock") as tamiyo:
+        env = environment(tmp_path, OTEL_METRICS_EXPORTER="none", OTEL_TRACES_EXPORTER="none")
+        socket = ["--socket", str(tmp_path / "s.sock")]
+        run([ESPER, "run", *socket, "--record", str(tmp_path), str(script)], env)
+        (told,) = tamiyo.status()["engine"]["runs"]
+        actions = tamiyo.status()["answers"]
+    (recording,) = tmp_path.glob("*.metrics.otlp")
+    counts = {frame.step: frame.values["nonfinite"] for frame in read_frames(recording)}
+    assert [step for step, count in counts.items() if count] == [26]
+    assert actions["PAUSE"] == 1
+    assert told["conservative"] is True
+
+
+def test_workers_of_a_data_loader_emit_nothing(tmp_path):
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING_SCRIPT)
+    with HttpReceiver() as receiver:
+        env = environment(tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
+        run([ESPER, "run", "--mode", "off", "--record", str(tmp_path), str(script)], env)
+        assert receiver.inbox.steps() == Counter(range(1, 17))
+    (recording,) = tmp_path.glob("*.metrics.otlp")
+    assert [frame.step for frame in read_frames(recording)] == list(range(1, 17))
+
+
+def test_the_standard_command_instruments_too(tmp_path):
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING_SCRIPT)
+    with HttpReceiver() as receiver:
+        env = environment(
+            tmp_path,
+            OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url,
+            OTEL_TRACES_EXPORTER="none",
+            OTEL_METRICS_EXPORTER="otlp",
+            OTEL_LOGS_EXPORTER="none",
+            OTEL_PYTHON_CONFIGURATOR="",
+            ESPER_MODE="off",
+        )
+        instrument = str(Path(sys.executable).with_name("opentelemetry-instrument"))
+        run([instrument, sys.executable, str(script)], env)
+        assert receiver.inbox.steps() == Counter(range(1, 17))
+
+
+def demo(tmp_path, *arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "demo.py"), *arguments],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def test_the_demo_runs_and_tells_what_was_decided(tmp_path):
+    with demo(tmp_path, "--epochs", "18") as process:
+        output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "multiplied the learning rate by 50 at step 133" in output
+    assert "loss_diverging" in output
+    recordings = [path.name for path in (tmp_path / "recordings").glob("*/*.metrics.otlp")]
+    assert sorted(recordings) == [
+        "digits-advise-rank0.metrics.otlp",
+        "digits-enforce-rank0.metrics.otlp",
+    ]
+
+
+def children_of(pid):
+    """Processes below ``pid``, at any depth."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *children_of(child)]
+    return found
+
+
+def test_ctrl_c_ends_the_demo_and_all_it_started(tmp_path):
+    with demo(tmp_path, "--epochs", "600", start_new_session=True) as process:
+        try:
+            until(lambda: list((tmp_path / "recordings").glob("*/*.metrics.otlp")), 60)
+            started = children_of(process.pid)
+            assert len(started) >= 3, "sidecar, its receiver and the trainer"
+            os.killpg(process.pid, signal.SIGINT)
+            output, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    until(lambda: not any(map(is_alive, started)))
