@@ -1,8 +1,9 @@
 """What telemetry costs a training step, against the same by hand with the SDK.
 
 By hand: 24 synchronous gauges set with two attributes, and 5 spans (``train.step`` and
-four phases), exported by the SDK's own OTLP/HTTP exporters. Ours: the same 24 values handed
-to the stream, which sends every step of them, and spans at the default sampling.
+four phases), exported by the SDK's own OTLP/HTTP exporters. Ours: the recorder told of the
+same step, which makes 24 metrics of it, and the stream, which sends every step of them, and
+spans at the default sampling.
 
 * On the training thread: CPU time of that thread, in blocks of both in turn, in one process.
 * Of the whole process: a process each, in turn. What a step costs is the training thread's
@@ -17,21 +18,24 @@ to the stream, which sends every step of them, and spans at the default sampling
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter_ns
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from bench.figures import Figure, alternate, median, run
 from bench.receiver import METRICS as METRICS_PATH
 from bench.receiver import TRACES as TRACES_PATH
 from bench.receiver import ReceiverProcess
-from esper_otel.leyline.frames import StepTimeline, step_row
 from esper_otel.leyline.metrics import STEP_METRICS
-from esper_otel.settings import EsperSettings
-from esper_otel.stream import Stream
+from esper_otel.run import Run
+from esper_otel.settings import EsperSettings, Mode
+from esper_otel.tolaria.batches import samples_in
 
 BENCH = "telemetry_cost"
 METRICS = 24
@@ -63,7 +67,7 @@ def figures() -> list[Figure]:
 
 
 def on_the_training_thread(url: str) -> list[Figure]:
-    ours, sdk = with_stream(url), with_sdk(url)
+    ours, sdk = with_esper(url), with_sdk(url)
     steps = iter(range(sys.maxsize))
 
     def block(recording: Recording) -> float:
@@ -81,7 +85,7 @@ def on_the_training_thread(url: str) -> list[Figure]:
     return [
         Figure.at_most(
             BENCH,
-            "CPU of the training thread per step, stream alone",
+            "CPU of the training thread per step, recording and streaming",
             median(ours_us),
             "µs",
             median(sdk_us),
@@ -97,7 +101,7 @@ def of_the_whole_process(url: str) -> list[Figure]:
     rows = []
     for pace_ms in PACES_MS:
         ours, sdk = alternate(
-            partial(_worker, "stream", url, pace_ms),
+            partial(_worker, "esper", url, pace_ms),
             partial(_worker, "sdk", url, pace_ms),
             RUNS,
         )
@@ -110,29 +114,39 @@ def of_the_whole_process(url: str) -> list[Figure]:
     return rows
 
 
-def with_stream(url: str) -> Recording:
-    """Our stream, spans at the default sampling."""
-    settings = EsperSettings()
+def with_esper(url: str) -> Recording:
+    """Our recorder and stream, told of a step as the instrumentor tells them of it.
+
+    Left out are the arithmetic of the gradient norm and the ask; reading loss and norm
+    from their tensors, and counting the batch, are in.
+    """
+    import torch
+
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
-    stream = Stream(settings, run_id="bench", instance_id="bench", environ=environ)
-    stream.start()
-    row = [0.5] * METRICS + step_row()[METRICS:]
+    os.environ.update(environ)
+    run = Run(EsperSettings(mode=Mode.OFF))
+    recorder, begin = run.recorder, run.scalars.begin
+    batch = [torch.zeros(64, 1), torch.zeros(64)]
+    loss, norm = torch.tensor(0.5), torch.tensor(1.5)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1, "momentum": 0.9}])
 
     def step(number: int) -> None:
-        row[0] = number
-        now = time.time_ns()
-        stream.frame(now, row)
-        if number % settings.span_every == 0:
-            phases = [(name, now - 4_000_000, now) for name in PHASES]
-            stream.timeline(StepTimeline(number, now - 5_000_000, now, phases, row))
+        recorder.batch_came(perf_counter_ns(), samples_in(batch))
+        recorder.backward_begins()
+        recorder.backward_ends(begin(loss))
+        recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+        recorder.optimizer_begins(perf_counter_ns(), begin(norm))
+        run.optimizer_ended(optimizer)
 
-    return Recording(step, lambda: _closed(stream))
+    return Recording(step, lambda: _closed(run))
 
 
-def _closed(stream: Stream) -> None:
-    report = stream.close()
+def _closed(run: Run) -> None:
+    report = run.close()
     if report.metrics.delivered != report.metrics.produced or not report.metrics.produced:
         raise AssertionError(f"not everything was delivered: {report}")
+    if report.metrics.produced < (METRICS - 2) * report.frames:
+        raise AssertionError(f"fewer than {METRICS} metrics a step: {report}")
 
 
 def with_sdk(url: str) -> Recording:
@@ -184,7 +198,7 @@ def _worker(kind: str, url: str, pace_ms: int) -> float:
 
 def work(kind: str, url: str, pace_ms: str) -> None:
     """Record steps at a steady pace and print the CPU time each took, in µs."""
-    recording = with_stream(url) if kind == "stream" else with_sdk(url)
+    recording = with_esper(url) if kind == "esper" else with_sdk(url)
     pause_s = int(pace_ms) / 1e3
     warm, steps = int(WARM_S / pause_s), int(RUN_S / pause_s)
     for number in range(warm):

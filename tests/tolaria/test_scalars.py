@@ -78,6 +78,7 @@ class Tensor:
         self._value = value
         self.stream = stream
         self.device = SimpleNamespace(type=kind, index=0 if kind == "cuda" else None)
+        self.is_cpu = kind == "cpu"
         self.count = count
         self.complex = False
 

@@ -13,6 +13,10 @@ def samples_in(batch: object, depth: int = 0) -> int:
     Looks into mappings, sequences and objects of the kind Hugging Face collators make
     (a mapping by behaviour), to a depth of four. Anything with a ``shape`` is a tensor.
     """
+    if type(batch) is list and batch:  # what a DataLoader collates
+        shape = getattr(batch[0], "shape", None)
+        if shape:
+            return int(shape[0])
     shape = getattr(batch, "shape", None)
     if shape is not None:
         return int(shape[0]) if len(shape) else 0

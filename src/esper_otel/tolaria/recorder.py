@@ -117,12 +117,11 @@ class Recorder:
         self.optimizer: Optimizer | None = None
         self.step = 0
         """Optimizer steps seen so far."""
-        self.decision: Decision = unanswered(run, 0, NOT_ASKED)
+        self._not_asked = unanswered(run, 0, NOT_ASKED)
+        self.decision: Decision = self._not_asked
         """The newest decision."""
-        self.on_decision: Callable[[Decision, list[float]], None] | None = None
         self.clock = Clock()
         self._frames = frames
-        self._run = run
         self._responses = responses
         self._client = client
         self._enriched = enriched
@@ -289,29 +288,32 @@ class Recorder:
         if self._enriched:
             self._put_gated(row, latency_ms)
         losses = self._reported_losses or self._losses
-        frame = Unsealed(step, time, row, losses, self._norm, self._reported)
-        slow = self._is_slow(latency_ms) if self._last_end else False
-        newest: Unsealed | None = None
-        for newest in self._sealer.take(frame):
-            self._frames.frame(newest.time, newest.row)
+        slow = self._last_end != 0 and latency_ms > self._span_slow_factor * self._latency.mean
+        newest: tuple[int, int, list[float]] | None = None
+        if self._sealer.seal_now(row, losses, self._norm, self._reported):
+            newest = (step, time, row)
+            self._frames.frame(time, row)
+        else:
+            frame = Unsealed(step, time, row, losses, self._norm, self._reported)
+            for done in self._sealer.take(frame):
+                newest = (done.step, done.time, done.row)
+                self._frames.frame(done.time, done.row)
 
         client = self._client
         sealed = perf_counter_ns()
         if client is None or newest is None:
-            decision = unanswered(self._run, step, NOT_ASKED)
+            decision = self._not_asked
             asked = applied = sealed
             acted = False
             self._tamiyo_ms = self._apply_ms = 0.0
         else:
-            decision = client.ask(newest.step, newest.time, newest.row)
+            decision = client.ask(*newest)
             asked = perf_counter_ns()
             acted = self._responses.apply(decision, self.optimizer)
             applied = perf_counter_ns()
             self._tamiyo_ms = (asked - sealed) / 1e6
             self._apply_ms = (applied - asked) / 1e6
         self.decision = decision
-        if self.on_decision is not None:
-            self.on_decision(decision, row)
 
         if (
             slow
@@ -367,9 +369,6 @@ class Recorder:
         self._samples += samples
         self._phases.append(("train.input_wait", asked_for, came))
         self._fetched = None
-
-    def _is_slow(self, latency_ms: float) -> bool:
-        return latency_ms > self._span_slow_factor * self._latency.mean
 
     def _put_gated(self, row: list[float], latency_ms: float) -> None:
         if self._last_end:

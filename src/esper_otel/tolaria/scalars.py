@@ -98,6 +98,7 @@ class ScalarReader:
         self.lost = 0
         self._size = slots
         self._pools: dict[int, _Pool] = {}
+        self._plain: type | None = None
 
     def begin(self, value: object) -> float | Reading:
         """``value`` if it is a number or lies on the CPU, else a reading of it under way.
@@ -108,6 +109,11 @@ class ScalarReader:
         if type(value) is float:
             return value
         try:
+            # Nearly always on a CPU: half a microsecond instead of two and a half.
+            if type(value) is self._plain and value.is_cpu:  # type: ignore[attr-defined]
+                number = value.item()  # type: ignore[attr-defined]
+                if type(number) is float:
+                    return number
             if isinstance(value, Real):
                 return float(value)
             slot = self._begin(value)
@@ -123,6 +129,7 @@ class ScalarReader:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(value, torch.Tensor):
             return None
+        self._plain = torch.Tensor
         # A sharded tensor's value takes a collective, which other ranks do not join.
         if hasattr(value, "full_tensor") or value.numel() != 1 or value.is_complex():
             return None

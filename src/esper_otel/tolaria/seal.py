@@ -94,12 +94,28 @@ class Sealer:
         self._last_loss = nan
         self._waiting: deque[Unsealed] = deque()
 
+    def seal_now(
+        self,
+        row: list[float],
+        losses: list[Value],
+        norm: Value | None,
+        others: list[tuple[int, Value]],
+    ) -> bool:
+        """Seal a row whose values are all here, as on a CPU they are; False if one is not."""
+        if self._waiting or (norm is not None and type(norm) is not float):
+            return False
+        for loss in losses:
+            if type(loss) is not float:
+                return False
+        for _, value in others:
+            if type(value) is not float:
+                return False
+        self._put(row, losses, norm, others)
+        return True
+
     def take(self, frame: Unsealed) -> list[Unsealed]:
         """Take a step's frame; returns those that are sealed by now, oldest first."""
         waiting = self._waiting
-        if not waiting and frame.ready():
-            self._seal(frame)
-            return [frame]
         waiting.append(frame)
         sealed = []
         while waiting and (waiting[0].ready() or len(waiting) > DEEPEST_WAIT):
@@ -116,13 +132,33 @@ class Sealer:
         return sealed
 
     def _seal(self, frame: Unsealed) -> None:
-        row = frame.row
+        """With what has arrived; a loss is missing when one of its micro-batches is."""
+        losses = [number for loss in frame.losses if (number := _arrived(loss)) is not None]
+        self._put(
+            frame.row,
+            losses if len(losses) == len(frame.losses) else [],
+            None if frame.norm is None else _arrived(frame.norm),
+            [
+                (slot, number)
+                for slot, value in frame.others
+                if (number := _arrived(value)) is not None
+            ],
+        )
+
+    def _put(
+        self,
+        row: list[float],
+        losses: list[Any],
+        norm: Any,
+        others: list[tuple[int, Any]],
+    ) -> None:
+        """Numbers and their statistics into ``row``. All of them are floats here."""
         enriched = self._enriched
         # "Minus the previous step's": after a step without a loss there is none.
         self._last_loss, last_loss = nan, self._last_loss
-        if frame.losses:
-            loss = _mean(frame.losses)
-            if loss is not None and put(row, _LOSS, loss):
+        if losses:
+            loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+            if put(row, _LOSS, loss):
                 self._last_loss = loss
                 if enriched:
                     if last_loss == last_loss:
@@ -131,17 +167,13 @@ class Sealer:
                     statistics.update(loss)
                     row[_LOSS_EWMA] = statistics.mean
                     row[_LOSS_VOLATILITY] = statistics.deviation
-        if frame.norm is not None:
-            norm = _arrived(frame.norm)
-            if norm is not None and put(row, _GRADIENT_NORM, norm) and enriched:
-                statistics = self._norm
-                statistics.update(norm)
-                row[_GRAD_NORM_EWMA] = statistics.mean
-                row[_GRAD_VAR] = statistics.variance
-        for slot, value in frame.others:
-            number = _arrived(value)
-            if number is not None:
-                put(row, slot, number)
+        if norm is not None and put(row, _GRADIENT_NORM, norm) and enriched:
+            statistics = self._norm
+            statistics.update(norm)
+            row[_GRAD_NORM_EWMA] = statistics.mean
+            row[_GRAD_VAR] = statistics.variance
+        for slot, number in others:
+            put(row, slot, number)
 
 
 def put(row: list[float], slot: int, number: float) -> bool:
@@ -155,6 +187,13 @@ def put(row: list[float], slot: int, number: float) -> bool:
 
 def put_optimizer(row: list[float], groups: list[dict[str, Any]]) -> None:
     """Mean learning rate and momentum of parameter groups, as far as the host has them."""
+    if len(groups) == 1:
+        group = groups[0]
+        rate, momentum = group.get("lr"), group.get("momentum")
+        if type(rate) is float and type(momentum) is float:
+            put(row, _LR, rate)
+            put(row, _MOMENTUM, momentum)
+            return
     rates = momenta = 0.0
     known = with_momentum = 0
     for group in groups:
@@ -188,14 +227,3 @@ def host_number(value: object) -> float | None:
 
 def _arrived(value: Value) -> float | None:
     return value if isinstance(value, float) else value.value()
-
-
-def _mean(losses: list[Value]) -> float | None:
-    """Mean over micro-batches; None while one of them is missing."""
-    total = 0.0
-    for loss in losses:
-        number = _arrived(loss)
-        if number is None:
-            return None
-        total += number
-    return total / len(losses)
