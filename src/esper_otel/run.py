@@ -182,9 +182,9 @@ class Run:
     def optimizer_ended(self, optimizer: Any) -> None:
         """``optimizer`` has stepped, and so has the run."""
         recorder = self.recorder
-        recorder.optimizer_ends()
+        ended = recorder.optimizer_ends()
         recorder.optimizer = optimizer
-        recorder.end_step()
+        recorder.end_step(ended)
         recorder.optimizer = None  # its owner, not this, decides how long it lives
 
     def _make_client(self) -> TamiyoClient | None:

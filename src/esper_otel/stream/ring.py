@@ -121,8 +121,9 @@ class FrameRing:
             return self._refuse(row, seeds)
         if seeds and not self._put_seeds(time_unix_nano, seeds):
             return self._refuse(row, seeds)
-        steps.write(steps.written, time_unix_nano, self._seeds.written, row)
-        steps.written += 1
+        written = steps.written
+        steps.write(written, time_unix_nano, self._seeds.written, row)
+        steps.written = written + 1
         return True
 
     def take(self) -> Frames | None:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
 from esper_otel.leyline.frames import StepTimeline
-from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS, STEP_SLOT
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.dynamics import WeightedStatistics
 from esper_otel.tolaria.responses import Optimizer, Responses
@@ -34,6 +34,8 @@ _STEP = STEP_SLOT["step"]
 _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
+_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
+_CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
 _STEP_LATENCY = STEP_SLOT["step_latency_ms"]
 _FORWARD = STEP_SLOT["forward_ms"]
 _BACKWARD = STEP_SLOT["backward_ms"]
@@ -44,8 +46,11 @@ _INPUT_WAIT = STEP_SLOT["input_wait_ms"]
 _H2D = STEP_SLOT["h2d_copy_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
-REPORTABLE = frozenset({"accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s"})
-"""Keys that a loop may report itself, besides its loss."""
+REPORTABLE = {
+    key: STEP_SLOT[key]
+    for key in ("accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s")
+}
+"""Keys that a loop may report itself, besides its loss, and their slots."""
 
 
 class Frames(Protocol):
@@ -197,8 +202,8 @@ class Recorder:
         self._phases.append(("tolaria.gradient_norm", hook_began, now))
         self._optimizer_mark = now
 
-    def optimizer_ends(self) -> None:
-        """The optimizer has stepped."""
+    def optimizer_ends(self) -> int:
+        """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
         now = perf_counter_ns()
         began = self._optimizer_mark
         if began:
@@ -206,6 +211,7 @@ class Recorder:
             self._phases.append(("train.optimizer", began, now))
             self._optimizer_mark = 0
         self._mark = now
+        return now
 
     def phase(self, name: str, began: int, ended: int) -> None:
         """One phase of an explicit loop: ``forward``, ``backward`` or ``optimizer``.
@@ -231,14 +237,15 @@ class Recorder:
         Raises ``ValueError`` for a key that cannot be reported.
         """
         for key, value in values.items():
-            if key not in REPORTABLE:
+            slot = REPORTABLE.get(key)
+            if slot is None:
                 raise ValueError(
                     f"report({key}=…): expected one of {', '.join(sorted(REPORTABLE))}"
                 )
-            if key == "gradient_norm":
+            if slot == _GRADIENT_NORM:
                 self._norm = value
-            elif self._enriched or not BY_KEY[key].gated:
-                self._reported.append((STEP_SLOT[key], value))
+            elif self._enriched or slot != _CONFLICT_RATE:
+                self._reported.append((slot, value))
         if loss is not None:
             self._reported_losses.append(loss)
 
@@ -247,13 +254,16 @@ class Recorder:
         if self._enriched:
             self._reported.append((_H2D, milliseconds))
 
-    def end_step(self) -> None:
-        """The step is done: seal its frame, stream it, ask about it, do what was decided."""
+    def end_step(self, ended: int = 0) -> None:
+        """The step is done: seal its frame, stream it, ask about it, do what was decided.
+
+        ``ended`` is the mark of its end, 0 for now.
+        """
         if self._off:
             self._begin_step(0)
             return
         try:
-            self._end_step(perf_counter_ns())
+            self._end_step(ended or perf_counter_ns())
         except Exception:
             if not self._told_of_trouble:
                 self._told_of_trouble = True
@@ -276,7 +286,7 @@ class Recorder:
             self._charge_fetch(self._fetched)
         self.step = step = self.step + 1
         time = self.clock.step_end(ended)
-        row = _EMPTY_ROW[:]
+        row = _EMPTY_ROW.copy()
         row[_STEP] = step
         row[_HOOK] = self._hook_ms + self._prepare_ns / 1e6
         row[_TAMIYO] = self._tamiyo_ms

@@ -7,7 +7,7 @@ waits for it, and so do those behind it, because statistics follow the order of 
 from __future__ import annotations
 
 from collections import deque
-from math import isfinite, nan
+from math import isfinite, nan, sqrt
 from typing import Any, Protocol
 
 from esper_otel.leyline.metrics import STEP_SLOT
@@ -158,20 +158,27 @@ class Sealer:
         self._last_loss, last_loss = nan, self._last_loss
         if losses:
             loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
-            if put(row, _LOSS, loss):
-                self._last_loss = loss
+            if loss - loss != 0.0:  # NaN or infinite; a third of a call to math.isfinite
+                row[_NONFINITE] += 1.0
+            else:
+                row[_LOSS] = self._last_loss = loss
                 if enriched:
                     if last_loss == last_loss:
                         row[_LOSS_DELTA] = loss - last_loss
                     statistics = self._loss
                     statistics.update(loss)
                     row[_LOSS_EWMA] = statistics.mean
-                    row[_LOSS_VOLATILITY] = statistics.deviation
-        if norm is not None and put(row, _GRADIENT_NORM, norm) and enriched:
-            statistics = self._norm
-            statistics.update(norm)
-            row[_GRAD_NORM_EWMA] = statistics.mean
-            row[_GRAD_VAR] = statistics.variance
+                    row[_LOSS_VOLATILITY] = sqrt(statistics.variance)
+        if norm is not None:
+            if norm - norm != 0.0:
+                row[_NONFINITE] += 1.0
+            else:
+                row[_GRADIENT_NORM] = norm
+                if enriched:
+                    statistics = self._norm
+                    statistics.update(norm)
+                    row[_GRAD_NORM_EWMA] = statistics.mean
+                    row[_GRAD_VAR] = statistics.variance
         for slot, number in others:
             put(row, slot, number)
 
@@ -190,9 +197,8 @@ def put_optimizer(row: list[float], groups: list[dict[str, Any]]) -> None:
     if len(groups) == 1:
         group = groups[0]
         rate, momentum = group.get("lr"), group.get("momentum")
-        if type(rate) is float and type(momentum) is float:
-            put(row, _LR, rate)
-            put(row, _MOMENTUM, momentum)
+        if type(rate) is float and type(momentum) is float and isfinite(rate + momentum):
+            row[_LR], row[_MOMENTUM] = rate, momentum
             return
     rates = momenta = 0.0
     known = with_momentum = 0
