@@ -107,6 +107,22 @@ class Observed:
                 return int(after["step"])
         return None
 
+    def newest(self) -> list[dict[str, float]]:
+        """Every 20th step, and every one with a decision."""
+        worth = [s for s in self.steps if s["step"] % 20 == 0 or int(s["step"]) in self.told]
+        return worth[-ROWS:]
+
+    def story(self) -> list[dict[str, float]]:
+        """The steps around the accident, those with the decisions after it, and the end."""
+        accident = self.accident
+        if accident is None:
+            return self.newest()
+        decided = [step for step in sorted(self.told) if step > accident][: ROWS - 6]
+        steps = {accident - 1, accident, *decided}
+        last = [s for s in self.steps if s["step"] % 20 == 0][len(steps) - ROWS :]
+        before = [s for s in self.steps if s["step"] in steps and s["step"] < last[0]["step"]]
+        return before + last
+
     def read(self) -> None:
         """Take in what has been recorded since last time."""
         for body in self.metrics:
@@ -157,8 +173,8 @@ def bar(values: dict[str, float], width: int = 24) -> Text:
     return text
 
 
-def picture(run: Observed) -> Group:
-    """The newest steps of a run, oldest first, and its newest decisions."""
+def picture(run: Observed, *, ended: bool = False) -> Group:
+    """The newest steps of a run, oldest first; once it has ended, how it came to its end."""
     legend = Text("step time: ")
     for name, colour in PHASES.values():
         legend.append(f"█ {name} ", style=colour)
@@ -168,9 +184,7 @@ def picture(run: Observed) -> Group:
         table.add_column(column, justify="right")
     table.add_column("step time", min_width=26)
     table.add_column("Tamiyo", min_width=34, no_wrap=True)
-    # Every 20th step, and every one with a decision.
-    shown = [s for s in run.steps if s["step"] % 20 == 0 or int(s["step"]) in run.told]
-    for values in shown[-ROWS:]:
+    for values in run.story() if ended else run.newest():
         told = run.told.get(int(values["step"]))
         table.add_row(
             f"{values['step']:.0f}",
@@ -183,7 +197,7 @@ def picture(run: Observed) -> Group:
             if told
             else Text("CONTINUE", style="dim"),
         )
-    return Group(table, legend)
+    return Group(table, legend, Text())
 
 
 def ended(process: subprocess.Popen[str]) -> None:
@@ -244,7 +258,7 @@ def train(mode: str, epochs: int, folder: Path, socket: Path, otlp: str) -> Obse
                 run.read()
                 live.update(picture(run))
             run.read()
-            live.update(picture(run))
+            live.update(picture(run, ended=True))
         assert process.stdout is not None
         output = process.stdout.read()
     finally:
@@ -290,6 +304,7 @@ def summary(runs: list[Observed]) -> None:
                 f"  step {told.step} (+{told.step - accident})  {told.action}  "
                 f"[bold]{told.rule}[/bold]  {told.seen()}",
                 highlight=False,
+                soft_wrap=True,
             )
     console.print(f"\nRecorded OTLP: {rescued.folder}", highlight=False)
     console.print(f"Look at it:    {SHOW} show {rescued.metrics.path}", highlight=False)
