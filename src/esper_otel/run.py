@@ -92,7 +92,10 @@ class Run:
                 batch = next(batches)
             except StopIteration:
                 return
-            self.recorder.batch_came(asked_for, samples_in(batch))
+            try:
+                self.recorder.batch_came(asked_for, samples_in(batch))
+            except Exception:
+                tell_once("a batch could not be counted")
             yield batch
 
     def report(self, loss: Any = None, **values: Any) -> None:

@@ -9,7 +9,8 @@ class Clock:
     """Maps ``perf_counter_ns`` marks to Unix nanoseconds by one anchor taken at its making.
 
     One anchor and not one per mark: durations between two times are then monotonic
-    durations, whatever is done to the wall clock meanwhile.
+    durations, whatever is done to the wall clock meanwhile. ``offset`` added to a mark is
+    its Unix time.
     """
 
     __slots__ = ("_last_end", "offset")
@@ -17,10 +18,6 @@ class Clock:
     def __init__(self) -> None:
         self.offset = time_ns() - perf_counter_ns()
         self._last_end = 0
-
-    def unix_nano(self, mark: int) -> int:
-        """Unix time of ``mark`` in nanoseconds."""
-        return mark + self.offset
 
     def step_end(self, mark: int) -> int:
         """Unix time of a step's end: later than every one before it.

@@ -157,10 +157,6 @@ class Recorder:
         self._fetched = (asked_for, now, samples)
         self._mark = now
 
-    def forward_without_gradient(self) -> None:
-        """The batch in hand went through a forward that cannot train: it is not a step's."""
-        self._fetched = None
-
     def backward_begins(self) -> None:
         """The loop calls backward: what led here since the batch came was forward."""
         now = perf_counter_ns()
