@@ -154,10 +154,7 @@ def suffer(fault: Fault, path: Path, losses: Losses) -> None:
     steps = Steps(path)
     try:
         if fault.acquainted:
-            for _ in range(WELL_STEPS):
-                reason, _ = steps.ask()
-                if reason in FAILED_OPEN:
-                    raise RuntimeError(f"not answered before the fault: {reason}")
+            acquaint(steps)
         fault.begin(server)
         for _ in range(FAULTY_STEPS):
             try:
@@ -174,6 +171,17 @@ def suffer(fault: Fault, path: Path, losses: Losses) -> None:
     finally:
         steps.client.close()
         server.end()
+
+
+def acquaint(steps: Steps) -> None:
+    """Ask until enough steps in a row were answered; a busy machine misses one at times."""
+    answered = 0
+    for _ in range(100 * WELL_STEPS):
+        reason, _ = steps.ask()
+        answered = 0 if reason in FAILED_OPEN else answered + 1
+        if answered == WELL_STEPS:
+            return
+    raise RuntimeError(f"not answered before the fault: {reason}")
 
 
 def nothing() -> float:

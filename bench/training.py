@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -23,7 +24,8 @@ from bench.figures import Figure, alternate, median, percentile, run
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "examples" / "digits.py"
-BLOCKS = 24
+BENCH = "training"
+BLOCKS = 20
 BLOCK_EPOCHS = 4
 
 
@@ -82,18 +84,18 @@ def bit_identical(folder: Path, environment: dict[str, str]) -> list[Figure]:
     steps = len(bare["losses"])
     return [
         Figure.at_most(
-            "training",
+            BENCH,
             f"losses and weights that differ from the bare script's, {steps} steps",
             unequal,
             "values",
             bar=0,
         ),
-        Figure.at_most("training", "steps not recorded", steps - len(frames), "steps", bar=0),
-        Figure.report("training", "hook_latency_ms p50", percentile(hooks, 50), "ms"),
-        Figure.at_most("training", "hook_latency_ms p95", percentile(hooks, 95), "ms", bar=10),
-        Figure.report("training", "hook_latency_ms p99", percentile(hooks, 99), "ms"),
-        Figure.report("training", "tamiyo_latency_ms p50", percentile(waits, 50), "ms"),
-        Figure.report("training", "tamiyo_latency_ms p99", percentile(waits, 99), "ms"),
+        Figure.at_most(BENCH, "steps not recorded", steps - len(frames), "steps", bar=0),
+        Figure.report(BENCH, "hook_latency_ms p50", percentile(hooks, 50), "ms"),
+        Figure.at_most(BENCH, "hook_latency_ms p95", percentile(hooks, 95), "ms", bar=10),
+        Figure.report(BENCH, "hook_latency_ms p99", percentile(hooks, 99), "ms"),
+        Figure.report(BENCH, "tamiyo_latency_ms p50", percentile(waits, 50), "ms"),
+        Figure.report(BENCH, "tamiyo_latency_ms p99", percentile(waits, 99), "ms"),
     ]
 
 
@@ -123,27 +125,30 @@ def added_time(environment: dict[str, str]) -> list[Figure]:
                 optimizer.step()
         return (perf_counter() - began) * 1e3 / (BLOCK_EPOCHS * len(loader))
 
-    def watched() -> float:
+    def watched(mode: str) -> float:
         instrumentor = TorchInstrumentor()
-        instrumentor.instrument(skip_dep_check=True)
+        instrumentor.instrument(skip_dep_check=True, mode=mode)
         try:
             return block()
         finally:
             instrumentor.uninstrument()
 
     block()
-    watched()
-    with_us, bare = alternate(watched, block, BLOCKS)
-    added = sorted((a - b) * 1e3 for a, b in zip(with_us, bare, strict=True))
-    quartiles = statistics.quantiles(added, n=4)
-    return [
-        Figure.report(
-            "training", "wall time per step, digits CNN", median(with_us), "ms", median(bare)
-        ),
-        Figure.report("training", "added per step, median of pairs", median(added), "µs"),
-        Figure.report("training", "added per step, lower quartile", quartiles[0], "µs"),
-        Figure.report("training", "added per step, upper quartile", quartiles[2], "µs"),
-    ]
+    rows = []
+    for mode, name in (("advise", "asking at every step"), ("off", "not asking")):
+        watched(mode)
+        with_us, bare = alternate(partial(watched, mode), block, BLOCKS)
+        added = sorted((a - b) * 1e3 for a, b in zip(with_us, bare, strict=True))
+        quartiles = statistics.quantiles(added, n=4)
+        rows += [
+            Figure.report(
+                BENCH, f"wall time per step, {name}", median(with_us), "ms", median(bare)
+            ),
+            Figure.report(BENCH, f"added per step, {name}, median", median(added), "µs"),
+            Figure.report(BENCH, f"added per step, {name}, first quartile", quartiles[0], "µs"),
+            Figure.report(BENCH, f"added per step, {name}, third quartile", quartiles[2], "µs"),
+        ]
+    return rows
 
 
 def figures() -> list[Figure]:

@@ -21,7 +21,7 @@ from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.clock import Clock
-from esper_otel.tolaria.dynamics import WeightedStatistics
+from esper_otel.tolaria.dynamics import WEIGHT
 from esper_otel.tolaria.responses import Optimizer, Responses
 from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
 
@@ -137,7 +137,7 @@ class Recorder:
         self._told_of_trouble = False
 
         self._sealer = Sealer(enriched=enriched)
-        self._latency = WeightedStatistics()
+        self._mean_latency_ms = 0.0
 
         self._last_end = 0
         self._last_hook_end = 0
@@ -294,7 +294,8 @@ class Recorder:
         if self._enriched:
             self._put_gated(row, latency_ms)
         losses = self._reported_losses or self._losses
-        slow = self._last_end != 0 and latency_ms > self._span_slow_factor * self._latency.mean
+        usual_ms = self._mean_latency_ms
+        slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
         newest: tuple[int, int, list[float]] | None = None
         if self._sealer.seal_now(row, losses, self._norm, self._reported):
             newest = (step, time, row)
@@ -345,8 +346,10 @@ class Recorder:
                     applied=acted,
                 )
             )
+        self._mean_latency_ms = (
+            usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
+        )
         self._last_end = ended
-        self._latency.update(latency_ms)
         hook_end = perf_counter_ns()
         self._hook_ms = (hook_end - ended) / 1e6
         self._begin_step(hook_end)
