@@ -93,7 +93,7 @@ def test_silence_ends_at_the_deadline(path):
         took = time.monotonic() - began
         client.close()
     assert (decision.action, decision.reason) == (Action.CONTINUE, TIMEOUT)
-    assert took >= 0.02
+    assert took >= 0.015, "it was waited for"
 
 
 def test_a_late_answer_is_not_taken_for_the_next_one(path):
@@ -148,7 +148,7 @@ def test_killed_in_the_middle_of_an_answer(path):
 def test_it_recovers_when_the_cool_down_has_passed(path, monkeypatch, caplog):
     now = [time.perf_counter_ns()]
     monkeypatch.setattr(client_module, "perf_counter_ns", lambda: now[0])
-    client = connect(path)
+    client = connect(path, deadline_ms=200)
     for step in range(3):
         ask(client, step)
     assert client.breaker.state is State.OPEN
@@ -161,6 +161,7 @@ def test_it_recovers_when_the_cool_down_has_passed(path, monkeypatch, caplog):
             decision = ask(client, 6)
             if decision.reason != BREAKER_OPEN:
                 break
+            now[0] += 1_000_000
             threading.Event().wait(0.001)
         assert decision.reason == "a_rule"
         assert "answers again" in caplog.text

@@ -29,7 +29,6 @@ log = logging.getLogger("esper_otel")
 
 _RECEIVE = 16 * 1024
 _LENGTH = struct.Struct("<I")
-_TIMEVAL = struct.Struct("@ll")
 _PEER = struct.Struct("3i")
 
 
@@ -46,8 +45,8 @@ class TamiyoClient:
     answers give ``CONTINUE`` with the reason ``timeout``, ``unreachable`` or
     ``protocol_error``; three in a row open the breaker, and while that is open an ask
     returns at once with the reason ``breaker_open``. A probe is *sent* when the
-    cool-down has passed but not waited for: its answer is looked for at the next steps,
-    so that a frozen sidecar costs three deadlines and not one more per cool-down.
+    cool-down has passed but not waited for: its answer is looked for a deadline later, so
+    that a frozen sidecar costs three deadlines and not one more per cool-down.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class TamiyoClient:
         self._unsent = b""
         self._incoming = bytearray(_RECEIVE)
         self._view = memoryview(self._incoming)
-        self._naps = False
         self._buffer = wire.MessageBuffer()
         self._request_id = 0
         self._probe_id = 0
@@ -101,13 +99,12 @@ class TamiyoClient:
         """The decision about ``step``, whose frame is given as registry rows."""
         now = perf_counter_ns()
         breaker = self.breaker
-        if breaker.state is not State.CLOSED:
-            if breaker.state is State.HALF_OPEN:
-                self._look_for_probe(now)
-            if breaker.state is State.HALF_OPEN or (
-                breaker.state is State.OPEN and not breaker.may_probe(now)
-            ):
-                return unanswered(self._run, step, BREAKER_OPEN)
+        if breaker.state is State.HALF_OPEN and now >= self._probe_until_ns:
+            self._look_for_probe()
+        if breaker.state is State.HALF_OPEN or (
+            breaker.state is State.OPEN and not breaker.may_probe(now)
+        ):
+            return unanswered(self._run, step, BREAKER_OPEN)
         self._request_id = request_id = self._request_id + 1
         message = wire.Ask(
             request_id,
@@ -141,15 +138,16 @@ class TamiyoClient:
             self._socket.close()
             self._socket = None
 
-    def _look_for_probe(self, now: int) -> None:
+    def _look_for_probe(self) -> None:
+        """Once, when the probe's deadline has passed: looking at every step costs more."""
         try:
-            decision = self._receive(self._probe_id, socket.MSG_DONTWAIT)
+            decision = self._receive(self._probe_id)
         except _Failure as failure:
             self._failed(0, failure)
             return
         if decision is not None:
             self.breaker.succeeded()
-        elif now >= self._probe_until_ns:
+        else:
             self._failed(0, _Failure(TIMEOUT, "the probe was not answered"))
 
     def _connect(self) -> socket.socket:
@@ -167,7 +165,6 @@ class TamiyoClient:
         if uid not in (os.geteuid(), 0):
             connection.close()
             raise _Failure(UNREACHABLE, f"{self.path}: listened on by another user ({uid})")
-        self._naps = self._let_nap(connection)
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._buffer = wire.MessageBuffer()
@@ -175,28 +172,11 @@ class TamiyoClient:
         self._socket = connection
         return connection
 
-    def _let_nap(self, connection: socket.socket) -> bool:
-        """Have blocking receives end before the deadline; False if it is too short for that.
-
-        SO_RCVTIMEO counts timer ticks and rounds up, and a wait of n ticks ends within the
-        n-th: so as many as fit are never too long. Reading it back tells a tick's length.
-        """
-        connection.setblocking(True)
-        level, option = socket.SOL_SOCKET, socket.SO_RCVTIMEO
-        connection.setsockopt(level, option, _TIMEVAL.pack(0, 1))
-        seconds, tick_us = _TIMEVAL.unpack(connection.getsockopt(level, option, _TIMEVAL.size))
-        ticks = self._deadline_ns // (max(tick_us, 1) * 1000)
-        if seconds or ticks < 1:
-            return False
-        seconds, us = divmod(ticks * tick_us, 1_000_000)
-        connection.setsockopt(level, option, _TIMEVAL.pack(seconds, us))
-        return True
-
     def _send(self, message: wire.Ask) -> None:
         connection = self._socket or self._connect()
         data = self._unsent + wire.encode(message)
         try:
-            sent = connection.send(data, socket.MSG_DONTWAIT)
+            sent = connection.send(data)
         except BlockingIOError:
             raise _Failure(TIMEOUT, "the sidecar does not read") from None
         except OSError as error:
@@ -207,27 +187,24 @@ class TamiyoClient:
         self._unsent = b""
 
     def _await(self, request_id: int, until: int) -> Decision:
-        # One blocking recv, which ends by itself before the deadline, is all that most
-        # asks need: two system calls with the send, where poll and recv were three and
-        # made the round trip several µs longer.
-        decision = self._receive(request_id, 0) if self._naps else None
-        # poll waits in whole milliseconds, so only its first wait may be rounded up.
-        # select would refuse descriptors over 1023.
+        # poll waits in whole milliseconds, so only the first wait may be rounded up.
+        # select would refuse descriptors over 1023. A receive bounded by SO_RCVTIMEO saves
+        # a system call, but counts kernel ticks and rounds up: 5 ms became 8.
         patience = math.ceil((until - perf_counter_ns()) / 1e6)
-        while decision is None:
-            if patience <= 0 or not self._poll.poll(patience):
-                raise _Failure(TIMEOUT, "no answer within the deadline")
-            decision = self._receive(request_id, socket.MSG_DONTWAIT)
+        while patience > 0 and self._poll.poll(patience):
+            decision = self._receive(request_id)
+            if decision is not None:
+                return decision
             patience = (until - perf_counter_ns()) // 1_000_000
-        return decision
+        raise _Failure(TIMEOUT, "no answer within the deadline")
 
-    def _receive(self, request_id: int, flags: int) -> Decision | None:
+    def _receive(self, request_id: int) -> Decision | None:
         """The answer to ``request_id`` if it is here by now; older answers are dropped."""
         if self._socket is None:
             raise _Failure(UNREACHABLE, "not connected")
         found = None
         try:
-            count = self._socket.recv_into(self._incoming, 0, flags)
+            count = self._socket.recv_into(self._incoming)
             if not count:
                 raise _Failure(UNREACHABLE, "the sidecar closed the connection")
             for message in self._messages(self._view[:count]):
