@@ -1,0 +1,127 @@
+"""Blending: how a seed's output joins the host's.
+
+A blend is a module called with (host, seed, alpha): two tensors of one shape and dtype,
+and a number from 0 to 1. Alpha is a plain number and no tensor: it is the host side that
+decides on it, once per step, so there is nothing to read from a device; and a graph that
+remembers it, of a step whose backward comes late, is not spoilt when it advances.
+
+At alpha 0 every blend returns the host tensor itself, untouched. What the others return
+is never an alias of an input, so that the host may work on it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Blend(nn.Module):
+    """What all blends are; subclasses say how much of the seed there is, per element."""
+
+    def forward(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
+        """The blend, shaped like ``host``; ``host`` itself at alpha 0."""
+        return host if alpha == 0.0 else self.mix(host, seed, alpha)
+
+    def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
+        """The same for an alpha above 0."""
+        raise NotImplementedError
+
+
+class Convex(Blend):
+    """(1 - alpha) host + alpha seed: the seed takes the host's place.
+
+    At alpha 1 it is a copy of the seed's output. For seeds whose output is a whole
+    activation, which is what every blueprint here makes.
+    """
+
+    def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
+        """(1 - alpha) host + alpha seed."""
+        # The host's infinity times 0 would be NaN.
+        return seed.clone() if alpha == 1.0 else (1.0 - alpha) * host + alpha * seed
+
+
+class Residual(Blend):
+    """host + alpha seed: the seed is added and the host stays whole.
+
+    For seeds that compute a correction, not an activation.
+    """
+
+    def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
+        """host + alpha seed."""
+        return host + alpha * seed
+
+
+class ChannelWise(Blend):
+    """host + alpha gate (seed - host) with one gate in [0, 1] per channel.
+
+    ``gates`` None learns them, as a sigmoid that starts in the middle; else they are
+    fixed. ``shape`` is the activation's; its channels lie in ``dim``: by default the
+    second for images (four dimensions and more), the last for all else.
+    Raises ``ValueError`` for gates of another number or outside [0, 1].
+    """
+
+    gates: Tensor
+
+    def __init__(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        gates: Tensor | None = None,
+        dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        dim = channel_dim(len(shape)) if dim is None else dim % len(shape)
+        channels = shape[dim]
+        self._view = [channels if d == dim else 1 for d in range(len(shape))]
+        if gates is None:
+            self.logits = nn.Parameter(torch.zeros(channels))
+            return
+        if gates.shape != (channels,):
+            raise ValueError(
+                f"gates of shape {tuple(gates.shape)}: expected ({channels},), one per channel"
+            )
+        if not bool(((gates >= 0) & (gates <= 1)).all()):
+            raise ValueError("gates: expected numbers from 0 to 1")
+        self.register_buffer("gates", gates.detach().clone())
+
+    def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
+        """Host + alpha gate (seed - host)."""
+        gates = self.gates if "gates" in self._buffers else torch.sigmoid(self.logits)
+        return torch.lerp(host, seed, (alpha * gates).to(host.dtype).view(self._view))
+
+
+class ConfidenceGated(Blend):
+    """host + alpha gate (seed - host), the gate being how far the two agree.
+
+    gate = (1 + cosine(host, seed)) / 2 over the channels, for every sample and position:
+    1 where the seed points the host's way, 0 where it points the other way. The form is a
+    highway network's, y = T s + (1 - T) h (Srivastava et al., "Highway Networks", 2015,
+    arXiv 1505.00387); that T is the cosine and not learned is our choice. The gate is
+    part of the graph: a seed can learn to be trusted.
+    """
+
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__()
+        self._dim = dim
+
+    def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
+        """Host + alpha gate (seed - host)."""
+        dim = channel_dim(host.dim()) if self._dim is None else self._dim
+        cosine = nn.functional.cosine_similarity(host, seed, dim=dim).unsqueeze(dim)
+        gate = alpha * (1.0 + cosine) / 2.0
+        return torch.lerp(host, seed, gate.to(host.dtype))
+
+
+BLENDS: dict[str, Callable[[torch.Size | tuple[int, ...]], Blend]] = {
+    "convex": lambda shape: Convex(),
+    "residual": lambda shape: Residual(),
+    "channelwise": ChannelWise,
+    "confidence": lambda shape: ConfidenceGated(),
+}
+"""Blends for an activation of a shape, by the name that settings give them."""
+
+
+def channel_dim(rank: int) -> int:
+    """Where the channels of an activation with ``rank`` dimensions lie."""
+    return 1 if rank >= 4 else rank - 1
