@@ -8,7 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from esper_otel.settings import EsperSettings, Mode, SettingsError
+from esper_otel.settings import (
+    Blending,
+    EsperSettings,
+    Fossils,
+    Growth,
+    Mode,
+    Schedule,
+    SettingsError,
+)
 
 VARIABLES = [
     ("TOLARIA_STEP_ENRICHMENT_ENABLED", "false", "tolaria_step_enrichment_enabled", False),
@@ -31,6 +39,26 @@ VARIABLES = [
     ("ESPER_LR_SCALE_MIN", "0.1", "lr_scale_min", 0.1),
     ("ESPER_LR_SCALE_MAX", "2", "lr_scale_max", 2.0),
     ("ESPER_RELEASE_STEPS", "9", "release_steps", 9),
+    ("ESPER_GROWTH", "autonomous", "growth", Growth.AUTONOMOUS),
+    ("ESPER_PLATEAU_STEPS", "20", "plateau_steps", 20),
+    ("ESPER_PLATEAU_IMPROVEMENT", "0.02", "plateau_improvement", 0.02),
+    ("ESPER_SEEDS_AT_ONCE", "3", "seeds_at_once", 3),
+    ("ESPER_TRAINING_STEPS", "7", "training_steps", 7),
+    ("ESPER_BLENDING_STEPS", "8", "blending_steps", 8),
+    ("ESPER_SHADOWING_STEPS", "9", "shadowing_steps", 9),
+    ("ESPER_PROBATION_STEPS", "10", "probation_steps", 10),
+    ("ESPER_PATIENCE_STEPS", "11", "patience_steps", 11),
+    ("ESPER_EMBARGO_STEPS", "0", "embargo_steps", 0),
+    ("ESPER_BLENDING", "channelwise", "blending", Blending.CHANNELWISE),
+    ("ESPER_ALPHA_SCHEDULE", "sigmoid", "alpha_schedule", Schedule.SIGMOID),
+    ("ESPER_ALPHA_TEMPERATURE", "2", "alpha_temperature", 2.0),
+    ("ESPER_FOSSILS", "stay", "fossils", Fossils.STAY),
+    ("ESPER_ISOLATION_EVERY", "0", "isolation_every", 0),
+    ("ESPER_KERNEL_BUDGET_MS", "50", "kernel_budget_ms", 50.0),
+    ("ESPER_GRADIENT_RATIO_MAX", "10", "gradient_ratio_max", 10.0),
+    ("ESPER_LOSS_RISE_MAX", "0.2", "loss_rise_max", 0.2),
+    ("ESPER_LOSS_FALL_MIN", "0.05", "loss_fall_min", 0.05),
+    ("ESPER_STEP_RISE_MAX", "1", "step_rise_max", 1.0),
 ]
 
 

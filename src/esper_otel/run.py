@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.wire import default_socket_path
@@ -26,6 +26,9 @@ from esper_otel.tolaria.gradients import gradient_norm
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import LearningRate, Responses
 from esper_otel.tolaria.scalars import ScalarReader
+
+if TYPE_CHECKING:
+    from esper_otel.kasmina.garden import Garden
 
 log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
@@ -50,6 +53,8 @@ class Run:
         self.run_id = settings.run_id or _new_run_id()
         self.instance_id = secrets.token_hex(8)
         self.scalars = ScalarReader()
+        self.garden: Garden | None = None
+        """The garden that was planted last."""
         self._handles: list[Any] = []
         self._report: StreamReport | None = None
         self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
@@ -125,6 +130,50 @@ class Run:
         """End the step; for loops whose optimizer was not given to :func:`start`."""
         self.recorder.end_step()
 
+    def plant(
+        self,
+        model: Any,
+        slots: Iterable[str],
+        *,
+        optimizer: Any = None,
+        make_optimizer: Callable[..., Any] | None = None,
+        blueprints: Iterable[str] | None = None,
+        compiler: Callable[..., Any] | None = None,
+        **settings: Any,
+    ) -> Garden:
+        """Let seeds grow in ``model`` at the submodules called ``slots``.
+
+        ``optimizer`` is the host's, by default the one whose steps are the run's.
+        ``make_optimizer``, called with (parameters, learning rate), makes that of a seed;
+        ``blueprints`` are those the garden germinates of its own accord. ``settings`` are
+        fields of :class:`EsperSettings` that are about seeds.
+
+        Raises ``GardenError`` for slots that cannot be and while another garden is planted,
+        ``KeyError`` for an unknown blueprint, :class:`SettingsError` for a setting.
+        """
+        # With torch, which not every process that imports this module has.
+        from esper_otel.kasmina.garden import Garden, GardenError
+        from esper_otel.kasmina.optimizers import adamw
+
+        if self.garden is not None and self.garden.planted:
+            raise GardenError("this run has a garden: uproot() it before another is planted")
+        self.garden = Garden(
+            model,
+            slots,
+            settings=self.settings.changed(**settings),
+            optimizer=optimizer,
+            make_optimizer=make_optimizer or adamw,
+            blueprints=blueprints,
+            read=self.scalars.begin,
+            compiler=compiler,
+        )
+        self.recorder.tend(self.garden)
+        return self.garden
+
+    def owns(self, optimizer: Any) -> bool:
+        """Whether ``optimizer`` trains a seed of this run: then its steps are not the run's."""
+        return self.garden is not None and self.garden.owns(optimizer)
+
     def on_pause(self, freeze: Callable[[Decision], None]) -> None:
         """Have ``freeze`` called with every PAUSE decision that is enforced."""
         self.responses.on_pause(freeze)
@@ -147,6 +196,8 @@ class Run:
         _runs.discard(self)
         for handle in self._handles:
             handle.remove()
+        if self.garden is not None:
+            self.garden.close()
         self._devices.stop()
         self.recorder.finish()
         self.recorder.switch_off()

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,43 @@ class Mode(StrEnum):
 
     ENFORCE = "enforce"
     """Decisions are applied to the run."""
+
+
+class Growth(StrEnum):
+    """Who lets a seed take its next step."""
+
+    ASKED = "asked"
+    """Tamiyo: an operation needs a SEED decision that is enforced."""
+
+    AUTONOMOUS = "autonomous"
+    """The garden itself, unless an enforced decision says otherwise."""
+
+
+class Blending(StrEnum):
+    """How a seed's output comes into the host's."""
+
+    CONVEX = "convex"
+    RESIDUAL = "residual"
+    CHANNELWISE = "channelwise"
+    CONFIDENCE = "confidence"
+
+
+class Schedule(StrEnum):
+    """How alpha goes from 0 to 1."""
+
+    SIGMOID = "sigmoid"
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+class Fossils(StrEnum):
+    """What trains a seed that has become part of the network."""
+
+    JOIN = "join"
+    """The host's optimizer."""
+
+    STAY = "stay"
+    """The seed's own."""
 
 
 class SettingsError(ValueError):
@@ -95,6 +133,64 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     over which it is. More than a table's baseline window, so that what comes of it is held
     against a healthy past and not against the trouble itself."""
 
+    # What follows is about seeds, and needs a garden to be planted.
+
+    growth: Growth = Growth.ASKED
+
+    plateau_steps: int = 200
+    """Steps without a better loss after which a seed is germinated."""
+
+    plateau_improvement: float = 0.01
+    """Share of the loss by which it must fall to count as better."""
+
+    seeds_at_once: int = 1
+    """Seeds that may be growing when one is germinated of the garden's own accord. With
+    more than one nobody can tell which of them the loss owes its change to."""
+
+    training_steps: int = 100
+    """Steps that a seed trains in isolation, at least."""
+
+    blending_steps: int = 100
+    """Steps in which alpha goes from 0 to 1."""
+
+    shadowing_steps: int = 50
+    """Steps that a blended seed is watched, at least."""
+
+    probation_steps: int = 50
+    """Steps more, before it becomes part of the network."""
+
+    patience_steps: int = 200
+    """Steps that a gate may stay shut before the seed behind it is culled."""
+
+    embargo_steps: int = 200
+    """Steps that a slot lies fallow after its seed was culled."""
+
+    blending: Blending = Blending.CONVEX
+    alpha_schedule: Schedule = Schedule.COSINE
+
+    alpha_temperature: float = 1.0
+    """Softens (above 1) or sharpens (below 1) the sigmoid schedule."""
+
+    fossils: Fossils = Fossils.JOIN
+
+    isolation_every: int = 10
+    """Every n-th step isolation statistics are taken (0: never); leaks are always seen."""
+
+    kernel_budget_ms: float = 10.0
+    """Longest that fetching, or one call of, a seed's kernel may take."""
+
+    gradient_ratio_max: float = 1e4
+    """Gate G1: a seed's gradient norm over the host's, or the host's over the seed's."""
+
+    loss_rise_max: float = 0.25
+    """Gate G4: share by which the loss may rise while a seed joins."""
+
+    loss_fall_min: float = 0.0
+    """Gate G4: share by which the loss must have fallen for a seed to stay for good."""
+
+    step_rise_max: float = 3.0
+    """Gate G4: share by which the latency of a step may rise."""
+
     @classmethod
     def from_environment(
         cls, environ: Mapping[str, str] | None = None, **overrides: object
@@ -123,20 +219,17 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in sorted(environ):
             if name.startswith("ESPER_") and name not in known | _OTHER_VARIABLES:
                 log.warning("%s is set, but esper-otel has no such setting", name)
-        values = {}
-        for field in msgspec.structs.fields(cls):
-            if field.name not in raw:
-                continue
-            value = raw[field.name]
-            try:
-                values[field.name] = msgspec.convert(value, field.type, strict=False)
-            except msgspec.ValidationError:
-                source = names.get(field.name, field.name)
-                raise SettingsError(
-                    f"{source}={value!r}: expected {_EXPECTED[field.type]}"
-                ) from None
-        settings = cls(**values)
+        settings = cls(**_converted(raw, names))
         settings.check(names)
+        return settings
+
+    def changed(self, **changes: object) -> EsperSettings:
+        """These settings with ``changes``; raises :class:`SettingsError`."""
+        for name in changes:
+            if name not in self.__struct_fields__:
+                raise SettingsError(f"{name}={changes[name]!r}: there is no such setting")
+        settings = msgspec.structs.replace(self, **_converted(changes, {}))
+        settings.check()
         return settings
 
     def check(self, names: Mapping[str, str] | None = None) -> None:
@@ -176,6 +269,22 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("lr_scale_min", 0, 1),
     ("lr_scale_max", 1, 1000),
     ("release_steps", 1, _INFINITY),
+    ("plateau_steps", 1, _INFINITY),
+    ("plateau_improvement", 0, 1),
+    ("seeds_at_once", 0, _INFINITY),
+    ("training_steps", 1, _INFINITY),
+    ("blending_steps", 1, _INFINITY),
+    ("shadowing_steps", 1, _INFINITY),
+    ("probation_steps", 1, _INFINITY),
+    ("patience_steps", 1, _INFINITY),
+    ("embargo_steps", 0, _INFINITY),
+    ("alpha_temperature", 1e-3, 1000),
+    ("isolation_every", 0, _INFINITY),
+    ("kernel_budget_ms", 0.01, 60_000),
+    ("gradient_ratio_max", 1, _INFINITY),
+    ("loss_rise_max", 0, _INFINITY),
+    ("loss_fall_min", 0, 1),
+    ("step_rise_max", 0, _INFINITY),
 )
 
 _EXPECTED: dict[type, str] = {
@@ -184,10 +293,31 @@ _EXPECTED: dict[type, str] = {
     float: "a number",
     str: "text",
     Mode: "off, advise or enforce",
+    Growth: "asked or autonomous",
+    Blending: "convex, residual, channelwise or confidence",
+    Schedule: "sigmoid, cosine or linear",
+    Fossils: "join or stay",
 }
 
 _OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH"})
 """Variables of ours that are not settings (``esper-otel run`` hands one to its child)."""
+
+
+def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:
+    """``raw`` as the types of the fields; ``names`` says what a mistake is to be called."""
+    values = {}
+    for field in msgspec.structs.fields(EsperSettings):
+        if field.name not in raw:
+            continue
+        value = raw[field.name]
+        try:
+            values[field.name] = msgspec.convert(value, field.type, strict=False)
+        except msgspec.ValidationError:
+            source = names.get(field.name, field.name)
+            raise SettingsError(
+                f"{source}={value!r}: expected {_EXPECTED[field.type]}"
+            ) from None
+    return values
 
 
 def _variables(field: str) -> tuple[str, ...]:

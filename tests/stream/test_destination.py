@@ -129,8 +129,9 @@ def test_case_and_spaces_do_not_matter(value, caplog):
 
 
 def test_a_signal_can_be_switched_off():
-    assert set(destinations({"OTEL_TRACES_EXPORTER": "none"})) == {Signal.METRICS}
-    assert set(destinations({"OTEL_METRICS_EXPORTER": " None "})) == {Signal.TRACES}
+    for signal in Signal:
+        variable = f"OTEL_{signal.upper()}_EXPORTER"
+        assert set(destinations({variable: " None "})) == set(Signal) - {signal}
     assert set(destinations({"OTEL_METRICS_EXPORTER": "otlp,console"})) == set(Signal)
 
 

@@ -243,6 +243,8 @@ class _Watch:
     def _begin_if_primary(self, optimizer: Any) -> None:
         primary = self._primary() if self._primary is not None else None
         if primary is not optimizer:
+            if self._run.owns(optimizer):
+                return  # a seed's, which steps within the primary's own step
             # The first optimizer that steps sets the run's steps, until it is gone or
             # another steps twice while it rests: a script that trains one model after
             # the other.

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.decisions import Decision, Proposal
+from esper_otel.leyline.events import Event
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 
 ABSENT = nan
@@ -52,13 +53,29 @@ def present(keys: Sequence[str], row: Sequence[float]) -> dict[str, float]:
     return {key: value for key, value in zip(keys, row, strict=True) if isfinite(value)}
 
 
+class GardenFrame(NamedTuple):
+    """What a garden has to say of one step.
+
+    ``seeds`` are (seed id, its row); ``violations`` and ``live`` the running count of
+    isolation violations and the seeds alive, ``fetch_ms`` the last kernel fetch, NaN
+    before the first; ``proposal`` the operation the garden would like to do.
+    """
+
+    seeds: list[tuple[str, list[float]]]
+    violations: float
+    fetch_ms: float
+    live: float
+    proposal: Proposal | None = None
+
+
 class StepTimeline(NamedTuple):
     """When the phases of one step were; becomes the spans of its trace.
 
     ``phases`` are (span name, start, end), for example ``train.forward``; all times are
     Unix nanoseconds whose differences are those of a monotonic clock. ``row`` is the
     step's row of values. ``decision`` is None when nobody was asked, ``applied`` whether
-    it changed something in the run.
+    it changed something in the run. ``events`` happened during the step, their marks
+    Unix nanoseconds.
     """
 
     step: int
@@ -68,6 +85,7 @@ class StepTimeline(NamedTuple):
     row: Sequence[float] = ()
     decision: Decision | None = None
     applied: bool = False
+    events: Sequence[Event] = ()
 
     @property
     def spans(self) -> int:

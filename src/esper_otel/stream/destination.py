@@ -26,6 +26,7 @@ class Signal(StrEnum):
 
     METRICS = "metrics"
     TRACES = "traces"
+    LOGS = "logs"
 
 
 class Protocol(StrEnum):

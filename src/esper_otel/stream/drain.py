@@ -11,9 +11,11 @@ import threading
 import time
 from collections import deque
 
+from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder
+from esper_otel.stream.logs import encode_events
 from esper_otel.stream.providers import Tracers
 from esper_otel.stream.recording import Recording
 from esper_otel.stream.ring import FrameRing, points
@@ -39,7 +41,8 @@ class Drain:
         *,
         ring: FrameRing,
         timelines: deque[StepTimeline],
-        encoder: FrameEncoder,
+        events: deque[Event],
+        resource: bytes,
         tracers: Tracers,
         spool: Spool,
         recording: Recording | None,
@@ -48,7 +51,9 @@ class Drain:
     ) -> None:
         self._ring = ring
         self._timelines = timelines
-        self._encoder = encoder
+        self._events = events
+        self._resource = resource
+        self._encoder = FrameEncoder(resource)
         self._tracers = tracers
         self._spool = spool
         self._recording = recording
@@ -78,6 +83,7 @@ class Drain:
 
     def _drain(self) -> None:
         self._drain_frames()
+        self._drain_events()
         if time.monotonic() < self._spans_due and not self._stopping.is_set():
             return
         self._spans_due = time.monotonic() + SPAN_INTERVAL_S
@@ -98,6 +104,20 @@ class Drain:
             return
         for request in requests:
             self._put(Signal.METRICS, request.body, request.points)
+
+    def _drain_events(self) -> None:
+        if not self._events:
+            return
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        if not self._is_wanted(Signal.LOGS):
+            return
+        try:
+            body = encode_events(events, self._resource)
+        except Exception as error:
+            self._fault("events", error)
+            self._spool.never_made(Signal.LOGS, len(events))
+            return
+        self._put(Signal.LOGS, body, len(events))
 
     def _drain_timelines(self) -> None:
         while self._timelines:

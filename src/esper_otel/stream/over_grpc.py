@@ -16,6 +16,7 @@ from esper_otel.stream.transport import USER_AGENT, Outcome, Verdict, delivered,
 _EXPORT = {
     Signal.METRICS: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
     Signal.TRACES: "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+    Signal.LOGS: "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
 }
 
 _CHANNEL_OPTIONS = (

@@ -157,8 +157,11 @@ def _keep(path: Path, bodies: list[bytes], rest: bytes) -> None:
 
 
 def _items(body: bytes, signal: Signal) -> int:
-    """Points or spans in a request, 0 when it is no request of this signal."""
+    """Points, spans or records in a request, 0 when it is no request of this signal."""
     from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import (
+        ExportLogsServiceRequest,
+    )
     from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
         ExportMetricsServiceRequest,
     )
@@ -172,6 +175,12 @@ def _items(body: bytes, signal: Signal) -> int:
                 len(scope.spans)
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans
                 for scope in resource.scope_spans
+            )
+        if signal is Signal.LOGS:
+            return sum(
+                len(scope.log_records)
+                for resource in ExportLogsServiceRequest.FromString(body).resource_logs
+                for scope in resource.scope_logs
             )
         return sum(
             len(getattr(metric, metric.WhichOneof("data") or "gauge").data_points)

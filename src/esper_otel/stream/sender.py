@@ -168,12 +168,13 @@ class Sender:
             )
 
     def _unsupported(self, group: Group, outcome: Outcome) -> bool:
-        """No such endpoint: without traces a run is whole, without metrics it is not."""
-        if self._destination.signal is not Signal.TRACES:
+        """No such endpoint: only without metrics is a run not whole."""
+        signal = self._destination.signal
+        if signal is Signal.METRICS:
             self._refuse(group, outcome)
             return True
-        self._spool.close_line(Signal.TRACES)
-        log.info("%s takes no traces (%s)", self._destination.endpoint, outcome.reason)
+        self._spool.close_line(signal)
+        log.info("%s takes no %s (%s)", self._destination.endpoint, signal, outcome.reason)
         return False
 
     def _try_later(self, group: Group, outcome: Outcome) -> bool:

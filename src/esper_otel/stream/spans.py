@@ -61,6 +61,8 @@ def tell(timeline: StepTimeline, tracers: Tracers) -> None:
             _tell_decision(span, timeline.decision, end)
             span.set_attribute("esper.decision.applied", timeline.applied)
         span.end(end)
+    for event in timeline.events:
+        step.add_event(event.name, {**event.attributes, "message": event.text}, event.mark)
     step.end(timeline.end_unix_nano)
 
 

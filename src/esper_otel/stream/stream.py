@@ -1,7 +1,7 @@
 """Stream: the door through which a recorder hands over its frames.
 
 The training thread writes numbers and returns; two kinds of daemon thread do the rest:
-``esper-stream`` turns frames into OTLP, ``esper-send-metrics`` and ``esper-send-traces``
+``esper-stream`` turns frames into OTLP, ``esper-send-metrics``, ``-traces`` and ``-logs``
 deliver it.
 """
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import recording as files
@@ -35,12 +36,16 @@ log = logging.getLogger("esper_otel")
 MAX_TIMELINES = 4096
 """Steps whose spans may wait to be made."""
 
+MAX_EVENTS = 4096
+"""Events that may wait to become log records."""
+
 
 class StreamReport(msgspec.Struct, frozen=True):
     """What became of the telemetry of a run, at one moment.
 
     ``frames`` were accepted, ``refused_frames`` found the ring full (their points count
-    as dropped). ``metrics`` counts data points, ``traces`` spans of our own provider.
+    as dropped). ``metrics`` counts data points, ``traces`` spans of our own provider,
+    ``logs`` events.
     ``files`` hold what is unsent, ``recordings`` everything, where that was asked for.
     """
 
@@ -48,6 +53,7 @@ class StreamReport(msgspec.Struct, frozen=True):
     refused_frames: int = 0
     metrics: Account = Account()
     traces: Account = Account()
+    logs: Account = Account()
     files: tuple[Path, ...] = ()
     recordings: tuple[Path, ...] = ()
 
@@ -76,6 +82,8 @@ class Stream:
         self._ring = FrameRing(settings.ring_steps)
         self._timelines: deque[StepTimeline] = deque()
         self._refused_spans = 0
+        self._events: deque[Event] = deque()
+        self._refused_events = 0
         self._spool = Spool(int(settings.spool_mb * 1e6))
         self._recording: files.Recording | None = None
         self._drain: Drain | None = None
@@ -125,6 +133,15 @@ class Stream:
         else:
             self._refused_spans += timeline.spans
 
+    def event(self, event: Event) -> None:
+        """Hand over an event whose mark is a Unix time, to be a log record. Never raises."""
+        if not self._on:
+            return
+        if len(self._events) < MAX_EVENTS:
+            self._events.append(event)
+        else:
+            self._refused_events += 1
+
     def report(self) -> StreamReport:
         """What became of everything handed over so far."""
         ring, recording = self._ring, self._recording
@@ -134,6 +151,7 @@ class Stream:
             refused_frames=ring.refused_frames,
             metrics=_with_lost(self._spool.account(Signal.METRICS), lost_points),
             traces=_with_lost(self._spool.account(Signal.TRACES), lost_spans),
+            logs=_with_lost(self._spool.account(Signal.LOGS), self._refused_events),
             files=self._files,
             recordings=() if recording is None else recording.paths,
         )
@@ -171,7 +189,6 @@ class Stream:
     def _start(self) -> None:
         from esper_otel.stream import gauges
         from esper_otel.stream.drain import Drain
-        from esper_otel.stream.encoding import FrameEncoder
         from esper_otel.stream.providers import (
             Tracers,
             serialised_resource,
@@ -205,7 +222,8 @@ class Stream:
         self._drain = Drain(
             ring=self._ring,
             timelines=self._timelines,
-            encoder=FrameEncoder(serialised_resource(resource)),
+            events=self._events,
+            resource=serialised_resource(resource),
             tracers=Tracers(resource),
             spool=self._spool,
             recording=self._recording,
@@ -228,6 +246,8 @@ class Stream:
         spans = sum(timeline.spans for timeline in self._timelines)
         if spans:
             self._spool.never_made(Signal.TRACES, spans)
+        if self._events:
+            self._spool.never_made(Signal.LOGS, len(self._events))
 
     def _leave(self, batches: list[Batch], end: float) -> None:
         """Write what is unsent to files, on a thread so that a dead disk holds up nobody."""

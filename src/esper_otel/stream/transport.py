@@ -80,6 +80,7 @@ def delivered(signal: Signal, answer: bytes) -> Outcome:
     if not answer:
         return Outcome(Verdict.DELIVERED)
     from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
     from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
     from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
@@ -88,6 +89,10 @@ def delivered(signal: Signal, answer: bytes) -> Outcome:
             metrics = metrics_service_pb2.ExportMetricsServiceResponse.FromString(answer)
             rejected = metrics.partial_success.rejected_data_points
             reason = metrics.partial_success.error_message
+        elif signal is Signal.LOGS:
+            logs = logs_service_pb2.ExportLogsServiceResponse.FromString(answer)
+            rejected = logs.partial_success.rejected_log_records
+            reason = logs.partial_success.error_message
         else:
             traces = trace_service_pb2.ExportTraceServiceResponse.FromString(answer)
             rejected = traces.partial_success.rejected_spans

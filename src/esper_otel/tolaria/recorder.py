@@ -15,15 +15,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from time import perf_counter_ns
-from typing import Protocol
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
-from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.events import Event
+from esper_otel.leyline.frames import GardenFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.dynamics import WEIGHT
+from esper_otel.tolaria.ports import Asks, Frames, Garden
 from esper_otel.tolaria.responses import Optimizer, Responses
 from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
+from esper_otel.tolaria.tending import Tending, put_garden
 
 log = logging.getLogger("esper_otel")
 
@@ -46,39 +48,14 @@ _INPUT_WAIT = STEP_SLOT["input_wait_ms"]
 _H2D = STEP_SLOT["h2d_copy_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
+Seeds = Sequence[tuple[str, list[float]]]
+"""Seed ids and their rows."""
+
 REPORTABLE = {
     key: STEP_SLOT[key]
     for key in ("accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s")
 }
 """Keys that a loop may report itself, besides its loss, and their slots."""
-
-
-class Frames(Protocol):
-    """Where finished frames go; neither call may block or raise."""
-
-    def frame(
-        self,
-        time_unix_nano: int,
-        row: list[float],
-        seeds: Sequence[tuple[str, list[float]]] = (),
-    ) -> None:
-        """Take one step's values."""
-
-    def timeline(self, timeline: StepTimeline) -> None:
-        """Take one step's phases, to become spans."""
-
-
-class Asks(Protocol):
-    """Who is asked for a decision."""
-
-    def ask(
-        self,
-        step: int,
-        time_unix_nano: int,
-        row: list[float],
-        seeds: Sequence[tuple[str, list[float]]] = (),
-    ) -> Decision:
-        """The decision about a step; within a deadline, and never an exception."""
 
 
 class Recorder:
@@ -133,12 +110,14 @@ class Recorder:
         self._device_values = device_values
         self._span_every = span_every
         self._span_slow_factor = span_slow_factor
+        self._tending: Tending | None = None
         self._off = False
         self._told_of_trouble = False
 
         self._sealer = Sealer(enriched=enriched)
         self._mean_latency_ms = 0.0
 
+        self._latest: list[float] = _EMPTY_ROW
         self._last_end = 0
         self._last_hook_end = 0
         self._hook_ms = self._tamiyo_ms = self._apply_ms = 0.0
@@ -259,6 +238,9 @@ class Recorder:
             self._begin_step(0)
             return
         try:
+            if self._tending is not None:
+                self._let_seeds_learn(self._tending)
+                ended = 0
             self._end_step(ended or perf_counter_ns())
         except Exception:
             if not self._told_of_trouble:
@@ -269,7 +251,11 @@ class Recorder:
     def finish(self) -> None:
         """No step follows: frames that wait for a device go with what has arrived."""
         for frame in self._sealer.finish():
-            self._frames.frame(frame.time, frame.row)
+            self._frames.frame(frame.time, frame.row, frame.seeds)
+
+    def tend(self, garden: Garden) -> None:
+        """Take ``garden`` along from the next end of a step on."""
+        self._tending = Tending(garden)
 
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
@@ -283,6 +269,14 @@ class Recorder:
         self.step = step = self.step + 1
         time = self.clock.step_end(ended)
         row = _EMPTY_ROW.copy()
+        tending = self._tending
+        growing: GardenFrame | None = None
+        finalized = ended
+        if tending is not None:
+            growing = tending.finalize(step, self._latest)
+            put_garden(row, growing)
+            finalized = perf_counter_ns()
+            self._phases.append(("kasmina.finalize", ended, finalized))
         row[_STEP] = step
         row[_HOOK] = self._hook_ms + self._prepare_ns / 1e6
         row[_TAMIYO] = self._tamiyo_ms
@@ -293,18 +287,22 @@ class Recorder:
             row[_SAMPLES_PER_S] = self._samples * 1e3 / latency_ms
         if self._enriched:
             self._put_gated(row, latency_ms)
+            row[_FINALIZE] = (finalized - ended) / 1e6
         losses = self._reported_losses or self._losses
+        seeds = growing.seeds if growing is not None else ()
         usual_ms = self._mean_latency_ms
         slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
-        newest: tuple[int, int, list[float]] | None = None
+        newest: tuple[int, int, list[float], Seeds] | None = None
         if self._sealer.seal_now(row, losses, self._norm, self._reported):
-            newest = (step, time, row)
-            self._frames.frame(time, row)
+            newest = (step, time, row, seeds)
+            self._frames.frame(time, row, seeds)
         else:
-            frame = Unsealed(step, time, row, losses, self._norm, self._reported)
+            frame = Unsealed(step, time, row, losses, self._norm, self._reported, seeds)
             for done in self._sealer.take(frame):
-                newest = (done.step, done.time, done.row)
-                self._frames.frame(done.time, done.row)
+                newest = (done.step, done.time, done.row, done.seeds)
+                self._frames.frame(done.time, done.row, done.seeds)
+        if newest is not None:
+            self._latest = newest[2]
 
         client = self._client
         sealed = perf_counter_ns()
@@ -312,24 +310,38 @@ class Recorder:
             decision = self._not_asked
             asked = applied = sealed
             acted = False
-            self._tamiyo_ms = self._apply_ms = 0.0
         else:
-            decision = client.ask(*newest)
+            if growing is None:
+                decision = client.ask(*newest)
+            else:
+                decision = client.ask(*newest, growing.proposal)
             asked = perf_counter_ns()
             acted = self._responses.apply(decision, self.optimizer)
             applied = perf_counter_ns()
-            self._tamiyo_ms = (asked - sealed) / 1e6
-            self._apply_ms = (applied - asked) / 1e6
+        events: list[Event] = []
+        if tending is not None:
+            if tending.apply(decision, enforced=self._responses.enforcing):
+                acted = True
+            applied = perf_counter_ns()
+            events = tending.events(step, self.clock.offset)
+            for event in events:
+                self._frames.event(event)
+            if tending.over:
+                self._tending = None
+        self._tamiyo_ms = (asked - sealed) / 1e6
+        self._apply_ms = (applied - asked) / 1e6
         self.decision = decision
 
         if (
             slow
             or decision.action is not Action.CONTINUE
             or decision.findings
+            or events
             or (self._span_every and step % self._span_every == 0)
         ):
             if client is not None:
                 self._phases.append(("tamiyo.decide", sealed, asked))
+            if client is not None or tending is not None:
                 self._phases.append(("kasmina.apply", asked, applied))
             offset = self.clock.offset
             self._frames.timeline(
@@ -344,6 +356,7 @@ class Recorder:
                     row=row,
                     decision=decision if client is not None else None,
                     applied=acted,
+                    events=events,
                 )
             )
         self._mean_latency_ms = (
@@ -353,6 +366,12 @@ class Recorder:
         hook_end = perf_counter_ns()
         self._hook_ms = (hook_end - ended) / 1e6
         self._begin_step(hook_end)
+
+    def _let_seeds_learn(self, tending: Tending) -> None:
+        """Before the step is measured: this is training, not telling of it."""
+        began, ended = tending.learn(self.optimizer)
+        self._optimizer_ns += ended - began
+        self._phases.append(("train.seeds", began, ended))
 
     def _begin_step(self, hook_end: int) -> None:
         self._last_hook_end = self._mark = hook_end
@@ -391,7 +410,6 @@ class Recorder:
         if self._wait_ns >= 0:
             row[_INPUT_WAIT] = self._wait_ns / 1e6
         row[_APPLY] = self._apply_ms
-        row[_FINALIZE] = 0.0  # no garden is planted
         if self.optimizer is not None:
             put_optimizer(row, self.optimizer.param_groups)
         for key, value in self._device_values().items():

@@ -7,6 +7,7 @@ waits for it, and so do those behind it, because statistics follow the order of 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from math import isfinite, nan, sqrt
 from typing import Any, Protocol
 
@@ -46,10 +47,10 @@ class Unsealed:
     """A frame and the values that are still to be put into its row.
 
     ``losses`` are those of the step's micro-batches, ``norm`` the gradient norm, ``others``
-    pairs of (slot, value).
+    pairs of (slot, value), ``seeds`` the rows of the step's seeds, which miss nothing.
     """
 
-    __slots__ = ("losses", "norm", "others", "row", "step", "time")
+    __slots__ = ("losses", "norm", "others", "row", "seeds", "step", "time")
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Unsealed:
         losses: list[Value],
         norm: Value | None,
         others: list[tuple[int, Value]],
+        seeds: Sequence[tuple[str, list[float]]] = (),
     ) -> None:
         self.step = step
         self.time = time
@@ -66,6 +68,7 @@ class Unsealed:
         self.losses = losses
         self.norm = norm
         self.others = others
+        self.seeds = seeds
 
     def ready(self) -> bool:
         """Whether every value has arrived."""

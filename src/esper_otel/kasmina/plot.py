@@ -1,0 +1,398 @@
+"""A plot: one slot of the host, its stage, and the seed that grows in it."""
+
+from __future__ import annotations
+
+import weakref
+from math import nan
+
+from torch import nn
+
+from esper_otel.kasmina import optimizers
+from esper_otel.kasmina.blending import BLENDS
+from esper_otel.kasmina.blueprints import lookup
+from esper_otel.kasmina.gates import (
+    BEFORE,
+    PASSED,
+    Facts,
+    Failed,
+    Verdict,
+    clean_reset,
+    loss_impact,
+)
+from esper_otel.kasmina.ground import Ground
+from esper_otel.kasmina.growth import NEXT, Sight, dwell
+from esper_otel.kasmina.kernels import Compilation, Fetch
+from esper_otel.kasmina.lifecycle import GROWING, ISOLATED, TARGET, Lifecycle
+from esper_otel.kasmina.seed import Seed, finite, origin_of
+from esper_otel.kasmina.slot import Slot
+from esper_otel.leyline import events
+from esper_otel.leyline.decisions import SeedOperation, Severity
+from esper_otel.leyline.events import Attribute
+from esper_otel.leyline.stages import Stage, check_transition
+from esper_otel.settings import Fossils
+
+IN_A_ROW = 3
+"""Violations, or fallbacks, one step after the other, that end a seed."""
+
+HARM_IN_A_ROW = 20
+"""Steps, one after the other, in which a seed that joins may make the loss too high. The
+loss is a weighted mean over about five steps: fewer would cull for a bad batch."""
+
+
+class Plot:
+    """One slot and its life. Methods are called between steps, on the training thread."""
+
+    def __init__(self, slot: Slot, ground: Ground) -> None:
+        self.slot = slot
+        self.lifecycle = Lifecycle()
+        self.seed: Seed | None = None
+        self.hopeless = ""
+        """Why the seed should be culled; empty when it should not, as last seen."""
+        self.sown = 0
+        """Seeds germinated here so far."""
+        self._ground = ground
+        self._fetch: Fetch | None = None
+        self._compilation: Compilation | None = None
+        self._joined: list[nn.Parameter] = []
+        self._ghost: weakref.ref[nn.Module] | None = None
+        self._told_unused = False
+        self._told_fallback = ""
+        self._told_faults: set[str] = set()
+
+    @property
+    def stage(self) -> Stage:
+        """Where in its life the slot is."""
+        return self.lifecycle.stage
+
+    @property
+    def name(self) -> str:
+        """Path of its module in the host."""
+        return self.slot.name
+
+    @property
+    def fetching(self) -> bool:
+        """Whether its seed's kernel is on its way."""
+        return self._fetch is not None
+
+    # Operations.
+
+    def germinate(self, seed_id: str, blueprint: str) -> None:
+        """Sow a seed: its kernel is fetched from now on."""
+        activation = self.slot.activation
+        if activation is None:
+            raise ValueError(f"slot {self.name!r} has not been called yet")
+        check_transition(self.stage, Stage.GERMINATED)
+        ground = self._ground
+        self.seed = seed = Seed(seed_id, blueprint, origin_of(seed_id))
+        seed.step_ms_before = ground.step_ms
+        self.sown += 1
+        self._told_fallback = ""
+        self._told_faults = set()
+        self._fetch = ground.fetcher.request(lookup(blueprint), activation, seed.origin)
+        self._move(Stage.GERMINATED, "germinated")
+
+    def advance(self, operation: SeedOperation) -> None:
+        """Lead the seed on; raises ``IllegalTransitionError`` where that is not next."""
+        seed, ground = self._live(), self._ground
+        target = TARGET[operation]
+        check_transition(self.stage, target)
+        if target is Stage.BLENDING:
+            seed.loss_before = ground.loss
+            self.slot.mix(ground.schedule(0, *self._schedule))
+        elif target is Stage.FOSSILIZED:
+            self._fossilize(seed)
+        self._move(target, operation.value)
+
+    def cull(self, reason: str, severity: Severity = Severity.WARNING) -> None:
+        """Remove the seed and all that is its own, from the next forward on."""
+        seed = self._live()
+        check_transition(self.stage, Stage.CULLED)
+        module = self.slot.seed
+        self._ghost = None if module is None else weakref.ref(module)
+        self._move(Stage.CULLED, reason)
+        self._tell(events.CULLED, severity, f"{seed.id} was culled: {reason}", reason=reason)
+        self._clear()
+        self._move(Stage.EMBARGOED, "culled")
+
+    def terminate(self) -> None:
+        """The slot comes to its end, whatever lives in it, and the host is what it was."""
+        if self.stage in GROWING:
+            self.cull("uprooted", Severity.NORMAL)
+        if self.stage is Stage.EMBARGOED:
+            self._move(Stage.RESETTING, "uprooted")
+        if self.stage is Stage.RESETTING:
+            self._move(Stage.DORMANT, "uprooted")
+        if self.stage is not Stage.TERMINATED:
+            self._move(Stage.TERMINATED, "uprooted")
+        host = self._ground.host()
+        if host is not None and self._joined:
+            optimizers.leave(host, self._joined)
+        self._clear()
+        self.slot.uproot()
+
+    # Each step.
+
+    def learn(self) -> None:
+        """The host's optimizer has stepped: so does the seed's, and its gradients go."""
+        seed = self.seed
+        if seed is None:
+            return
+        if self._joined:
+            # model.zero_grad() does not know of them.
+            for parameter in self._joined:
+                parameter.grad = None
+        elif seed.optimizer is not None:
+            training_steps = self._ground.settings.training_steps
+            # Isolated, it is told where to go and never how far: its output changes no
+            # loss. So it gets a number of lessons, however long it has to wait then.
+            hold = self.stage in ISOLATED and seed.lessons >= training_steps
+            # Gate G1 is asked at the end of this step, if it is the last of the dwell.
+            training = self.stage is Stage.TRAINING
+            measures = training and self.lifecycle.dwelt + 1 >= training_steps
+            seed.learn(self._ground.read if measures else None, hold=hold)
+
+    def tend(self, frozen: bool, sample: bool) -> list[float] | None:
+        """End a step: look at what happened, go on where nothing is asked for that.
+
+        Returns the seed's row, None when there is none. ``sample``: the next step takes
+        isolation statistics.
+        """
+        lifecycle, seed = self.lifecycle, self.seed
+        if seed is None:
+            if lifecycle.stage is not Stage.DORMANT and not frozen:
+                self._lie_fallow()
+            return None
+        slot = self.slot
+        if self._fetch is not None:
+            self._look_for_kernel(self._fetch, seed)
+        fell_back = bool(seed.trouble)
+        if slot.calls or slot.fallback:
+            fell_back = self._look_at_calls(seed) or fell_back
+        if not frozen:
+            lifecycle.pass_step()
+            if lifecycle.stage is Stage.BLENDING:
+                self._advance_alpha(seed)
+        slot.turn(sample)
+        return seed.row(lifecycle.stage, slot.alpha, slot.occupied, fell_back)
+
+    def sight(self, frozen: bool) -> Sight:
+        """What growth sees of the seed."""
+        seed = self._live()
+        operation = NEXT.get(self.stage)
+        hopeless = self._hopelessness(seed)
+        ready = False
+        if not hopeless and operation is not None and self._has_dwelt and self._fetch is None:
+            ready = self._gates_open(seed, operation)
+            if not frozen:
+                seed.shut_steps = 0 if ready else seed.shut_steps + 1
+        if not hopeless and seed.shut_steps > self._ground.settings.patience_steps:
+            hopeless = next((why for why in seed.gates.values() if why), "")
+        self.hopeless = hopeless
+        return Sight(seed.id, operation, ready, hopeless, frozen)
+
+    def tell_if_unused(self) -> None:
+        """Say once that nothing can grow here."""
+        slot = self.slot
+        if self._told_unused or (slot.activation is not None and not slot.trouble):
+            return
+        self._told_unused = True
+        why = slot.trouble or f"slot {self.name!r} was not called in a whole step"
+        self._tell(events.UNUSED_SLOT, Severity.WARNING, why)
+
+    @property
+    def breaker_open(self) -> bool:
+        """Whether the seed has to go at once: it keeps reaching the host it must not."""
+        return self.seed is not None and self.seed.violations_in_a_row >= IN_A_ROW
+
+    # Parts of them.
+
+    @property
+    def _has_dwelt(self) -> bool:
+        return self.lifecycle.dwelt >= dwell(self.stage, self._ground.settings)
+
+    @property
+    def _schedule(self) -> tuple[int, float]:
+        settings = self._ground.settings
+        return settings.blending_steps, settings.alpha_temperature
+
+    def _live(self) -> Seed:
+        if self.seed is None:
+            raise ValueError(f"slot {self.name!r} has no seed")
+        return self.seed
+
+    def _look_for_kernel(self, fetch: Fetch, seed: Seed) -> None:
+        if not fetch.ready():
+            return
+        self._fetch = None
+        ground = self._ground
+        ground.fetch_ms = seed.kernel_ms = fetch.latency_ms
+        activation = self.slot.activation
+        if fetch.module is None or activation is None:
+            seed.trouble = fetch.reason
+            self._tell_fallback(seed, fetch.reason)
+            return
+        blend = BLENDS[ground.settings.blending](activation.shape)
+        self.slot.attach(fetch.module, blend)
+        parameters = [each for each in self.slot.parameters() if each.requires_grad]
+        seed.sane = ground.read(finite(parameters).float())
+        seed.optimizer = ground.make_optimizer(parameters, optimizers.rate_of(ground.host()))
+        self._compilation = ground.fetcher.compile(fetch.module, activation)
+
+    def _look_at_calls(self, seed: Seed) -> bool:
+        """What the slot saw in this step; returns whether identity took its place."""
+        slot, ground = self.slot, self._ground
+        seed.kernel_ms = slot.latency_ms
+        if self._compilation is not None and self._compilation.ready():
+            if self._compilation.call is not None:
+                slot.call_by(self._compilation.call)
+            self._compilation = None
+        if slot.fallback:
+            seed.faults_in_a_row += 1
+            self._tell_fallback(seed, slot.fallback)
+        else:
+            seed.faults_in_a_row = 0
+        if slot.leaked:
+            seed.violations += 1
+            seed.violations_in_a_row += 1
+            ground.violations += 1
+            text = f"{seed.id} must be isolated and reached the host's gradients"
+            self._tell(events.VIOLATION, Severity.HIGH, text, violations=seed.violations)
+        else:
+            seed.violations_in_a_row = 0
+        try:
+            statistics = slot.statistics()
+            if statistics is not None:
+                seed.told(statistics, ground.read)
+        except Exception as error:
+            self.tell_fault("isolation statistics", error)
+        return bool(slot.fallback)
+
+    def _advance_alpha(self, seed: Seed) -> None:
+        steps, temperature = self._schedule
+        if seed.alpha_steps < steps:
+            seed.alpha_steps += 1
+            self.slot.mix(self._ground.schedule(seed.alpha_steps, steps, temperature))
+
+    def _gates_open(self, seed: Seed, operation: SeedOperation) -> bool:
+        facts, limits = self._facts(seed), self._ground.limits
+        is_open = True
+        for name, gate in BEFORE[operation]:
+            verdict = gate(facts, limits)
+            is_open = is_open and verdict is PASSED
+            self._tell_gate(seed, f"{name} before {operation.value}", verdict)
+        return is_open
+
+    def _facts(self, seed: Seed) -> Facts:
+        ground = self._ground
+        return Facts(
+            attached=self.slot.occupied,
+            trouble=seed.trouble or self.slot.fallback,
+            finite=_known(seed.sane) == 1.0,
+            fits=self.slot.occupied and not self.slot.fallback,
+            seed_norm=_known(seed.norm),
+            host_norm=ground.host_norm,
+            kernel_ms=seed.kernel_ms,
+            loss=ground.loss,
+            loss_before=seed.loss_before,
+            step_ms=ground.step_ms,
+            step_ms_before=seed.step_ms_before,
+        )
+
+    def _hopelessness(self, seed: Seed) -> str:
+        if seed.trouble:
+            return seed.trouble
+        if seed.faults_in_a_row >= IN_A_ROW:
+            return f"its kernel failed {IN_A_ROW} steps in a row: {self._told_fallback}"
+        if self.stage in ISOLATED:
+            return ""
+        ground = self._ground
+        verdict = loss_impact(self._facts(seed), ground.limits)
+        seed.harmful_steps = 0 if verdict is PASSED else seed.harmful_steps + 1
+        return str(verdict) if seed.harmful_steps >= HARM_IN_A_ROW else ""
+
+    def _fossilize(self, seed: Seed) -> None:
+        ground = self._ground
+        host = ground.host()
+        if ground.settings.fossils is Fossils.STAY or host is None or seed.optimizer is None:
+            return
+        optimizers.join(host, seed.optimizer)
+        self._joined = list(self.slot.parameters())
+        seed.optimizer = None
+
+    def _lie_fallow(self) -> None:
+        lifecycle = self.lifecycle
+        lifecycle.pass_step()
+        if lifecycle.stage is Stage.EMBARGOED:
+            if lifecycle.dwelt < self._ground.settings.embargo_steps:
+                return
+            self._move(Stage.RESETTING, "the embargo is over")
+        if lifecycle.stage is not Stage.RESETTING:
+            return
+        held = self.slot.occupied or (self._ghost is not None and self._ghost() is not None)
+        verdict = clean_reset(Facts(remnants=held), self._ground.limits)
+        if isinstance(verdict, Failed):
+            if lifecycle.dwelt == 1:
+                self._tell(events.GATE, Severity.WARNING, verdict.reason, gate="G5")
+            return
+        self._ghost = None
+        self._move(Stage.DORMANT, "G5 passed")
+
+    def _clear(self) -> None:
+        self.slot.release()
+        self.seed = self._fetch = self._compilation = None
+        self.hopeless = ""
+        self._joined = []
+
+    # Telling.
+
+    def _move(self, target: Stage, why: str) -> None:
+        left = self.lifecycle.move(target)
+        self._tell(
+            events.STAGE_CHANGED,
+            Severity.NORMAL,
+            f"{self._who}: {left.name} to {target.name} ({why})",
+            stage=target.name,
+            stage_before=left.name,
+        )
+
+    def _tell_gate(self, seed: Seed, gate: str, verdict: Verdict) -> None:
+        reason = verdict.reason if isinstance(verdict, Failed) else ""
+        if seed.gates.get(gate) == reason:
+            return
+        seed.gates[gate] = reason
+        text, severity = f"{seed.id}: {gate} is open", Severity.NORMAL
+        if isinstance(verdict, Failed):
+            text, severity = f"{seed.id}: {gate} is shut: {verdict}", Severity.WARNING
+        self._tell(events.GATE, severity, text, gate=gate, passed=not reason, reason=reason)
+
+    def _tell_fallback(self, seed: Seed, reason: str) -> None:
+        if reason != self._told_fallback:
+            self._told_fallback = reason
+            text = f"identity takes the place of {seed.id}: {reason}"
+            self._tell(events.FALLBACK, Severity.WARNING, text, reason=reason)
+
+    def tell_fault(self, what: str, error: Exception) -> None:
+        """Say, once per seed, that something of this plot raised."""
+        if what in self._told_faults:
+            return
+        self._told_faults.add(what)
+        text = f"{self._who}: {what}: {type(error).__name__}: {error}"
+        self._tell(events.FAULT, Severity.HIGH, text, reason=repr(error))
+
+    def _tell(self, name: str, severity: Severity, text: str, **attributes: Attribute) -> None:
+        if self.seed is not None:
+            attributes["seed_id"] = self.seed.id
+            attributes["blueprint"] = self.seed.blueprint
+        self._ground.tell(name, severity, text, slot=self.name, **attributes)
+
+    @property
+    def _who(self) -> str:
+        return self.name if self.seed is None else self.seed.id
+
+
+def _known(value: object) -> float:
+    """A number, NaN while a device has not delivered it."""
+    if isinstance(value, float):
+        return value
+    number = value.value()  # type: ignore[attr-defined]
+    return nan if number is None else float(number)

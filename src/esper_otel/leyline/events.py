@@ -1,0 +1,50 @@
+"""Events: what happened to a seed, once, where metrics say how it is at every step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from esper_otel.leyline.decisions import Severity
+
+STAGE_CHANGED = "esper.seed.stage"
+"""A slot went from one stage to the next."""
+
+GATE = "esper.seed.gate"
+"""A gate was passed, or failed for a reason it had not failed for just before."""
+
+CULLED = "esper.seed.cull"
+FALLBACK = "esper.seed.fallback"
+"""The seed's kernel could not be used; identity took its place."""
+
+VIOLATION = "esper.seed.violation"
+"""A seed that had to be isolated reached the host's gradients."""
+
+PAUSED = "esper.seed.paused"
+RESUMED = "esper.seed.resumed"
+
+REFUSED = "esper.seed.refused"
+"""An operation that a decision or the user asked for, and that cannot be done."""
+
+FAULT = "esper.seed.fault"
+"""Something of a seed raised; the run went on without it."""
+
+UNUSED_SLOT = "esper.slot.unused"
+"""The module of a slot takes no part in the step, so nothing can grow there."""
+
+SEED_ID_ATTRIBUTE, SLOT_ATTRIBUTE = "esper.seed.id", "esper.slot"
+
+Attribute = str | float | int | bool
+
+
+class Event(NamedTuple):
+    """One thing that happened.
+
+    ``mark`` is when, in nanoseconds of ``perf_counter_ns`` until the recorder turns it
+    into Unix time. ``text`` is for people.
+    """
+
+    name: str
+    mark: int
+    severity: Severity
+    text: str
+    attributes: dict[str, Attribute]

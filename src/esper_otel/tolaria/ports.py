@@ -1,0 +1,61 @@
+"""Ports: whom a recorder talks to, as far as it knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from esper_otel.leyline.decisions import Decision, Proposal
+from esper_otel.leyline.events import Event
+from esper_otel.leyline.frames import GardenFrame, StepTimeline
+
+
+class Frames(Protocol):
+    """Where finished frames go; neither call may block or raise."""
+
+    def frame(
+        self,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+    ) -> None:
+        """Take one step's values."""
+
+    def timeline(self, timeline: StepTimeline) -> None:
+        """Take one step's phases, to become spans."""
+
+    def event(self, event: Event) -> None:
+        """Take something that happened to a seed, its mark a Unix time."""
+
+
+class Asks(Protocol):
+    """Who is asked for a decision."""
+
+    def ask(
+        self,
+        step: int,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+        proposal: Proposal | None = None,
+    ) -> Decision:
+        """The decision about a step; within a deadline, and never an exception."""
+
+
+class Garden(Protocol):
+    """As much of :class:`esper_otel.kasmina.garden.Garden` as a recorder calls."""
+
+    planted: bool
+    """False once it has been uprooted."""
+
+    def learn(self, optimizer: Any) -> None:
+        """Let the seeds' optimizers step: the host's, ``optimizer``, just has."""
+
+    def finalize(self, step: int, latest: Sequence[float]) -> GardenFrame:
+        """End ``step``; ``latest`` is the newest row whose values have all arrived."""
+
+    def apply(self, decision: Decision, *, enforced: bool) -> bool:
+        """Do what the decision says of the last proposal; whether anything was done."""
+
+    def take_events(self) -> list[Event]:
+        """What has happened since last asked."""

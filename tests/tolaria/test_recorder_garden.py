@@ -1,0 +1,269 @@
+"""A recorder with a garden; the garden itself is a fake with a clock."""
+
+import logging
+
+import pytest
+
+from esper_otel.leyline.decisions import (
+    NOT_ASKED,
+    Action,
+    Decision,
+    Proposal,
+    SeedOperation,
+    Severity,
+    unanswered,
+)
+from esper_otel.leyline.events import Event
+from esper_otel.leyline.frames import GardenFrame, present, seed_row
+from esper_otel.leyline.metrics import SEED_KEYS, SEED_SLOT, STEP_KEYS, STEP_SLOT
+from esper_otel.tolaria import recorder as recorder_module
+from esper_otel.tolaria import tending as tending_module
+from esper_otel.tolaria.recorder import Recorder
+from esper_otel.tolaria.responses import LearningRate, Responses
+
+MS = 1_000_000
+PROPOSAL = Proposal("s", SeedOperation.BLEND)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 10**12
+
+    def __call__(self):
+        return self.now
+
+    def pass_ms(self, milliseconds):
+        self.now += int(milliseconds * MS)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(recorder_module, "perf_counter_ns", clock)
+    monkeypatch.setattr(tending_module, "perf_counter_ns", clock)
+    return clock
+
+
+class Frames:
+    def __init__(self):
+        self.taken, self.timelines, self.events = [], [], []
+
+    def frame(self, time_unix_nano, row, seeds=()):
+        seeds = {seed_id: present(SEED_KEYS, values) for seed_id, values in seeds}
+        self.taken.append((present(STEP_KEYS, row), seeds))
+
+    def timeline(self, timeline):
+        self.timelines.append(timeline)
+
+    def event(self, event):
+        self.events.append(event)
+
+
+class Sidecar:
+    def __init__(self, clock, decision=None):
+        self.clock, self.decision, self.asked = clock, decision, []
+
+    def ask(self, step, time_unix_nano, row, seeds=(), proposal=None):
+        self.clock.pass_ms(1)
+        self.asked.append((step, [seed_id for seed_id, _ in seeds], proposal))
+        return self.decision or unanswered("r", step, "nominal")
+
+
+class Garden:
+    """Takes 3 ms to learn, 5 to finalize, 7 to apply; ``fails`` names what raises."""
+
+    planted = True
+
+    def __init__(self, clock, fails=()):
+        self.clock, self.fails = clock, fails
+        self.calls, self.waiting, self.latest = [], [], []
+
+    def note(self, name, milliseconds):
+        self.calls.append(name)
+        self.clock.pass_ms(milliseconds)
+        if name in self.fails:
+            raise RuntimeError(f"{name} failed")
+
+    def learn(self, optimizer):
+        self.note("learn", 3)
+        self.optimizer = optimizer
+
+    def finalize(self, step, latest):
+        self.note("finalize", 5)
+        self.latest.append(present(STEP_KEYS, latest))
+        row = seed_row()
+        row[SEED_SLOT["kasmina.seed.alpha"]] = step / 10
+        return GardenFrame([("s", row)], 2.0, 0.5, 1, PROPOSAL)
+
+    def apply(self, decision, *, enforced):
+        self.note("apply", 7)
+        self.decision = (decision.action, decision.reason, enforced)
+        self.waiting.append(Event("e", self.clock(), Severity.NORMAL, "t", {"a": 1}))
+        return decision.action is Action.SEED
+
+    def take_events(self):
+        if "take_events" in self.fails:
+            raise RuntimeError("events failed")
+        waiting, self.waiting = self.waiting, []
+        return waiting
+
+
+class Late:
+    def __init__(self):
+        self.number = None
+
+    def ready(self):
+        return self.number is not None
+
+    def value(self):
+        return self.number
+
+
+def make(clock, *, garden=True, enforce=True, fails=(), decision=None, client=True, **options):
+    frames = Frames()
+    rate = LearningRate(minimum=0.01, maximum=1.0, release_steps=10)
+    sidecar = Sidecar(clock, decision)
+    recorder = Recorder(
+        frames,
+        run="r",
+        responses=Responses(rate, enforce=enforce),
+        client=sidecar if client else None,
+        **options,
+    )
+    planted = Garden(clock, fails)
+    if garden:
+        recorder.tend(planted)
+    return recorder, frames, sidecar, planted
+
+
+def one_step(recorder, clock, loss=1.0):
+    clock.pass_ms(10)
+    recorder.backward_begins()
+    recorder.backward_ends(loss)
+    recorder.optimizer_begins(clock(), 1.0)
+    clock.pass_ms(2)
+    recorder.optimizer_ends()
+    recorder.end_step()
+
+
+def test_the_garden_is_called_in_its_order_and_its_frame_goes_everywhere(clock):
+    recorder, frames, sidecar, garden = make(clock)
+    one_step(recorder, clock)
+    assert garden.calls == ["learn", "finalize", "apply"]
+    step, seeds = frames.taken[0]
+    assert seeds == {"s": {"kasmina.seed.alpha": 0.1}}
+    assert step["kasmina.isolation.violations"] == 2.0
+    assert step["kasmina.kernel_fetch_ms"] == 0.5
+    assert step["kasmina.seeds_live"] == 1.0
+    assert sidecar.asked == [(1, ["s"], PROPOSAL)]
+
+
+def test_finalize_is_of_this_step_and_apply_of_the_ask_before(clock):
+    recorder, frames, _, _ = make(clock)
+    for _ in range(2):
+        one_step(recorder, clock)
+    first, second = (step for step, _ in frames.taken)
+    assert first["kasmina.finalize_ms"] == second["kasmina.finalize_ms"] == 5.0
+    assert (first["kasmina.apply_ms"], second["kasmina.apply_ms"]) == (0.0, 7.0)
+    assert (first["tamiyo_latency_ms"], second["tamiyo_latency_ms"]) == (0.0, 1.0)
+    # Learning is training: inside optimizer_ms, and outside of what this package cost.
+    assert second["optimizer_ms"] == 2.0 + 3.0
+    assert second["hook_latency_ms"] == 5.0 + 1.0 + 7.0
+    assert second["step_latency_ms"] == 10.0 + 2.0 + 3.0 + second["hook_latency_ms"]
+
+
+def test_a_garden_sees_the_newest_row_that_is_whole(clock):
+    recorder, _, _, garden = make(clock)
+    one_step(recorder, clock, loss=4.0)
+    one_step(recorder, clock, loss=2.0)
+    one_step(recorder, clock, loss=1.0)
+    assert garden.latest[0] == {}
+    assert [row["loss"] for row in garden.latest[1:]] == [4.0, 2.0]
+    assert "loss_ewma" in garden.latest[2]
+
+
+def test_seeds_wait_with_the_frame_whose_loss_is_still_on_a_device(clock):
+    recorder, frames, sidecar, garden = make(clock)
+    late = Late()
+    one_step(recorder, clock, loss=late)
+    assert (frames.taken, sidecar.asked) == ([], [])
+    assert garden.decision == (Action.CONTINUE, NOT_ASKED, True)
+    late.number = 1.0
+    one_step(recorder, clock)
+    assert [seeds["s"]["kasmina.seed.alpha"] for _, seeds in frames.taken] == [0.1, 0.2]
+    assert sidecar.asked == [(2, ["s"], PROPOSAL)]
+
+
+@pytest.mark.parametrize("enforce", [True, False])
+def test_the_decision_reaches_the_garden_with_whether_it_is_enforced(clock, enforce):
+    decision = Decision("i", "r", 1, 1, Action.SEED, Severity.NORMAL, "nominal")
+    recorder, frames, _, garden = make(clock, enforce=enforce, decision=decision)
+    one_step(recorder, clock)
+    assert garden.decision == (Action.SEED, "nominal", enforce)
+    assert frames.timelines[0].applied
+
+
+def test_a_garden_without_a_sidecar_is_told_that_nobody_was_asked(clock):
+    recorder, frames, _, garden = make(clock, client=False)
+    one_step(recorder, clock)
+    assert garden.decision[:2] == (Action.CONTINUE, NOT_ASKED)
+    assert {"kasmina.finalize", "kasmina.apply", "train.seeds"} <= {
+        name for name, _, _ in frames.timelines[0].phases
+    }
+
+
+def test_events_become_log_records_and_part_of_the_step_s_spans(clock):
+    recorder, frames, _, _ = make(clock, span_every=0)
+    one_step(recorder, clock)
+    (event,) = frames.events
+    assert event.attributes == {"a": 1, "esper.step": 1}
+    assert event.mark == clock() + recorder.clock.offset
+    (timeline,) = frames.timelines
+    assert timeline.events == [event]
+    assert timeline.start_unix_nano < event.mark <= timeline.end_unix_nano
+
+
+@pytest.mark.parametrize("name", ["learn", "finalize", "apply", "take_events"])
+def test_a_garden_that_raises_costs_no_frame(clock, caplog, name):
+    caplog.set_level(logging.ERROR, "esper_otel")
+    recorder, frames, _, _ = make(clock, fails=[name])
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert [step["step"] for step, _ in frames.taken] == [1, 2, 3]
+    assert len(caplog.records) == 1
+    seeds = {seed_id for _, seeds in frames.taken for seed_id in seeds}
+    assert seeds == (set() if name == "finalize" else {"s"})
+    assert ("kasmina.seeds_live" in frames.taken[0][0]) is (name != "finalize")
+
+
+def test_an_uprooted_garden_says_its_last_words_and_is_forgotten(clock):
+    recorder, frames, _, garden = make(clock)
+    one_step(recorder, clock)
+    garden.planted = False
+    one_step(recorder, clock)
+    calls = len(garden.calls)
+    one_step(recorder, clock)
+    assert len(garden.calls) == calls
+    assert len(frames.events) == 2
+    assert "kasmina.seeds_live" not in frames.taken[2][0]
+    assert frames.taken[2][0]["kasmina.finalize_ms"] == 0.0
+
+
+def test_without_a_garden_nothing_is_said_of_one(clock):
+    recorder, frames, sidecar, _ = make(clock, garden=False)
+    one_step(recorder, clock)
+    step, seeds = frames.taken[0]
+    assert seeds == {}
+    assert step["kasmina.finalize_ms"] == 0.0
+    assert not {"kasmina.seeds_live", "kasmina.isolation.violations"} & set(step)
+    assert sidecar.asked == [(1, [], None)]
+
+
+def test_gated_off_finalize_is_not_told_and_the_seeds_are(clock):
+    recorder, frames, _, _ = make(clock, enriched=False)
+    one_step(recorder, clock)
+    step, seeds = frames.taken[0]
+    assert "kasmina.finalize_ms" not in step
+    assert step["kasmina.seeds_live"] == 1.0
+    assert set(seeds) == {"s"}
+    assert STEP_SLOT["kasmina.seeds_live"]
