@@ -30,6 +30,8 @@ BENCHES = (
     "training",
     "outage",
     "sidecar_faults",
+    "isolation",
+    "growth",
 )
 
 

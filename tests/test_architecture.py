@@ -17,6 +17,11 @@ MAY_IMPORT = {
     "esper_otel.leyline": {"esper_otel.leyline"},
     "esper_otel.settings": set(),
     "esper_otel.tolaria": {"esper_otel.leyline", "esper_otel.tolaria"},
+    "esper_otel.kasmina": {
+        "esper_otel.kasmina",
+        "esper_otel.leyline",
+        "esper_otel.settings",
+    },
     "esper_otel.tamiyo": {"esper_otel.leyline", "esper_otel.tamiyo"},
     "esper_otel.stream": {
         "esper_otel",

@@ -178,6 +178,23 @@ def test_the_standard_command_instruments_too(tmp_path):
         assert receiver.inbox.steps() == Counter(range(1, 17))
 
 
+def test_the_growing_example_grows(tmp_path):
+    env = environment(tmp_path, OTEL_METRICS_EXPORTER="none", OTEL_TRACES_EXPORTER="none")
+    env |= {"OTEL_LOGS_EXPORTER": "none", "ESPER_MODE": "off"}
+    env |= {"ESPER_RECORDING_DIR": str(tmp_path), "ESPER_RUN_ID": "grow"}
+    done = run([sys.executable, "-m", "examples.grow", "--epochs", "33"], env, cwd=ROOT)
+    assert "FOSSILIZED" in done.stdout
+    frames = list(read_frames(tmp_path / "grow-rank0.metrics.otlp"))
+    stages = [
+        frame.seeds["features.2-1"]["kasmina.seed.stage"]
+        for frame in frames
+        if "features.2-1" in frame.seeds
+    ]
+    assert stages == sorted(stages), "a seed's life goes one way"
+    assert set(stages) >= {3, 4, 5, 6, 7}
+    assert {frame.values["kasmina.seeds_live"] for frame in frames} >= {0, 1}
+
+
 def demo(tmp_path, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / "demo.py"), *arguments],
