@@ -212,11 +212,9 @@ def rows(name: str, losses: Losses) -> list[Figure]:
     until = f"{name}: ask until the breaker opens, max, over the deadline"
     back = f"{name}: until answers come again, worst, over the cool-down"
     return [
-        Figure.at_most(BENCH, until, waited, "ms", DEADLINE_MS, bar=1.1),
+        Figure.at_most(BENCH, until, waited, "ms", DEADLINE_MS, bar=1.0),
         *(
             Figure.at_most(BENCH, f"{name}: {OPEN}, {label}", us, "µs", bar=50.0)
-            if percent < 100  # one interruption of the machine makes the maximum
-            else Figure.report(BENCH, f"{name}: {OPEN}, {label}", us, "µs")
             for label, percent in PERCENTILES
             for us in (percentile(losses.open_us, percent),)
         ),

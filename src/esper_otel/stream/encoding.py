@@ -5,8 +5,7 @@ with one gauge point per metric that is present. All frames with the same metric
 differ only in times and values, which protobuf lays out as eight fixed bytes each. So one
 frame is serialised by the official classes, the places of those bytes are found once, and
 every further frame is a copy with new bytes in them, written by numpy for a whole batch.
-Filling protobuf messages took 82 µs per step, the SDK's encoder 340 µs, this takes 1 µs
-(``bench/encoding.py``).
+``bench/encoding.py`` measures it against the SDK's encoder.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from math import isfinite, nan, sqrt
+from math import isfinite, nan
 from typing import Any, Protocol
 
 from esper_otel.leyline.metrics import STEP_SLOT
@@ -171,7 +171,7 @@ class Sealer:
                     statistics = self._loss
                     statistics.update(loss)
                     row[_LOSS_EWMA] = statistics.mean
-                    row[_LOSS_VOLATILITY] = sqrt(statistics.variance)
+                    row[_LOSS_VOLATILITY] = statistics.deviation
         if norm is not None:
             if norm - norm != 0.0:
                 row[_NONFINITE] += 1.0
