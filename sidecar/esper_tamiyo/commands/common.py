@@ -1,0 +1,58 @@
+"""What several commands share: the socket's option, its replies, and how things are shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from esper_otel.leyline.wire import LatestRequest, StatusRequest
+from esper_otel.leyline.wire import default_socket_path as default_path
+
+
+class CommandError(Exception):
+    """A mistake of the user's, told without a traceback."""
+
+
+class Commands(Protocol):
+    """Where a command is added: what ``add_subparsers`` gives."""
+
+    def add_parser(self, name: str, *, help: str) -> argparse.ArgumentParser:  # noqa: A002
+        """A parser for the command called ``name``."""
+
+
+def add_socket(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option ``--socket``."""
+    parser.add_argument(
+        "--socket", type=Path, metavar="PATH", help=f"default: {default_path()}"
+    )
+
+
+def reply(request: LatestRequest | StatusRequest, path: Path | None) -> object:
+    """What the sidecar replies; raises :class:`CommandError` when it does not."""
+    from esper_tamiyo.asking import SilenceError, reply_to
+
+    try:
+        return reply_to(request, path or default_path())
+    except SilenceError as error:
+        raise CommandError(str(error)) from None
+
+
+def pairs(report: dict[str, Any]) -> str:
+    """Names and values on one line."""
+    return ", ".join(f"{name} {value}" for name, value in report.items()) or "none"
+
+
+def plain(decision: object) -> dict[str, Any]:
+    """A struct that travels as an array, as an object with names, for people and jq."""
+    import msgspec
+
+    plain: dict[str, Any] = msgspec.structs.asdict(decision)  # type: ignore[arg-type]
+    plain["findings"] = [msgspec.structs.asdict(finding) for finding in plain["findings"]]
+    return plain
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print an object for jq and the like."""
+    print(json.dumps(value, indent=2))
