@@ -9,10 +9,11 @@ import secrets
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter_ns
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.leyline.decisions import Decision
@@ -36,6 +37,7 @@ Batch = TypeVar("Batch")
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _automatic: Run | None = None
 _told: set[str] = set()
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Run:
@@ -55,6 +57,7 @@ class Run:
         self.scalars = ScalarReader()
         self.garden: Garden | None = None
         """The garden that was planted last."""
+        self._preferred: weakref.ref[Any] | None = None
         self._handles: list[Any] = []
         self._report: StreamReport | None = None
         self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
@@ -210,36 +213,68 @@ class Run:
 
     def follow(self, optimizer: Any) -> None:
         """Take the steps of ``optimizer`` (a ``torch.optim.Optimizer``) for the run's steps."""
+        # With torch, which not every process that imports this module has.
+        from esper_otel.tolaria.step_hooks import untraced
+
         self._handles += [
-            optimizer.register_step_pre_hook(lambda one, *_: self.optimizer_begins(one)),
-            optimizer.register_step_post_hook(lambda one, *_: self.optimizer_ended(one)),
+            optimizer.register_step_pre_hook(untraced(self.optimizer_begins)),
+            optimizer.register_step_post_hook(untraced(self.optimizer_ended)),
         ]
 
-    def optimizer_begins(self, optimizer: Any) -> None:
-        """``optimizer`` is about to step: measure its gradients unless they have been."""
+    def prefer(self, optimizer: Any) -> None:
+        """Of all optimizers that step in this process, ``optimizer`` sets the run's steps."""
+        self._preferred = weakref.ref(optimizer)
+
+    @property
+    def preferred(self) -> Any:
+        """The optimizer last named to :meth:`prefer`, None when it is gone."""
+        return None if self._preferred is None else self._preferred()
+
+    def optimizer_begins(
+        self, optimizer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NOTHING
+    ) -> None:
+        """``optimizer`` is about to step: measure its gradients unless they have been.
+
+        ``args`` and ``kwargs`` are what its ``step`` was called with, as hooks get them. A
+        closure makes the gradients within the step, so then they are measured after it.
+        """
         recorder = self.recorder
+        if _has_closure(args, kwargs):
+            recorder.closure_begins()
+            return
         began = perf_counter_ns()
-        norm = None
-        if recorder.wants_norm:
-            try:
-                tensor = gradient_norm(
-                    p for group in optimizer.param_groups for p in group["params"]
-                )
-                if tensor is not None:
-                    norm = self.scalars.begin(tensor)
-                    if tensor.device.type == "cuda":
-                        self._devices.watch(tensor.device.index)
-            except Exception:
-                tell_once("the gradient norm could not be taken")
+        norm = self._norm_of(optimizer) if recorder.wants_norm else None
         recorder.optimizer_begins(began, norm)
 
-    def optimizer_ended(self, optimizer: Any) -> None:
+    def optimizer_ended(
+        self, optimizer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NOTHING
+    ) -> None:
         """``optimizer`` has stepped, and so has the run."""
         recorder = self.recorder
         ended = recorder.optimizer_ends()
+        if recorder.wants_norm and _has_closure(args, kwargs):
+            ended = recorder.measured(self._norm_of(optimizer))
         recorder.optimizer = optimizer
         recorder.end_step(ended)
         recorder.optimizer = None  # its owner, not this, decides how long it lives
+
+    def _norm_of(self, optimizer: Any) -> Any:
+        try:
+            tensor = gradient_norm(
+                p for group in optimizer.param_groups for p in group["params"]
+            )
+            if tensor is None:
+                return None
+            # A fused optimizer under a GradScaler gets scaled gradients, and the scale.
+            scale = getattr(optimizer, "grad_scale", None)
+            if scale is not None:
+                tensor = tensor / scale
+            if tensor.device.type == "cuda":
+                self._devices.watch(tensor.device.index)
+            return self.scalars.begin(tensor)
+        except Exception:
+            tell_once("the gradient norm could not be taken")
+            return None
 
     def _make_client(self) -> TamiyoClient | None:
         settings = self.settings
@@ -273,6 +308,8 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     """
     if _automatic is not None:
         tell_once("this process is instrumented already: start() gives back that run")
+        if optimizer is not None:
+            _automatic.prefer(optimizer)
         return _automatic
     if not os.environ.get("ESPER_MODE"):
         settings.setdefault("mode", Mode.ENFORCE)
@@ -296,6 +333,11 @@ def end_automatic() -> None:
     if _automatic is not None:
         _automatic.close()
         _automatic = None
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``step(*args, **kwargs)``, its optimizer first, was given a closure."""
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
 
 
 def _new_run_id() -> str:

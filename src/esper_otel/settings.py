@@ -128,6 +128,11 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     lr_scale_max: float = 1.0
     """Upper bound of the same."""
 
+    primary_optimizer: str = ""
+    """Which optimizer's steps are the run's when a script that knows nothing of us has
+    several: the name of its class, or its place in the order in which they first step, from
+    0. Empty: :class:`integrations.primary.Primary` chooses."""
+
     release_steps: int = 200
     """Steps without an OPTIMIZER decision before the learning rate is given back, and
     over which it is. More than a table's baseline window, so that what comes of it is held

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import esper_otel  # noqa: E402
 from esper_otel import run as runs  # noqa: E402
-from esper_otel.integrations import torch as watching  # noqa: E402
+from esper_otel.integrations import watch as watching  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
 

@@ -76,7 +76,11 @@ class Recorder:
     _backward_ns: int
     _prepare_ns: int
     _optimizer_ns: int
-    _optimizer_mark: int
+    _optimizing: bool
+    _before_fetch: int
+    _strayed: bool
+    _outside_ns: int
+    _span_start: int
     _samples: int
     _norm: Value | None
     _losses: list[Value]
@@ -119,7 +123,6 @@ class Recorder:
 
         self._latest: list[float] = _EMPTY_ROW
         self._last_end = 0
-        self._last_hook_end = 0
         self._hook_ms = self._tamiyo_ms = self._apply_ms = 0.0
         self._begin_step(0)
 
@@ -129,10 +132,14 @@ class Recorder:
         """The loop asked for a batch at mark ``asked_for`` and has it now.
 
         ``samples`` is its size, 0 when not known. A batch is charged to the step that
-        computes on it: until then the next one takes its place, so the fetches of a
-        validation loop are never charged to training.
+        computes on it: until then the next one takes its place, so a validation loop,
+        its fetches and what it computes, is never charged to training.
         """
         now = perf_counter_ns()
+        if self._fetched is None:
+            self._before_fetch = self._mark
+        else:
+            self._strayed = True
         self._fetched = (asked_for, now, samples)
         self._mark = now
 
@@ -149,13 +156,27 @@ class Recorder:
         self._mark = now
 
     def backward_ends(self, loss: Value | None) -> None:
-        """Backward is done; ``loss`` is what it began from, None when that is no scalar."""
+        """Backward is done; ``loss`` is what it began from, None when that is no scalar.
+
+        Of the losses that an optimizer's closure computes the first counts: it is that of
+        the parameters the step began with, and what ``step()`` returns.
+        """
         now = perf_counter_ns()
         self._backward_ns += now - self._mark
         self._phases.append(("train.backward", self._mark, now))
         self._mark = now
-        if loss is not None:
+        if loss is not None and not (self._optimizing and self._losses):
             self._losses.append(loss)
+
+    def skipped(self) -> None:
+        """The optimizer did not step (a gradient scaler saw an overflow).
+
+        What was learnt of this attempt is forgotten, its time is that of the next step.
+        """
+        self._norm = None
+        self._losses = []
+        self._reported_losses = []
+        self._reported = []
 
     def clipped(self, norm: Value) -> None:
         """Gradients were clipped, and ``norm`` is what their norm was before."""
@@ -173,18 +194,36 @@ class Recorder:
             self._norm = norm
         if self._fetched is not None:
             self._charge_fetch(self._fetched)
+        mark = self._mark
+        if self._backward_ns and hook_began > mark:  # clipping, unscaling
+            self._optimizer_ns += hook_began - mark
+            self._phases.append(("train.optimizer", mark, hook_began))
         self._prepare_ns += now - hook_began
         self._phases.append(("tolaria.gradient_norm", hook_began, now))
-        self._optimizer_mark = now
+        self._optimizing = True
+        self._mark = now
+
+    def closure_begins(self) -> None:
+        """The optimizer is about to step, and will call forward and backward itself."""
+        self._optimizing = True
 
     def optimizer_ends(self) -> int:
         """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
         now = perf_counter_ns()
-        began = self._optimizer_mark
-        if began:
-            self._optimizer_ns += now - began
-            self._phases.append(("train.optimizer", began, now))
-            self._optimizer_mark = 0
+        if self._optimizing:
+            self._optimizing = False
+            self._optimizer_ns += now - self._mark
+            self._phases.append(("train.optimizer", self._mark, now))
+        self._mark = now
+        return now
+
+    def measured(self, norm: Value | None) -> int:
+        """The norm was computed after :meth:`optimizer_ends`; returns the mark of now."""
+        now = perf_counter_ns()
+        if norm is not None:
+            self._norm = norm
+        self._prepare_ns += now - self._mark
+        self._phases.append(("tolaria.gradient_norm", self._mark, now))
         self._mark = now
         return now
 
@@ -282,7 +321,7 @@ class Recorder:
         row[_TAMIYO] = self._tamiyo_ms
         row[_NONFINITE] = 0.0
         since = self._last_end or self._first_fetch or self._begun or ended
-        latency_ms = (ended - since) / 1e6
+        latency_ms = (ended - since - self._outside_ns) / 1e6
         if self._samples and latency_ms > 0.0:
             row[_SAMPLES_PER_S] = self._samples * 1e3 / latency_ms
         if self._enriched:
@@ -347,7 +386,7 @@ class Recorder:
             self._frames.timeline(
                 StepTimeline(
                     step=step,
-                    start_unix_nano=(self._last_hook_end or since) + offset,
+                    start_unix_nano=(self._span_start or since) + offset,
                     end_unix_nano=applied + offset,
                     phases=[
                         (name, began + offset, end + offset)
@@ -374,14 +413,15 @@ class Recorder:
         self._phases.append(("train.seeds", began, ended))
 
     def _begin_step(self, hook_end: int) -> None:
-        self._last_hook_end = self._mark = hook_end
+        self._span_start = self._mark = hook_end
         self._begun = self._first_fetch = 0
         self._forward_ns = self._backward_ns = self._optimizer_ns = 0
         self._wait_ns = -1
         self._prepare_ns = 0
         self._samples = 0
         self._fetched = None
-        self._optimizer_mark = 0
+        self._optimizing = self._strayed = False
+        self._before_fetch = self._outside_ns = 0
         self._norm = None
         self._losses = []
         self._reported_losses = []
@@ -390,6 +430,18 @@ class Recorder:
 
     def _charge_fetch(self, fetched: tuple[int, int, int]) -> None:
         asked_for, came, samples = fetched
+        before = self._before_fetch
+        if self._strayed:
+            self._strayed = False
+            if before:
+                self._outside_ns += asked_for - before
+            if not self._phases:
+                self._span_start = asked_for
+        elif before and asked_for > before:
+            # What follows the end of a step is its rest: zero_grad, the scheduler, reading
+            # the loss, which on a device waits for what was begun before.
+            self._optimizer_ns += asked_for - before
+            self._phases.append(("train.optimizer", before, asked_for))
         if self._wait_ns < 0:
             self._wait_ns = 0
             self._first_fetch = asked_for

@@ -1,0 +1,76 @@
+"""Which of several optimizers sets the steps of a run."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+PATIENCE = 8
+"""Steps of another optimizer, beyond twice the most that a cycle ever had, after which the
+primary is taken to have ended."""
+
+
+class Primary:
+    """Chooses the optimizer whose every step is one step of the run.
+
+    It is the first that steps, so that a loop with several (a generator and its critic)
+    counts one step per cycle. Another takes its place when it is gone, when one steps that
+    took no part in the cycles so far (a second model, trained after the first), or when it
+    has rested for far longer than any cycle lasted.
+
+    ``wanted`` overrides this: the name of a class (``AdamW``), or a number, the place in
+    the order in which optimizers first stepped, from 0.
+    """
+
+    def __init__(self, wanted: str = "") -> None:
+        self._wanted = wanted
+        self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._next_place = 0
+        self._ref: weakref.ref[Any] | None = None
+        self._steps = 0
+        self._others = 0
+        self._most_others = 0
+
+    @property
+    def current(self) -> Any:
+        """The optimizer that was chosen, None when there is none or it is gone."""
+        return None if self._ref is None else self._ref()
+
+    def may_be(self, optimizer: Any) -> bool:
+        """Whether ``optimizer`` is the one, or none has been chosen yet."""
+        current = self.current
+        return current is None or current is optimizer
+
+    def begins(self, optimizer: Any, preferred: Any = None) -> bool:
+        """``optimizer`` is about to step; returns whether that is a step of the run.
+
+        ``preferred`` is one that the user named in code; it wins over everything.
+        """
+        current = self.current
+        if current is optimizer and (preferred is None or preferred is current):
+            self._steps += 1
+            if self._others:
+                self._most_others = max(self._most_others, self._others)
+                self._others = 0
+            return True
+        place = self._places.get(optimizer)
+        is_new = place is None
+        if place is None:
+            place = self._places[optimizer] = self._next_place
+            self._next_place += 1
+        if not self._takes_over(optimizer, place, is_new, preferred):
+            return False
+        self._ref = weakref.ref(optimizer)
+        self._steps, self._others, self._most_others = 1, 0, 0
+        return True
+
+    def _takes_over(self, optimizer: Any, place: int, is_new: bool, preferred: Any) -> bool:
+        if preferred is not None:
+            return optimizer is preferred
+        if self._wanted:
+            named = type(optimizer).__name__ == self._wanted and self.may_be(optimizer)
+            return named or str(place) == self._wanted
+        if self.current is None or (is_new and self._steps > 1):
+            return True
+        self._others += 1
+        return self._others > 2 * self._most_others + PATIENCE

@@ -1,0 +1,250 @@
+"""What watches a plain PyTorch loop that knows nothing of it.
+
+Step boundaries come from torch's public global optimizer hooks. What has no hook is
+wrapped where it is looked up: ``backward`` (the loss is what it is called on),
+``clip_grad_norm_`` (its norm is reused), ``GradScaler`` (for the loss it hides and the
+steps it skips), the fetch of a DataLoader's iterator, ``os._exit`` (which would take what
+is unsent with it) and, with CUDA, ``Tensor.to`` and ``Tensor.cuda``. :meth:`Watch.undo`
+puts the very objects back.
+
+A wrapper does its own work within :meth:`Watch._quietly`: what the user called behaves,
+returns and raises as ever. What happens on other threads than the one that trains, a
+prefetcher's fetches for example, is not the loop's time and is not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from threading import get_ident
+from time import perf_counter_ns
+from typing import Any
+
+from esper_otel import run as runs
+from esper_otel.integrations.primary import Primary
+from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.scalars import CopyTimer
+from esper_otel.tolaria.step_hooks import untraced
+
+log = logging.getLogger("esper_otel")
+
+
+class Watch:
+    """The hooks and wrappers on one torch, and how to take them off."""
+
+    def __init__(self, torch: Any, run: runs.Run) -> None:
+        self._run = run
+        self._recorder = run.recorder
+        self._begin = run.scalars.begin
+        self._primary = Primary(run.settings.primary_optimizer)
+        self._thread = 0
+        self._steps = 0
+        self._backward_depth = 0
+        self._stepped: Any = None
+        self._scaled: tuple[Any, Any] | None = None
+        self._copies = CopyTimer()
+        self._copied = False
+        self._undo: list[Callable[[], None]] = []
+        if not run.enabled:
+            return
+        try:
+            self._put_on(torch)
+        except BaseException:
+            self.undo()  # half of it would be worse than nothing
+            raise
+
+    def _put_on(self, torch: Any) -> None:
+        self._hook_optimizers()
+        self._wrap(torch.Tensor, "backward", self._backward)
+        self._wrap(torch.autograd, "backward", self._backward)
+        clip = self._wrap(torch.nn.utils, "clip_grad_norm_", self._clip)
+        self._put(torch.nn.utils.clip_grad, "clip_grad_norm_", clip)
+        self._wrap(torch.amp.GradScaler, "scale", self._scale)
+        self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
+        self._wrap(os, "_exit", functools.partial(self._exit, os.getpid()))
+        if torch.cuda.is_available():
+            self._wrap(torch.Tensor, "to", self._to_device)
+            self._wrap(torch.Tensor, "cuda", self._to_device)
+        loaders = importlib.import_module("torch.utils.data.dataloader")
+        iterators = getattr(loaders, "_BaseDataLoaderIter", None)
+        if hasattr(iterators, "__next__"):
+            # The class and not DataLoader.__iter__: what iter(loader) returns, and when
+            # its workers start, stay as they are.
+            self._wrap(iterators, "__next__", self._fetch)
+        else:
+            log.warning("this torch has no _BaseDataLoaderIter: input_wait_ms is left out")
+
+    def undo(self) -> None:
+        """Take everything off, in the opposite order."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _hook_optimizers(self) -> None:
+        # torch.optim deletes its attribute of this name; the module is public all the same.
+        hooks = importlib.import_module("torch.optim.optimizer")
+        before = hooks.register_optimizer_step_pre_hook(untraced(self._optimizer_begins))
+        after = hooks.register_optimizer_step_post_hook(untraced(self._optimizer_ended))
+        self._undo += [before.remove, after.remove]
+
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        self._put(owner, name, wrapper)
+        return wrapper
+
+    def _put(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        inherited = name not in owner.__dict__
+        original = getattr(owner, name) if inherited else owner.__dict__[name]
+        setattr(owner, name, wrapper)
+
+        def restore() -> None:
+            if owner.__dict__.get(name) is not wrapper:
+                log.warning("%s was wrapped again by somebody else and is left as it is", name)
+            elif inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+        self._undo.append(restore)
+
+    # Around what the user calls.
+
+    def _backward(self, original: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._backward_depth or self._elsewhere:
+            return original(tensor, *args, **kwargs)
+        self._backward_depth += 1
+        try:
+            self._quietly(self._recorder.backward_begins)
+            result = original(tensor, *args, **kwargs)
+        finally:
+            self._backward_depth -= 1
+        self._quietly(self._take_loss, tensor)
+        stepped, self._stepped = self._stepped, None
+        if stepped is not None:
+            self._quietly(self._run.optimizer_begins, stepped)
+            self._quietly(self._end_step, stepped)
+        return result
+
+    def _take_loss(self, tensor: Any) -> None:
+        loss = None
+        if getattr(tensor, "numel", int)() == 1:  # autograd.backward also takes several
+            scaled, self._scaled = self._scaled, None
+            if scaled is not None and scaled[0] is tensor:
+                tensor = scaled[1]
+            loss = self._begin(tensor)
+        self._recorder.backward_ends(loss)
+
+    def _scale(self, original: Any, scaler: Any, outputs: Any) -> Any:
+        result = original(scaler, outputs)
+        if result is not outputs and hasattr(result, "numel"):
+            self._scaled = (result, outputs)
+        return result
+
+    def _scaler_step(
+        self, original: Any, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        steps = self._steps
+        result = original(scaler, optimizer, *args, **kwargs)
+        if steps == self._steps and self._primary.may_be(optimizer):
+            self._quietly(self._recorder.skipped)
+        return result
+
+    def _exit(self, pid: int, original: Any, *args: Any) -> None:
+        if os.getpid() == pid:  # and not a child that was forked
+            self._quietly(self._run.close)
+        original(*args)
+
+    def _clip(
+        self, original: Any, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(parameters, Iterable) and not hasattr(parameters, "grad"):
+            parameters = list(parameters)  # it may be a generator, and is looked at twice
+        norm = original(parameters, max_norm, *args, **kwargs)
+        norm_type = args[0] if args else kwargs.get("norm_type", 2.0)
+        if norm_type == 2.0 and not self._elsewhere:
+            self._quietly(self._take_norm, parameters, norm)
+        return norm
+
+    def _take_norm(self, parameters: Any, norm: Any) -> None:
+        clipped = [parameters] if hasattr(parameters, "grad") else parameters
+        optimizer = self._primary.current
+        if optimizer is not None:
+            # The norm of a part of the gradients is not the norm the registry means.
+            stepped = sum(
+                p.grad is not None for group in optimizer.param_groups for p in group["params"]
+            )
+            if stepped != sum(p.grad is not None for p in clipped):
+                return
+        self._recorder.clipped(self._begin(norm))
+
+    def _to_device(self, original: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._copied or tensor.device.type != "cpu":
+            return original(tensor, *args, **kwargs)
+        with self._copies.copying():
+            result = original(tensor, *args, **kwargs)
+        # Known only now: .to() takes a device in many ways, and may not be about one.
+        if result.device.type == "cuda":
+            self._copied = True
+        else:
+            self._copies.take()
+        return result
+
+    def _tell_copy(self) -> None:
+        self._copied = False
+        reading = self._copies.take()
+        if reading is not None:
+            self._recorder.copied_to_device(reading)
+
+    def _fetch(self, original: Any, iterator: Any) -> Any:
+        asked_for = perf_counter_ns()
+        batch = original(iterator)
+        if self._elsewhere:
+            return batch
+        self._quietly(lambda: self._recorder.batch_came(asked_for, samples_in(batch)))
+        return batch
+
+    # Optimizer hooks.
+
+    def _optimizer_begins(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._quietly(self._begin_if_primary, optimizer, args, kwargs)
+
+    def _begin_if_primary(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # A seed's optimizer steps within the primary's own step.
+        if self._run.owns(optimizer) or not self._primary.begins(
+            optimizer, self._run.preferred
+        ):
+            return
+        self._thread = get_ident()
+        if self._backward_depth:
+            # Optimizers that step within backward, one per parameter: the step of the run
+            # ends when backward does, and its loss is known.
+            self._stepped = optimizer
+            return
+        self._run.optimizer_begins(optimizer, args, kwargs)
+
+    def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._primary.current is optimizer and self._stepped is None:
+            self._quietly(self._end_step, optimizer, args, kwargs)
+
+    def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
+        self._steps += 1
+        self._quietly(self._tell_copy)
+        self._run.optimizer_ended(optimizer, args, kwargs or {})
+
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether this is another thread than the one that trains, as far as is known."""
+        return self._thread not in (0, get_ident())
+
+    def _quietly(self, work: Callable[..., Any], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception:
+            runs.tell_once("a part of a step could not be recorded")
