@@ -16,6 +16,7 @@ from esper_otel.settings import (
     Mode,
     Schedule,
     SettingsError,
+    Summaries,
 )
 
 VARIABLES = [
@@ -39,6 +40,8 @@ VARIABLES = [
     ("ESPER_LR_SCALE_MIN", "0.1", "lr_scale_min", 0.1),
     ("ESPER_LR_SCALE_MAX", "2", "lr_scale_max", 2.0),
     ("ESPER_RELEASE_STEPS", "9", "release_steps", 9),
+    ("ESPER_PRIMARY_OPTIMIZER", "AdamW", "primary_optimizer", "AdamW"),
+    ("ESPER_SUMMARY", "json", "summary", Summaries.JSON),
     ("ESPER_GROWTH", "autonomous", "growth", Growth.AUTONOMOUS),
     ("ESPER_PLATEAU_STEPS", "20", "plateau_steps", 20),
     ("ESPER_PLATEAU_IMPROVEMENT", "0.02", "plateau_improvement", 0.02),

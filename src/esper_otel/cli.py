@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
     run.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
     run.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
+    told = run.add_mutually_exclusive_group()
+    told.add_argument("--quiet", action="store_true", help="no summary at the end")
+    told.add_argument(
+        "--json", action="store_true", help="the summary as one line of JSON, on stderr"
+    )
     run.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="run a module")
     run.add_argument("script", nargs=argparse.REMAINDER, help="what `python` would be given")
     resend = commands.add_parser("resend", help="deliver telemetry that a run left unsent")
@@ -88,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         "ESPER_TAMIYO_SOCKET": options.socket,
         "ESPER_RECORDING_DIR": options.record,
         "ESPER_RUN_ID": options.run_id,
+        "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
     }
     environment.update({name: value for name, value in given.items() if value is not None})
     try:

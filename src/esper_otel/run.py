@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.wire import default_socket_path
-from esper_otel.settings import EsperSettings, Mode, SettingsError
+from esper_otel.settings import EsperSettings, Mode, SettingsError, Summaries
 from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.batches import samples_in
@@ -207,6 +207,7 @@ class Run:
         if self._client is not None:
             self._client.close()
         self._report = self._stream.close(timeout_s)
+        self._summarise(self._report)
         return self._report
 
     # What optimizers call, of this loop or of any.
@@ -275,6 +276,21 @@ class Run:
         except Exception:
             tell_once("the gradient norm could not be taken")
             return None
+
+    def _summarise(self, report: StreamReport) -> None:
+        settings, tally = self.settings, getattr(self._stream, "tally", None)
+        if settings.summary is Summaries.OFF or settings.rank or not tally or not tally.steps:
+            return
+        try:
+            from esper_otel.summary import summary_of  # with numpy, which a run has by now
+
+            summary = summary_of(self.run_id, settings.rank, tally, report)
+            as_json = settings.summary is Summaries.JSON
+            print(
+                summary.as_json() if as_json else summary.as_text(), file=sys.stderr, flush=True
+            )
+        except (OSError, ValueError):
+            pass  # nobody reads any more
 
     def _make_client(self) -> TamiyoClient | None:
         settings = self.settings

@@ -68,6 +68,18 @@ class Fossils(StrEnum):
     """The seed's own."""
 
 
+class Summaries(StrEnum):
+    """What is told on standard error when a run is over."""
+
+    TEXT = "text"
+    """A few lines for a person."""
+
+    JSON = "json"
+    """One line for a machine."""
+
+    OFF = "off"
+
+
 class SettingsError(ValueError):
     """A setting that cannot be used: its name, its value and what was expected."""
 
@@ -115,6 +127,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     flush_timeout_s: float = 2.0
     """Longest that the end of the process waits for unsent telemetry."""
+
+    summary: Summaries = Summaries.TEXT
+    """What rank 0 tells when a run of at least one step is over."""
 
     span_every: int = 50
     """Every n-th step gets spans (0: none by count); slow steps and findings always do."""
@@ -302,6 +317,7 @@ _EXPECTED: dict[type, str] = {
     Blending: "convex, residual, channelwise or confidence",
     Schedule: "sigmoid, cosine or linear",
     Fossils: "join or stay",
+    Summaries: "text, json or off",
 }
 
 _OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH"})

@@ -21,6 +21,7 @@ from esper_otel.stream.recording import Recording
 from esper_otel.stream.ring import FrameRing, points
 from esper_otel.stream.spans import tell
 from esper_otel.stream.spool import Spool
+from esper_otel.stream.tally import Tally
 
 log = logging.getLogger("esper_otel")
 
@@ -46,6 +47,7 @@ class Drain:
         tracers: Tracers,
         spool: Spool,
         recording: Recording | None,
+        tally: Tally,
         sent: frozenset[Signal],
         interval_s: float,
     ) -> None:
@@ -57,6 +59,7 @@ class Drain:
         self._tracers = tracers
         self._spool = spool
         self._recording = recording
+        self._tally = tally
         self._sent = sent
         self._interval_s = interval_s
         self._faults: set[str] = set()
@@ -94,7 +97,10 @@ class Drain:
 
     def _drain_frames(self) -> None:
         frames = self._ring.take()
-        if frames is None or not self._is_wanted(Signal.METRICS):
+        if frames is None:
+            return
+        self._tally.add(frames.steps.times, frames.steps.values)
+        if not self._is_wanted(Signal.METRICS):
             return
         try:
             requests = list(self._encoder.encode(frames))
@@ -122,6 +128,7 @@ class Drain:
     def _drain_timelines(self) -> None:
         while self._timelines:
             timeline = self._timelines.popleft()
+            self._tally.note(timeline)
             if self._tracers.are_users or self._is_wanted(Signal.TRACES):
                 tell(timeline, self._tracers)
         self._tracers.take(lambda body, spans: self._put(Signal.TRACES, body, spans))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from esper_otel.stream.drain import Drain
     from esper_otel.stream.ring import SeedRows
     from esper_otel.stream.sender import Sender
+    from esper_otel.stream.tally import Tally
 
 log = logging.getLogger("esper_otel")
 
@@ -86,6 +87,8 @@ class Stream:
         self._refused_events = 0
         self._spool = Spool(int(settings.spool_mb * 1e6))
         self._recording: files.Recording | None = None
+        self.tally: Tally | None = None
+        """What the run was like so far; None when nothing is recorded."""
         self._drain: Drain | None = None
         self._senders: dict[Signal, Sender] = {}
         self._hide: Callable[[], None] | None = None
@@ -195,6 +198,7 @@ class Stream:
             trainer_resource,
         )
         from esper_otel.stream.sender import Outage, Sender
+        from esper_otel.stream.tally import Tally
 
         settings = self._settings
         resource = trainer_resource(
@@ -219,6 +223,7 @@ class Stream:
                     destination.endpoint,
                     error,
                 )
+        self.tally = Tally()
         self._drain = Drain(
             ring=self._ring,
             timelines=self._timelines,
@@ -227,6 +232,7 @@ class Stream:
             tracers=Tracers(resource),
             spool=self._spool,
             recording=self._recording,
+            tally=self.tally,
             sent=frozenset(self._senders),
             interval_s=settings.stream_interval_ms / 1e3,
         )

@@ -1,0 +1,83 @@
+"""The tally: what a run was like so far, added up as its frames go by.
+
+Kept by the thread that encodes them, so a step pays nothing for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esper_otel.leyline.decisions import FAILED_OPEN, Action
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_LOSS = STEP_SLOT["loss"]
+_NONFINITE = STEP_SLOT["nonfinite"]
+
+
+class Tally:
+    """Sums of one run. Read while it is written it may be a few steps behind, never wrong
+    by more than those."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.first_unix_nano = 0
+        self.last_unix_nano = 0
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.nonfinite_steps = 0
+        self.decisions: Counter[tuple[str, str]] = Counter()
+        """How often each (action, reason) was decided; CONTINUE without a finding is not
+        counted."""
+        self.applied: Counter[tuple[str, str]] = Counter()
+        """How often it changed something in the run."""
+        self.unanswered: set[str] = set()
+        """Why nobody answered, where nobody did and the step had spans."""
+        self._sums = np.zeros(len(STEP_KEYS))
+        self._counts = np.zeros(len(STEP_KEYS), np.int64)
+
+    def add(self, times: NDArray[Any], rows: NDArray[Any]) -> None:
+        """Take in ``rows`` (steps × metrics, NaN is absent), at Unix ``times`` (steps)."""
+        if not self.steps:
+            self.first_unix_nano = int(times[0])
+        self.last_unix_nano = int(times[-1])
+        self.steps += len(rows)
+        self.nonfinite_steps += int((rows[:, _NONFINITE] > 0.0).sum())
+        present = ~np.isnan(rows)
+        self._sums += np.where(present, rows, 0.0).sum(axis=0)
+        self._counts += present.sum(axis=0)
+        losses = rows[present[:, _LOSS], _LOSS]
+        if len(losses):
+            if self.first_loss is None:
+                self.first_loss = float(losses[0])
+            self.last_loss = float(losses[-1])
+
+    def note(self, timeline: StepTimeline) -> None:
+        """Take in what was decided about a step."""
+        decision = timeline.decision
+        if decision is None:
+            return
+        if decision.reason in FAILED_OPEN:
+            self.unanswered.add(decision.reason)
+        elif decision.action is not Action.CONTINUE or decision.findings:
+            what = decision.action.value, decision.reason
+            self.decisions[what] += 1
+            if timeline.applied:
+                self.applied[what] += 1
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a step metric over the steps that had it."""
+        count = int(self._counts[STEP_SLOT[key]])
+        return float(self._sums[STEP_SLOT[key]]) / count if count else None
+
+    def per_step(self, key: str) -> float | None:
+        """Its sum over all steps, divided by all steps: what a step had of it on average."""
+        if not self._counts[STEP_SLOT[key]]:
+            return None
+        return float(self._sums[STEP_SLOT[key]]) / self.steps

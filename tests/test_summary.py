@@ -1,0 +1,137 @@
+"""The summary at the end of a run: of what was recorded, for people and for machines."""
+
+import json
+import os
+import subprocess
+import sys
+from math import inf, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esper_otel.leyline.decisions import Action, Decision, Severity, unanswered
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.stream import Account, StreamReport
+from esper_otel.stream.tally import Tally
+from esper_otel.summary import summary_of
+
+ESPER = str(Path(sys.executable).with_name("esper-otel"))
+
+SCRIPT = """
+import sys, torch
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(int(sys.argv[1])):
+    optimizer.zero_grad()
+    model(torch.ones(4, 2)).square().mean().backward()
+    optimizer.step()
+print("done", file=sys.stderr)
+"""
+
+
+def rows(*values):
+    array = np.full((len(values), len(STEP_KEYS)), nan)
+    for row, given in zip(array, values, strict=True):
+        for key, value in given.items():
+            row[STEP_SLOT[key]] = value
+    return array
+
+
+def tally_of(*values):
+    tally = Tally()
+    for i, row in enumerate(values):
+        tally.add(np.array([10**9 * (i + 1)]), rows(row))
+    return tally
+
+
+def timeline(decision, applied=False):
+    return StepTimeline(1, 0, 1, [], decision=decision, applied=applied)
+
+
+def test_means_are_over_the_steps_that_had_a_value_and_parts_over_all():
+    tally = tally_of(
+        {"loss": 4.0, "forward_ms": 2.0},
+        {"loss": 2.0, "forward_ms": 4.0, "step_latency_ms": 9.0, "nonfinite": 0.0},
+        {"nonfinite": 2.0, "step_latency_ms": 11.0},
+    )
+    summary = summary_of("r", 0, tally, StreamReport())
+    assert (summary.steps, summary.seconds) == (3, 2.0)
+    assert summary.step_ms == 10.0
+    assert summary.phases == {"forward": 2.0}
+    assert summary.slowest == "forward"
+    assert (summary.first_loss, summary.last_loss) == (4.0, 2.0)
+    assert summary.nonfinite_steps == 1
+
+
+def test_decisions_are_counted_and_what_was_applied_of_them():
+    tally = tally_of({})
+    spike = Decision("d", "r", 1, 1, Action.PAUSE, Severity.HIGH, "loss_spike")
+    for applied in (True, False, True):
+        tally.note(timeline(spike, applied))
+    tally.note(timeline(unanswered("r", 1, "timeout")))
+    tally.note(timeline(None))
+    summary = summary_of("r", 0, tally, StreamReport())
+    (told,) = summary.decisions
+    assert (told.action, told.reason, told.times, told.applied) == ("PAUSE", "loss_spike", 3, 2)
+    assert summary.unanswered == ["timeout"]
+    assert "PAUSE loss_spike × 3 (2 applied)" in summary.as_text()
+    assert "did not answer (timeout)" in summary.as_text()
+
+
+def test_what_was_lost_and_what_waits_is_said():
+    report = StreamReport(
+        metrics=Account(produced=1000, delivered=700, spooled=200, dropped=100),
+        files=(Path("left.otlp"),),
+        recordings=(Path("all.otlp"),),
+    )
+    text = summary_of("r", 0, tally_of({}), report).as_text()
+    assert "700 of 1,000 points sent, 100 DROPPED" in text
+    assert "esper-otel resend left.otlp" in text
+    assert "recorded  all.otlp" in text
+
+
+@pytest.mark.parametrize("bad", [inf, -inf])
+def test_json_stays_json(bad):
+    summary = summary_of("r", 0, tally_of({"loss": bad}), StreamReport())
+    assert json.loads(summary.as_json())["run"] == "r"
+
+
+def run(tmp_path, *options, steps=5):
+    pytest.importorskip("torch")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+    env = clean | {"ESPER_SPOOL_DIR": str(tmp_path), "OTEL_METRICS_EXPORTER": "none"}
+    env |= {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "ESPER_MODE": "off"}
+    return subprocess.run(
+        [ESPER, "run", *options, str(script), str(steps)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+
+
+def test_a_run_ends_with_its_summary_behind_the_output_of_the_script(tmp_path):
+    done = run(tmp_path, "--run-id", "mine")
+    first, summary = done.stderr.split("\n", 1)
+    assert (first, done.stdout) == ("done", "")
+    assert summary.startswith("esper-otel: run mine, 5 steps in ")
+
+
+def test_machines_get_one_line(tmp_path):
+    told = json.loads(run(tmp_path, "--json").stderr.splitlines()[-1])
+    assert told["steps"] == 5
+    assert told["slowest"] in told["phases"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [(["--quiet"], 5), ([], 0)], ids=["silenced", "never trained"]
+)
+def test_nothing_is_added_when_there_is_nothing_to_say_or_nobody_to_hear(
+    tmp_path, options, steps
+):
+    assert run(tmp_path, *options, steps=steps).stderr == "done\n"
