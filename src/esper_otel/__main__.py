@@ -1,7 +1,13 @@
-"""``python -m esper_otel`` is the ``esper-otel`` command."""
+"""``python -m esper_otel`` is ``esper-otel``, and with a script ``esper-otel run``.
+
+The second is for launchers that start a module: ``torchrun -m esper_otel train.py``.
+"""
 
 import sys
 
-from esper_otel.cli import main
+from esper_otel.cli import COMMANDS, main
 
-sys.exit(main())
+arguments = sys.argv[1:]
+if arguments and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+    arguments = ["run", *arguments]
+sys.exit(main(arguments))

@@ -13,7 +13,7 @@ import msgspec
 
 from esper_otel import __version__
 from esper_otel.leyline.frames import StepFrame
-from esper_otel.settings import EsperSettings, Mode, SettingsError
+from esper_otel.settings import EsperSettings, Mode, SettingsError, new_run_id
 
 _RUN = """\
 Runs a training script as `python` would, and records it: every optimizer step streams
@@ -25,9 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for a mistake in the call)."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    command = {"run": _run, "resend": _resend, "show": _show}[options.command]
     try:
-        return command(options)
+        return COMMANDS[options.command](options)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a training script, instrumented",
         description=_RUN,
-        usage="esper-otel run [option ...] (script.py | -m module) [argument ...]",
+        usage="esper-otel run [option ...] (script | -m module | torchrun ...) [argument ...]",
     )
     run.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
     run.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
@@ -80,8 +79,11 @@ def _run(options: argparse.Namespace) -> int:
         return _refuse("run: expected a script, or -m and a module")
     if options.enforce and options.mode not in (None, "enforce"):
         return _refuse(f"run: --enforce and --mode {options.mode} exclude each other")
+    launcher = _launcher(script)
+    if launcher is not None:
+        script = launcher
     # A file called train.py and not a module path: -c and - are Python's own.
-    if not script[0].startswith("-"):
+    elif not script[0].startswith("-"):
         path = Path(script[0])
         if not path.exists():
             return _refuse(f"run: {path}: no such file")
@@ -96,13 +98,25 @@ def _run(options: argparse.Namespace) -> int:
         "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
     }
     environment.update({name: value for name, value in given.items() if value is not None})
+    if launcher is not None:
+        # One name for the run on all its ranks.
+        environment.setdefault("ESPER_RUN_ID", new_run_id())
     try:
         EsperSettings.from_environment(environment)
     except SettingsError as error:
         return _refuse(f"run: {error}")
     from esper_otel.integrations.startup import execute
 
-    return execute(script, environment)
+    return execute(script, environment, only_workers=launcher is not None)
+
+
+def _launcher(script: list[str]) -> list[str] | None:
+    """``torchrun …`` as what `python` is given for it; None for anything else."""
+    if script[:2] == ["-m", "torch.distributed.run"]:
+        return script
+    if script[0] == "torchrun" and not Path("torchrun").exists():
+        return ["-m", "torch.distributed.run", *script[1:]]
+    return None
 
 
 def _resend(options: argparse.Namespace) -> int:
@@ -154,3 +168,6 @@ def _line(frame: StepFrame, columns: Sequence[str]) -> str:
 def _refuse(message: str) -> int:
     print(f"esper-otel: {message}", file=sys.stderr)
     return 2
+
+
+COMMANDS = {"run": _run, "resend": _resend, "show": _show}

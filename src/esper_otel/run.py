@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.wire import default_socket_path
-from esper_otel.settings import EsperSettings, Mode, SettingsError, Summaries
+from esper_otel.settings import EsperSettings, Mode, SettingsError, Summaries, new_run_id
 from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.batches import samples_in
@@ -52,7 +51,7 @@ class Run:
         self.settings = settings
         self.enabled = not is_disabled()
         """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or asked."""
-        self.run_id = settings.run_id or _new_run_id()
+        self.run_id = settings.run_id or new_run_id()
         self.instance_id = secrets.token_hex(8)
         self.scalars = ScalarReader()
         self.garden: Garden | None = None
@@ -354,11 +353,6 @@ def end_automatic() -> None:
 def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether ``step(*args, **kwargs)``, its optimizer first, was given a closure."""
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
-
-
-def _new_run_id() -> str:
-    # Readable, sortable, and not from the global random state.
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 def tell_once(message: str) -> None:

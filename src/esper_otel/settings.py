@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import time
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +18,11 @@ from typing import Any
 import msgspec
 
 log = logging.getLogger("esper_otel")
+
+
+def new_run_id() -> str:
+    """A name for a run: readable, sortable, and not from the global random state."""
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 class Mode(StrEnum):
@@ -320,8 +327,8 @@ _EXPECTED: dict[type, str] = {
     Summaries: "text, json or off",
 }
 
-_OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH"})
-"""Variables of ours that are not settings (``esper-otel run`` hands one to its child)."""
+_OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH", "ESPER_ONLY_WORKERS"})
+"""Variables of ours that are not settings (``esper-otel run`` hands them to its child)."""
 
 
 def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:

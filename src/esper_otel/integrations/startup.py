@@ -23,12 +23,25 @@ CHAINED = "ESPER_CHAINED_PYTHONPATH"
 """Carries the user's own PYTHONPATH past the exec; absent when there was none."""
 
 
-def execute(arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Become ``python ARGUMENTS`` with instrumentation; does not return."""
+ONLY_WORKERS = "ESPER_ONLY_WORKERS"
+"""Set when the process that is started only launches those that train."""
+
+
+def execute(
+    arguments: Sequence[str], environ: Mapping[str, str], *, only_workers: bool = False
+) -> NoReturn:
+    """Become ``python ARGUMENTS`` with instrumentation; does not return.
+
+    ``only_workers``: it is a launcher, and the processes it starts with a ``LOCAL_RANK``
+    are instrumented instead.
+    """
     environment = dict(environ)
     own = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = AUTOLOAD if own is None else AUTOLOAD + os.pathsep + own
     environment.pop(CHAINED, None)
+    environment.pop(ONLY_WORKERS, None)
+    if only_workers:
+        environment[ONLY_WORKERS] = "1"
     if own is not None:
         environment[CHAINED] = own
     os.execve(sys.executable, [sys.executable, *arguments], environment)
@@ -36,6 +49,9 @@ def execute(arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
 
 def begin() -> None:
     """Undo the detour of :func:`execute`, and instrument."""
+    if os.environ.get(ONLY_WORKERS) and "LOCAL_RANK" not in os.environ:
+        return  # a launcher, which hands the detour on
+    os.environ.pop(ONLY_WORKERS, None)
     own = os.environ.pop(CHAINED, None)
     # Children of the script (workers, subprocesses) are not the training process.
     if own is None:

@@ -1,0 +1,130 @@
+"""Every way to start a script leads to the same: each process that trains is recorded."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esper_otel.stream import read_frames
+
+pytest.importorskip("torch")
+
+BIN = Path(sys.executable).parent
+SCRIPT = """
+import os, sys, torch
+import torch.distributed as dist
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(7):
+    optimizer.zero_grad()
+    model(torch.ones(4, 2)).square().mean().backward()
+    optimizer.step()
+    ENDS
+if dist.is_initialized():
+    dist.destroy_process_group()
+print(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    def run(command, *, ends="pass", **more):
+        (tmp_path / "train.py").write_text(SCRIPT.replace("ENDS", ends))
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+        quiet = {f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")}
+        own = {
+            "ESPER_RECORDING_DIR": str(tmp_path / "recordings"),
+            "ESPER_SUMMARY": "off",
+            "ESPER_MODE": "off",
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=clean | quiet | own | more,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+
+    run.frames = lambda: {
+        path.name: [(frame.run, frame.step) for frame in read_frames(path)]
+        for path in sorted((tmp_path / "recordings").glob("*.metrics.otlp"))
+    }
+    return run
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+SINGLE = {
+    "esper-otel run": [str(BIN / "esper-otel"), "run", "train.py", "--lr", "1"],
+    "esper-otel run -m": [str(BIN / "esper-otel"), "run", "-m", "train", "--lr", "1"],
+    "python -m esper_otel": [sys.executable, "-m", "esper_otel", "train.py", "--lr", "1"],
+    "opentelemetry-instrument": [
+        str(BIN / "opentelemetry-instrument"),
+        sys.executable,
+        "train.py",
+        "--lr",
+        "1",
+    ],
+}
+
+
+@pytest.mark.parametrize("command", SINGLE.values(), ids=SINGLE)
+def test_one_process(start, command):
+    done = start(command)
+    assert (done.returncode, done.stdout) == (0, "['--lr', '1']\n"), done.stderr
+    (frames,) = start.frames().values()
+    assert [step for _, step in frames] == list(range(1, 8))
+
+
+RANKS = {
+    "esper-otel run torchrun": [str(BIN / "esper-otel"), "run", "torchrun", "train.py"],
+    "torchrun -m esper_otel": [str(BIN / "torchrun"), "-m", "esper_otel", "train.py"],
+}
+
+
+@pytest.mark.parametrize("way", RANKS)
+def test_every_rank(start, way):
+    *launcher, script = RANKS[way]
+    at = launcher.index("-m") if "-m" in launcher else len(launcher)
+    options = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    options += ["--master-port", free_port()]
+    done = start([*launcher[:at], *options, *launcher[at:], script, "--lr", "1"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("['--lr', '1']") == 2
+    ranks = start.frames()
+    assert len(ranks) == 2
+    assert {name.rpartition("-")[2] for name in ranks} == {
+        "rank0.metrics.otlp",
+        "rank1.metrics.otlp",
+    }
+    assert all([step for _, step in frames] == list(range(1, 8)) for frames in ranks.values())
+
+
+ENDINGS = {
+    "raises": ("if step == 3: raise KeyError('x')", 1),
+    "interrupted": ("if step == 3: import signal; signal.raise_signal(signal.SIGINT)", -2),
+    "os._exit": ("if step == 3: os._exit(9)", 9),
+    "a child's os._exit": ("if step == 3 and os.fork() == 0: os._exit(9)", 0),
+}
+
+
+@pytest.mark.parametrize(("ends", "status"), ENDINGS.values(), ids=ENDINGS)
+def test_however_it_ends_its_steps_are_kept_and_its_status_is_its_own(start, ends, status):
+    ours = start([str(BIN / "esper-otel"), "run", "train.py"], ends=ends)
+    assert ours.returncode == status
+    if status in (1, -2):  # what the script says of it is its own as well
+        bare = start([sys.executable, "train.py"], ends=ends)
+        assert (ours.stdout, ours.stderr) == (bare.stdout, bare.stderr)
+    (frames,) = start.frames().values()
+    assert [step for _, step in frames] == list(range(1, 8 if status == 0 else 5))
