@@ -342,6 +342,11 @@ def start_automatic(**settings: Any) -> Run:
     return _automatic
 
 
+def automatic() -> Run | None:
+    """The run of a process that is instrumented from outside, None where it is not."""
+    return _automatic
+
+
 def end_automatic() -> None:
     """End what :func:`start_automatic` began, if it did."""
     global _automatic

@@ -59,8 +59,18 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
             except Exception:
                 log.exception("torch could not be instrumented; the script runs without")
 
+        def wrap_accelerate(accelerator: Any) -> None:
+            if cls._watch is not None:
+                cls._watch.accelerate(accelerator)
+
+        def add_callback(trainer: Any) -> None:
+            if cls._watch is not None:
+                cls._watch.transformers(trainer)
+
         # Not before torch is: a script that never imports it should not pay for it.
         wrapt.register_post_import_hook(when_imported, "torch")
+        wrapt.register_post_import_hook(wrap_accelerate, "accelerate.accelerator")
+        wrapt.register_post_import_hook(add_callback, "transformers.trainer")
 
     def _uninstrument(self, **kwargs: Any) -> None:
         cls = type(self)

@@ -77,6 +77,26 @@ class Watch:
         else:
             log.warning("this torch has no _BaseDataLoaderIter: input_wait_ms is left out")
 
+    def accelerate(self, accelerator: Any) -> None:
+        """Watch Accelerate as well, whose ``accelerate.accelerator`` was just imported."""
+
+        def backward(original: Any, *args: Any, **kwargs: Any) -> Any:
+            # It divides the loss by the number of micro-batches before tensors see it.
+            self._quietly(self._recorder.losses_are_shares)
+            return original(*args, **kwargs)
+
+        if hasattr(accelerator, "Accelerator"):
+            self._wrap(accelerator.Accelerator, "backward", backward)
+
+    def transformers(self, trainer: Any) -> None:
+        """Have every ``transformers.Trainer`` name its optimizer to the run."""
+        from esper_otel.integrations.transformers import EsperCallback
+
+        callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
+        if isinstance(callbacks, list):
+            callbacks.append(EsperCallback)
+            self._undo.append(lambda: callbacks.remove(EsperCallback))
+
     def undo(self) -> None:
         """Take everything off, in the opposite order."""
         while self._undo:

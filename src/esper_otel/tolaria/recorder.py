@@ -77,6 +77,7 @@ class Recorder:
     _prepare_ns: int
     _optimizer_ns: int
     _optimizing: bool
+    _losses_before: int
     _before_fetch: int
     _strayed: bool
     _outside_ns: int
@@ -165,8 +166,9 @@ class Recorder:
         self._backward_ns += now - self._mark
         self._phases.append(("train.backward", self._mark, now))
         self._mark = now
-        if loss is not None and not (self._optimizing and self._losses):
-            self._losses.append(loss)
+        if loss is None or (self._optimizing and len(self._losses) > self._losses_before):
+            return
+        self._losses.append(loss)
 
     def skipped(self) -> None:
         """The optimizer did not step (a gradient scaler saw an overflow).
@@ -206,6 +208,7 @@ class Recorder:
     def closure_begins(self) -> None:
         """The optimizer is about to step, and will call forward and backward itself."""
         self._optimizing = True
+        self._losses_before = len(self._losses)
 
     def optimizer_ends(self) -> int:
         """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
@@ -295,6 +298,10 @@ class Recorder:
     def tend(self, garden: Garden) -> None:
         """Take ``garden`` along from the next end of a step on."""
         self._tending = Tending(garden)
+
+    def losses_are_shares(self) -> None:
+        """From here on the losses of a step's micro-batches add up to the step's loss."""
+        self._sealer.losses_are_shares = True
 
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
@@ -421,7 +428,7 @@ class Recorder:
         self._samples = 0
         self._fetched = None
         self._optimizing = self._strayed = False
-        self._before_fetch = self._outside_ns = 0
+        self._before_fetch = self._outside_ns = self._losses_before = 0
         self._norm = None
         self._losses = []
         self._reported_losses = []

@@ -88,9 +88,12 @@ class Sealer:
     ``enriched`` False leaves the statistics out, which are gated.
     """
 
-    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "_waiting")
+    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "_waiting", "losses_are_shares")
 
     def __init__(self, *, enriched: bool) -> None:
+        self.losses_are_shares = False
+        """Whether the losses of a step's micro-batches add up to its loss, as where a
+        framework has divided each by their number, and are not to be averaged."""
         self._enriched = enriched
         self._loss = WeightedStatistics()
         self._norm = WeightedStatistics()
@@ -160,7 +163,9 @@ class Sealer:
         # "Minus the previous step's": after a step without a loss there is none.
         self._last_loss, last_loss = nan, self._last_loss
         if losses:
-            loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+            loss = losses[0]
+            if len(losses) > 1:
+                loss = sum(losses) if self.losses_are_shares else sum(losses) / len(losses)
             if loss - loss != 0.0:  # NaN or infinite; a third of a call to math.isfinite
                 row[_NONFINITE] += 1.0
             else:

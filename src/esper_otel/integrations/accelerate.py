@@ -1,0 +1,54 @@
+"""Hugging Face Accelerate: ``Accelerator(log_with=EsperTracker())``.
+
+It begins with ``accelerator.init_trackers(...)`` and ends with ``end_training()``. Under
+``esper-otel run`` nothing has to be added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+
+from esper_otel.integrations.training import Training, require
+
+OLDEST = "1.0"
+
+
+class EsperTracker(GeneralTracker):
+    """Records each optimizer step between ``init_trackers`` and ``end_training``.
+
+    What ``accelerator.log`` is given is not recorded: every step is, anyway. ``settings``
+    are fields of :class:`esper_otel.settings.EsperSettings`. Raises
+    :class:`~esper_otel.settings.SettingsError` when Accelerate is too old.
+    """
+
+    name = "esper"
+    requires_logging_directory = False
+    main_process_only = False
+
+    def __init__(self, **settings: Any) -> None:
+        require("accelerate", OLDEST)
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.training = Training(**settings)
+
+    @property
+    def tracker(self) -> Any:
+        """The run, None before it begins."""
+        return self.training.run
+
+    def start(self) -> None:
+        """Called by ``init_trackers``: the training begins."""
+        self.training.begin()
+        self.training.share_losses()
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Called by ``init_trackers`` when it is given a configuration, which is not ours."""
+        self.start()  # older versions do not call that
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Nothing: what a step measures is taken from the step itself."""
+
+    def finish(self) -> None:
+        """Called by ``end_training``."""
+        self.training.end()

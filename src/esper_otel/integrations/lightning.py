@@ -1,0 +1,47 @@
+"""PyTorch Lightning: ``Trainer(callbacks=[EsperCallback()])``.
+
+Under ``esper-otel run`` nothing has to be added: Lightning asks :func:`callbacks`, through
+an entry point, for callbacks that every Trainer should have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from esper_otel import run as runs
+from esper_otel.integrations.training import Training, require
+
+OLDEST = "2.2"
+
+
+class EsperCallback(Callback):
+    """Records each optimizer step of ``trainer.fit``, and asks Tamiyo after it.
+
+    ``settings`` are fields of :class:`esper_otel.settings.EsperSettings`. Raises
+    :class:`~esper_otel.settings.SettingsError` when Lightning is too old.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        require("lightning", OLDEST)
+        self.training = Training(**settings)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first optimizer's steps are the run's."""
+        self.training.begin(next(iter(trainer.optimizers), None))
+        if trainer.accumulate_grad_batches > 1:
+            self.training.share_losses()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Training is over."""
+        self.training.end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Training has failed, or was interrupted."""
+        self.training.end()
+
+
+def callbacks() -> list[Callback]:
+    """What every Trainer of this process gets: a callback where it is instrumented."""
+    return [EsperCallback()] if runs.automatic() is not None else []
