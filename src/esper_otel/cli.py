@@ -13,7 +13,7 @@ import msgspec
 
 from esper_otel import __version__
 from esper_otel.leyline.frames import StepFrame
-from esper_otel.settings import EsperSettings, Mode, SettingsError, new_run_id
+from esper_otel.settings import EsperSettings, Mode, SettingsError
 
 _RUN = """\
 Runs a training script as `python` would, and records it: every optimizer step streams
@@ -98,9 +98,6 @@ def _run(options: argparse.Namespace) -> int:
         "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
     }
     environment.update({name: value for name, value in given.items() if value is not None})
-    if launcher is not None:
-        # One name for the run on all its ranks.
-        environment.setdefault("ESPER_RUN_ID", new_run_id())
     try:
         EsperSettings.from_environment(environment)
     except SettingsError as error:

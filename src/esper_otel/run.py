@@ -15,15 +15,18 @@ from pathlib import Path
 from time import perf_counter_ns
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.wire import default_socket_path
+from esper_otel.ranks.world import is_shared, placed
 from esper_otel.settings import EsperSettings, Mode, SettingsError, Summaries, new_run_id
 from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.batches import samples_in
 from esper_otel.tolaria.devices import DeviceSampler
-from esper_otel.tolaria.gradients import gradient_norm
+from esper_otel.tolaria.gradients import gradient_norm, is_sharded
+from esper_otel.tolaria.ports import Settles
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import LearningRate, Responses
 from esper_otel.tolaria.scalars import ScalarReader
@@ -31,6 +34,7 @@ from esper_otel.tolaria.scalars import ScalarReader
 if TYPE_CHECKING:
     from esper_otel.kasmina.garden import Garden
     from esper_otel.ranks.agreement import Agreement
+    from esper_otel.ranks.meeting import Meeting
 
 log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
@@ -50,9 +54,11 @@ class Run:
     """
 
     def __init__(self, settings: EsperSettings) -> None:
-        self.settings = settings
         self.enabled = not is_disabled()
         """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or asked."""
+        if self.enabled:
+            settings = placed(settings)
+        self.settings = settings
         self.run_id = settings.run_id or new_run_id()
         self.instance_id = secrets.token_hex(8)
         self.scalars = ScalarReader()
@@ -61,10 +67,12 @@ class Run:
         self._preferred: weakref.ref[Any] | None = None
         self._handles: list[Any] = []
         self._agreement: Agreement | None = None
+        self._meeting: Meeting | None = None
         self._followed: Callable[[], Any] = lambda: None
         self._report: StreamReport | None = None
         self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
         self._client = self._make_client()
+        self._may_meet = settings.ranks_agree and self._client is not None
         self._devices = DeviceSampler(settings.tolaria_step_enrichment_enabled)
         self.responses = Responses(
             LearningRate(
@@ -134,28 +142,34 @@ class Run:
 
     def step(self) -> None:
         """End the step; for loops whose optimizer was not given to :func:`start`."""
+        if self._may_meet:
+            self._meet()
         self.recorder.end_step()
 
     def agree(self) -> bool:
         """Have all ranks of the run apply the same decisions at the same step.
 
         Rank 0 asks for all of them from here on, and what it is answered about a step is
-        applied by every rank at the end of the next. Each rank calls this, at the same place
-        of the script and after ``torch.distributed.init_process_group``; :meth:`plant` does
-        so itself. Returns whether there is more than one. Raises ``CircleError``, a
-        ``RuntimeError``, when they do not come within ``ranks_timeout_s``.
+        applied by every rank at the end of the next. Ranks that train together come to this
+        by themselves some steps after the first (``ranks_agree``); calling it makes it so
+        from here on. Each rank calls it, at the same place of the script and after
+        ``torch.distributed.init_process_group``; :meth:`plant` does so itself. Returns
+        whether there is more than one. Raises ``CircleError``, a ``RuntimeError``, when they
+        do not come within ``ranks_timeout_s``.
         """
-        from esper_otel.ranks.agreement import Agreement
-        from esper_otel.ranks.circle import is_shared, join
-
         if not self.enabled or not is_shared():
             return False
+        from esper_otel.ranks.agreement import Agreement
+        from esper_otel.ranks.circle import join
+
+        self._may_meet = False
+        if self._agreement is None and self._meeting is not None:
+            # All ranks are at the same step, so either all have come to one or none has.
+            self._agreement = self._meeting.end()
         if self._agreement is None:
             circle = join(self.settings.ranks_timeout_s)
             self._agreement = Agreement(circle, self.run_id)
-            self.recorder.agree(self._agreement, asks=circle.leads)
-            if not circle.leads and self._client is not None:
-                self._client.close()
+            self._settle_by(self._agreement, leads=circle.leads)
         return True
 
     def plant(
@@ -246,8 +260,11 @@ class Run:
         self._devices.stop()
         self.recorder.finish()
         self.recorder.switch_off()
-        if self._agreement is not None:
-            self._agreement.close()
+        agreement = self._agreement
+        if agreement is None and self._meeting is not None:
+            agreement = self._meeting.end()
+        if agreement is not None:
+            agreement.close()
         if self._client is not None:
             self._client.close()
         self._report = self._stream.close(timeout_s)
@@ -300,6 +317,8 @@ class Run:
         ended = recorder.optimizer_ends()
         if recorder.wants_norm and _has_closure(args, kwargs):
             ended = recorder.measured(self._norm_of(optimizer))
+        if self._may_meet:
+            self._meet()
         recorder.optimizer = optimizer
         recorder.end_step(ended)
         recorder.optimizer = None  # its owner, not this, decides how long it lives
@@ -310,6 +329,7 @@ class Run:
                 p for group in optimizer.param_groups for p in group["params"]
             )
             if tensor is None:
+                self._tell_of_shards(optimizer)
                 return None
             # A fused optimizer under a GradScaler gets scaled gradients, and the scale.
             scale = getattr(optimizer, "grad_scale", None)
@@ -321,6 +341,45 @@ class Run:
         except Exception:
             tell_once("the gradient norm could not be taken")
             return None
+
+    def _tell_of_shards(self, optimizer: Any) -> None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        if self.settings.rank == 0 and any(map(is_sharded, parameters)):
+            tell_once(
+                "the gradients are sharded over ranks, and their norm would take a "
+                "collective: gradient_norm is left out of steps that do not clip them"
+            )
+
+    def _meet(self) -> None:
+        """At the end of the first step: come to agree with the other ranks, if there are."""
+        if not is_shared():
+            # Ranks that are told of in the environment may yet form a group.
+            self._may_meet = self.settings.world_size > 1
+            return
+        self._may_meet = False
+        try:
+            from esper_otel.ranks.meeting import Meeting
+
+            settings = self.settings
+            alike = (
+                settings.mode,
+                settings.lr_scale_min,
+                settings.lr_scale_max,
+                settings.release_steps,
+            )
+            self._meeting = Meeting(
+                self.run_id,
+                alike=crc32(repr(alike).encode()),
+                timeout_s=settings.ranks_timeout_s,
+            )
+            self._settle_by(self._meeting, leads=self._meeting.leads)
+        except Exception:
+            tell_once("the ranks of this run cannot agree")
+
+    def _settle_by(self, settles: Settles, *, leads: bool) -> None:
+        self.recorder.agree(settles, asks=leads)
+        if not leads and self._client is not None:
+            self._client.close()
 
     def _summarise(self, report: StreamReport) -> None:
         settings, tally = self.settings, getattr(self._stream, "tally", None)

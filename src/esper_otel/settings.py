@@ -96,18 +96,22 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Every field can be set by an environment variable: ``ESPER_`` + its name in capitals
     (``tolaria_step_enrichment_enabled``: without the prefix). :meth:`from_environment`
-    reads them. ``rank`` and ``world_size`` fall back to ``RANK`` and ``WORLD_SIZE``,
-    which torchrun sets.
+    reads them. ``rank``, ``local_rank`` and ``world_size`` fall back to ``RANK``,
+    ``LOCAL_RANK`` and ``WORLD_SIZE``, which torchrun sets.
     """
 
     tolaria_step_enrichment_enabled: bool = True
     """False removes every gated metric and stops the device probes."""
 
     run_id: str = ""
-    """Name of the run; empty: one is made from the time and random bytes."""
+    """Name of the run; empty: one is made from the time and random bytes, which the ranks
+    that torchrun has started agree on."""
 
     rank: int = 0
     world_size: int = 1
+
+    local_rank: int = -1
+    """Place among the ranks of this host; -1: not known, and not told."""
 
     mode: Mode = Mode.ADVISE
 
@@ -116,6 +120,10 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     tamiyo_deadline_ms: float = 5.0
     """Longest wait for one decision."""
+
+    ranks_agree: bool = True
+    """Ranks that train together apply the same decisions at the same step: rank 0 asks for
+    all of them. False: each rank asks and acts on its own."""
 
     ranks_timeout_s: float = 30.0
     """Longest wait for the other ranks of a run, which ends what they agree on for good.
@@ -298,6 +306,7 @@ _INFINITY = float("inf")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 0, _INFINITY),
     ("world_size", 1, _INFINITY),
+    ("local_rank", -1, _INFINITY),
     ("tamiyo_deadline_ms", 0.1, 60_000),
     ("ranks_timeout_s", 0.1, 3600),
     ("stream_interval_ms", 1, 60_000),
@@ -366,4 +375,4 @@ def _variables(field: str) -> tuple[str, ...]:
     if field == "tolaria_step_enrichment_enabled":
         return ("TOLARIA_STEP_ENRICHMENT_ENABLED",)
     own = f"ESPER_{field.upper()}"
-    return (own, field.upper()) if field in ("rank", "world_size") else (own,)
+    return (own, field.upper()) if field in ("rank", "world_size", "local_rank") else (own,)

@@ -104,6 +104,7 @@ def test_every_rank(start, way):
     assert done.stdout.count("['--lr', '1']") == 2
     ranks = start.frames()
     assert len(ranks) == 2
+    assert len({run for frames in ranks.values() for run, _ in frames}) == 1
     assert {name.rpartition("-")[2] for name in ranks} == {
         "rank0.metrics.otlp",
         "rank1.metrics.otlp",

@@ -1,17 +1,20 @@
-"""One of two ranks of training runs under DistributedDataParallel, started by tests.
+"""Pairs of ranks of training runs under DistributedDataParallel, started by tests.
 
-``python one_rank.py TOLD``: a JSON object with ``rank``, ``folder`` and ``scenarios``, which
-follow one another in the same two processes; what happened is left in the folder. Data,
+``python one_rank.py TOLD``: a JSON object with ``folder`` and ``pairs``, by name: scenarios
+that follow one another in the same two processes. All pairs are forked from this process,
+which has imported torch once for them, and leave in a folder of theirs what happened. Data,
 initial weights and random state differ from rank to rank, as they do in life.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
+import traceback
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,25 +75,50 @@ def digest(tensors: Any) -> int:
     return zlib.crc32(b"".join(each.detach().numpy().tobytes() for each in tensors))
 
 
-def main(told: dict[str, Any]) -> None:
+def main(folder: Path, pairs: dict[str, list[Any]]) -> None:
     torch.set_num_threads(1)
-    rank = told["rank"]
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    store = f"file://{told['folder']}/store"
+    both = {}
+    for name, scenarios in pairs.items():
+        (folder / name).mkdir()
+        both[name] = [forked(rank, folder / name, scenarios) for rank in range(2)]
+    for first, second in both.values():
+        os.waitpid(first, 0)
+        # It may stand still, and then nobody is to wait for it.
+        with contextlib.suppress(ChildProcessError):
+            os.kill(second, signal.SIGCONT)
+            os.waitpid(second, 0)
+
+
+def forked(rank: int, folder: Path, scenarios: list[Any]) -> int:
+    """The process id of a rank that plays the scenarios."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            play(rank, folder, scenarios)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            # Whoever is left alone must not wait for the others at the end.
+            os._exit(0)
+    return pid
+
+
+def play(rank: int, folder: Path, scenarios: list[Any]) -> None:
+    said = os.open(folder / f"rank{rank}.err", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(said, sys.stderr.fileno())
+    store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     out = []
-    for number, scenario in enumerate(told["scenarios"]):
+    for number, scenario in enumerate(scenarios):
         torch.manual_seed(rank)
-        socket = Path(told["folder"], f"s{number}")
+        socket = folder / f"s{number}"
         with ExitStack() as stack:
             sidecar = None
             if rank == 0:
-                reply = slows if scenario.get("bare") else grows
+                reply = grows if "slots" in scenario else slows
                 sidecar = stack.enter_context(FakeSidecar(socket, reply))
             out.append(Rank(scenario, rank, sidecar).train(socket))
-    Path(told["folder"], f"rank{rank}.json").write_text(json.dumps(out))
-    # Whoever is left alone must not wait for the others at the end.
-    os._exit(0)
+    (folder / f"rank{rank}.json").write_text(json.dumps(out))
 
 
 class Rank:
@@ -113,19 +141,23 @@ class Rank:
     def train(self, socket: Path) -> dict[str, Any]:
         run = esper_otel.start(
             self.optimizer,
-            mode="enforce",
+            mode=self.scenario.get("modes", ["enforce"] * 2)[self.rank],
             tamiyo_socket=str(socket),
             tamiyo_deadline_ms=1000.0,
             ranks_timeout_s=self.scenario.get("timeout_s", 60.0),
             spool_dir=str(socket.parent / "spool"),
             flush_timeout_s=0.0,
         )
+        self.out["run"] = run.run_id
         try:
-            if self.scenario.get("bare"):
-                run.agree()
-            else:
+            if "slots" in self.scenario:
                 self.plant(run)
-            self.steps(run)
+            elif not self.scenario.get("by_themselves"):
+                run.agree()
+            if self.scenario.get("absent") != self.rank:
+                self.steps(run)
+            if "hears_out" in self.scenario:
+                run._meeting._thread.join(60.0)
         except GardenError as error:
             self.out["refused"] = str(error)
         finally:
@@ -138,7 +170,7 @@ class Rank:
 
     def plant(self, run: Any) -> None:
         scenario, rank = self.scenario, self.rank
-        slots = scenario["slots"][rank] if "slots" in scenario else ["1", "3"]
+        slots = scenario["slots"][rank]
         Slow.fetch_s = 0.05 if scenario.get("slow") == rank else 0.0
         run.plant(self.host, slots, blueprints=["slow_somewhere"], **QUICK)
 
@@ -153,6 +185,8 @@ class Rank:
                 self.sidecar.close()
             leaks = leak_rank == self.rank and step >= leak_from
             isolation.cut = (lambda activation: activation) if leaks else CUT
+            if scenario.get("agrees_at") == step:
+                run.agree()
             began = time.monotonic()
             self.step(run)
             out["longest_s"] = max(out["longest_s"], time.monotonic() - began)
@@ -162,8 +196,10 @@ class Rank:
             decision = run.decision
             out["decisions"].append([decision.action, decision.reason, decision.step])
             out["rates"].append(self.optimizer.param_groups[0]["lr"])
-            # As the stages are the same on all ranks, so is the end.
+            # As the stages and rates are the same on all ranks, so is the end.
             if any(name == scenario.get("until") for _, name in named):
+                break
+            if scenario.get("until_rate", 0) > out["rates"][-1]:
                 break
 
     def step(self, run: Any) -> None:
@@ -195,4 +231,5 @@ def target(x: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    told = json.loads(sys.argv[1])
+    main(Path(told["folder"]), told["pairs"])

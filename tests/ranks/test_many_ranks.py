@@ -1,4 +1,4 @@
-"""Several processes under DDP: the same operation on the same step, and nobody left waiting."""
+"""Pairs of processes: the same operation on the same step, and nobody left waiting."""
 
 from __future__ import annotations
 
@@ -11,58 +11,93 @@ from typing import Any
 
 import pytest
 
-# Processes that import torch, two at a time: seconds, or a minute where others are at work.
+# One process that imports torch, and the ranks that it forks.
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
 
 RANK = Path(__file__).with_name("one_rank.py")
 LONG_S = 240
+BOTH = [["1", "3"]] * 2
 
-SCENARIOS = {
-    "a slow fetch": {"slow": 1, "until": "FOSSILIZED"},
-    "a deaf sidecar": {"deaf_from": 20, "steps": 60},
-    "a leak": {"leak": [1, 1], "until": "EMBARGOED"},
-    "no garden": {"bare": True, "steps": 22},
+GROWING = {
+    "a slow fetch": {"slots": BOTH, "slow": 1, "until": "FOSSILIZED"},
+    "a deaf sidecar": {"slots": BOTH, "deaf_from": 20, "steps": 60},
+    "a leak": {"slots": BOTH, "leak": [1, 1], "until": "EMBARGOED"},
     "other slots": {"slots": [["1"], ["3"]]},
 }
-"""Those in which both ranks live to the end, run by the same two processes."""
+DECIDING = {
+    "told to agree": {"steps": 22},
+    "by themselves": {"by_themselves": True, "until_rate": 0.005},
+    "told meanwhile": {"by_themselves": True, "agrees_at": 3, "until_rate": 0.005},
+    "each for itself": {
+        "by_themselves": True,
+        "without_ddp": True,
+        "hears_out": True,
+        "steps": 60,
+    },
+    "settings that differ": {
+        "by_themselves": True,
+        "modes": ["enforce", "advise"],
+        "hears_out": True,
+        "steps": 60,
+    },
+    "one that does not train": {
+        "by_themselves": True,
+        "without_ddp": True,
+        "absent": 1,
+        "timeout_s": 120.0,
+        "steps": 60,
+    },
+}
+# Without DDP, whose own collective would wait for the other rank.
+LEFT = {"without_ddp": True, "timeout_s": 5.0, "steps": 60}
+PAIRS = {
+    "growing": GROWING,
+    "deciding": DECIDING,
+    "SIGKILL": {"SIGKILL": {**LEFT, "SIGKILL": [1, 30]}},
+    "SIGSTOP": {"SIGSTOP": {**LEFT, "SIGSTOP": [1, 30]}},
+}
+"""Scenarios of a pair follow one another in its two processes."""
 
 Told = dict[str, Any]
 
 
-def play(folder: Path, scenarios: list[Told], awaited: int = 2) -> tuple[list[Any], list[str]]:
-    """What the first ``awaited`` ranks wrote, and what they said on stderr."""
-    environ = {key: value for key, value in os.environ.items() if "OTEL" not in key}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the pairs have left what happened."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environ = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("OTEL_", "ESPER_"))
+    }
     environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:1"
     environ["PYTHONPATH"] = os.pathsep.join([str(RANK.parents[1]), *filter(None, sys.path)])
-    ranks = []
-    try:
-        for rank in range(2):
-            told = {"rank": rank, "folder": str(folder), "scenarios": scenarios}
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, str(RANK), json.dumps(told)],
-                    env=environ,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        said = [process.communicate(timeout=LONG_S)[1] for process in ranks[:awaited]]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
-    files = [folder / f"rank{rank}.json" for rank in range(awaited)]
-    assert all(file.exists() for file in files), "\n".join(said)
-    return [json.loads(file.read_text()) for file in files], said
+    pairs = {name: list(scenarios.values()) for name, scenarios in PAIRS.items()}
+    done = subprocess.run(
+        [sys.executable, str(RANK), json.dumps({"folder": str(folder), "pairs": pairs})],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture(scope="module")
-def lived(tmp_path_factory) -> dict[str, tuple[Told, Told]]:
-    """What both ranks did, by scenario."""
-    both, _ = play(tmp_path_factory.mktemp("ranks"), list(SCENARIOS.values()))
-    return dict(zip(SCENARIOS, zip(*both, strict=True), strict=True))
+def ranks(folder) -> dict[str, tuple[Told, ...]]:
+    """What the ranks of each scenario that lived to its end did."""
+    told: dict[str, tuple[Told, ...]] = {}
+    for pair, scenarios in PAIRS.items():
+        files = sorted((folder / pair).glob("rank*.json"))
+        assert files, (folder / pair / "rank0.err").read_text()
+        lists = [json.loads(file.read_text()) for file in files]
+        told |= dict(zip(scenarios, zip(*lists, strict=True), strict=True))
+    return told
+
+
+def said(folder: Path, pair: str, rank: int) -> str:
+    return (folder / pair / f"rank{rank}.err").read_text()
 
 
 def grown(steps: list[Any]) -> dict[str, list[str]]:
@@ -85,52 +120,98 @@ WHOLE_LIFE = [
     "PROBATIONARY",
     "FOSSILIZED",
 ]
+ALIKE = (
+    "a slow fetch",
+    "a deaf sidecar",
+    "a leak",
+    "told to agree",
+    "by themselves",
+    "told meanwhile",
+)
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "other slots"])
-def test_all_ranks_are_alike_at_every_step(lived, scenario) -> None:
-    first, second = lived[scenario]
+@pytest.mark.parametrize("scenario", ALIKE)
+def test_all_ranks_are_alike_at_every_step(ranks, scenario) -> None:
+    first, second = ranks[scenario]
     assert len(first["steps"]) > 10
-    for kept in ("steps", "decisions", "rates", "weights", "seeds"):
+    for kept in ("run", "steps", "decisions", "rates", "weights", "seeds"):
         assert first[kept] == second[kept]
 
 
-def test_a_seed_lives_its_life_however_late_its_kernel_is_on_one_rank(lived) -> None:
-    first, _ = lived["a slow fetch"]
+def test_a_seed_lives_its_life_however_late_its_kernel_is_on_one_rank(ranks) -> None:
+    first, _ = ranks["a slow fetch"]
     assert WHOLE_LIFE in grown(first["steps"]).values()
     # What is applied at the end of a step is what was asked about the one before.
     asked_for = [step for _, _, step in first["decisions"][1:]]
     assert asked_for == list(range(1, len(first["steps"])))
 
 
-def test_without_a_sidecar_all_go_on(lived) -> None:
-    first, _ = lived["a deaf sidecar"]
+def test_without_a_sidecar_all_go_on(ranks) -> None:
+    first, _ = ranks["a deaf sidecar"]
     reasons = {reason for _, reason, _ in first["decisions"][25:]}
     assert reasons <= {"unreachable", "breaker_open", "timeout"}
 
 
-def test_a_leak_on_one_rank_ends_the_seed_on_all(lived) -> None:
-    first, _ = lived["a leak"]
+def test_a_leak_on_one_rank_ends_the_seed_on_all(ranks) -> None:
+    first, _ = ranks["a leak"]
     assert any("EMBARGOED" in stages for stages in grown(first["steps"]).values())
     assert not any("BLENDING" in stages for stages in grown(first["steps"]).values())
 
 
-def test_without_a_garden_the_learning_rate_is_changed_on_all_ranks_at_once(lived) -> None:
-    first, _ = lived["no garden"]
+def test_without_a_garden_the_learning_rate_is_changed_on_all_ranks_at_once(ranks) -> None:
+    first, _ = ranks["told to agree"]
     # Asked about step 5, applied at the end of step 6.
     assert first["rates"][4:7] == [0.02, 0.01, 0.01]
 
 
-def test_ranks_with_different_slots_are_told_so(lived) -> None:
-    for each in lived["other slots"]:
+def test_ranks_with_different_slots_are_told_so(ranks) -> None:
+    for each in ranks["other slots"]:
         assert "expected the same on all ranks" in each["refused"]
 
 
+def test_ranks_that_train_together_agree_untold(ranks) -> None:
+    first, _ = ranks["by themselves"]
+    reasons = [reason for _, reason, _ in first["decisions"]]
+    unmet = reasons.count("not_agreed")
+    assert unmet >= 2
+    assert "not_agreed" not in reasons[unmet:]
+    # Not one decision is applied before, by anybody.
+    assert set(first["rates"][:unmet]) == {0.02}
+    assert first["rates"][-1] < 0.005
+
+
+def test_ranks_that_are_told_to_agree_do_so_at_once(ranks) -> None:
+    first, _ = ranks["told meanwhile"]
+    reasons = [reason for _, reason, _ in first["decisions"]]
+    assert reasons[:2] == ["not_agreed"] * 2
+    assert "not_agreed" not in reasons[2:]
+
+
+REFUSALS = {
+    "each for itself": "one of them has taken a step without waiting for another",
+    "settings that differ": "their settings for what decisions may do differ",
+}
+
+
+@pytest.mark.parametrize("scenario", REFUSALS)
+def test_ranks_that_should_not_agree_apply_nothing(folder, ranks, scenario) -> None:
+    for each in ranks[scenario]:
+        assert {reason for _, reason, _ in each["decisions"]} == {"not_agreed"}
+        assert set(each["rates"]) == {0.02}
+    # The one that asks tells why, once.
+    assert said(folder, "deciding", 0).count(REFUSALS[scenario]) == 1
+    assert REFUSALS[scenario] not in said(folder, "deciding", 1)
+
+
+def test_nobody_waits_for_a_rank_that_does_not_train(ranks) -> None:
+    first, _ = ranks["one that does not train"]
+    assert len(first["steps"]) == 60
+    assert first["longest_s"] < DECIDING["one that does not train"]["timeout_s"] / 2
+
+
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
-def test_a_rank_that_is_gone_keeps_nobody_waiting_for_good(tmp_path, end) -> None:
-    # Without DDP, whose own collective would wait for the other rank.
-    scenario = {"without_ddp": True, "timeout_s": 5.0, "steps": 60, end: [1, 30]}
-    ((first,),), (said,) = play(tmp_path, [scenario], awaited=1)
+def test_a_rank_that_is_gone_keeps_nobody_waiting_for_good(folder, ranks, end) -> None:
+    first = ranks[end][0]
     assert len(first["steps"]) == 60
     assert first["decisions"][40][:2] == ["CONTINUE", "not_agreed"]
-    assert said.count("agree no more") == 1
+    assert said(folder, end, 0).count("agree no more") == 1

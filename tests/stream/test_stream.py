@@ -236,7 +236,7 @@ def test_a_certificate_that_is_none_switches_sending_off_and_is_said(
 def test_the_resource_says_whose_telemetry_it_is(http, open_stream, row, monkeypatch):
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=vision,deployment.environment=lab")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "digits")
-    stream = open_stream(http.url, rank=2, world_size=4)
+    stream = open_stream(http.url, rank=2, local_rank=0, world_size=4)
     stream.frame(1, row(1))
     stream.timeline(TIMELINE)
     stream.close()
@@ -248,6 +248,7 @@ def test_the_resource_says_whose_telemetry_it_is(http, open_stream, row, monkeyp
                 "service.instance.id": "instance",
                 "esper.run_id": "run",
                 "esper.rank": 2,
+                "esper.local_rank": 0,
                 "esper.world_size": 4,
                 "team": "vision",
                 "deployment.environment": "lab",

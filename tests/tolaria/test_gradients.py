@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from esper_otel.tolaria.gradients import gradient_norm, pcgrad  # noqa: E402
+from esper_otel.tolaria.gradients import (  # noqa: E402
+    gradient_norm,
+    is_sharded,
+    pcgrad,
+    whole_norm,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -109,6 +114,63 @@ def test_a_layout_it_cannot_read_and_a_sharded_gradient_have_no_norm() -> None:
         torch.ones(2, 2).to_mkldnn() if torch.backends.mkldnn.is_available() else None
     )
     assert gradient_norm([Compressed()]) is None
+
+
+class Distributed(torch.Tensor):
+    """As much of a DTensor as is looked at."""
+
+    placements: tuple[Any, ...] = ()
+
+    def full_tensor(self) -> Any:
+        raise AssertionError("a collective that other ranks do not join")
+
+    def to_local(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+class Placed:
+    def __init__(self, *, replicated: bool) -> None:
+        self.is_replicate = lambda: replicated
+
+
+def distributed(values: list[float], *replicated: bool) -> Distributed:
+    """A DTensor on a mesh of as many dimensions."""
+    made = tensor(values).as_subclass(Distributed)
+    made.placements = tuple(Placed(replicated=each) for each in replicated)
+    return made
+
+
+class Given:
+    """A parameter with this gradient."""
+
+    def __init__(self, grad: Any) -> None:
+        self.grad = grad
+
+
+@pytest.mark.parametrize(
+    ("replicated", "norm"),
+    [((True,), 5.0), ((True, True), 5.0), ((False,), None), ((True, False), None)],
+)
+def test_a_norm_is_told_where_each_rank_has_all_of_it(replicated, norm) -> None:
+    gradient = distributed([3.0, 4.0], *replicated)
+    found = gradient_norm([Given(gradient)])
+    assert (None if found is None else found.item()) == norm
+    assert is_sharded(Given(gradient)) == (norm is None)
+    clipped = whole_norm(distributed([5.0], *replicated), [Given(gradient)])
+    assert (None if clipped is None else clipped.item()) == norm
+
+
+def test_flat_parameters_have_only_this_ranks_part(monkeypatch) -> None:
+    flat, plain = Given(tensor([3.0, 4.0])), Given(tensor([1.0]))
+    flat._fsdp_flattened = True
+    # As the older FSDP leaves them once it is imported.
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp._flat_param", sys)
+    assert is_sharded(flat)
+    assert not is_sharded(plain)
+    assert gradient_norm([plain, flat]) is None
+    assert gradient_norm([plain]).item() == 1.0
+    assert whole_norm(tensor(5.0), [plain, flat]) is None
+    assert whole_norm(tensor(5.0), [plain]).item() == 5.0
 
 
 def test_a_gradient_with_a_graph_of_its_own_adds_no_node() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from esper_otel import run as runs
 from esper_otel.integrations.primary import Primary
 from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.gradients import whole_norm
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import untraced
 
@@ -194,6 +195,9 @@ class Watch:
 
     def _take_norm(self, parameters: Any, norm: Any) -> None:
         clipped = [parameters] if hasattr(parameters, "grad") else parameters
+        norm = whole_norm(norm, clipped)
+        if norm is None:
+            return
         optimizer = self._primary.current
         if optimizer is not None:
             # The norm of a part of the gradients is not the norm the registry means.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from esper_otel.leyline.metrics import (
     INSTANCE_ID,
+    LOCAL_RANK,
     RANK,
     RUN_ID,
     SEED_ID,
@@ -59,6 +60,7 @@ def page() -> str:
         run_id=RUN_ID,
         rank=RANK,
         world_size=WORLD_SIZE,
+        local_rank=LOCAL_RANK,
         instance_id=INSTANCE_ID,
     )
 
@@ -154,6 +156,7 @@ attributes, and a step number is never an attribute: it would make one series pe
 | `{instance_id}` | unique per process |
 | `{run_id}` | the run, the same for all its ranks |
 | `{rank}`, `{world_size}` | this process among those of the run |
+| `{local_rank}` | this process among those of the run on its host, where that is known |
 
 Whatever else OpenTelemetry detects, or `OTEL_RESOURCE_ATTRIBUTES` adds, is there as well.
 

@@ -219,9 +219,10 @@ BY_INSTRUMENT: dict[str, Metric] = {metric.instrument: metric for metric in BY_K
 SEED_ID = "seed_id"
 """Attribute carried by every point of a seed metric."""
 
-RUN_ID, RANK, WORLD_SIZE, INSTANCE_ID = (
+RUN_ID, RANK, LOCAL_RANK, WORLD_SIZE, INSTANCE_ID = (
     "esper.run_id",
     "esper.rank",
+    "esper.local_rank",
     "esper.world_size",
     "service.instance.id",
 )

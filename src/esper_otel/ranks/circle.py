@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from esper_otel.ranks.world import attempt
+
 log = logging.getLogger("esper_otel")
 
 _made = 0
@@ -62,6 +64,17 @@ class Circle:
         """Begin to find the greatest byte of all ranks at each place of ``data``."""
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return Sent(self, tensor, self._reduce(tensor, dist.ReduceOp.MAX))
+
+    def extremes(self, *numbers: int) -> list[tuple[int, int]]:
+        """The least and the greatest of all ranks, for each of ``numbers`` (63 bits).
+
+        Waits for the others; raises :class:`CircleError`.
+        """
+        tensor = torch.tensor([*numbers, *(-each for each in numbers)], dtype=torch.int64)
+        self.wait(self._reduce(tensor, dist.ReduceOp.MAX))
+        greatest = tensor.tolist()
+        count = len(numbers)
+        return [(-greatest[count + nth], greatest[nth]) for nth in range(count)]
 
     def average(
         self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]
@@ -114,29 +127,32 @@ class Circle:
             raise CircleError(_first_line(error)) from None
 
 
-def is_shared() -> bool:
-    """Whether this process is one of several ranks of ``torch.distributed``."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def join(timeout_s: float) -> Circle:
+def join(timeout_s: float, name: str = "") -> Circle:
     """Meet the other ranks; each of them must call this, as many times as any other.
 
-    Raises :class:`CircleError` when not all have come after ``timeout_s``.
+    ``name`` is for those who may call it in another order among themselves. Raises
+    :class:`CircleError` when not all have come after ``timeout_s``.
     """
     global _made
-    _made += 1
+    if not name:
+        _made += 1
+        name = str(_made)
     rank, size = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d.PrefixStore(
-        f"esper-otel/{_made}", dist.distributed_c10d._get_default_store()
-    )
     try:
-        group = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=timeout_s))
+        group = dist.ProcessGroupGloo(
+            store_of(name), rank, size, timeout=timedelta(seconds=timeout_s)
+        )
     except RuntimeError as error:
         raise CircleError(
             f"not all {size} ranks have come within {timeout_s:g} s: {_first_line(error)}"
         ) from None
     return Circle(group, rank, size, timeout_s)
+
+
+def store_of(name: str) -> Any:
+    """What all ranks can write to and read from, under ``name``."""
+    store = dist.distributed_c10d._get_default_store()
+    return dist.distributed_c10d.PrefixStore(f"esper-otel/{attempt()}/{name}", store)
 
 
 def _let_go(held: list[Any]) -> None:

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanContext
 
 from esper_otel import __version__
-from esper_otel.leyline.metrics import INSTANCE_ID, RANK, RUN_ID, WORLD_SIZE
+from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID, WORLD_SIZE
 from esper_otel.stream.encoding import SCOPE
 
 log = logging.getLogger("esper_otel")
@@ -29,8 +29,12 @@ log = logging.getLogger("esper_otel")
 SPANS_PER_REQUEST = 512
 
 
-def trainer_resource(run_id: str, instance_id: str, rank: int, world_size: int) -> Resource:
+def trainer_resource(
+    run_id: str, instance_id: str, rank: int, world_size: int, local_rank: int = -1
+) -> Resource:
     """Who produces this telemetry: what OTel detects, and which trainer of which run.
+
+    A ``local_rank`` below 0 is not known, and left out.
 
     The SDK's detectors read ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` from
     the process's environment.
@@ -41,6 +45,8 @@ def trainer_resource(run_id: str, instance_id: str, rank: int, world_size: int) 
         WORLD_SIZE: world_size,
         INSTANCE_ID: instance_id,
     }
+    if local_rank >= 0:
+        identity[LOCAL_RANK] = local_rank
     try:
         resource = Resource.create(identity)
     except Exception as error:

@@ -203,7 +203,11 @@ class Stream:
 
         settings = self._settings
         resource = trainer_resource(
-            self._run_id, self._instance_id, settings.rank, settings.world_size
+            self._run_id,
+            self._instance_id,
+            settings.rank,
+            settings.world_size,
+            settings.local_rank,
         )
         outage = Outage(
             f"up to {settings.spool_mb:g} MB are kept, and what is unsent at the end is "

@@ -7,6 +7,7 @@ on the first call, so that the module can be imported without it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,20 +26,25 @@ def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
     that half precision is summed in float32, where it cannot overflow. With gradients on
     several devices the result lies on the first that is not the CPU.
 
-    None when there is no gradient, and when its norm would cost more than it should: a
-    DTensor needs a collective of all ranks, an uncoalesced sparse gradient on a GPU a
-    synchronisation.
+    Under DistributedDataParallel it is that of the averaged gradients, the same on all
+    ranks. None when there is no gradient, and when its norm would cost more than it should:
+    gradients sharded over ranks (FSDP) need a collective, an uncoalesced sparse gradient on
+    a GPU a synchronisation.
     """
     import torch
 
     groups: Groups = {}
+    flat = _FLAT in sys.modules
     with torch.no_grad():
         for parameter in parameters:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if type(gradient) is not torch.Tensor and hasattr(gradient, "full_tensor"):
-                return None
+            if type(gradient) is not torch.Tensor or flat:
+                held = _held(parameter)
+                if held is None:
+                    return None
+                gradient = held
             if gradient.layout is not torch.strided:
                 values = _sparse_values(gradient)
                 if values is None:
@@ -51,6 +57,50 @@ def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
             else:
                 group.append(gradient)
         return _norm(groups) if groups else None
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether this rank holds only a part of the gradient of ``parameter``.
+
+    That of ``fully_shard`` is a DTensor, that of the older ``FullyShardedDataParallel`` a
+    plain one, of a parameter that is marked.
+    """
+    return parameter.grad is not None and _held(parameter) is None
+
+
+def whole_norm(norm: torch.Tensor, parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """``norm``, as ``clip_grad_norm_`` gave it back for ``parameters``, as a plain tensor.
+
+    Where gradients are DTensors, clipping has reduced it over the ranks if each has all of
+    it now. None where its value would take a collective, or is only that of this rank.
+    """
+    if _FLAT in sys.modules and any(
+        getattr(each, "_fsdp_flattened", False) for each in parameters
+    ):
+        return None
+    return _whole(norm)
+
+
+_FLAT = "torch.distributed.fsdp._flat_param"
+"""Not imported by torch itself: no parameter is marked as long as it is missing."""
+
+
+def _held(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The gradient, as a plain tensor; None when this rank has not got all of it."""
+    if parameter.grad is None or getattr(parameter, "_fsdp_flattened", False):
+        return None
+    return _whole(parameter.grad)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A DTensor as a plain tensor, None when this rank has not got all of it."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    placements = getattr(tensor, "placements", ())
+    if not placements or not all(each.is_replicate() for each in placements):
+        return None
+    local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local
 
 
 def _sparse_values(gradient: torch.Tensor) -> torch.Tensor | None:

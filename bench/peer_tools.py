@@ -1,0 +1,269 @@
+"""Tools that record training, each put on a loop and taken off again, for ``bench.peers``.
+
+``python -m bench.peer_tools TOOL NETWORK FILE`` trains the network in blocks, with the tool
+and without in turn, and writes milliseconds per step of both, as JSON, to the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from bench.figures import alternate
+from esper_otel.integrations.torch import TorchInstrumentor
+from examples import characters, digits
+
+BLOCKS = 4
+STEPS = {"digits": 200, "characters": 40}
+"""Of each block: about half a second."""
+
+
+class Training:
+    """A network that learns, one step at a time."""
+
+    def __init__(self, network: str) -> None:
+        torch.manual_seed(0)
+        data: Any
+        if network == "digits":
+            data, _ = digits.load(0)
+            self.model: nn.Module = digits.DigitsNet()
+            batch = 64
+        else:
+            data = characters.load()
+            self.model = characters.Writer(len(data.letters))
+            batch = 8
+        self.steps = STEPS[network]
+        sampler = RandomSampler(data, replacement=True, num_samples=self.steps * batch)
+        self.loader: DataLoader[Any] = DataLoader(data, batch, sampler=sampler)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+
+    def loss(self, batch: Any) -> Tensor:
+        """Cross-entropy of a batch."""
+        inputs, wanted = batch
+        return nn.functional.cross_entropy(self.model(inputs).flatten(0, -2), wanted.flatten())
+
+    def learn(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """One step; its loss and gradient norm."""
+        self.optimizer.zero_grad()
+        loss = self.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.optimizer.step()
+        return loss, norm
+
+    def bare(self) -> float:
+        """Milliseconds per step of a block."""
+        began = perf_counter()
+        for batch in self.loader:
+            self.learn(batch)
+        return (perf_counter() - began) * 1e3 / self.steps
+
+
+Block = Callable[[], float]
+"""Trains for a block and returns milliseconds per step."""
+
+
+@contextmanager
+def esper(training: Training, mode: str = "off") -> Iterator[tuple[Block, Block]]:
+    """From outside, as ``esper-otel run`` does."""
+    yield partial(instrumented, training.bare, mode), training.bare
+
+
+def instrumented(block: Block, mode: str) -> float:
+    TorchInstrumentor().instrument(skip_dep_check=True, mode=mode)
+    try:
+        return block()
+    finally:
+        TorchInstrumentor().uninstrument()
+
+
+@contextmanager
+def traceml(training: Training) -> Iterator[tuple[Block, Block]]:
+    """With ``traceml serve`` beside it, and what it patches put back for bare blocks."""
+    tool = import_module("traceml_ai")
+    hooks = import_module("traceml_ai.instrumentation.hooks.optimizer_hooks")
+    patched: tuple[tuple[Any, str], ...] = (
+        (DataLoader, "__iter__"),
+        (nn.Module, "__call__"),
+        (torch.Tensor, "backward"),
+        (torch.autograd, "backward"),
+        (torch.Tensor, "to"),
+    )
+    port = free_port()
+    options = ["--aggregator-port", str(port), "--session-id", "bench", "--logs-dir", "logs"]
+    with subprocess.Popen(
+        [str(Path(sys.executable).with_name("traceml")), "serve", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as aggregator:
+        originals = [getattr(owner, name) for owner, name in patched]
+        tool.init(
+            mode="auto",
+            aggregator_port=port,
+            session_id="bench",
+            logs_dir="logs",
+            connect_timeout_sec=30.0,
+        )
+        theirs = [getattr(owner, name) for owner, name in patched]
+        if theirs == originals:
+            raise AssertionError("TraceML has patched nothing")
+
+        def put(wrappers: list[Any]) -> None:
+            for (owner, name), wrapper in zip(patched, wrappers, strict=True):
+                setattr(owner, name, wrapper)
+
+        def traced() -> float:
+            put(theirs)
+            began = perf_counter()
+            for batch in training.loader:
+                with tool.trace_step(training.model):
+                    training.learn(batch)
+            return (perf_counter() - began) * 1e3 / training.steps
+
+        def bare() -> float:
+            put(originals)
+            hooks.reset_optimizer_timing()
+            return training.bare()
+
+        try:
+            yield traced, bare
+        finally:
+            aggregator.terminate()
+
+
+@contextmanager
+def torchtel(training: Training) -> Iterator[tuple[Block, Block]]:
+    """From outside, with its own set-up of the OTel SDK."""
+    tool = import_module("torchtel")
+    tracers, meters = tool.setup_opentelemetry()
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # of the full queue of spans
+
+    def traced() -> float:
+        instrumentor = tool.PyTorchInstrumentor().instrument(model=training.model)
+        try:
+            return training.bare()
+        finally:
+            instrumentor.uninstrument()
+
+    yield traced, training.bare
+    meters.shutdown()
+    tracers.shutdown()
+
+
+@contextmanager
+def wandb(training: Training) -> Iterator[tuple[Block, Block]]:
+    """Offline; it hears of loss, gradient norm and learning rate at every step."""
+    tool = import_module("wandb")
+    run = tool.init(project="bench", dir=".", mode="offline")
+
+    def logged() -> float:
+        began = perf_counter()
+        for batch in training.loader:
+            loss, norm = training.learn(batch)
+            rate = training.optimizer.param_groups[0]["lr"]
+            run.log({"loss": loss.item(), "gradient_norm": norm.item(), "lr": rate})
+        return (perf_counter() - began) * 1e3 / training.steps
+
+    yield logged, training.bare
+    run.finish()
+
+
+def under_lightning(training: Training, every: int, monitored: bool) -> float:
+    """Milliseconds per step of one epoch of Lightning's Trainer."""
+    pl: Any = import_module("lightning.pytorch")
+    loggers = import_module("lightning.pytorch.loggers")
+    monitors = import_module("lightning.pytorch.callbacks")
+    marks: list[float] = []
+
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = training.model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return training.loss(batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return training.optimizer
+
+        def on_train_epoch_start(self) -> None:
+            marks.append(perf_counter())
+
+        def on_train_epoch_end(self) -> None:
+            marks.append(perf_counter())
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        gradient_clip_val=5.0,
+        log_every_n_steps=every,
+        logger=loggers.CSVLogger("lightning"),
+        callbacks=[monitors.DeviceStatsMonitor()] if monitored else [],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(Module(), training.loader)
+    began, ended = marks
+    return (ended - began) * 1e3 / training.steps
+
+
+@contextmanager
+def device_stats(training: Training, every: int = 1) -> Iterator[tuple[Block, Block]]:
+    """Lightning's own callback, against Lightning without it."""
+    block = partial(under_lightning, training, every)
+    yield partial(block, monitored=True), partial(block, monitored=False)
+
+
+@contextmanager
+def esper_lightning(training: Training) -> Iterator[tuple[Block, Block]]:
+    """From outside, against Lightning without."""
+    block = partial(under_lightning, training, every=1, monitored=False)
+    yield partial(instrumented, block, "off"), block
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+TOOLS: dict[str, Any] = {
+    "esper": esper,
+    "esper_asking": partial(esper, mode="advise"),
+    "traceml": traceml,
+    "torchtel": torchtel,
+    "wandb": wandb,
+    "esper_lightning": esper_lightning,
+    "device_stats": device_stats,
+    "device_stats_default": partial(device_stats, every=50),
+}
+
+
+def main() -> None:
+    tool, network, result = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    with TOOLS[tool](Training(network)) as (with_tool, bare):
+        with_tool(), bare()
+        Path(result).write_text(json.dumps(alternate(with_tool, bare, BLOCKS)))
+
+
+if __name__ == "__main__":
+    main()

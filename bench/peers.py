@@ -1,0 +1,161 @@
+"""What a step costs with us, and with others that record training, each as it usually is.
+
+Per tool and network one process, which trains in short blocks, with the tool and without in
+turn. A plain loop:
+
+* esper-otel, from outside, every step's metrics to a receiver; then asking a sidecar as well,
+  which no other tool has,
+* TraceML (``traceml-ai``), with its context around each step and an aggregator,
+* torchtel, from outside, spans and metrics by the OTel SDK to a receiver,
+* wandb, offline, logging loss, gradient norm and learning rate of each step.
+
+Under Lightning's Trainer: esper-otel, and DeviceStatsMonitor with a CSV logger, of every step
+and of every 50th, which is its default. The others are the extra ``peers``; what is not
+installed is left out. Nothing here leaves this machine.
+
+What a tool does in threads or processes of its own is in its blocks as far as it falls there;
+TraceML's and wandb's go on while the bare blocks run, which can only flatter them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.figures import Figure, median, run
+from bench.receiver import ReceiverProcess
+from bench.training import sidecar
+
+BENCH = "peers"
+ROOT = Path(__file__).parent.parent
+OURS = "esper-otel"
+
+
+class Tool(NamedTuple):
+    """A row of the table: the name in ``bench.peer_tools``, and what it needs."""
+
+    name: str
+    title: str
+    module: str = "esper_otel"
+    every_step: bool = True
+    compared: bool = True
+
+
+TOOLS = (
+    Tool("esper", OURS),
+    Tool("esper_asking", f"{OURS}, asking at every step", compared=False),
+    Tool("traceml", "TraceML", "traceml_ai"),
+    Tool("torchtel", "torchtel", "torchtel"),
+    Tool("wandb", "wandb, offline", "wandb"),
+    Tool("esper_lightning", f"{OURS} under Lightning", "lightning", compared=False),
+    Tool("device_stats", "DeviceStatsMonitor", "lightning"),
+    Tool(
+        "device_stats_default",
+        "DeviceStatsMonitor, every 50th step",
+        "lightning",
+        every_step=False,
+    ),
+)
+NETWORKS = {"digits": "digits CNN", "characters": "transformer"}
+LOCAL = {
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_DISABLE_GIT": "true",
+    "ESPER_SUMMARY": "off",
+}
+"""The environment of every tool. Offline means offline: no reports of errors either."""
+
+
+def figures() -> list[Figure]:
+    missing = {tool.module for tool in TOOLS if find_spec(tool.module) is None}
+    for module in sorted(missing):
+        print(f"{module} is not installed (extra: peers) and left out", flush=True)
+    rows = []
+    receiver = ReceiverProcess()
+    try:
+        with tempfile.TemporaryDirectory() as name, sidecar(Path(name)) as tamiyo:
+            for network, title in NETWORKS.items():
+                added: dict[str, float] = {}
+                for tool in TOOLS:
+                    if tool.module in missing:
+                        continue
+                    environment = tamiyo if tool.name == "esper_asking" else {}
+                    told = f"{title}, {tool.title}"
+                    with_tool, bare = pairs(tool, network, receiver.url, environment)
+                    added[tool.title], figures_of = summary(told, with_tool, bare)
+                    rows += figures_of
+                rows += comparison(title, added)
+    finally:
+        receiver.kill()
+    return rows
+
+
+def summary(
+    title: str, with_tool: list[float], bare: list[float]
+) -> tuple[float, list[Figure]]:
+    """The median of what was added per step in µs, and the rows that tell of it."""
+    added = [(a - b) * 1e3 for a, b in zip(with_tool, bare, strict=True)]
+    quartiles = statistics.quantiles(added, n=4)
+    return median(added), [
+        Figure.report(BENCH, f"{title}: a step", median(with_tool), "ms", median(bare)),
+        Figure.report(BENCH, f"{title}: added per step, median", median(added), "µs"),
+        Figure.report(BENCH, f"{title}: added, first quartile", quartiles[0], "µs"),
+        Figure.report(BENCH, f"{title}: added, third quartile", quartiles[2], "µs"),
+    ]
+
+
+def comparison(title: str, added: dict[str, float]) -> list[Figure]:
+    """Ours against the least of the others that record every step."""
+    others = {
+        tool.title: added[tool.title]
+        for tool in TOOLS
+        if tool.title in added and tool.compared and tool.every_step and tool.title != OURS
+    }
+    if not others:
+        return []
+    least = min(others, key=others.__getitem__)
+    return [
+        Figure.at_most(
+            BENCH,
+            f"{title}: {OURS} over {least}, the least of the others that record every step",
+            added[OURS] - others[least],
+            "µs",
+            bar=0,
+        )
+    ]
+
+
+def pairs(
+    tool: Tool, network: str, url: str, environment: dict[str, str]
+) -> tuple[list[float], list[float]]:
+    """Milliseconds per step of each block, with the tool and without."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.peer_tools", tool.name, network, f"{folder}/result"],
+            cwd=folder,
+            env=os.environ
+            | {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "ESPER_SPOOL_DIR": folder}
+            | LOCAL
+            | {f"WANDB_{kind}_DIR": folder for kind in ("CACHE", "CONFIG", "DATA")}
+            | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+            | environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{tool.title}: failed with {done.returncode}\n{done.stderr}")
+        with_tool, bare = json.loads((Path(folder) / "result").read_text())
+    return with_tool, bare
+
+
+if __name__ == "__main__":
+    sys.exit(run(figures))

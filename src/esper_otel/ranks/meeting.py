@@ -1,0 +1,210 @@
+"""Meeting: how ranks that nobody told to agree come to do so, and hold up no step.
+
+Whether all ranks train at all, and together, is not known beforehand: one may only
+evaluate, or each may train a model of its own. So a thread waits for the others, while the
+training thread goes on and applies nothing. When all are there they exchange the steps
+they are at and name one ahead of all, from the end of which on an :class:`Agreement`
+holds on every rank. A second exchange tells whether any was past that step by then; as its
+outcome is the same for all, they begin together or not at all.
+
+Ranks train together when something of the user's own (the reducer of DDP, a gather of
+FSDP, a reduction by hand) makes them wait for one another between two steps. Others are
+not brought to wait by an agreement: then there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from threading import Event, Thread
+from typing import Any
+
+import torch.distributed as dist
+
+from esper_otel.leyline.decisions import NOT_AGREED, Decision, unanswered
+from esper_otel.ranks.agreement import Agreement
+from esper_otel.ranks.circle import Circle, CircleError, join, store_of
+
+log = logging.getLogger("esper_otel")
+
+AHEAD_STEPS = (2, 16, 128, 1024)
+"""How far ahead they begin; further when steps are too short to have said so in time."""
+
+APART_STEPS = 256
+"""Ranks that are further apart do not take the same steps, or count them otherwise."""
+
+POLL_S = 0.05
+"""How often the others are looked for."""
+
+_met = 0
+"""Meetings of this process so far; the ranks of a run begin them in the same order."""
+
+
+class RefusedError(RuntimeError):
+    """All ranks are there and found that they should not agree; says why."""
+
+
+class _Beginning:
+    """A step to begin at, and whether all do."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.told = Event()
+        self.holds = False
+
+
+class Meeting:
+    """Settles decisions as an :class:`Agreement` does, once it has come to one.
+
+    Made on every rank at the end of its first step. ``alike`` is a number that must be the
+    same on all, of what decides how decisions are applied; ``timeout_s`` bounds every wait.
+    """
+
+    def __init__(self, run: str, *, alike: int, timeout_s: float) -> None:
+        global _met
+        _met += 1
+        self._name = f"meeting/{_met}"
+        self._run = run
+        self._alike = alike
+        self._timeout_s = timeout_s
+        self._agreement: Agreement | None = None
+        self._thread: Thread | None = None
+        self._collectives: int | None = -1
+        self._together = False
+        self._step = 0
+        self._beginning: _Beginning | None = None
+        self._circle: Circle | None = None
+        self._left = Event()
+
+    def settle(self, step: int, decision: Decision) -> Decision:
+        """As :meth:`Agreement.settle`; ``not_agreed`` until the ranks have met.
+
+        The training thread waits here at most for the outcome of an exchange that all have
+        begun, at the one step where all begin.
+        """
+        if self._agreement is not None:
+            return self._agreement.settle(step, decision)
+        self._step = step
+        if self._thread is None:
+            self._look_for_collectives()
+        beginning = self._beginning
+        if beginning is not None and beginning.step == step:
+            beginning.told.wait(self._timeout_s)
+            if beginning.holds and self._circle is not None and not self._left.is_set():
+                self._agreement = Agreement(self._circle, self._run)
+                return self._agreement.settle(step, decision)
+        return unanswered(self._run, step, NOT_AGREED)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank asks for all."""
+        return dist.get_rank() == 0
+
+    def end(self) -> Agreement | None:
+        """Look for the others no more; returns the agreement, if there is one by now."""
+        self._left.set()
+        if self._agreement is None and self._thread is not None:
+            # In Python's hands when the interpreter ends, and not within gloo.
+            self._thread.join(2 * POLL_S)
+            if self._circle is not None:
+                self._circle.leave()
+        return self._agreement
+
+    def _look_for_collectives(self) -> None:
+        """Whether there was one between two steps; then the others are looked for."""
+        before, self._collectives = self._collectives, _collectives()
+        if before == -1:
+            return
+        self._together = None not in (before, self._collectives) and (
+            before != self._collectives
+        )
+        self._thread = Thread(target=self._meet, name="esper-meet", daemon=True)
+        self._thread.start()
+
+    # What happens on the thread.
+
+    def _meet(self) -> None:
+        try:
+            if not _gather(self._name, self._timeout_s, self._left):
+                return
+            circle = join(self._timeout_s, self._name)
+            if not any(self._begin(circle, ahead) for ahead in AHEAD_STEPS):
+                circle.leave()
+                raise RefusedError("their steps are too short to name one to begin at")
+        except RefusedError as error:
+            if self.leads:
+                self._tell(error)
+        except Exception as error:
+            if not self._left.is_set():
+                self._tell(error)
+        finally:
+            if self._beginning is not None:
+                self._beginning.told.set()
+
+    def _begin(self, circle: Circle, ahead: int) -> bool:
+        """One try; the same outcome on all ranks."""
+        (first, last), (least, greatest), (together, _) = circle.extremes(
+            self._step, self._alike, int(self._together)
+        )
+        if not together:
+            circle.leave()
+            raise RefusedError("one of them has taken a step without waiting for another")
+        if least != greatest:
+            circle.leave()
+            raise RefusedError("their settings for what decisions may do differ")
+        if last - first > APART_STEPS:
+            circle.leave()
+            raise RefusedError(f"they are {last - first} steps apart")
+        # Seen by the training thread before its step is looked at here: so either it gets
+        # to that step later, or it is known to be past it.
+        self._beginning = beginning = _Beginning(last + ahead)
+        late = self._step >= beginning.step
+        ((_, any_late),) = circle.extremes(int(late))
+        if not any_late:
+            self._circle = circle
+            beginning.holds = True
+        beginning.told.set()
+        return beginning.holds
+
+    def _tell(self, error: Exception) -> None:
+        log.warning(
+            "the ranks of this run do not agree (%s): no decision is applied; with "
+            "ESPER_RANKS_AGREE=false each rank asks and acts on its own",
+            (str(error).splitlines() or [repr(error)])[0],
+        )
+
+
+def _gather(name: str, timeout_s: float, left: Event) -> bool:
+    """Until all ranks have called this; False when the run of one is over before.
+
+    Raises :class:`CircleError` when they have not in time.
+    By looking into the store again and again: waiting in it would keep the user's own
+    calls from it, and the interpreter from ending.
+    """
+    store, size = store_of(name), dist.get_world_size()
+    deadline = time.monotonic() + timeout_s
+    store.add("here", 1)
+    while True:
+        if store.add("here", 0) >= size:
+            word = "met"
+        elif left.is_set():
+            word = "left"
+        elif time.monotonic() > deadline:
+            word = "late"
+        else:
+            left.wait(POLL_S)
+            continue
+        # That of whoever is first holds for all.
+        outcome = store.compare_set("outcome", "", word)
+        if outcome == b"late":
+            raise CircleError(f"not all {size} have begun to train within {timeout_s:g} s")
+        return bool(outcome == b"met")
+
+
+def _collectives() -> int | None:
+    """How many of the user's own this rank has begun, None where torch does not tell."""
+    try:
+        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+        return sum(int(group._get_sequence_number_for_group()) for group in groups)
+    except Exception:
+        return None

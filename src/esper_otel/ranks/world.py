@@ -1,0 +1,124 @@
+"""World: which rank of which run this process is, known before anything is recorded.
+
+torchrun tells its workers their rank in the environment and keeps a store for them; a
+script that calls ``esper_otel.start`` after ``init_process_group`` has both from
+``torch.distributed``. In that store the ranks agree on a name for the run: the first to
+come writes one down, and all take what stands there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from threading import Thread
+from typing import Any
+
+from esper_otel.settings import EsperSettings, new_run_id
+
+log = logging.getLogger("esper_otel")
+
+STORE_TIMEOUT_S = 5.0
+"""Longest that a run's name is waited for. The store is there before its workers are, and
+nobody waits for another rank."""
+
+_named = 0
+"""Runs of this process so far; the ranks begin them in the same order."""
+
+
+def is_shared() -> bool:
+    """Whether this process is one of several ranks of ``torch.distributed``, by now."""
+    dist = _initialised()
+    return dist is not None and dist.get_world_size() > 1
+
+
+def attempt() -> str:
+    """How often torchrun has started these workers again; part of every key in a store."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def placed(settings: EsperSettings) -> EsperSettings:
+    """``settings`` with rank, size and name of the run; never raises.
+
+    Without several ranks, or where they cannot agree on a name, it is this process's own;
+    the second is told. A worker that torchrun started again belongs to another run than
+    before: its steps begin anew.
+    """
+    global _named
+    dist = _initialised()
+    if settings.world_size == 1 and dist is not None:
+        settings = settings.changed(rank=dist.get_rank(), world_size=dist.get_world_size())
+    if settings.run_id:
+        return settings
+    name = new_run_id()
+    if settings.world_size > 1:
+        _named += 1
+        try:
+            name = _agreed(f"esper-otel/{attempt()}/run/{_named}", name, dist)
+        except (OSError, RuntimeError, ValueError) as error:
+            log.warning(
+                "rank %d could not agree with the others on a name for their run (%s) and "
+                "calls its own %s: give all ranks the same ESPER_RUN_ID",
+                settings.rank,
+                str(error).partition("\n")[0],
+                name,
+            )
+    return settings.changed(run_id=name)
+
+
+def _initialised() -> Any:
+    """``torch.distributed`` where there is a process group, else None; imports nothing."""
+    dist: Any = sys.modules.get("torch.distributed")
+    # While torch itself is being imported the module is there, and has nothing in it yet.
+    if not hasattr(dist, "is_initialized") or not dist.is_initialized():
+        return None
+    return dist
+
+
+def _agreed(key: str, name: str, dist: Any) -> str:
+    """What stands under ``key``, which is ``name`` if this rank is the first."""
+    held: list[bytes | Exception] = []
+
+    def write_down() -> None:
+        try:
+            store = _agents_store() if dist is None else _users_store(dist)
+            held.append(store.compare_set(key, "", name))
+        except Exception as error:
+            held.append(error)
+
+    if dist is None:
+        # Here and not on the thread: this may be within the import of torch, whose lock
+        # the thread would wait for.
+        import torch.distributed  # noqa: F401
+    # A store that hangs does so in C++, for as long as the user allows it to.
+    thread = Thread(target=write_down, name="esper-name", daemon=True)
+    thread.start()
+    thread.join(STORE_TIMEOUT_S)
+    if not held:
+        raise TimeoutError(f"their store has not answered within {STORE_TIMEOUT_S:g} s")
+    if isinstance(held[0], Exception):
+        raise held[0]
+    return held[0].decode()
+
+
+def _users_store(dist: Any) -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _agents_store(environ: Mapping[str, str] = os.environ) -> Any:
+    """The store that torchrun's agent keeps for its workers; raises ``ValueError``."""
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("they were not started by torchrun, and have no store in common yet")
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    # TCPStore tells of a connection that fails with a page of C++ frames on stderr.
+    socket.create_connection((host, port), STORE_TIMEOUT_S).close()
+    return sys.modules["torch.distributed"].TCPStore(
+        host,
+        port,
+        is_master=False,
+        timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        wait_for_workers=False,
+    )

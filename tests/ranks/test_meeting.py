@@ -1,0 +1,185 @@
+"""How ranks come to agree untold: what they exchange, and from which step on they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from esper_otel import run as runs
+from esper_otel.leyline.decisions import NOT_AGREED, NOT_ASKED, unanswered
+from esper_otel.ranks import meeting as meetings
+from esper_otel.ranks.meeting import APART_STEPS, Meeting, RefusedError
+from esper_otel.settings import EsperSettings
+
+DECISION = unanswered("r", 1, "nominal")
+
+
+class Circle:
+    """Other ranks that say what they are told to."""
+
+    leads = True
+
+    def __init__(self, *said: list[tuple[int, int]]) -> None:
+        self.said = list(said)
+        self.heard: list[tuple[int, ...]] = []
+        self.left = 0
+
+    def extremes(self, *numbers: int) -> list[tuple[int, int]]:
+        self.heard.append(numbers)
+        return self.said.pop(0)
+
+    def send(self, data: bytes) -> None:
+        return None
+
+    def leave(self) -> None:
+        self.left += 1
+
+
+class Unstarted:
+    """A thread whose work is left to the test."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+def met(*, step: int, apart: int = 0, alike: bool = True, together: bool = True) -> list[Any]:
+    """What comes of the first exchange."""
+    return [(step - apart, step), (7, 7 if alike else 8), (int(together), 1)]
+
+
+IN_TIME, LATE = [(0, 0)], [(0, 1)]
+
+
+@pytest.fixture
+def meeting(monkeypatch) -> Meeting:
+    """One that has been through two steps, and whose thread does not run."""
+    monkeypatch.setattr(meetings, "_collectives", iter([3, 5]).__next__)
+    monkeypatch.setattr(meetings, "Thread", Unstarted)
+    made = Meeting("r", alike=7, timeout_s=5.0)
+    assert [made.settle(step, DECISION).reason for step in (1, 2)] == [NOT_AGREED] * 2
+    return made
+
+
+def test_all_begin_at_the_end_of_the_same_step(meeting) -> None:
+    circle = Circle(met(step=3, apart=1), IN_TIME)
+    assert meeting._begin(circle, 2)
+    assert circle.heard == [(2, 7, 1), (0,)]
+    reasons = [meeting.settle(step, DECISION).reason for step in (3, 4, 5)]
+    # At the first there is nothing to apply yet.
+    assert reasons == [NOT_AGREED, NOT_AGREED, NOT_ASKED]
+    assert meeting.end() is not None
+
+
+def test_a_rank_that_is_past_that_step_says_so(meeting) -> None:
+    circle = Circle(met(step=2), LATE)
+    for step in (3, 4):
+        meeting.settle(step, DECISION)
+    assert not meeting._begin(circle, 2)
+    assert circle.heard[1] == (1,)
+    assert meeting.settle(5, DECISION).reason == NOT_AGREED
+
+
+def test_if_one_is_late_none_begins_and_they_try_again_further_ahead(meeting) -> None:
+    circle = Circle(met(step=2), LATE, met(step=6), IN_TIME)
+    assert not meeting._begin(circle, 2)
+    # It would have been at step 4.
+    assert meeting.settle(4, DECISION).reason == NOT_AGREED
+    assert meeting._begin(circle, 16)
+    assert meeting.settle(22, DECISION).reason == NOT_ASKED
+
+
+@pytest.mark.parametrize(
+    ("differs", "why"),
+    [
+        ({"together": False}, "without waiting for another"),
+        ({"alike": False}, "settings for what decisions may do differ"),
+        ({"apart": APART_STEPS + 1}, "steps apart"),
+    ],
+)
+def test_ranks_that_should_not_agree_find_out(meeting, differs, why) -> None:
+    circle = Circle(met(step=900, **differs))
+    with pytest.raises(RefusedError, match=why):
+        meeting._begin(circle, 2)
+    assert circle.left == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "together"), [((3, 5), 1), ((3, 3), 0), ((None, None), 0), ((3, None), 0)]
+)
+def test_ranks_train_together_if_a_step_had_a_collective(monkeypatch, counts, together) -> None:
+    monkeypatch.setattr(meetings, "_collectives", iter(counts).__next__)
+    monkeypatch.setattr(meetings, "Thread", Unstarted)
+    made = Meeting("r", alike=7, timeout_s=5.0)
+    for step in (1, 2):
+        made.settle(step, DECISION)
+    circle = Circle(met(step=2), IN_TIME)
+    made._begin(circle, 2)
+    assert circle.heard[0][2] == together
+
+
+@pytest.mark.parametrize(
+    ("settings", "shared", "meets"),
+    [
+        ({}, True, 1),
+        ({}, False, 0),
+        ({"ranks_agree": False}, True, 0),
+        ({"mode": "off"}, True, 0),
+    ],
+)
+def test_a_run_meets_the_others_at_its_first_step(
+    monkeypatch, tmp_path, settings, shared, meets
+) -> None:
+    made = []
+
+    class Counted(Meeting):
+        leads = True
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(runs, "is_shared", lambda: shared)
+    monkeypatch.setattr(runs, "Stream", _NoStream)
+    monkeypatch.setattr(meetings, "Meeting", Counted)
+    monkeypatch.setattr(meetings, "Thread", Unstarted)
+    given = {"mode": "advise", "run_id": "r", "tamiyo_socket": str(tmp_path / "s"), **settings}
+    run = runs.Run(EsperSettings().changed(**given))
+    try:
+        for _ in range(3):
+            run.step()
+        assert len(made) == meets
+        if meets:
+            assert run.decision.reason == NOT_AGREED
+    finally:
+        run.close()
+
+
+class _NoStream:
+    """Stands where the stream stands."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def frame(self, *_: object) -> None:
+        pass
+
+    def timeline(self, *_: object) -> None:
+        pass
+
+    def report(self) -> None:
+        return None
+
+    def close(self, timeout_s: float | None = None) -> Any:
+        return self

@@ -1,0 +1,111 @@
+"""Which rank of which run a process is."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+
+import pytest
+
+from esper_otel.ranks import world
+from esper_otel.settings import EsperSettings
+
+torch = pytest.importorskip("torch")
+
+OF_TWO = EsperSettings(world_size=2)
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    """A store as torchrun's agent keeps one, and the environment of a worker."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    worker(monkeypatch, store.port)
+    return store
+
+
+def worker(monkeypatch, port: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+
+
+def named(monkeypatch, settings=OF_TWO) -> str:
+    """The run's name in a fresh process."""
+    monkeypatch.setattr(world, "_named", 0)
+    return world.placed(settings).run_id
+
+
+def test_one_process_names_its_run_itself(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "esper_otel"):
+        names = {world.placed(EsperSettings()).run_id for _ in range(3)}
+    assert len(names) == 3
+    assert not caplog.records
+
+
+def test_a_name_that_is_given_is_taken(agent) -> None:
+    assert world.placed(EsperSettings(world_size=2, run_id="mine")).run_id == "mine"
+
+
+def test_torchruns_workers_have_one_name_for_each_of_their_runs(agent, monkeypatch) -> None:
+    first = named(monkeypatch)
+    second = world.placed(OF_TWO).run_id
+    assert named(monkeypatch) == first
+    assert world.placed(OF_TWO).run_id == second != first
+
+
+def test_workers_that_are_started_again_are_another_run(agent, monkeypatch) -> None:
+    before = named(monkeypatch)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    after = named(monkeypatch)
+    assert named(monkeypatch) == after != before
+
+
+def nothing_there(monkeypatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def nobody_listens(monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    worker(monkeypatch, port)
+
+
+def no_port(monkeypatch) -> None:
+    worker(monkeypatch, 1)
+    monkeypatch.setenv("MASTER_PORT", "tcp")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        (nothing_there, "have no store in common yet"),
+        (nobody_listens, "refused"),
+        (no_port, "invalid literal"),
+    ],
+)
+def test_without_a_store_each_rank_has_a_name_of_its_own(
+    trouble, told, monkeypatch, caplog
+) -> None:
+    trouble(monkeypatch)
+    with caplog.at_level(logging.WARNING, "esper_otel"):
+        names = {named(monkeypatch) for _ in range(2)}
+    assert len(names) == 2
+    assert told in caplog.text
+    assert "give all ranks the same ESPER_RUN_ID" in caplog.text
+
+
+def test_a_store_that_never_answers_is_not_waited_for(monkeypatch, caplog) -> None:
+    class Mute:
+        answer = threading.Event()
+
+        def compare_set(self, *_: str) -> bytes:
+            self.answer.wait()
+            return b"too late"
+
+    monkeypatch.setattr(world, "STORE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(world, "_agents_store", Mute)
+    with caplog.at_level(logging.WARNING, "esper_otel"):
+        assert named(monkeypatch) != "too late"
+    Mute.answer.set()
+    assert "their store has not answered within 0.05 s" in caplog.text
