@@ -30,8 +30,13 @@ BENCHES = (
     "training",
     "outage",
     "sidecar_faults",
+    "answers_under_load",
+    "ingest",
+    "reloading",
     "isolation",
     "growth",
+    "journal",
+    "replay",
 )
 
 

@@ -1,7 +1,8 @@
-"""Where the OTLP receivers listen: addresses of this machine's loopback."""
+"""Where the OTLP receivers listen."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from typing import NamedTuple
 
@@ -22,13 +23,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """The address in ``HOST:PORT``; raises :class:`AddressError`.
-
-        Only loopback: the receivers know neither TLS nor tokens yet, and whoever can
-        send frames can steer a run.
-        """
-        import ipaddress
-
+        """The address in ``HOST:PORT``; raises :class:`AddressError`."""
         host, colon, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         if not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
@@ -36,15 +31,15 @@ class Address(NamedTuple):
         if host == "localhost":
             host = "127.0.0.1"
         try:
-            loopback = ipaddress.ip_address(host).is_loopback
+            ipaddress.ip_address(host)
         except ValueError:
             raise AddressError(f'expected an IP address or localhost, got "{host}"') from None
-        if not loopback:
-            raise AddressError(
-                f"{host} is reachable from other machines, and there is neither TLS nor a "
-                "token yet; expected a loopback address such as 127.0.0.1"
-            )
         return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return ipaddress.ip_address(self.host).is_loopback
 
 
 def bind_refusal(address: Address) -> str | None:

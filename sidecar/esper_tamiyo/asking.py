@@ -16,6 +16,7 @@ from esper_otel.leyline.wire import (
     decode_to_client,
     encode,
 )
+from esper_tamiyo.listening import may_knock, peer_uid
 
 PATIENCE_S = 2.0
 
@@ -34,6 +35,8 @@ def reply_to(request: LatestRequest | StatusRequest, path: Path) -> ToClient:
         connection.settimeout(PATIENCE_S)
         try:
             connection.connect(os.fspath(path))
+            if not may_knock(uid := peer_uid(connection)):  # it could make up any answer
+                raise SilenceError(f"{path}: listened on by another user ({uid})")
             connection.sendall(encode(request))
             return _one_message(connection)
         except TimeoutError:

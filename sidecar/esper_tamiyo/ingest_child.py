@@ -6,26 +6,21 @@ import logging
 import socket
 import subprocess
 import sys
-import time
 from collections import deque
 from typing import Any
 
 import msgspec
 
 from esper_tamiyo.addresses import Address
+from esper_tamiyo.credentials import Credentials
 from esper_tamiyo.pipe import Failed, Inlet, Kind, Ready, Tally
+from esper_tamiyo.restarts import Restarts
 
 log = logging.getLogger("tamiyo")
 
-FIRST_BACKOFF_S = 0.1
-MAX_BACKOFF_S = 10.0
-STABLE_AFTER_S = 10.0
-"""A child that lived this long starts over with the first backoff when it dies."""
+READ_BYTES = 8 * 1024
+"""About 20 frames, which takes 25 µs to cut up: an ask may have to wait for it."""
 
-MAX_QUEUE = 4096
-"""Frames that wait for their turn; beyond it the pipe is left to fill up."""
-
-READ_BYTES = 16 * 1024
 END_PATIENCE_S = 1.5
 
 
@@ -36,15 +31,16 @@ class IngestError(Exception):
 class IngestChild:
     """Starts the process, queues its frames undecoded, and starts it again when it dies."""
 
-    def __init__(self, grpc_at: Address, http_at: Address) -> None:
+    def __init__(
+        self, grpc_at: Address, http_at: Address, credentials: Credentials | None = None
+    ) -> None:
         self._addresses = (str(grpc_at), str(http_at))
+        self._credentials = msgspec.json.encode(credentials or Credentials()).decode()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: socket.socket | None = None
         self._inlet = Inlet()
         self._buffer = bytearray(READ_BYTES)
-        self._backoff = FIRST_BACKOFF_S
-        self._started_at = 0.0
-        self._restart_at: float | None = None
+        self._restarts = Restarts()
         self._tally = Tally()
         self.frames: deque[bytes] = deque()
         self.ready: Ready | None = None
@@ -57,7 +53,7 @@ class IngestChild:
         with theirs:
             command = [sys.executable, "-P", "-m", "esper_tamiyo.ingest", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                [*command, *self._addresses],
+                [*command, *self._addresses, self._credentials],  # names of files, no secrets
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -65,14 +61,8 @@ class IngestChild:
         ours.setblocking(False)
         self._pipe = ours
         self._inlet = Inlet()
-        self._started_at = time.monotonic()
-        self._restart_at = None
+        self._restarts.started()
         return ours
-
-    @property
-    def has_room(self) -> bool:
-        """Whether more may be read from the pipe now."""
-        return len(self.frames) < MAX_QUEUE
 
     def read(self) -> bool:
         """Take in what the pipe holds; False when the process is gone.
@@ -99,18 +89,12 @@ class IngestChild:
     def bury(self) -> None:
         """The process is gone: plan the next one."""
         self._end(patience_s=0.0)
-        now = time.monotonic()
-        if now - self._started_at >= STABLE_AFTER_S:
-            self._backoff = FIRST_BACKOFF_S
-        self._restart_at = now + self._backoff
-        log.warning("the ingest process ended; starting it again in %g s", self._backoff)
-        self._backoff = min(self._backoff * 2, MAX_BACKOFF_S)
+        wait_s = self._restarts.ended()
+        log.warning("the ingest process ended; starting it again in %g s", wait_s)
 
     def due_in(self) -> float | None:
         """Seconds until the process is to be started again, None when it runs."""
-        if self._restart_at is None:
-            return None
-        return max(0.0, self._restart_at - time.monotonic())
+        return self._restarts.due_in()
 
     def restart(self) -> socket.socket:
         """Start the process again, at the same addresses."""

@@ -94,7 +94,8 @@ class NodeReader:
         """A word or sentence; numbers are taken as they are written."""
         if node is None:
             return ""
-        if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
+        is_text = isinstance(node, yaml.ScalarNode) and node.tag != f"{_TAG}null"
+        if not is_text or not node.value.strip():
             self.fault(node, field, f"expected text, got {shown(node)}")
             return ""
         return str(node.value).strip()

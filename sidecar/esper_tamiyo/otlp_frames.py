@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
+from typing import NamedTuple
 
 import msgspec
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, ResourceMetrics
 
@@ -40,28 +42,75 @@ class Harvest(msgspec.Struct):
     unusable: int = 0
 
 
-class _Moment:
-    """Points of one resource that share a timestamp."""
+class Identity(NamedTuple):
+    """Whose points a resource holds."""
+
+    run: str
+    rank: int
+    instance: str
+
+
+class Moment:
+    """Points of one trainer that share a timestamp."""
 
     __slots__ = ("nonfinite", "points", "seeds", "values")
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self.seeds: dict[str, dict[str, float]] = {}
-        self.nonfinite = 0
         self.points = 0
+        self.nonfinite = 0
+
+    def join(self, other: Moment) -> None:
+        """Take in what came in another request, unless that is a second copy of the step."""
+        if "step" in self.values and "step" in other.values:
+            return
+        self.values.update(other.values)
+        for seed_id, values in other.seeds.items():
+            self.seeds.setdefault(seed_id, {}).update(values)
+        self.points += other.points
+        self.nonfinite += other.nonfinite
+
+    def frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
+        """The step it was, None when no point says which."""
+        step = self.values.get("step")
+        if step is None or not 0 <= step < MAX_STEP or step != int(step):
+            return None
+        if self.nonfinite:
+            self.values["nonfinite"] = self.values.get("nonfinite", 0.0) + self.nonfinite
+            self.nonfinite = 0
+        return StepFrame(
+            whose.run,
+            whose.instance,
+            whose.rank,
+            int(step),
+            time_unix_nano,
+            self.values,
+            self.seeds,
+        )
 
 
 def frames_of(request: ExportMetricsServiceRequest) -> Harvest:
     """The step frames in ``request``, by resource and step."""
     harvest = Harvest([])
-    for resource in request.resource_metrics:
-        _reap(resource, harvest)
+    for group in request.resource_metrics:
+        whose = identity_of(group)
+        frames = []
+        for time_unix_nano, moment in moments_of(group, harvest).items():
+            frame = moment.frame(whose, time_unix_nano)
+            if frame is None:
+                harvest.unusable += moment.points
+                continue
+            harvest.used += moment.points
+            frames.append(frame)
+        frames.sort(key=_step)
+        harvest.frames += frames
     return harvest
 
 
-def _reap(group: ResourceMetrics, harvest: Harvest) -> None:
-    moments: dict[int, _Moment] = {}
+def moments_of(group: ResourceMetrics, harvest: Harvest) -> dict[int, Moment]:
+    """The points of one resource by their time; those that have no place are counted."""
+    moments: dict[int, Moment] = {}
     for scope in group.scope_metrics:
         for metric in scope.metrics:
             known = BY_INSTRUMENT.get(metric.name)
@@ -72,29 +121,13 @@ def _reap(group: ResourceMetrics, harvest: Harvest) -> None:
                 _take_seed_points(known.key, points, moments, harvest)
             else:
                 _take_step_points(known.key, points, moments, harvest)
-    run, rank, instance = _identity(group.resource.attributes)
-    frames = []
-    for time_unix_nano, moment in moments.items():
-        step = moment.values.get("step")
-        if step is None or not 0 <= step < MAX_STEP or step != int(step):
-            harvest.unusable += moment.points
-            continue
-        harvest.used += moment.points
-        if moment.nonfinite:
-            moment.values["nonfinite"] = moment.values.get("nonfinite", 0.0) + moment.nonfinite
-        frames.append(
-            StepFrame(
-                run, instance, rank, int(step), time_unix_nano, moment.values, moment.seeds
-            )
-        )
-    frames.sort(key=_step)
-    harvest.frames += frames
+    return moments
 
 
 def _take_step_points(
     key: str,
     points: Iterable[NumberDataPoint],
-    moments: dict[int, _Moment],
+    moments: dict[int, Moment],
     harvest: Harvest,
 ) -> None:
     for point in points:
@@ -113,12 +146,12 @@ def _take_step_points(
 def _take_seed_points(
     key: str,
     points: Iterable[NumberDataPoint],
-    moments: dict[int, _Moment],
+    moments: dict[int, Moment],
     harvest: Harvest,
 ) -> None:
     for point in points:
         value = _value(point)
-        seed_id = _text_of(point.attributes, SEED_ID)
+        seed_id = text_of(point.attributes, SEED_ID)
         if value is None or not seed_id:
             harvest.unusable += 1
             continue
@@ -131,10 +164,10 @@ def _take_seed_points(
             moment.nonfinite += 1
 
 
-def _at(moments: dict[int, _Moment], time_unix_nano: int) -> _Moment:
+def _at(moments: dict[int, Moment], time_unix_nano: int) -> Moment:
     moment = moments.get(time_unix_nano)
     if moment is None:
-        moment = moments[time_unix_nano] = _Moment()
+        moment = moments[time_unix_nano] = Moment()
     return moment
 
 
@@ -159,16 +192,18 @@ def _value(point: NumberDataPoint) -> float | None:
     return float(point.as_int) if kind == "as_int" else None
 
 
-def _identity(attributes: Sequence[KeyValue]) -> tuple[str, int, str]:
-    """Run, rank and instance; the service's name stands in for a missing run."""
-    run = _text_of(attributes, RUN_ID) or _text_of(attributes, SERVICE_NAME)
-    rank = _text_of(attributes, RANK)
+def identity_of(group: ResourceMetrics | ResourceLogs) -> Identity:
+    """Whose it is; the service's name stands in for a missing run."""
+    attributes = group.resource.attributes
+    run = text_of(attributes, RUN_ID) or text_of(attributes, SERVICE_NAME)
+    rank = text_of(attributes, RANK)
     # isdecimal alone accepts the digits of every script
     number = int(rank) if rank.isascii() and rank.isdecimal() and len(rank) < 10 else 0
-    return run, number, _text_of(attributes, INSTANCE_ID)
+    return Identity(run, number, text_of(attributes, INSTANCE_ID))
 
 
-def _text_of(attributes: Iterable[KeyValue], key: str) -> str:
+def text_of(attributes: Iterable[KeyValue], key: str) -> str:
+    """The attribute as text, empty when it is missing or neither text nor a whole number."""
     for attribute in attributes:
         if attribute.key == key:
             return _text(attribute.value)

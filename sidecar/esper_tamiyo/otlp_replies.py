@@ -13,6 +13,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 INVALID_ARGUMENT = 3
 UNAVAILABLE = 14
+UNAUTHENTICATED = 16
 
 RETRY_AFTER_S = 1
 _RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"

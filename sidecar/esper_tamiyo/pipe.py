@@ -1,4 +1,4 @@
-"""What the ingest process tells the decide process, over their socket pair.
+"""What the ingest process and the table's watch tell the decide process, over socket pairs.
 
 A message is a length, a kind and a MessagePack body. The kind lies outside the body so
 that the decide process can leave frames undecoded until their turn comes.
@@ -13,6 +13,7 @@ from enum import IntEnum
 import msgspec
 
 from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.table import Table
 
 
 class Kind(IntEnum):
@@ -22,6 +23,8 @@ class Kind(IntEnum):
     READY = 1
     FAILED = 2
     TALLY = 3
+    TABLE = 4
+    UNUSABLE = 5
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):
@@ -33,6 +36,12 @@ class Ready(msgspec.Struct, frozen=True, array_like=True):
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
     """The ingest process cannot start, and why."""
+
+    message: str
+
+
+class Unusable(msgspec.Struct, frozen=True, array_like=True):
+    """The table's file cannot be used as it is now, and why."""
 
     message: str
 
@@ -51,6 +60,7 @@ class Tally(msgspec.Struct, array_like=True):
     malformed: int = 0
     too_large: int = 0
     turned_away_busy: int = 0
+    unauthorized: int = 0
 
 
 _HEAD = struct.Struct("<IB")
@@ -62,10 +72,12 @@ _KINDS: dict[type, Kind] = {
     Ready: Kind.READY,
     Failed: Kind.FAILED,
     Tally: Kind.TALLY,
+    Table: Kind.TABLE,
+    Unusable: Kind.UNUSABLE,
 }
 
 
-def pack(message: StepFrame | Ready | Failed | Tally) -> bytes:
+def pack(message: StepFrame | Ready | Failed | Tally | Table | Unusable) -> bytes:
     """The bytes of one message."""
     body = _encoder.encode(message)
     return _HEAD.pack(len(body), _KINDS[type(message)]) + body

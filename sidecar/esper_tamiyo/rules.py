@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from esper_otel.leyline.decisions import FORCE, RANK_OF, Finding
-from esper_otel.leyline.metrics import BY_KEY, Scope
-from esper_tamiyo.history import History, Watched
-from esper_tamiyo.table import Combine, Condition, Group, Operator, Rule, Table, conditions
+from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
+from esper_tamiyo.history import History, Watch
+from esper_tamiyo.operators import Operator
+from esper_tamiyo.table import Combine, Condition, Group, Mode, Rule, conditions, eased
 
 Verdict = bool | None
 """None is unknown."""
@@ -24,68 +24,90 @@ Test = Callable[[Values, History], Verdict]
 
 
 class CompiledRule(msgspec.Struct, frozen=True):
-    """A row ready to run; ``weight`` orders rules by force, then severity."""
+    """A row ready to run.
+
+    ``keeps`` is the test with the easier numbers of ``release``, None without any.
+    ``weight`` orders rules by force, then severity. ``window`` has a one for each
+    observation that ``of`` speaks of, 0 where they must follow each other.
+    """
 
     rule: Rule
     test: Test
-    about_seeds: bool
+    keeps: Test | None
     weight: tuple[int, int]
+    window: int
+    acts: bool
+    is_trouble: bool
+    """Whether a step at which it fires is not a clean one."""
+
+    def seen(self, values: Values, history: History) -> dict[str, float]:
+        """The values behind a verdict."""
+        return seen_by(self.rule, values, history)
 
     def finding(self, values: Values, history: History, seed_id: str | None) -> Finding:
         """What the rule saw when it fired."""
         rule = self.rule
         seen = seen_by(rule, values, history)
-        return Finding(rule.id, rule.action, rule.severity, rule.text, seen, seed_id)
+        action = rule.action if self.acts else Action.CONTINUE
+        return Finding(rule.id, action, rule.severity, rule.text, seen, seed_id)
 
 
-def compiled(table: Table) -> tuple[CompiledRule, ...]:
-    """The rules of ``table`` in its order."""
-    return tuple(
-        CompiledRule(
-            rule=rule,
-            test=test_of(rule.when),
-            about_seeds=rule.about_seeds,
-            weight=(FORCE[rule.action], RANK_OF[rule.severity]),
-        )
-        for rule in table.rules
-    )
-
-
-def watched(table: Table, scope: Scope) -> Watched:
-    """The metrics of ``scope`` whose past the rules of ``table`` need."""
-    medians: dict[str, None] = {}
-    lasts: dict[str, None] = {}
-    for rule in table.rules:
-        for condition in conditions(rule.when):
-            if condition.operator is Operator.ABOVE_BASELINE:
-                medians[condition.baseline_of] = None
-            elif condition.operator in (Operator.RISES_BY, Operator.UNCHANGED_FOR):
-                lasts[condition.metric] = None
-    return Watched(
-        medians=tuple(key for key in medians if BY_KEY[key].scope == scope),
-        lasts=tuple(key for key in lasts if BY_KEY[key].scope == scope),
-        window=table.baseline.window,
-        warmup=table.baseline.warmup,
+def compiled(rule: Rule) -> CompiledRule:
+    """``rule``, ready to run."""
+    acts = rule.mode is Mode.ACT
+    easier = eased(rule.when)
+    return CompiledRule(
+        rule=rule,
+        test=test_of(rule.when),
+        keeps=None if easier is None else test_of(easier),
+        weight=(FORCE[rule.action], RANK_OF[rule.severity]),
+        window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
+        acts=acts,
+        is_trouble=acts and not rule.downgrade,
     )
 
 
 def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
-    """The values behind a verdict; ``baseline(key)`` and ``previous(key)`` where used."""
+    """The values behind a verdict.
+
+    By the key of the metric; what they were held against as ``baseline(key)`` (or
+    ``frozen``, ``lowest``, ``highest``), ``peers(key)``, ``previous(key)``; the frames
+    without a value as ``missing(key)``, the observations left as ``left(key)``.
+    """
     seen: dict[str, float] = {}
     for condition in conditions(rule.when):
-        also = ("nonfinite",) if condition.operator is Operator.NONFINITE else ()
-        for key in (condition.metric, *also):
-            value = values.get(key)
-            if value is not None:
-                seen[key] = value
-        if condition.operator is Operator.ABOVE_BASELINE:
-            median = history.medians[condition.baseline_of].median()
-            if median is not None:
-                seen[f"baseline({condition.baseline_of})"] = median
-        elif condition.operator is Operator.RISES_BY:
-            previous = history.lasts[condition.metric].value
-            if previous is not None:
-                seen[f"previous({condition.metric})"] = previous
+        key = condition.metric
+        value: float | None
+        match condition.operator:
+            case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
+                peers = history.peers
+                value = None if peers is None else peers.own(key)
+                against = None if peers is None else peers.others(key)
+                named = f"peers({key})"
+            case Operator.ABOVE_BASELINE | Operator.BELOW_BASELINE:
+                value = values.get(key)
+                named = Watch(condition.baseline_of, condition.baseline).name
+                against = history.baselines[named].value
+            case Operator.RISES_BY:
+                value, against = values.get(key), history.lasts[key].value
+                named = f"previous({key})"
+            case Operator.MISSING_FOR:
+                # None for the rule on silence, which no frame breaks.
+                value, last = values.get(key), history.lasts.get(key)
+                against = last.missed + 1.0 if last and value is None and last.total else None
+                named = f"missing({key})"
+            case Operator.RUNS_OUT_WITHIN:
+                value = values.get(key)
+                against = None if value is None else history.slopes[key].left(value)
+                named = f"left({key})"
+            case Operator.NONFINITE:
+                value, against, named = values.get(key), values.get("nonfinite"), "nonfinite"
+            case _:
+                value, against, named = values.get(key), None, ""
+        if value is not None:
+            seen[key] = value
+        if against is not None:
+            seen[named] = against
     return seen
 
 
@@ -171,16 +193,60 @@ def _at_most(condition: Condition) -> Test:
 
 def _above_baseline(condition: Condition) -> Test:
     """Unknown in warm-up, and below zero, where "so many times" has no meaning."""
-    metric, factor, whose = condition.metric, condition.number, condition.baseline_of
+    metric, factor = condition.metric, condition.number
+    name = Watch(condition.baseline_of, condition.baseline).name
 
     def test(values: Values, history: History) -> Verdict:
         value = values.get(metric)
         if value is None:
             return None
-        median = history.medians[whose].median()
+        median = history.baselines[name].value
         if median is None or median < 0.0:
             return None
         return value > factor * median
+
+    return test
+
+
+def _below_baseline(condition: Condition) -> Test:
+    metric, factor = condition.metric, condition.number
+    name = Watch(condition.baseline_of, condition.baseline).name
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        if value is None:
+            return None
+        median = history.baselines[name].value
+        if median is None or median < 0.0:
+            return None
+        return value < factor * median
+
+    return test
+
+
+def _above_peers(condition: Condition) -> Test:
+    """Of the step before this one, which the view of the peers is set to."""
+    metric, factor = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        others = None if history.peers is None else history.peers.others(metric)
+        if others is None or others < 0.0:
+            return None
+        own = history.peers.own(metric) if history.peers else None
+        return None if own is None else own > factor * others
+
+    return test
+
+
+def _below_peers(condition: Condition) -> Test:
+    metric, factor = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        others = None if history.peers is None else history.peers.others(metric)
+        if others is None or others < 0.0:
+            return None
+        own = history.peers.own(metric) if history.peers else None
+        return None if own is None else own < factor * others
 
     return test
 
@@ -231,13 +297,42 @@ def _nonfinite(condition: Condition) -> Test:
     return test
 
 
+def _runs_out_within(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        left = None if value is None else history.slopes[metric].left(value)
+        return None if left is None else left <= number
+
+    return test
+
+
+def _missing_for(condition: Condition) -> Test:
+    """Unknown for what was never there: it may be that this run does not have it."""
+    metric, needed = condition.metric, int(condition.number)
+
+    def test(values: Values, history: History) -> Verdict:
+        if metric in values:
+            return False
+        last = history.lasts[metric]
+        return last.missed + 1 >= needed if last.total else None
+
+    return test
+
+
 _CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
     Operator.ABOVE: _above,
     Operator.AT_LEAST: _at_least,
     Operator.BELOW: _below,
     Operator.AT_MOST: _at_most,
     Operator.ABOVE_BASELINE: _above_baseline,
+    Operator.BELOW_BASELINE: _below_baseline,
+    Operator.ABOVE_PEERS: _above_peers,
+    Operator.BELOW_PEERS: _below_peers,
     Operator.RISES_BY: _rises_by,
     Operator.UNCHANGED_FOR: _unchanged_for,
+    Operator.RUNS_OUT_WITHIN: _runs_out_within,
     Operator.NONFINITE: _nonfinite,
+    Operator.MISSING_FOR: _missing_for,
 }

@@ -38,17 +38,22 @@ from esper_otel.leyline.wire import (
     Welcome,
     WireError,
 )
+from esper_tamiyo.chronicle import Chronicle
 from esper_tamiyo.connection import Connection, Trainer
 from esper_tamiyo.engine import Engine
 from esper_tamiyo.ingest_child import IngestChild
 from esper_tamiyo.listening import Listener, may_knock, peer_uid
 from esper_tamiyo.pipe import frame
+from esper_tamiyo.reloading import Reloading
 
 log = logging.getLogger("tamiyo")
 
 MAX_CONNECTIONS = 512
-COLLECT_EVERY = 4096
-"""Answers between two garbage collections, made when nobody is waiting."""
+COLLECT_EVERY = 256
+"""Judged steps between two collections of young garbage, made when nobody is waiting. To
+look through all that is remembered takes milliseconds: that waits for a second of rest."""
+
+TICK_S = 1.0
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 
@@ -61,25 +66,32 @@ class Server:
         engine: Engine,
         listener: Listener,
         ingest: IngestChild | None,
+        chronicle: Chronicle,
+        reloading: Reloading,
         on_ready: Callable[[], None],
     ) -> None:
         """``on_ready`` is called once, when the socket and both receivers listen."""
         self._engine = engine
         self._listener = listener
         self._ingest = ingest
+        self._chronicle = chronicle
+        self._reloading = reloading
         self._on_ready: Callable[[], None] | None = on_ready
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
         self._pipe: socket.socket | None = None
-        self._pipe_watched = False
         self._buffer = bytearray(MAX_BODY)
         self._view = memoryview(self._buffer)
         self._counts: Counter[str] = Counter()
         self._actions: Counter[str] = Counter()
         self._glanced = 0
         self._since_collection = 0
+        self._owes_collection = False
         self._started_at = time.monotonic()
         self._last_frame_at: float | None = None
+        self._tick_at = 0.0
+        self._seen_at = 0
+        """Mark of ``perf_counter_ns`` at which this turn saw what there is to do."""
         self._stopping = False
 
     def run(self) -> None:
@@ -90,9 +102,12 @@ class Server:
         previous = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGHUP, self._reload)
         self._epoll.register(wake, _READ)
         self._epoll.register(self._listener.socket, _READ)
         try:
+            self._chronicle.start(self._epoll)
+            self._reloading.start(self._epoll)
             if self._ingest is not None:
                 self._watch(self._ingest.start())
             self._keep_garbage_off_the_path()
@@ -108,6 +123,9 @@ class Server:
     def _stop(self, signum: int, where: FrameType | None) -> None:
         self._stopping = True
 
+    def _reload(self, signum: int, where: FrameType | None) -> None:
+        self._reloading.look_now()
+
     def _keep_garbage_off_the_path(self) -> None:
         """Collections happen between answers (:meth:`_turn`), and skip what lives forever."""
         gc.collect()
@@ -117,7 +135,9 @@ class Server:
     def _turn(self, wake: socket.socket) -> None:
         pipe_ready = False
         listener_fd = self._listener.socket.fileno()
-        for fd, events in self._epoll.poll(self._patience()):
+        ready = self._epoll.poll(self._patience())
+        self._seen_at = time.perf_counter_ns()
+        for fd, events in ready:
             connection = self._connections.get(fd)
             if connection is not None:
                 try:
@@ -130,14 +150,38 @@ class Server:
                 self._accept()
             elif self._pipe is not None and fd == self._pipe.fileno():
                 pipe_ready = True
+            elif self._chronicle.owns(fd):
+                self._chronicle.hear()
+            elif self._reloading.owns(fd):
+                self._reloading.hear()
             else:
                 with suppress(BlockingIOError):
                     wake.recv(64)
         if self._ingest is not None:
             self._tend(self._ingest, pipe_ready)
             self._announce()
+        self._reloading.tend()
+        self._tick()
+        self._chronicle.tend(self._engine.table, self._report)
         if self._since_collection >= COLLECT_EVERY:
             self._since_collection = 0
+            self._owes_collection = True
+            gc.collect(0)
+
+    def _tick(self) -> None:
+        """About once a second the engine is told the time: it reads no clock itself."""
+        now = time.monotonic()
+        if now >= self._tick_at:
+            self._tick_at = now + TICK_S
+            self._rest(now)
+            self._chronicle.notebook.begin(time.perf_counter_ns(), asked=False)
+            self._engine.tick(time.time_ns())
+
+    def _rest(self, now: float) -> None:
+        """Look through everything for garbage, if it is worth it and nothing happens."""
+        seen = self._last_frame_at
+        if self._owes_collection and seen is not None and now - seen > TICK_S:
+            self._owes_collection = False
             gc.collect()
 
     def _announce(self) -> None:
@@ -147,13 +191,12 @@ class Server:
             self._on_ready = None
 
     def _patience(self) -> float:
-        """How long to wait for something to do; -1 is for ever."""
-        if self._ingest is None:
-            return -1
-        if self._ingest.frames:
-            return 0
-        due = self._ingest.due_in()
-        return -1 if due is None else due
+        """How long to wait for something to do, at most until the next tick."""
+        dues = [max(0.0, self._tick_at - time.monotonic()), self._chronicle.patience()]
+        dues.append(self._reloading.due_in())
+        if self._ingest is not None:
+            dues.append(0.0 if self._ingest.frames else self._ingest.due_in())
+        return min(due for due in dues if due is not None)
 
     def _accept(self) -> None:
         try:
@@ -217,11 +260,12 @@ class Server:
             if message.protocol != PROTOCOL:
                 raise WireError(f"this is protocol {PROTOCOL}, not {message.protocol}")
             connection.trainer = Trainer(message)
+            self._chronicle.notebook.greet(message)
             return connection.send(Welcome(PROTOCOL, self._engine.table.version))
         if type(message) is LatestRequest:
             return connection.send(Latest(self._engine.latest(message.run, message.rank)))
         if type(message) is StatusRequest:
-            return connection.send(Status(self._report()))
+            return self._send_status(connection)
         raise WireError("not a message a client sends")
 
     def _answer(self, connection: Connection, ask: Ask) -> bool:
@@ -235,11 +279,15 @@ class Server:
             # The trainer goes on; what the step did to the history is worked out meanwhile,
             # and so is whether the rows were well-formed.
             sent = connection.send(Answer(ask.request_id, glanced))
+            self._chronicle.answered(self._seen_at)
+            self._chronicle.notebook.begin(self._seen_at, asked=True, proposal=ask.proposal)
             self._engine.settle(trainer.frame(ask), glanced)
             self._glanced += 1
         else:
+            self._chronicle.notebook.begin(self._seen_at, asked=True, proposal=ask.proposal)
             decision = self._engine.observe(trainer.frame(ask), ask.proposal)
             sent = self._send_decision(connection, ask.request_id, decision)
+            self._chronicle.answered(self._seen_at)
             self._actions[decision.action.value] += 1
         self._last_frame_at = time.monotonic()
         self._since_collection += 1
@@ -255,6 +303,15 @@ class Server:
             empty = unanswered(decision.run, decision.step, PROTOCOL_ERROR)
             return connection.send(Answer(request_id, empty))
 
+    def _send_status(self, connection: Connection) -> bool:
+        report = self._report()
+        try:
+            return connection.send(Status(report))
+        except WireError:  # many ranks with many rules that fire, or very long names
+            for run in report["engine"]["runs"]:
+                run["rules"] = None
+            return connection.send(Status(report))
+
     def _hang_up(self, connection: Connection) -> None:
         if self._connections.pop(connection.fd, None) is not None:
             self._epoll.unregister(connection.fd)
@@ -263,26 +320,20 @@ class Server:
     def _watch(self, pipe: socket.socket) -> None:
         self._pipe = pipe
         self._epoll.register(pipe, _READ)
-        self._pipe_watched = True
 
     def _tend(self, ingest: IngestChild, pipe_ready: bool) -> None:
-        """Read a little, judge one frame, and see that the process lives."""
-        if pipe_ready and not ingest.read():
-            self._unwatch()
-            self._pipe = None
-            ingest.bury()
+        """Judge one frame or, when there is none, read a few; see that the process lives.
+
+        What is not read yet fills the pipe, and that is how producers learn to wait.
+        """
         if ingest.frames:
             self._judge(ingest.frames.popleft())
-        if self._pipe is None:
-            if ingest.due_in() == 0.0:
-                self._watch(ingest.restart())
-        elif ingest.has_room != self._pipe_watched:
-            self._watch(self._pipe) if ingest.has_room else self._unwatch()
-
-    def _unwatch(self) -> None:
-        if self._pipe is not None and self._pipe_watched:
+        elif pipe_ready and self._pipe is not None and not ingest.read():
             self._epoll.unregister(self._pipe)
-        self._pipe_watched = False
+            self._pipe = None
+            ingest.bury()
+        if self._pipe is None and ingest.due_in() == 0.0:
+            self._watch(ingest.restart())
 
     def _judge(self, body: bytes) -> None:
         try:
@@ -290,7 +341,9 @@ class Server:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             self._engine.note_bad_frame()
             return
+        self._chronicle.notebook.begin(time.perf_counter_ns(), asked=False)
         self._engine.observe(streamed)
+        self._chronicle.judged(streamed.time_unix_nano)
         self._last_frame_at = time.monotonic()
         self._counts["frames_streamed"] += 1
         self._since_collection += 1
@@ -302,14 +355,12 @@ class Server:
             "pid": os.getpid(),
             "uptime_s": now - self._started_at,
             "last_frame_age_s": None if seen is None else now - seen,
-            "table": {
-                "version": self._engine.table.version,
-                "rules": len(self._engine.table.rules),
-            },
+            "table": self._reloading.report(),
             "connections": {"open": len(self._connections), **self._counts},
             "answers": {"at_a_glance": self._glanced, **self._actions},
-            "engine": self._engine.report(),
+            "engine": self._engine.report(time.time_ns()),
             "ingest": None if self._ingest is None else self._ingest.report(),
+            **self._chronicle.counts(),
         }
 
     def _close(self) -> None:
@@ -318,4 +369,6 @@ class Server:
         self._listener.close()
         if self._ingest is not None:
             self._ingest.close()
+        self._chronicle.close()
+        self._reloading.close()
         self._epoll.close()

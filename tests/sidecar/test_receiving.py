@@ -274,6 +274,7 @@ def test_when_the_pipe_is_full_producers_are_told_to_come_back(tmp_path):
         finally:
             os.kill(running.process.pid, signal.SIGCONT)
         until(lambda: running.status()["ingest"]["turned_away_busy"] == 2)
+        until(lambda: running.status()["ingest"]["points_used"] >= points)
         until(lambda: running.status()["ingest"]["frames_waiting"] == 0)
         status = running.status()
         assert status["ingest"]["points_used"] == points
