@@ -199,9 +199,9 @@ def test_the_growing_example_grows(tmp_path):
 
 def demo(tmp_path, *arguments, **options):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / "demo.py"), *arguments],
+        [sys.executable, "-m", "examples.demo", *arguments],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env=environment(tmp_path, PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -220,7 +220,9 @@ def test_the_demo_runs_and_tells_what_was_decided(tmp_path):
     assert sorted(recordings) == [
         "digits-advise-rank0.metrics.otlp",
         "digits-enforce-rank0.metrics.otlp",
+        "grow-rank0.metrics.otlp",
     ]
+    assert re.search(r"[1-9] seeds germinated", output), output
 
 
 def children_of(pid):
