@@ -11,8 +11,8 @@ BENCH ?=
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
-demo: $(READY)  ## train a CNN twice, with a faulty schedule: once only watched, once rescued
-	$(BIN)/python examples/demo.py
+demo: $(READY)  ## train a CNN through an accident, only watched and rescued; then let one grow
+	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest

@@ -23,6 +23,12 @@ MAY_IMPORT = {
         "esper_otel.settings",
     },
     "esper_otel.tamiyo": {"esper_otel.leyline", "esper_otel.tamiyo"},
+    "esper_otel.ranks": {
+        "esper_otel.kasmina",
+        "esper_otel.leyline",
+        "esper_otel.ranks",
+        "esper_otel.settings",
+    },
     "esper_otel.stream": {
         "esper_otel",
         "esper_otel.leyline",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from opentelemetry import trace
+from opentelemetry import _logs, trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Tracer as SdkTracer
@@ -132,6 +133,17 @@ class Tracers:
         for start in range(0, len(spans), SPANS_PER_REQUEST):
             some = spans[start : start + SPANS_PER_REQUEST]
             put(encode_spans(some).SerializeToString(), len(some))
+
+
+def users_logger() -> _logs.Logger | None:
+    """A logger of the provider that the user has set, None when there is none.
+
+    Looked for every time, since a script may set one after the stream began.
+    """
+    provider = _logs.get_logger_provider()
+    if not isinstance(provider, LoggerProvider):
+        return None
+    return provider.get_logger(SCOPE, __version__)
 
 
 class _Collector(SpanProcessor):
