@@ -37,6 +37,7 @@ BENCHES = (
     "growth",
     "journal",
     "replay",
+    "judgement",
 )
 
 

@@ -86,13 +86,13 @@ def record_rank(scenario: Scenario, rank: int) -> Recorded:
         steps = at + extent.tail
     work = WORKLOADS[scenario.workload]()
     course = COURSES[scenario.kind]()
-    course.prepare(work, steps)
     before = os.getloadavg()[0]
     tape = Tape(scenario.name)
-    training = Training(work, steps, at, tape)
     with warnings.catch_warnings():
-        # Of torch, about gradients that are no longer finite and schedulers: not our topic.
+        # Of torch, about schedulers and what is called otherwise in its next release.
         warnings.simplefilter("ignore")
+        course.prepare(work, steps)
+        training = Training(work, steps, at, tape)
         train(training, course)
     if scenario.troubled and training.at is None:
         raise RuntimeError(f"{scenario.name}: the trouble did not come about")

@@ -47,6 +47,9 @@ MAX_RETIRED = 1024
 
 REPORTED_RUNS = 16
 
+ADOPTED_AT_ONCE = 8
+"""Ranks that go over to another table in one tick, when they send nothing themselves."""
+
 Key = tuple[str, int]
 """A run and a rank."""
 
@@ -123,6 +126,7 @@ class Engine:
         step = ask.step
         if (
             state is None
+            or state.book is not self._book
             or state.acting
             or state.conservative
             or state.instance != instance
@@ -142,6 +146,8 @@ class Engine:
             key = (frame.run, frame.rank)
             state = self._runs[key]
             self._runs.move_to_end(key)
+            if state.book is not self._book:
+                self._catch_up(state, key)
             self._judge(state, key, frame)
             self._conclude(state, frame, glanced, is_new=True)
         except Exception:
@@ -154,7 +160,13 @@ class Engine:
         that ended is found by the frame that ended it, with the same instants.
         """
         try:
+            behind = ADOPTED_AT_ONCE
             for key, state in self._runs.items():
+                if state.book is not self._book:
+                    behind -= 1
+                    if behind < 0:
+                        continue
+                    self._catch_up(state, key)
                 self._listen(state, key, now_ns)
         except Exception:
             log.exception("could not look for silent ranks")
@@ -163,23 +175,16 @@ class Engine:
         """Judge by ``table`` from the next frame on.
 
         Rules that are the same keep their state with every rank and seed, and baselines
-        that are still watched keep their window.
+        that are still watched keep their window. Each rank goes over at its own next frame,
+        or within a few ticks: all of them at once would keep an ask waiting.
         """
-        book, before = Rulebook(table), self._book
-        old: dict[str, tuple[int, Rule]] = {
-            rule.id: (place, rule) for place, rule in enumerate(before.table.rules)
-        }
-        places = [
-            old[rule.id][0] if rule.id in old and old[rule.id][1] == rule else None
-            for rule in table.rules
-        ]
-        for key, state in self._runs.items():
-            lost = state.adopt(book, places)
-            self._tell_moves(key, state.newest, state.time_unix_nano, lost)
-        self._book = book
+        before = self._book.table
+        places = _places(before, table)
+        self._book = Rulebook(table)
+        old = {rule.id for rule in before.rules}
         kept_at = dict(zip((rule.id for rule in table.rules), places, strict=True))
         return ReloadReport(
-            before=before.table.version,
+            before=before.version,
             version=table.version,
             kept=tuple(name for name, place in kept_at.items() if place is not None),
             changed=tuple(
@@ -187,7 +192,7 @@ class Engine:
             ),
             added=tuple(name for name in kept_at if name not in old),
             removed=tuple(name for name in old if name not in kept_at),
-            baselines_kept=table.baseline == before.table.baseline,
+            baselines_kept=table.baseline == before.baseline,
         )
 
     def note_bad_frame(self) -> None:
@@ -250,6 +255,8 @@ class Engine:
             state = admitted
         else:
             self._runs.move_to_end(key)
+        if state.book is not self._book:
+            self._catch_up(state, key)
         is_new = frame.step > state.newest
         if is_new:
             self._judge(state, key, frame)
@@ -260,6 +267,11 @@ class Engine:
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
         return decision
+
+    def _catch_up(self, state: RunState, key: Key) -> None:
+        """Have ``state`` go over to the table that is in use."""
+        lost = state.adopt(self._book, _places(state.book.table, self._book.table))
+        self._tell_moves(key, state.newest, state.time_unix_nano, lost)
 
     def _judge(self, state: RunState, key: Key, frame: StepFrame) -> None:
         self._counts["judged"] += 1
@@ -381,6 +393,17 @@ class Engine:
             conservative=state.conservative,
             table_version=self._book.table.version,
         )
+
+
+def _places(before: Table, after: Table) -> list[int | None]:
+    """Where each rule of ``after`` was in ``before``, None for what is new or different."""
+    old: dict[str, tuple[int, Rule]] = {
+        rule.id: (place, rule) for place, rule in enumerate(before.rules)
+    }
+    return [
+        old[rule.id][0] if rule.id in old and old[rule.id][1] == rule else None
+        for rule in after.rules
+    ]
 
 
 def _patience(entry: CompiledRule) -> float:

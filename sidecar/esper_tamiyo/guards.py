@@ -226,7 +226,12 @@ def _needed(when: Condition | Group) -> list[Condition]:
 
 
 def _effort(part: list[Condition]) -> int:
-    return max(
-        0 if condition.operator in _FIXED else _EFFORT.get(condition.operator, 1)
-        for condition in part
-    )
+    return max(_effort_of(condition) for condition in part)
+
+
+def _effort_of(condition: Condition) -> int:
+    if condition.operator in _FIXED:
+        return 0
+    if condition.operator is Operator.ABOVE_BASELINE and condition.number < 1.0:
+        return 5  # what is usual is above it: nearly every step would be judged first
+    return _EFFORT.get(condition.operator, 1)

@@ -11,14 +11,12 @@ from bisect import bisect_right
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
-from esper_otel.leyline.events import SEED_ID_ATTRIBUTE
+from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.otlp_frames import Identity, identity_of, text_of
 
-PROPOSED = "esper.seed.proposed"
 OPERATION_ATTRIBUTE = "esper.operation"
 STEP_ATTRIBUTE = "esper.step"
-WITHDRAWN = "none"
 
 
 class Proposals:
@@ -59,7 +57,7 @@ class Proposals:
         return told[steps[place - 1]] if place else None
 
     def _proposal(self, operation: str, seed_id: str) -> Proposal | None:
-        if operation == WITHDRAWN:
+        if operation == NO_OPERATION:
             return None
         try:
             return Proposal(seed_id, SeedOperation(operation))

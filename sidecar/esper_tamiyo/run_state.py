@@ -67,7 +67,6 @@ class RunState:
 
     __slots__ = (
         "_active",
-        "_book",
         "_gaps",
         "_live",
         "_moves",
@@ -75,6 +74,7 @@ class RunState:
         "_seeds",
         "_undecided",
         "acting",
+        "book",
         "clean_steps",
         "conservative",
         "decision",
@@ -99,7 +99,7 @@ class RunState:
         """Whether a rule has fired and was not released: then no step is a plain one."""
         self.fired: list[Fired] = []
         self.decision: Decision | None = None
-        self._book = book
+        self.book = book
         self._gaps: deque[tuple[int, int]] = deque(maxlen=MAX_GAPS)
         self._rank = Subject(None, len(book.rules), History(book.step_watch, peers=peers))
         self._seeds: dict[str, Subject] = {}
@@ -128,7 +128,7 @@ class RunState:
         history = rank.history
         if history.peers is not None:
             history.peers.step = frame.step - 1
-        book = self._book
+        book = self.book
         if book.judges_seeds and (frame.seeds or self._live):
             self._see_seeds(frame)
         standings = rank.standings
@@ -170,11 +170,11 @@ class RunState:
             Moved(entry, subject.seed_id, standing.state, _UNKNOWN, standing.since, {}, "")
             for subject in (self._rank, *self._live)
             for place, (entry, standing) in enumerate(
-                zip(self._book.rules, subject.standings, strict=True)
+                zip(self.book.rules, subject.standings, strict=True)
             )
             if place not in kept and standing.state not in (_UNKNOWN, _INACTIVE)
         ]
-        self._book = book
+        self.book = book
         before = self._rank.history
         self._rank.rearrange(
             places, History(book.step_watch, peers=before.peers, before=before)
@@ -198,7 +198,7 @@ class RunState:
                 **({"silenced_by": standing.silenced_by} if standing.silenced_by else {}),
             }
             for subject in (self._rank, *self._live)
-            for entry, standing in zip(self._book.rules, subject.standings, strict=True)
+            for entry, standing in zip(self.book.rules, subject.standings, strict=True)
             if standing.active or standing.state not in (_UNKNOWN, _INACTIVE)
         ]
 
@@ -221,21 +221,21 @@ class RunState:
         seeds = frame.seeds
         for seed in self._live:
             if seed.seed_id not in seeds:
-                for entry, standing in zip(self._book.rules, seed.standings, strict=True):
+                for entry, standing in zip(self.book.rules, seed.standings, strict=True):
                     standing.reset()
                     self._move(entry, standing, seed, _UNKNOWN)
         live = []
         for seed_id, own in seeds.items():
             known = self._seeds.get(seed_id)
             if known is None:
-                past = History(self._book.seed_watch, self._rank.history)
-                known = self._seeds[seed_id] = Subject(seed_id, len(self._book.rules), past)
+                past = History(self.book.seed_watch, self._rank.history)
+                known = self._seeds[seed_id] = Subject(seed_id, len(self.book.rules), past)
             known.values = self._of_seed(frame.values, own)
             live.append(known)
         self._live = live
 
     def _of_seed(self, of_step: Mapping[str, float], own: Mapping[str, float]) -> Values:
-        book = self._book
+        book = self.book
         if not book.derived and not book.mixes:
             return own
         values = {**of_step, **own} if book.mixes else {**own}
@@ -275,7 +275,7 @@ class RunState:
         """From the rules that have fired to findings and conservative mode."""
         active = self._active
         self.acting = bool(active) or self._undecided
-        silenced = self._silence() if active and self._book.silences else {}
+        silenced = self._silence() if active and self.book.silences else {}
         clean, enters = True, False
         step = self.newest
         named: CompiledRule | None = None
@@ -297,7 +297,7 @@ class RunState:
             self.clean_steps = 0
         elif not self._undecided:  # a rule that fired and is unknown now is not over
             self.clean_steps += 1
-        if self.clean_steps >= self._book.clean_steps:
+        if self.clean_steps >= self.book.clean_steps:
             self.conservative = False
 
     def _silence(self) -> dict[str, str]:
@@ -331,7 +331,7 @@ class RunState:
     def _absorb(self, frame: StepFrame) -> None:
         history = self._rank.history
         history.absorb(frame.values)
-        if self._book.compares_ranks and history.peers is not None:
+        if self.book.compares_ranks and history.peers is not None:
             history.peers.post(frame.step, frame.values)
         for seed in self._live:
             seed.history.absorb(seed.values)

@@ -10,8 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
+from esper_tamiyo.documents import BrokenDocumentError, compose
 from esper_tamiyo.nodes import Fault
 from esper_tamiyo.table import Table
 from esper_tamiyo.table_reader import TableReader
@@ -79,41 +78,11 @@ def locate(source: TableSource) -> Located:
     if len(source.data) > MAX_BYTES:
         raise TableError(source.name, [Fault(0, "", f"larger than {MAX_BYTES} bytes")])
     try:
-        root = _compose(source.data)
-    except _BrokenYamlError as error:
+        root = compose(source.data, "table")
+    except BrokenDocumentError as error:
         raise TableError(source.name, [error.fault]) from None
     reader = TableReader()
     table = reader.table(root, hashlib.sha256(source.data).hexdigest()[:8])
     if reader.faults:
         raise TableError(source.name, reader.faults)
     return Located(table, reader.lines)
-
-
-class _BrokenYamlError(Exception):
-    def __init__(self, line: int, message: str) -> None:
-        self.fault = Fault(line, "", message)
-
-
-def _compose(data: bytes) -> yaml.Node:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _BrokenYamlError(line, f"not UTF-8 text: byte {error.start}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        message = ": ".join(part for part in (error.context, error.problem) if part)
-        line = mark.line + 1 if mark else 1
-        raise _BrokenYamlError(line, f"not valid YAML: {message}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise _BrokenYamlError(line, f"not valid YAML: {error.reason}") from None
-    except RecursionError:
-        raise _BrokenYamlError(1, "not valid YAML: nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # an escape beyond Unicode, in PyYAML 6
-        raise _BrokenYamlError(1, f"not valid YAML: {error}") from None
-    if root is None:
-        raise _BrokenYamlError(1, "the table is empty")
-    return root

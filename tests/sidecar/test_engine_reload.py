@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import NOMINAL
+from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.engine import Engine
 from esper_tamiyo.table_file import TableSource, load, parse
 from sidecar.frames_made import frame, runs
@@ -112,7 +113,22 @@ def test_a_rule_that_is_gone_while_it_fires_is_told():
     engine = Engine(table(rule, KEPT), witness=ledger)
     reasons(engine, [2.0])
     engine.reload(table(KEPT))
+    engine.tick(0)  # without a frame of its own, a rank goes over with the clock
     assert ledger.changes[-1] == ("a", 0, "firing", "unknown")
+
+
+def test_of_many_silent_ranks_some_go_over_with_each_tick():
+    ledger = Ledger()
+    engine = Engine(table("id: a, metric: loss, above: 1", KEPT), witness=ledger)
+    for rank in range(20):
+        engine.observe(StepFrame("r", "i", rank, 0, 1, {"loss": 2.0}))
+    engine.reload(table(KEPT))
+    gone = []
+    for _ in range(4):
+        before = len(ledger.changes)
+        engine.tick(0)
+        gone.append(len(ledger.changes) - before)
+    assert gone == [8, 8, 4, 0]
 
 
 TABLES = {name: load(name) for name in ("default", "prototype")}
