@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ class Growing(Course):
 
     def begin(self, training: Training) -> None:
         work = training.work
+        register()
         self.garden = training.run.plant(
             work.model, work.slots, blueprints=[self.blueprint], **(_QUICK | self.settings)
         )
@@ -137,6 +137,11 @@ class _Scaled(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
+    @classmethod
+    def built(cls, shape: torch.Size) -> nn.Module:
+        """A new one, for activations of any shape."""
+        return cls()
+
 
 class Raises(_Scaled):
     """Identity, until it is broken."""
@@ -174,18 +179,11 @@ class Drowns(_Scaled):
         return 8 * activation.detach().abs().mean() * pattern * self.scale + 0 * activation
 
 
-def _built(module: type[nn.Module], shape: torch.Size) -> nn.Module:
-    return module()
-
-
 def _uncut(activation: Tensor) -> Tensor:
     return activation
 
 
-for _name, _module in (
-    ("raises", Raises),
-    ("waits", Waits),
-    ("contradicts", Contradicts),
-    ("drowns", Drowns),
-):
-    blueprint(_name, ranks=(2, 3, 4))(partial(_built, _module))
+def register() -> None:
+    """Make the blueprints known. Not on import: who only scores must not change what grows."""
+    for module in (Raises, Waits, Contradicts, Drowns):
+        blueprint(module.__name__.lower(), ranks=(2, 3, 4))(module.built)

@@ -10,6 +10,7 @@ from bench.scenarios import __main__ as command
 from bench.scenarios import recorder
 from bench.scenarios.recordings import known, packed, unpacked
 from bench.scenarios.suite import Extent, Scenario
+from esper_otel.kasmina import blueprints
 
 pytestmark = pytest.mark.torch
 
@@ -19,6 +20,8 @@ SHORT = Extent(before=36, tail=8, healthy=20, seeds=1, healthy_seeds=1)
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setitem(recorder.EXTENTS, "digits", SHORT)
+    # Its bad seeds are blueprints, which must not be found by whoever looks after us.
+    monkeypatch.setattr(blueprints, "_registry", dict(blueprints._registry))
     for signal in ("METRICS", "TRACES", "LOGS"):
         monkeypatch.setenv(f"OTEL_{signal}_EXPORTER", "none")
 
