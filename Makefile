@@ -26,14 +26,14 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/mypy
 	$(BIN)/python -m esper_otel.leyline.docs --check
 	$(BIN)/python -m esper_tamiyo.table_docs --check
-	$(BIN)/python -m esper_tamiyo.own_metrics --check
+	$(BIN)/python -m esper_tamiyo.journaling.own_metrics --check
 
 format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m esper_otel.leyline.docs
 	$(BIN)/python -m esper_tamiyo.table_docs
-	$(BIN)/python -m esper_tamiyo.own_metrics
+	$(BIN)/python -m esper_tamiyo.journaling.own_metrics
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis recordings

@@ -24,7 +24,7 @@ from bench.figures import Figure, run
 from bench.fleet import POINTS
 from bench.roundtrip import started, tamiyo
 from esper_otel.leyline.wire import Status, StatusRequest
-from esper_tamiyo.asking import reply_to
+from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "ingest"
 

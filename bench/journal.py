@@ -27,10 +27,10 @@ from esper_otel.leyline.frames import StepFrame, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.leyline.wire import Status, StatusRequest
 from esper_otel.tamiyo.client import TamiyoClient
-from esper_tamiyo.asking import reply_to
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.notebook import Notebook
-from esper_tamiyo.table_file import load
+from esper_tamiyo.journaling.notebook import Notebook
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import load
+from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "journal"
 

@@ -12,7 +12,7 @@ import sys
 from bench.figures import Figure, run
 from bench.scenarios.scoring import PER_STEPS, Outcome, Score, score, timed
 from bench.scenarios.suite import EXTENTS, HEALTHY, RIGHT
-from esper_tamiyo.table_file import load
+from esper_tamiyo.language.table_file import load
 
 BENCH = "judgement"
 RECALL_BAR = 95.0

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from bench.figures import Figure, alternate, median, percentile, run
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.table import Table
-from esper_tamiyo.table_file import TableSource, load, parse
-from esper_tamiyo.witness import RuleChange
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table_file import TableSource, load, parse
 
 BENCH = "judging"
 SEEDS = 8

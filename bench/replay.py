@@ -27,11 +27,11 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from bench.figures import Figure, median, run
 from bench.training import BIN, SCRIPT, sidecar
 from esper_otel.leyline.otlp_file import framed
-from esper_tamiyo.otlp_files import requests
-from esper_tamiyo.recordings import Recording
-from esper_tamiyo.replay import Judged, Summary, replay
-from esper_tamiyo.table import Table
-from esper_tamiyo.table_file import load
+from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table_file import load
+from esper_tamiyo.replaying.otlp_files import requests
+from esper_tamiyo.replaying.recordings import Recording
+from esper_tamiyo.replaying.replay import Judged, Summary, replay
 
 BENCH = "replay"
 BLOCKS = 7

@@ -61,7 +61,7 @@ def record(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     from bench.scenarios import scoring
-    from esper_tamiyo.table_file import load
+    from esper_tamiyo.language.table_file import load
 
     table = load(options.table)
     outcomes, took = scoring.timed(table, held_out=options.half == "held-out")

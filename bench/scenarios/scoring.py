@@ -26,9 +26,9 @@ from bench.scenarios.showing import shows
 from bench.scenarios.suite import RECORDINGS, RIGHT, Scenario
 from esper_otel.leyline.decisions import Action, Decision
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.table import Mode, Table
-from esper_tamiyo.witness import RuleChange
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.language.table import Mode, Table
 
 PER_STEPS = 50_000
 """False actions are told per so many healthy steps."""

@@ -1,7 +1,7 @@
 """Makes ``docs/tables.md`` and ``docs/table.schema.json`` from the classes of a table.
 
-``python -m esper_tamiyo.table_docs`` writes them, ``--check`` only says whether they are
-in step, with exit status 1 when they are not.
+``python -m esper_tamiyo.table_docs`` writes them, ``--check`` only says whether they
+are in step, with exit status 1 when they are not.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from typing import Any, get_type_hints
 import msgspec
 
 from esper_otel.leyline.decisions import Action
-from esper_tamiyo.derived import DERIVED, KNOWN
-from esper_tamiyo.operators import BASELINES, FORMS, BaselineKind, Form, Operand, Operator
-from esper_tamiyo.peers import PEER_STEPS
-from esper_tamiyo.silence import UNKNOWN_AFTER_STEPS
-from esper_tamiyo.table import Baseline, Combine, Condition, Conservative, Rule, meta
+from esper_tamiyo.judging.peers import PEER_STEPS
+from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
+from esper_tamiyo.judging.witness import RuleState
+from esper_tamiyo.language.derived import DERIVED, KNOWN
+from esper_tamiyo.language.operators import (
+    BASELINES,
+    FORMS,
+    BaselineKind,
+    Form,
+    Operand,
+    Operator,
+)
+from esper_tamiyo.language.table import Baseline, Combine, Condition, Conservative, Rule, meta
+from esper_tamiyo.language.table_reader import ACTIONS, PARAMETERS
 from esper_tamiyo.table_docs_text import PAGE_TEXT
-from esper_tamiyo.table_reader import ACTIONS, PARAMETERS
-from esper_tamiyo.witness import RuleState
 
 PAGE = Path("docs/tables.md")
 SCHEMA = Path("docs/table.schema.json")
@@ -120,7 +127,7 @@ def _schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Threshold table of Tamiyo",
-        "description": "Made by python -m esper_tamiyo.table_docs; edits here are lost.",
+        "description": "Made by esper_tamiyo.table_docs; edits here are lost.",
         "type": "object",
         "required": ["version", "rules"],
         "additionalProperties": False,

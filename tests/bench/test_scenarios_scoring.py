@@ -10,7 +10,7 @@ from bench.scenarios.scoring import by_kind, outcome, recorded_in, score
 from bench.scenarios.showing import REFERENCE, shows
 from bench.scenarios.suite import HEALTHY, RIGHT, Scenario, path, scenarios
 from esper_otel.leyline.decisions import Proposal, SeedOperation
-from esper_tamiyo.table_file import load
+from esper_tamiyo.language.table_file import load
 
 AT = REFERENCE + 11
 """The step at which what is wrong begins, in all of these."""

@@ -3,8 +3,15 @@
 import msgspec
 
 from esper_otel.leyline.decisions import Action, Severity
-from esper_tamiyo.entries import Changed, Decided, Found, Reported, RuleText, TableInUse
-from esper_tamiyo.witness import RuleState
+from esper_tamiyo.journaling.entries import (
+    Changed,
+    Decided,
+    Found,
+    Reported,
+    RuleText,
+    TableInUse,
+)
+from esper_tamiyo.judging.witness import RuleState
 
 AT = 1_790_000_000_000_000_000
 

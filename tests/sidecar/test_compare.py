@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from esper_tamiyo.compare import Comparison
-from esper_tamiyo.recordings import Recording
-from esper_tamiyo.table_file import TableSource, load, parse
+from esper_tamiyo.language.table_file import TableSource, load, parse
+from esper_tamiyo.replaying.compare import Comparison
+from esper_tamiyo.replaying.recordings import Recording
 from sidecar.frames_made import frame, otlp_of
 from sidecar.recorded_runs import FORMATS, proposed
 from sidecar.running import tamiyo

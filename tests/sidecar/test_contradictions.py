@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.metrics import STEP_KEYS
-from esper_tamiyo.contradictions import doubts, limits
-from esper_tamiyo.derived import KNOWN
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.operators import Operator
-from esper_tamiyo.rules import test_of as as_test
-from esper_tamiyo.table import Combine, Condition, Group
-from esper_tamiyo.table_file import TableSource, load, parse
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.rules import test_of as as_test
+from esper_tamiyo.language.contradictions import doubts, limits
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import Combine, Condition, Group
+from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 
 REST = "severity: HIGH, action: PAUSE"

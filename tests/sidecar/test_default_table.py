@@ -11,8 +11,8 @@ import pytest
 
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.table_file import load
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import load
 
 TABLE = load("default")
 SCALES = [(0.5, 0.01), (0.5, 11.0), (30_000.0, 0.01), (30_000.0, 11.0)]

@@ -14,9 +14,9 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import MAX_NAME, Engine
-from esper_tamiyo.run_state import MAX_SEEDS
-from esper_tamiyo.table_file import TableSource, load, parse
+from esper_tamiyo.judging.engine import MAX_NAME, Engine
+from esper_tamiyo.judging.run_state import MAX_SEEDS
+from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 
 PROPOSAL = Proposal("s7", SeedOperation.BLEND)

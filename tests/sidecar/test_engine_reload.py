@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import NOMINAL
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.table_file import TableSource, load, parse
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame, runs
 
 KEPT = "id: kept, metric: loss, above: 1, for: 3"

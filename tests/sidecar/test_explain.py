@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from esper_otel.leyline.decisions import Action, SeedOperation, Severity
-from esper_tamiyo.entries import Proposed, Silenced
-from esper_tamiyo.explain import UnknownDecisionError, lines, tell, told_values
-from esper_tamiyo.journal import Journal
-from esper_tamiyo.telling import line
+from esper_tamiyo.journaling.entries import Proposed, Silenced
+from esper_tamiyo.journaling.explain import UnknownDecisionError, lines, tell, told_values
+from esper_tamiyo.journaling.journal import Journal
+from esper_tamiyo.journaling.telling import line
 from sidecar.entries_made import changed, decided, found, reported, table
 from sidecar.running import tamiyo
 

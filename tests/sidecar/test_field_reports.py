@@ -3,7 +3,7 @@
 import pytest
 
 from esper_otel.leyline.decisions import Action, Decision, Severity
-from esper_tamiyo.field_reports import QUIET_S, WINDOW, FieldReports, report_of
+from esper_tamiyo.journaling.field_reports import QUIET_S, WINDOW, FieldReports, report_of
 from sidecar.frames_made import frame
 
 NONE = None

@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
-from esper_tamiyo.connection import Trainer
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.guards import Guards, plan
-from esper_tamiyo.history import History, Watched
-from esper_tamiyo.table_file import TableSource, load, parse
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.guards import Guards, plan
+from esper_tamiyo.judging.history import History, Watched
+from esper_tamiyo.language.table_file import TableSource, load, parse
+from esper_tamiyo.serving.connection import Trainer
 from sidecar.frames_made import ask_of, frame, hello_of, runs
 
 PROPOSAL = Proposal("s7", SeedOperation.BLEND)

@@ -5,10 +5,16 @@ import asyncio
 import msgspec
 import pytest
 
-from esper_tamiyo import ingest
-from esper_tamiyo.credentials import Doorkeeper
-from esper_tamiyo.ingest import BusyError, Intake, MalformedError, StrangerError, TooLargeError
-from esper_tamiyo.pipe import Inlet, Kind, Tally
+from esper_tamiyo.receiving import ingest
+from esper_tamiyo.receiving.credentials import Doorkeeper
+from esper_tamiyo.receiving.ingest import (
+    BusyError,
+    Intake,
+    MalformedError,
+    StrangerError,
+    TooLargeError,
+)
+from esper_tamiyo.receiving.pipe import Inlet, Kind, Tally
 from sidecar.frames_made import frame, otlp_of
 
 

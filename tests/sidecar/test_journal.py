@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.wire import default_socket_path
-from esper_tamiyo.entries import Closed, Gap, Opened
-from esper_tamiyo.journal import (
+from esper_tamiyo.journaling.entries import Closed, Gap, Opened
+from esper_tamiyo.journaling.journal import (
     Damage,
     Journal,
     default_folder,
@@ -21,7 +21,7 @@ from esper_tamiyo.journal import (
     line_of,
     read,
 )
-from esper_tamiyo.journal_keeper import Keeper
+from esper_tamiyo.journaling.journal_keeper import Keeper
 from sidecar.entries_made import AT, changed, decided, reported, table
 from sidecar.running import until
 
@@ -168,7 +168,7 @@ class Disk:
 
 
 def test_a_journal_that_cannot_be_written_is_told_of_and_tried_again(folder, monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.journal_keeper.RETRY_S", 0.0)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_keeper.RETRY_S", 0.0)
     disk = Disk(folder)
     disk.broken = True
     keeper = Keeper(disk.open, folder)
@@ -190,7 +190,7 @@ def test_a_journal_that_cannot_be_written_is_told_of_and_tried_again(folder, mon
 
 
 def test_a_disk_that_stands_still_costs_entries_and_no_time(folder, monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.journal_keeper.MAX_QUEUE", 2)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_keeper.MAX_QUEUE", 2)
     keeper = Keeper(Disk(folder).open, folder)  # not started: as a disk that never returns
     for step in range(5):
         keeper.put([decided(step)])

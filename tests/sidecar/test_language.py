@@ -3,10 +3,10 @@
 import pytest
 
 from esper_otel.leyline.decisions import NOMINAL, Action, Proposal, SeedOperation
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.silence import FLOOR_NS
-from esper_tamiyo.table_file import TableSource, parse
-from esper_tamiyo.witness import RuleState
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.silence import FLOOR_NS
+from esper_tamiyo.judging.witness import RuleState
+from esper_tamiyo.language.table_file import TableSource, parse
 from sidecar.frames_made import frame
 
 ALPHA, STAGE = "kasmina.seed.alpha", "kasmina.seed.stage"

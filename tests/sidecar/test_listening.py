@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from esper_tamiyo import asking, listening
-from esper_tamiyo.listening import Listener, SocketError, may_knock, peer_uid
+from esper_tamiyo.serving import asking, listening
+from esper_tamiyo.serving.listening import Listener, SocketError, may_knock, peer_uid
 from sidecar.running import sidecar, tamiyo
 
 NOBODY = 65534

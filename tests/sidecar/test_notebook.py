@@ -4,11 +4,11 @@ import pytest
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.wire import PROTOCOL, Hello
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.entries import Changed, Decided
-from esper_tamiyo.field_reports import Due, report_of
-from esper_tamiyo.notebook import MAX_HEARD, Notebook
-from esper_tamiyo.table_file import TableSource, parse
+from esper_tamiyo.journaling.entries import Changed, Decided
+from esper_tamiyo.journaling.field_reports import Due, report_of
+from esper_tamiyo.journaling.notebook import MAX_HEARD, Notebook
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import TableSource, parse
 from sidecar.frames_made import frame
 
 RULES = """

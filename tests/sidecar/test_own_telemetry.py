@@ -13,9 +13,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from bench.receiver import METRICS, TRACES, HttpReceiver
 from esper_otel.leyline.trace_ids import trace_id
-from esper_tamiyo import own_metrics
-from esper_tamiyo.own_metrics import OWN_METRICS, Kind
-from esper_tamiyo.own_telemetry import endpoint_of
+from esper_tamiyo.journaling import own_metrics
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind
+from esper_tamiyo.journaling.own_telemetry import endpoint_of
 from sidecar.running import sidecar, until
 
 TRAINER = """
@@ -235,7 +235,8 @@ def test_every_metric_is_named_alike():
 
 def test_the_decide_process_never_loads_the_sdk():
     code = (
-        "import sys, esper_tamiyo.server, esper_tamiyo.chronicle, esper_tamiyo.commands.serve\n"
+        "import sys, esper_tamiyo.serving.server, esper_tamiyo.commands.serve\n"
+        "import esper_tamiyo.journaling.chronicle\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

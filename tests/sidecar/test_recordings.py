@@ -15,10 +15,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, framed
-from esper_tamiyo import otlp_json
-from esper_tamiyo.assembly import HORIZON_NS, Assembly
-from esper_tamiyo.otlp_frames import frames_of
-from esper_tamiyo.recordings import Recording
+from esper_tamiyo.receiving.otlp_frames import frames_of
+from esper_tamiyo.replaying import otlp_json
+from esper_tamiyo.replaying.assembly import HORIZON_NS, Assembly
+from esper_tamiyo.replaying.recordings import Recording
 from sidecar.frames_made import frame, otlp_of, runs
 from sidecar.recorded_runs import FORMATS, as_json, cut, proposed
 

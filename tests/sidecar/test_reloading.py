@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from esper_otel.leyline.decisions import Action
-from esper_tamiyo import table_watch
-from esper_tamiyo.pipe import Inlet, Kind, Unusable, pack
-from esper_tamiyo.table import Table
-from esper_tamiyo.table_file import SHIPPED, load, shipped_tables
-from esper_tamiyo.table_watch import Watch
+from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table_file import SHIPPED, load, shipped_tables
+from esper_tamiyo.receiving.pipe import Inlet, Kind, Unusable, pack
+from esper_tamiyo.serving import table_watch
+from esper_tamiyo.serving.table_watch import Watch
 from sidecar.running import is_alive, sidecar, until
 
 RULE = "{{id: {id}, metric: loss_delta, above: {above}, for: 3, severity: HIGH, action: PAUSE}}"
@@ -238,7 +238,7 @@ def watch_of(running):
 
     def found():
         for pid in children_of(running.process.pid):
-            if b"esper_tamiyo.table_watch" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"esper_tamiyo.serving.table_watch" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
         return None
 

@@ -16,9 +16,9 @@ from esper_otel.leyline.wire import Ask, SeedRow
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
 from esper_tamiyo.commands.common import plain
-from esper_tamiyo.recordings import Recording
-from esper_tamiyo.replay import replay
-from esper_tamiyo.table_file import load, shipped_tables
+from esper_tamiyo.language.table_file import load, shipped_tables
+from esper_tamiyo.replaying.recordings import Recording
+from esper_tamiyo.replaying.replay import replay
 from sidecar.frames_made import frame, otlp_of
 from sidecar.recorded_runs import FORMATS, cut, proposed
 from sidecar.running import sidecar, tamiyo

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Proposal, SeedOperation, Severity
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.history import History, Last, RollingMedian, Watch, Watched
-from esper_tamiyo.operators import BaselineKind, Operator
-from esper_tamiyo.peers import PEER_STEPS, PeerBoard, PeerView
-from esper_tamiyo.rules import test_of as as_test
-from esper_tamiyo.slope import Slope
-from esper_tamiyo.table import Combine, Condition, Group
-from esper_tamiyo.table_file import load
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.history import History, Last, RollingMedian, Watch, Watched
+from esper_tamiyo.judging.peers import PEER_STEPS, PeerBoard, PeerView
+from esper_tamiyo.judging.rules import test_of as as_test
+from esper_tamiyo.judging.slope import Slope
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Combine, Condition, Group
+from esper_tamiyo.language.table_file import load
 
 PROPOSAL = Proposal("seed", SeedOperation.GERMINATE)
 TRUE = Condition("loss", Operator.ABOVE, 0.0)

@@ -10,10 +10,10 @@ import urllib.request
 
 import pytest
 
-from esper_tamiyo.entries import Decided, Gap, Reported
-from esper_tamiyo.journal import Damage, files_of, read
-from esper_tamiyo.notes import Note, Pulse, notes_in
-from esper_tamiyo.scribe_child import Orders, ScribeChild
+from esper_tamiyo.journaling.entries import Decided, Gap, Reported
+from esper_tamiyo.journaling.journal import Damage, files_of, read
+from esper_tamiyo.journaling.notes import Note, Pulse, notes_in
+from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
 from sidecar.entries_made import decided
 from sidecar.running import TAMIYO, is_alive, sidecar, tamiyo, until
 

@@ -21,7 +21,7 @@ from esper_otel.leyline.wire import (
     Welcome,
     encode,
 )
-from esper_tamiyo.connection import MAX_BACKLOG
+from esper_tamiyo.serving.connection import MAX_BACKLOG
 from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
 
 
@@ -285,7 +285,7 @@ def test_the_command_stays_light():
     """Neither torch nor what only the receivers or a table need."""
     heavy = ("torch", "grpc", "aiohttp", "google.protobuf", "numpy", "yaml", "asyncio")
     code = f"""
-import sys, esper_tamiyo.cli, esper_tamiyo.server, esper_tamiyo.asking
+import sys, esper_tamiyo.cli, esper_tamiyo.serving.server, esper_tamiyo.serving.asking
 print([name for name in {heavy!r} if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

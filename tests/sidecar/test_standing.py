@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Severity
-from esper_tamiyo.operators import Operator
-from esper_tamiyo.rules import compiled
-from esper_tamiyo.standing import Standing
-from esper_tamiyo.table import Condition, Rule
+from esper_tamiyo.judging.rules import compiled
+from esper_tamiyo.judging.standing import Standing
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import Condition, Rule
 
 LETTERS = {
     "inactive": ".",

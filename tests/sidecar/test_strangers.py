@@ -20,9 +20,14 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricExportR
 
 from esper_otel.stream.destination import Signal, destinations
 from esper_otel.stream.transport import Verdict, open_transport
-from esper_tamiyo import credentials as credentials_module
-from esper_tamiyo.addresses import Address
-from esper_tamiyo.credentials import Credentials, CredentialsError, Doorkeeper, read_token
+from esper_tamiyo.receiving import credentials as credentials_module
+from esper_tamiyo.receiving.addresses import Address
+from esper_tamiyo.receiving.credentials import (
+    Credentials,
+    CredentialsError,
+    Doorkeeper,
+    read_token,
+)
 from sidecar.frames_made import frame, otlp_of
 from sidecar.running import sidecar, tamiyo, until
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from esper_tamiyo.condition_reader import CONDITION_FIELDS, GROUPS
-from esper_tamiyo.derived import KNOWN
-from esper_tamiyo.nodes import NodeReader
-from esper_tamiyo.operators import Operator
+from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.nodes import NodeReader
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 from esper_tamiyo.table_docs import PAGE, SCHEMA, main, page, schema
-from esper_tamiyo.table_reader import RULE_FIELDS, TOP_FIELDS
 
 
 @pytest.mark.parametrize(("path", "made"), [(PAGE, page), (SCHEMA, schema)])

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Severity
-from esper_tamiyo.operators import BaselineKind, Operator
-from esper_tamiyo.table import Combine, Condition, Mode, RuleScope
-from esper_tamiyo.table_file import MAX_BYTES, TableError, TableSource, load, parse
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Combine, Condition, Mode, RuleScope
+from esper_tamiyo.language.table_file import MAX_BYTES, TableError, TableSource, load, parse
 
 RULE_IDS = {
     "hook_budget",

@@ -5,7 +5,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_tamiyo.table_file import TableError, TableSource, parse
+from esper_tamiyo.language.table_file import TableError, TableSource, parse
 
 METRICS = st.sampled_from(["loss", "step_latency_ms", "optimizer_lr", "gradient_norm"])
 BOUNDS = st.integers(-9, 9)

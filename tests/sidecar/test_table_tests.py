@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from esper_tamiyo.commands.test import told
-from esper_tamiyo.derived import KNOWN
-from esper_tamiyo.operators import FORMS, Operand, Operator
-from esper_tamiyo.table import Condition, Group
-from esper_tamiyo.table_file import SHIPPED, shipped_tables
-from esper_tamiyo.table_test_file import TableTestError, load_tests
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.operators import FORMS, Operand, Operator
+from esper_tamiyo.language.table import Condition, Group
+from esper_tamiyo.language.table_file import SHIPPED, shipped_tables
+from esper_tamiyo.replaying.table_test_file import TableTestError, load_tests
 from sidecar.running import tamiyo
 
 SHIPPED_TESTS = {name: SHIPPED / "tests" / f"{name}.tests.yaml" for name in shipped_tables()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import Commands
 
 if TYPE_CHECKING:
-    from esper_tamiyo.table import Rule, Table
+    from esper_tamiyo.language.table import Rule, Table
 
 
 def add(commands: Commands) -> None:
@@ -26,9 +26,9 @@ def add(commands: Commands) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from esper_tamiyo.contradictions import doubts
-    from esper_tamiyo.nodes import Fault
-    from esper_tamiyo.table_file import TableError, locate, read
+    from esper_tamiyo.language.contradictions import doubts
+    from esper_tamiyo.language.nodes import Fault
+    from esper_tamiyo.language.table_file import TableError, locate, read
 
     try:
         source = read(options.table)

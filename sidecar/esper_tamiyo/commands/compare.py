@@ -11,7 +11,7 @@ from esper_tamiyo.commands.common import CommandError, Commands
 from esper_tamiyo.commands.recorded import add_recording, recorded, table_named, told
 
 if TYPE_CHECKING:
-    from esper_tamiyo.compare import Outcome, Stretch
+    from esper_tamiyo.replaying.compare import Outcome, Stretch
 
 SAME, DIFFERENT, TROUBLE = 0, 1, 2
 """Exit statuses, those of diff."""
@@ -38,7 +38,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _compared(options: argparse.Namespace) -> int:
-    from esper_tamiyo.compare import Comparison
+    from esper_tamiyo.replaying.compare import Comparison
 
     tables = [table_named(name) for name in (options.a, options.b)]
     recording = recorded(options.recording)

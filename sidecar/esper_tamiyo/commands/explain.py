@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from esper_tamiyo.explain import UnknownDecisionError, lines, plain, tell
+    from esper_tamiyo.journaling.explain import UnknownDecisionError, lines, plain, tell
 
     try:
         story = tell(entries_of(options), options.decision, options.run)

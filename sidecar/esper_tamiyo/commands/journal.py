@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket
 
 if TYPE_CHECKING:
-    from esper_tamiyo.entries import AnyEntry
+    from esper_tamiyo.journaling.entries import AnyEntry
 
 
 def add(commands: Commands) -> None:
@@ -34,7 +34,7 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
 
 def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator[AnyEntry]:
     """The entries of the journal; damaged lines are told of and left out."""
-    from esper_tamiyo import journal
+    from esper_tamiyo.journaling import journal
 
     folder: Path = options.journal or journal.default_folder(options.socket)
     read = journal.follow if follow else journal.read
@@ -51,8 +51,8 @@ def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator
 
 
 def _journal(options: argparse.Namespace) -> int:
-    from esper_tamiyo.journal import line_of
-    from esper_tamiyo.telling import line
+    from esper_tamiyo.journaling.journal import line_of
+    from esper_tamiyo.journaling.telling import line
 
     try:
         for entry in entries_of(options, follow=options.follow):

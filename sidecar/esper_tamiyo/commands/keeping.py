@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import CommandError
 
 if TYPE_CHECKING:
-    from esper_tamiyo.chronicle import Chronicle
+    from esper_tamiyo.journaling.chronicle import Chronicle
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give ``tamiyo serve`` the options about journal, health and traces."""
-    from esper_tamiyo.journal import MAX_FILE_MB, MAX_FILES
+    from esper_tamiyo.journaling.journal import MAX_FILE_MB, MAX_FILES
 
     group = parser.add_argument_group("what is kept and told of it")
     group.add_argument(
@@ -70,10 +70,10 @@ def _count(text: str) -> int:
 
 def chronicle(options: argparse.Namespace, health: socket.socket | None) -> Chronicle:
     """Keeps the record; without anything to keep or to tell there is no scribe."""
-    from esper_tamiyo.chronicle import Chronicle
-    from esper_tamiyo.journal import default_folder
-    from esper_tamiyo.own_telemetry import endpoint_of
-    from esper_tamiyo.scribe_child import Orders, ScribeChild
+    from esper_tamiyo.journaling.chronicle import Chronicle
+    from esper_tamiyo.journaling.journal import default_folder
+    from esper_tamiyo.journaling.own_telemetry import endpoint_of
+    from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
 
     folder = None if options.no_journal else options.journal or default_folder(options.socket)
     orders = Orders(
@@ -92,7 +92,7 @@ def health_socket(options: argparse.Namespace) -> socket.socket | None:
     Bound here, so that a mistake ends the start and a scribe that dies keeps the port.
     Raises :class:`CommandError`.
     """
-    from esper_tamiyo.addresses import Address, AddressError
+    from esper_tamiyo.receiving.addresses import Address, AddressError
 
     if options.health is None:
         return None

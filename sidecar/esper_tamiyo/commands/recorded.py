@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import CommandError
 
 if TYPE_CHECKING:
-    from esper_tamiyo.recordings import Recording
-    from esper_tamiyo.table import Table
+    from esper_tamiyo.language.table import Table
+    from esper_tamiyo.replaying.recordings import Recording
 
 
 def add_recording(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_recording(parser: argparse.ArgumentParser) -> None:
 
 def recorded(path: Path) -> Recording:
     """The recording at ``path``; raises :class:`CommandError` when there is none."""
-    from esper_tamiyo.recordings import Recording
+    from esper_tamiyo.replaying.recordings import Recording
 
     try:
         return Recording(path)
@@ -36,7 +36,7 @@ def recorded(path: Path) -> Recording:
 
 def table_named(name: str) -> Table:
     """A table; raises :class:`CommandError` with everything that is wrong with it."""
-    from esper_tamiyo.table_file import TableError, load
+    from esper_tamiyo.language.table_file import TableError, load
 
     try:
         return load(name)

@@ -11,7 +11,7 @@ from esper_tamiyo.commands.common import Commands, plain
 from esper_tamiyo.commands.recorded import add_recording, recorded, table_named, told
 
 if TYPE_CHECKING:
-    from esper_tamiyo.replay import Judged, Summary
+    from esper_tamiyo.replaying.replay import Judged, Summary
 
 
 def add(commands: Commands) -> None:
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from esper_tamiyo.replay import Summary, replay
+    from esper_tamiyo.replaying.replay import Summary, replay
 
     table = table_named(options.table)
     recording = recorded(options.recording)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from esper_otel.leyline.wire import default_socket_path as default_path
-from esper_tamiyo.addresses import Address
 from esper_tamiyo.commands import keeping
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket
+from esper_tamiyo.receiving.addresses import Address
 
 
 def add(commands: Commands) -> None:
@@ -51,14 +51,14 @@ def _add_strangers(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     import logging
 
-    from esper_tamiyo.addresses import AddressError
-    from esper_tamiyo.credentials import Credentials, CredentialsError
-    from esper_tamiyo.engine import Engine
-    from esper_tamiyo.ingest_child import IngestChild, IngestError
-    from esper_tamiyo.listening import Listener, SocketError
-    from esper_tamiyo.reloading import Reloading
-    from esper_tamiyo.server import Server
-    from esper_tamiyo.table_file import TableError, load, shipped_tables
+    from esper_tamiyo.judging.engine import Engine
+    from esper_tamiyo.language.table_file import TableError, load, shipped_tables
+    from esper_tamiyo.receiving.addresses import AddressError
+    from esper_tamiyo.receiving.credentials import Credentials, CredentialsError
+    from esper_tamiyo.receiving.ingest_child import IngestChild, IngestError
+    from esper_tamiyo.serving.listening import Listener, SocketError
+    from esper_tamiyo.serving.reloading import Reloading
+    from esper_tamiyo.serving.server import Server
 
     logging.basicConfig(format="tamiyo: %(message)s", level=logging.INFO)
     credentials = Credentials(

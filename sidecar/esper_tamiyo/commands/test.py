@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import Commands
 
 if TYPE_CHECKING:
-    from esper_tamiyo.table_tests import Failure
+    from esper_tamiyo.replaying.table_tests import Failure
 
 PASSED, FAILED, TROUBLE = 0, 1, 2
 """Exit statuses: 2 when a file cannot be run."""
@@ -28,8 +28,8 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _run(path: Path) -> int:
-    from esper_tamiyo.table_file import TableError
-    from esper_tamiyo.table_test_file import TableTestError, load_tests
+    from esper_tamiyo.language.table_file import TableError
+    from esper_tamiyo.replaying.table_test_file import TableTestError, load_tests
 
     try:
         table, tests = load_tests(path)
