@@ -11,8 +11,8 @@ BENCH ?=
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
-demo: $(READY)  ## train a CNN twice, with a faulty schedule: once only watched, once rescued
-	$(BIN)/python examples/demo.py
+demo: $(READY)  ## train a CNN through an accident, only watched and rescued; then let one grow
+	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest
@@ -25,11 +25,15 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m esper_otel.leyline.docs --check
+	$(BIN)/python -m esper_tamiyo.table_docs --check
+	$(BIN)/python -m esper_tamiyo.journaling.own_metrics --check
 
 format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m esper_otel.leyline.docs
+	$(BIN)/python -m esper_tamiyo.table_docs
+	$(BIN)/python -m esper_tamiyo.journaling.own_metrics
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis recordings

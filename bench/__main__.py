@@ -30,8 +30,14 @@ BENCHES = (
     "training",
     "outage",
     "sidecar_faults",
+    "answers_under_load",
+    "ingest",
+    "reloading",
     "isolation",
     "growth",
+    "journal",
+    "replay",
+    "judgement",
 )
 
 

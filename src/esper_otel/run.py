@@ -409,6 +409,7 @@ class Run:
                 rank=settings.rank,
                 world_size=settings.world_size,
                 deadline_ms=settings.tamiyo_deadline_ms,
+                mode=settings.mode.value,
             )
         except ValueError as error:
             raise SettingsError(f"tamiyo_socket: {error}") from None

@@ -26,8 +26,7 @@ from opentelemetry.trace import (
 from esper_otel import __version__
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import Attribute, Event
-from esper_otel.leyline.trace_ids import span_id, trace_id
-from esper_otel.stream.spans import STEP_SPAN
+from esper_otel.leyline.trace_ids import STEP_SPAN, span_id, trace_id
 
 SCOPE = "esper_otel"
 
