@@ -13,13 +13,13 @@ Under Lightning's Trainer: esper-otel, and DeviceStatsMonitor with a CSV logger,
 and of every 50th, which is its default. The others are the extra ``peers``; what is not
 installed is left out. Nothing here leaves this machine.
 
-What a tool does in threads or processes of its own is in its blocks as far as it falls there;
-TraceML's and wandb's go on while the bare blocks run, which can only flatter them.
+A pair's difference is that of the median steps of two neighbouring blocks. What a tool does
+now and then, in threads of its own, is in the CPU time of the process; TraceML's and wandb's
+go on while the bare blocks run, and both have another process, which can only flatter them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -29,7 +29,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from bench.figures import Figure, median, run
+from bench.peer_tools import Measured
 from bench.receiver import ReceiverProcess
 from bench.training import sidecar
 
@@ -90,8 +93,8 @@ def figures() -> list[Figure]:
                         continue
                     environment = tamiyo if tool.name == "esper_asking" else {}
                     told = f"{title}, {tool.title}"
-                    with_tool, bare = pairs(tool, network, receiver.url, environment)
-                    added[tool.title], figures_of = summary(told, with_tool, bare)
+                    measured = pairs(tool, network, receiver.url, environment)
+                    added[tool.title], figures_of = summary(told, *measured)
                     rows += figures_of
                 rows += comparison(title, added)
     finally:
@@ -100,16 +103,19 @@ def figures() -> list[Figure]:
 
 
 def summary(
-    title: str, with_tool: list[float], bare: list[float]
+    title: str, with_tool: list[Measured], bare: list[Measured]
 ) -> tuple[float, list[Figure]]:
     """The median of what was added per step in µs, and the rows that tell of it."""
-    added = [(a - b) * 1e3 for a, b in zip(with_tool, bare, strict=True)]
-    quartiles = statistics.quantiles(added, n=4)
-    return median(added), [
-        Figure.report(BENCH, f"{title}: a step", median(with_tool), "ms", median(bare)),
-        Figure.report(BENCH, f"{title}: added per step, median", median(added), "µs"),
-        Figure.report(BENCH, f"{title}: added, first quartile", quartiles[0], "µs"),
-        Figure.report(BENCH, f"{title}: added, third quartile", quartiles[2], "µs"),
+    walls = [(a.wall - b.wall) * 1e3 for a, b in zip(with_tool, bare, strict=True)]
+    cpus = [(a.cpu - b.cpu) * 1e3 for a, b in zip(with_tool, bare, strict=True)]
+    steps = [median([block.wall for block in blocks]) for blocks in (with_tool, bare)]
+    low, _, high = statistics.quantiles(walls, n=4)
+    return median(walls), [
+        Figure.report(BENCH, f"{title}: a step", steps[0], "ms", steps[1]),
+        Figure.report(BENCH, f"{title}: added per step, median", median(walls), "µs"),
+        Figure.report(BENCH, f"{title}: added, first quartile", low, "µs"),
+        Figure.report(BENCH, f"{title}: added, third quartile", high, "µs"),
+        Figure.report(BENCH, f"{title}: added CPU of the process", median(cpus), "µs"),
     ]
 
 
@@ -136,8 +142,8 @@ def comparison(title: str, added: dict[str, float]) -> list[Figure]:
 
 def pairs(
     tool: Tool, network: str, url: str, environment: dict[str, str]
-) -> tuple[list[float], list[float]]:
-    """Milliseconds per step of each block, with the tool and without."""
+) -> tuple[list[Measured], list[Measured]]:
+    """What each block measured, with the tool and without."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "bench.peer_tools", tool.name, network, f"{folder}/result"],
@@ -153,8 +159,8 @@ def pairs(
         )
         if done.returncode:
             raise SystemExit(f"{tool.title}: failed with {done.returncode}\n{done.stderr}")
-        with_tool, bare = json.loads((Path(folder) / "result").read_text())
-    return with_tool, bare
+        result = (Path(folder) / "result").read_bytes()
+    return msgspec.json.decode(result, type=tuple[list[Measured], list[Measured]])
 
 
 if __name__ == "__main__":
