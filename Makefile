@@ -1,21 +1,34 @@
 # `make demo` and `make test` are all that a fresh machine with Python, git and make needs.
+# With Go there as well, `make test` first builds what the stack is made of, which takes some
+# minutes and is kept in the user's cache.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH ?=
+PORTS ?=
 
-.PHONY: help demo test bench lint format docs clean
+.PHONY: help demo test bench lint format docs clean collector stack stack-programs
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(READY)  ## train a CNN twice, with a faulty schedule: once only watched, once rescued
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## run the tests; those of the stack where its programs can be had
+	@$(BIN)/python -m stack build --if-possible
 	$(BIN)/python -m pytest
+
+collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
+	@$(BIN)/python -m stack build collector
+
+stack-programs: $(READY)  ## get Collector, Prometheus and Jaeger, each once
+	@$(BIN)/python -m stack build
+
+stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="jaeger=16687 …")
+	@$(BIN)/python -m stack up $(if $(PORTS),--port "$(PORTS)")
 
 bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULTS.md
 	$(BIN)/python -m bench $(BENCH)
@@ -25,11 +38,17 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m esper_otel.leyline.docs --check
+	$(BIN)/python -m dashboards --check
+	$(BIN)/python -m alerts --check
+	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m esper_otel.leyline.docs
+	$(BIN)/python -m dashboards
+	$(BIN)/python -m alerts
+	$(BIN)/python -m bench.topology
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis recordings

@@ -32,6 +32,8 @@ BENCHES = (
     "sidecar_faults",
     "isolation",
     "growth",
+    "collector",
+    "sizing",
 )
 
 
