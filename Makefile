@@ -14,8 +14,8 @@ PORTS ?=
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
-demo: $(READY)  ## train a CNN twice, with a faulty schedule: once only watched, once rescued
-	$(BIN)/python examples/demo.py
+demo: $(READY)  ## train a CNN through an accident, only watched and rescued; then let one grow
+	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
 	@$(BIN)/python -m stack build --if-possible
@@ -38,6 +38,8 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m esper_otel.leyline.docs --check
+	$(BIN)/python -m esper_tamiyo.table_docs --check
+	$(BIN)/python -m esper_tamiyo.journaling.own_metrics --check
 	$(BIN)/python -m dashboards --check
 	$(BIN)/python -m alerts --check
 	$(BIN)/python -m bench.topology --check
@@ -46,6 +48,8 @@ format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m esper_otel.leyline.docs
+	$(BIN)/python -m esper_tamiyo.table_docs
+	$(BIN)/python -m esper_tamiyo.journaling.own_metrics
 	$(BIN)/python -m dashboards
 	$(BIN)/python -m alerts
 	$(BIN)/python -m bench.topology

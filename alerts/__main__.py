@@ -12,7 +12,7 @@ import yaml
 from alerts import health
 from alerts.from_table import Translation, translated
 from alerts.page import page
-from esper_tamiyo.table_file import load
+from esper_tamiyo.language.table_file import load
 
 ROOT = Path(__file__).parent.parent
 RULES = Path("docker/prometheus/rules")

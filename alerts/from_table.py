@@ -7,7 +7,7 @@ import msgspec
 from alerts.alert import Alert, Severity
 from alerts.promql import RECENT, SEED_KEYS, Recording, Speaker, UnsayableError
 from esper_otel.leyline.decisions import Severity as Grade
-from esper_tamiyo.table import Rule, Table
+from esper_tamiyo.language.table import Rule, Table
 
 _SEVERITIES: dict[Grade, Severity] = {
     Grade.NORMAL: "info",

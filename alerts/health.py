@@ -8,7 +8,7 @@ from alerts.alert import Alert, Severity
 from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.leyline.prometheus import series_name
-from esper_tamiyo.own_metrics import OWN_METRICS
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 
 WITHIN = "5m"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alerts.alert import RUNBOOK, Alert
 from alerts.from_table import Translation
-from esper_tamiyo.table import Table
+from esper_tamiyo.language.table import Table
 
 
 def page(table: Table, made: Translation, about_health: Sequence[Alert]) -> str:

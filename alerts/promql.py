@@ -18,9 +18,9 @@ import msgspec
 from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
 from esper_otel.leyline.prometheus import label_name
-from esper_tamiyo.derived import DERIVED, KNOWN
-from esper_tamiyo.operators import BaselineKind, Operator
-from esper_tamiyo.table import Baseline, Combine, Condition, Group, Rule
+from esper_tamiyo.language.derived import DERIVED, KNOWN
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 
 RECENT, PAST, EVER, LONG = "1m", "10m", "1d", "1h"
 """What "now", a rolling baseline, "ever" and "for long" are in PromQL."""
@@ -222,4 +222,4 @@ _DERIVATIONS = {
         f" * {_name('kasmina.seed.isolation.seed_norm')} > 0)"
     )
 }
-"""What Tamiyo works out (``esper_tamiyo.derived``), worked out by Prometheus."""
+"""What Tamiyo works out (``esper_tamiyo.language.derived``), worked out by Prometheus."""

@@ -32,7 +32,7 @@ from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import SEED_KEYS, SEED_METRICS, STEP_METRICS
 from esper_otel.leyline.wire import Latest, LatestRequest, Status, StatusRequest
 from esper_otel.stream.spool import Account
-from esper_tamiyo.asking import reply_to
+from esper_tamiyo.serving.asking import reply_to
 from stack.programs import MissingError
 from stack.whole import Stack, running
 

@@ -39,7 +39,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.recording import Recording
 
-METRICS, TRACES = "/v1/metrics", "/v1/traces"
+METRICS, TRACES, LOGS = "/v1/metrics", "/v1/traces", "/v1/logs"
 STEP = "tolaria.step"
 
 
@@ -251,6 +251,7 @@ class GrpcReceiver:
                     "opentelemetry.proto.collector.metrics.v1.MetricsService", METRICS
                 ),
                 self._handlers("opentelemetry.proto.collector.trace.v1.TraceService", TRACES),
+                self._handlers("opentelemetry.proto.collector.logs.v1.LogsService", LOGS),
             )
         )
         address = f"localhost:{self.port}"
@@ -348,7 +349,7 @@ def _journaling(folder: Path) -> Answering:
 
     def answer(request: Request) -> Answer:
         with lock:
-            signal = Signal.TRACES if request.path == TRACES else Signal.METRICS
+            signal = Signal(request.path.removeprefix("/v1/"))
             recording.append(signal, request.body)
         return Answer(200)
 

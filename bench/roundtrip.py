@@ -25,7 +25,7 @@ from pathlib import Path
 from time import perf_counter, perf_counter_ns
 
 from bench.figures import Figure, percentile, run
-from bench.roundtrip_peers import FRAME, REQUEST_EVERY_S
+from bench.roundtrip_peers import FRAME
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import FAILED_OPEN, Decision
 from esper_otel.leyline.frames import step_row
@@ -38,6 +38,7 @@ GAPS = ((0, 100), (1, 50), (10, 15))
 """Gap between asks in ms, and asks per block."""
 
 ROUNDS = 20
+POINTS_PER_S = 20_000
 LOADED_BLOCKS, BLOCK_S = 8, 1.0
 
 Ask = Callable[[], object]
@@ -55,7 +56,7 @@ def figures() -> list[Figure]:
             "gRPC": stack.enter_context(grpc(folder / "grpc.sock", ask_bytes, answer_bytes)),
         }
         rows = against(rivals, asked.ask)
-        with feeder(sidecar["otlp_http"]) as feed:
+        with feeder(sidecar["otlp_http"], POINTS_PER_S) as feed:
             return rows + while_ingesting(asked.ask, feed)
 
 
@@ -188,10 +189,10 @@ class Feed:
 
 
 @contextmanager
-def tamiyo(path: Path) -> Iterator[dict[str, str]]:
+def tamiyo(path: Path, *options: str) -> Iterator[dict[str, str]]:
     """A sidecar with its receivers; the words of its ready line."""
     argv = [str(Path(sys.executable).with_name("tamiyo")), "serve", "--socket", str(path)]
-    argv += ["--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0"]
+    argv += ["--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0", *options]
     with started(argv) as (_, line):
         yield dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
 
@@ -230,10 +231,9 @@ def grpc(path: Path, ask_bytes: int, answer_bytes: int) -> Iterator[Ask]:
 
 
 @contextmanager
-def feeder(address: str) -> Iterator[Feed]:
-    """A feeder with enough requests for all blocks."""
-    requests = int(1.5 * LOADED_BLOCKS * BLOCK_S / REQUEST_EVERY_S)
-    with started(peer("feed", address, requests)) as (process, _):
+def feeder(address: str, points_per_s: int) -> Iterator[Feed]:
+    """A feeder, which is not feeding yet."""
+    with started(peer("feed", address, points_per_s)) as (process, _):
         yield Feed(process)
 
 

@@ -145,7 +145,7 @@ class Steps:
         breaker = self.client.breaker
         if breaker.opened != self._opened:
             self._opened = breaker.opened
-            self.cool_down_ms = (breaker.retry_at_ns - began) / 1e6
+            self.cool_down_ms = breaker.cool_down_ns / 1e6
         return reason, (ended - began) / 1e3
 
 

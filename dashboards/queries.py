@@ -5,7 +5,7 @@ from __future__ import annotations
 from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import BY_KEY, RANK, RUN_ID, SEED_ID
 from esper_otel.leyline.prometheus import label_name, series_name
-from esper_tamiyo.own_metrics import OWN_METRICS, Kind
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind
 
 RUN, RANK_OF_RUN = label_name(RUN_ID), label_name(RANK)
 

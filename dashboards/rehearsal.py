@@ -22,7 +22,7 @@ from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
-from esper_tamiyo.own_metrics import OWN_METRICS, Kind, OwnMetric
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind, OwnMetric
 
 RUN = "rehearsal"
 RANKS = 2

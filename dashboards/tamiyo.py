@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
 from dashboards.panels import BY_RANK, Line, PanelBuilder, board, lines, number, stacked, states
 from dashboards.queries import REPORTED_WITHIN, increase, most, own, reported, share
-from esper_tamiyo.witness import RuleState
+from esper_tamiyo.judging.witness import RuleState
 
 STATES = {
     RuleState.PENDING: (1, "yellow"),

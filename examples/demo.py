@@ -1,8 +1,10 @@
-"""The demo: one script, one accident, twice; once only watched and once rescued.
+"""The demo: one script, one accident, twice; once only watched and once rescued. Then one
+network that is too small for its task, and grows.
 
 Starts a Tamiyo sidecar and runs ``digits.py``, which knows nothing of it, under
-``esper-otel run``. What is shown while it runs is read from the OTLP that the run
-records, as any backend would get it.
+``esper-otel run``, and after that ``grow.py``, whose seeds take every step by Tamiyo's
+consent. What is shown while they run is read from the OTLP that the runs record, as any
+backend would get it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import argparse
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
@@ -30,6 +31,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from examples.demo_seeds import Growing
+from examples.recorded import Tail
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -64,24 +68,14 @@ class Told:
         return ", ".join(f"{key} {value:.4g}" for key, value in self.values.items())
 
 
-class Tail:
-    """Reads what has been added to a recording since it was last asked."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            while len(size := file.read(4)) == 4:
-                body = file.read(length := struct.unpack(">I", size)[0])
-                if len(body) < length:
-                    return  # still being written
-                self.offset += 4 + length
-                yield body
+def bar(values: dict[str, float], width: int = 24) -> Text:
+    """Where the step's time went, each phase in its colour."""
+    total = values.get("step_latency_ms", 0.0)
+    text = Text()
+    if total > 0:
+        for key, (_, colour) in PHASES.items():
+            text.append("█" * round(width * values.get(key, 0.0) / total), style=colour)
+    return text
 
 
 @dataclass
@@ -162,42 +156,31 @@ class Observed:
         applied = said["esper.decision.applied"].bool_value
         self.told[step] = Told(step, action, rule, applied, values)
 
-
-def bar(values: dict[str, float], width: int = 24) -> Text:
-    """Where the step's time went, each phase in its colour."""
-    total = values.get("step_latency_ms", 0.0)
-    text = Text()
-    if total > 0:
-        for key, (_, colour) in PHASES.items():
-            text.append("█" * round(width * values.get(key, 0.0) / total), style=colour)
-    return text
-
-
-def picture(run: Observed, *, ended: bool = False) -> Group:
-    """The newest steps of a run, oldest first; once it has ended, how it came to its end."""
-    legend = Text("step time: ")
-    for name, colour in PHASES.values():
-        legend.append(f"█ {name} ", style=colour)
-    how = {"advise": "decisions are only reported", "enforce": "decisions are applied"}
-    table = Table(title=f"digits, {run.mode}: {how[run.mode]}", title_justify="left")
-    for column in ("step", "loss", "gradient", "lr", "ms"):
-        table.add_column(column, justify="right")
-    table.add_column("step time", min_width=26)
-    table.add_column("Tamiyo", min_width=34, no_wrap=True)
-    for values in run.story() if ended else run.newest():
-        told = run.told.get(int(values["step"]))
-        table.add_row(
-            f"{values['step']:.0f}",
-            f"{values['loss']:.4f}" if "loss" in values else "not finite",
-            f"{values['gradient_norm']:.3g}" if "gradient_norm" in values else "not finite",
-            f"{values['optimizer_lr']:.2g}",
-            f"{values['step_latency_ms']:.2f}" if "step_latency_ms" in values else "",
-            bar(values),
-            Text(f"{told.action}  {told.rule}", style=ACTION_STYLE.get(told.action, ""))
-            if told
-            else Text("CONTINUE", style="dim"),
-        )
-    return Group(table, legend, Text())
+    def picture(self, *, ended: bool = False) -> Group:
+        """The newest steps, oldest first; once it has ended, how it came to its end."""
+        legend = Text("step time: ")
+        for name, colour in PHASES.values():
+            legend.append(f"█ {name} ", style=colour)
+        how = {"advise": "decisions are only reported", "enforce": "decisions are applied"}
+        table = Table(title=f"digits, {self.mode}: {how[self.mode]}", title_justify="left")
+        for column in ("step", "loss", "gradient", "lr", "ms"):
+            table.add_column(column, justify="right")
+        table.add_column("step time", min_width=26)
+        table.add_column("Tamiyo", min_width=34, no_wrap=True)
+        for values in self.story() if ended else self.newest():
+            told = self.told.get(int(values["step"]))
+            table.add_row(
+                f"{values['step']:.0f}",
+                f"{values['loss']:.4f}" if "loss" in values else "not finite",
+                f"{values['gradient_norm']:.3g}" if "gradient_norm" in values else "not finite",
+                f"{values['optimizer_lr']:.2g}",
+                f"{values['step_latency_ms']:.2f}" if "step_latency_ms" in values else "",
+                bar(values),
+                Text(f"{told.action}  {told.rule}", style=ACTION_STYLE.get(told.action, ""))
+                if told
+                else Text("CONTINUE", style="dim"),
+            )
+        return Group(table, legend, Text())
 
 
 def ended(process: subprocess.Popen[str]) -> None:
@@ -235,14 +218,44 @@ def sidecar(folder: Path) -> Iterator[tuple[Path, str]]:
         ended(process)
 
 
+class Shown(Protocol):
+    """A run as its recording tells of it."""
+
+    def read(self) -> None:
+        """Take in what has been recorded since last time."""
+
+    def picture(self, *, ended: bool = False) -> Group:
+        """What there is to see of it."""
+
+
 def train(mode: str, epochs: int, folder: Path, socket: Path, otlp: str) -> Observed:
-    """Run the script under ``mode``, showing what its telemetry says meanwhile."""
+    """Run the script under ``mode``; what its telemetry said."""
     run = Observed(mode, folder)
-    command = [str(BIN / "esper-otel"), "run", "--mode", mode, "--socket", str(socket)]
-    command += ["--record", str(folder), "--run-id", f"digits-{mode}"]
-    command += [str(SCRIPT), "--epochs", str(epochs)]
+    options = ["--mode", mode, "--run-id", f"digits-{mode}"]
+    output = show(run, options, [str(SCRIPT), "--epochs", str(epochs)], folder, socket, otlp)
+    run.accuracy = float(output.rsplit("test accuracy", 1)[1].split()[0])
+    return run
+
+
+def grow(epochs: int, folder: Path, socket: Path, otlp: str) -> Growing:
+    """Let a network grow by Tamiyo's consent; what its telemetry said."""
+    run = Growing(folder / "grow-rank0.metrics.otlp")
+    options = ["--mode", "enforce", "--run-id", "grow"]
+    script = ["-m", "examples.grow", "--asked", "--epochs", str(epochs)]
+    output = show(run, options, script, folder, socket, otlp)
+    run.accuracies = [float(told.split()[0]) for told in output.split("test accuracy")[1:]]
+    return run
+
+
+def show(
+    run: Shown, options: list[str], script: list[str], folder: Path, socket: Path, otlp: str
+) -> str:
+    """Run a script, instrumented, with a live picture of its telemetry; its output."""
+    command = [str(BIN / "esper-otel"), "run", "--socket", str(socket)]
+    command += ["--record", str(folder), *options, *script]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{otlp}"}
+    environment |= {"PYTHONPATH": str(HERE.parent)}
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -252,21 +265,20 @@ def train(mode: str, epochs: int, folder: Path, socket: Path, otlp: str) -> Obse
         start_new_session=True,  # Ctrl-C is for the demo, which ends its own
     )
     try:
-        with Live(picture(run), console=console, refresh_per_second=10) as live:
+        with Live(run.picture(), console=console, refresh_per_second=10) as live:
             while process.poll() is None:
                 time.sleep(0.1)
                 run.read()
-                live.update(picture(run))
+                live.update(run.picture())
             run.read()
-            live.update(picture(run, ended=True))
+            live.update(run.picture(ended=True))
         assert process.stdout is not None
         output = process.stdout.read()
     finally:
         ended(process)
     if process.returncode:
-        raise SystemExit(f"{SCRIPT.name} ended with {process.returncode}:\n{output}")
-    run.accuracy = float(output.rsplit("test accuracy", 1)[1].split()[0])
-    return run
+        raise SystemExit(f"{' '.join(script)} ended with {process.returncode}:\n{output}")
+    return output
 
 
 def steps(count: int) -> str:
@@ -329,10 +341,12 @@ def main() -> int:
                 train(mode, options.epochs, folder, socket, otlp)
                 for mode in ("advise", "enforce")
             ]
+            grown = grow(4 * options.epochs // 3, folder, socket, otlp)
     except KeyboardInterrupt:
         console.print("\nended; what was recorded lies in", str(folder))
         return 130
     summary(runs)
+    grown.tell(console)
     if options.picture:
         console.save_svg(options.picture, title="make demo")
     return 0

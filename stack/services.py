@@ -131,7 +131,12 @@ def tamiyo(ports: Ports, socket: Path) -> Service:
         ),
         "tamiyo ready ",
         # A line that says ready is of use only when it comes.
-        {"PYTHONUNBUFFERED": "1"},
+        {
+            "PYTHONUNBUFFERED": "1",
+            # Its own telemetry goes the way of the trainers'.
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{_at(ports.otlp_http)}",
+            "OTEL_METRIC_EXPORT_INTERVAL": "15000",
+        },
     )
 
 

@@ -83,7 +83,7 @@ def running(state: Path, *, without: Iterable[str] = ()) -> Iterator[Stack]:
     """A stack on ports that the system gives, for tests and benches."""
     names = Ports.__struct_fields__
     ports = Ports(**dict(zip(names, free(len(names)), strict=True)))
-    stack = Stack(ports, state, state / "tamiyo.sock", without=without)
+    stack = Stack(ports, state, state / "socket" / "tamiyo.sock", without=without)
     stack.start()
     try:
         yield stack

@@ -23,6 +23,12 @@ MAY_IMPORT = {
         "esper_otel.settings",
     },
     "esper_otel.tamiyo": {"esper_otel.leyline", "esper_otel.tamiyo"},
+    "esper_otel.ranks": {
+        "esper_otel.kasmina",
+        "esper_otel.leyline",
+        "esper_otel.ranks",
+        "esper_otel.settings",
+    },
     "esper_otel.stream": {
         "esper_otel",
         "esper_otel.leyline",
@@ -32,6 +38,17 @@ MAY_IMPORT = {
     "esper_tamiyo": {"esper_otel.leyline", "esper_tamiyo"},
 }
 """Package → packages of ours it may import; whoever is not named here may import all."""
+
+
+OF_THE_SIDECAR = {
+    "language": set(),
+    "judging": {"language"},
+    "receiving": {"language", "restarts"},
+    "replaying": {"language", "judging", "receiving"},
+    "journaling": {"language", "judging", "restarts"},
+    "serving": {"language", "judging", "receiving", "journaling", "restarts"},
+}
+"""Package of ``esper_tamiyo`` → others of it that it may import; commands import all."""
 
 
 def modules(package):
@@ -64,6 +81,15 @@ def test_arrows_point_one_way(package, allowed):
             assert home in allowed or name in allowed, f"{module}: imports {name}"
 
 
+@pytest.mark.parametrize(("package", "others"), OF_THE_SIDECAR.items(), ids=OF_THE_SIDECAR)
+def test_arrows_within_the_sidecar_point_one_way(package, others):
+    for module in modules(f"esper_tamiyo.{package}"):
+        for name in imported(module):
+            if name.startswith("esper_tamiyo."):
+                home = name.split(".")[1]
+                assert home in others | {package}, f"{module}: imports {name}"
+
+
 def test_only_providers_imports_the_sdk():
     users = {
         module.name
@@ -80,8 +106,11 @@ def test_only_providers_imports_the_sdk():
         ("esper_otel.run", {"torch", "grpc", "google.protobuf", "requests", "aiohttp"}),
         ("esper_otel.cli", {"torch", "numpy", "grpc", "google.protobuf", "requests"}),
         ("esper_tamiyo.cli", {"torch", "numpy", "grpc", "google.protobuf", "aiohttp"}),
-        ("esper_tamiyo.server", {"torch", "numpy", "grpc", "google.protobuf", "aiohttp"}),
-        ("esper_tamiyo.ingest", {"torch"}),
+        (
+            "esper_tamiyo.serving.server",
+            {"torch", "numpy", "grpc", "google.protobuf", "aiohttp"},
+        ),
+        ("esper_tamiyo.receiving.ingest", {"torch"}),
     ],
 )
 def test_importing_brings_nothing_heavy_along(module, heavy):

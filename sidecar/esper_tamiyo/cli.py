@@ -6,10 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from esper_tamiyo.commands import ask, check, serve, status
+from esper_tamiyo.commands import (
+    ask,
+    check,
+    compare,
+    explain,
+    journal,
+    replay,
+    serve,
+    status,
+    test,
+)
 from esper_tamiyo.commands.common import CommandError
 
-COMMANDS = (serve, check, ask, status)
+COMMANDS = (serve, check, ask, status, replay, compare, test, explain, journal)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,7 @@ from esper_otel.tolaria.scalars import ScalarReader
 
 if TYPE_CHECKING:
     from esper_otel.kasmina.garden import Garden
+    from esper_otel.ranks.agreement import Agreement
 
 log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
@@ -56,6 +58,8 @@ class Run:
         self.garden: Garden | None = None
         """The garden that was planted last."""
         self._handles: list[Any] = []
+        self._agreement: Agreement | None = None
+        self._followed: Callable[[], Any] = lambda: None
         self._report: StreamReport | None = None
         self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
         self._client = self._make_client()
@@ -130,6 +134,28 @@ class Run:
         """End the step; for loops whose optimizer was not given to :func:`start`."""
         self.recorder.end_step()
 
+    def agree(self) -> bool:
+        """Have all ranks of the run apply the same decisions at the same step.
+
+        Rank 0 asks for all of them from here on, and what it is answered about a step is
+        applied by every rank at the end of the next. Each rank calls this, at the same place
+        of the script and after ``torch.distributed.init_process_group``; :meth:`plant` does
+        so itself. Returns whether there is more than one. Raises ``CircleError``, a
+        ``RuntimeError``, when they do not come within ``ranks_timeout_s``.
+        """
+        from esper_otel.ranks.agreement import Agreement
+        from esper_otel.ranks.circle import is_shared, join
+
+        if not self.enabled or not is_shared():
+            return False
+        if self._agreement is None:
+            circle = join(self.settings.ranks_timeout_s)
+            self._agreement = Agreement(circle, self.run_id)
+            self.recorder.agree(self._agreement, asks=circle.leads)
+            if not circle.leads and self._client is not None:
+                self._client.close()
+        return True
+
     def plant(
         self,
         model: Any,
@@ -139,17 +165,23 @@ class Run:
         make_optimizer: Callable[..., Any] | None = None,
         blueprints: Iterable[str] | None = None,
         compiler: Callable[..., Any] | None = None,
+        scaler: Any = None,
         **settings: Any,
     ) -> Garden:
         """Let seeds grow in ``model`` at the submodules called ``slots``.
 
         ``optimizer`` is the host's, by default the one whose steps are the run's.
         ``make_optimizer``, called with (parameters, learning rate), makes that of a seed;
-        ``blueprints`` are those the garden germinates of its own accord. ``settings`` are
+        ``blueprints`` are those the garden germinates of its own accord. ``scaler`` is the
+        ``torch.amp.GradScaler`` of a loop that scales its loss. ``settings`` are
         fields of :class:`EsperSettings` that are about seeds.
 
+        In a run of several ranks (``torch.distributed``) every rank plants, at the same
+        place of the script: they meet here, for at most ``ranks_timeout_s``.
+
         Raises ``GardenError`` for slots that cannot be and while another garden is planted,
-        ``KeyError`` for an unknown blueprint, :class:`SettingsError` for a setting.
+        ``KeyError`` for an unknown blueprint, :class:`SettingsError` for a setting, and
+        what :meth:`agree` raises.
         """
         # With torch, which not every process that imports this module has.
         from esper_otel.kasmina.garden import Garden, GardenError
@@ -157,7 +189,13 @@ class Run:
 
         if self.garden is not None and self.garden.planted:
             raise GardenError("this run has a garden: uproot() it before another is planted")
-        self.garden = Garden(
+        plant: Callable[..., Garden] = Garden
+        self.agree()
+        if self._agreement is not None:
+            from esper_otel.ranks.shared_garden import SharedGarden
+
+            plant = partial(SharedGarden, agreement=self._agreement)
+        self.garden = plant(
             model,
             slots,
             settings=self.settings.changed(**settings),
@@ -166,7 +204,12 @@ class Run:
             blueprints=blueprints,
             read=self.scalars.begin,
             compiler=compiler,
+            scaler=scaler,
+            memory=self.recorder,
         )
+        followed = self._followed()
+        if followed is not None:
+            self.garden.follow(followed)
         self.recorder.tend(self.garden)
         return self.garden
 
@@ -201,6 +244,8 @@ class Run:
         self._devices.stop()
         self.recorder.finish()
         self.recorder.switch_off()
+        if self._agreement is not None:
+            self._agreement.close()
         if self._client is not None:
             self._client.close()
         self._report = self._stream.close(timeout_s)
@@ -210,6 +255,7 @@ class Run:
 
     def follow(self, optimizer: Any) -> None:
         """Take the steps of ``optimizer`` (a ``torch.optim.Optimizer``) for the run's steps."""
+        self._followed = weakref.ref(optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(lambda one, *_: self.optimizer_begins(one)),
             optimizer.register_step_post_hook(lambda one, *_: self.optimizer_ended(one)),
@@ -254,6 +300,7 @@ class Run:
                 rank=settings.rank,
                 world_size=settings.world_size,
                 deadline_ms=settings.tamiyo_deadline_ms,
+                mode=settings.mode.value,
             )
         except ValueError as error:
             raise SettingsError(f"tamiyo_socket: {error}") from None

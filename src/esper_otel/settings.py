@@ -98,6 +98,11 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     tamiyo_deadline_ms: float = 5.0
     """Longest wait for one decision."""
 
+    ranks_timeout_s: float = 30.0
+    """Longest wait for the other ranks of a run, which ends what they agree on for good.
+    A rank that does something alone between two steps keeps the others waiting anyway, but
+    must not do so for longer."""
+
     stream_interval_ms: float = 100.0
     """How often frames are turned into OTLP and sent."""
 
@@ -165,6 +170,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     embargo_steps: int = 200
     """Steps that a slot lies fallow after its seed was culled."""
 
+    embargo_s: float = 0.0
+    """Seconds that it does, at least; both must have passed, and a pause does not count."""
+
     blending: Blending = Blending.CONVEX
     alpha_schedule: Schedule = Schedule.COSINE
 
@@ -175,6 +183,10 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     isolation_every: int = 10
     """Every n-th step isolation statistics are taken (0: never); leaks are always seen."""
+
+    compile_seeds: bool = False
+    """Compile each seed in another process, which takes minutes of one processor and a C++
+    compiler; the seed is called as it is until then, and when that fails."""
 
     kernel_budget_ms: float = 10.0
     """Longest that fetching, or one call of, a seed's kernel may take."""
@@ -260,6 +272,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 0, _INFINITY),
     ("world_size", 1, _INFINITY),
     ("tamiyo_deadline_ms", 0.1, 60_000),
+    ("ranks_timeout_s", 0.1, 3600),
     ("stream_interval_ms", 1, 60_000),
     ("ring_steps", 16, 1 << 22),
     ("spool_mb", 0.01, 65_536),
@@ -278,6 +291,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("probation_steps", 1, _INFINITY),
     ("patience_steps", 1, _INFINITY),
     ("embargo_steps", 0, _INFINITY),
+    ("embargo_s", 0, _INFINITY),
     ("alpha_temperature", 1e-3, 1000),
     ("isolation_every", 0, _INFINITY),
     ("kernel_budget_ms", 0.01, 60_000),

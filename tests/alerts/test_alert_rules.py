@@ -14,7 +14,7 @@ from alerts.from_table import translated
 from alerts.promql import Speaker, UnsayableError
 from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import BY_KEY
-from esper_tamiyo.table_file import TableSource, load, parse
+from esper_tamiyo.language.table_file import TableSource, load, parse
 from stack.programs import PROMTOOL, MissingError, find
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.leyline.prometheus import label_name, series_name
 from esper_otel.leyline.stages import Stage
-from esper_tamiyo.own_metrics import OWN_METRICS
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 
 ROOT = Path(__file__).parents[2]
 PROVISIONING = ROOT / "docker" / "grafana" / "provisioning"

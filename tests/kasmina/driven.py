@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 from unittest.mock import patch
 
@@ -50,6 +51,7 @@ class AtOnce:
     def compile(self, module: Any, activation: Any) -> Any:
         class Never:
             call = None
+            reason = ""
 
             def ready(self) -> bool:
                 return True
@@ -85,9 +87,11 @@ def host(seed: int = 0) -> nn.Sequential:
 class Driven:
     """Host, optimizer and garden; :meth:`step` makes one step of all three."""
 
-    def __init__(self, slots=("1", "3"), garden=True, settings=None, **options) -> None:
+    def __init__(
+        self, slots=("1", "3"), garden=True, settings=None, momentum=0.0, **options
+    ) -> None:
         self.host = host()
-        self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.02)
+        self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.02, momentum=momentum)
         self.losses: list[float] = []
         self.proposals: list[Any] = []
         self.events: list[Any] = []
@@ -127,6 +131,7 @@ class Driven:
         garden.learn(self.optimizer)
         self.frame = frame = garden.finalize(self.steps, row)
         self.proposals.append(frame.proposal)
+        garden.asked(self.steps)
         self.acted = garden.apply(decide(frame.proposal), enforced=enforced)
         self.events += garden.take_events()
         return {seed_id: present(SEED_KEYS, values) for seed_id, values in frame.seeds}
@@ -138,6 +143,30 @@ class Driven:
                 return
             self.step(decide, enforced)
         raise AssertionError(f"not within {most} steps: {self.garden.slots}")
+
+    def saved(self) -> bytes:
+        """A checkpoint, as it would lie in a file."""
+        file = io.BytesIO()
+        state = {
+            "model": self.host.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "garden": self.garden.state_dict(),
+            "batches": self._generator.get_state(),
+            "steps": self.steps,
+        }
+        torch.save(state, file)
+        return file.getvalue()
+
+    def resume(self, saved: bytes) -> Driven:
+        """Go on from a checkpoint, in the order that the documentation gives."""
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.host.load_state_dict(state["model"])
+        self.garden.follow(self.optimizer)
+        self.garden.load_state_dict(state["garden"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["batches"])
+        self.steps = state["steps"]
+        return self
 
     def told(self, name: str) -> list[str]:
         return [event.text for event in self.events if event.name == name]

@@ -25,12 +25,18 @@ EMPTY = (Stage.DORMANT, Stage.EMBARGOED, Stage.RESETTING)
 class GardenMachine(RuleBasedStateMachine):
     """Drives a garden as a trainer and a sidecar in any mood would."""
 
-    @initialize(growth=st.sampled_from(["asked", "autonomous"]), at_once=st.integers(0, 2))
-    def plant(self, growth, at_once):
+    @initialize(
+        growth=st.sampled_from(["asked", "autonomous"]),
+        at_once=st.integers(0, 2),
+        sown=st.lists(st.sampled_from(SLOTS), unique=True),
+        lived=st.integers(0, 20),
+    )
+    def plant(self, growth, at_once, sown, lived):
         self.options = {
             "growth": growth,
             "seeds_at_once": at_once,
-            "blending_steps": 2,
+            "plateau_steps": 1,
+            "blending_steps": 3,
             "training_steps": 1,
             "shadowing_steps": 1,
             "probation_steps": 1,
@@ -38,13 +44,17 @@ class GardenMachine(RuleBasedStateMachine):
             "isolation_every": 2,
         }
         self.driven = Driven(SLOTS, settings=self.options)
-        self.granted = Counter()
         self.begin()
+        # Or hardly any example would come as far as blending.
+        for slot in sown:
+            self.user_germinates(slot)
+        self.sidecar_agrees(lived)
 
     def begin(self):
         self.stages = dict.fromkeys(SLOTS, Stage.DORMANT)
         self.wanted = {}
         self.frozen = False
+        self.replayed = None
         self.driven.step(lambda proposal: said(Action.CONTINUE))
         self.follow(None, None)
 
@@ -69,6 +79,9 @@ class GardenMachine(RuleBasedStateMachine):
     def follow(self, proposal, decision):
         moves = Counter()
         for event in self.driven.garden.take_events() + self.driven.events:
+            assert event.name != events.FAULT, event.text
+            if event.name == events.PROPOSED:
+                self.replay(event)
             if event.name != events.STAGE_CHANGED:
                 continue
             slot = event.attributes["esper.slot"]
@@ -83,10 +96,21 @@ class GardenMachine(RuleBasedStateMachine):
         assert self.stages == self.driven.garden.slots
         if decision is None:
             return
+        assert self.replayed == (proposal and (proposal.operation.value, proposal.seed_id))
         judged = decision.reason not in FAILED_OPEN and decision.reason != NOT_ASKED
         self.check_granted(proposal, decision, moves, paused=self.frozen and not judged)
         if judged:
             self.frozen = decision.action is Action.PAUSE
+
+    def replay(self, event):
+        """What a recording's reader takes for the proposal, from this step on."""
+        told = event.attributes
+        assert told["esper.step"] == self.driven.steps
+        before, self.replayed = self.replayed, None
+        if told["esper.operation"] != events.NO_OPERATION:
+            self.replayed = told["esper.operation"], told["esper.seed.id"]
+            assert told["esper.slot"] in SLOTS
+        assert self.replayed != before
 
     def check_granted(self, proposal, decision, moves, paused):
         """What was granted was done, once; nothing else was."""
@@ -117,7 +141,7 @@ class GardenMachine(RuleBasedStateMachine):
 
     # A step with every kind of answer.
 
-    @rule(times=st.integers(1, 6))
+    @rule(times=st.integers(1, 8))
     def sidecar_agrees(self, times):
         for _ in range(times):
             self.end_step(
@@ -198,6 +222,28 @@ class GardenMachine(RuleBasedStateMachine):
                 self.end_step(lambda p: said(Action.CONTINUE))
         finally:
             isolation.cut = tight
+
+    @rule(
+        in_a_pause=st.booleans(),
+        sown=st.none() | st.sampled_from(SLOTS),
+        culled=st.none() | st.sampled_from(SLOTS),
+    )
+    def the_process_is_another_one(self, in_a_pause, sown, culled):
+        if in_a_pause:
+            self.sidecar_pauses(1)
+        if sown is not None:
+            self.user_germinates(sown)
+        if culled is not None:
+            self.user_culls(culled)
+        before = self.driven
+        self.driven = Driven(SLOTS, settings=self.options).resume(before.saved())
+        self.driven.seen_loss = before.seen_loss
+        self.replayed = None
+        assert repr(self.driven.garden.state_dict()) == repr(before.garden.state_dict())
+        assert self.driven.garden.slots == self.stages
+        groups = before.optimizer.param_groups, self.driven.optimizer.param_groups
+        sizes = [[len(group["params"]) for group in each] for each in groups]
+        assert sizes[0] == sizes[1]
 
     @rule()
     def the_garden_is_planted_anew(self):

@@ -12,8 +12,8 @@ from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import LearningRate, Responses
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.table_file import load
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import load
 
 
 class InProcess:

@@ -47,7 +47,13 @@ def test_without_an_answer_training_goes_on_and_says_why(reason: str) -> None:
 
 
 def test_failing_open_is_never_taken_for_a_verdict() -> None:
-    assert {"timeout", "unreachable", "protocol_error", "breaker_open"} == FAILED_OPEN
+    assert {
+        "timeout",
+        "unreachable",
+        "protocol_error",
+        "breaker_open",
+        "not_agreed",
+    } == FAILED_OPEN
     assert FAILED_OPEN.isdisjoint({NOMINAL, CONSERVATIVE_MODE, NOT_ASKED})
 
 

@@ -71,6 +71,7 @@ to_server = st.one_of(
         world_size=integers,
         step_columns=st.lists(text, max_size=5),
         seed_columns=st.lists(text, max_size=5),
+        mode=st.sampled_from(["", "advise", "enforce"]),
     ),
     st.builds(
         wire.Ask,
@@ -258,3 +259,24 @@ def test_a_path_must_fit_the_systems_address(length: int, fits: bool) -> None:
     else:
         with pytest.raises(ValueError, match="may have 107 bytes, this has 108"):
             wire.check_socket_path(path)
+
+
+class OldHello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """A Hello as it was before trainers said what they do with decisions."""
+
+    protocol: int
+    run: str
+    instance: str
+    rank: int
+    world_size: int
+    step_columns: list[str]
+    seed_columns: list[str]
+
+
+def test_a_hello_without_a_mode_and_one_with_it_are_understood_by_old_and_new() -> None:
+    old = OldHello(1, "run", "i", 0, 1, ["step"], [])
+    new = wire.decode_to_server(msgspec.msgpack.encode(old))
+    assert isinstance(new, wire.Hello)
+    assert new.mode == ""
+    told = wire.Hello(1, "run", "i", 0, 1, ["step"], [], mode="enforce")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=OldHello) == old

@@ -3,8 +3,6 @@
 import logging
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
@@ -16,12 +14,10 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.connection import Trainer
-from esper_tamiyo.engine import MAX_NAME, Engine
-from esper_tamiyo.guards import Guards, plan
-from esper_tamiyo.run_state import MAX_SEEDS
-from esper_tamiyo.table_file import TableSource, load, parse
-from sidecar.frames_made import ask_of, frame, hello_of, runs
+from esper_tamiyo.judging.engine import MAX_NAME, Engine
+from esper_tamiyo.judging.run_state import MAX_SEEDS
+from esper_tamiyo.language.table_file import TableSource, load, parse
+from sidecar.frames_made import frame
 
 PROPOSAL = Proposal("s7", SeedOperation.BLEND)
 
@@ -319,86 +315,3 @@ def test_a_frame_that_breaks_a_rule_is_counted_and_the_next_is_judged(caplog):
     assert (decision.action, decision.reason) == (Action.CONTINUE, PROTOCOL_ERROR)
     assert deciding.report()["frames"]["bad"] == 1
     assert deciding.observe(frame(2, loss=2.0)).reason == "r0"
-
-
-TABLES = {name: load(name) for name in ("default", "prototype")} | {
-    "short": parse(
-        TableSource(
-            "short",
-            b"""
-version: short
-baseline: {window: 4, warmup: 2}
-conservative: {clean_steps: 2}
-rules:
-  - {id: low, metric: loss, below: 0.1, for: 2, severity: HIGH, action: OPTIMIZER}
-  - {id: least, metric: accuracy, at_most: 0.0, severity: HIGH, action: CONTINUE}
-  - {id: jump, metric: loss, above_baseline: 2, cooldown: 3, severity: HIGH, action: PAUSE,
-     conservative: true}
-  - {id: rise, metric: grad_var, rises_by: 0.1, severity: WARNING, action: OPTIMIZER}
-  - {id: same, metric: optimizer_lr, unchanged_for: 2, severity: WARNING, action: OPTIMIZER}
-  - {id: lost, metric: loss, nonfinite: true, severity: CRITICAL, action: PAUSE}
-  - {id: seed, severity: HIGH, action: PAUSE, any: [
-      {metric: kasmina.seed.alpha, above: 0.5}, {metric: kasmina.seed.stage, rises_by: 1}]}
-""",
-        )
-    )
-}
-ANY_TABLE = st.sampled_from(sorted(TABLES))
-PROPOSALS = st.none() | st.just(PROPOSAL)
-
-
-@given(ANY_TABLE, st.lists(st.tuples(runs(max_size=1), PROPOSALS), max_size=40))
-def test_a_glance_says_what_judging_says(table, steps):
-    """Glance and settle together are observe, on any history."""
-    glancing, judging = Engine(TABLES[table]), Engine(TABLES[table])
-    for step, ((made,), proposal) in enumerate(steps):
-        values = {key: value for key, value in made.values.items() if key != "step"}
-        one = frame(step, made.seeds, **values)
-        trainer = Trainer(hello_of(one))
-        ask = ask_of(one, proposal)
-        judged = judging.observe(one, proposal)
-        glanced = glancing.glance(trainer.key, trainer.instance, ask)
-        if glanced is None:
-            assert glancing.observe(trainer.frame(ask), proposal) == judged
-        else:
-            assert glanced == judged
-            glancing.settle(trainer.frame(ask), glanced)
-        assert glancing.latest("run") == judging.latest("run")
-    assert glancing.report() == judging.report()
-
-
-def test_a_steady_run_is_answered_at_a_glance():
-    deciding = Engine(load("default"))
-    glances = 0
-    for step in range(100):
-        one = frame(step, loss=1.0, loss_delta=0.0, loss_volatility=0.05, nonfinite=0.0)
-        trainer = Trainer(hello_of(one))
-        ask = ask_of(one)
-        glanced = deciding.glance(trainer.key, trainer.instance, ask)
-        glances += glanced is not None
-        if glanced is None:
-            deciding.observe(one)
-        else:
-            deciding.settle(one, glanced)
-    assert glances == 99  # all but the one that made the run known
-
-
-def test_guards_of_a_table_without_conditions_on_steps_cross_nothing():
-    seeds_only = parse(
-        TableSource(
-            "t",
-            b"version: t\nrules: [{id: a, metric: kasmina.seed.alpha, above: 1, "
-            b"severity: HIGH, action: PAUSE}]",
-        )
-    )
-    assert not Guards(plan(seeds_only)).crossed([1e9] * 31)
-
-
-@given(runs(), st.randoms(use_true_random=False))
-def test_second_copies_and_late_ones_change_no_decision(frames, rng):
-    plain, disturbed = Engine(TABLES["short"]), Engine(TABLES["short"])
-    for place, one in enumerate(frames):
-        expected = plain.observe(one)
-        assert disturbed.observe(one) == expected
-        disturbed.observe(frames[rng.randint(0, place)])
-        assert disturbed.latest("run") == expected

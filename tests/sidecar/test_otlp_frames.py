@@ -10,13 +10,13 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
-from esper_tamiyo import otlp_replies
-from esper_tamiyo.connection import Trainer
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.otlp_frames import frames_of
-from esper_tamiyo.pipe import Inlet, Kind, pack
-from esper_tamiyo.pipe import frame as frame_of
-from esper_tamiyo.table_file import load
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import load
+from esper_tamiyo.receiving import otlp_replies
+from esper_tamiyo.receiving.otlp_frames import frames_of
+from esper_tamiyo.receiving.pipe import Inlet, Kind, pack
+from esper_tamiyo.receiving.pipe import frame as frame_of
+from esper_tamiyo.serving.connection import Trainer
 from sidecar.frames_made import add_point, ask_of, frame, hello_of, otlp_of, put, runs
 
 

@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
-from esper_tamiyo.ingest import MAX_REQUEST, PIPE_BACKLOG
+from esper_tamiyo.receiving.ingest import MAX_REQUEST, PIPE_BACKLOG
 from sidecar.frames_made import add_point, frame, otlp_of
 from sidecar.running import is_alive, sidecar, tamiyo, until
 
@@ -274,6 +274,7 @@ def test_when_the_pipe_is_full_producers_are_told_to_come_back(tmp_path):
         finally:
             os.kill(running.process.pid, signal.SIGCONT)
         until(lambda: running.status()["ingest"]["turned_away_busy"] == 2)
+        until(lambda: running.status()["ingest"]["points_used"] >= points)
         until(lambda: running.status()["ingest"]["frames_waiting"] == 0)
         status = running.status()
         assert status["ingest"]["points_used"] == points
@@ -281,6 +282,6 @@ def test_when_the_pipe_is_full_producers_are_told_to_come_back(tmp_path):
 
 
 def test_the_receiving_process_needs_no_torch():
-    code = "import sys, esper_tamiyo.ingest; print('torch' in sys.modules)"
+    code = "import sys, esper_tamiyo.receiving.ingest; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout == "False\n"

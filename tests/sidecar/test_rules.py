@@ -1,6 +1,7 @@
 """Every operator, true, false and unknown; and every rule of the prototype at its number."""
 
 from math import nextafter
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -8,11 +9,14 @@ from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Proposal, SeedOperation, Severity
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.engine import Engine
-from esper_tamiyo.history import History, Last, RollingMedian, Watched
-from esper_tamiyo.rules import test_of as as_test
-from esper_tamiyo.table import Combine, Condition, Group, Operator
-from esper_tamiyo.table_file import load
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.history import History, Last, RollingMedian, Watch, Watched
+from esper_tamiyo.judging.peers import PEER_STEPS, PeerBoard, PeerView
+from esper_tamiyo.judging.rules import test_of as as_test
+from esper_tamiyo.judging.slope import Slope
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Combine, Condition, Group
+from esper_tamiyo.language.table_file import load
 
 PROPOSAL = Proposal("seed", SeedOperation.GERMINATE)
 TRUE = Condition("loss", Operator.ABOVE, 0.0)
@@ -22,9 +26,8 @@ UNKNOWN = Condition("accuracy", Operator.ABOVE, 0.0)
 
 def verdict(condition, values, before=(), warmup=3, window=5):
     """The verdict on ``values`` after the frames ``before``."""
-    history = History(
-        Watched(("loss", "loss_volatility"), ("loss",), window=window, warmup=warmup)
-    )
+    kinds = [Watch(key, kind) for key in ("loss", "loss_volatility") for kind in BaselineKind]
+    history = History(Watched(tuple(kinds), ("loss",), ("loss",), window, warmup))
     for earlier in before:
         history.absorb(earlier)
     return as_test(condition)(values, history)
@@ -76,6 +79,140 @@ def test_above_the_baseline_of_another_metric():
     before = [{"loss_volatility": 2.0}] * 3
     assert verdict(condition, {"loss_delta": 6.5}, before) is True
     assert verdict(condition, {"loss_delta": 6.0, "loss_volatility": 50.0}, before) is False
+
+
+@pytest.mark.parametrize(
+    ("value", "before", "expected"),
+    [
+        (0.9, (1, 2, 9), True),
+        (1.0, (1, 2, 9), False),
+        (0.0, (1, 2), None),  # warm-up
+        (None, (1, 2, 9), None),
+        (0.0, (0, 0, 0), False),  # no part of nothing is less than nothing
+        (-9.0, (-1, -2, -3), None),
+    ],
+)
+def test_below_baseline(value, before, expected):
+    condition = Condition("loss", Operator.BELOW_BASELINE, 0.5, "loss")
+    values = {} if value is None else {"loss": value}
+    assert verdict(condition, values, loss(*before)) is expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "against"),
+    [
+        # three warm it up, five are its window
+        (BaselineKind.FROZEN, (99, 99, 99, 1, 2, 3, 4), None),
+        (BaselineKind.FROZEN, (99, 99, 99, 1, 2, 3, 4, 5), 3),
+        (BaselineKind.FROZEN, (99, 99, 99, 1, 2, 3, 4, 5, *[50] * 20), 3),
+        (BaselineKind.LOWEST, (9, 9), None),
+        (BaselineKind.LOWEST, (9, 9, 9, 1, 1, 1, *[50] * 9), 1),
+        (BaselineKind.LOWEST, (9, 9, 9, 1, 9, 9), 9),  # one low value moves no median
+        (BaselineKind.HIGHEST, (1, 1, 1, 7, 7, 7, *[0] * 9), 7),
+        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[0] * 9), 0),
+    ],
+)
+def test_which_past_a_baseline_is(kind, before, against):
+    condition = Condition("loss", Operator.ABOVE_BASELINE, 2.0, "loss", kind)
+    if against is None:
+        assert verdict(condition, {"loss": 1e9}, loss(*before)) is None
+    else:
+        assert verdict(condition, {"loss": 2.0 * against + 0.1}, loss(*before)) is True
+        assert verdict(condition, {"loss": 2.0 * against}, loss(*before)) is False
+
+
+@pytest.mark.parametrize(
+    ("value", "before", "expected"),
+    [
+        (50.0, [99, 99, 99, 100, 90, 80, 70, 60], True),  # five steps from here
+        (50.1, [99, 99, 99, 100, 90, 80, 70, 60], False),
+        (10.0, [99, 99, 99, 50, 40, 30, 20], None),  # four of a window of five
+        (60.0, [99, 99, 99, 60, 60, 60, 60, 60], False),
+        (61.0, [99, 99, 99, 60, 60, 60, 60, 60], False),  # it rises
+        (10.0, [99, 99, 99, 90, 10, 10, 10, 10], False),  # it fell once, and falls no more
+        (-1.0, [99, 99, 99, 8, 6, 4, 2, 1], True),
+        (None, [99, 99, 99, 100, 90, 80, 70, 60], None),
+    ],
+)
+def test_runs_out_within(value, before, expected):
+    condition = Condition("loss", Operator.RUNS_OUT_WITHIN, 5.0)
+    values = {} if value is None else {"loss": value}
+    assert verdict(condition, values, loss(*before)) is expected
+
+
+@given(
+    st.floats(0.01, 10.0),
+    st.integers(6, 40),
+    st.lists(st.floats(-0.2, 0.2), min_size=70, max_size=70),
+)
+def test_a_noisy_line_runs_out_when_it_would(slope, steps, noise):
+    """Within a tenth of what is drawn, plus what so much noise may hide."""
+    slope_of = Slope(window=64, warmup=3)
+    start = slope * (67 + steps)
+    values = [start - slope * step + slope * noise[step] for step in range(68)]
+    for value in values[:-1]:
+        slope_of.push(value)
+    left = slope_of.left(values[-1])
+    assert left == pytest.approx(steps, rel=0.1, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("present", "before", "expected"),
+    [
+        (False, [{"loss": 1.0}, {}, {}], True),
+        (False, [{"loss": 1.0}, {}], False),
+        (True, [{"loss": 1.0}, {}, {}], False),
+        (False, [{}, {}, {}], None),  # never there: it may be that this run has none
+    ],
+)
+def test_missing_for(present, before, expected):
+    condition = Condition("loss", Operator.MISSING_FOR, 3.0)
+    assert verdict(condition, {"loss": 1.0} if present else {}, before) is expected
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "expected"),
+    [
+        (Operator.ABOVE_PEERS, {0: 3.1, 1: 1.0, 2: 2.0}, True),
+        (Operator.ABOVE_PEERS, {0: 3.0, 1: 1.0, 2: 2.0}, False),  # their median is 1.5
+        (Operator.ABOVE_PEERS, {0: 9.0, 1: 1.0, 2: 2.0, 3: 5.0}, True),
+        (Operator.ABOVE_PEERS, {0: 9.0}, None),
+        (Operator.ABOVE_PEERS, {1: 1.0, 2: 2.0}, None),
+        (Operator.ABOVE_PEERS, {0: 1.0, 1: -1.0}, None),
+        (Operator.BELOW_PEERS, {0: 2.9, 1: 1.0, 2: 2.0}, True),
+        (Operator.BELOW_PEERS, {0: 3.0, 1: 1.0, 2: 2.0}, False),
+    ],
+)
+def test_peers_are_the_other_ranks_at_the_step_before(operator, values, expected):
+    board = PeerBoard()
+    for rank, value in values.items():
+        board.post(rank, 7, {"loss": value})
+        board.post(rank, 8, {"loss": 1e9})
+    peers = PeerView(board, 0)
+    peers.step = 7
+    history = History(Watched(), peers=peers)
+    test = as_test(Condition("loss", operator, 2.0))
+    assert test({"loss": 1e9}, history) is expected
+
+
+@given(st.dictionaries(st.integers(0, 9), st.floats(0.0, 1e3), min_size=2), st.data())
+def test_the_median_of_the_others_is_theirs(values, data):
+    board = PeerBoard()
+    for rank, value in values.items():
+        board.post(rank, 1, {"loss": value})
+    rank = data.draw(st.sampled_from(sorted(values)))
+    others = [value for other, value in values.items() if other != rank]
+    assert board.others(rank, 1, "loss") == pytest.approx(median(others))
+
+
+def test_a_board_keeps_the_newest_steps():
+    board = PeerBoard()
+    for step in range(PEER_STEPS + 1):
+        for rank in (0, 1):
+            board.post(rank, step, {"loss": float(step)})
+        assert board.others(0, step, "loss") == step
+    assert board.others(0, 0, "loss") is None
+    assert board.others(0, 1, "loss") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -159,12 +296,12 @@ def test_the_rolling_median_is_the_median_of_the_last_values(values, window, war
     for count, value in enumerate(values, 1):
         rolling.push(value)
         if count < min(warmup, window):
-            assert rolling.median() is None
+            assert rolling.value is None
             continue
         last = sorted(values[max(0, count - window) : count])
         low, high = last[(len(last) - 1) // 2], last[len(last) // 2]
-        assert rolling.median() == pytest.approx((low + high) / 2)
-        assert low <= rolling.median() <= high
+        assert rolling.value == pytest.approx((low + high) / 2)
+        assert low <= rolling.value <= high
 
 
 def test_last_counts_repeats():

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import stat
 import struct
 import subprocess
@@ -22,9 +21,7 @@ from esper_otel.leyline.wire import (
     Welcome,
     encode,
 )
-from esper_tamiyo import listening
-from esper_tamiyo.connection import MAX_BACKLOG
-from esper_tamiyo.listening import Listener, SocketError, may_knock, peer_uid
+from esper_tamiyo.serving.connection import MAX_BACKLOG
 from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
 
 
@@ -184,15 +181,6 @@ def test_the_socket_and_its_new_folder_are_private(tmp_path):
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_the_peer_is_known_by_the_kernel():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        assert peer_uid(ours) == os.geteuid()
-    assert may_knock(os.geteuid())
-    assert may_knock(0)
-    assert not may_knock(os.geteuid() + 12345)
-
-
 def test_a_stale_socket_is_replaced(tmp_path):
     path = tmp_path / "t.sock"
     with sidecar(path) as running:
@@ -210,39 +198,6 @@ def test_a_living_one_is_not(shared, bystander):
         f"tamiyo: {shared.socket}: taken by a living sidecar; "
         "end it or choose another --socket\n"
     )
-
-
-def refusal(path):
-    with pytest.raises(SocketError) as caught:
-        Listener(path)
-    return str(caught.value)
-
-
-def test_places_a_socket_cannot_be(tmp_path, monkeypatch):
-    long = tmp_path / ("x" * 120)
-    assert "a Unix socket's path may have 107 bytes" in refusal(long)
-    plain = tmp_path / "file"
-    plain.write_text("mine")
-    assert refusal(plain) == f"{plain}: exists and is not a socket; choose another --socket"
-    assert refusal(plain / "t.sock") == f"{plain}: is not a folder"
-    (tmp_path / "link").symlink_to(tmp_path)
-    assert "is a symbolic link" in refusal(tmp_path / "link" / "t.sock")
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    assert "others may write to it" in refusal(tmp_path / "open" / "t.sock")
-    (tmp_path / "theirs").mkdir()
-    monkeypatch.setattr(listening.os, "geteuid", lambda: 4242)
-    if os.getuid() != 0:
-        assert "belongs to user" in refusal(tmp_path / "theirs" / "t.sock")
-
-
-def test_a_path_that_was_taken_over_is_left_to_its_new_owner(tmp_path):
-    path = tmp_path / "t.sock"
-    listener = Listener(path)
-    path.rename(tmp_path / "moved.sock")
-    path.write_text("not ours")
-    listener.close()
-    assert path.read_text() == "not ours"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -330,26 +285,11 @@ def test_the_command_stays_light():
     """Neither torch nor what only the receivers or a table need."""
     heavy = ("torch", "grpc", "aiohttp", "google.protobuf", "numpy", "yaml", "asyncio")
     code = f"""
-import sys, esper_tamiyo.cli, esper_tamiyo.server, esper_tamiyo.asking
+import sys, esper_tamiyo.cli, esper_tamiyo.serving.server, esper_tamiyo.serving.asking
 print([name for name in {heavy!r} if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "['yaml']" or found.stdout.strip() == "[]"
-
-
-def test_a_trainer_of_another_user_cannot_connect(shared):
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become somebody else")
-    code = (
-        "import socket, sys\n"
-        "s = socket.socket(socket.AF_UNIX)\n"
-        "try: s.connect(sys.argv[1])\n"
-        "except PermissionError: print('refused')\n"
-    )
-    ended = subprocess.run(
-        ["python3", "-c", code, str(shared.socket)], capture_output=True, text=True, user=65534
-    )
-    assert ended.stdout == "refused\n"
 
 
 def test_the_fixture_s_sidecar_is_the_installed_command(shared):

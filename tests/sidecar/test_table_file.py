@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Severity
-from esper_tamiyo.table import Combine, Operator
-from esper_tamiyo.table_file import MAX_BYTES, TableError, TableSource, load, parse
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Combine, Condition, Mode, RuleScope
+from esper_tamiyo.language.table_file import MAX_BYTES, TableError, TableSource, load, parse
 
 RULE_IDS = {
     "hook_budget",
@@ -61,17 +62,31 @@ def test_a_rule_is_read_in_full():
               - {metric: loss, above_baseline: 4, baseline_of: loss_volatility}
               - any: [{metric: loss, above: 1e3}, {nonfinite: true}]
             for: 2
+            of: 4
             cooldown: 3
             severity: HIGH
             action: OPTIMIZER
             parameters: {lr_scale: 0.5}
+            silences: [lesser]
             text: Too much.
+          - {id: lesser, metric: optimizer_lr, below_baseline: 0.1, baseline: frozen,
+             release: 0.5, mode: observe, severity: WARNING, action: CONTINUE}
         """
     )
     assert rule.version.startswith("1.10+")
     assert (rule.baseline.window, rule.baseline.warmup, rule.clean_steps) == (32, 8, 7)
-    (diverging,) = rule.rules
-    assert (diverging.persistence, diverging.cooldown) == (2, 3)
+    diverging, lesser = rule.rules
+    assert (diverging.persistence, diverging.of, diverging.cooldown) == (2, 4, 3)
+    assert (diverging.scope, diverging.silences) == (RuleScope.STEP, ("lesser",))
+    assert (lesser.mode, lesser.persistence, lesser.of) == (Mode.OBSERVE, 1, 1)
+    assert lesser.when == Condition(
+        "optimizer_lr",
+        Operator.BELOW_BASELINE,
+        0.1,
+        "optimizer_lr",
+        BaselineKind.FROZEN,
+        release=0.5,
+    )
     assert (diverging.severity, diverging.action) == (Severity.HIGH, Action.OPTIMIZER)
     assert diverging.parameters == {"lr_scale": 0.5}
     first, second = diverging.when.parts
@@ -144,12 +159,112 @@ BAD = [
         f"id: a, metric: tolaria.loss, above: 1, {REST}",
         'rules[0].metric: unknown metric "tolaria.loss"',
     ),
-    (f"id: a, metric: loss, above: 1, of: 5, {REST}", "rules[0].of: unknown field"),
-    (f"id: a, metric: loss, above: 1, scope: rank, {REST}", "rules[0].scope: unknown field"),
+    (
+        f"id: a, metric: loss, above: 1, for: 6, of: 5, {REST}",
+        "rules[0].of: expected at least for, which is 6; got 5",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, of: 2000, {REST}",
+        "rules[0].of: expected at most 1024, got 2000",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, scope: rank, {REST}",
+        "rules[0].scope: expected step, as no condition is about seeds or other ranks; "
+        "got rank",
+    ),
+    (
+        f"id: a, metric: kasmina.seed.alpha, above: 0.5, scope: step, {REST}",
+        "rules[0].scope: expected seed, as kasmina.seed.alpha is a seed's; got step",
+    ),
+    (
+        f"id: a, metric: loss, above_peers: 2, scope: seed, {REST}",
+        "rules[0].scope: expected rank, as above_peers compares ranks; got seed",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, scope: ranks, {REST}",
+        'rules[0].scope: expected one of step, seed, rank; got "ranks"; did you mean rank?',
+    ),
+    (
+        f"id: a, metric: kasmina.seed.alpha, above_peers: 2, {REST}",
+        "rules[0].metric: above_peers compares ranks, and kasmina.seed.alpha is a seed's",
+    ),
+    (
+        f"id: a, metric: kasmina.seed.alpha, nonfinite: true, {REST}",
+        "rules[0].metric: only a step counts the values that were not finite",
+    ),
+    (
+        f"id: a, all: [{{metric: loss, above_peers: 2}}, "
+        f"{{metric: kasmina.seed.alpha, above: 0}}], {REST}",
+        "rules[0].all: one rule cannot compare ranks and look at seeds",
+    ),
+    (
+        f"id: a, metric: loss, above: 3, release: 4, {REST}",
+        "rules[0].release: contradicts above: a rule that fires above 3 cannot go on until a "
+        "stricter number; expected at most 3, got 4",
+    ),
+    (
+        f"id: a, metric: loss, below: 3, release: 2, {REST}",
+        "rules[0].release: contradicts below: a rule that fires below 3 cannot go on until a "
+        "stricter number; expected at least 3, got 2",
+    ),
+    (
+        f"id: a, metric: loss, above_baseline: 3, release: 0, {REST}",
+        "rules[0].release: expected more than 0, got 0",
+    ),
+    (
+        f"id: a, metric: loss, rises_by: 3, release: 2, {REST}",
+        "rules[0].release: has no meaning beside rises_by",
+    ),
+    (
+        f"id: a, metric: gpu_mem_free_gb, runs_out_within: 9, release: 1.5, {REST}",
+        "rules[0].release: expected a whole number, got 1.5",
+    ),
+    (
+        f"id: a, all: [{{metric: loss, above: 1}}], release: 0.5, {REST}",
+        "rules[0]: expected one of a metric with its operator, all, any; got all, release",
+    ),
+    (
+        f"id: a, metric: loss, above: 1, baseline: frozen, {REST}",
+        "rules[0].baseline: has a meaning only beside above_baseline or below_baseline",
+    ),
+    (
+        f"id: a, metric: loss, above_baseline: 2, baseline: frosen, {REST}",
+        "rules[0].baseline: expected one of rolling, frozen, lowest, highest; "
+        'got "frosen"; did you mean frozen?',
+    ),
+    (
+        f"id: a, metric: loss, missing_for: 0, {REST}",
+        "rules[0].missing_for: expected at least 1, got 0",
+    ),
+    (
+        f"id: a, metric: step, missing_for: 5, {REST}",
+        "rules[0].action: expected CONTINUE: nobody asks for a silent rank; got PAUSE",
+    ),
+    (
+        "id: a, metric: step, missing_for: 5, for: 2, severity: HIGH, action: CONTINUE",
+        "rules[0].for: has no meaning beside missing_for of the metric step",
+    ),
+    (
+        f"id: a, mode: watch, metric: loss, above: 1, {REST}",
+        'rules[0].mode: expected one of act, observe; got "watch"',
+    ),
+    (
+        f"id: a, silences: b, metric: loss, above: 1, {REST}",
+        'rules[0].silences: expected a list, got "b"',
+    ),
+    (
+        f"id: a, silences: [b], metric: loss, above: 1, {REST}",
+        "rules[0].silences[0]: no rule has this id",
+    ),
+    (
+        f"id: a, silences: [a], metric: loss, above: 1, {REST}",
+        "rules[0].silences[0]: a rule cannot silence itself",
+    ),
     (
         f"id: a, metric: loss, above: 1, below: 2, {REST}",
-        "rules[0]: expected exactly one of above, above_baseline, at_least, at_most, below, "
-        "nonfinite, rises_by, unchanged_for; got above, below",
+        "rules[0]: expected exactly one of above, above_baseline, above_peers, at_least, "
+        "at_most, below, below_baseline, below_peers, missing_for, nonfinite, rises_by, "
+        "runs_out_within, unchanged_for; got above, below",
     ),
     (f"id: a, metric: loss, {REST}", "rules[0]: expected exactly one of"),
     (
@@ -217,11 +332,11 @@ BAD = [
     (f"id: a, nonfinite: false, {REST}", "rules[0].nonfinite: expected true, got false"),
     (
         f"id: a, metric: loss, above: 1, baseline_of: loss, {REST}",
-        "rules[0].baseline_of: has a meaning only beside above_baseline",
+        "rules[0].baseline_of: has a meaning only beside above_baseline or below_baseline",
     ),
     (
         f"id: a, metric: loss, above_baseline: 2, baseline_of: kasmina.seed.alpha, {REST}",
-        "rules[0].baseline_of: kasmina.seed.alpha and loss are not of the same scope",
+        "rules[0].baseline_of: kasmina.seed.alpha is a seed's and loss is not",
     ),
     (
         f"id: a, metric: loss, above: 1, parameters: {{lr_scale: 2}}, {REST}",
@@ -322,6 +437,37 @@ def test_all_errors_come_at_once_in_order_of_lines():
     ]
 
 
+def test_what_rules_say_of_each_other_is_checked():
+    low = "severity: WARNING, action: PAUSE"
+    assert errors(
+        table(
+            f"id: a, metric: loss, above: 1, silences: [b, c, dd], {low}",
+            f"id: b, metric: loss, above: 1, {REST}",
+            f"id: c, metric: loss, above: 1, silences: [a], {low}",
+            f"id: d, metric: loss, above: 1, {low}",
+        )
+    ) == [
+        'thresholds.yaml:4: rules[0].silences[0]: "b" is HIGH, more severe than this rule',
+        'thresholds.yaml:4: rules[0].silences[1]: "c" silences this rule: neither would ever '
+        "be heard",
+        "thresholds.yaml:4: rules[0].silences[2]: no rule has this id; did you mean d?",
+        'thresholds.yaml:6: rules[2].silences[0]: "a" silences this rule: neither would ever '
+        "be heard",
+    ]
+
+
+def test_silence_is_a_rule_of_its_own():
+    assert errors(
+        table(
+            "id: a, all: [{metric: step, missing_for: 5}, {metric: loss, above: 1}], "
+            "severity: HIGH, action: CONTINUE"
+        )
+    ) == [
+        "thresholds.yaml:4: rules[0].all[0]: missing_for of the metric step stands alone: no "
+        "frame tells it",
+    ]
+
+
 def test_a_misspelt_operator_is_suggested():
     first, second = errors(table(f"id: a, metric: loss, abov: 1, {REST}"))
     assert first.startswith("thresholds.yaml:4: rules[0]: expected exactly one of above, ")
@@ -369,6 +515,7 @@ FIELDS = st.sampled_from(
         *("version", "rules", "baseline", "window", "warmup", "clean_steps", "junk"),
         *("id", "metric", "all", "any", "for", "cooldown", "downgrade", "severity"),
         *("action", "parameters", "lr_scale", "conservative", "text", "baseline_of"),
+        *("of", "scope", "mode", "silences", "baseline", "release"),
         *(operator.value for operator in Operator),
     ]
 )

@@ -9,7 +9,7 @@ import yaml
 
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
-from esper_tamiyo.asking import reply_to
+from esper_tamiyo.serving.asking import reply_to
 from stack import services
 from stack.ports import free
 from stack.processes import Process

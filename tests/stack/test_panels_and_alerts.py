@@ -12,7 +12,7 @@ from alerts.from_table import translated
 from dashboards import answers
 from dashboards.__main__ import FOLDER
 from dashboards.rehearsal import RANKS, REPORT_S, RUN, rehearse
-from esper_tamiyo.table_file import load
+from esper_tamiyo.language.table_file import load
 
 STEPS, STEP_S = 600, 1.0
 QUERIES = [

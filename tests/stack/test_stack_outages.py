@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.wire import StatusRequest
-from esper_tamiyo.asking import reply_to
+from esper_tamiyo.serving.asking import reply_to
 
 STEP_NS = 2_000_000
 BEFORE, DURING, AFTER = range(40), range(40, 80), range(80, 120)
@@ -69,6 +69,7 @@ class Run:
             tag["value"]
             for trace in stack.jaeger.traces(self.name)
             for span in trace["spans"]
+            if span["operationName"] == "train.step"  # and not Tamiyo's part of the trace
             for tag in span["tags"]
             if tag["key"] == "esper.step"
         )

@@ -14,7 +14,7 @@ from esper_otel.leyline.events import STAGE_CHANGED, Event
 from esper_otel.leyline.metrics import SEED_METRICS, STEP_METRICS
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
-from esper_tamiyo.asking import reply_to
+from esper_tamiyo.serving.asking import reply_to
 from stack.services import clean_environment
 
 STEPS = 120
@@ -31,7 +31,7 @@ for step in range(20):
         time.sleep(0.002)
     with run.phase("optimizer"):
         time.sleep(0.001)
-    run.report(loss=1.0 / (step + 1))
+    run.report(loss=float("nan") if step == 14 else 1.0 / (step + 1))
     run.step()
 report = run.close(20.0)
 assert report.traces.delivered == report.traces.produced > 0, report
@@ -144,8 +144,40 @@ def test_a_trace_in_jaeger_holds_a_step_whose_phases_lie_inside_it(stack, wait_u
     # Jaeger keeps microseconds: each of the times may be one short.
     within = sum(phase["duration"] for phase in phases)
     assert within <= step["duration"] + len(phases)
-    # Tamiyo's own span of the same trace is looked for here once Tamiyo sends spans.
     assert spans["tamiyo.decide"]["references"][0]["spanID"] == step["spanID"]
+
+
+def test_the_same_trace_holds_what_tamiyo_decided(stack, wait_until, tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text(LOOP)
+    environment = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": stack.url,
+        "OTEL_SERVICE_NAME": "decided",
+        "ESPER_TAMIYO_SOCKET": str(stack.socket),
+        "ESPER_TAMIYO_DEADLINE_MS": "1000",
+        "ESPER_RUN_ID": "decided",
+    }
+    subprocess.run(
+        [sys.executable, str(script)],
+        env=clean_environment(environment),
+        check=True,
+        timeout=60,
+    )
+
+    def decided():
+        """The trace of the step with the NaN, when both processes have told of it."""
+        for trace in stack.jaeger.traces("decided"):
+            services = {p["serviceName"] for p in trace["processes"].values()}
+            if step_of(trace) == 15 and services == {"decided", "tamiyo"}:
+                return trace
+        return None
+
+    trace = wait_until(decided, patience_s=30)
+    mine = [s for s in trace["spans"] if s["operationName"] == "tamiyo.decide"]
+    theirs = {trace["processes"][span["processID"]]["serviceName"]: span for span in mine}
+    tags = {tag["key"]: tag["value"] for tag in theirs["tamiyo"]["tags"]}
+    assert tags["esper.decision.reason"] == "nonfinite_loss"
+    assert theirs["tamiyo"]["references"][0]["spanID"] == theirs["decided"]["spanID"]
 
 
 def step_of(trace):

@@ -1,5 +1,6 @@
 """Events on their way to a receiver, as OTLP log records."""
 
+import opentelemetry._logs._internal as api_state
 import pytest
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import (
     ExportLogsServiceRequest,
@@ -7,17 +8,18 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import (
 )
 from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 
-from bench.receiver import Answer, GrpcReceiver, HttpReceiver
+from bench.receiver import LOGS, Answer, GrpcReceiver, HttpReceiver
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import Event
+from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream import read_recording, resend
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.logs import encode_events
+from esper_otel.stream.logs import Trainer, encode_events
 from esper_otel.stream.stream import MAX_EVENTS
 from esper_otel.stream.transport import Verdict, delivered
-
-LOGS = "/v1/logs"
 
 
 @pytest.fixture
@@ -26,6 +28,7 @@ def http():
         yield receiver
 
 
+TRAINER = Trainer("run", 0, "instance")
 ATTRIBUTES = {"esper.seed.id": "s", "esper.step": 7, "passed": True, "loss": 0.5}
 
 
@@ -54,7 +57,7 @@ def plain(value):
 def test_an_event_is_a_log_record_with_a_name(severity, number):
     resource = Resource()
     resource.attributes.add(key="esper.run_id").value.string_value = "r"
-    body = encode_events([event(severity)], resource.SerializeToString())
+    body = encode_events([event(severity)], resource.SerializeToString(), TRAINER)
     (record,) = records(body)
     assert (record.event_name, record.time_unix_nano) == ("esper.seed.stage", 123)
     assert (record.severity_number, record.severity_text) == (number, severity)
@@ -66,14 +69,70 @@ def test_an_event_is_a_log_record_with_a_name(severity, number):
     assert of_us.scope_logs[0].scope.name == "esper_otel"
 
 
-def test_events_arrive_and_are_accounted_for(http, open_stream):
-    stream = open_stream(http.url)
-    for mark in range(5):
-        stream.event(event(mark=mark))
-    report = stream.close()
-    assert report.logs.produced == report.logs.delivered == 5
-    bodies = [request.body for request in http.inbox.requests if request.path == LOGS]
+def test_a_record_belongs_to_the_span_of_its_step():
+    (record,) = records(encode_events([event()], b"", TRAINER))
+    assert int.from_bytes(record.trace_id, "big") == trace_id("run", 7)
+    expected = span_id("run", 0, "instance", 7, "train.step")
+    assert int.from_bytes(record.span_id, "big") == expected
+    assert record.flags == 1
+
+
+def test_what_happened_outside_of_a_step_belongs_to_no_trace():
+    apart = event()._replace(attributes={"esper.seed.id": "s"})
+    (record,) = records(encode_events([apart], b"", TRAINER))
+    assert (record.trace_id, record.span_id, record.flags) == (b"", b"", 0)
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_records_are_delivered_and_accounted_for(open_stream, protocol):
+    with (GrpcReceiver if protocol == "grpc" else HttpReceiver)() as receiver:
+        stream = open_stream(receiver.url, {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol})
+        for mark in range(5):
+            stream.event(event(mark=mark))
+        report = stream.close()
+        assert report.logs.produced == report.logs.delivered == 5
+        bodies = [each.body for each in receiver.inbox.requests if each.path == LOGS]
     assert [r.time_unix_nano for body in bodies for r in records(body)] == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def users_exporter(monkeypatch):
+    """Set a logger provider, as a script does, for one test."""
+    exporter = InMemoryLogRecordExporter()
+    provider = LoggerProvider(shutdown_on_exit=False)
+    provider.add_log_record_processor(SimpleLogRecordProcessor(exporter))
+    monkeypatch.setattr(api_state, "_LOGGER_PROVIDER", provider)
+    yield exporter
+    provider.shutdown()
+
+
+def test_a_logger_provider_of_the_users_gets_the_records(http, open_stream, users_exporter):
+    stream = open_stream(http.url)
+    stream.event(event(Severity.WARNING))
+    report = stream.close()
+    (got,) = users_exporter.get_finished_logs()
+    record = got.log_record
+    assert (record.event_name, record.timestamp) == ("esper.seed.stage", 123)
+    assert record.body == "s: DORMANT to GERMINATED"
+    assert dict(record.attributes) == ATTRIBUTES
+    assert (record.severity_number.name, record.severity_text) == ("WARN", "WARNING")
+    assert record.trace_id == trace_id("run", 7)
+    assert record.span_id == span_id("run", 0, "instance", 7, "train.step")
+    assert report.logs.produced == 0
+    assert http.inbox.attempts[LOGS] == 0
+
+
+def test_a_recording_holds_what_the_users_provider_got(
+    http, open_stream, users_exporter, tmp_path
+):
+    stream = open_stream(http.url, recording_dir=str(tmp_path / "recorded"))
+    stream.event(event())
+    report = stream.close()
+    held = [
+        r for file in report.recordings for body in read_recording(file) for r in records(body)
+    ]
+    assert [record.event_name for record in held] == ["esper.seed.stage"]
+    assert len(users_exporter.get_finished_logs()) == 1
 
 
 def closed_to_logs(receiver, stream, row, wait_until):
@@ -94,7 +153,10 @@ def test_an_http_receiver_without_logs_gets_no_more_of_them(http, open_stream, r
 
 
 def test_a_grpc_receiver_without_logs_gets_no_more_of_them(open_stream, row, wait_until):
-    with GrpcReceiver() as receiver:  # it knows metrics and traces
+    with GrpcReceiver() as receiver:
+        receiver.answer = lambda request: Answer(
+            "UNIMPLEMENTED" if request.path == LOGS else "OK"
+        )
         environ = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
         closed_to_logs(receiver, open_stream(receiver.url, environ), row, wait_until)
 

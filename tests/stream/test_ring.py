@@ -37,6 +37,28 @@ def test_what_was_put_is_taken_once_and_in_order():
     assert ring.take() is None
 
 
+def test_the_millisecond_under_way_is_left_for_the_next_time():
+    ring = FrameRing(8)
+    now = 5_000_000
+    for step, time in enumerate([4_100_000, 4_900_000, 5_100_000, 5_200_000]):
+        ring.put(time, a_row(step), [a_seed("a", step)])
+    first = ring.take(now + 300_000)
+    assert first.steps.values[:, 0].tolist() == [0, 1]
+    assert first.seeds.values[:, 0].tolist() == [0, 1]
+    assert ring.take(now + 400_000) is None
+    ring.put(5_900_000, a_row(4), [a_seed("a", 4)])
+    second = ring.take(now + 1_000_000)
+    assert second.steps.values[:, 0].tolist() == [2, 3, 4]
+    assert second.steps.tags.tolist() == [1, 2, 3]
+    assert second.seeds.values[:, 0].tolist() == [2, 3, 4]
+
+
+def test_a_clock_that_was_set_back_keeps_nothing_waiting():
+    ring = FrameRing(8)
+    ring.put(9_000_000, a_row(0), ())
+    assert ring.take(5_000_000).steps.values[:, 0].tolist() == [0]
+
+
 def test_it_goes_round():
     ring = FrameRing(4)
     taken = []

@@ -10,6 +10,7 @@ import sys
 from math import nan
 
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.resources import Resource
 
@@ -17,7 +18,8 @@ from bench.receiver import HttpReceiver
 from esper_otel.leyline.decisions import Action, Decision, Finding, Severity, unanswered
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS
-from esper_otel.stream.providers import OwnIds, Tracers
+from esper_otel.leyline.trace_ids import span_id, trace_id
+from esper_otel.stream.providers import Tracers, trainer_resource
 from esper_otel.stream.spans import tell
 
 PHASES = [
@@ -133,16 +135,37 @@ def test_only_a_step_that_nobody_judged_is_an_error(spans_of):
     assert {span.status.code for span in others} == {Status.STATUS_CODE_UNSET}
 
 
-def test_ids_are_ours_and_the_runs_random_numbers_are_not_used():
+def told_by(rank: int, instance: str, timeline: StepTimeline) -> list[Span]:
+    """The spans of one step as one process of the run "shared" tells them."""
+    tracers = Tracers(trainer_resource("shared", instance, rank, 2))
+    tell(timeline, tracers)
+    requests: list[bytes] = []
+    tracers.take(lambda body, spans: requests.append(body))
+    (request,) = map(ExportTraceServiceRequest.FromString, requests)
+    return list(request.resource_spans[0].scope_spans[0].spans)
+
+
+def test_ids_are_those_that_others_work_out_and_random_numbers_are_not_used():
     random.seed(1)
     before = random.getstate()
-    ids = [OwnIds(), OwnIds()]
-    spans = {each.generate_span_id() for each in ids for _ in range(100)}
-    traces = {each.generate_trace_id() for each in ids for _ in range(100)}
-    assert len(spans) == len(traces) == 200
-    assert 0 not in spans | traces
-    assert max(spans) < 2**64 < max(traces) < 2**128
+    spans = {span.name: span for span in told_by(1, "i", StepTimeline(7, 500, 9_000, PHASES))}
     assert random.getstate() == before
+    for name, span in spans.items():
+        assert span.trace_id == trace_id("shared", 7).to_bytes(16, "big")
+        assert span.span_id == span_id("shared", 1, "i", 7, name).to_bytes(8, "big")
+
+
+def test_no_two_spans_of_a_step_have_one_id():
+    """Two micro-batches, so phases of one name come twice; three processes, two ranks."""
+    phases = [("train.forward", 1, 2), ("train.backward", 2, 3)] * 2
+    timeline = StepTimeline(7, 1, 9, [*phases, ("tamiyo.decide", 8, 9)])
+    spans = [
+        span
+        for rank, instance in ((0, "a"), (0, "b"), (1, "c"))
+        for span in told_by(rank, instance, timeline)
+    ]
+    assert len({span.span_id for span in spans}) == len(spans) == 3 * 6
+    assert len({span.trace_id for span in spans}) == 1
 
 
 def test_many_spans_are_divided_into_requests():
@@ -165,6 +188,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
 
@@ -184,6 +208,9 @@ with trace.get_tracer("mine").start_as_current_span("mine"):
 spans = exporter.get_finished_spans()
 print(json.dumps({
     "names": [span.name for span in spans],
+    "known_ids": spans[1].context.span_id == span_id("run", 0, "i", 3, "train.step")
+    and spans[0].context.trace_id == spans[1].context.trace_id == trace_id("run", 3)
+    and spans[2].context.trace_id != trace_id("run", 3),
     "mine": all(span.resource.attributes["mine"] for span in spans),
     "untouched": untouched,
     "accounted": report.traces.produced,
@@ -200,6 +227,7 @@ print(json.dumps({
     )
     assert json.loads(finished.stdout) == {
         "names": ["train.forward", "train.step", "mine"],
+        "known_ids": True,
         "mine": True,
         "untouched": True,
         "accounted": 0,

@@ -1,5 +1,8 @@
+import _thread
 import itertools
 import logging
+import os
+import random
 import struct
 import threading
 import time
@@ -19,6 +22,7 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.frames import seed_row, step_row
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo import client as client_module
+from esper_otel.tamiyo import connection as connection_module
 from esper_otel.tamiyo.breaker import State
 from esper_otel.tamiyo.client import TamiyoClient
 from tamiyo.fake_sidecar import FakeSidecar, answer
@@ -109,7 +113,7 @@ def test_a_late_answer_is_not_taken_for_the_next_one(path):
         client = connect(path, deadline_ms=30)
         assert ask(client, 1).reason == TIMEOUT
         let_go.set()
-        client._deadline_ns = int(GENEROUS_MS * 1e6)
+        client._patience_ns = int(GENEROUS_MS * 1e6)
         assert ask(client, 2).step == 2
         client.close()
 
@@ -168,27 +172,141 @@ def test_it_recovers_when_the_cool_down_has_passed(path, monkeypatch, caplog):
         client.close()
 
 
-def test_a_frozen_sidecar_is_waited_for_three_times_and_never_again(path, monkeypatch):
-    waited = []
-    with FakeSidecar(path, reply=lambda _: []):
+def until(condition, patience_s=10.0):
+    """Poll ``condition`` until it is true; fail when it does not become so."""
+    deadline = time.monotonic() + patience_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.001)
+    return found
+
+
+def test_a_frozen_sidecar_is_waited_for_three_times_and_never_again(path):
+    with FakeSidecar(path, reply=lambda _: []) as sidecar:
         client = connect(path, deadline_ms=5)
-        original = client._await
-        monkeypatch.setattr(
-            client, "_await", lambda *args: (waited.append(1), original(*args))[1]
-        )
-        now = [time.perf_counter_ns()]
-        monkeypatch.setattr(client_module, "perf_counter_ns", lambda: now[0])
-        for step in range(200):
-            # Real time stands still for the client but for these 10 ms a step.
-            if step < 3:
-                monkeypatch.setattr(client_module, "perf_counter_ns", time.perf_counter_ns)
-            else:
-                now[0] = max(now[0], time.perf_counter_ns()) + 10_000_000
-                monkeypatch.setattr(client_module, "perf_counter_ns", lambda: now[0])
-            assert ask(client, step).action is Action.CONTINUE
+        reasons = [ask(client, step).reason for step in range(3)]
+        until(lambda: reasons.append(ask(client).reason) or client.breaker.opened > 2)
         client.close()
-    assert len(waited) == 3
-    assert client.breaker.opened > 2, "probes went out meanwhile"
+        assert len(sidecar.asks) > 3, "probes went out meanwhile"
+    assert reasons[:3] == [TIMEOUT] * 3
+    assert set(reasons[3:]) == {BREAKER_OPEN}
+
+
+def test_a_probe_repeats_the_ask_that_failed_last_and_proposes_nothing(path):
+    client = connect(path, deadline_ms=50)
+    seed = seed_row()
+    seed[0] = 4.0
+    for step in (7, 8, 9):
+        ask(client, step, seeds=[("s1", seed)], proposal=Proposal("s1", SeedOperation.BLEND))
+    seed[0] = 5.0
+    with FakeSidecar(path) as sidecar:
+        until(lambda: client.breaker.state is State.CLOSED)
+        assert ask(client, 30).reason == "a_rule"
+        client.close()
+    probe, following = sidecar.asks
+    assert (probe.step, probe.proposal, probe.seeds[0].values[0]) == (9, None, 4.0)
+    assert following.step == 30
+    assert following.request_id > probe.request_id
+    assert len(sidecar.hellos) == 1, "the connection is handed over"
+
+
+@pytest.fixture
+def probing(monkeypatch):
+    """The threads that run now, of those the client has started."""
+    running = []
+    start = _thread.start_new_thread
+
+    def started(function, arguments):
+        running.append(function)
+
+        def to_its_end():
+            function(*arguments)
+            running.remove(function)
+
+        return start(to_its_end, ())
+
+    monkeypatch.setattr(_thread, "start_new_thread", started)
+    return running
+
+
+def test_the_probing_thread_lives_while_the_breaker_is_open(path, probing):
+    client = connect(path, deadline_ms=50)
+    for step in range(5):
+        assert len(probing) == (step > 2)
+        ask(client, step)
+    with FakeSidecar(path):
+        until(lambda: client.breaker.state is State.CLOSED)
+        until(lambda: not probing)
+        assert ask(client, 9).reason == "a_rule"
+        client.close()
+
+
+def test_closing_ends_the_probing_thread(path, probing):
+    client = connect(path)
+    for step in range(3):
+        ask(client, step)
+    assert len(probing) == 1
+    client.close()
+    until(lambda: not probing)
+    assert ask(client).reason == BREAKER_OPEN
+
+
+def test_without_another_thread_it_goes_on_asking(path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    client = connect(path)
+    assert [ask(client, step).reason for step in range(7)] == [UNREACHABLE] * 7
+    monkeypatch.undo()
+    with FakeSidecar(path):
+        assert ask(client, 8).reason == "a_rule"
+        client.close()
+
+
+def test_a_forked_child_leaves_the_parents_connection_alone(path):
+    with FakeSidecar(path) as sidecar:
+        client = connect(path)
+        ask(client, 1)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if ask(client, 2).reason == BREAKER_OPEN else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert ask(client, 3).reason == "a_rule"
+        client.close()
+    assert [message.step for message in sidecar.asks] == [1, 3]
+    assert len(sidecar.hellos) == 1
+
+
+def test_asking_and_probing_draw_from_no_global_generator(path):
+    before = random.getstate()
+    client = connect(path, deadline_ms=50)
+    for step in range(3):
+        ask(client, step)
+    with FakeSidecar(path):
+        until(lambda: client.breaker.state is State.CLOSED)
+        ask(client, 4)
+        client.close()
+    assert random.getstate() == before
+
+
+def test_a_sidecar_of_another_user_is_not_asked(path, monkeypatch):
+    with FakeSidecar(path) as sidecar:
+        monkeypatch.setattr(connection_module, "may_answer", lambda uid: False)
+        client = connect(path)
+        assert ask(client).reason == UNREACHABLE
+        client.close()
+    assert sidecar.asks == sidecar.hellos == []
+
+
+@pytest.mark.parametrize("deadline_ms", [0.4, 1.0, 2.5, 20.0])
+def test_the_deadline_may_be_any_fraction_of_a_millisecond(path, deadline_ms):
+    with FakeSidecar(path, reply=lambda _: []):
+        client = connect(path, deadline_ms)
+        began = time.perf_counter()
+        assert ask(client).reason == TIMEOUT
+        assert time.perf_counter() - began >= 0.9 * deadline_ms / 1e3, "it was waited for"
+        client.close()
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path):

@@ -76,7 +76,7 @@ class Garden:
 
     def __init__(self, clock, fails=()):
         self.clock, self.fails = clock, fails
-        self.calls, self.waiting, self.latest = [], [], []
+        self.calls, self.waiting, self.latest, self.asked_about = [], [], [], []
 
     def note(self, name, milliseconds):
         self.calls.append(name)
@@ -94,6 +94,9 @@ class Garden:
         row = seed_row()
         row[SEED_SLOT["kasmina.seed.alpha"]] = step / 10
         return GardenFrame([("s", row)], 2.0, 0.5, 1, PROPOSAL)
+
+    def asked(self, step):
+        self.asked_about.append(step)
 
     def apply(self, decision, *, enforced):
         self.note("apply", 7)
@@ -192,6 +195,50 @@ def test_seeds_wait_with_the_frame_whose_loss_is_still_on_a_device(clock):
     one_step(recorder, clock)
     assert [seeds["s"]["kasmina.seed.alpha"] for _, seeds in frames.taken] == [0.1, 0.2]
     assert sidecar.asked == [(2, ["s"], PROPOSAL)]
+
+
+def test_the_garden_hears_about_which_frame_it_was_asked(clock):
+    recorder, _, sidecar, garden = make(clock)
+    late = [Late() for _ in range(4)]
+    for number, loss in enumerate(late):
+        if number:
+            late[number - 1].number = 1.0
+        one_step(recorder, clock, loss=loss)
+    assert garden.asked_about == [1, 2, 3] == [step for step, *_ in sidecar.asked]
+
+
+def test_where_nobody_is_asked_the_garden_hears_of_the_step_itself(clock):
+    recorder, _, _, garden = make(clock, client=False)
+    for _ in range(2):
+        one_step(recorder, clock, loss=Late())
+    assert garden.asked_about == [1, 2]
+
+
+def test_an_event_that_knows_its_step_keeps_it(clock):
+    recorder, frames, _, garden = make(clock)
+    garden.waiting.append(Event("p", clock(), Severity.NORMAL, "t", {"esper.step": 7}))
+    one_step(recorder, clock)
+    assert [event.attributes["esper.step"] for event in frames.events] == [7, 1]
+
+
+def test_a_recorder_goes_on_from_a_state_and_refuses_what_is_none(clock):
+    recorder, frames, _, _ = make(clock, garden=False)
+    for loss in (4.0, 2.0, 3.0):
+        one_step(recorder, clock, loss=loss)
+    state = recorder.state()
+    resumed, frames_after, _, garden = make(clock)
+    before = resumed.state()
+    for wrong in ({}, {**state, "step": "x"}, {**state, "colour": 1}):
+        with pytest.raises(ValueError, match=r"`step`|`int`|`colour`"):
+            resumed.resume(wrong)
+    assert repr(resumed.state()) == repr(before)
+    resumed.resume({**state, "latest": {**state["latest"], "of_another_version": 1.0}})
+    for each in (recorder, resumed):
+        one_step(each, clock, loss=5.0)
+    assert garden.latest == [frames.taken[2][0]]
+    after, uncut = frames_after.taken[-1][0], frames.taken[-1][0]
+    for key in ("step", "loss_delta", "loss_ewma", "loss_volatility", "grad_var"):
+        assert after[key] == uncut[key]
 
 
 @pytest.mark.parametrize("enforce", [True, False])

@@ -1,46 +1,75 @@
-"""``tamiyo check``: say what a table does, or what is wrong with it."""
+"""``tamiyo check``: say what a table does, or what is wrong with it.
+
+Exits with 1 when it is not a table, or when a rule of it can never fire, never be heard
+or never end; each is named with file and line.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from esper_tamiyo.commands.common import Commands
+
+if TYPE_CHECKING:
+    from esper_tamiyo.language.table import Rule, Table
 
 
 def add(commands: Commands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
-        "check", help="say what a table does, or what is wrong with it"
+        "check", help="say what a table does, or what is wrong with it (exit status 1)"
     )
     parser.add_argument("table", help="default, prototype or a file")
     parser.set_defaults(command=_check)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from esper_tamiyo.table_file import TableError, load
+    from esper_tamiyo.language.contradictions import doubts
+    from esper_tamiyo.language.nodes import Fault
+    from esper_tamiyo.language.table_file import TableError, locate, read
 
     try:
-        table = load(options.table)
+        source = read(options.table)
+        located = locate(source)
     except TableError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{options.table}: valid, version {table.version}, {len(table.rules)} rules")
+    table = located.table
+    found = [
+        Fault(located.lines[doubt.rule], doubt.rule, doubt.message) for doubt in doubts(table)
+    ]
+    if found:
+        for fault in sorted(found):
+            print(fault.at(source.name), file=sys.stderr)
+        return 1
+    _describe(options.table, table)
+    return 0
+
+
+def _describe(name: str, table: Table) -> None:
+    print(f"{name}: valid, version {table.version}, {len(table.rules)} rules")
     window, warmup = table.baseline.window, table.baseline.warmup
     print(f"baseline: median of {window} observations, after {warmup}")
     print(f"conservative mode: left after {table.clean_steps} clean steps")
     for action in sorted({rule.action for rule in table.rules}):
         print(f"\n{action.value}")
         for rule in table.rules:
-            if rule.action is not action:
-                continue
-            extras = [
-                f"for {rule.persistence}" if rule.persistence > 1 else "",
-                f"cooldown {rule.cooldown}" if rule.cooldown else "",
-                "on proposals only" if rule.downgrade else "",
-                "enters conservative mode" if rule.conservative else "",
-                *(f"{name} {value:g}" for name, value in rule.parameters.items()),
-            ]
-            tail = "".join(f", {extra}" for extra in extras if extra)
-            print(f"  {rule.id:24} {rule.severity.value:9} {rule.when}{tail}")
-    return 0
+            if rule.action is action:
+                tail = "".join(f", {extra}" for extra in _extras(rule))
+                print(f"  {rule.id:24} {rule.severity.value:9} {rule.when}{tail}")
+
+
+def _extras(rule: Rule) -> list[str]:
+    of = f" of {rule.of}" if rule.of > rule.persistence else ""
+    extras = [
+        f"for {rule.persistence}{of}" if rule.persistence > 1 or of else "",
+        f"cooldown {rule.cooldown}" if rule.cooldown else "",
+        "on proposals only" if rule.downgrade else "",
+        "enters conservative mode" if rule.conservative else "",
+        "only observed" if rule.mode == "observe" else "",
+        f"silences {', '.join(rule.silences)}" if rule.silences else "",
+        *(f"{name} {value:g}" for name, value in rule.parameters.items()),
+    ]
+    return [extra for extra in extras if extra]

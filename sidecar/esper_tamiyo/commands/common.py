@@ -31,7 +31,7 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
 
 def reply(request: LatestRequest | StatusRequest, path: Path | None) -> object:
     """What the sidecar replies; raises :class:`CommandError` when it does not."""
-    from esper_tamiyo.asking import SilenceError, reply_to
+    from esper_tamiyo.serving.asking import SilenceError, reply_to
 
     try:
         return reply_to(request, path or default_path())

@@ -1,17 +1,31 @@
-"""``tamiyo status``: show how the sidecar is doing."""
+"""``tamiyo status``: show how the sidecar is doing.
+
+Exit status: 0 when it answers and every part of it works, 3 when it answers but a part
+does not (which one is said on standard error), 1 when nobody answers.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from esper_otel.leyline.wire import Status, StatusRequest
 from esper_tamiyo.commands.common import Commands, add_socket, pairs, print_json, reply
 
+IMPAIRED = 3
+"""Exit status of a sidecar that answers while a part of it does not work."""
+
 
 def add(commands: Commands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("status", help="show how the sidecar is doing")
+    parser = commands.add_parser(
+        "status",
+        help="show how the sidecar is doing",
+    )
+    parser.epilog = (
+        "Exit status: 0 all parts work, 3 it answers but a part does not, 1 nobody answers."
+    )
     add_socket(parser)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=_status)
@@ -22,19 +36,45 @@ def _status(options: argparse.Namespace) -> int:
     report: dict[str, Any] = answer.report if isinstance(answer, Status) else {}
     if options.json:
         print_json(report)
-        return 0
+    else:
+        _show(report)
+    troubles = troubles_in(report)
+    for trouble in troubles:
+        print(f"tamiyo: {trouble}", file=sys.stderr)
+    return IMPAIRED if troubles else 0
+
+
+def troubles_in(report: dict[str, Any]) -> list[str]:
+    """The parts that do not work, in words."""
+    troubles = []
+    ingest, scribe = report["ingest"], report["scribe"]
+    if ingest is not None and not ingest["listening"]:
+        troubles.append("OTLP is not received: the ingest process is being started again")
+    if scribe is not None and scribe["state"] in ("down", "silent"):
+        troubles.append(f"nothing is written down: the scribe process is {scribe['state']}")
+    elif scribe is not None and scribe["error"]:
+        troubles.append(f"the journal cannot be written: {scribe['error']}")
+    error = report["table"].get("last_error")
+    if error:
+        troubles.append(f"the table was not reloaded: {error}")
+    return troubles
+
+
+def _show(report: dict[str, Any]) -> None:
     age = report["last_frame_age_s"]
     seen = "it has seen no step yet" if age is None else f"newest step {age:.1f} s ago"
     print(f"tamiyo {report['pid']}, up {report['uptime_s']:.0f} s; {seen}")
-    for name in ("table", "connections", "answers"):
+    for name in ("table", "connections", "answers", "answer_ms"):
         print(f"{name}: {pairs(report[name])}")
     engine = report["engine"]
-    print(f"frames: {pairs(engine['frames'])}")
-    print(f"ingest: {pairs(report['ingest']) if report['ingest'] else 'off'}")
+    print(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
+    for name in ("ingest", "scribe"):
+        print(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
+        unknown = run.get("state") == "unknown"
+        silent = f"; unknown, silent for {run['silent_s']:.0f} s" if unknown else ""
         print(
             f"  {run['run']}/{run['rank']}: step {run['newest_step']}, "
-            f"{run['action']} ({run['reason']}){mode}"
+            f"{run['action']} ({run['reason']}){mode}{silent}"
         )
-    return 0

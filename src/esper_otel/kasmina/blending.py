@@ -12,6 +12,7 @@ is never an alias of an input, so that the host may work on it in place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 class Blend(nn.Module):
     """What all blends are; subclasses say how much of the seed there is, per element."""
+
+    name: ClassVar[str]
+    """What settings call it; see :data:`BLENDS`."""
 
     def forward(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
         """The blend, shaped like ``host``; ``host`` itself at alpha 0."""
@@ -36,6 +40,8 @@ class Convex(Blend):
     activation, which is what every blueprint here makes.
     """
 
+    name = "convex"
+
     def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
         """(1 - alpha) host + alpha seed."""
         # The host's infinity times 0 would be NaN.
@@ -47,6 +53,8 @@ class Residual(Blend):
 
     For seeds that compute a correction, not an activation.
     """
+
+    name = "residual"
 
     def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
         """host + alpha seed."""
@@ -62,6 +70,7 @@ class ChannelWise(Blend):
     Raises ``ValueError`` for gates of another number or outside [0, 1].
     """
 
+    name = "channelwise"
     gates: Tensor
 
     def __init__(
@@ -100,6 +109,8 @@ class ConfidenceGated(Blend):
     arXiv 1505.00387); that T is the cosine and not learned is our choice. The gate is
     part of the graph: a seed can learn to be trusted.
     """
+
+    name = "confidence"
 
     def __init__(self, dim: int | None = None) -> None:
         super().__init__()

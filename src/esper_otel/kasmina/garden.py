@@ -2,7 +2,8 @@
 
 Planting changes nothing of the host. What is asked of a garden at any time is done at the
 end of a step, where :class:`~esper_otel.tolaria.recorder.Recorder` calls, in this order:
-:meth:`Garden.learn`, :meth:`Garden.finalize`, then the ask, then :meth:`Garden.apply`.
+:meth:`Garden.learn`, :meth:`Garden.finalize`, then the ask, of which :meth:`Garden.asked`
+tells it, then :meth:`Garden.apply`.
 
 An operation is carried out by :meth:`Garden.apply` alone, from the proposal that went with
 the very ask that the decision answers, and the proposal is used up by that. What was not
@@ -14,29 +15,41 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import nan
-from typing import NamedTuple
+from time import monotonic
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_otel.kasmina import checkpoint
 from esper_otel.kasmina.blueprints import lookup, registered
+from esper_otel.kasmina.compiling import compile_apart
+from esper_otel.kasmina.consent import Consent, judges
+from esper_otel.kasmina.errors import GardenError
 from esper_otel.kasmina.ground import Ground
 from esper_otel.kasmina.growth import Plateau, Sight, choose
+from esper_otel.kasmina.host import Host, submodules
 from esper_otel.kasmina.kernels import Compiler, KernelFetcher
 from esper_otel.kasmina.lifecycle import GROWING
+from esper_otel.kasmina.offer import Offer, Offering
 from esper_otel.kasmina.optimizers import OptimizerFactory, adamw
-from esper_otel.kasmina.pause import Pause
 from esper_otel.kasmina.plot import Plot
+from esper_otel.kasmina.requests import Request, Requests, requests_of
+from esper_otel.kasmina.scaling import Scaling
 from esper_otel.kasmina.seed import Read, read_cpu
 from esper_otel.kasmina.slot import Slot
 from esper_otel.kasmina.sowing import Place, Sowing
-from esper_otel.leyline import events
+from esper_otel.kasmina.state import (
+    VERSION,
+    GardenState,
+    PauseState,
+    PlateauState,
+    parsed,
+    plain,
+)
 from esper_otel.leyline.decisions import (
-    FAILED_OPEN,
-    NOT_ASKED,
     Action,
     Decision,
     Proposal,
@@ -46,7 +59,7 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame
 from esper_otel.leyline.stages import Stage, check_transition
-from esper_otel.settings import EsperSettings, Growth
+from esper_otel.settings import EsperSettings
 
 log = logging.getLogger("esper_otel")
 
@@ -57,18 +70,17 @@ CHANGES_THE_NETWORK = frozenset(
 
 _GONE = GardenFrame([], nan, nan, nan)
 
-
-class GardenError(ValueError):
-    """Something a garden was asked for that cannot be; says what was expected."""
+__all__ = ["Garden", "GardenError"]
 
 
-class _Request(NamedTuple):
-    """What the user asked for and waits for the end of a step."""
+class Memory(Protocol):
+    """What a recorder remembers of the run, as far as a garden's decisions depend on it."""
 
-    operation: SeedOperation
-    plot: Plot
-    seed_id: str
-    blueprint: str = ""
+    def state(self) -> dict[str, Any]:
+        """Plain data for :meth:`resume`."""
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; ``ValueError`` for what is no such state, and then as before."""
 
 
 class Garden:
@@ -78,7 +90,10 @@ class Garden:
     ``make_optimizer`` makes that of a seed, ``blueprints`` are those that the garden
     germinates of its own accord, by default all that fit. ``read`` begins to read a number
     from a device; by default only the CPU's are read. ``compiler`` makes seeds faster, off
-    the training thread.
+    the training thread; by default :func:`~esper_otel.kasmina.compiling.compile_apart` where
+    the settings ask for that. ``scaler`` is the ``GradScaler`` that scales the host's loss,
+    if one does. ``clock`` (monotonic seconds) is that of embargoes; ``memory``
+    goes with the garden's state.
 
     Raises :class:`GardenError` for a path that names no submodule or is named twice, and
     ``KeyError`` for a blueprint that is not registered. Nothing raises later but what is
@@ -96,31 +111,37 @@ class Garden:
         blueprints: Iterable[str] | None = None,
         read: Read | None = None,
         compiler: Compiler | None = None,
+        scaler: Any = None,
+        clock: Callable[[], float] = monotonic,
+        memory: Memory | None = None,
     ) -> None:
         settings = EsperSettings() if settings is None else settings
-        modules = _submodules(model, slots)
+        if compiler is None and settings.compile_seeds:
+            compiler = compile_apart
+        modules = submodules(model, slots)
         self.planted = True
         """False once it has been uprooted."""
         known = [lookup(name) for name in (registered() if blueprints is None else blueprints)]
         self._settings = settings
+        self._host = Host(model, optimizer)
         self._ground = Ground(
             settings,
+            host=self._host.optimizer,
             fetcher=KernelFetcher(settings.kernel_budget_ms, compiler=compiler),
             make_optimizer=make_optimizer,
             read=read_cpu if read is None else read,
+            clock=clock,
         )
         # Who drops a garden without a word must not be left with its threads.
         weakref.finalize(self, self._ground.fetcher.stop, 0.0).atexit = False
-        self._follows_run = optimizer is None
-        if optimizer is not None:
-            self._ground.host = weakref.ref(optimizer)
+        self._memory = memory
+        self._scaling = None if scaler is None else Scaling(scaler, self._forget_gradients)
         self._plots = {path: Plot(Slot(path, module), self._ground) for path, module in modules}
         self._plateau = Plateau(settings.plateau_steps, settings.plateau_improvement)
-        self._proposal: Proposal | None = None
-        self._place: Place | None = None
-        self._requests: deque[_Request] = deque()
+        self._offering = Offering(self._ground)
+        self._requests = Requests(self._plots.values())
         self._sowing = Sowing(self._plots.values(), known)
-        self._pause = Pause()
+        self._consent = Consent(self._ground)
         self._step = 0
 
     # What a user calls.
@@ -134,9 +155,8 @@ class Garden:
         """
         plot = self._plot(slot)
         lookup(blueprint)
-        waiting = [each.seed_id for each in list(self._requests) if each.plot is plot]
-        if plot.seed is not None or waiting:
-            held = plot.seed.id if plot.seed is not None else waiting[0]
+        held = self._requests.seed_for(plot) if plot.seed is None else plot.seed.id
+        if held is not None:
             raise GardenError(f"slot {slot!r}: expected an empty one, it has seed {held!r}")
         check_transition(plot.stage, Stage.GERMINATED)
         if seed_id is None:
@@ -144,7 +164,7 @@ class Garden:
         elif not seed_id or self._sowing.was_used(seed_id):
             raise GardenError(f"seed_id={seed_id!r}: expected one that was not used before")
         self._sowing.use(seed_id)
-        self._requests.append(_Request(SeedOperation.GERMINATE, plot, seed_id, blueprint))
+        self._requests.add(Request(SeedOperation.GERMINATE, plot, seed_id, blueprint))
         return seed_id
 
     def cull(self, seed_id: str) -> None:
@@ -157,7 +177,7 @@ class Garden:
         if plot is None:
             raise GardenError(f"seed_id={seed_id!r}: expected one of {', '.join(self.stages)}")
         check_transition(plot.stage, Stage.CULLED)
-        self._requests.append(_Request(SeedOperation.CULL, plot, seed_id))
+        self._requests.add(Request(SeedOperation.CULL, plot, seed_id))
 
     def uproot(self) -> None:
         """Take everything out, fossils as well: the host is what it was before planting."""
@@ -165,14 +185,17 @@ class Garden:
             return
         self.planted = False
         self._requests.clear()
-        self._proposal = None
+        self._offering.make(None)
         for plot in self._plots.values():
             plot.terminate()
+        self._host.let_go()
         self.close()
 
     def close(self) -> None:
         """The run is over: seeds stay as they are, and no kernel is fetched any more."""
         self._ground.fetcher.stop()
+        if self._scaling is not None:
+            self._scaling.let_go()
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -200,13 +223,94 @@ class Garden:
             for plot in self._plots.values()
         )
 
+    # A restart.
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs, as of the end of the newest step.
+
+        For ``torch.save`` and ``torch.load(weights_only=True)``. Its tensors are those in
+        use, as in every torch state dict: copy them if the run goes on meanwhile. Raises
+        :class:`GardenError` when the garden was uprooted.
+        """
+        self._expect_planted()
+        ground, pause, memory = self._ground, self._consent.pause, self._memory
+        state = GardenState(
+            version=VERSION,
+            step=self._step,
+            root=ground.root,
+            slots={path: plot.state() for path, plot in self._plots.items()},
+            ids=sorted(self._sowing.ids),
+            plateau=PlateauState(best=self._plateau.best, waited=self._plateau.waited),
+            pause=PauseState(everything=pause.everything, seeds=sorted(pause.seeds)),
+            requests=self._requests.state(),
+            weather=ground.weather(),
+            recorder=None if memory is None else memory.state(),
+        )
+        return plain(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be the garden that :meth:`state_dict` was called of.
+
+        Called after the model is on its device and before ``optimizer.load_state_dict``,
+        which needs the groups of the fossils that joined the optimizer. The garden has the
+        same slots and nothing grows in it yet. Seeds are built here, in the calling thread.
+
+        Raises :class:`GardenError`, which names what does not fit and what was expected,
+        and leaves garden and optimizer as they were.
+        """
+        self._expect_planted()
+        busy = [path for path, plot in self._plots.items() if plot.stage is not Stage.DORMANT]
+        busy += [plot.name for plot in self._requests.plots]
+        if busy:
+            raise GardenError(
+                f"slot {busy[0]!r} is in use: expected a garden in which nothing grows yet; "
+                "uproot() it and plant another"
+            )
+        new = parsed(state)
+        if set(new.slots) != set(self._plots):
+            raise GardenError(
+                f"state: slots {', '.join(new.slots)}: expected {', '.join(self._plots)}"
+            )
+        ground = self._ground
+        regrown = {
+            plot: checkpoint.regrow(path, new.slots[path], ground, self._host.device_of(path))
+            for path, plot in self._plots.items()
+        }
+        requests = requests_of(new.requests, self._plot)
+        take_back = self._host.take_back(
+            each.back for each in regrown.values() if each.back is not None
+        )
+        if self._memory is not None and new.recorder is not None:
+            try:
+                self._memory.resume(new.recorder)
+            except ValueError as error:
+                raise GardenError(f"state: recorder: {error}") from None
+        # From here on nothing fails.
+        take_back()
+        ground.resume(new.weather, new.root)
+        for plot, each in regrown.items():
+            plot.resume(each)
+        self._step = new.step
+        for plot in self._plots.values():
+            plot.slot.turn(self._samples_next)
+        self._plateau.best, self._plateau.waited = new.plateau.best, new.plateau.waited
+        self._consent.pause.resume(new.pause.everything, new.pause.seeds)
+        self._sowing.resume(new.ids)
+        for request in requests:
+            self._requests.add(request)
+
     # What the recorder calls, once per step each.
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Fossils join ``optimizer``, unless another was named when the garden was planted."""
+        self._host.follow(optimizer)
 
     def learn(self, optimizer: Optimizer | None) -> None:
         """The host's ``optimizer`` has stepped: so do those of the seeds."""
-        ground = self._ground
-        if self._follows_run and optimizer is not None and ground.host() is not optimizer:
-            ground.host = weakref.ref(optimizer)
+        if optimizer is not None:
+            self.follow(optimizer)
+        if self._scaling is not None:
+            self._scaling.unscale(optimizer, self._trained())
         for plot in self._plots.values():
             try:
                 plot.learn()
@@ -217,15 +321,13 @@ class Garden:
         """End ``step``: look after every seed, and say how each is doing."""
         if not self.planted:
             return _GONE
-        self._proposal = None
+        self._offering.make(None)
         self._step += 1
         ground = self._ground
         ground.look_at(latest)
         self._plateau.update(ground.loss)
-        if self._requests:
-            self._carry_out_requests()
-        every = self._settings.isolation_every
-        sample = bool(every) and (self._step + 1) % every == 0
+        self._requests.carry_out(self._is_frozen, self._plateau.restart)
+        sample = self._samples_next
         rows: list[tuple[str, list[float]]] = []
         sights: list[Sight] = []
         for plot in self._plots.values():
@@ -240,9 +342,18 @@ class Garden:
                 continue
             rows.append((plot.seed.id, row))
         live = len(sights)
-        self._place = self._place_to_sow(live)
-        self._proposal = choose(sights, self._place.seed_id if self._place else None)
-        return GardenFrame(rows, ground.violations, ground.fetch_ms, live, self._proposal)
+        place = self._place_to_sow(live)
+        proposal = choose(sights, place.seed_id if place else None)
+        if proposal is not None:
+            self._offering.make(self._offer(proposal, place))
+        return GardenFrame(rows, ground.violations, ground.fetch_ms, live, proposal)
+
+    def asked(self, step: int) -> None:
+        """The proposal of the newest frame went with the ask about ``step``.
+
+        Called with the step just ended where nobody is asked.
+        """
+        self._offering.went_out(step)
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
         """Do what ``decision`` says of the proposal that went with its ask.
@@ -250,15 +361,15 @@ class Garden:
         Returns whether anything was done. A decision that is not ``enforced``, and one
         that nobody gave, neither freezes nor resumes.
         """
-        proposal, self._proposal = self._proposal, None
-        judged = (
-            enforced and decision.reason != NOT_ASKED and decision.reason not in FAILED_OPEN
-        )
-        acted = judged and self._pause_by(decision)
-        if proposal is not None and self._may(proposal, decision, judged):
-            return self._carry_out(proposal) or acted
+        offer = self._offering.take()
+        judged = judges(decision, enforced)
+        acted = judged and self._consent.follow(decision)
+        if offer is not None and self._consent.to(offer.proposal, decision, judged):
+            return self._carry_out(offer) or acted
         if judged and decision.action is Action.SEED:
-            self._refuse(decision)
+            target = decision.target_seed
+            known = target is not None and self._plot_of(target) is not None
+            self._consent.refuse(decision, known)
         return acted
 
     def take_events(self) -> list[Event]:
@@ -272,40 +383,52 @@ class Garden:
 
     # Parts of them.
 
+    def _trained(self) -> list[list[nn.Parameter]]:
+        """What the optimizer of each seed trains, for those that have one."""
+        return [
+            [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for plot in self._plots.values()
+            if plot.seed is not None and (optimizer := plot.seed.optimizer) is not None
+        ]
+
+    def _forget_gradients(self) -> None:
+        for parameters in self._trained():
+            for parameter in parameters:
+                parameter.grad = None
+
     def _tend(self, plot: Plot, sample: bool) -> list[float] | None:
         row = plot.tend(self._is_frozen(plot), sample)
         if plot.breaker_open:
             # Not a matter of growth: a pause must not keep a leak in place.
-            plot.cull("its breaker opened: it violated its isolation", Severity.HIGH)
+            self._remove(plot, "its breaker opened: it violated its isolation", Severity.HIGH)
             return None
         plot.tell_if_unused()
         return row
 
+    @property
+    def _samples_next(self) -> bool:
+        """Whether the next step takes isolation statistics."""
+        every = self._settings.isolation_every
+        return bool(every) and (self._step + 1) % every == 0
+
     def _is_frozen(self, plot: Plot) -> bool:
-        return self._pause.holds(None if plot.seed is None else plot.seed.id)
+        return self._consent.pause.holds(None if plot.seed is None else plot.seed.id)
 
     def _place_to_sow(self, live: int) -> Place | None:
         """Where a seed would be sown now, None when it is not the time."""
         if not self._plateau.reached or live >= self._settings.seeds_at_once:
             return None
-        return self._sowing.next([request.plot for request in self._requests])
+        return self._sowing.next(self._requests.plots)
 
-    def _may(self, proposal: Proposal, decision: Decision, judged: bool) -> bool:
-        if not judged:
-            autonomous = self._settings.growth is Growth.AUTONOMOUS
-            return autonomous and not self._pause.holds(proposal.seed_id)
-        if decision.action is Action.SEED:
-            asked = (decision.target_seed, decision.seed_operation)
-            return asked == (proposal.seed_id, proposal.operation)
-        return decision.action is Action.CONTINUE and self._settings.growth is Growth.AUTONOMOUS
+    def _offer(self, proposal: Proposal, place: Place | None) -> Offer | None:
+        if proposal.operation is SeedOperation.GERMINATE and place is not None:
+            return Offer(proposal, place.plot.name, place)
+        plot = self._plot_of(proposal.seed_id)
+        return None if plot is None else Offer(proposal, plot.name)
 
-    def _carry_out(self, proposal: Proposal) -> bool:
+    def _carry_out(self, offer: Offer) -> bool:
         """Do what was proposed; whether that went well."""
-        sows = proposal.operation is SeedOperation.GERMINATE
-        place = self._place if sows else None
-        plot = place.plot if place is not None else self._plot_of(proposal.seed_id)
-        if plot is None:
-            return False
+        proposal, place, plot = offer.proposal, offer.place, self._plots[offer.slot]
         try:
             if place is not None:
                 self._sowing.use(place.seed_id)
@@ -321,66 +444,23 @@ class Garden:
             self._plateau.restart()
         return True
 
-    def _carry_out_requests(self) -> None:
-        """Those whose time has come; the others wait on.
-
-        Kernels are fetched one at a time, so as not to take the run's processors.
-        """
-        for _ in range(len(self._requests)):
-            request = self._requests.popleft()
-            plot = request.plot
-            sows = request.operation is SeedOperation.GERMINATE
-            if self._is_frozen(plot) or (sows and not self._can_sow(plot)):
-                self._requests.append(request)
-                continue
-            try:
-                if sows:
-                    plot.germinate(request.seed_id, request.blueprint)
-                    self._plateau.restart()
-                elif plot.seed is not None and plot.seed.id == request.seed_id:
-                    plot.cull("as asked", Severity.NORMAL)
-            except Exception as error:
-                plot.tell_fault(request.operation.value, error)
-
-    def _can_sow(self, plot: Plot) -> bool:
-        fetching = any(other.fetching for other in self._plots.values())
-        return plot.slot.activation is not None and not fetching
-
-    def _pause_by(self, decision: Decision) -> bool:
-        """Pause or resume as ``decision`` says; whether that changes anything."""
-        pause = self._pause
-        if not pause.follow(decision):
-            return False
-        why = decision.reason
-        if pause:
-            text = f"{pause} paused: {why}"
-            self._ground.tell(events.PAUSED, Severity.WARNING, text, reason=why)
-        else:
-            self._ground.tell(events.RESUMED, Severity.NORMAL, "seeds go on", reason=why)
-        return True
-
-    def _refuse(self, decision: Decision) -> None:
-        target, operation = decision.target_seed, decision.seed_operation
-        known = target is not None and self._plot_of(target) is not None
-        why = "it was not proposed" if known else "there is no such seed"
-        self._ground.tell(
-            events.REFUSED,
-            Severity.WARNING,
-            f"{operation} of {target} is not done: {why}",
-            seed_id=target or "",
-            operation=str(operation),
-            reason=why,
-        )
-
     def _failed(self, plot: Plot, what: str, error: Exception) -> None:
         """Something of a seed raised: it goes, and the run goes on."""
         plot.tell_fault(what, error)
         log.debug("the fault", exc_info=error)
         try:
             if plot.stage in GROWING:
-                plot.cull(f"{what} raised {type(error).__name__}", Severity.HIGH)
+                self._remove(plot, f"{what} raised {type(error).__name__}", Severity.HIGH)
         except Exception:
             log.exception("a seed that failed could not be culled")
+
+    def _remove(self, plot: Plot, reason: str, severity: Severity) -> None:
+        """A seed has to go that nobody decides about."""
+        plot.cull(reason, severity)
+
+    def _expect_planted(self) -> None:
+        if not self.planted:
+            raise GardenError("the garden was uprooted: expected one that is planted")
 
     def _plot(self, path: str) -> Plot:
         plot = self._plots.get(path)
@@ -393,21 +473,3 @@ class Garden:
             if plot.seed is not None and plot.seed.id == seed_id:
                 return plot
         return None
-
-
-def _submodules(model: nn.Module, slots: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    paths = [slots] if isinstance(slots, str) else list(slots)
-    if not paths:
-        raise GardenError("slots=[]: expected at least one path of a submodule")
-    found: list[tuple[str, nn.Module]] = []
-    for path in paths:
-        if any(path == other for other, _ in found):
-            raise GardenError(f"slot {path!r} is named twice")
-        try:
-            found.append((path, model.get_submodule(path)))
-        except AttributeError as error:
-            known = ", ".join(name for name, _ in model.named_modules() if name)
-            raise GardenError(
-                f"slot {path!r} is no submodule ({error}): expected one of {known}"
-            ) from None
-    return found

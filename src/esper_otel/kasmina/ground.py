@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import isfinite, nan
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 
+import torch
 from torch.optim import Optimizer
 
 from esper_otel.kasmina.gates import Limits
 from esper_otel.kasmina.kernels import KernelFetcher
 from esper_otel.kasmina.optimizers import OptimizerFactory
-from esper_otel.kasmina.schedules import SCHEDULES
+from esper_otel.kasmina.schedules import Course
 from esper_otel.kasmina.seed import Read
+from esper_otel.kasmina.state import WeatherState
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import Attribute, Event
 from esper_otel.leyline.metrics import STEP_SLOT
@@ -38,9 +40,11 @@ class Ground:
         self,
         settings: EsperSettings,
         *,
+        host: Callable[[], Optimizer | None],
         fetcher: KernelFetcher,
         make_optimizer: OptimizerFactory,
         read: Read,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self.settings = settings
         self.limits = Limits(
@@ -50,11 +54,19 @@ class Ground:
             loss_fall=settings.loss_fall_min,
             step_rise=settings.step_rise_max,
         )
-        self.schedule = SCHEDULES[settings.alpha_schedule]
+        self.course = Course(
+            settings.alpha_schedule.value, settings.blending_steps, settings.alpha_temperature
+        )
+        """How alpha rises in seeds that begin to blend from now on."""
+        self.clock = clock
+        """Monotonic seconds."""
+        # initial_seed only tells what the generator was seeded with; it draws nothing.
+        self.root = torch.initial_seed()
+        """What the parameters of all seeds are made from, together with their ids."""
         self.fetcher = fetcher
         self.make_optimizer = make_optimizer
         self.read = read
-        self.host: Callable[[], Optimizer | None] = lambda: None
+        self.host = host
         """The host's optimizer, which is not kept alive here."""
         self.loss = nan
         self.host_norm = nan
@@ -72,6 +84,26 @@ class Ground:
         took, mean = latest[_STEP_LATENCY], self.step_ms
         if isfinite(took):
             self.step_ms = took if mean != mean else mean + WEIGHT * (took - mean)
+
+    def weather(self) -> WeatherState:
+        """How the run is doing, for :meth:`resume`."""
+        return WeatherState(
+            loss=self.loss,
+            host_norm=self.host_norm,
+            step_ms=self.step_ms,
+            fetch_ms=self.fetch_ms,
+            violations=self.violations,
+        )
+
+    def resume(self, weather: WeatherState, root: int) -> None:
+        """Go on from there."""
+        self.loss, self.host_norm, self.step_ms = (
+            weather.loss,
+            weather.host_norm,
+            weather.step_ms,
+        )
+        self.fetch_ms, self.violations = weather.fetch_ms, weather.violations
+        self.root = root
 
     def tell(self, name: str, severity: Severity, text: str, **attributes: Attribute) -> None:
         """Note an event; ``attributes`` by name, without their prefix ``esper.``."""

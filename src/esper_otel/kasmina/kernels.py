@@ -32,7 +32,8 @@ Compiler = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 It must have compiled forward and backward when it returns, or the first step that calls
 the result compiles. Dynamo puts the process's random generators back to where they were
 when it began, whoever drew from them meanwhile: a compiler made with ``torch.compile``
-repeats random numbers of a host that draws some while it works.
+repeats random numbers of a host that draws some while it works, and
+:func:`esper_otel.kasmina.compiling.compile_apart` does not.
 """
 
 NOT_FINITE = "returned a value that is not finite"
@@ -58,6 +59,10 @@ class Activation(NamedTuple):
     device: torch.device = torch.device("cpu")
 
 
+class CompileError(RuntimeError):
+    """A module that could not be compiled, and why."""
+
+
 class MisfitError(ValueError):
     """A module that cannot be a seed, and why."""
 
@@ -73,6 +78,8 @@ class Fetch:
         self.blueprint = blueprint
         self.module: nn.Module | None = None
         self.reason = ""
+        self.late = False
+        """Whether it is given up because it took longer than the budget."""
         self.latency_ms = 0.0
         """Work on the module, in milliseconds; the budget or more when it was abandoned."""
         self._budget_ms = budget_ms
@@ -87,7 +94,7 @@ class Fetch:
             return True
         waited_ms = (self._clock() - self._began) / 1e6
         if waited_ms > self._budget_ms:
-            self.settle(None, f"took longer than {self._budget_ms:g} ms", waited_ms)
+            self.settle(None, "", waited_ms)
         return self._settled
 
     def abandon(self, reason: str) -> None:
@@ -100,14 +107,18 @@ class Fetch:
         with self._lock:
             if self._settled:
                 return
-            if module is not None and latency_ms > self._budget_ms:
+            if latency_ms > self._budget_ms and not reason:
                 module, reason = None, f"took longer than {self._budget_ms:g} ms"
+                self.late = True
             self.module, self.reason, self.latency_ms = module, reason, latency_ms
             self._settled = True
 
 
 class Compilation:
-    """A seed's compiled call on its way; ``call`` stays None when that fails."""
+    """A seed's compiled call on its way; ``call`` stays None when that fails.
+
+    ``reason`` says why then, and is empty where nobody compiles.
+    """
 
     def __init__(self) -> None:
         self.call: Callable[[Tensor], Tensor] | None = None
@@ -167,13 +178,19 @@ class KernelFetcher:
         worker.do(lambda: self._build(fetch, blueprint, activation, seed))
         return fetch
 
+    @property
+    def compiles(self) -> bool:
+        """Whether there is somebody who compiles."""
+        return self._compiler is not None
+
     def compile(self, module: nn.Module, activation: Activation) -> Compilation:
         """Start to compile ``module``; however long it takes, no step waits for it."""
         compilation = Compilation()
         compiler = self._compiler
         worker = None if self._stopped or compiler is None else self._idle_worker()
         if worker is None or compiler is None:
-            compilation.settle(None, STOPPED if self._stopped else "nobody is free to compile")
+            why = STOPPED if self._stopped else f"{MOST_WORKERS} others still run"
+            compilation.settle(None, "" if compiler is None else why)
             return compilation
         worker.do(lambda: _compile(compilation, compiler, module, activation))
         return compilation
@@ -250,6 +267,8 @@ def _compile(
 ) -> None:
     try:
         call = compiler(module, _example(activation, activation.shape[0]))
+    except CompileError as error:
+        compilation.settle(None, str(error))
     except Exception as error:
         compilation.settle(None, f"raised {type(error).__name__}: {error}")
     else:

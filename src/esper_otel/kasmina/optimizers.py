@@ -6,8 +6,8 @@ on as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -51,8 +51,60 @@ def join(host: Optimizer, seed: Optimizer) -> None:
     if _is_scheduled(host):
         first["params"].extend(parameters)
     else:
-        settings = {name: value for name, value in first.items() if name != "params"}
-        host.add_param_group({**settings, "params": parameters})
+        _add_group(host, parameters)
+
+
+def standing(
+    host: Optimizer, parameters: Iterable[nn.Parameter]
+) -> tuple[int, int, list[int] | None]:
+    """Where ``parameters`` stand in ``host``: group, place in it, and which of them, in order.
+
+    (-1, -1, None) when none of them does. All that joined together stand together.
+    """
+    number = {id(parameter): index for index, parameter in enumerate(parameters)}
+    for group, settings in enumerate(host.param_groups):
+        places = [at for at, each in enumerate(settings["params"]) if id(each) in number]
+        if places:
+            return group, places[0], [number[id(settings["params"][at])] for at in places]
+    return -1, -1, None
+
+
+class Return(NamedTuple):
+    """Parameters that come back to where they stood in the host's optimizer."""
+
+    group: int
+    at: int
+    parameters: list[nn.Parameter]
+
+
+def rejoin(host: Optimizer, returns: Iterable[Return]) -> Callable[[], None]:
+    """Check that all ``returns`` can come back to their places; the call that does it.
+
+    A group that is not there is made again, with the settings of the first. Raises
+    ``ValueError`` when the host's optimizer is not as it was before the first of them
+    joined; then, and until the call, it is left as it is.
+    """
+    ordered = sorted(returns, key=lambda each: each[:2])
+    sizes = [len(group["params"]) for group in host.param_groups]
+    for group, at, parameters in ordered:
+        if group == len(sizes):
+            sizes.append(0)
+        if group > len(sizes) or sizes[group] != at:
+            has = sizes[group] if group < len(sizes) else "no"
+            raise ValueError(
+                f"a seed joined the host's optimizer in group {group} after {at} parameters, "
+                f"it has {has} there: expected the optimizer as the host alone has it"
+            )
+        sizes[group] += len(parameters)
+
+    def take() -> None:
+        for group, _, parameters in ordered:
+            if group < len(host.param_groups):
+                host.param_groups[group]["params"].extend(parameters)
+            else:
+                _add_group(host, parameters)
+
+    return take
 
 
 def leave(host: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -63,6 +115,13 @@ def leave(host: Optimizer, parameters: list[nn.Parameter]) -> None:
     host.param_groups[:] = [group for group in host.param_groups if group["params"]]
     for parameter in parameters:
         host.state.pop(parameter, None)
+
+
+def _add_group(host: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """A group with the settings that the first has now."""
+    first = host.param_groups[0]
+    settings = {name: value for name, value in first.items() if name != "params"}
+    host.add_param_group({**settings, "params": parameters})
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from esper_otel.leyline.decisions import Action, Decision
 
 
@@ -39,6 +41,10 @@ class Pause:
             return False
         self.everything, self.seeds = now
         return True
+
+    def resume(self, everything: bool, seeds: Iterable[str]) -> None:
+        """Hold these."""
+        self.everything, self.seeds = everything, frozenset(seeds)
 
     def __str__(self) -> str:
         return "all seeds" if self.everything else ", ".join(sorted(self.seeds))

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import weakref
-from math import nan
 
 from torch import nn
 
 from esper_otel.kasmina import optimizers
 from esper_otel.kasmina.blending import BLENDS
 from esper_otel.kasmina.blueprints import lookup
+from esper_otel.kasmina.checkpoint import Regrown, activation_state, seed_state
+from esper_otel.kasmina.embargo import Countdown
 from esper_otel.kasmina.gates import (
     BEFORE,
     PASSED,
     Facts,
     Failed,
-    Verdict,
     clean_reset,
     loss_impact,
 )
 from esper_otel.kasmina.ground import Ground
 from esper_otel.kasmina.growth import NEXT, Sight, dwell
-from esper_otel.kasmina.kernels import Compilation, Fetch
+from esper_otel.kasmina.kernels import NOT_FINITE, Compilation, Fetch
 from esper_otel.kasmina.lifecycle import GROWING, ISOLATED, TARGET, Lifecycle
-from esper_otel.kasmina.seed import Seed, finite, origin_of
+from esper_otel.kasmina.seed import Seed, finite, known, origin_of
 from esper_otel.kasmina.slot import Slot
+from esper_otel.kasmina.state import PlotState
+from esper_otel.kasmina.telling import Voice
 from esper_otel.leyline import events
 from esper_otel.leyline.decisions import SeedOperation, Severity
-from esper_otel.leyline.events import Attribute
 from esper_otel.leyline.stages import Stage, check_transition
 from esper_otel.settings import Fossils
 
 IN_A_ROW = 3
 """Violations, or fallbacks, one step after the other, that end a seed."""
+
+MOST_ATTEMPTS = 2
+"""Fetches of one kernel. One that missed its budget may have been kept from the processors
+by others, which cannot be told from a slow blueprint the first time."""
 
 HARM_IN_A_ROW = 20
 """Steps, one after the other, in which a seed that joins may make the loss too high. The
@@ -55,9 +60,8 @@ class Plot:
         self._compilation: Compilation | None = None
         self._joined: list[nn.Parameter] = []
         self._ghost: weakref.ref[nn.Module] | None = None
-        self._told_unused = False
-        self._told_fallback = ""
-        self._told_faults: set[str] = set()
+        self._embargo = Countdown(0.0, ground.clock)
+        self._voice = Voice(slot.name, ground)
 
     @property
     def stage(self) -> Stage:
@@ -68,6 +72,11 @@ class Plot:
     def name(self) -> str:
         """Path of its module in the host."""
         return self.slot.name
+
+    @property
+    def kernel_fetch(self) -> Fetch | None:
+        """The fetch of its seed's kernel, while that is on its way."""
+        return self._fetch
 
     @property
     def fetching(self) -> bool:
@@ -83,11 +92,10 @@ class Plot:
             raise ValueError(f"slot {self.name!r} has not been called yet")
         check_transition(self.stage, Stage.GERMINATED)
         ground = self._ground
-        self.seed = seed = Seed(seed_id, blueprint, origin_of(seed_id))
+        self.seed = seed = Seed(seed_id, blueprint, origin_of(seed_id, ground.root))
         seed.step_ms_before = ground.step_ms
         self.sown += 1
-        self._told_fallback = ""
-        self._told_faults = set()
+        self._voice.forget_seed()
         self._fetch = ground.fetcher.request(lookup(blueprint), activation, seed.origin)
         self._move(Stage.GERMINATED, "germinated")
 
@@ -98,7 +106,8 @@ class Plot:
         check_transition(self.stage, target)
         if target is Stage.BLENDING:
             seed.loss_before = ground.loss
-            self.slot.mix(ground.schedule(0, *self._schedule))
+            seed.course = ground.course
+            self.slot.mix(seed.course.alpha(0))
         elif target is Stage.FOSSILIZED:
             self._fossilize(seed)
         self._move(target, operation.value)
@@ -110,9 +119,11 @@ class Plot:
         module = self.slot.seed
         self._ghost = None if module is None else weakref.ref(module)
         self._move(Stage.CULLED, reason)
-        self._tell(events.CULLED, severity, f"{seed.id} was culled: {reason}", reason=reason)
+        text = f"{seed.id} was culled: {reason}"
+        self._voice.tell(seed, events.CULLED, severity, text, reason=reason)
         self._clear()
         self._move(Stage.EMBARGOED, "culled")
+        self._embargo = Countdown(self._ground.settings.embargo_s, self._ground.clock)
 
     def terminate(self) -> None:
         """The slot comes to its end, whatever lives in it, and the host is what it was."""
@@ -129,6 +140,54 @@ class Plot:
             optimizers.leave(host, self._joined)
         self._clear()
         self.slot.uproot()
+
+    # Before and after a restart.
+
+    def state(self) -> PlotState:
+        """All that :meth:`resume` needs, as of the end of the newest step."""
+        slot, seed, voice = self.slot, self.seed, self._voice
+        host = self._ground.host() if self._joined else None
+        return PlotState(
+            stage=self.stage.name,
+            dwelt=self.lifecycle.dwelt,
+            sown=self.sown,
+            embargo_s=self._embargo.left,
+            activation=activation_state(slot.activation),
+            seed=None if seed is None else seed_state(seed, slot, host),
+            told_unused=voice.unused,
+            told_fallback=voice.fallback,
+            told_faults=sorted(voice.faults),
+        )
+
+    def resume(self, regrown: Regrown) -> None:
+        """Be what ``regrown`` is; the slot must be dormant. A kernel is fetched anew."""
+        state, seed, ground, slot = regrown.state, regrown.seed, self._ground, self.slot
+        self.lifecycle = Lifecycle(regrown.stage, state.dwelt)
+        self.sown = state.sown
+        self._embargo = Countdown(state.embargo_s, ground.clock)
+        voice = self._voice
+        voice.unused, voice.fallback = state.told_unused, state.told_fallback
+        voice.faults = set(state.told_faults)
+        slot.activation = activation = regrown.activation
+        self.seed = seed
+        if seed is None or activation is None:
+            return
+        if regrown.module is None or regrown.blend is None:
+            if not seed.trouble:
+                self._fetch = ground.fetcher.request(
+                    lookup(seed.blueprint), activation, seed.origin
+                )
+            return
+        slot.attach(regrown.module, regrown.blend)
+        slot.banned = regrown.banned
+        if seed.kernel_ms == seed.kernel_ms:
+            slot.latency_ms = seed.kernel_ms
+        if regrown.stage not in ISOLATED:
+            slot.mix(regrown.alpha)
+        if seed.sane != seed.sane:  # a device had not said it yet
+            seed.sane = ground.read(finite(self._trained()).float())
+        self._joined = list(slot.parameters()) if regrown.back is not None else []
+        self._compilation = ground.fetcher.compile(regrown.module, activation)
 
     # Each step.
 
@@ -159,8 +218,8 @@ class Plot:
         """
         lifecycle, seed = self.lifecycle, self.seed
         if seed is None:
-            if lifecycle.stage is not Stage.DORMANT and not frozen:
-                self._lie_fallow()
+            if lifecycle.stage is not Stage.DORMANT:
+                self._lie_fallow(frozen)
             return None
         slot = self.slot
         if self._fetch is not None:
@@ -193,11 +252,13 @@ class Plot:
     def tell_if_unused(self) -> None:
         """Say once that nothing can grow here."""
         slot = self.slot
-        if self._told_unused or (slot.activation is not None and not slot.trouble):
-            return
-        self._told_unused = True
-        why = slot.trouble or f"slot {self.name!r} was not called in a whole step"
-        self._tell(events.UNUSED_SLOT, Severity.WARNING, why)
+        if slot.activation is None or slot.trouble:
+            why = slot.trouble or f"slot {self.name!r} was not called in a whole step"
+            self._voice.useless(self.seed, why)
+
+    def tell_fault(self, what: str, error: Exception) -> None:
+        """Say, once per seed, that something of this plot raised."""
+        self._voice.fault(self.seed, what, error)
 
     @property
     def breaker_open(self) -> bool:
@@ -208,32 +269,48 @@ class Plot:
 
     @property
     def _has_dwelt(self) -> bool:
+        seed = self.seed
+        if seed is not None and self.stage is Stage.BLENDING and not _is_whole(seed):
+            return False
         return self.lifecycle.dwelt >= dwell(self.stage, self._ground.settings)
-
-    @property
-    def _schedule(self) -> tuple[int, float]:
-        settings = self._ground.settings
-        return settings.blending_steps, settings.alpha_temperature
 
     def _live(self) -> Seed:
         if self.seed is None:
             raise ValueError(f"slot {self.name!r} has no seed")
         return self.seed
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [each for each in self.slot.parameters() if each.requires_grad]
+
     def _look_for_kernel(self, fetch: Fetch, seed: Seed) -> None:
         if not fetch.ready():
             return
-        self._fetch = None
         ground = self._ground
         ground.fetch_ms = seed.kernel_ms = fetch.latency_ms
         activation = self.slot.activation
+        if fetch.late and activation is not None and seed.attempts < MOST_ATTEMPTS:
+            seed.attempts += 1
+            self._fetch = ground.fetcher.request(
+                lookup(seed.blueprint), activation, seed.origin
+            )
+            text = f"the kernel of {seed.id} is fetched once more: it {fetch.reason}"
+            self._voice.tell(
+                seed,
+                events.RETRIED,
+                Severity.WARNING,
+                text,
+                reason=fetch.reason,
+                attempts=seed.attempts,
+            )
+            return
+        self._fetch = None
         if fetch.module is None or activation is None:
             seed.trouble = fetch.reason
-            self._tell_fallback(seed, fetch.reason)
+            self._voice.fell_back(seed, fetch.reason)
             return
         blend = BLENDS[ground.settings.blending](activation.shape)
         self.slot.attach(fetch.module, blend)
-        parameters = [each for each in self.slot.parameters() if each.requires_grad]
+        parameters = self._trained()
         seed.sane = ground.read(finite(parameters).float())
         seed.optimizer = ground.make_optimizer(parameters, optimizers.rate_of(ground.host()))
         self._compilation = ground.fetcher.compile(fetch.module, activation)
@@ -243,20 +320,22 @@ class Plot:
         slot, ground = self.slot, self._ground
         seed.kernel_ms = slot.latency_ms
         if self._compilation is not None and self._compilation.ready():
-            if self._compilation.call is not None:
-                slot.call_by(self._compilation.call)
+            self._take_compiled(self._compilation, seed)
             self._compilation = None
-        if slot.fallback:
+        failed = self._failure(seed)
+        if failed:
             seed.faults_in_a_row += 1
-            self._tell_fallback(seed, slot.fallback)
-        else:
+            self._voice.fell_back(seed, failed)
+        elif failed is not None:
             seed.faults_in_a_row = 0
         if slot.leaked:
             seed.violations += 1
             seed.violations_in_a_row += 1
             ground.violations += 1
             text = f"{seed.id} must be isolated and reached the host's gradients"
-            self._tell(events.VIOLATION, Severity.HIGH, text, violations=seed.violations)
+            self._voice.tell(
+                seed, events.VIOLATION, Severity.HIGH, text, violations=seed.violations
+            )
         else:
             seed.violations_in_a_row = 0
         try:
@@ -265,13 +344,45 @@ class Plot:
                 seed.told(statistics, ground.read)
         except Exception as error:
             self.tell_fault("isolation statistics", error)
-        return bool(slot.fallback)
+        return bool(failed)
+
+    def _failure(self, seed: Seed) -> str | None:
+        """Why identity took the seed's place; empty: it did not, None: nobody knows yet.
+
+        On a device a value that is not finite is known a step late or more, and until then
+        nothing is.
+        """
+        slot = self.slot
+        finite = slot.finite
+        if finite is not None:
+            seed.watch(self._ground.read(finite.float()))
+        unsound = seed.was_unsound()
+        if slot.fallback:
+            return slot.fallback
+        if unsound:
+            return NOT_FINITE
+        return None if unsound is None and finite is not None else ""
+
+    def _take_compiled(self, compilation: Compilation, seed: Seed) -> None:
+        call, reason = compilation.call, compilation.reason
+        if call is not None:
+            self.slot.call_by(call)
+        elif not reason:
+            return
+        text = f"{seed.id} goes on as it is, it was not compiled: {reason}"
+        self._voice.tell(
+            seed,
+            events.COMPILED,
+            Severity.WARNING if reason else Severity.NORMAL,
+            text if reason else f"{seed.id} is compiled",
+            passed=not reason,
+            reason=reason,
+        )
 
     def _advance_alpha(self, seed: Seed) -> None:
-        steps, temperature = self._schedule
-        if seed.alpha_steps < steps:
+        if seed.course is not None and not _is_whole(seed):
             seed.alpha_steps += 1
-            self.slot.mix(self._ground.schedule(seed.alpha_steps, steps, temperature))
+            self.slot.mix(seed.course.alpha(seed.alpha_steps))
 
     def _gates_open(self, seed: Seed, operation: SeedOperation) -> bool:
         facts, limits = self._facts(seed), self._ground.limits
@@ -279,7 +390,7 @@ class Plot:
         for name, gate in BEFORE[operation]:
             verdict = gate(facts, limits)
             is_open = is_open and verdict is PASSED
-            self._tell_gate(seed, f"{name} before {operation.value}", verdict)
+            self._voice.gate(seed, f"{name} before {operation.value}", verdict)
         return is_open
 
     def _facts(self, seed: Seed) -> Facts:
@@ -287,9 +398,9 @@ class Plot:
         return Facts(
             attached=self.slot.occupied,
             trouble=seed.trouble or self.slot.fallback,
-            finite=_known(seed.sane) == 1.0,
+            finite=known(seed.sane) == 1.0,
             fits=self.slot.occupied and not self.slot.fallback,
-            seed_norm=_known(seed.norm),
+            seed_norm=seed.norm,
             host_norm=ground.host_norm,
             kernel_ms=seed.kernel_ms,
             loss=ground.loss,
@@ -302,7 +413,7 @@ class Plot:
         if seed.trouble:
             return seed.trouble
         if seed.faults_in_a_row >= IN_A_ROW:
-            return f"its kernel failed {IN_A_ROW} steps in a row: {self._told_fallback}"
+            return f"its kernel failed {IN_A_ROW} steps in a row: {self._voice.fallback}"
         if self.stage in ISOLATED:
             return ""
         ground = self._ground
@@ -319,11 +430,14 @@ class Plot:
         self._joined = list(self.slot.parameters())
         seed.optimizer = None
 
-    def _lie_fallow(self) -> None:
-        lifecycle = self.lifecycle
+    def _lie_fallow(self, frozen: bool) -> None:
+        lifecycle, embargo = self.lifecycle, self._embargo
+        embargo.tick(frozen)
+        if frozen:
+            return
         lifecycle.pass_step()
         if lifecycle.stage is Stage.EMBARGOED:
-            if lifecycle.dwelt < self._ground.settings.embargo_steps:
+            if lifecycle.dwelt < self._ground.settings.embargo_steps or not embargo.over:
                 return
             self._move(Stage.RESETTING, "the embargo is over")
         if lifecycle.stage is not Stage.RESETTING:
@@ -332,7 +446,7 @@ class Plot:
         verdict = clean_reset(Facts(remnants=held), self._ground.limits)
         if isinstance(verdict, Failed):
             if lifecycle.dwelt == 1:
-                self._tell(events.GATE, Severity.WARNING, verdict.reason, gate="G5")
+                self._voice.tell(None, events.GATE, Severity.WARNING, verdict.reason, gate="G5")
             return
         self._ghost = None
         self._move(Stage.DORMANT, "G5 passed")
@@ -343,56 +457,11 @@ class Plot:
         self.hopeless = ""
         self._joined = []
 
-    # Telling.
-
     def _move(self, target: Stage, why: str) -> None:
         left = self.lifecycle.move(target)
-        self._tell(
-            events.STAGE_CHANGED,
-            Severity.NORMAL,
-            f"{self._who}: {left.name} to {target.name} ({why})",
-            stage=target.name,
-            stage_before=left.name,
-        )
-
-    def _tell_gate(self, seed: Seed, gate: str, verdict: Verdict) -> None:
-        reason = verdict.reason if isinstance(verdict, Failed) else ""
-        if seed.gates.get(gate) == reason:
-            return
-        seed.gates[gate] = reason
-        text, severity = f"{seed.id}: {gate} is open", Severity.NORMAL
-        if isinstance(verdict, Failed):
-            text, severity = f"{seed.id}: {gate} is shut: {verdict}", Severity.WARNING
-        self._tell(events.GATE, severity, text, gate=gate, passed=not reason, reason=reason)
-
-    def _tell_fallback(self, seed: Seed, reason: str) -> None:
-        if reason != self._told_fallback:
-            self._told_fallback = reason
-            text = f"identity takes the place of {seed.id}: {reason}"
-            self._tell(events.FALLBACK, Severity.WARNING, text, reason=reason)
-
-    def tell_fault(self, what: str, error: Exception) -> None:
-        """Say, once per seed, that something of this plot raised."""
-        if what in self._told_faults:
-            return
-        self._told_faults.add(what)
-        text = f"{self._who}: {what}: {type(error).__name__}: {error}"
-        self._tell(events.FAULT, Severity.HIGH, text, reason=repr(error))
-
-    def _tell(self, name: str, severity: Severity, text: str, **attributes: Attribute) -> None:
-        if self.seed is not None:
-            attributes["seed_id"] = self.seed.id
-            attributes["blueprint"] = self.seed.blueprint
-        self._ground.tell(name, severity, text, slot=self.name, **attributes)
-
-    @property
-    def _who(self) -> str:
-        return self.name if self.seed is None else self.seed.id
+        self._voice.moved(self.seed, left, target, why)
 
 
-def _known(value: object) -> float:
-    """A number, NaN while a device has not delivered it."""
-    if isinstance(value, float):
-        return value
-    number = value.value()  # type: ignore[attr-defined]
-    return nan if number is None else float(number)
+def _is_whole(seed: Seed) -> bool:
+    """Whether its alpha has come to the end of its course."""
+    return seed.course is None or seed.alpha_steps >= seed.course.steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import cos, isfinite, pi, tanh
+from typing import NamedTuple
 
 Schedule = Callable[[int, int, float], float]
 
@@ -48,6 +49,21 @@ def sigmoid(step: int, steps: int, temperature: float = 1.0) -> float:
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
 """Schedules by the name that settings give them."""
+
+
+class Course(NamedTuple):
+    """The way of one alpha from 0 to 1: a schedule by name, its length and temperature.
+
+    A seed keeps the one it began to blend by, whatever the settings are by then.
+    """
+
+    schedule: str
+    steps: int
+    temperature: float
+
+    def alpha(self, step: int) -> float:
+        """Alpha after ``step`` steps; raises as schedules do, ``KeyError`` for the name."""
+        return SCHEDULES[self.schedule](step, self.steps, self.temperature)
 
 
 def _share(step: int, steps: int, temperature: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable
 from math import nan
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_otel.kasmina.isolation import Statistics
+from esper_otel.kasmina.schedules import Course
 from esper_otel.leyline.frames import ABSENT, seed_row
 from esper_otel.leyline.metrics import SEED_SLOT
 from esper_otel.leyline.stages import Stage
@@ -39,6 +41,9 @@ class Reading(Protocol):
         """The number; None when it has been lost or is not here yet."""
 
 
+MOST_WATCHED = 8
+"""Steps whose outputs a device may still be judging; beyond it the oldest are let go."""
+
 Value = float | Reading
 Read = Callable[[Tensor], Value]
 """Begins to read a 0-d tensor, without waiting for a device."""
@@ -52,10 +57,15 @@ class Seed:
     """
 
     __slots__ = (
+        "_measuring",
+        "_norm",
         "_pending",
         "_row",
+        "_watched",
         "alpha_steps",
+        "attempts",
         "blueprint",
+        "course",
         "faults_in_a_row",
         "gates",
         "harmful_steps",
@@ -63,7 +73,6 @@ class Seed:
         "kernel_ms",
         "lessons",
         "loss_before",
-        "norm",
         "optimizer",
         "origin",
         "sane",
@@ -79,6 +88,10 @@ class Seed:
         self.blueprint = blueprint
         self.origin = origin
         self.optimizer: Optimizer | None = None
+        self.attempts = 1
+        """Times its kernel was asked for."""
+        self.course: Course | None = None
+        """How its alpha rises, from when it begins to blend."""
         self.alpha_steps = 0
         self.violations = 0
         self.violations_in_a_row = 0
@@ -89,8 +102,8 @@ class Seed:
         self.trouble = ""
         """Why its kernel never came; empty when it did or still may."""
         self.kernel_ms = nan
-        self.norm: Value = nan
-        """L2 norm of its gradients at the newest step at which that was asked."""
+        self._norm = nan
+        self._measuring: Value | None = None
         self.loss_before = nan
         self.step_ms_before = nan
         self.gates: dict[str, str] = {}
@@ -102,12 +115,24 @@ class Seed:
         self.shut_steps = 0
         """Steps in a row in which a gate has kept it from going on."""
         self._pending: list[Value] = []
+        self._watched: deque[Value] = deque(maxlen=MOST_WATCHED)
         self._row = seed_row()
+
+    @property
+    def norm(self) -> float:
+        """L2 norm of its gradients, the newest that has arrived; NaN before the first."""
+        self._take_norm()
+        return self._norm
+
+    @norm.setter
+    def norm(self, norm: float) -> None:
+        self._norm, self._measuring = norm, None
 
     def learn(self, measure: Read | None, *, hold: bool) -> None:
         """One step of its optimizer, unless it is on ``hold``; its gradients go.
 
-        With ``measure`` the gradient norm is read first.
+        With ``measure`` the gradient norm is read first, unless one is still on its way:
+        a new one at each step would let none of them arrive.
         """
         optimizer = self.optimizer
         if optimizer is None:
@@ -119,7 +144,10 @@ class Seed:
                 for parameter in group["params"]
                 if parameter.grad is not None
             ]
-            self.norm = measure(norm_of(gradients)) if gradients else 0.0
+            if not gradients:
+                self.norm = 0.0
+            elif self._take_norm():
+                self._measuring = measure(norm_of(gradients))
         if not hold:
             optimizer.step()
             self.lessons += 1
@@ -128,6 +156,23 @@ class Seed:
     def told(self, statistics: Statistics, read: Read) -> None:
         """Begin to read the isolation statistics of the step."""
         self._pending = [read(each) for each in statistics]
+
+    def watch(self, finite: Value) -> None:
+        """Whether its outputs of this step were finite is known to a device only, so far."""
+        self._watched.append(finite)
+
+    def was_unsound(self) -> bool | None:
+        """Whether an output that a device has judged by now was not finite.
+
+        None when nothing has arrived since last asked. Waits for nothing, so on a device
+        it tells of a step before this one.
+        """
+        found: bool | None = None
+        while self._watched and (number := _number(self._watched[0])) is not None:
+            self._watched.popleft()
+            if number == number:
+                found = bool(found) or number == 0.0
+        return found
 
     def row(self, stage: Stage, alpha: float, attached: bool, fell_back: bool) -> list[float]:
         """Its values at the end of a step, in registry order; a list of its own."""
@@ -145,6 +190,15 @@ class Seed:
             row[_DOT] = row[_HOST_NORM] = row[_SEED_NORM] = ABSENT
             return told
         return row[:]
+
+    def _take_norm(self) -> bool:
+        """Take the norm if it has arrived; whether none is on its way now."""
+        if self._measuring is not None:
+            number = _number(self._measuring)
+            if number is None:
+                return False
+            self._norm, self._measuring = number, None
+        return True
 
     def _put_statistics(self, row: list[float]) -> None:
         """All three once they have arrived, and once only."""
@@ -169,16 +223,23 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
     return norm
 
 
-def origin_of(seed_id: str) -> int:
-    """A number for a seed that is the same in every run with the same ``manual_seed``."""
-    # initial_seed only tells what the generator was seeded with; it draws nothing.
-    return (zlib.crc32(seed_id.encode()) ^ torch.initial_seed()) & 0x7FFF_FFFF
+def origin_of(seed_id: str, root: int) -> int:
+    """A number for a seed, the same in every run whose garden has the same ``root``."""
+    return (zlib.crc32(seed_id.encode()) ^ root) & 0x7FFF_FFFF
 
 
 def finite(parameters: list[nn.Parameter]) -> Tensor:
     """Whether all elements of all ``parameters`` are finite, 0-d, on their device."""
     with torch.no_grad():
         return torch.stack([torch.isfinite(each).all() for each in parameters]).all()
+
+
+def known(value: Value) -> float:
+    """A number, NaN while a device has not delivered it or has lost it."""
+    if isinstance(value, float):
+        return value
+    number = value.value()
+    return nan if number is None else number
 
 
 def _number(value: Value) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from esper_otel.kasmina.blending import Blend
@@ -30,6 +31,12 @@ from esper_otel.kasmina.kernels import NOT_FINITE, Activation, misfit
 
 ALTERED = "changed its input"
 """Reason when a seed worked in place on what it was given; it is not called again."""
+
+_ENOUGH: tuple[type[Exception], ...] = tuple(
+    filter(None, [getattr(checkpoint, "_StopRecomputationError", None)])
+)
+"""How gradient checkpointing ends a forward that it computes again, out of any operation,
+once backward has what it needs: no failure of the seed that was called last."""
 
 
 class Slot:
@@ -59,7 +66,8 @@ class Slot:
         self._blend: Blend | None = None
         self._isolated = True
         self._alpha = 0.0
-        self._banned = ""
+        self.banned = ""
+        """Why the seed is not called any more; empty while it is."""
         self._finite: Tensor | None = None
         self._tally = Tally(sampled=False)
         self._hook = _Hook(self)
@@ -139,7 +147,7 @@ class Slot:
     def release(self) -> None:
         """Take the seed out; nothing of it is kept."""
         self._seed = self._call = self._blend = self._finite = None
-        self._banned = ""
+        self.banned = ""
         if self.called:
             self._unlisten()
         self.isolate()
@@ -208,8 +216,8 @@ class Slot:
         if self._seed is None:
             self._unlisten()
             return None
-        if host is None or self._banned:
-            self.fallback = self._banned or "the slot returned no tensor"
+        if host is None or self.banned:
+            self.fallback = self.banned or "the slot returned no tensor"
             return None
         if self._isolated:
             # Nobody learns in evaluation, so an isolated seed has no part in it.
@@ -219,6 +227,8 @@ class Slot:
             return None
         try:
             joined = self._join(module, host)
+        except _ENOUGH:
+            raise
         except Exception as error:
             self.fallback = f"raised {type(error).__name__}: {error}"
             return None
@@ -263,7 +273,7 @@ class Slot:
         self.calls += 1
 
         if version is not None and host._version != version:
-            self._banned = self.fallback = ALTERED
+            self.banned = self.fallback = ALTERED
             return None
         if isinstance(made, Tensor) and made.is_floating_point() and _autocasts(host):
             made = made.to(host.dtype)

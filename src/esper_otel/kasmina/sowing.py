@@ -56,6 +56,15 @@ class Sowing:
         """That id belongs to a seed from now on."""
         self._ids.add(seed_id)
 
+    @property
+    def ids(self) -> frozenset[str]:
+        """All ids that were used."""
+        return frozenset(self._ids)
+
+    def resume(self, ids: Iterable[str]) -> None:
+        """These, and no others, were used."""
+        self._ids = set(ids)
+
     def _blueprint(self, plot: Plot) -> str | None:
         activation = plot.slot.activation
         if activation is None:

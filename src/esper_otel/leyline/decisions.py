@@ -44,7 +44,12 @@ PROTOCOL_ERROR = "protocol_error"
 BREAKER_OPEN = "breaker_open"
 NOT_ASKED = "not_asked"
 
-FAILED_OPEN: frozenset[str] = frozenset({TIMEOUT, UNREACHABLE, PROTOCOL_ERROR, BREAKER_OPEN})
+NOT_AGREED = "not_agreed"
+"""Reason of a CONTINUE where the ranks of a run have settled nothing, or no longer can."""
+
+FAILED_OPEN: frozenset[str] = frozenset(
+    {TIMEOUT, UNREACHABLE, PROTOCOL_ERROR, BREAKER_OPEN, NOT_AGREED}
+)
 """Reasons which say that nobody judged the step. Unknown is not healthy."""
 
 

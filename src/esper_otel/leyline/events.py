@@ -16,11 +16,30 @@ CULLED = "esper.seed.cull"
 FALLBACK = "esper.seed.fallback"
 """The seed's kernel could not be used; identity took its place."""
 
+RETRIED = "esper.seed.retry"
+"""The seed's kernel missed its budget, as it may on a busy machine; it is fetched once
+more. ``esper.attempts`` counts the fetches, here and in a fallback."""
+
 VIOLATION = "esper.seed.violation"
 """A seed that had to be isolated reached the host's gradients."""
 
 PAUSED = "esper.seed.paused"
 RESUMED = "esper.seed.resumed"
+
+PROPOSED = "esper.seed.proposed"
+"""The garden proposes something else than before: ``esper.operation`` of ``esper.seed.id``
+in ``esper.slot`` (to germinate: of ``esper.blueprint``), or ``none``, when what it proposed
+is withdrawn or done.
+
+The one with ``esper.step`` S says what went with the ask about step S, and with all asks
+about later steps until the next such event of this process (``service.instance.id``);
+before the first, nothing went with any. Where nobody is asked it is the step's own."""
+
+NO_OPERATION = "none"
+"""Operation of a :data:`PROPOSED` that proposes nothing."""
+
+COMPILED = "esper.seed.compiled"
+"""A seed is called compiled from now on, or could not be compiled and why."""
 
 REFUSED = "esper.seed.refused"
 """An operation that a decision or the user asked for, and that cannot be done."""

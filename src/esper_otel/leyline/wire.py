@@ -37,7 +37,11 @@ class WireError(ValueError):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
-    """A trainer introduces itself and names the columns of the rows it will send."""
+    """A trainer introduces itself and names the columns of the rows it will send.
+
+    ``mode`` says what it does with decisions (``enforce`` or ``advise``); trainers of
+    before there was this field send none, which is "".
+    """
 
     protocol: int
     run: str
@@ -46,6 +50,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     world_size: int
     step_columns: list[str]
     seed_columns: list[str]
+    mode: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):

@@ -15,8 +15,8 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder
-from esper_otel.stream.logs import encode_events
-from esper_otel.stream.providers import Tracers
+from esper_otel.stream.logs import Trainer, emit_events, encode_events
+from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
 from esper_otel.stream.ring import FrameRing, points
 from esper_otel.stream.spans import tell
@@ -43,6 +43,7 @@ class Drain:
         timelines: deque[StepTimeline],
         events: deque[Event],
         resource: bytes,
+        trainer: Trainer,
         tracers: Tracers,
         spool: Spool,
         recording: Recording | None,
@@ -53,6 +54,7 @@ class Drain:
         self._timelines = timelines
         self._events = events
         self._resource = resource
+        self._trainer = trainer
         self._encoder = FrameEncoder(resource)
         self._tracers = tracers
         self._spool = spool
@@ -93,7 +95,10 @@ class Drain:
             self._fault("spans", error)
 
     def _drain_frames(self) -> None:
-        frames = self._ring.take()
+        # Prometheus keeps milliseconds, and refuses a whole request for a sample whose
+        # millisecond has come in another one. So a millisecond is sent in one piece.
+        now_ns = None if self._stopping.is_set() else time.time_ns()
+        frames = self._ring.take(now_ns)
         if frames is None or not self._is_wanted(Signal.METRICS):
             return
         try:
@@ -109,15 +114,26 @@ class Drain:
         if not self._events:
             return
         events = [self._events.popleft() for _ in range(len(self._events))]
-        if not self._is_wanted(Signal.LOGS):
+        logger = users_logger()
+        if logger is not None:
+            try:
+                emit_events(events, logger, self._trainer)
+            except Exception as error:
+                self._fault("events", error)
+        sent = Signal.LOGS in self._sent and logger is None
+        if self._recording is None and not (sent and self._is_wanted(Signal.LOGS)):
             return
         try:
-            body = encode_events(events, self._resource)
+            body = encode_events(events, self._resource, self._trainer)
         except Exception as error:
             self._fault("events", error)
-            self._spool.never_made(Signal.LOGS, len(events))
+            if sent:
+                self._spool.never_made(Signal.LOGS, len(events))
             return
-        self._put(Signal.LOGS, body, len(events))
+        if self._recording is not None:
+            self._recording.append(Signal.LOGS, body)
+        if sent:
+            self._spool.put(Signal.LOGS, body, len(events))
 
     def _drain_timelines(self) -> None:
         while self._timelines:

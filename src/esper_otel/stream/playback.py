@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import BY_INSTRUMENT, INSTANCE_ID, RANK, RUN_ID, SEED_ID
-from esper_otel.stream.recording import RecordingError, read_recording
+from esper_otel.leyline.otlp_file import RecordingError
+from esper_otel.stream.recording import read_recording
 
 if TYPE_CHECKING:
     from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics, ScopeMetrics
@@ -21,7 +22,7 @@ def read_frames(path: Path) -> Iterator[StepFrame]:
     """The step frames of a metrics recording, in order of writing.
 
     Metrics that are not in the registry are passed over. Raises
-    :class:`~esper_otel.stream.recording.RecordingError` where the file turns bad.
+    :class:`~esper_otel.leyline.otlp_file.RecordingError` where the file turns bad.
     """
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (

@@ -7,12 +7,11 @@ and tracers that never touch the process's random numbers.
 from __future__ import annotations
 
 import logging
-import os
-import random
 from collections.abc import Callable
 
-from opentelemetry import trace
+from opentelemetry import _logs, trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Tracer as SdkTracer
@@ -21,6 +20,7 @@ from opentelemetry.trace import SpanContext
 
 from esper_otel import __version__
 from esper_otel.leyline.metrics import INSTANCE_ID, RANK, RUN_ID, WORLD_SIZE
+from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream.encoding import SCOPE
 
 log = logging.getLogger("esper_otel")
@@ -58,32 +58,39 @@ def serialised_resource(resource: Resource) -> bytes:
     return encode_spans([span]).resource_spans[0].resource.SerializeToString()
 
 
-class OwnIds(IdGenerator):
-    """Span and trace ids from a random source of our own.
+class StepIds(IdGenerator):
+    """The ids of one trainer's spans, which the sidecar and other ranks work out as well.
 
     The SDK's generator draws from the global ``random``: one span would change the
-    numbers that the training run sees next, and ranks seeded alike would get like ids.
+    numbers that the training run sees next. These follow from the run, the step and the
+    span's name (:mod:`~esper_otel.leyline.trace_ids`), so that all ranks of a step share
+    a trace and the sidecar continues it. A span must be announced by :meth:`next` before
+    it is started; all of them are, on the stream's one thread.
     """
 
-    def __init__(self) -> None:
-        self._random = random.Random(os.urandom(32))
+    def __init__(self, run: str, rank: int, instance: str) -> None:
+        self._run = run
+        self._rank = rank
+        self._instance = instance
+        self._step = 0
+        self._name = ""
+
+    def next(self, step: int, name: str) -> None:
+        """The next span to be started is that of ``step`` called ``name``."""
+        self._step = step
+        self._name = name
 
     def generate_trace_id(self) -> int:
-        """128 random bits."""
-        return self._bits(128)
+        """The trace of the step."""
+        return trace_id(self._run, self._step)
 
     def generate_span_id(self) -> int:
-        """64 random bits."""
-        return self._bits(64)
+        """The announced span of the step."""
+        return span_id(self._run, self._rank, self._instance, self._step, self._name)
 
     def is_trace_id_random(self) -> bool:
-        """They are: 56 bits and more of each."""
+        """A hash is spread as evenly as random bits, which is what samplers ask for."""
         return True
-
-    def _bits(self, count: int) -> int:
-        while not (number := self._random.getrandbits(count)):
-            pass
-        return number
 
 
 class Tracers:
@@ -95,11 +102,14 @@ class Tracers:
     """
 
     def __init__(self, resource: Resource) -> None:
-        self._ids = OwnIds()
+        who = resource.attributes
+        self.ids = StepIds(
+            str(who.get(RUN_ID, "")), int(str(who.get(RANK, 0))), str(who.get(INSTANCE_ID, ""))
+        )
         self._finished = _Collector()
         # shutdown_on_exit=False: the stream is closed by its owner, within its time.
         self._own = TracerProvider(
-            resource=resource, shutdown_on_exit=False, id_generator=self._ids
+            resource=resource, shutdown_on_exit=False, id_generator=self.ids
         )
         self._own.add_span_processor(self._finished)
 
@@ -109,12 +119,12 @@ class Tracers:
         return isinstance(trace.get_tracer_provider(), TracerProvider)
 
     def tracer(self) -> trace.Tracer:
-        """A tracer whose ids are ours."""
+        """A tracer whose ids are ours; a tracer is one scope's, so only our spans are."""
         current = trace.get_tracer_provider()
         provider = current if isinstance(current, TracerProvider) else self._own
         tracer = provider.get_tracer(SCOPE, __version__)
         if isinstance(tracer, SdkTracer):
-            tracer.id_generator = self._ids
+            tracer.id_generator = self.ids
         return tracer
 
     def take(self, put: Callable[[bytes, int], None]) -> None:
@@ -123,6 +133,17 @@ class Tracers:
         for start in range(0, len(spans), SPANS_PER_REQUEST):
             some = spans[start : start + SPANS_PER_REQUEST]
             put(encode_spans(some).SerializeToString(), len(some))
+
+
+def users_logger() -> _logs.Logger | None:
+    """A logger of the provider that the user has set, None when there is none.
+
+    Looked for every time, since a script may set one after the stream began.
+    """
+    provider = _logs.get_logger_provider()
+    if not isinstance(provider, LoggerProvider):
+        return None
+    return provider.get_logger(SCOPE, __version__)
 
 
 class _Collector(SpanProcessor):

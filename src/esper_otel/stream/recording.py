@@ -1,8 +1,5 @@
-"""Recording: OTLP in files.
-
-A file holds requests of one signal, each behind its size as four bytes, most significant
-first. That is what the Collector's file exporter writes with ``format: proto``, so its
-tools read ours and ours read its.
+"""Recording: OTLP in files, one for each signal; :mod:`esper_otel.leyline.otlp_file` has
+their format.
 """
 
 from __future__ import annotations
@@ -10,26 +7,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from esper_otel.leyline.otlp_file import bodies as bodies_in
+from esper_otel.leyline.otlp_file import framed
 from esper_otel.stream.destination import Signal
 
 log = logging.getLogger("esper_otel")
-
-MAX_MESSAGE = 64 << 20
-"""Larger sizes are taken for bytes of another kind of file: receivers stop far earlier."""
-
-_SIZE = struct.Struct(">I")
-
-
-class RecordingError(ValueError):
-    """A file that is no recording from some place on: ``offset`` says where."""
-
-    def __init__(self, path: Path, offset: int, problem: str) -> None:
-        super().__init__(f"{path}: byte {offset}: {problem}")
-        self.offset = offset
 
 
 def stem(run_id: str, rank: int, pid: int | None = None) -> str:
@@ -46,33 +31,15 @@ def signal_of(path: Path) -> Signal | None:
     return None
 
 
-def framed(body: bytes) -> bytes:
-    """A request as it lies in a file."""
-    return _SIZE.pack(len(body)) + body
-
-
 def read_recording(path: Path) -> Iterator[bytes]:
     """The requests in ``path``, in order.
 
-    Raises :class:`RecordingError` at the first byte from which on there is none, after
-    everything before it was yielded, and :class:`OSError` when it cannot be read.
+    Raises :class:`~esper_otel.leyline.otlp_file.RecordingError` at the first byte from
+    which on there is none, after everything before it was yielded, and :class:`OSError`
+    when it cannot be read.
     """
     with path.open("rb") as file:
-        offset = 0
-        while size_bytes := file.read(_SIZE.size):
-            if len(size_bytes) < _SIZE.size:
-                raise RecordingError(path, offset, "the file ends inside a size")
-            (size,) = _SIZE.unpack(size_bytes)
-            if not 0 < size <= MAX_MESSAGE:
-                raise RecordingError(
-                    path, offset, f"expected the size of a request, found {size:,}"
-                )
-            body = file.read(size)
-            if len(body) < size:
-                raise RecordingError(
-                    path, offset, f"a request of {size:,} bytes has only {len(body):,}"
-                )
-            offset += _SIZE.size + size
+        for _, body in bodies_in(file, path):
             yield body
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from esper_otel.leyline.otlp_file import RecordingError, framed
 from esper_otel.stream.destination import Destination, Signal, destinations
-from esper_otel.stream.recording import RecordingError, framed, read_recording, signal_of
+from esper_otel.stream.recording import read_recording, signal_of
 from esper_otel.stream.sender import Backoff
 from esper_otel.stream.transport import Outcome, Transport, Verdict, open_transport
 

@@ -126,13 +126,24 @@ class FrameRing:
         steps.written = written + 1
         return True
 
-    def take(self) -> Frames | None:
-        """Every frame written since the last call, None when there is none."""
+    def take(self, now_ns: int | None = None) -> Frames | None:
+        """Every frame written since the last call, None when there is none.
+
+        With ``now_ns``, the Unix time, the frames of the millisecond that is under way stay
+        for the next call.
+        """
         steps, seeds = self._steps, self._seeds
         end = steps.written
         if end == steps.read:
             return None
         step_rows = steps.copy(steps.read, end)
+        if now_ns is not None:
+            end -= _under_way(step_rows.times, now_ns)
+            if end == steps.read:
+                return None
+            taken = end - steps.read
+            times, tags, values = step_rows
+            step_rows = Rows(times[:taken], tags[:taken], values[:taken])
         first_seed = seeds.read
         last_seed = int(step_rows.tags[-1])
         seed_rows = seeds.copy(first_seed, last_seed)
@@ -172,6 +183,17 @@ class FrameRing:
         self.refused_points += sum(map(isfinite, row))
         self.refused_points += sum(sum(map(isfinite, values)) for _, values in seeds)
         return False
+
+
+def _under_way(times: npt.NDArray[np.int64], now_ns: int) -> int:
+    """How many of ``times``, which rise, lie in the millisecond of ``now_ns``.
+
+    None when the last is beyond it: then somebody has set the clock back.
+    """
+    began = now_ns - now_ns % 1_000_000
+    if int(times[-1]) >= began + 1_000_000:
+        return 0
+    return len(times) - int(np.searchsorted(times, began))
 
 
 def part(frames: Frames, start: int, end: int) -> Frames:

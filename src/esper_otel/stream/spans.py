@@ -7,12 +7,14 @@ phase.
 
 from __future__ import annotations
 
+from collections import Counter
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from esper_otel.leyline.decisions import FAILED_OPEN, Decision, Finding
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
     from esper_otel.stream.providers import Tracers
 
-STEP_SPAN = "train.step"
-DECIDE_SPAN = "tamiyo.decide"
 FINDING_EVENT = "esper.finding"
 
 STEP_ATTRIBUTES = (
@@ -41,6 +41,7 @@ def tell(timeline: StepTimeline, tracers: Tracers) -> None:
     from opentelemetry.trace import SpanKind, set_span_in_context
 
     tracer = tracers.tracer()
+    tracers.ids.next(timeline.step, STEP_SPAN)
     step = tracer.start_span(
         STEP_SPAN,
         # An empty context: the thread's own has nothing to do with the step.
@@ -49,7 +50,11 @@ def tell(timeline: StepTimeline, tracers: Tracers) -> None:
         start_time=timeline.start_unix_nano,
     )
     inside = set_span_in_context(step, Context())
+    seen: Counter[str] = Counter()
     for name, start, end in timeline.phases:
+        seen[name] += 1
+        # Micro-batches: the second train.forward of a step is a span of its own.
+        tracers.ids.next(timeline.step, name if seen[name] == 1 else f"{name}#{seen[name]}")
         is_decide = name == DECIDE_SPAN
         span = tracer.start_span(
             name,

@@ -45,7 +45,7 @@ class StreamReport(msgspec.Struct, frozen=True):
 
     ``frames`` were accepted, ``refused_frames`` found the ring full (their points count
     as dropped). ``metrics`` counts data points, ``traces`` spans of our own provider,
-    ``logs`` events.
+    ``logs`` events that no logger provider of the user's own has taken.
     ``files`` hold what is unsent, ``recordings`` everything, where that was asked for.
     """
 
@@ -189,6 +189,7 @@ class Stream:
     def _start(self) -> None:
         from esper_otel.stream import gauges
         from esper_otel.stream.drain import Drain
+        from esper_otel.stream.logs import Trainer
         from esper_otel.stream.providers import (
             Tracers,
             serialised_resource,
@@ -224,6 +225,7 @@ class Stream:
             timelines=self._timelines,
             events=self._events,
             resource=serialised_resource(resource),
+            trainer=Trainer(self._run_id, settings.rank, self._instance_id),
             tracers=Tracers(resource),
             spool=self._spool,
             recording=self._recording,

@@ -30,15 +30,17 @@ class Breaker:
     forgets the past.
     """
 
-    __slots__ = ("_cool_down_ns", "_failures", "opened", "retry_at_ns", "state")
+    __slots__ = ("_failures", "_next_ns", "cool_down_ns", "opened", "retry_at_ns", "state")
 
     def __init__(self) -> None:
         self.state = State.CLOSED
         self.retry_at_ns = 0
         self.opened = 0
         """How often it has opened."""
+        self.cool_down_ns = 0
+        """The cool-down that began last."""
         self._failures = 0
-        self._cool_down_ns = FIRST_COOL_DOWN_NS
+        self._next_ns = FIRST_COOL_DOWN_NS
 
     def may_probe(self, now_ns: int) -> bool:
         """Whether it is open and its cool-down has passed."""
@@ -55,7 +57,7 @@ class Breaker:
             self._failures = FAILURES_TO_OPEN - 1
             return
         self._failures = 0
-        self._cool_down_ns = FIRST_COOL_DOWN_NS
+        self._next_ns = FIRST_COOL_DOWN_NS
 
     def failed(self, now_ns: int) -> None:
         """No answer, a late one or a malformed one."""
@@ -64,5 +66,6 @@ class Breaker:
             return
         self.state = State.OPEN
         self.opened += 1
-        self.retry_at_ns = now_ns + self._cool_down_ns
-        self._cool_down_ns = min(2 * self._cool_down_ns, LONGEST_COOL_DOWN_NS)
+        self.cool_down_ns = self._next_ns
+        self.retry_at_ns = now_ns + self.cool_down_ns
+        self._next_ns = min(2 * self._next_ns, LONGEST_COOL_DOWN_NS)

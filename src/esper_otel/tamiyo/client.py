@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
-import math
 import os
-import select
-import socket
-import struct
-from collections.abc import Iterable, Sequence
+import threading
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter_ns
 
+import msgspec
+
 from esper_otel.leyline import wire
-from esper_otel.leyline.decisions import (
-    BREAKER_OPEN,
-    PROTOCOL_ERROR,
-    TIMEOUT,
-    UNREACHABLE,
-    Decision,
-    Proposal,
-    unanswered,
-)
+from esper_otel.leyline.decisions import BREAKER_OPEN, Decision, Proposal, unanswered
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo.breaker import Breaker, State
+from esper_otel.tamiyo.connection import Connection, Failure
+
+_PATIENCE = 0.95
+"""Share of the deadline that is waited: the kernel ends a wait about 0.1 ms late, and to give
+up takes time as well."""
 
 log = logging.getLogger("esper_otel")
 
-_RECEIVE = 16 * 1024
-_LENGTH = struct.Struct("<I")
-_PEER = struct.Struct("3i")
-
-
-class _Failure(Exception):  # noqa: N818  (not an error of anybody's: it never leaves here)
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
 
 class TamiyoClient:
-    """One persistent connection to the sidecar of this host.
+    """Asks the sidecar of this host.
 
     :meth:`ask` waits at most ``deadline_ms`` and never raises. Late, absent or malformed
     answers give ``CONTINUE`` with the reason ``timeout``, ``unreachable`` or
     ``protocol_error``; three in a row open the breaker, and while that is open an ask
-    returns at once with the reason ``breaker_open``. A probe is *sent* when the
-    cool-down has passed but not waited for: its answer is looked for a deadline later, so
-    that a frozen sidecar costs three deadlines and not one more per cool-down.
+    returns at once with the reason ``breaker_open``.
+
+    Whether the sidecar answers again is found out by a thread that lives only while the
+    breaker is open: after each cool-down it repeats the ask that failed last. The training
+    thread neither sends a probe nor looks at one. Who owns the connection follows from the
+    breaker: closed, the asking thread; otherwise that thread. So there is no lock.
+
+    In a forked child a client asks no more: the run belongs to the parent.
     """
 
     def __init__(
@@ -58,35 +51,33 @@ class TamiyoClient:
         rank: int = 0,
         world_size: int = 1,
         deadline_ms: float = 5.0,
+        mode: str = "",
     ) -> None:
-        wire.check_socket_path(path)
+        """``mode`` is what this trainer does with decisions; the sidecar is told."""
+        hello = wire.Hello(
+            protocol=wire.PROTOCOL,
+            run=run,
+            instance=instance,
+            rank=rank,
+            world_size=world_size,
+            step_columns=list(STEP_KEYS),
+            seed_columns=list(SEED_KEYS),
+            mode=mode,
+        )
         self.path = path
         self.breaker = Breaker()
-        self.table_version = ""
-        """Table the sidecar decides by, once it has said so."""
+        self._connection = Connection(path, hello)
         self._run = run
-        self._deadline_ns = int(deadline_ms * 1e6)
-        self._hello = wire.encode(
-            wire.Hello(
-                protocol=wire.PROTOCOL,
-                run=run,
-                instance=instance,
-                rank=rank,
-                world_size=world_size,
-                step_columns=list(STEP_KEYS),
-                seed_columns=list(SEED_KEYS),
-            )
-        )
-        self._socket: socket.socket | None = None
-        self._poll = select.poll()
-        self._unsent = b""
-        self._incoming = bytearray(_RECEIVE)
-        self._view = memoryview(self._incoming)
-        self._buffer = wire.MessageBuffer()
+        self._patience_ns = int(_PATIENCE * deadline_ms * 1e6)
         self._request_id = 0
-        self._probe_id = 0
-        self._probe_until_ns = 0
         self._reported_down = False
+        self._closed = threading.Event()
+        _clients.add(self)
+
+    @property
+    def table_version(self) -> str:
+        """Table the sidecar decides by, once it has said so."""
+        return self._connection.table_version
 
     def ask(
         self,
@@ -97,14 +88,9 @@ class TamiyoClient:
         proposal: Proposal | None = None,
     ) -> Decision:
         """The decision about ``step``, whose frame is given as registry rows."""
-        now = perf_counter_ns()
-        breaker = self.breaker
-        if breaker.state is State.HALF_OPEN and now >= self._probe_until_ns:
-            self._look_for_probe()
-        if breaker.state is State.HALF_OPEN or (
-            breaker.state is State.OPEN and not breaker.may_probe(now)
-        ):
+        if self.breaker.state is not State.CLOSED:
             return unanswered(self._run, step, BREAKER_OPEN)
+        until_ns = perf_counter_ns() + self._patience_ns
         self._request_id = request_id = self._request_id + 1
         message = wire.Ask(
             request_id,
@@ -114,131 +100,84 @@ class TamiyoClient:
             [wire.SeedRow(seed_id, values) for seed_id, values in seeds] if seeds else [],
             proposal,
         )
-        until = now + self._deadline_ns
         try:
-            if breaker.state is State.OPEN:
-                self._send(message)
-                breaker.probing()
-                self._probe_id, self._probe_until_ns = request_id, until
-                return unanswered(self._run, step, BREAKER_OPEN)
-            self._send(message)
-            decision = self._await(request_id, until)
-        except _Failure as failure:
-            return self._failed(step, failure)
-        except Exception as error:  # whatever it is, the training loop must not see it
-            return self._failed(step, _Failure(PROTOCOL_ERROR, repr(error)))
-        breaker.succeeded()
+            decision = self._connection.ask(message, until_ns)
+        except Failure as failure:
+            self._failed(failure, message)
+            return unanswered(self._run, step, failure.reason)
+        self.breaker.succeeded()
         if self._reported_down:
-            self._report_up()
+            self._reported_down = False
+            log.info("Tamiyo answers again at %s", self.path)
         return decision
 
     def close(self) -> None:
-        """End the connection."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        """End the connection, and the thread if there is one; does not wait for it."""
+        self._closed.set()
+        if self.breaker.state is State.CLOSED:
+            self._connection.close()
 
-    def _look_for_probe(self) -> None:
-        """Once, when the probe's deadline has passed: looking at every step costs more."""
-        try:
-            decision = self._receive(self._probe_id)
-        except _Failure as failure:
-            self._failed(0, failure)
-            return
-        if decision is not None:
-            self.breaker.succeeded()
-        else:
-            self._failed(0, _Failure(TIMEOUT, "the probe was not answered"))
+    def forget(self) -> None:
+        """Never ask again: in a forked child the parent's connection must not be used."""
+        self._connection.close()
+        self.breaker.state = State.OPEN
 
-    def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connection.setblocking(False)
-            # A Unix socket connects at once or fails at once (EAGAIN: its backlog is full).
-            connection.connect(os.fspath(self.path))
-            _, uid, _ = _PEER.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            )
-        except OSError as error:
-            connection.close()
-            raise _Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
-        if uid not in (os.geteuid(), 0):
-            connection.close()
-            raise _Failure(UNREACHABLE, f"{self.path}: listened on by another user ({uid})")
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
-        self._buffer = wire.MessageBuffer()
-        self._unsent = self._hello
-        self._socket = connection
-        return connection
-
-    def _send(self, message: wire.Ask) -> None:
-        connection = self._socket or self._connect()
-        data = self._unsent + wire.encode(message)
-        try:
-            sent = connection.send(data)
-        except BlockingIOError:
-            raise _Failure(TIMEOUT, "the sidecar does not read") from None
-        except OSError as error:
-            raise _Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
-        if sent < len(data):
-            self.close()
-            raise _Failure(TIMEOUT, "the sidecar does not read")
-        self._unsent = b""
-
-    def _await(self, request_id: int, until: int) -> Decision:
-        # poll waits in whole milliseconds, so only the first wait may be rounded up.
-        # select would refuse descriptors over 1023. A receive bounded by SO_RCVTIMEO saves
-        # a system call, but counts kernel ticks and rounds up: 5 ms became 8.
-        patience = math.ceil((until - perf_counter_ns()) / 1e6)
-        while patience > 0 and self._poll.poll(patience):
-            decision = self._receive(request_id)
-            if decision is not None:
-                return decision
-            patience = (until - perf_counter_ns()) // 1_000_000
-        raise _Failure(TIMEOUT, "no answer within the deadline")
-
-    def _receive(self, request_id: int) -> Decision | None:
-        """The answer to ``request_id`` if it is here by now; older answers are dropped."""
-        if self._socket is None:
-            raise _Failure(UNREACHABLE, "not connected")
-        found = None
-        try:
-            count = self._socket.recv_into(self._incoming)
-            if not count:
-                raise _Failure(UNREACHABLE, "the sidecar closed the connection")
-            for message in self._messages(self._view[:count]):
-                if isinstance(message, wire.Answer):
-                    if message.request_id == request_id:
-                        found = message.decision
-                elif isinstance(message, wire.Welcome):
-                    self.table_version = message.table_version
-                elif isinstance(message, wire.Refusal):
-                    raise _Failure(PROTOCOL_ERROR, f"the sidecar refused: {message.message}")
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise _Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
-        except wire.WireError as error:
-            raise _Failure(PROTOCOL_ERROR, str(error)) from None
-        return found
-
-    def _messages(self, data: memoryview) -> Iterable[wire.ToClient]:
-        if not self._buffer and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
-            return (wire.decode_to_client(data[4:]),)  # nearly always: one read, one message
-        return map(wire.decode_to_client, self._buffer.feed(data))
-
-    def _failed(self, step: int, failure: _Failure) -> Decision:
-        # After a time-out the connection stays: the late answer is recognised by its id
-        # and dropped. Anything else, or a message cut in two, needs a fresh one.
-        if failure.reason != TIMEOUT or self._unsent or len(self._buffer):
-            self.close()
+    def _failed(self, failure: Failure, message: wire.Ask) -> None:
         self.breaker.failed(perf_counter_ns())
-        if self.breaker.state is State.OPEN and not self._reported_down:
+        if self.breaker.state is State.CLOSED:
+            return
+        if not self._reported_down:
             self._reported_down = True
             log.warning("no decisions from Tamiyo (%s): training goes on without them", failure)
-        return unanswered(self._run, step, failure.reason)
+        # The rows are the caller's: a probe has copies. It proposes nothing, because
+        # nobody would hear that it was granted.
+        probe = msgspec.structs.replace(
+            message,
+            values=message.values[:],
+            seeds=[wire.SeedRow(seed.seed_id, seed.values[:]) for seed in message.seeds],
+            proposal=None,
+        )
+        try:
+            # threading.Thread.start waits until the thread runs: up to 11 ms, seen here on
+            # a busy machine. This returns after 30 µs.
+            _thread.start_new_thread(self._probe, (probe,))
+        except RuntimeError:  # the system gives no more threads: go on asking, within deadlines
+            self.breaker = Breaker()
 
-    def _report_up(self) -> None:
-        self._reported_down = False
-        log.info("Tamiyo answers again at %s", self.path)
+    def _probe(self, message: wire.Ask) -> None:
+        """Until an answer comes or the client is closed; runs on a thread of its own.
+
+        Whoever trained on while this cools down has newer steps, but a repeated one is
+        judged and answered all the same: what is asked here is whether answers come.
+        """
+        breaker, connection = self.breaker, self._connection
+        while True:
+            wait_ns = breaker.retry_at_ns - perf_counter_ns()
+            if self._closed.wait(max(0, wait_ns) / 1e9):
+                connection.close()
+                return
+            if not breaker.may_probe(perf_counter_ns()):
+                continue
+            breaker.probing()
+            self._request_id += 1
+            probe = msgspec.structs.replace(message, request_id=self._request_id)
+            try:
+                connection.ask(probe, perf_counter_ns() + self._patience_ns)
+            except Failure:
+                breaker.failed(perf_counter_ns())
+                continue
+            breaker.succeeded()  # from here on all of it is the asking thread's
+            if self._closed.is_set():
+                connection.close()
+            return
+
+
+_clients: weakref.WeakSet[TamiyoClient] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -45,6 +45,15 @@ class WeightedStatistics:
         self.variance = self._rest * (self.variance + diff * increment)
 
     @property
+    def moments(self) -> tuple[float, float]:
+        """Mean and variance; set, it goes on from there."""
+        return self.mean, self.variance
+
+    @moments.setter
+    def moments(self, moments: tuple[float, float]) -> None:
+        self.mean, self.variance = moments
+
+    @property
     def deviation(self) -> float:
         """Weighted standard deviation."""
         return sqrt(self.variance)

@@ -42,6 +42,13 @@ class Asks(Protocol):
         """The decision about a step; within a deadline, and never an exception."""
 
 
+class Settles(Protocol):
+    """Who makes one decision of what the ranks of a run are told."""
+
+    def settle(self, step: int, decision: Decision) -> Decision:
+        """Take the answer about ``step``; returns what every rank is to apply now."""
+
+
 class Garden(Protocol):
     """As much of :class:`esper_otel.kasmina.garden.Garden` as a recorder calls."""
 
@@ -53,6 +60,9 @@ class Garden(Protocol):
 
     def finalize(self, step: int, latest: Sequence[float]) -> GardenFrame:
         """End ``step``; ``latest`` is the newest row whose values have all arrived."""
+
+    def asked(self, step: int) -> None:
+        """The frame's proposal went with the ask about ``step``, or would have."""
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
         """Do what the decision says of the last proposal; whether anything was done."""

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from time import perf_counter_ns
+from typing import Any
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
 from esper_otel.leyline.events import Event
@@ -22,7 +23,8 @@ from esper_otel.leyline.frames import GardenFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.dynamics import WEIGHT
-from esper_otel.tolaria.ports import Asks, Frames, Garden
+from esper_otel.tolaria.memory import recalled
+from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
 from esper_otel.tolaria.responses import Optimizer, Responses
 from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
 from esper_otel.tolaria.tending import Tending, put_garden
@@ -106,6 +108,7 @@ class Recorder:
         self._frames = frames
         self._responses = responses
         self._client = client
+        self._agreement: Settles | None = None
         self._enriched = enriched
         self._device_values = device_values
         self._span_every = span_every
@@ -257,6 +260,31 @@ class Recorder:
         """Take ``garden`` along from the next end of a step on."""
         self._tending = Tending(garden)
 
+    def agree(self, agreement: Settles, *, asks: bool) -> None:
+        """Apply what all ranks have settled; ``asks``: whether this one asks for them."""
+        self._agreement = agreement
+        if not asks:
+            self._client = None
+
+    def state(self) -> dict[str, Any]:
+        """What the rows of coming steps depend on: plain data, for :meth:`resume`."""
+        return self._sealer.memory(self.step, self._latest).plain()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state` was called, in this process or in one before it.
+
+        Steps are counted on from there, but never twice the same: a run that goes back to
+        a checkpoint counts on from where it is. Raises ``ValueError`` for what is no such
+        state, and changes nothing then.
+        """
+        memory = recalled(state)
+        self.step = max(self.step, memory.step)
+        self._latest = row = _EMPTY_ROW.copy()
+        for key, value in memory.latest.items():
+            if key in STEP_SLOT:
+                row[STEP_SLOT[key]] = value
+        self._sealer.recall(memory)
+
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
         self._off = True
@@ -306,20 +334,27 @@ class Recorder:
 
         client = self._client
         sealed = perf_counter_ns()
-        if client is None or newest is None:
-            decision = self._not_asked
-            asked = applied = sealed
-            acted = False
-        else:
+        agreement = self._agreement
+        decision = self._not_asked
+        if client is not None and newest is not None:
             if growing is None:
                 decision = client.ask(*newest)
             else:
                 decision = client.ask(*newest, growing.proposal)
+        if agreement is not None:
+            decision = agreement.settle(step, decision)
+        asked = applied = sealed
+        acted = False
+        if decision is not self._not_asked:
             asked = perf_counter_ns()
             acted = self._responses.apply(decision, self.optimizer)
             applied = perf_counter_ns()
         events: list[Event] = []
         if tending is not None:
+            # A frame whose values are still on a device is asked about later, with the
+            # proposal of then.
+            if client is None or newest is not None:
+                tending.asked(newest[0] if newest is not None else step)
             if tending.apply(decision, enforced=self._responses.enforcing):
                 acted = True
             applied = perf_counter_ns()
@@ -339,9 +374,10 @@ class Recorder:
             or events
             or (self._span_every and step % self._span_every == 0)
         ):
-            if client is not None:
+            told = client is not None or agreement is not None
+            if told:
                 self._phases.append(("tamiyo.decide", sealed, asked))
-            if client is not None or tending is not None:
+            if told or tending is not None:
                 self._phases.append(("kasmina.apply", asked, applied))
             offset = self.clock.offset
             self._frames.timeline(
@@ -354,7 +390,7 @@ class Recorder:
                         for name, began, end in self._phases
                     ],
                     row=row,
-                    decision=decision if client is not None else None,
+                    decision=decision if told else None,
                     applied=acted,
                     events=events,
                 )

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from math import isfinite, nan
 from typing import Any, Protocol
 
-from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.leyline.frames import present
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.dynamics import WeightedStatistics
+from esper_otel.tolaria.memory import Memory
 
 DEEPEST_WAIT = 8
 """Frames that may wait for a device. Beyond it the oldest goes without what is missing."""
@@ -96,6 +98,24 @@ class Sealer:
         self._norm = WeightedStatistics()
         self._last_loss = nan
         self._waiting: deque[Unsealed] = deque()
+
+    def memory(self, step: int, latest: Sequence[float]) -> Memory:
+        """What coming rows depend on, after ``step``, whose newest whole row is ``latest``.
+
+        Values that a device has not delivered yet are not in it.
+        """
+        return Memory(
+            step,
+            present(STEP_KEYS, latest),
+            self._loss.moments,
+            self._norm.moments,
+            self._last_loss,
+        )
+
+    def recall(self, memory: Memory) -> None:
+        """Go on from there."""
+        self._loss.moments, self._norm.moments = memory.loss, memory.gradient_norm
+        self._last_loss = memory.last_loss
 
     def seal_now(
         self,

@@ -64,6 +64,13 @@ class Tending:
             self._trouble()
             return BARE
 
+    def asked(self, step: int) -> None:
+        """The garden's proposal went with the ask about ``step``."""
+        try:
+            self._garden.asked(step)
+        except Exception:
+            self._trouble()
+
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
         """Whether the garden did something about the decision."""
         try:
@@ -73,7 +80,10 @@ class Tending:
             return False
 
     def events(self, step: int, offset: int) -> list[Event]:
-        """What happened in ``step``, its marks made Unix times by adding ``offset``."""
+        """What happened in ``step``, its marks made Unix times by adding ``offset``.
+
+        An event that says itself which step it is about is left to it.
+        """
         try:
             events = self._garden.take_events()
         except Exception:
@@ -81,7 +91,7 @@ class Tending:
             return []
         return [
             event._replace(
-                mark=event.mark + offset, attributes={**event.attributes, "esper.step": step}
+                mark=event.mark + offset, attributes={"esper.step": step, **event.attributes}
             )
             for event in events
         ]

@@ -1,0 +1,178 @@
+"""What judging one frame costs: default.yaml, with seeds and without, witnessed and not.
+
+CPU time of the thread, of frames in which no rule fires, as nearly all are. The baseline
+is the same engine, in the same run and in turn, with a table of one rule that never
+fires: what remembering a frame costs without judging it.
+
+    python -m bench.judging [--json PATH]
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable
+
+from bench.figures import Figure, alternate, median, percentile, run
+from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table_file import TableSource, load, parse
+
+BENCH = "judging"
+SEEDS = 8
+WARM, BLOCK, BLOCKS = 300, 400, 20
+BAR_US = 60.0
+
+NOTHING = b"""
+version: nothing
+rules: [{id: never, metric: loss, above: 1e300, severity: NORMAL, action: CONTINUE}]
+"""
+
+
+def figures() -> list[Figure]:
+    """All rows of this bench."""
+    default, nothing = load("default"), parse(TableSource("nothing", NOTHING))
+    rows = []
+    for seeds in (SEEDS, 0):
+        ours, bare = paired(default, nothing, seeds)
+        name = f"one frame through default.yaml, {seeds} seeds"
+        rows += [
+            Figure.at_most(BENCH, f"{name}, median", median(ours), "µs", bar=BAR_US),
+            Figure.report(BENCH, f"{name}, p99", percentile(ours, 99), "µs"),
+            Figure.report(
+                BENCH,
+                f"{name}, median, over a table of one rule",
+                median(ours),
+                "µs",
+                median(bare),
+            ),
+        ]
+    witnessed, alone = paired(default, default, SEEDS, witness=True)
+    rows.append(
+        Figure.report(
+            BENCH,
+            f"one frame, {SEEDS} seeds, with a witness over without",
+            median(witnessed),
+            "µs",
+            median(alone),
+        )
+    )
+    return rows
+
+
+class Listener:
+    """A witness that does nothing: the price of telling."""
+
+    def changed(self, change: RuleChange) -> None:
+        """Nothing."""
+
+    def judged(self, frame: StepFrame, decision: Decision) -> None:
+        """Nothing."""
+
+    def decided(self, decision: Decision, frame: StepFrame) -> None:
+        """Nothing."""
+
+
+def paired(
+    ours: Table, other: Table, seeds: int, *, witness: bool = False
+) -> tuple[list[float], list[float]]:
+    """Microseconds per frame by either table, the same frames in blocks in turn."""
+    engines = (Engine(ours, witness=Listener() if witness else None), Engine(other))
+    judge, judge_other = (block(engine, seeds) for engine in engines)
+    mine, others = alternate(judge, judge_other, BLOCKS)
+    return [each for times in mine for each in times], [
+        each for times in others for each in times
+    ]
+
+
+def block(engine: Engine, seeds: int) -> Callable[[], list[float]]:
+    """What judges one block of frames, going on where the last one ended."""
+    made = frames(WARM + BLOCK * BLOCKS, seeds)
+    for frame in made[:WARM]:
+        engine.observe(frame)
+    rest = iter(made[WARM:])
+
+    def judge() -> list[float]:
+        gc.collect()
+        gc.disable()  # as the server does while it answers
+        try:
+            return [timed(engine, next(rest)) for _ in range(BLOCK)]
+        finally:
+            gc.enable()
+
+    return judge
+
+
+def timed(engine: Engine, frame: StepFrame) -> float:
+    """Microseconds of this thread's CPU."""
+    before = time.thread_time_ns()
+    engine.observe(frame)
+    return (time.thread_time_ns() - before) / 1e3
+
+
+def frames(steps: int, seeds: int) -> list[StepFrame]:
+    """A steady run with every metric that a CUDA run with a garden has."""
+    draw = random.Random(1)
+    return [frame(step, seeds, draw) for step in range(steps)]
+
+
+def frame(step: int, seeds: int, draw: random.Random) -> StepFrame:
+    """One step of it."""
+    noise = draw.gauss
+    values = {
+        "step": float(step),
+        "loss": 1.0 + noise(0, 0.05),
+        "gradient_norm": 1.0 + noise(0, 0.05),
+        "samples_per_s": 6400.0,
+        "hook_latency_ms": 0.2,
+        "tamiyo_latency_ms": 0.1,
+        "step_latency_ms": 10.0 + noise(0, 0.5),
+        "forward_ms": 3.0 + noise(0, 0.1),
+        "backward_ms": 5.0,
+        "optimizer_ms": 1.0,
+        "kasmina.apply_ms": 0.1,
+        "kasmina.finalize_ms": 0.1,
+        "loss_delta": noise(0, 0.07),
+        "loss_ewma": 1.0,
+        "loss_volatility": 0.05 + 0.01 * draw.random(),
+        "grad_norm_ewma": 1.0,
+        "grad_var": 0.01 + 0.002 * draw.random(),
+        "grad_conflict_rate": 0.1,
+        "optimizer_lr": 0.1 * 0.9999**step,
+        "optimizer_momentum": 0.9,
+        "input_wait_ms": 0.2,
+        "h2d_copy_ms": 0.3,
+        "gpu_mem_used_gb": 10.0,
+        "gpu_mem_free_gb": 70.0,
+        "gpu_util_percent": 90.0,
+        "cpu_util_percent": 50.0,
+        "nonfinite": 0.0,
+        "kasmina.isolation.violations": 0.0,
+        "kasmina.kernel_fetch_ms": 1.0,
+        "kasmina.seeds_live": float(seeds),
+    }
+    of_seeds = {
+        f"features.{number}-1": {
+            "kasmina.seed.stage": 4.0 + step // 1000 % 3,
+            "kasmina.seed.alpha": 0.5,
+            "kasmina.seed.alpha_steps": 5.0,
+            "kasmina.seed.kernel_attached": 1.0,
+            "kasmina.seed.last_kernel_latency_ms": 0.3,
+            "kasmina.seed.isolation_violations": 0.0,
+            "kasmina.seed.fallback_used": 0.0,
+            "kasmina.seed.isolation.dot": noise(0, 0.1),
+            "kasmina.seed.isolation.host_norm": 1.0,
+            "kasmina.seed.isolation.seed_norm": 0.8,
+        }
+        for number in range(seeds)
+    }
+    return StepFrame("bench", "one", 0, step, 10**18 + step * 10**7, values, of_seeds)
+
+
+if __name__ == "__main__":
+    sys.exit(run(figures))

@@ -1,0 +1,219 @@
+"""Scoring: recorded scenarios through the engine, and how right its decisions were.
+
+*Answered* is a trouble when a rule of :data:`~bench.scenarios.suite.RIGHT` is among the
+findings of a decision, from the step on at which the trouble was brought in; rules that
+only tell count as those that act, rules that only observe do not. *Delay* is counted from
+the step at which it shows in any metric (:mod:`~bench.scenarios.showing`), 0 when the
+answer came first. A *false action* is a step that was answered PAUSE or OPTIMIZER in a
+healthy run, or before the trouble in another. A *false notice* is a step of the same kind
+at which only rules spoke that tell and do not act. Proposals are those that the garden of
+the run really made, at the steps at which it made them; rules that only put off a seed
+operation count at those steps alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.scenarios.recordings import Recorded, read
+from bench.scenarios.showing import shows
+from bench.scenarios.suite import RECORDINGS, RIGHT, Scenario
+from esper_otel.leyline.decisions import Action, Decision
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.language.table import Mode, Table
+
+PER_STEPS = 50_000
+"""False actions are told per so many healthy steps."""
+
+ACTIONS = (Action.PAUSE, Action.OPTIMIZER)
+
+
+class Outcome(NamedTuple):
+    """What a table made of one scenario.
+
+    ``at``, ``shown`` and ``answered`` are steps; ``acted`` are the steps of false actions,
+    each with the rule that won, ``told`` those of false notices. ``others`` are the rules
+    that spoke of a trouble and are not among the right ones. Nothing was wrong at
+    ``healthy`` of the ``frames``.
+    """
+
+    scenario: Scenario
+    at: int | None
+    shown: int | None
+    answered: int | None
+    acted: tuple[tuple[int, str], ...]
+    told: tuple[tuple[int, str], ...]
+    others: tuple[str, ...]
+    frames: int
+    healthy: int
+
+    @property
+    def delay(self) -> int | None:
+        """Steps from showing to the answer; None without an answer."""
+        if self.answered is None or self.at is None:
+            return None
+        return max(0, self.answered - (self.at if self.shown is None else self.shown))
+
+
+class Score(NamedTuple):
+    """Outcomes in numbers: shares from 0 to 1, delays in steps."""
+
+    troubles: int
+    answered: int
+    delays: list[int]
+    healthy: int
+    acted: int
+    told: int
+    frames: int
+
+    @property
+    def recall(self) -> float:
+        """Share of troubles that were answered."""
+        return self.answered / self.troubles if self.troubles else 1.0
+
+    @property
+    def delay(self) -> float:
+        """Median delay of those that were answered; infinite without any."""
+        return statistics.median(self.delays) if self.delays else float("inf")
+
+    @property
+    def false_actions(self) -> float:
+        """Per :data:`PER_STEPS` healthy steps."""
+        return self.acted * PER_STEPS / self.healthy if self.healthy else 0.0
+
+    @property
+    def false_notices(self) -> float:
+        """Per :data:`PER_STEPS` healthy steps."""
+        return self.told * PER_STEPS / self.healthy if self.healthy else 0.0
+
+
+class _Listener:
+    """A witness that keeps the decisions of the frame that is under way."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+
+    def changed(self, change: RuleChange) -> None:
+        """Of no interest: what counts is what a run is told."""
+
+    def judged(self, frame: StepFrame, decision: Decision) -> None:
+        """Told by :meth:`decided` as well."""
+
+    def decided(self, decision: Decision, frame: StepFrame) -> None:
+        """Keep it."""
+        self.decisions.append(decision)
+
+
+def outcome(ranks: list[Recorded], table: Table) -> Outcome:
+    """What ``table`` makes of the ranks of one scenario."""
+    listener = _Listener()
+    engine = Engine(table, witness=listener)
+    scenario, at = ranks[0].scenario, ranks[0].at
+    counts = {rule.id for rule in table.rules if rule.mode is Mode.ACT}
+    right = counts.intersection(RIGHT.get(scenario.kind, ()))
+    answered = None
+    acted: list[tuple[int, str]] = []
+    told: list[tuple[int, str]] = []
+    others: set[str] = set()
+    frames = healthy = 0
+    for frame, proposal in merge(
+        *(recorded.frames() for recorded in ranks), key=lambda pair: pair[0].time_unix_nano
+    ):
+        listener.decisions.clear()
+        engine.observe(frame, proposal)
+        step = frame.step
+        wrong = at is not None and step >= at
+        frames += 1
+        healthy += not wrong
+        for decision in listener.decisions:
+            rules = [each.rule for each in decision.findings if each.rule in counts]
+            if wrong:
+                others.update(rule for rule in rules if rule not in right)
+                if answered is None and right.intersection(rules):
+                    answered = step
+            elif decision.action in ACTIONS:
+                acted.append((step, decision.reason))
+            elif rules:
+                told.append((step, rules[0]))
+    shown = shows(ranks) if at is not None else None
+    return Outcome(
+        scenario=scenario,
+        at=at,
+        shown=shown,
+        answered=answered,
+        acted=tuple(acted),
+        told=tuple(told),
+        others=tuple(sorted(others)),
+        frames=frames,
+        healthy=healthy,
+    )
+
+
+def recorded_in(folder: Path, *, held_out: bool | None = None) -> Iterator[list[Recorded]]:
+    """The scenarios recorded in ``folder``, each with all of its ranks; of one half only
+    unless ``held_out`` is None."""
+    for file in sorted(folder.glob("*.tapes")):
+        for scenario, ranks in groupby(read(file), key=_scenario):
+            if held_out is None or scenario.held_out is held_out:
+                yield list(ranks)
+
+
+def score(outcomes: Iterable[Outcome]) -> Score:
+    """``outcomes`` in numbers."""
+    found = list(outcomes)
+    troubled = [each for each in found if each.at is not None]
+    return Score(
+        troubles=len(troubled),
+        answered=sum(each.answered is not None for each in troubled),
+        delays=[each.delay for each in troubled if each.delay is not None],
+        healthy=sum(each.healthy for each in found),
+        acted=sum(len(each.acted) for each in found),
+        told=sum(len(each.told) for each in found),
+        frames=sum(each.frames for each in found),
+    )
+
+
+def by_kind(outcomes: list[Outcome]) -> str:
+    """The outcomes for people: a line for each workload and kind, and what went wrong."""
+    lines = []
+    for (workload, kind), group in groupby(sorted(outcomes, key=_kind), key=_kind):
+        runs = list(group)
+        told = score(runs)
+        cells = [f"{workload:8} {kind:17}"]
+        if told.troubles:
+            cells.append(f"answered {told.answered:2} of {told.troubles:2}")
+            cells.append(f"delay {told.delay:5.1f}")
+        cells.append(f"false {told.acted:4} in {told.healthy:6,} steps")
+        reasons = sorted({reason for each in runs for _, reason in each.acted})
+        notices = sorted({rule for each in runs for _, rule in each.told})
+        others = sorted({rule for each in runs for rule in each.others})
+        missed = [str(each.scenario.seed) for each in runs if each.at and each.answered is None]
+        cells += [f"by {', '.join(reasons)}"] if reasons else []
+        cells += [f"notices {told.told} by {', '.join(notices)}"] if notices else []
+        cells += [f"missed {', '.join(missed)}"] if missed else []
+        cells += [f"also said {', '.join(others)}"] if others else []
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _scenario(recorded: Recorded) -> Scenario:
+    return recorded.scenario
+
+
+def _kind(outcome: Outcome) -> tuple[str, str]:
+    return outcome.scenario.workload, outcome.scenario.kind
+
+
+def timed(table: Table, *, held_out: bool | None) -> tuple[list[Outcome], float]:
+    """The outcomes of one half, and how many seconds the replay took."""
+    began = time.perf_counter()
+    outcomes = [outcome(ranks, table) for ranks in recorded_in(RECORDINGS, held_out=held_out)]
+    return outcomes, time.perf_counter() - began

@@ -1,0 +1,192 @@
+"""Troubles: courses of a training on which something goes wrong from a step on.
+
+Each is a mistake or a fault that happens to people, brought in where it would be.
+"""
+
+# ruff: noqa: D102 (what a method is for is said where it is overridden: Course)
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from bench.scenarios.training import Course, SeveralSources, Training
+from bench.scenarios.workloads import Batch, mislabelled
+
+
+class RateTimes50(Course):
+    """A learning rate of 50 times what it was: ``gamma=50`` for ``gamma=0.5``."""
+
+    def schedule(self, training: Training) -> None:
+        if training.wrong:
+            training.set_lr(50 * training.lr)
+        else:
+            super().schedule(training)
+
+
+class RateZero(Course):
+    """A schedule that ran out: the learning rate is 0."""
+
+    def schedule(self, training: Training) -> None:
+        if training.wrong:
+            training.set_lr(0.0)
+        else:
+            super().schedule(training)
+
+
+class TooMuchMomentum(Course):
+    """Momentum (Adam: beta1) of 0.999, where 0.9 was meant to become 0.99."""
+
+    def schedule(self, training: Training) -> None:
+        super().schedule(training)
+        if training.wrong:
+            for group in training.work.optimizer.param_groups:
+                if "momentum" in group:
+                    group["momentum"] = 0.999
+                else:
+                    group["betas"] = (0.999, group["betas"][1])
+
+
+class NanBatch(Course):
+    """One bad batch; what becomes of the weights is up to the optimizer."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        return training.work.poisoned(batch) if training.step == training.at else batch
+
+
+class Overflow(Course):
+    """A loss scale that grows until gradients overflow, and nobody looks before the step."""
+
+    def backward(self, training: Training, loss: Tensor) -> None:
+        if training.at is None or not training.wrong:
+            super().backward(training, loss)
+            return
+        # Powers of two: as long as nothing overflows, not a bit of a gradient changes.
+        scale = 2.0 ** min(16 * (training.step - training.at + 1), 1000)
+        super().backward(training, loss * scale)
+        for parameter in training.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= scale
+
+
+class LabelsShuffled(Course):
+    """Targets lose their order: a join on the wrong key."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        return mislabelled(batch) if training.wrong else batch
+
+
+class LabelsRot(Course):
+    """Ever more targets are wrong, one percent of them more with each step."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        if training.at is None or not training.wrong:
+            return batch
+        return mislabelled(batch, min(1.0, 0.01 * (training.step - training.at + 1)))
+
+
+class InputsCorrupted(Course):
+    """The preprocessing of inputs is another one."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        return training.work.corrupted(batch) if training.wrong else batch
+
+
+class GradientsScaled(Course):
+    """The loss is scaled for half precision, and gradients are not unscaled."""
+
+    def backward(self, training: Training, loss: Tensor) -> None:
+        super().backward(training, loss * 1024.0 if training.wrong else loss)
+
+
+class GradientsKept(Course):
+    """``zero_grad`` is no longer called: gradients pile up."""
+
+    def clear(self, training: Training) -> None:
+        if not training.wrong:
+            super().clear(training)
+
+
+class GradientsVanish(Course):
+    """Gradients are unscaled though the loss was not scaled."""
+
+    def backward(self, training: Training, loss: Tensor) -> None:
+        super().backward(training, loss / 65536.0 if training.wrong else loss)
+
+
+class InputStall(Course):
+    """Every batch comes late, by twice what a step takes."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def fetch(self, training: Training) -> None:
+        self._pace.follow(training)
+        if training.wrong:
+            time.sleep(2 * self._pace.step_s)
+
+
+class StepSlow(Course):
+    """Something in the loop waits: a step takes six times what it did."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def fetch(self, training: Training) -> None:
+        self._pace.follow(training)
+
+    def forward(self, training: Training, batch: Batch) -> Tensor:
+        if training.wrong:
+            time.sleep(5 * self._pace.step_s)
+        return super().forward(training, batch)
+
+
+class HookSlow(Course):
+    """Decisions take 40 ms, within a deadline that somebody has raised."""
+
+    def fetch(self, training: Training) -> None:
+        if training.wrong:
+            training.tape.delay_s = 0.04
+
+
+class SourcesConflict(SeveralSources):
+    """Half of the losses get the wrong sign.
+
+    A garden waits for consent all the while, so that there is something to put off.
+    """
+
+    def begin(self, training: Training) -> None:
+        work = training.work
+        training.run.plant(
+            work.model, work.slots, growth="asked", plateau_steps=1, plateau_improvement=1.0
+        )
+
+    def sign(self, training: Training, nth: int) -> float:
+        return -1.0 if training.wrong and nth % 2 else 1.0
+
+
+class Quiet(Course):
+    """The process stands still for twelve seconds, between two steps."""
+
+    def fetch(self, training: Training) -> None:
+        if training.step == training.at:
+            time.sleep(12)
+
+
+class Pace:
+    """What a healthy step takes, as the run itself has shown."""
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+        self.step_s = 0.0
+
+    def follow(self, training: Training) -> None:
+        """A step begins."""
+        if training.wrong:
+            return
+        self._marks.append(time.perf_counter())
+        if len(self._marks) > 8:
+            gaps = torch.tensor(self._marks[-9:]).diff()
+            self.step_s = float(gaps.median())

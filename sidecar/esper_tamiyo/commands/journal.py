@@ -1,0 +1,65 @@
+"""``tamiyo journal``: show what was written down, and what is being written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esper_tamiyo.commands.common import CommandError, Commands, add_socket
+
+if TYPE_CHECKING:
+    from esper_tamiyo.journaling.entries import AnyEntry
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser("journal", help="show what was decided, and when")
+    parser.add_argument("--run", default="", help="only what is about this run")
+    parser.add_argument("--follow", action="store_true", help="go on with what comes")
+    parser.add_argument("--json", action="store_true", help="the lines as they are written")
+    add_folder(parser)
+    parser.set_defaults(command=_journal)
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that say which journal."""
+    add_socket(parser)
+    parser.add_argument(
+        "--journal", type=Path, metavar="DIR", help="default: that of the sidecar at --socket"
+    )
+
+
+def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator[AnyEntry]:
+    """The entries of the journal; damaged lines are told of and left out."""
+    from esper_tamiyo.journaling import journal
+
+    folder: Path = options.journal or journal.default_folder(options.socket)
+    read = journal.follow if follow else journal.read
+    try:
+        for entry in read(folder):
+            if isinstance(entry, journal.Damage):
+                print(f"tamiyo: {entry}", file=sys.stderr)
+            else:
+                yield entry
+    except FileNotFoundError:
+        raise CommandError(f"{folder}: there is no journal; --journal names another") from None
+    except OSError as error:
+        raise CommandError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _journal(options: argparse.Namespace) -> int:
+    from esper_tamiyo.journaling.journal import line_of
+    from esper_tamiyo.journaling.telling import line
+
+    try:
+        for entry in entries_of(options, follow=options.follow):
+            if options.run and getattr(entry, "run", "") != options.run:
+                continue
+            shown = line_of(entry).decode().rstrip() if options.json else line(entry)
+            print(shown, flush=options.follow)
+    except KeyboardInterrupt:  # how one ends --follow
+        return 130
+    return 0

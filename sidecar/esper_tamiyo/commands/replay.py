@@ -1,0 +1,105 @@
+"""``tamiyo replay``: what a table would have decided about a recorded run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from esper_tamiyo.commands.common import Commands, plain
+from esper_tamiyo.commands.recorded import add_recording, recorded, table_named, told
+
+if TYPE_CHECKING:
+    from esper_tamiyo.replaying.replay import Judged, Summary
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "replay", help="show what a table would have decided about a recorded run"
+    )
+    add_recording(parser)
+    parser.add_argument(
+        "--table", default="default", help="default, prototype or a file (default: %(default)s)"
+    )
+    parser.add_argument("--all", action="store_true", help="also show what is nominal")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.set_defaults(command=_replay)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from esper_tamiyo.replaying.replay import Summary, replay
+
+    table = table_named(options.table)
+    recording = recorded(options.recording)
+    summary = Summary()
+    start = time.perf_counter()
+    for judged in replay(recording.steps(options.run), table):
+        summary.add(judged)
+        if options.all or not judged.is_nominal:
+            print(json.dumps(_object(judged)) if options.json else line(judged))
+    took_s = time.perf_counter() - start
+    told(recording, options.recording, options.run, summary.steps)
+    print_summary = _print_json_summary if options.json else _print_summary
+    print_summary(summary, table.version, took_s)
+    return 0
+
+
+def line(judged: Judged) -> str:
+    """A decision for people: which, what, and the values behind it."""
+    decision = judged.decision
+    words = [f"{decision.id}  {decision.action:9} {decision.severity:8} {decision.reason}"]
+    if not judged.is_step:
+        words.append("silence behind this step")
+    if decision.seed_operation is not None:
+        words.append(f"{decision.seed_operation} {decision.target_seed}")
+    elif decision.target_seed is not None:
+        words.append(decision.target_seed)
+    words += [f"{name} {value:g}" for name, value in decision.parameters.items()]
+    if decision.conservative:
+        words.append("conservative mode")
+    head = ", ".join(words)
+    for finding in decision.findings:
+        if finding.rule == decision.reason and finding.seed_id == decision.target_seed:
+            values = ", ".join(f"{key} {value:.6g}" for key, value in finding.values.items())
+            return f"{head}  ({values})"
+    return head
+
+
+def _object(judged: Judged) -> dict[str, Any]:
+    frame = judged.frame
+    also = {
+        "rank": frame.rank,
+        "time_unix_nano": frame.time_unix_nano,
+        "silence": not judged.is_step,
+    }
+    return {**plain(judged.decision), **also}
+
+
+def _print_summary(summary: Summary, version: str, took_s: float) -> None:
+    ranks = len(summary.ranks)
+    print(
+        f"{summary.steps:,} steps of {ranks} rank{'s' * (ranks != 1)}, "
+        f"{summary.recorded_s:,.1f} s recorded, by table {version}"
+    )
+    for (action, reason), count in summary.decided.most_common():
+        print(f"  {count:10,}  {action:9} {reason}")
+    pace = f", {summary.recorded_s / took_s:,.0f} times its own pace" if took_s else ""
+    print(f"replayed in {took_s:,.2f} s: {summary.steps / took_s:,.0f} steps/s{pace}")
+
+
+def _print_json_summary(summary: Summary, version: str, took_s: float) -> None:
+    decided = [
+        {"action": action, "reason": reason, "steps": count}
+        for (action, reason), count in summary.decided.most_common()
+    ]
+    content = {
+        "table_version": version,
+        "steps": summary.steps,
+        "ranks": [{"run": run, "rank": rank} for run, rank in sorted(summary.ranks)],
+        "recorded_s": summary.recorded_s,
+        "replayed_s": took_s,
+        "decided": decided,
+    }
+    print(json.dumps({"summary": content}))

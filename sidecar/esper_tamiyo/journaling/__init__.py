@@ -1,0 +1,1 @@
+"""The scribe process: journal, field reports, Tamiyo's own telemetry and health."""

@@ -1,0 +1,165 @@
+"""Entries: what the journal holds, one JSON object a line.
+
+Field names are stable: ``docs/decisions.md`` lists them, readers ignore fields they do
+not know, and a field is never given another meaning.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from esper_otel.leyline.decisions import Action, SeedOperation, Severity
+from esper_tamiyo.judging.witness import RuleState
+
+
+class Proposed(msgspec.Struct, frozen=True):
+    """The seed operation that came with an ask."""
+
+    seed_id: str
+    operation: SeedOperation
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that fired, as a finding of the decision has it, and since which step.
+
+    ``pending_since`` is when its condition began to hold, ``firing_since`` when it had
+    held for long enough; None where the sidecar did not see it begin.
+    """
+
+    rule: str
+    action: Action
+    severity: Severity
+    text: str
+    values: dict[str, float]
+    seed_id: str | None = None
+    pending_since: int | None = None
+    firing_since: int | None = None
+
+
+class Silenced(msgspec.Struct, frozen=True):
+    """A rule that would have been heard, had not ``by`` silenced it."""
+
+    rule: str
+    by: str
+    seed_id: str | None = None
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """What all lines have: ``kind``, and when the step ended that they are about.
+
+    For lines that are about no step, ``time_unix_nano`` is when they were written.
+    """
+
+    time_unix_nano: int
+
+
+class Decided(Entry, frozen=True, kw_only=True, tag="decision"):
+    """A decision other than CONTINUE.
+
+    ``findings`` are in the order of the table; the one whose rule is ``reason`` won.
+    ``mode`` is what the trainer does with decisions: ``enforce``, ``advise`` or, where
+    none has said so, "". ``asked`` is False when the step came in the stream only.
+    ``decided_unix_nano`` is by the sidecar's clock, ``took_ms`` since it saw the step.
+    """
+
+    id: str
+    run: str
+    rank: int
+    instance: str
+    step: int
+    observed_step: int
+    action: Action
+    severity: Severity
+    reason: str
+    target_seed: str | None
+    seed_operation: SeedOperation | None
+    parameters: dict[str, float]
+    conservative: bool
+    table_version: str
+    mode: str
+    asked: bool
+    decided_unix_nano: int
+    took_ms: float
+    proposal: Proposed | None
+    findings: list[Found]
+    silenced: list[Silenced]
+
+
+class Changed(Entry, frozen=True, kw_only=True, tag="rule"):
+    """A rule went from one state to another; see ``RuleChange`` for the fields."""
+
+    run: str
+    rank: int
+    step: int
+    rule: str
+    severity: Severity
+    seed_id: str | None
+    before: RuleState
+    after: RuleState
+    since_step: int
+    values: dict[str, float]
+    silenced_by: str
+
+
+class Reported(Entry, frozen=True, kw_only=True, tag="field_report"):
+    """What a run did after a decision; see :mod:`esper_tamiyo.journaling.field_reports`.
+
+    ``before`` and ``after`` are medians over at most ``window`` steps, ``during`` the
+    values of the step itself; a metric nobody sent is left out. ``observed`` is how many steps
+    after the decision were seen.
+    """
+
+    decision: str
+    run: str
+    rank: int
+    step: int
+    action: Action
+    reason: str
+    mode: str
+    outcome: str
+    because: str
+    window: int
+    observed: int
+    before: dict[str, float]
+    during: dict[str, float]
+    after: dict[str, float]
+
+
+class RuleText(msgspec.Struct, frozen=True):
+    """One rule of a table, as far as people need it to understand a decision."""
+
+    id: str
+    action: Action
+    severity: Severity
+    when: str
+    text: str
+
+
+class TableInUse(Entry, frozen=True, kw_only=True, tag="table"):
+    """The table that is decided by from here on; repeated at the top of each file."""
+
+    version: str
+    rules: list[RuleText]
+
+
+class Opened(Entry, frozen=True, kw_only=True, tag="opened"):
+    """A sidecar began to write here."""
+
+    pid: int
+    release: str
+
+
+class Closed(Entry, frozen=True, kw_only=True, tag="closed"):
+    """It ended in good order; a journal without this line ended with a kill."""
+
+    pid: int
+
+
+class Gap(Entry, frozen=True, kw_only=True, tag="gap"):
+    """``lost`` entries before this line could not be written, and why."""
+
+    lost: int
+    because: str
+
+
+AnyEntry = Decided | Changed | Reported | TableInUse | Opened | Closed | Gap

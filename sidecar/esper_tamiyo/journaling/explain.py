@@ -1,0 +1,274 @@
+"""Explain: one decision in words, from the journal alone.
+
+Which rule decided and what it saw, since when, what was not heard because of it, and what
+the run did afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import msgspec
+
+from esper_otel.leyline.decisions import CONSERVATIVE_MODE, NOMINAL, RANK_OF
+from esper_tamiyo.journaling.entries import (
+    AnyEntry,
+    Changed,
+    Decided,
+    Found,
+    Reported,
+    RuleText,
+    TableInUse,
+)
+from esper_tamiyo.journaling.field_reports import WATCHED
+from esper_tamiyo.journaling.journal import in_words
+from esper_tamiyo.judging.witness import RuleState
+
+LATEST = "latest"
+NEAR = 5
+"""Ids offered in place of one that is not there."""
+
+MODES = {
+    "enforce": "The trainer applies decisions.",
+    "advise": "The trainer only reports decisions: nothing was changed in the run.",
+    "": "Whether the trainer applied it is not known.",
+}
+
+AGAINST = {
+    "baseline": "baseline",
+    "frozen": "frozen baseline",
+    "lowest": "lowest baseline",
+    "highest": "highest baseline",
+    "peers": "other ranks",
+    "previous": "before",
+    "missing": "missing for",
+    "left": "left",
+}
+"""What a value was held against: as findings name it, and as it is told."""
+
+RATIOS = frozenset({"baseline", "frozen", "lowest", "highest", "peers"})
+
+_OF = re.compile(rf"({'|'.join(AGAINST)})\((.+)\)")
+
+
+class UnknownDecisionError(Exception):
+    """No such decision in the journal; the text says what there is."""
+
+
+class Story(NamedTuple):
+    """A decision and what belongs to it."""
+
+    decision: Decided
+    report: Reported | None
+    rules: dict[str, RuleText]
+    """The rules of the table that decided, as far as the journal has them."""
+    ended: int | None
+    """The step at which the rule that decided let go, None when it was not seen to."""
+
+
+def tell(entries: Iterable[AnyEntry], wanted: str, run: str = "") -> Story:
+    """The story of the decision with the id ``wanted``, or of the latest (of ``run``).
+
+    Of several with one id (a step asked about twice, a restarted run) it is the last.
+    Raises :class:`UnknownDecisionError`.
+    """
+    decision: Decided | None = None
+    report: Reported | None = None
+    tables: dict[str, TableInUse] = {}
+    ids: dict[str, None] = {}
+    ended: int | None = None
+    for entry in entries:
+        if isinstance(entry, TableInUse):
+            tables[entry.version] = entry
+        elif isinstance(entry, Decided):
+            ids[entry.id] = None
+            if entry.id == wanted or (wanted == LATEST and run in ("", entry.run)):
+                decision, report, ended = entry, None, None
+        elif isinstance(entry, Reported):
+            if decision is not None and entry.decision == decision.id:
+                report = entry
+        elif decision is not None and ended is None and _lets_go(entry, decision):
+            ended = entry.step if isinstance(entry, Changed) else None
+    if decision is None:
+        raise UnknownDecisionError(_unknown(wanted, run, list(ids)))
+    table = tables.get(decision.table_version)
+    rules = {rule.id: rule for rule in table.rules} if table else {}
+    return Story(decision, report, rules, ended)
+
+
+def lines(story: Story) -> Iterator[str]:
+    """The story for people."""
+    decision = story.decision
+    about = f" for seed {decision.target_seed}" if decision.target_seed else ""
+    yield f"{decision.id}: {decision.action} ({decision.severity}){about}"
+    yield f"at {in_words(decision.time_unix_nano)}, by table {decision.table_version}"
+    yield from _why(story)
+    yield from _what(decision)
+    yield from _unheard(story)
+    yield from _afterwards(story)
+
+
+def plain(story: Story) -> dict[str, Any]:
+    """The story for machines: the journal's own entries, and the texts of the rules."""
+    told: dict[str, Any] = msgspec.to_builtins(
+        {
+            "decision": story.decision,
+            "field_report": story.report,
+            "rules": {
+                rule: story.rules[rule]
+                for rule in _involved(story.decision)
+                if rule in story.rules
+            },
+            "let_go_at_step": story.ended,
+        }
+    )
+    return told
+
+
+def _why(story: Story) -> Iterator[str]:
+    decision = story.decision
+    yield ""
+    if decision.reason == NOMINAL:
+        yield "Nothing was wrong, so what was proposed is granted."
+    elif decision.reason == CONSERVATIVE_MODE:
+        yield "Conservative mode: seeds wait until the run has been calm for a while."
+    for found in decision.findings:
+        if found.rule == decision.reason:
+            yield f"{found.rule} decided: {found.text}"
+            yield from _evidence(found, story.rules.get(found.rule))
+            break
+
+
+def _evidence(found: Found, rule: RuleText | None) -> Iterator[str]:
+    if rule is not None:
+        yield f"  it asks for: {rule.when}"
+    for line in told_values(found.values):
+        yield f"  it saw: {line}"
+    if found.seed_id is not None:
+        yield f"  about seed {found.seed_id}"
+    if found.pending_since is not None and found.pending_since != found.firing_since:
+        yield f"  it held since step {found.pending_since}"
+    if found.firing_since is not None:
+        yield f"  firing since step {found.firing_since}"
+
+
+def told_values(values: dict[str, float]) -> Iterator[str]:
+    """Values, each with what it was held against."""
+    against: dict[str, list[str]] = {}
+    shown = []
+    for key, value in values.items():
+        match = _OF.fullmatch(key)
+        if match is None:
+            shown.append(key)
+            continue
+        what, metric = match[1], match[2]
+        text = f"{AGAINST[what]} {value:.4g}"
+        if what in RATIOS and value > 0 and metric in values:
+            text += f", {values[metric] / value:.3g} times that"
+        against.setdefault(metric, []).append(text)
+    for key in shown:
+        told = against.pop(key, None)
+        yield f"{key} {values[key]:.4g}" + (f" ({'; '.join(told)})" if told else "")
+    for metric, told in against.items():
+        yield f"{'; '.join(told)} (of {metric})"
+
+
+def _what(decision: Decided) -> Iterator[str]:
+    yield ""
+    for name, value in decision.parameters.items():
+        yield f"{name} {value:g}"
+    if decision.seed_operation is not None:
+        yield f"granted: {decision.seed_operation} of seed {decision.target_seed}"
+    if decision.conservative:
+        yield "Conservative mode is on: operations on seeds wait."
+    if decision.observed_step > decision.step:
+        yield f"It had already seen step {decision.observed_step}."
+    yield MODES.get(decision.mode, MODES[""])
+
+
+def _unheard(story: Story) -> Iterator[str]:
+    decision = story.decision
+    unheard = []
+    lower = [found for found in decision.findings if found.rule != decision.reason]
+    for found in sorted(lower, key=lambda found: -RANK_OF[found.severity]):
+        seen = ", ".join(told_values(found.values))
+        unheard.append(
+            f"{found.rule} ({found.action}, {found.severity}): {found.text} [{seen}]"
+        )
+    unheard += [f"{silenced.rule}: silenced by {silenced.by}" for silenced in decision.silenced]
+    proposal = decision.proposal
+    if proposal is not None and decision.seed_operation is None:
+        unheard.append(f"the proposal to {proposal.operation} seed {proposal.seed_id}")
+    if unheard:
+        yield ""
+        yield "Not followed, as this was stronger:"
+        yield from (f"  {line}" for line in unheard)
+
+
+def _afterwards(story: Story) -> Iterator[str]:
+    yield ""
+    report = story.report
+    if report is None:
+        yield "Afterwards: no field report yet, its steps have not been seen."
+    else:
+        yield f"Afterwards ({report.observed} of {report.window} steps): {report.outcome}"
+        if report.because:
+            yield f"  {report.because}"
+        for key in WATCHED:
+            parts = [
+                f"{when} {values[key]:.4g}"
+                for when, values in (
+                    ("before", report.before),
+                    ("at the decision", report.during),
+                    ("after", report.after),
+                )
+                if key in values
+            ]
+            if parts:
+                yield f"  {key}: {', '.join(parts)}"
+    if story.ended is not None:
+        yield f"{story.decision.reason} let go at step {story.ended}."
+
+
+def _lets_go(entry: AnyEntry, decision: Decided) -> bool:
+    return (
+        isinstance(entry, Changed)
+        and (entry.run, entry.rank, entry.rule)
+        == (decision.run, decision.rank, decision.reason)
+        and entry.step > decision.step
+        and entry.after is RuleState.INACTIVE
+    )
+
+
+def _involved(decision: Decided) -> list[str]:
+    found = [found.rule for found in decision.findings]
+    return [*found, *(silenced.rule for silenced in decision.silenced)]
+
+
+def _unknown(wanted: str, run: str, ids: list[str]) -> str:
+    if not ids:
+        return "the journal holds no decision other than CONTINUE yet"
+    if wanted == LATEST:
+        runs = sorted({one.rsplit("/", 2)[0] for one in ids})
+        return f"the journal holds no decision about run {run}; it knows {_some(runs)}"
+    return (
+        f"{wanted}: the journal holds no such decision (a CONTINUE is not written down); "
+        f"near it are {_some(_near(wanted, ids))}"
+    )
+
+
+def _near(wanted: str, ids: list[str]) -> list[str]:
+    """The ids of the same rank with the nearest steps, else those spelt most like it."""
+    run_and_rank, _, step = wanted.rpartition("/")
+    same = [one for one in ids if one.rpartition("/")[0] == run_and_rank]
+    if same and step.isdecimal():
+        return sorted(same, key=lambda one: abs(int(one.rpartition("/")[2]) - int(step)))[:NEAR]
+    return get_close_matches(wanted, ids, NEAR, 0.0)
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - NEAR
+    return ", ".join(names[:NEAR]) + (f" and {rest} more" if rest > 0 else "")

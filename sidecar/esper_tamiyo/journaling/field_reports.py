@@ -1,0 +1,305 @@
+"""Field reports: what a run did after a decision.
+
+A report says what happened *after*, which need not be *because*: there is no second run
+to compare with. It compares three looks at the loss, its volatility and the step time:
+
+- *before*: the median over the :data:`WINDOW` steps up to the decision,
+- *during*: the step that was decided about,
+- *after*: the median over the :data:`WINDOW` steps behind it.
+
+A difference counts when it is more than a tenth of what it is held against and more than
+twice the usual unsteadiness (the median absolute deviation before the decision). What had left
+the ordinary at the decision is what the report is about; when nothing had, all three are.
+For each of them *after* is held against *during*, or against *before* where *during* was
+ordinary: lower is ``improved``, and so is back to the ordinary; higher is ``worse``. One
+that got worse makes the report ``worse``; else one that improved makes it ``improved``;
+else it is ``neutral``. With fewer than half of the steps, or of their values, it is
+``inconclusive``, unless values went missing because they were not finite, which is
+``worse``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from enum import StrEnum
+from statistics import median
+from typing import NamedTuple
+
+import msgspec
+
+from esper_otel.leyline.decisions import Action, Decision
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.journaling.entries import Reported
+
+WINDOW = 32
+"""Steps looked at on either side of a decision."""
+
+WATCHED = ("loss", "loss_volatility", "step_latency_ms")
+"""Metrics a report is about; of each, less is better."""
+
+TOLERANCE = 0.1
+UNSTEADINESS = 2.0
+
+MAX_RANKS = 1024
+"""Ranks whose last steps are kept; beyond it the one not heard of for longest goes."""
+
+QUIET_S = 60.0
+QUIET_STEPS = 20.0
+"""A rank that said nothing for so long, and for so many of its steps, has ended."""
+
+
+class Outcome(StrEnum):
+    """How the run went on."""
+
+    IMPROVED = "improved"
+    NEUTRAL = "neutral"
+    WORSE = "worse"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Look(NamedTuple):
+    """What a report needs of one step; ``values`` are those of :data:`WATCHED`."""
+
+    step: int
+    values: tuple[float | None, float | None, float | None]
+    nonfinite: float
+
+
+class Due(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"):
+    """All that a report is made of, by :func:`report_of`.
+
+    ``ended`` says why no more steps will be seen, "" when all have been.
+    """
+
+    time_unix_nano: int
+    decision: str
+    run: str
+    rank: int
+    step: int
+    action: Action
+    reason: str
+    mode: str
+    ended: str
+    before: list[Look]
+    during: Look
+    after: list[Look]
+
+
+class _Pending(NamedTuple):
+    """A decision whose report is due."""
+
+    decision: Decision
+    rank: int
+    mode: str
+    during: Look
+
+
+class _Past:
+    """The last steps of one rank, and the decisions that wait for more of them.
+
+    Both are in the order of their steps; what came before a decision and what came after
+    it is only looked up when its report is due.
+    """
+
+    __slots__ = ("heard_s", "instance", "looks", "pending", "time_unix_nano")
+
+    def __init__(self, instance: str) -> None:
+        self.instance = instance
+        self.looks: deque[Look] = deque(maxlen=2 * WINDOW + 1)
+        self.pending: deque[_Pending] = deque()
+        self.heard_s = 0.0
+        self.time_unix_nano = 0
+
+
+class FieldReports:
+    """Follows decisions until their reports are due.
+
+    Fed with every judged frame and every decision, in their order; a CONTINUE has no
+    report. What falls due is handed on to be made into a report elsewhere: medians are not
+    for the thread that answers. Reads no clock: ``now_s`` is handed in, in seconds of any
+    one monotonic clock.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: OrderedDict[tuple[str, int], _Past] = OrderedDict()
+
+    @property
+    def pending(self) -> int:
+        """Decisions whose report is due."""
+        return sum(len(past.pending) for past in self._ranks.values())
+
+    def judged(self, frame: StepFrame, now_s: float) -> list[Due]:
+        """A step was seen: the reports that it completes."""
+        key = (frame.run, frame.rank)
+        past = self._ranks.get(key)
+        reports: list[Due] = []
+        if past is None or (frame.instance and past.instance != frame.instance):
+            if past is not None:
+                reports = _given_up(past, "the process was replaced by another")
+            past = self._ranks[key] = _Past(frame.instance)
+            if len(self._ranks) > MAX_RANKS:
+                _, forgotten = self._ranks.popitem(last=False)
+                reports += _given_up(forgotten, "the run was forgotten")
+        self._ranks.move_to_end(key)
+        past.heard_s = now_s
+        past.time_unix_nano = frame.time_unix_nano
+        past.looks.append(_look(frame))
+        while past.pending and frame.step >= past.pending[0].decision.step + WINDOW:
+            reports.append(_due(past, past.pending.popleft()))
+        return reports
+
+    def decided(self, decision: Decision, frame: StepFrame, mode: str) -> None:
+        """A decision was made about ``frame``; a later one about the same step replaces it."""
+        past = self._ranks.get((frame.run, frame.rank))
+        if past is None:
+            return
+        if past.pending and past.pending[-1].decision.step == decision.step:
+            past.pending.pop()
+        if decision.action is not Action.CONTINUE:
+            past.pending.append(_Pending(decision, frame.rank, mode, _look(frame)))
+
+    def quiet(self, now_s: float) -> list[Due]:
+        """Give up on ranks that have ended, as far as silence can tell."""
+        return [
+            report
+            for past in self._ranks.values()
+            if past.pending and now_s - past.heard_s > _patience_s(past)
+            for report in _given_up(past, "the run said no more")
+        ]
+
+    def close(self) -> list[Due]:
+        """Give up on all: nobody will see what the runs do next."""
+        return [
+            report
+            for past in self._ranks.values()
+            for report in _given_up(past, "the sidecar ended")
+        ]
+
+
+def _look(frame: StepFrame) -> Look:
+    values = frame.values
+    return Look(
+        frame.step,
+        (values.get("loss"), values.get("loss_volatility"), values.get("step_latency_ms")),
+        values.get("nonfinite", 0.0),
+    )
+
+
+def _patience_s(past: _Past) -> float:
+    step_ms = past.looks[-1].values[2]
+    return max(QUIET_S, QUIET_STEPS * (step_ms or 0.0) / 1e3)
+
+
+def _given_up(past: _Past, because: str) -> list[Due]:
+    reports = [_due(past, pending, because) for pending in past.pending]
+    past.pending.clear()
+    return reports
+
+
+def _due(past: _Past, pending: _Pending, ended: str = "") -> Due:
+    decision = pending.decision
+    step = decision.step
+    return Due(
+        time_unix_nano=past.time_unix_nano,
+        decision=decision.id,
+        run=decision.run,
+        rank=pending.rank,
+        step=step,
+        action=decision.action,
+        reason=decision.reason,
+        mode=pending.mode,
+        ended=ended,
+        before=[look for look in past.looks if look.step < step][-WINDOW:],
+        during=pending.during,
+        after=[look for look in past.looks if step < look.step <= step + WINDOW],
+    )
+
+
+def report_of(due: Due) -> Reported:
+    """The report: what the medians were, and how the run went on."""
+    outcome, because = (Outcome.INCONCLUSIVE, due.ended) if due.ended else _judge(due)
+    return Reported(
+        time_unix_nano=due.time_unix_nano,
+        decision=due.decision,
+        run=due.run,
+        rank=due.rank,
+        step=due.step,
+        action=due.action,
+        reason=due.reason,
+        mode=due.mode,
+        outcome=outcome,
+        because=because,
+        window=WINDOW,
+        observed=len(due.after),
+        before=_medians(due.before),
+        during=_by_key(due.during.values),
+        after=_medians(due.after),
+    )
+
+
+def _judge(looks: Due) -> tuple[Outcome, str]:
+    """The outcome and, in words, what it rests on."""
+    if 2 * len(looks.after) < WINDOW:
+        return Outcome.INCONCLUSIVE, f"only {len(looks.after)} of {WINDOW} steps were seen"
+    known = []
+    for place, key in enumerate(WATCHED):
+        verdict = _verdict(looks, place)
+        if verdict is not None:
+            known.append((key, verdict))
+    subjects = [each for each in known if each[1].unusual] or known
+    for outcome in (Outcome.WORSE, Outcome.IMPROVED, Outcome.INCONCLUSIVE, Outcome.NEUTRAL):
+        whys = [f"{key} {told.why}" for key, told in subjects if told.outcome is outcome]
+        if whys:
+            return outcome, "; ".join(whys)
+    return Outcome.INCONCLUSIVE, "none of the values it looks at was there"
+
+
+class _Verdict(NamedTuple):
+    """What became of one metric; ``unusual``: it had left the ordinary at the decision."""
+
+    outcome: Outcome
+    unusual: bool
+    why: str
+
+
+def _verdict(looks: Due, place: int) -> _Verdict | None:
+    before = _values(looks.before, place)
+    if not before:
+        return None
+    usual = median(before)
+    spread = median(abs(value - usual) for value in before)
+    tolerance = max(TOLERANCE * abs(usual), UNSTEADINESS * spread)
+    then = looks.during.values[place]
+    gone = then is None and looks.during.nonfinite > 0
+    unusual = gone or (then is not None and abs(then - usual) > tolerance)
+    values = _values(looks.after, place)
+    if 2 * len(values) < len(looks.after):
+        if any(look.nonfinite for look in looks.after):
+            return _Verdict(Outcome.WORSE, True, "is not finite any more")
+        return _Verdict(Outcome.INCONCLUSIVE, unusual, "was missing afterwards")
+    after = median(values)
+    if unusual and after <= usual + tolerance and (then is None or then > usual):
+        return _Verdict(Outcome.IMPROVED, True, "is back to what it was")
+    if gone:
+        return _Verdict(Outcome.WORSE, True, "is finite again, and higher than it was")
+    reference = then if unusual and then is not None else usual
+    tolerance = max(tolerance, TOLERANCE * abs(reference))
+    if after < reference - tolerance:
+        return _Verdict(Outcome.IMPROVED, unusual, "is lower")
+    if after > reference + tolerance:
+        return _Verdict(Outcome.WORSE, unusual, "is higher")
+    return _Verdict(Outcome.NEUTRAL, unusual, "is much the same")
+
+
+def _values(looks: list[Look], place: int) -> list[float]:
+    return [value for look in looks if (value := look.values[place]) is not None]
+
+
+def _medians(looks: list[Look]) -> dict[str, float]:
+    values = [_values(looks, place) for place in range(len(WATCHED))]
+    return {key: median(of) for key, of in zip(WATCHED, values, strict=True) if of}
+
+
+def _by_key(values: tuple[float | None, ...]) -> dict[str, float]:
+    pairs = zip(WATCHED, values, strict=True)
+    return {key: value for key, value in pairs if value is not None}

@@ -1,0 +1,234 @@
+"""The journal: what was decided and why, in files that people and machines can read.
+
+A folder of ``journal-000001.jsonl``, ``journal-000002.jsonl``, …; the highest number is
+being written, the lowest go when there are too many. A line is complete when its newline
+is there; what a kill has cut short is recognised when it is read. Nothing is ever renamed
+or changed, so a reader needs no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from esper_otel.leyline.wire import default_socket_path
+from esper_tamiyo.journaling.entries import AnyEntry, TableInUse
+
+MAX_FILE_MB = 8.0
+MAX_FILES = 8
+
+_LAST_SECOND = 253_402_300_799.0
+"""The end of the year 9999."""
+
+_NAME = re.compile(r"journal-(\d{6,})\.jsonl")
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(AnyEntry)
+
+
+class Damage(NamedTuple):
+    """A line that is not an entry: cut short by a kill, or not ours."""
+
+    path: Path
+    line: int
+    problem: str
+
+    def __str__(self) -> str:
+        """As it is told to people."""
+        return f"{self.path}:{self.line}: {self.problem}; the line is left out"
+
+
+def default_folder(socket: Path | None = None) -> Path:
+    """The journal of the sidecar at ``socket`` (None: at the default place).
+
+    Beside a socket that was chosen. The default socket's folder does not outlive a login,
+    so its journal is ``$XDG_STATE_HOME/esper/journal``.
+    """
+    if socket is not None and socket != default_socket_path():
+        return socket.with_suffix(".journal")
+    state = os.environ.get("XDG_STATE_HOME")
+    home = Path(state) if state else Path.home() / ".local" / "state"
+    return home / "esper" / "journal"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The journal's files, oldest first; raises ``OSError`` when there is no folder."""
+    numbered = [(match[1], path) for path in folder.iterdir() if (match := _match(path))]
+    return [path for _, path in sorted(numbered, key=lambda pair: int(pair[0]))]
+
+
+class Journal:
+    """Appends entries to the newest file of a folder.
+
+    Every method raises ``OSError`` when the system does not let it. Bounded: at most
+    ``max_files`` of about ``max_bytes`` each. The folder is locked, since lines of two
+    writers would mix.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, max_files: int) -> None:
+        self.folder = folder
+        self.written = 0
+        """Entries written since it was opened."""
+        self._max_bytes = max_bytes
+        self._max_files = max_files
+        self._table: TableInUse | None = None
+        self._dirty = False
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._take_lock()
+            files = files_of(folder)
+            self._number = _number(files[-1]) if files else 1
+            self._open()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def append(self, entries: Sequence[AnyEntry]) -> None:
+        """Write ``entries``, each a whole line, in one go."""
+        if not entries:
+            return
+        for entry in entries:
+            if isinstance(entry, TableInUse):
+                self._table = entry
+        if self._size >= self._max_bytes:
+            self._turn_the_page()
+        self._write(b"".join(map(line_of, entries)))
+        self.written += len(entries)
+
+    def sync(self) -> None:
+        """Have what was written outlive a power cut."""
+        if self._dirty:
+            self._dirty = False
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Write no more."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
+            os.close(self._lock)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(error.errno, "another sidecar writes its journal there") from None
+
+    def _open(self) -> None:
+        path = self.folder / f"journal-{self._number:06d}.jsonl"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.open(path, flags, 0o600)
+        self._size = os.fstat(self._file).st_size
+        if self._size and not _ends_with_newline(path):
+            self._write(b"\n")  # what a kill cut short is a line of its own
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:  # a nearly full disk takes a part first, and refuses the next
+            count = os.write(self._file, rest)
+            self._size += count
+            self._dirty = True
+            rest = rest[count:]
+
+    def _turn_the_page(self) -> None:
+        self.sync()
+        old, self._number = self._file, self._number + 1
+        try:
+            self._open()
+        except OSError:
+            self._number -= 1
+            raise
+        os.close(old)
+        if self._table is not None:
+            self._write(line_of(self._table))  # so that each file explains itself
+        for path in files_of(self.folder)[: -self._max_files]:
+            path.unlink(missing_ok=True)
+
+
+def line_of(entry: AnyEntry) -> bytes:
+    """One line; ``at`` comes first, in words, and is told again in nanoseconds."""
+    head = b'{"at":"%s",' % in_words(entry.time_unix_nano).encode()
+    return head + _encoder.encode(entry)[1:] + b"\n"
+
+
+def in_words(time_unix_nano: int) -> str:
+    """RFC 3339, in UTC; the nearest time there is a name for, whatever a producer sent."""
+    seconds = min(max(time_unix_nano, 0) / 1e9, _LAST_SECOND)
+    at = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+    return at.replace("+00:00", "Z")
+
+
+def read(folder: Path) -> Iterator[AnyEntry | Damage]:
+    """Every entry in the order in which it was written, and what is no entry.
+
+    Raises ``OSError`` when there is no such folder. A file that is rotated away meanwhile
+    is passed over.
+    """
+    for path in files_of(folder):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        yield from _entries(path, data.splitlines(keepends=True), first_line=1)
+
+
+def follow(folder: Path, poll_s: float = 0.2) -> Iterator[AnyEntry | Damage]:
+    """As :func:`read`, and then what is written from there on, for ever."""
+    path: Path | None = None
+    offset = lines = 0
+    while True:
+        files = files_of(folder)
+        current = next(
+            (file for file in files if path is None or _number(file) >= _number(path)), None
+        )
+        if current is not None:
+            if current != path:
+                path, offset, lines = current, 0, 0
+            is_newest = current == files[-1]
+            with current.open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+            whole = data if not is_newest else data[: data.rfind(b"\n") + 1]
+            yield from _entries(path, whole.splitlines(keepends=True), lines + 1)
+            offset += len(whole)
+            lines += whole.count(b"\n")
+            if not is_newest:
+                path = files[files.index(current) + 1]
+                offset = lines = 0
+                continue
+        time.sleep(poll_s)
+
+
+def _entries(path: Path, lines: list[bytes], first_line: int) -> Iterator[AnyEntry | Damage]:
+    for number, line in enumerate(lines, first_line):
+        if not line.strip():
+            continue
+        try:
+            yield _decoder.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            cut = not line.endswith(b"\n") or b"truncated" in str(error).encode()
+            yield Damage(path, number, "ends in the middle" if cut else f"no entry: {error}")
+
+
+def _match(path: Path) -> re.Match[str] | None:
+    return _NAME.fullmatch(path.name)
+
+
+def _number(path: Path) -> int:
+    match = _match(path)
+    return int(match[1]) if match else 0
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,328 @@
+"""Tamiyo's own metrics: the one table they are made, exported and documented from.
+
+Values are read from the report of ``tamiyo status``, in which counts run from the start
+of the decide process. ``python -m esper_tamiyo.journaling.own_metrics`` writes the table of
+``docs/decisions.md`` anew; with ``--check`` it says whether that is due.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Report = Mapping[str, Any]
+Values = Iterable[tuple[float, dict[str, str]]]
+"""Values with their attributes."""
+
+
+class Kind(StrEnum):
+    """What sort of instrument."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+class OwnMetric(NamedTuple):
+    """One metric: ``read`` finds its values in a report.
+
+    A histogram has no ``read``; ``distribution`` is its name in the pulse.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    attributes: tuple[str, ...] = ()
+    read: Callable[[Report], Values] = lambda report: ()
+    distribution: str = ""
+
+
+def _one(*path: str) -> Callable[[Report], Values]:
+    """The number at ``path``, where there is one."""
+
+    def read(report: Report) -> Values:
+        value: Any = report
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return [] if value is None else [(value, {})]
+
+    return read
+
+
+def _each(attribute: str, names: Mapping[str, str], *path: str) -> Callable[[Report], Values]:
+    """The numbers called ``names`` at ``path``, each with its attribute's value."""
+
+    def read(report: Report) -> Values:
+        values: Any = report
+        for name in path:
+            values = (values or {}).get(name)
+        return [
+            (values[name], {attribute: told})
+            for name, told in names.items()
+            if values and values.get(name) is not None
+        ]
+
+    return read
+
+
+def _decisions(report: Report) -> Values:
+    for row in report.get("decisions") or ():
+        yield (
+            row["count"],
+            {name: row[name] for name in ("action", "severity", "rule")},
+        )
+
+
+def _table(report: Report) -> Values:
+    table = report.get("table") or {}
+    return [(1, {"version": table["version"]})] if "version" in table else []
+
+
+def _queues(report: Report) -> Values:
+    for queue, path in (
+        ("frames", ("ingest", "frames_waiting")),
+        ("notes", ("scribe", "notes_waiting")),
+        ("field_reports", ("scribe", "field_reports_pending")),
+    ):
+        for value, _ in _one(*path)(report):
+            yield value, {"queue": queue}
+
+
+def _runs(report: Report) -> Values:
+    counts: dict[str, int] = {}
+    for run in (report.get("engine") or {}).get("runs") or ():
+        state = str(run.get("state", "known"))
+        counts[state] = counts.get(state, 0) + 1
+    return [(count, {"state": state}) for state, count in counts.items()]
+
+
+def _rules(report: Report) -> Values:
+    counts: dict[tuple[str, str], int] = {}
+    for run in (report.get("engine") or {}).get("runs") or ():
+        for rule in run.get("rules") or ():
+            key = (str(rule["rule"]), str(rule["state"]))
+            counts[key] = counts.get(key, 0) + 1
+    return [(count, {"rule": rule, "state": state}) for (rule, state), count in counts.items()]
+
+
+def _conservative(report: Report) -> Values:
+    runs = (report.get("engine") or {}).get("runs") or ()
+    return [(sum(bool(run.get("conservative")) for run in runs), {})]
+
+
+OWN_METRICS: tuple[OwnMetric, ...] = (
+    OwnMetric(
+        "tamiyo.decisions",
+        Kind.COUNTER,
+        "{decision}",
+        "decisions made; `rule` is the rule that won, `nominal` or `conservative_mode`",
+        ("action", "severity", "rule"),
+        _decisions,
+    ),
+    OwnMetric(
+        "tamiyo.answer.duration",
+        Kind.HISTOGRAM,
+        "ms",
+        "from seeing an ask to having answered it, in the process that decides",
+        distribution="answers",
+    ),
+    OwnMetric(
+        "tamiyo.ingest.lag",
+        Kind.HISTOGRAM,
+        "ms",
+        "from a streamed step's own time to its evaluation, by the wall clocks of both",
+        distribution="lag",
+    ),
+    OwnMetric(
+        "tamiyo.frames",
+        Kind.COUNTER,
+        "{frame}",
+        "step frames that came: judged, seen before (`duplicate`), older than the newest "
+        "and never seen (`late`), of a replaced process (`superseded`), unreadable (`bad`)",
+        ("state",),
+        _each(
+            "state",
+            {name: name for name in ("judged", "duplicate", "late", "superseded", "bad")},
+            "engine",
+            "frames",
+        ),
+    ),
+    OwnMetric(
+        "tamiyo.frames.missed",
+        Kind.COUNTER,
+        "{frame}",
+        "steps passed over: not there when a newer one was judged (some may come late)",
+        read=_one("missed_steps"),
+    ),
+    OwnMetric(
+        "tamiyo.ingest.points",
+        Kind.COUNTER,
+        "{point}",
+        "data points of requests that were accepted: used, of other instruments "
+        "(`foreign`), of ours and unusable",
+        ("state",),
+        _each(
+            "state",
+            {
+                "points_used": "used",
+                "points_foreign": "foreign",
+                "points_unusable": "unusable",
+            },
+            "ingest",
+        ),
+    ),
+    OwnMetric(
+        "tamiyo.ingest.requests",
+        Kind.COUNTER,
+        "{request}",
+        "OTLP requests: accepted, or refused and why",
+        ("state",),
+        _each(
+            "state",
+            {
+                "requests": "accepted",
+                "malformed": "malformed",
+                "too_large": "too_large",
+                "turned_away_busy": "busy",
+            },
+            "ingest",
+        ),
+    ),
+    OwnMetric(
+        "tamiyo.queue.depth",
+        Kind.GAUGE,
+        "{item}",
+        "what waits: streamed frames, notes for the journal, field reports to come",
+        ("queue",),
+        _queues,
+    ),
+    OwnMetric(
+        "tamiyo.journal.entries",
+        Kind.COUNTER,
+        "{entry}",
+        "entries for the journal: `written`, or `lost` because it could not be written",
+        ("state",),
+        _each("state", {"written": "written", "lost": "lost"}, "scribe"),
+    ),
+    OwnMetric(
+        "tamiyo.connections",
+        Kind.GAUGE,
+        "{connection}",
+        "open connections of the decision socket",
+        read=_one("connections", "open"),
+    ),
+    OwnMetric(
+        "tamiyo.runs",
+        Kind.GAUGE,
+        "{rank}",
+        "ranks heard of last, by whether they are still heard of",
+        ("state",),
+        _runs,
+    ),
+    OwnMetric(
+        "tamiyo.rules",
+        Kind.GAUGE,
+        "{subject}",
+        "ranks, or seeds, for which a rule is pending, firing or recovering",
+        ("rule", "state"),
+        _rules,
+    ),
+    OwnMetric(
+        "tamiyo.conservative",
+        Kind.GAUGE,
+        "{rank}",
+        "ranks heard of last that are in conservative mode",
+        read=_conservative,
+    ),
+    OwnMetric(
+        "tamiyo.restarts",
+        Kind.COUNTER,
+        "{restart}",
+        "how often a process of the sidecar had to be started again",
+        ("process",),
+        lambda report: [
+            (value, {"process": process})
+            for process in ("ingest", "scribe")
+            for value, _ in _one(process, "restarts")(report)
+        ],
+    ),
+    OwnMetric(
+        "tamiyo.table.info",
+        Kind.GAUGE,
+        "1",
+        "always 1; `version` names the table in use, whose hash changes with its content",
+        ("version",),
+        _table,
+    ),
+    OwnMetric(
+        "tamiyo.table.loaded",
+        Kind.GAUGE,
+        "s",
+        "when the table in use was loaded, in Unix time",
+        read=_one("table", "loaded_at"),
+    ),
+    OwnMetric(
+        "tamiyo.table.reloads",
+        Kind.COUNTER,
+        "{reload}",
+        "tables taken in place of another while serving",
+        read=_one("table", "reloads"),
+    ),
+    OwnMetric(
+        "tamiyo.uptime",
+        Kind.GAUGE,
+        "s",
+        "how long the sidecar has been serving",
+        read=_one("uptime_s"),
+    ),
+    OwnMetric(
+        "tamiyo.heartbeat",
+        Kind.COUNTER,
+        "{beat}",
+        "rises about once a second while the process that decides turns its loop",
+        read=_one("beat"),
+    ),
+)
+
+PAGE = Path(__file__).parents[3] / "docs" / "decisions.md"
+BEGIN, END = "<!-- own metrics: generated -->", "<!-- own metrics: end -->"
+
+
+def markdown() -> str:
+    """The table for people."""
+    lines = [
+        "| metric | kind | unit | attributes | meaning |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for metric in OWN_METRICS:
+        names = ", ".join(f"`{name}`" for name in metric.attributes)
+        cells = (f"`{metric.name}`", metric.kind, f"`{metric.unit}`", names, metric.meaning)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def renewed(page: str) -> str:
+    """``page`` with the table of today between its two marks."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{markdown()}\n{END}{tail}"
+
+
+def main(argv: list[str]) -> int:
+    """Write the page anew, or check that this is not needed."""
+    page = PAGE.read_text()
+    fresh = renewed(page)
+    if "--check" in argv:
+        if fresh != page:
+            print(f"{PAGE}: not up to date; run python -m esper_tamiyo.journaling.own_metrics")
+        return int(fresh != page)
+    PAGE.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,414 @@
+"""The engine: step frames in, one decision per step out.
+
+It does no I/O and reads no clock, so a replayed stream gives the same decisions. A frame
+may come twice, in an ask and in the stream; whichever copy is first is judged. Findings
+follow from frames alone; what is proposed only changes how findings become a decision.
+That is why a sidecar that hears asks and one that reads the stream agree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+
+from esper_otel.leyline.decisions import (
+    PROTOCOL_ERROR,
+    Decision,
+    Finding,
+    Proposal,
+    unanswered,
+)
+from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.leyline.wire import Ask
+from esper_tamiyo.judging.deciding import decide
+from esper_tamiyo.judging.peers import PeerBoard, PeerView
+from esper_tamiyo.judging.rulebook import Rulebook
+from esper_tamiyo.judging.rules import CompiledRule
+from esper_tamiyo.judging.run_state import Moved, RunState
+from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
+from esper_tamiyo.judging.witness import RuleChange, Witness
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import Rule, Table, conditions
+
+log = logging.getLogger("tamiyo")
+
+MAX_RUNS = 4096
+"""Ranks kept in memory; beyond it the one not heard of for longest is forgotten."""
+
+MAX_NAME = 256
+"""Longest name of a run or instance, in characters, that answers can carry."""
+
+MAX_RETIRED = 1024
+"""Instances remembered as replaced, so that their late frames do not bring them back."""
+
+REPORTED_RUNS = 16
+
+ADOPTED_AT_ONCE = 8
+"""Ranks that go over to another table in one tick, when they send nothing themselves."""
+
+Key = tuple[str, int]
+"""A run and a rank."""
+
+
+class ReloadReport(msgspec.Struct, frozen=True):
+    """What another table changed; rules by id, in the order of their tables.
+
+    ``kept`` rules are the same in every field and went on as if nothing had happened;
+    ``changed``, ``added`` and ``removed`` ones began anew, or ended. ``baselines_kept`` is
+    false when the new table's baselines span other windows: then they warm up again.
+    """
+
+    before: str
+    version: str
+    kept: tuple[str, ...]
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    baselines_kept: bool
+
+
+class Engine:
+    """Judges frames of many runs by one table.
+
+    Memory is bounded: :data:`MAX_RUNS` ranks, each with one window per baseline the
+    table uses and :data:`~esper_tamiyo.judging.run_state.MAX_SEEDS` seeds.
+    """
+
+    def __init__(
+        self, table: Table, max_runs: int = MAX_RUNS, witness: Witness | None = None
+    ) -> None:
+        """``witness`` is told of every change and decision; it cannot disturb them."""
+        self._book = Rulebook(table)
+        self._max_runs = max_runs
+        self._witness = witness
+        self._runs: OrderedDict[Key, RunState] = OrderedDict()
+        self._boards: dict[str, PeerBoard] = {}
+        self._retired: OrderedDict[tuple[str, int, str], None] = OrderedDict()
+        self._witness_failed = 0
+        self._counts = {
+            "judged": 0,
+            "duplicate": 0,
+            "late": 0,
+            "superseded": 0,
+            "bad": 0,
+            "runs_forgotten": 0,
+        }
+
+    @property
+    def table(self) -> Table:
+        """The table it judges by."""
+        return self._book.table
+
+    def observe(self, frame: StepFrame, proposal: Proposal | None = None) -> Decision:
+        """Judge ``frame`` unless it was seen before, and decide. Never raises.
+
+        A frame that cannot be judged, or that a newer process of the same run and rank
+        has replaced, is counted and gets the CONTINUE that says nobody judged.
+        """
+        try:
+            return self._observe(frame, proposal)
+        except Exception:
+            self._failed(frame)
+            return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
+
+    def glance(self, key: Key, instance: str, ask: Ask) -> Decision | None:
+        """The decision :meth:`observe` is going to give, when that can be told at once.
+
+        ``ask.values`` must be in registry order. None when a rule might fire, or when
+        anything else is out of the ordinary. Changes no state: once the answer is on its
+        way the frame has to be given to :meth:`settle`, which takes ``observe``'s place.
+        """
+        state = self._runs.get(key)
+        step = ask.step
+        if (
+            state is None
+            or state.book is not self._book
+            or state.acting
+            or state.conservative
+            or state.instance != instance
+            or step <= state.newest
+            or len(ask.values) != len(STEP_KEYS)
+            or (ask.seeds and self._book.judges_seeds)
+        ):
+            return None
+        ask.values[STEP_SLOT["step"]] = step  # two places say it, and frames follow this one
+        if state.guards.crossed(ask.values, step):
+            return None
+        return self._decision(state, key, step, ask.proposal, step, [])
+
+    def settle(self, frame: StepFrame, glanced: Decision) -> None:
+        """Remember a frame that :meth:`glance` has decided about. Never raises."""
+        try:
+            key = (frame.run, frame.rank)
+            state = self._runs[key]
+            self._runs.move_to_end(key)
+            if state.book is not self._book:
+                self._catch_up(state, key)
+            self._judge(state, key, frame)
+            self._conclude(state, frame, glanced, is_new=True)
+        except Exception:
+            self._failed(frame)
+
+    def tick(self, now_ns: int) -> None:
+        """Note the ranks that have sent nothing for too long at ``now_ns``, a Unix time.
+
+        For a clock to call about once a second; never raises. A replay need not: a silence
+        that ended is found by the frame that ended it, with the same instants.
+        """
+        try:
+            behind = ADOPTED_AT_ONCE
+            for key, state in self._runs.items():
+                if state.book is not self._book:
+                    behind -= 1
+                    if behind < 0:
+                        continue
+                    self._catch_up(state, key)
+                self._listen(state, key, now_ns)
+        except Exception:
+            log.exception("could not look for silent ranks")
+
+    def reload(self, table: Table) -> ReloadReport:
+        """Judge by ``table`` from the next frame on.
+
+        Rules that are the same keep their state with every rank and seed, and baselines
+        that are still watched keep their window. Each rank goes over at its own next frame,
+        or within a few ticks: all of them at once would keep an ask waiting.
+        """
+        before = self._book.table
+        places = _places(before, table)
+        self._book = Rulebook(table)
+        old = {rule.id for rule in before.rules}
+        kept_at = dict(zip((rule.id for rule in table.rules), places, strict=True))
+        return ReloadReport(
+            before=before.version,
+            version=table.version,
+            kept=tuple(name for name, place in kept_at.items() if place is not None),
+            changed=tuple(
+                name for name, place in kept_at.items() if place is None and name in old
+            ),
+            added=tuple(name for name in kept_at if name not in old),
+            removed=tuple(name for name in old if name not in kept_at),
+            baselines_kept=table.baseline == before.baseline,
+        )
+
+    def note_bad_frame(self) -> None:
+        """Count a frame that could not even be read."""
+        self._counts["bad"] += 1
+
+    def _failed(self, frame: StepFrame) -> None:
+        self.note_bad_frame()
+        log.exception("could not judge step %s of run %.80r", frame.step, frame.run)
+
+    def latest(self, run: str = "", rank: int = 0) -> Decision | None:
+        """The newest decision of that rank; an empty ``run`` means the run heard of last."""
+        if not run and self._runs:
+            run = next(reversed(self._runs))[0]
+        state = self._runs.get((run, rank))
+        return state.decision if state else None
+
+    def report(self, now_ns: int | None = None) -> dict[str, Any]:
+        """What it has seen, as plain data: counts, and the ranks heard of last.
+
+        With ``now_ns``, a Unix time, each rank's ``state`` says whether it was heard of
+        lately (``current``) or nobody can say how it is doing (``unknown``).
+        """
+        runs = [
+            self._told(key, state, now_ns)
+            for key, state in list(reversed(self._runs.items()))[:REPORTED_RUNS]
+        ]
+        return {
+            "frames": dict(self._counts),
+            "ranks": len(self._runs),
+            "witness_failed": self._witness_failed,
+            "runs": runs,
+        }
+
+    def _told(self, key: Key, state: RunState, now_ns: int | None) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "run": key[0],
+            "rank": key[1],
+            "instance": state.instance,
+            "newest_step": state.newest,
+            "time_unix_nano": state.time_unix_nano,
+            "action": state.decision.action.value if state.decision else None,
+            "reason": state.decision.reason if state.decision else None,
+            "conservative": state.conservative,
+            "rules": state.rules(),
+        }
+        if now_ns is not None:
+            silent = state.pace.silent_since(now_ns, UNKNOWN_AFTER_STEPS) is not None
+            told["state"] = "unknown" if silent else "current"
+            told["silent_s"] = max(0.0, (now_ns - state.time_unix_nano) / 1e9)
+        return told
+
+    def _observe(self, frame: StepFrame, proposal: Proposal | None) -> Decision:
+        key = (frame.run, frame.rank)
+        state = self._runs.get(key)
+        if state is None or (frame.instance and state.instance != frame.instance):
+            admitted = self._admit(key, frame.instance, state)
+            if admitted is None:
+                return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
+            state = admitted
+        else:
+            self._runs.move_to_end(key)
+        if state.book is not self._book:
+            self._catch_up(state, key)
+        is_new = frame.step > state.newest
+        if is_new:
+            self._judge(state, key, frame)
+        else:
+            self._counts["duplicate" if state.was_seen(frame.step) else "late"] += 1
+        decision = self._decision(state, key, frame.step, proposal, state.newest, state.fired)
+        # The stream's copy of a step that was asked about must not hide what was answered.
+        if is_new or (proposal is not None and frame.step == state.newest):
+            self._conclude(state, frame, decision, is_new=is_new)
+        return decision
+
+    def _catch_up(self, state: RunState, key: Key) -> None:
+        """Have ``state`` go over to the table that is in use."""
+        lost = state.adopt(self._book, _places(state.book.table, self._book.table))
+        self._tell_moves(key, state.newest, state.time_unix_nano, lost)
+
+    def _judge(self, state: RunState, key: Key, frame: StepFrame) -> None:
+        self._counts["judged"] += 1
+        self._listen(state, key, frame.time_unix_nano)
+        moves = state.judge(frame)
+        if moves:
+            self._tell_moves(key, frame.step, frame.time_unix_nano, moves)
+
+    def _conclude(
+        self, state: RunState, frame: StepFrame, decision: Decision, *, is_new: bool
+    ) -> None:
+        state.decision = decision
+        witness = self._witness
+        if witness is None:
+            return
+        try:
+            if is_new:
+                witness.judged(frame, decision)
+            witness.decided(decision, frame)
+        except Exception:
+            self._witness_failed += 1
+
+    def _tell_moves(self, key: Key, step: int, time_ns: int, moves: list[Moved]) -> None:
+        witness = self._witness
+        if witness is None:
+            return
+        for moved in moves:
+            rule = moved.entry.rule
+            try:
+                witness.changed(
+                    RuleChange(
+                        run=key[0],
+                        rank=key[1],
+                        step=step,
+                        time_unix_nano=time_ns,
+                        rule=rule.id,
+                        severity=rule.severity,
+                        seed_id=moved.seed_id,
+                        before=moved.before,
+                        after=moved.after,
+                        since_step=moved.since_step,
+                        values=moved.values,
+                        silenced_by=moved.silenced_by,
+                    )
+                )
+            except Exception:
+                self._witness_failed += 1
+
+    def _listen(self, state: RunState, key: Key, now_ns: int) -> None:
+        """Let the rules on silence fire whose patience has ended by ``now_ns``."""
+        for place, entry in self._book.silence:
+            steps = _patience(entry)
+            ended = state.pace.silent_since(now_ns, steps)
+            if ended is None:
+                continue
+            moved = state.fall_silent(place, entry)
+            if moved is None:
+                continue
+            silent_s = (ended - state.time_unix_nano) / 1e9
+            seen = {"step": float(state.newest), "silent(s)": silent_s}
+            self._tell_moves(key, state.newest, ended, [moved._replace(values=seen)])
+            rule = entry.rule
+            finding = Finding(rule.id, rule.action, rule.severity, rule.text, seen)
+            decision = self._decision(
+                state, key, state.newest, None, state.newest, [(entry, finding)]
+            )
+            run, rank = key
+            empty = StepFrame(run, state.instance, rank, state.newest, ended, {})
+            self._conclude(state, empty, decision, is_new=False)
+
+    def _admit(self, key: Key, instance: str, before: RunState | None) -> RunState | None:
+        """A fresh state for a new rank or a restarted one; None when it has no place.
+
+        A producer that names no instance shares the state of whoever does.
+        """
+        run, rank = key
+        if len(run) > MAX_NAME or len(instance) > MAX_NAME:
+            self._counts["bad"] += 1
+            return None
+        if (run, rank, instance) in self._retired:
+            self._counts["superseded"] += 1
+            return None
+        if before is not None and not before.instance:
+            before.instance = instance
+            return before
+        board = self._boards.get(run)
+        if board is None:
+            board = self._boards[run] = PeerBoard()
+        if before is not None:
+            board.forget(rank)
+            self._retired[(run, rank, before.instance)] = None
+            if len(self._retired) > MAX_RETIRED:
+                self._retired.popitem(last=False)
+        state = RunState(instance, self._book, PeerView(board, rank))
+        self._runs[key] = state
+        self._runs.move_to_end(key)
+        if len(self._runs) > self._max_runs:
+            (forgotten, _), _ = self._runs.popitem(last=False)
+            self._counts["runs_forgotten"] += 1
+            if all(run != forgotten for run, _ in self._runs):
+                del self._boards[forgotten]
+        return state
+
+    def _decision(
+        self,
+        state: RunState,
+        key: Key,
+        step: int,
+        proposal: Proposal | None,
+        newest: int,
+        fired: list[tuple[CompiledRule, Finding]],
+    ) -> Decision:
+        return decide(
+            key,
+            step,
+            newest,
+            fired,
+            proposal,
+            conservative=state.conservative,
+            table_version=self._book.table.version,
+        )
+
+
+def _places(before: Table, after: Table) -> list[int | None]:
+    """Where each rule of ``after`` was in ``before``, None for what is new or different."""
+    old: dict[str, tuple[int, Rule]] = {
+        rule.id: (place, rule) for place, rule in enumerate(before.rules)
+    }
+    return [
+        old[rule.id][0] if rule.id in old and old[rule.id][1] == rule else None
+        for rule in after.rules
+    ]
+
+
+def _patience(entry: CompiledRule) -> float:
+    return next(
+        part.number
+        for part in conditions(entry.rule.when)
+        if part.operator is Operator.MISSING_FOR
+    )

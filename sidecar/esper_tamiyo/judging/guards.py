@@ -1,0 +1,237 @@
+"""Bounds that a step must cross before any rule can possibly fire.
+
+A trainer waits for its answer, and nearly every step is healthy. Whether *no* rule can
+be true is one comparison per metric, done in C over the row as it came; only a step that
+crosses a bound is judged before it is answered, any other is judged right after. Guards
+are necessary conditions, never sufficient ones: crossing one proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, nextafter
+from operator import gt, itemgetter, lt
+
+import msgspec
+
+from esper_otel.leyline.metrics import STEP_SLOT
+from esper_tamiyo.judging.history import History, Watch
+from esper_tamiyo.judging.rules import Test, test_of
+from esper_tamiyo.language.operators import FORMS, Operator
+from esper_tamiyo.language.table import Combine, Condition, Group, Table
+
+_FIXED = frozenset({Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST})
+
+_EFFORT = {
+    Operator.UNCHANGED_FOR: 2,
+    Operator.MISSING_FOR: 3,
+    Operator.ABOVE_PEERS: 4,
+    Operator.BELOW_PEERS: 4,
+}
+"""How little, or at what cost, an operator guards; 0 for fixed bounds, else 1. A constant
+learning rate is unchanged at every step, and what peers do is not in the row."""
+
+
+class GuardPlan(msgspec.Struct, frozen=True):
+    """The guards of a table.
+
+    Fixed bounds by metric, the conditions whose bounds follow the run, those that are
+    crossed by absence, and those on other ranks, which no row tells.
+    """
+
+    upper: dict[str, float]
+    lower: dict[str, float]
+    moving: list[Condition]
+    missing: list[Condition]
+    peers: list[Condition]
+
+
+def plan(table: Table) -> GuardPlan:
+    """One condition of each rule's, or several, without which it cannot be true.
+
+    Rules about seeds have no guards; a step with seeds needs them judged when there are
+    such rules, and without seeds they are unknown. A silent rank is seen by no frame.
+    """
+    made = GuardPlan({}, {}, [], [], [])
+    for rule in table.rules:
+        if not rule.about_seeds and not rule.about_silence:
+            for condition in _needed(rule.when):
+                _guard(made, condition)
+    return made
+
+
+def _guard(made: GuardPlan, condition: Condition) -> None:
+    upper, lower = made.upper, made.lower
+    metric, number = condition.metric, condition.number
+    match condition.operator:
+        case Operator.ABOVE:
+            upper[metric] = min(number, upper.get(metric, inf))
+        case Operator.AT_LEAST:
+            upper[metric] = min(nextafter(number, -inf), upper.get(metric, inf))
+        case Operator.BELOW:
+            lower[metric] = max(number, lower.get(metric, -inf))
+        case Operator.AT_MOST:
+            lower[metric] = max(nextafter(number, inf), lower.get(metric, -inf))
+        case Operator.NONFINITE:
+            upper["nonfinite"] = min(0.0, upper.get("nonfinite", inf))
+        case Operator.MISSING_FOR:
+            made.missing.append(condition)
+        case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
+            made.peers.append(condition)
+        case operator:
+            made.moving.append(condition)
+            if _is_lower(operator):
+                lower.setdefault(metric, -inf)
+            else:
+                upper.setdefault(metric, inf)
+
+
+class Guards:
+    """The guards of one rank, after what it has been through."""
+
+    __slots__ = (
+        "_due",
+        "_fixed_lower",
+        "_fixed_upper",
+        "_history",
+        "_lower",
+        "_lower_of",
+        "_missing",
+        "_moving_lower",
+        "_moving_upper",
+        "_peers",
+        "_stale",
+        "_upper",
+        "_upper_of",
+    )
+
+    def __init__(self, plan: GuardPlan, history: History) -> None:
+        self._history = history
+        self._upper_of = _picker(plan.upper)
+        self._lower_of = _picker(plan.lower) if plan.lower else None
+        self._fixed_upper = [*plan.upper.values(), inf, inf]
+        self._fixed_lower = [*plan.lower.values(), -inf, -inf]
+        self._moving_upper = _placed(plan.upper, plan.moving, history, lower=False)
+        self._moving_lower = _placed(plan.lower, plan.moving, history, lower=True)
+        self._missing = plan.missing
+        self._peers: list[Test] = [test_of(condition) for condition in plan.peers]
+        self._due: list[int] = []
+        self.follow()
+
+    def crossed(self, row: Sequence[float], step: int) -> bool:
+        """Whether a rule might be true of a row in registry order; NaN crosses nothing."""
+        if self._stale:
+            return True
+        if any(map(gt, self._upper_of(row), self._upper)):
+            return True
+        if self._lower_of is not None and any(map(lt, self._lower_of(row), self._lower)):
+            return True
+        if any(row[slot] != row[slot] for slot in self._due):
+            return True
+        if self._peers and self._history.peers is not None:
+            self._history.peers.step = step - 1
+            return any(test({}, self._history) for test in self._peers)
+        return False
+
+    def fall_behind(self) -> None:
+        """Not to be trusted before :meth:`follow`; spares it where nobody would look."""
+        self._stale = True
+
+    def follow(self) -> None:
+        """Move the bounds that depend on the past."""
+        self._stale = False
+        upper = self._upper = self._fixed_upper.copy()
+        for place, bound in self._moving_upper:
+            moved = bound()
+            if moved < upper[place]:
+                upper[place] = moved
+        lower = self._lower = self._fixed_lower.copy()
+        for place, bound in self._moving_lower:
+            moved = bound()
+            if moved > lower[place]:
+                lower[place] = moved
+        if self._missing:
+            self._due = [
+                STEP_SLOT[condition.metric]
+                for condition in self._missing
+                if _is_due(condition, self._history)
+            ]
+
+
+Bound = Callable[[], float]
+"""Where a bound is now."""
+
+
+def _picker(bounds: Mapping[str, float]) -> Callable[[Sequence[float]], Sequence[float]]:
+    """Picks the guarded values out of a row; padded, as one alone would not be a tuple."""
+    step = STEP_SLOT["step"]
+    return itemgetter(*(STEP_SLOT[metric] for metric in bounds), step, step)
+
+
+def _placed(
+    bounds: Mapping[str, float],
+    moving: Sequence[Condition],
+    history: History,
+    *,
+    lower: bool,
+) -> list[tuple[int, Bound]]:
+    place = {metric: place for place, metric in enumerate(bounds)}
+    return [
+        (place[condition.metric], _bound(condition, history))
+        for condition in moving
+        if _is_lower(condition.operator) is lower
+    ]
+
+
+def _is_lower(operator: Operator) -> bool:
+    """Whether values *below* the bound cross it."""
+    return FORMS[operator].eases > 0
+
+
+def _bound(condition: Condition, history: History) -> Bound:
+    metric, number = condition.metric, condition.number
+    if condition.operator is Operator.RUNS_OUT_WITHIN:
+        slope = history.slopes[metric]
+        return lambda: -inf if slope.oldest is None else slope.oldest  # only what falls
+    if condition.operator is Operator.RISES_BY:
+        last = history.lasts[metric]
+        return lambda: inf if last.value is None else last.value
+    if condition.operator is Operator.UNCHANGED_FOR:
+        last = history.lasts[metric]
+        return lambda: -inf if last.repeats + 1 >= number else inf
+    name = Watch(condition.baseline_of, condition.baseline).name
+    reference = history.baselines[name]
+    never = -inf if _is_lower(condition.operator) else inf
+
+    def bound() -> float:
+        median = reference.value
+        return never if median is None or median < 0.0 else number * median
+
+    return bound
+
+
+def _is_due(condition: Condition, history: History) -> bool:
+    last = history.lasts[condition.metric]
+    return bool(last.total) and last.missed + 1 >= condition.number
+
+
+def _needed(when: Condition | Group) -> list[Condition]:
+    """Conditions of which at least one holds whenever ``when`` does."""
+    if isinstance(when, Condition):
+        return [when]
+    needed = [_needed(part) for part in when.parts]
+    if when.combine is Combine.ANY:
+        return [condition for part in needed for condition in part]
+    return min(needed, key=_effort)  # any part of an "all" would do
+
+
+def _effort(part: list[Condition]) -> int:
+    return max(_effort_of(condition) for condition in part)
+
+
+def _effort_of(condition: Condition) -> int:
+    if condition.operator in _FIXED:
+        return 0
+    if condition.operator is Operator.ABOVE_BASELINE and condition.number < 1.0:
+        return 5  # what is usual is above it: nearly every step would be judged first
+    return _EFFORT.get(condition.operator, 1)

@@ -1,0 +1,99 @@
+"""A table made ready to run, once for all ranks that are judged by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from esper_tamiyo.judging.guards import plan
+from esper_tamiyo.judging.history import Watch, Watched
+from esper_tamiyo.judging.rules import compiled
+from esper_tamiyo.language.derived import KNOWN, needed
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Condition, Table, conditions
+
+BASELINE_OPERATORS = (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE)
+PEER_OPERATORS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
+LAST_OPERATORS = (Operator.RISES_BY, Operator.UNCHANGED_FOR, Operator.MISSING_FOR)
+
+
+class Rulebook:
+    """The rules of a table compiled, and what of the past they need."""
+
+    __slots__ = (
+        "clean_steps",
+        "compares_ranks",
+        "derived",
+        "guard_plan",
+        "judged",
+        "judges_seeds",
+        "mixes",
+        "rules",
+        "seed_watch",
+        "silence",
+        "silences",
+        "step_watch",
+        "table",
+    )
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.clean_steps = table.clean_steps
+        self.rules = tuple(compiled(rule) for rule in table.rules)
+        self.judged = tuple(
+            (place, entry, entry.rule.about_seeds)
+            for place, entry in enumerate(self.rules)
+            if not entry.rule.about_silence
+        )
+        """The rules that a frame is held against: place in the table, rule, about seeds."""
+        self.silence = tuple(
+            (place, entry) for place, entry in enumerate(self.rules) if entry.rule.about_silence
+        )
+        """The rules on ranks that send nothing."""
+        self.judges_seeds = any(rule.about_seeds for rule in table.rules)
+        self.mixes = any(
+            KNOWN[part.metric].scope == "step"
+            for rule in table.rules
+            if rule.about_seeds
+            for part in conditions(rule.when)
+        )
+        """Whether a rule about seeds looks at values of the step as well."""
+        self.silences = any(entry.rule.silences and entry.acts for entry in self.rules)
+        framed = [
+            condition
+            for _, entry, _ in self.judged
+            for condition in conditions(entry.rule.when)
+        ]
+        self.step_watch = watched(table, framed, of_seeds=False)
+        self.seed_watch = watched(table, framed, of_seeds=True)
+        self.compares_ranks = any(part.operator in PEER_OPERATORS for part in framed)
+        self.derived = needed(
+            key for part in framed for key in (part.metric, part.baseline_of) if key
+        )
+        self.guard_plan = plan(table)
+
+
+def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Watched:
+    """The metrics of seeds, or of steps, whose past ``framed`` conditions need."""
+    baselines: dict[Watch, None] = {}
+    lasts: dict[str, None] = {}
+    slopes: dict[str, None] = {}
+    for part in framed:
+        if part.operator in BASELINE_OPERATORS:
+            if part.baseline in (BaselineKind.LOWEST, BaselineKind.HIGHEST):
+                baselines[Watch(part.baseline_of, BaselineKind.ROLLING)] = None
+            baselines[Watch(part.baseline_of, part.baseline)] = None
+        elif part.operator in LAST_OPERATORS:
+            lasts[part.metric] = None
+        elif part.operator is Operator.RUNS_OUT_WITHIN:
+            slopes[part.metric] = None
+
+    def mine(key: str) -> bool:
+        return (KNOWN[key].scope == "seed") is of_seeds
+
+    return Watched(
+        baselines=tuple(watch for watch in baselines if mine(watch.metric)),
+        lasts=tuple(filter(mine, lasts)),
+        slopes=tuple(filter(mine, slopes)),
+        window=table.baseline.window,
+        warmup=table.baseline.warmup,
+    )

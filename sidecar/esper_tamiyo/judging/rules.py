@@ -1,0 +1,338 @@
+"""Rules as pure functions of (values, history): true, false or unknown.
+
+A missing value makes a condition unknown, never false, because false would mean healthy.
+Groups combine the three values as Kleene's logic does. Rows are compiled once into
+closures, so that judging a step costs a dictionary look-up and a comparison per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
+from esper_tamiyo.judging.history import History, Watch
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import Combine, Condition, Group, Mode, Rule, conditions, eased
+
+Verdict = bool | None
+"""None is unknown."""
+
+Values = Mapping[str, float]
+Test = Callable[[Values, History], Verdict]
+
+
+class CompiledRule(msgspec.Struct, frozen=True):
+    """A row ready to run.
+
+    ``keeps`` is the test with the easier numbers of ``release``, None without any.
+    ``weight`` orders rules by force, then severity. ``window`` has a one for each
+    observation that ``of`` speaks of, 0 where they must follow each other.
+    """
+
+    rule: Rule
+    test: Test
+    keeps: Test | None
+    weight: tuple[int, int]
+    window: int
+    acts: bool
+    is_trouble: bool
+    """Whether a step at which it fires is not a clean one."""
+
+    def seen(self, values: Values, history: History) -> dict[str, float]:
+        """The values behind a verdict."""
+        return seen_by(self.rule, values, history)
+
+    def finding(self, values: Values, history: History, seed_id: str | None) -> Finding:
+        """What the rule saw when it fired."""
+        rule = self.rule
+        seen = seen_by(rule, values, history)
+        action = rule.action if self.acts else Action.CONTINUE
+        return Finding(rule.id, action, rule.severity, rule.text, seen, seed_id)
+
+
+def compiled(rule: Rule) -> CompiledRule:
+    """``rule``, ready to run."""
+    acts = rule.mode is Mode.ACT
+    easier = eased(rule.when)
+    return CompiledRule(
+        rule=rule,
+        test=test_of(rule.when),
+        keeps=None if easier is None else test_of(easier),
+        weight=(FORCE[rule.action], RANK_OF[rule.severity]),
+        window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
+        acts=acts,
+        is_trouble=acts and not rule.downgrade,
+    )
+
+
+def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
+    """The values behind a verdict.
+
+    By the key of the metric; what they were held against as ``baseline(key)`` (or
+    ``frozen``, ``lowest``, ``highest``), ``peers(key)``, ``previous(key)``; the frames
+    without a value as ``missing(key)``, the observations left as ``left(key)``.
+    """
+    seen: dict[str, float] = {}
+    for condition in conditions(rule.when):
+        key = condition.metric
+        value: float | None
+        match condition.operator:
+            case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
+                peers = history.peers
+                value = None if peers is None else peers.own(key)
+                against = None if peers is None else peers.others(key)
+                named = f"peers({key})"
+            case Operator.ABOVE_BASELINE | Operator.BELOW_BASELINE:
+                value = values.get(key)
+                named = Watch(condition.baseline_of, condition.baseline).name
+                against = history.baselines[named].value
+            case Operator.RISES_BY:
+                value, against = values.get(key), history.lasts[key].value
+                named = f"previous({key})"
+            case Operator.MISSING_FOR:
+                # None for the rule on silence, which no frame breaks.
+                value, last = values.get(key), history.lasts.get(key)
+                against = last.missed + 1.0 if last and value is None and last.total else None
+                named = f"missing({key})"
+            case Operator.RUNS_OUT_WITHIN:
+                value = values.get(key)
+                against = None if value is None else history.slopes[key].left(value)
+                named = f"left({key})"
+            case Operator.NONFINITE:
+                value, against, named = values.get(key), values.get("nonfinite"), "nonfinite"
+            case _:
+                value, against, named = values.get(key), None, ""
+        if value is not None:
+            seen[key] = value
+        if against is not None:
+            seen[named] = against
+    return seen
+
+
+def test_of(when: Condition | Group) -> Test:
+    """The test of a condition or group."""
+    if isinstance(when, Condition):
+        return _CONDITIONS[when.operator](when)
+    parts = tuple(test_of(part) for part in when.parts)
+    return _every(parts) if when.combine is Combine.ALL else _some(parts)
+
+
+def _every(parts: tuple[Test, ...]) -> Test:
+    def test(values: Values, history: History) -> Verdict:
+        verdict: Verdict = True
+        for part in parts:
+            found = part(values, history)
+            if found is False:
+                return False
+            if found is None:
+                verdict = None
+        return verdict
+
+    return test
+
+
+def _some(parts: tuple[Test, ...]) -> Test:
+    def test(values: Values, history: History) -> Verdict:
+        verdict: Verdict = False
+        for part in parts:
+            found = part(values, history)
+            if found:
+                return True
+            if found is None:
+                verdict = None
+        return verdict
+
+    return test
+
+
+# The four comparisons are spelt out: one more call per row (operator.gt and the like)
+# would cost as much as the comparison.
+
+
+def _above(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        return None if value is None else value > number
+
+    return test
+
+
+def _at_least(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        return None if value is None else value >= number
+
+    return test
+
+
+def _below(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        return None if value is None else value < number
+
+    return test
+
+
+def _at_most(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        return None if value is None else value <= number
+
+    return test
+
+
+def _above_baseline(condition: Condition) -> Test:
+    """Unknown in warm-up, and below zero, where "so many times" has no meaning."""
+    metric, factor = condition.metric, condition.number
+    name = Watch(condition.baseline_of, condition.baseline).name
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        if value is None:
+            return None
+        median = history.baselines[name].value
+        if median is None or median < 0.0:
+            return None
+        return value > factor * median
+
+    return test
+
+
+def _below_baseline(condition: Condition) -> Test:
+    metric, factor = condition.metric, condition.number
+    name = Watch(condition.baseline_of, condition.baseline).name
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        if value is None:
+            return None
+        median = history.baselines[name].value
+        if median is None or median < 0.0:
+            return None
+        return value < factor * median
+
+    return test
+
+
+def _above_peers(condition: Condition) -> Test:
+    """Of the step before this one, which the view of the peers is set to."""
+    metric, factor = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        others = None if history.peers is None else history.peers.others(metric)
+        if others is None or others < 0.0:
+            return None
+        own = history.peers.own(metric) if history.peers else None
+        return None if own is None else own > factor * others
+
+    return test
+
+
+def _below_peers(condition: Condition) -> Test:
+    metric, factor = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        others = None if history.peers is None else history.peers.others(metric)
+        if others is None or others < 0.0:
+            return None
+        own = history.peers.own(metric) if history.peers else None
+        return None if own is None else own < factor * others
+
+    return test
+
+
+def _rises_by(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        previous = history.lasts[metric].value
+        if value is None or previous is None:
+            return None
+        return value - previous >= number
+
+    return test
+
+
+def _unchanged_for(condition: Condition) -> Test:
+    """Unknown while there were too few observations to say, all of them equal."""
+    metric, needed = condition.metric, int(condition.number)
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        if value is None:
+            return None
+        last = history.lasts[metric]
+        repeats = last.repeats + 1 if value == last.value else 1
+        if repeats >= needed:
+            return True
+        return None if repeats > last.total else False
+
+    return test
+
+
+def _nonfinite(condition: Condition) -> Test:
+    """Frames hold finite values only, so a metric that is missing while some value of
+    the step was not finite is taken to be that value."""
+    metric = condition.metric
+
+    def test(values: Values, history: History) -> Verdict:
+        count = values.get("nonfinite")
+        if metric == "nonfinite":
+            return None if count is None else count > 0.0
+        if metric in values:
+            return False
+        return True if count is not None and count > 0.0 else None
+
+    return test
+
+
+def _runs_out_within(condition: Condition) -> Test:
+    metric, number = condition.metric, condition.number
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        left = None if value is None else history.slopes[metric].left(value)
+        return None if left is None else left <= number
+
+    return test
+
+
+def _missing_for(condition: Condition) -> Test:
+    """Unknown for what was never there: it may be that this run does not have it."""
+    metric, needed = condition.metric, int(condition.number)
+
+    def test(values: Values, history: History) -> Verdict:
+        if metric in values:
+            return False
+        last = history.lasts[metric]
+        return last.missed + 1 >= needed if last.total else None
+
+    return test
+
+
+_CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
+    Operator.ABOVE: _above,
+    Operator.AT_LEAST: _at_least,
+    Operator.BELOW: _below,
+    Operator.AT_MOST: _at_most,
+    Operator.ABOVE_BASELINE: _above_baseline,
+    Operator.BELOW_BASELINE: _below_baseline,
+    Operator.ABOVE_PEERS: _above_peers,
+    Operator.BELOW_PEERS: _below_peers,
+    Operator.RISES_BY: _rises_by,
+    Operator.UNCHANGED_FOR: _unchanged_for,
+    Operator.RUNS_OUT_WITHIN: _runs_out_within,
+    Operator.NONFINITE: _nonfinite,
+    Operator.MISSING_FOR: _missing_for,
+}

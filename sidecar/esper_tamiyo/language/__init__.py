@@ -1,0 +1,1 @@
+"""What a table of thresholds can say, and reading one from YAML."""

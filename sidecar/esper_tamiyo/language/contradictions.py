@@ -1,0 +1,229 @@
+"""Finds rules that can never fire, never be heard, or never end.
+
+Such a table is well-formed and does what it says, so it is not refused; but nobody means
+it. ``tamiyo check`` reports what is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
+from math import ceil, floor, inf, nextafter
+from typing import NamedTuple
+
+from esper_otel.leyline.metrics import Metric
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.operators import FORMS, Operand, Operator
+from esper_tamiyo.language.table import (
+    Combine,
+    Condition,
+    Group,
+    Mode,
+    Rule,
+    Table,
+    conditions,
+    eased,
+)
+
+MAX_WAYS = 4096
+"""Ways in which one rule may come true that are looked at."""
+
+_COUNTS = frozenset({"{flag}", "{state}", "{step}", "{violation}", "{value}", "{seed}"})
+_LIMITS: dict[str, tuple[float, float]] = {
+    "%": (0.0, 100.0),
+    "{flag}": (0.0, 1.0),
+    "{state}": (0.0, 11.0),
+    **dict.fromkeys(("ms", "GBy", "{sample}/s", "{grad}"), (0.0, inf)),
+    **dict.fromkeys(("{step}", "{violation}", "{value}", "{seed}"), (0.0, inf)),
+    **dict.fromkeys(("accuracy", "grad_conflict_rate", "optimizer_momentum"), (0.0, 1.0)),
+    **dict.fromkeys(("grad_var", "loss_volatility", "optimizer_lr"), (0.0, inf)),
+    "kasmina.seed.alpha": (0.0, 1.0),
+    "kasmina.seed.isolation.cosine": (-1.0, 1.0),
+}
+"""What values can be, by key or else by unit; anything where neither is named."""
+
+
+class Doubt(NamedTuple):
+    """One rule and what is odd about it."""
+
+    rule: str
+    message: str
+
+
+class Span(NamedTuple):
+    """Numbers from ``low`` to ``high``, both included; none when they are crossed."""
+
+    low: float
+    high: float
+
+    def within(self, other: Span) -> Span:
+        """What both have in common."""
+        return Span(max(self.low, other.low), min(self.high, other.high))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no number is left."""
+        return self.low > self.high
+
+
+def doubts(table: Table) -> list[Doubt]:
+    """All that is odd, in the order of the table."""
+    by_id = {rule.id: rule for rule in table.rules}
+    silencers = [
+        (rule, by_id[name])
+        for rule in table.rules
+        if rule.mode is Mode.ACT
+        for name in rule.silences
+        if name in by_id
+    ]
+    return [
+        Doubt(rule.id, message)
+        for rule in table.rules
+        for message in (
+            *_never_fires(rule),
+            *_never_ends(rule),
+            *(
+                f"is never heard: whenever it fires, {by.id} does, which silences it"
+                for by, silenced in silencers
+                if silenced is rule and _implies(rule, by)
+            ),
+        )
+    ]
+
+
+def limits(metric: Metric) -> Span:
+    """What values of ``metric`` can be."""
+    return Span(*_LIMITS.get(metric.key, _LIMITS.get(metric.unit, (-inf, inf))))
+
+
+def _never_fires(rule: Rule) -> Iterator[str]:
+    """One message when no way is left, else one for each part that cannot hold."""
+    ways = list(islice(_ways(rule.when), MAX_WAYS + 1))
+    if len(ways) > MAX_WAYS:
+        return
+    reasons = [_impossible(way) for way in ways]
+    if all(reasons):
+        yield f"can never fire: {reasons[0]}"
+    elif len(reasons) > 1:
+        for reason in dict.fromkeys(filter(None, reasons)):
+            yield f"has a part that can never hold: {reason}"
+
+
+def _never_ends(rule: Rule) -> Iterator[str]:
+    easier = eased(rule.when)
+    if not isinstance(easier, Condition) or FORMS[easier.operator].operand is not Operand.BOUND:
+        return
+    everything = limits(KNOWN[easier.metric])
+    if _holds(easier).within(everything) == everything:
+        yield (
+            f"can never end: {easier.metric} lies {_range(everything)}, so it is "
+            f"always {easier.operator.value.replace('_', ' ')} {easier.number:g}, its release"
+        )
+
+
+def _ways(when: Condition | Group) -> Iterator[tuple[Condition, ...]]:
+    """Sets of conditions, any one of which makes ``when`` true when all of it holds."""
+    if isinstance(when, Condition):
+        yield (when,)
+    elif when.combine is Combine.ANY:
+        for part in when.parts:
+            yield from _ways(part)
+    else:
+        for choice in product(*(list(islice(_ways(part), MAX_WAYS)) for part in when.parts)):
+            yield tuple(condition for part in choice for condition in part)
+
+
+def _impossible(way: Iterable[Condition]) -> str:
+    """Why all of ``way`` cannot hold at once; empty when it can."""
+    left: dict[str, Span] = {}
+    asked: dict[str, list[Condition]] = {}
+    for condition in way:
+        key = condition.metric
+        everything = limits(KNOWN[key])
+        if key == "step" and condition.operator is Operator.UNCHANGED_FOR:
+            return "no step comes twice"
+        if condition.operator is Operator.RISES_BY and (
+            condition.number > everything.high - everything.low
+        ):
+            return f"{key} lies {_range(everything)}, and cannot rise by {condition.number:g}"
+        span = _holds(condition).within(left.get(key, everything))
+        others = asked.setdefault(key, [])
+        others.append(condition)
+        if _whole(span, KNOWN[key]).empty:
+            if len(others) == 1:
+                return f"{key} lies {_range(everything)}, and is never {_said(condition)}"
+            return f"{key} cannot be {' and '.join(map(_said, others))} at once"
+        left[key] = span
+    for key, others in asked.items():
+        operators = {condition.operator for condition in others}
+        if len(operators) > 1 and operators & {Operator.MISSING_FOR, Operator.NONFINITE}:
+            return f"{key} cannot be {' and '.join(map(_said, others))} at once"
+        if operators >= {Operator.RISES_BY, Operator.UNCHANGED_FOR}:
+            return f"{key} cannot be {' and '.join(map(_said, others))} at once"
+    return ""
+
+
+def _implies(rule: Rule, by: Rule) -> bool:
+    """Whether ``by`` fires whenever ``rule`` does, as far as one condition tells."""
+    condition = by.when
+    if not isinstance(condition, Condition) or by.about_seeds != rule.about_seeds:
+        return False
+    if (by.persistence, by.of) != (rule.persistence, rule.of):
+        return False
+    if any(part.release is not None for part in conditions(rule.when)):
+        return False  # it goes on when the other may have ended
+    ways = list(islice(_ways(rule.when), MAX_WAYS + 1))
+    return len(ways) <= MAX_WAYS and all(
+        any(_as_strict(part, condition) for part in way) for way in ways
+    )
+
+
+def _as_strict(part: Condition, other: Condition) -> bool:
+    """Whether ``other`` holds whenever ``part`` does."""
+    if (part.metric, part.baseline_of, part.baseline) != (
+        other.metric,
+        other.baseline_of,
+        other.baseline,
+    ):
+        return False
+    if Operand.BOUND is FORMS[part.operator].operand is FORMS[other.operator].operand:
+        return _holds(part).within(_holds(other)) == _holds(part)
+    if part.operator is not other.operator:
+        return False
+    if FORMS[part.operator].eases:
+        return (part.number - other.number) * FORMS[part.operator].eases <= 0
+    return part.number >= other.number
+
+
+def _holds(condition: Condition) -> Span:
+    """The values for which a condition with a fixed bound holds; else all."""
+    number = condition.number
+    match condition.operator:
+        case Operator.ABOVE:
+            return Span(nextafter(number, inf), inf)
+        case Operator.AT_LEAST:
+            return Span(number, inf)
+        case Operator.BELOW:
+            return Span(-inf, nextafter(number, -inf))
+        case Operator.AT_MOST:
+            return Span(-inf, number)
+        case _:
+            return Span(-inf, inf)
+
+
+def _whole(span: Span, metric: Metric) -> Span:
+    """What is left of ``span`` where only whole numbers count."""
+    if metric.unit not in _COUNTS or span.empty:
+        return span
+    low = span.low if span.low == -inf else ceil(span.low)
+    return Span(low, span.high if span.high == inf else floor(span.high))
+
+
+def _said(condition: Condition) -> str:
+    return str(condition).removeprefix(f"{condition.metric} ")
+
+
+def _range(span: Span) -> str:
+    if span.high == inf:
+        return f"at or above {span.low:g}"
+    return f"from {span.low:g} to {span.high:g}"

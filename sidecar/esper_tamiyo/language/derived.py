@@ -1,0 +1,56 @@
+"""Metrics that no trainer sends: Tamiyo works them out of those that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from esper_otel.leyline.metrics import BY_KEY, Metric
+
+Values = Mapping[str, float]
+
+
+class Derived(NamedTuple):
+    """One worked-out metric of a seed; ``of`` gives None where it cannot be told."""
+
+    metric: Metric
+    of: Callable[[Values], float | None]
+
+
+def cosine(values: Values) -> float | None:
+    """Cosine of the angle between what comes back through seed and host.
+
+    Unknown without isolation statistics, and where a norm is zero: an isolated seed sends
+    nothing back, which is neither agreement nor conflict.
+    """
+    dot = values.get("kasmina.seed.isolation.dot")
+    if dot is None:
+        return None
+    norms = values.get("kasmina.seed.isolation.host_norm", 0.0) * values.get(
+        "kasmina.seed.isolation.seed_norm", 0.0
+    )
+    return max(-1.0, min(1.0, dot / norms)) if norms > 0.0 else None
+
+
+DERIVED: tuple[Derived, ...] = (
+    Derived(
+        Metric(
+            "kasmina.seed.isolation.cosine",
+            "1",
+            "cosine of host and seed gradient at the slot's input, -1 when they pull in "
+            "opposite directions",
+            "when isolation statistics exist and neither norm is zero",
+            scope="seed",
+        ),
+        cosine,
+    ),
+)
+
+KNOWN: dict[str, Metric] = {**BY_KEY, **{row.metric.key: row.metric for row in DERIVED}}
+"""Every metric that a table may name."""
+
+
+def needed(keys: Iterable[str]) -> tuple[Derived, ...]:
+    """The derived metrics among ``keys``."""
+    wanted = set(keys)
+    return tuple(row for row in DERIVED if row.metric.key in wanted)

@@ -1,0 +1,272 @@
+"""Threshold tables: what the rows of a checked table mean.
+
+A table is plain data. :mod:`~esper_tamiyo.language.table_file` makes one from YAML and
+refuses what is wrong with it, :mod:`~esper_tamiyo.judging.rules` turns it into something
+that runs. Bounds and
+meanings of the fields stand here once: the reader, the JSON Schema and the reference page
+(:mod:`esper_tamiyo.table_docs`) take them from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from esper_otel.leyline.decisions import Action, Severity
+from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
+
+MAX_COUNT = 1 << 31
+
+MAX_OF = 1024
+"""Largest ``of``: a bit for each observation is kept, per rule and rank or seed."""
+
+ID = r"[a-z][a-z0-9_]*"
+
+
+class Condition(msgspec.Struct, frozen=True, tag=True):
+    """One metric held against one number.
+
+    ``number`` is the bound, factor, amount or count that belongs to the operator;
+    ``nonfinite`` has none. ``baseline_of`` is empty but for conditions on a baseline.
+    """
+
+    metric: Annotated[str, Meta(description="key of the metric")]
+    operator: Operator
+    number: float = 0.0
+    baseline_of: Annotated[
+        str,
+        Meta(
+            description="whose baseline is multiplied, the metric's own unless said; a seed's "
+            "metric may be held against the baseline of its rank's"
+        ),
+    ] = ""
+    baseline: Annotated[
+        BaselineKind, Meta(description="which past `above_baseline` and `below_baseline` mean")
+    ] = BaselineKind.ROLLING
+    release: Annotated[
+        float | None,
+        Meta(
+            description="an easier number for the same operator: once the rule fired it goes "
+            "on until the condition does not hold with this one either (hysteresis)"
+        ),
+    ] = None
+
+    def __str__(self) -> str:
+        """The condition as a person would say it."""
+        release = "" if self.release is None else f" (release {self.release:g})"
+        return f"{self._words()}{release}"
+
+    def _words(self) -> str:
+        name = self.operator.value.replace("_", " ")
+        form = FORMS[self.operator]
+        if self.operator is Operator.NONFINITE:
+            whose = "a value" if self.metric == "nonfinite" else self.metric
+            return f"{whose} is not finite"
+        if self.baseline_of:
+            own = "its" if self.baseline_of == self.metric else "the"
+            of = "" if self.baseline_of == self.metric else f" of {self.baseline_of}"
+            kind = "" if self.baseline is BaselineKind.ROLLING else f" {self.baseline.value}"
+            side = name.split()[0]
+            return f"{self.metric} {side} {self.number:g} × {own}{kind} baseline{of}"
+        if form.operand is Operand.FACTOR:
+            return f"{self.metric} {name.split()[0]} {self.number:g} × that of its peers"
+        return f"{self.metric} {name} {self.number:g}"
+
+
+class Combine(StrEnum):
+    """How the parts of a group become one verdict."""
+
+    ALL = "all"
+    ANY = "any"
+
+
+class Group(msgspec.Struct, frozen=True, tag=True):
+    """Several conditions that count together; a part may itself be a group, once."""
+
+    combine: Combine
+    parts: tuple[Condition | Group, ...]
+
+    def __str__(self) -> str:
+        """The group as a person would say it."""
+        joint = " and " if self.combine is Combine.ALL else " or "
+        return joint.join(
+            f"({part})" if isinstance(part, Group) else str(part) for part in self.parts
+        )
+
+
+class RuleScope(StrEnum):
+    """Whose condition a rule is: it has a state of its own for each."""
+
+    STEP = "step"
+    SEED = "seed"
+    RANK = "rank"
+
+
+class Mode(StrEnum):
+    """Whether a rule's action counts."""
+
+    ACT = "act"
+    OBSERVE = "observe"
+
+
+class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
+    """One row of a table."""
+
+    id: Annotated[
+        str,
+        Meta(pattern=f"^{ID}$", description="name of the rule, the reason of its decisions"),
+    ]
+    when: Condition | Group
+    action: Annotated[Action, Meta(description="what a decision by this rule asks of the run")]
+    severity: Annotated[
+        Severity, Meta(description="which rule wins among those with the same action")
+    ]
+    text: Annotated[str, Meta(description="what people are told; the condition unless given")]
+    persistence: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MAX_COUNT,
+            description="observations that must hold before the rule fires: in a row, or of "
+            "the last `of`. What is unknown neither counts nor starts anew",
+        ),
+    ] = 1
+    of: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MAX_OF,
+            description="the number of observations among which `for` must hold; at least "
+            "`for`",
+        ),
+    ] = 1
+    cooldown: Annotated[
+        int,
+        Meta(ge=0, le=MAX_COUNT, description="steps that pass before the rule may act again"),
+    ] = 0
+    scope: Annotated[
+        RuleScope,
+        Meta(
+            description="said by the metrics and operators, so never needed: `seed` with a "
+            "seed's metric, `rank` with `above_peers` or `below_peers`, else `step`. Where it "
+            "is given it must fit"
+        ),
+    ] = RuleScope.STEP
+    downgrade: Annotated[
+        bool, Meta(description="count only on steps for which a seed operation is proposed")
+    ] = False
+    conservative: Annotated[
+        bool, Meta(description="enter conservative mode, in which no seed operation is granted")
+    ] = False
+    mode: Annotated[
+        Mode,
+        Meta(
+            description="`observe` tries a rule out: its states and findings are told, with "
+            "the action CONTINUE, and it changes no decision, mode or other rule"
+        ),
+    ] = Mode.ACT
+    silences: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="ids of rules, no more severe than this one, that neither act nor are "
+            "among the findings while this one fires for the same rank of the same run"
+        ),
+    ] = ()
+    parameters: Annotated[
+        dict[str, float],
+        Meta(description="of OPTIMIZER: `lr_scale`, times which the learning rate is taken"),
+    ] = {}
+
+    @property
+    def about_seeds(self) -> bool:
+        """True when a condition looks at a metric that each seed has for itself."""
+        return self.scope is RuleScope.SEED
+
+    @property
+    def about_silence(self) -> bool:
+        """True for the rule on a rank that nothing comes from any more."""
+        return is_silence(self.when)
+
+
+class Baseline(msgspec.Struct, frozen=True):
+    """Baselines: observations they span, and how many must be in before they count."""
+
+    window: Annotated[
+        int, Meta(ge=2, le=1024, description="observations that a baseline or slope spans")
+    ] = 64
+    warmup: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            description="observations before a baseline counts; at most `window`. `frozen` "
+            "and slopes leave them out",
+        ),
+    ] = 20
+
+
+class Conservative(msgspec.Struct, frozen=True):
+    """Conservative mode: while it is on every seed operation becomes a PAUSE."""
+
+    clean_steps: Annotated[
+        int,
+        Meta(ge=1, le=MAX_COUNT, description="steps without trouble after which it is left"),
+    ] = 50
+
+
+class Table(msgspec.Struct, frozen=True):
+    """A checked table. ``version`` carries a hash of the file, so it names one content."""
+
+    version: str
+    rules: tuple[Rule, ...]
+    baseline: Baseline = Baseline()
+    clean_steps: int = Conservative().clean_steps
+    """Steps without trouble after which conservative mode is left."""
+
+
+def conditions(when: Condition | Group) -> Iterator[Condition]:
+    """The conditions below ``when``, in the order of the table."""
+    if isinstance(when, Condition):
+        yield when
+        return
+    for part in when.parts:
+        yield from conditions(part)
+
+
+def eased(when: Condition | Group) -> Condition | Group | None:
+    """``when`` with the numbers of ``release``; None when there are none."""
+    if all(part.release is None for part in conditions(when)):
+        return None
+    return _eased(when)
+
+
+def _eased(when: Condition | Group) -> Condition | Group:
+    if isinstance(when, Condition):
+        easier = when.number if when.release is None else when.release
+        return msgspec.structs.replace(when, number=easier, release=None)
+    return Group(when.combine, tuple(_eased(part) for part in when.parts))
+
+
+def is_silence(when: Condition | Group) -> bool:
+    """Whether ``when`` speaks of a rank that sends nothing, so that no frame can tell."""
+    return any(
+        part.operator is Operator.MISSING_FOR and part.metric == "step"
+        for part in conditions(when)
+    )
+
+
+def meta(owner: type[msgspec.Struct], field: str) -> Meta:
+    """Bounds and description of a field of a table."""
+    hint: Any = get_type_hints(owner, include_extras=True)[field]
+    found: Meta = hint.__metadata__[0]
+    return found
+
+
+def span(owner: type[msgspec.Struct], field: str) -> tuple[int, int]:
+    """Lowest and highest of a whole-numbered field."""
+    bounds = meta(owner, field)
+    return int(bounds.ge or 0), int(bounds.le or MAX_COUNT)

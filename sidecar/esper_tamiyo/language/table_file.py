@@ -1,0 +1,88 @@
+"""Reads a threshold table from YAML and says everything that is wrong with it.
+
+The YAML is composed, not loaded: nodes keep their line, nothing is constructed from
+tags, and ``010`` or ``1e3`` mean what a person means by them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from esper_tamiyo.language.documents import BrokenDocumentError, compose
+from esper_tamiyo.language.nodes import Fault
+from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table_reader import TableReader
+
+SHIPPED = Path(__file__).parents[1] / "tables"
+MAX_BYTES = 1 << 20
+
+
+class TableError(ValueError):
+    """A table that cannot be used; its text has one line for each fault."""
+
+    def __init__(self, source: str, faults: list[Fault]) -> None:
+        self.faults = sorted(faults)
+        super().__init__("\n".join(fault.at(source) for fault in self.faults))
+
+
+class TableSource(NamedTuple):
+    """A table's text and what errors call it."""
+
+    name: str
+    data: bytes
+
+
+def shipped_tables() -> list[str]:
+    """Names of the tables that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+class Located(NamedTuple):
+    """A table, and the line that each of its rules' ids stands on."""
+
+    table: Table
+    lines: dict[str, int]
+
+
+def load(name: str) -> Table:
+    """The table of that name, or else in that file; raises :class:`TableError`."""
+    return parse(read(name))
+
+
+def read(name: str) -> TableSource:
+    """The text of the table of that name, or else of that file.
+
+    Raises :class:`TableError` when it cannot be read.
+    """
+    path = SHIPPED / f"{name}.yaml" if name in shipped_tables() else Path(name)
+    try:
+        with path.open("rb") as file:
+            return TableSource(str(path), file.read(MAX_BYTES + 1))
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        hint = f"expected a file, or one of {', '.join(shipped_tables())}"
+        raise TableError(
+            str(path), [Fault(0, "", f"cannot be read: {reason}; {hint}")]
+        ) from None
+
+
+def parse(source: TableSource) -> Table:
+    """The table in ``source.data``; raises :class:`TableError` with every fault found."""
+    return locate(source).table
+
+
+def locate(source: TableSource) -> Located:
+    """As :func:`parse`, with the lines of the rules."""
+    if len(source.data) > MAX_BYTES:
+        raise TableError(source.name, [Fault(0, "", f"larger than {MAX_BYTES} bytes")])
+    try:
+        root = compose(source.data, "table")
+    except BrokenDocumentError as error:
+        raise TableError(source.name, [error.fault]) from None
+    reader = TableReader()
+    table = reader.table(root, hashlib.sha256(source.data).hexdigest()[:8])
+    if reader.faults:
+        raise TableError(source.name, reader.faults)
+    return Located(table, reader.lines)

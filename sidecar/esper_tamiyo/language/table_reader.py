@@ -1,0 +1,268 @@
+"""Reads a table, and its rules, from YAML nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import yaml
+
+from esper_otel.leyline.decisions import (
+    CONSERVATIVE_MODE,
+    FAILED_OPEN,
+    NOMINAL,
+    NOT_ASKED,
+    RANK_OF,
+    Action,
+    Severity,
+)
+from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, ConditionReader
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.nodes import shown
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import (
+    ID,
+    Baseline,
+    Condition,
+    Conservative,
+    Group,
+    Mode,
+    Rule,
+    RuleScope,
+    Table,
+    conditions,
+    is_silence,
+    span,
+)
+
+RESERVED = {NOMINAL, CONSERVATIVE_MODE, NOT_ASKED, *FAILED_OPEN}
+ACTIONS = (Action.CONTINUE, Action.OPTIMIZER, Action.PAUSE)
+TOP_FIELDS = ("version", "baseline", "conservative", "rules")
+RULE_FIELDS = tuple(name for name in Rule.__struct_encode_fields__ if name != "when")
+PARAMETERS = {"lr_scale": (0.0, 10.0)}
+"""Parameters an OPTIMIZER rule may give: more than the first number, at most the second."""
+
+_PEERS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
+_ID = re.compile(ID)
+_KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS
+
+
+class TableReader(ConditionReader):
+    """Turns nodes into a table, noting faults and going on with defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, int] = {}
+        """The line that each rule's id stands on."""
+
+    def table(self, root: yaml.Node, content: str) -> Table:
+        """The table; ``content`` names what is in the file."""
+        fields = self.mapping(root, "", TOP_FIELDS)
+        version = self.text(self.required(fields, root, "", "version"), "version")
+        return Table(
+            version=f"{version}+{content}",
+            rules=self.rules(self.required(fields, root, "", "rules")),
+            baseline=self.baseline(fields.get("baseline")),
+            clean_steps=self.clean_steps(fields.get("conservative")),
+        )
+
+    def baseline(self, node: yaml.Node | None) -> Baseline:
+        """The window and warm-up of baselines."""
+        default = Baseline()
+        if node is None:
+            return default
+        fields = self.mapping(node, "baseline", Baseline.__struct_fields__)
+        low, high = span(Baseline, "window")
+        window = self.whole(fields.get("window"), "baseline.window", low, high, default.window)
+        low, high = span(Baseline, "warmup")
+        usual = min(default.warmup, window)
+        warmup = self.whole(fields.get("warmup"), "baseline.warmup", low, high, usual)
+        if warmup > window:
+            at = fields.get("warmup", node)
+            self.fault(at, "baseline.warmup", f"expected at most the window of {window}")
+        return Baseline(window, warmup)
+
+    def clean_steps(self, node: yaml.Node | None) -> int:
+        """When conservative mode is left."""
+        default = Conservative().clean_steps
+        if node is None:
+            return default
+        fields = self.mapping(node, "conservative", Conservative.__struct_fields__)
+        low, high = span(Conservative, "clean_steps")
+        at = "conservative.clean_steps"
+        return self.whole(fields.get("clean_steps"), at, low, high, default)
+
+    def rules(self, node: yaml.Node | None) -> tuple[Rule, ...]:
+        """All rules that are enough to be one."""
+        if node is None:
+            return ()
+        entries = self.entries(node, "rules")
+        if not entries and isinstance(node, yaml.SequenceNode):
+            self.fault(node, "rules", "expected at least one rule")
+        rules: list[Rule] = []
+        silences: list[tuple[Rule, str, yaml.Node]] = []
+        for field, entry in entries:
+            rule = self.rule(entry, field, silences)
+            if rule is not None:
+                rules.append(rule)
+        self.check_silences(rules, silences)
+        return tuple(rules)
+
+    def rule(
+        self, node: yaml.Node, field: str, silences: list[tuple[Rule, str, yaml.Node]]
+    ) -> Rule | None:
+        """The rule, None when it lacks too much to be one."""
+        fields = self.mapping(node, field, _KNOWN_RULE_FIELDS)
+        if not isinstance(node, yaml.MappingNode):
+            return None
+        rule_id = self.rule_id(self.required(fields, node, field, "id"), field)
+        when = self.when(node, fields, field)
+        action = self.choice(
+            self.required(fields, node, field, "action"), f"{field}.action", ACTIONS
+        )
+        severity = self.choice(
+            self.required(fields, node, field, "severity"), f"{field}.severity", tuple(Severity)
+        )
+        downgrade = self.flag(fields.get("downgrade"), f"{field}.downgrade")
+        conservative = self.flag(fields.get("conservative"), f"{field}.conservative")
+        if downgrade and conservative:
+            # What a downgrade rule does depends on the proposal, and the mode must not:
+            # a sidecar that only reads the stream never sees a proposal.
+            at = fields["conservative"]
+            message = "a downgrade rule cannot enter conservative mode"
+            self.fault(at, f"{field}.conservative", message)
+        parameters = self.parameters(fields.get("parameters"), f"{field}.parameters", action)
+        persistence, of = self.persistence(fields, field)
+        low, high = span(Rule, "cooldown")
+        cooldown = self.whole(fields.get("cooldown"), f"{field}.cooldown", low, high, 0)
+        mode = self.choice(fields.get("mode"), f"{field}.mode", Mode) or Mode.ACT
+        text = self.text(fields.get("text"), f"{field}.text") if "text" in fields else ""
+        silenced = self.ids(fields.get("silences"), f"{field}.silences")
+        if when is None or action is None or severity is None:
+            return None
+        if is_silence(when):
+            self.check_silence_rule(fields, field, action)
+        rule = Rule(
+            id=rule_id,
+            when=when,
+            action=action,
+            severity=severity,
+            text=text or str(when),
+            persistence=persistence,
+            of=of,
+            cooldown=cooldown,
+            scope=self.scope(fields.get("scope"), f"{field}.scope", when),
+            downgrade=downgrade,
+            conservative=conservative,
+            mode=mode,
+            silences=tuple(name for _, name, _ in silenced),
+            parameters=parameters,
+        )
+        silences += [(rule, at, entry) for at, _, entry in silenced]
+        return rule
+
+    def rule_id(self, node: yaml.Node | None, field: str) -> str:
+        """The id, which no other rule of the table may have."""
+        rule_id = self.text(node, f"{field}.id")
+        if node is None or not rule_id:
+            return ""
+        ids = self.lines
+        if not _ID.fullmatch(rule_id):
+            message = f"expected a to z, 0 to 9 and _, a letter first, got {shown(node)}"
+            self.fault(node, f"{field}.id", message)
+        elif rule_id in RESERVED:
+            self.fault(node, f"{field}.id", f'"{rule_id}" is a reason of its own, not a rule')
+        elif rule_id in ids:
+            self.fault(
+                node, f"{field}.id", f'"{rule_id}" is already the rule of line {ids[rule_id]}'
+            )
+        ids.setdefault(rule_id, node.start_mark.line + 1)
+        return rule_id
+
+    def persistence(self, fields: Mapping[str, yaml.Node], field: str) -> tuple[int, int]:
+        """``for`` and ``of``."""
+        low, high = span(Rule, "persistence")
+        persistence = self.whole(fields.get("for"), f"{field}.for", low, high, 1)
+        low, high = span(Rule, "of")
+        usual = min(persistence, high)
+        of = self.whole(fields.get("of"), f"{field}.of", low, high, usual)
+        if "of" in fields and of < persistence:
+            message = f"expected at least for, which is {persistence}; got {of}"
+            self.fault(fields["of"], f"{field}.of", message)
+        return persistence, of
+
+    def scope(self, node: yaml.Node | None, field: str, when: Condition | Group) -> RuleScope:
+        """Whose rule it is, which its conditions say; a scope that is given must fit."""
+        parts = list(conditions(when))
+        scope, reason = RuleScope.STEP, "no condition is about seeds or other ranks"
+        for part in parts:
+            if KNOWN[part.metric].scope == "seed":
+                scope, reason = RuleScope.SEED, f"{part.metric} is a seed's"
+            elif part.operator in _PEERS:
+                scope, reason = RuleScope.RANK, f"{part.operator} compares ranks"
+        given = self.choice(node, field, RuleScope)
+        if node is not None and given is not None and given is not scope:
+            self.fault(node, field, f"expected {scope}, as {reason}; got {given}")
+        return scope
+
+    def ids(self, node: yaml.Node | None, field: str) -> list[tuple[str, str, yaml.Node]]:
+        """Ids of other rules: where each stands, the id, its node."""
+        if node is None:
+            return []
+        return [
+            (at, name, entry)
+            for at, entry in self.entries(node, field)
+            if (name := self.text(entry, at))
+        ]
+
+    def check_silence_rule(
+        self, fields: Mapping[str, yaml.Node], field: str, action: Action
+    ) -> None:
+        """A rank that sends nothing makes no observations, and nobody asks for it."""
+        if action is not Action.CONTINUE:
+            message = f"expected CONTINUE: nobody asks for a silent rank; got {action}"
+            self.fault(fields["action"], f"{field}.action", message)
+        for name in ("for", "of", "cooldown", "downgrade", "conservative", "silences"):
+            if name in fields:
+                message = "has no meaning beside missing_for of the metric step"
+                self.fault(fields[name], f"{field}.{name}", message)
+
+    def check_silences(
+        self, rules: list[Rule], silences: list[tuple[Rule, str, yaml.Node]]
+    ) -> None:
+        """Silenced rules exist, are no more severe, and do not silence in turn."""
+        by_id = {rule.id: rule for rule in rules}
+        for rule, field, node in silences:
+            name = str(node.value).strip()
+            other = by_id.get(name)
+            if other is None:
+                if name not in self.lines:  # a rule that is itself wrong has its own fault
+                    message = f"no rule has this id{self.meant(name, by_id)}"
+                    self.fault(node, field, message)
+            elif other is rule:
+                self.fault(node, field, "a rule cannot silence itself")
+            elif RANK_OF[other.severity] > RANK_OF[rule.severity]:
+                message = f'"{name}" is {other.severity}, more severe than this rule'
+                self.fault(node, field, message)
+            elif rule.id in other.silences:
+                message = f'"{name}" silences this rule: neither would ever be heard'
+                self.fault(node, field, message)
+
+    def parameters(
+        self, node: yaml.Node | None, field: str, action: Action | None
+    ) -> dict[str, float]:
+        """What an OPTIMIZER decision asks for."""
+        if node is None:
+            return {}
+        if action is not None and action is not Action.OPTIMIZER:
+            self.fault(node, field, f"only OPTIMIZER takes parameters, this is {action}")
+        parameters = {}
+        for name, value in self.mapping(node, field, PARAMETERS).items():
+            number = self.number(value, f"{field}.{name}")
+            low, high = PARAMETERS[name]
+            if number is not None and not low < number <= high:
+                message = f"expected more than {low:g}, at most {high:g}, got {shown(value)}"
+                self.fault(value, f"{field}.{name}", message)
+            elif number is not None:
+                parameters[name] = number
+        return parameters

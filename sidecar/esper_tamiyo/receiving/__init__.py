@@ -1,0 +1,1 @@
+"""The ingest process: OTLP in, step frames out through a pipe."""

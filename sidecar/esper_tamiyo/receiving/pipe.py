@@ -1,0 +1,110 @@
+"""What the ingest process and the table's watch tell the decide process, over socket pairs.
+
+A message is a length, a kind and a MessagePack body. The kind lies outside the body so
+that the decide process can leave frames undecoded until their turn comes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+
+import msgspec
+
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.language.table import Table
+
+
+class Kind(IntEnum):
+    """What a body is."""
+
+    FRAME = 0
+    READY = 1
+    FAILED = 2
+    TALLY = 3
+    TABLE = 4
+    UNUSABLE = 5
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True):
+    """Both receivers listen, at these addresses (host:port)."""
+
+    grpc: str
+    http: str
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True):
+    """The ingest process cannot start, and why."""
+
+    message: str
+
+
+class Unusable(msgspec.Struct, frozen=True, array_like=True):
+    """The table's file cannot be used as it is now, and why."""
+
+    message: str
+
+
+class Tally(msgspec.Struct, array_like=True):
+    """What came in since the last tally.
+
+    Every data point of a request that could be read is one of used, foreign and
+    unusable. Of requests that were turned away nothing was taken.
+    """
+
+    requests: int = 0
+    points_used: int = 0
+    points_foreign: int = 0
+    points_unusable: int = 0
+    malformed: int = 0
+    too_large: int = 0
+    turned_away_busy: int = 0
+    unauthorized: int = 0
+
+
+_HEAD = struct.Struct("<IB")
+_encoder = msgspec.msgpack.Encoder()
+_frame_decoder = msgspec.msgpack.Decoder(StepFrame)
+
+_KINDS: dict[type, Kind] = {
+    StepFrame: Kind.FRAME,
+    Ready: Kind.READY,
+    Failed: Kind.FAILED,
+    Tally: Kind.TALLY,
+    Table: Kind.TABLE,
+    Unusable: Kind.UNUSABLE,
+}
+
+
+def pack(message: StepFrame | Ready | Failed | Tally | Table | Unusable) -> bytes:
+    """The bytes of one message."""
+    body = _encoder.encode(message)
+    return _HEAD.pack(len(body), _KINDS[type(message)]) + body
+
+
+def frame(body: bytes) -> StepFrame:
+    """The frame in the body of a FRAME; raises ``msgspec.MsgspecError`` when it is none."""
+    return _frame_decoder.decode(body)
+
+
+class Inlet:
+    """Cuts what the pipe delivers into (kind, body)."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
+        """Yield each message completed by ``data``."""
+        buffer = self._bytes
+        buffer += data
+        while len(buffer) >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(buffer)
+            end = _HEAD.size + length
+            if len(buffer) < end:
+                return
+            body = bytes(buffer[_HEAD.size : end])
+            del buffer[:end]
+            yield kind, body

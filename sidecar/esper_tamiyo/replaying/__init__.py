@@ -1,0 +1,1 @@
+"""Recordings through the very same engine: replay, compare, tests of tables."""

@@ -1,0 +1,126 @@
+"""Replay: recorded steps through the engine that judged them live.
+
+The engine reads no clock, so the same frames with the same proposals give the same
+decisions, whether a trainer asks or a file is read. Where a live sidecar looks at its
+clock, to notice a rank that has fallen silent, a replay takes the times of the frames.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from esper_otel.leyline.decisions import NOMINAL, Action, Decision, Proposal
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.language.table import Table
+
+Steps = Iterable[tuple[StepFrame, Proposal | None]]
+
+TICK_NS = 1_000_000_000
+"""Recorded time between two looks for silent ranks."""
+
+
+class Judged(NamedTuple):
+    """A decision, and the frame it is about: one without values when it is about silence."""
+
+    frame: StepFrame
+    decision: Decision
+
+    @property
+    def is_step(self) -> bool:
+        """Whether a step was judged, and not that none came."""
+        return bool(self.frame.values)
+
+    @property
+    def is_nominal(self) -> bool:
+        """Whether there is nothing to tell."""
+        return self.decision.action is Action.CONTINUE and self.decision.reason == NOMINAL
+
+
+class Judge:
+    """One engine over recorded steps."""
+
+    def __init__(self, table: Table) -> None:
+        self._notes = _Notes()
+        self._engine = Engine(table, witness=self._notes)
+        self._tick_at = 0
+
+    def judge(self, frame: StepFrame, proposal: Proposal | None) -> list[Judged]:
+        """The decision about ``frame``, behind those about silences until then.
+
+        Empty for the frame of a process that a newer one has replaced.
+        """
+        if frame.time_unix_nano >= self._tick_at:
+            self._tick_at = frame.time_unix_nano + TICK_NS
+            self._engine.tick(frame.time_unix_nano)
+        self._engine.observe(frame, proposal)
+        return self._notes.take()
+
+
+class _Notes:
+    """A witness that remembers what was decided."""
+
+    def __init__(self) -> None:
+        self._decided: list[Judged] = []
+
+    def take(self) -> list[Judged]:
+        decided, self._decided = self._decided, []
+        return decided
+
+    def changed(self, change: RuleChange) -> None:
+        """Not of interest."""
+
+    def judged(self, frame: StepFrame, decision: Decision) -> None:
+        """Told once more by :meth:`decided`."""
+
+    def decided(self, decision: Decision, frame: StepFrame) -> None:
+        self._decided.append(Judged(frame, decision))
+
+
+def once(steps: Steps) -> Iterator[tuple[StepFrame, Proposal | None]]:
+    """``steps`` without those that come again: nobody asks about a step twice."""
+    newest: dict[tuple[str, int, str], int] = {}
+    for frame, proposal in steps:
+        whose = (frame.run, frame.rank, frame.instance)
+        if frame.step > newest.get(whose, -1):
+            newest[whose] = frame.step
+            yield frame, proposal
+
+
+def replay(steps: Steps, table: Table) -> Iterator[Judged]:
+    """Everything that ``table`` decides about ``steps``, in their order."""
+    judge = Judge(table)
+    for frame, proposal in once(steps):
+        yield from judge.judge(frame, proposal)
+
+
+class Summary(msgspec.Struct):
+    """What a replay came to: steps, whose, over how long, and what was decided."""
+
+    steps: int = 0
+    ranks: set[tuple[str, int]] = msgspec.field(default_factory=set)
+    decided: Counter[tuple[Action, str]] = msgspec.field(default_factory=Counter)
+    first_unix_nano: int = 0
+    last_unix_nano: int = 0
+
+    def add(self, judged: Judged) -> None:
+        """Count one decision in."""
+        frame, decision = judged
+        self.decided[decision.action, decision.reason] += 1
+        if not judged.is_step:
+            return
+        time = frame.time_unix_nano
+        self.first_unix_nano = min(self.first_unix_nano or time, time)
+        self.last_unix_nano = max(self.last_unix_nano, time)
+        self.steps += 1
+        self.ranks.add((frame.run, frame.rank))
+
+    @property
+    def recorded_s(self) -> float:
+        """From the end of the first step to the end of the last."""
+        return (self.last_unix_nano - self.first_unix_nano) / 1e9

@@ -1,0 +1,1 @@
+"""The decide process: the socket, asks first, and what it keeps beside it."""

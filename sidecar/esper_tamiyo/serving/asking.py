@@ -1,0 +1,58 @@
+"""The tools' side of the decision socket: one request, one reply, in blocking calls."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from esper_otel.leyline.wire import (
+    LatestRequest,
+    MessageBuffer,
+    StatusRequest,
+    ToClient,
+    WireError,
+    check_socket_path,
+    decode_to_client,
+    encode,
+)
+from esper_tamiyo.serving.listening import may_knock, peer_uid
+
+PATIENCE_S = 2.0
+
+
+class SilenceError(Exception):
+    """Nobody answered at the socket; the text says which one and why."""
+
+
+def reply_to(request: LatestRequest | StatusRequest, path: Path) -> ToClient:
+    """What the sidecar at ``path`` replies; raises :class:`SilenceError`."""
+    try:
+        check_socket_path(path)
+    except ValueError as error:
+        raise SilenceError(str(error)) from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(PATIENCE_S)
+        try:
+            connection.connect(os.fspath(path))
+            if not may_knock(uid := peer_uid(connection)):  # it could make up any answer
+                raise SilenceError(f"{path}: listened on by another user ({uid})")
+            connection.sendall(encode(request))
+            return _one_message(connection)
+        except TimeoutError:
+            raise SilenceError(f"{path}: no answer within {PATIENCE_S:g} s") from None
+        except (FileNotFoundError, ConnectionRefusedError):
+            message = f"{path}: no sidecar listens there; start one with `tamiyo serve`"
+            raise SilenceError(message) from None
+        except (OSError, WireError) as error:
+            raise SilenceError(f"{path}: {error}") from None
+
+
+def _one_message(connection: socket.socket) -> ToClient:
+    buffer = MessageBuffer()
+    while True:
+        data = connection.recv(64 * 1024)
+        if not data:
+            raise WireError("the connection ended before an answer")
+        for body in buffer.feed(data):
+            return decode_to_client(body)

@@ -1,0 +1,109 @@
+"""The process that watches a table's file: what it has become, checked, down the pipe.
+
+A process of its own because reading a table takes tens of milliseconds of Python, and a
+trainer waits five for its decision; and because a file system can hang. It ends when its
+pipe does.
+
+Run as ``python -m esper_tamiyo.serving.table_watch FD TABLE VERSION``, the version being that
+of the table in use. A byte that comes down the pipe means: look now.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table_file import TableError, load
+from esper_tamiyo.receiving.pipe import Unusable, pack
+
+LOOK_EVERY_S = 0.4
+"""A change is taken once two looks in a row saw the same: editors write in pieces, and
+half a table can be a valid one."""
+
+NICE = 10
+
+Signature = tuple[int, int, int, int]
+_NEVER: Signature = (-1, -1, -1, -1)
+
+
+def signature(name: str) -> Signature | None:
+    """What tells one state of the file from the next; None when it is not there.
+
+    Symbolic links are followed, because a ConfigMap is replaced by moving one.
+    """
+    try:
+        found = Path(name).stat()
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev)
+
+
+def read(name: str) -> Table | Unusable:
+    """The table, or what is wrong with it."""
+    try:
+        return load(name)
+    except TableError as error:
+        return Unusable(str(error))
+    except Exception as error:  # the watch must outlive whatever a file can hold
+        return Unusable(f"{name}: {error!r}")
+
+
+class Watch:
+    """One file, and which states of it have been dealt with. Pure but for the file."""
+
+    def __init__(self, name: str, version: str) -> None:
+        self._name = name
+        self._last = signature(name)
+        found = read(name)
+        # It may have changed before we looked: then this state is news like any other.
+        told = isinstance(found, Table) and found.version == version
+        self._taken = self._last if told else _NEVER
+
+    def look(self, now: bool) -> Table | Unusable | None:
+        """What the file has become, None when there is nothing new; ``now``: tell anyway."""
+        seen = signature(self._name)
+        settled, self._last = seen == self._last, seen
+        if not now and (seen == self._taken or not settled):
+            return None
+        found = read(self._name)
+        if now or signature(self._name) == seen:
+            self._taken = seen
+            return found
+        return None
+
+
+def serve(pipe: socket.socket, watch: Watch) -> None:
+    """Look until the pipe ends."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while True:
+        asked = bool(poll.poll(LOOK_EVERY_S * 1e3))
+        if asked and not pipe.recv(64):
+            return
+        news = watch.look(now=asked)
+        if news is not None:
+            pipe.sendall(pack(news))
+
+
+def main() -> None:
+    """Entry point of the process."""
+    fd, name, version = sys.argv[1:4]
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(NICE)
+    with suppress(OSError):  # never takes the core from whom it finds there
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        serve(socket.socket(fileno=int(fd)), Watch(name, version))
+    except OSError:  # the decide process is gone
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

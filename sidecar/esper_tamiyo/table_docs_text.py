@@ -1,0 +1,115 @@
+"""The words of ``docs/tables.md`` around what the classes of a table say."""
+
+PAGE_TEXT = """\
+<!-- Made by python -m esper_tamiyo.table_docs; edits here are lost. -->
+
+# Threshold tables
+
+A table says when something is wrong with a run and what to do about it. It is YAML, read
+by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
+`tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
+its file, line and field, and rules that can never fire, never be heard or never end.
+`table.schema.json` beside this page is its JSON Schema: with
+`# yaml-language-server: $schema=table.schema.json` as the first line most editors
+complete and check a table while it is written.
+
+```yaml
+version: mine-1
+rules:
+  - id: loss_diverging
+    all:
+      - metric: loss
+        above_baseline: 2
+        release: 1.5
+      - metric: loss_volatility
+        above_baseline: 10
+    for: 2
+    cooldown: 15
+    severity: HIGH
+    action: OPTIMIZER
+    parameters: {{lr_scale: 0.25}}
+    text: The loss stays several times above its baseline.
+```
+
+Every rule is tried at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed
+seed operation, that over CONTINUE; with the same action the higher severity wins, then
+the order of the table. Every rule that fired is among the decision's findings, also when
+another one won.
+
+## A rule
+
+A rule has one condition, or one group of them, and these fields.
+
+{rule_fields}
+
+{parameters}
+
+## A condition
+
+A metric and exactly one operator. The metrics are those of [metrics.md](metrics.md), and
+the ones worked out below.
+
+{operators}
+
+{condition_fields}
+
+A value that is missing makes a condition unknown, never false. `all` is false when one
+part is false and unknown when, failing that, one is unknown; `any` is true when one part
+is true. Groups nest once.
+
+With a `release` a rule that fired goes on until its condition does not hold with the
+easier number either; in a group each condition may have one, and those that have none
+keep their number.
+
+## Baselines
+
+{baselines}
+
+`baseline` at the top of a table says what they span. A value is held against the past
+only: it becomes part of a baseline after it was judged, and what is missing or was not
+finite never does.
+
+{baseline_fields}
+
+## Conservative mode
+
+While it is on, every step with a proposed seed operation gets a PAUSE. Rules that say
+`conservative: true` enter it. A step is clean when no rule has fired or is recovering, but
+for those that only observe or only downgrade. At the top of a table, below `conservative`:
+
+{conservative_fields}
+
+## States
+
+Each rule has a state for each rank and, if it is about seeds, for each seed.
+
+{states}
+
+## Ranks and seeds
+
+A rule with a seed's metric is judged for each seed by itself: its persistence, cool-down
+and state are that seed's. Of several seeds for which it acts at a step, the first is named
+in the decision; with a cool-down the next one has its turn at the next step.
+
+`above_peers` and `below_peers` look one step back, at a step that every rank of a
+synchronous run has ended by now, so that it does not matter whose frame came first. A rank
+that has not told that step, or is {peer_steps} steps away, is not among the peers.
+
+A rank that sends nothing breaks no rule that needs a frame. `missing_for` on the metric
+`step` is for that; it takes no other condition beside it, no persistence and no action but
+CONTINUE, for nobody asks. Whether a silence ended by a frame or the clock noticed it
+first, it began at the same instant, so that a replay tells it alike; only a frame that was
+late and not missing is told differently. With no rule on silence `tamiyo status` still
+says `unknown` of a rank that was not heard of for {unknown_after} of its step times, and
+for ten seconds at least, or for ten minutes while only one step of it is known.
+
+## Metrics that Tamiyo works out
+
+{derived}
+
+## Another table without a restart
+
+A table that is read again keeps what has not changed: the state of a rule that is the same
+in every field, wherever it stands now, and the baselines that are still watched, unless
+`window` or `warmup` changed. Rules that are new or different begin unknown.
+"""

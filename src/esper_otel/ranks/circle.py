@@ -1,0 +1,147 @@
+"""Circle: the ranks of a run, on connections of our own, and waits that end.
+
+A process group of gloo's besides the user's: nothing here takes part in a collective of
+theirs, nor in the numbering of their groups (``dist.new_group`` counts every call, also one
+that failed, and the user's next group would wait for ranks that count otherwise). What is
+sent begins at once and is waited for later, by gloo's own threads, which need no Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+log = logging.getLogger("esper_otel")
+
+_made = 0
+"""Circles of this process so far; the ranks of a run make them in the same order."""
+
+
+class CircleError(RuntimeError):
+    """The other ranks were not heard of in time, or never will be; says why."""
+
+
+class Sent:
+    """Bytes under way; :meth:`wait` gives the greatest of all ranks, byte by byte."""
+
+    __slots__ = ("_circle", "_data", "_work")
+
+    def __init__(self, circle: Circle, data: Tensor, work: Any) -> None:
+        self._circle = circle
+        self._data = data
+        self._work = work
+
+    def wait(self) -> bytes:
+        """Those bytes; raises :class:`CircleError`, and within the circle's time-out."""
+        self._circle.wait(self._work)
+        return self._data.numpy().tobytes()
+
+
+class Circle:
+    """All ranks of the run; see :func:`join`. After one failure nothing works any more."""
+
+    def __init__(self, group: Any, rank: int, size: int, timeout_s: float) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = group
+        self._timeout = timedelta(seconds=timeout_s)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that asks and decides."""
+        return self.rank == 0
+
+    def send(self, data: bytes) -> Sent:
+        """Begin to find the greatest byte of all ranks at each place of ``data``."""
+        tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return Sent(self, tensor, self._reduce(tensor, dist.ReduceOp.MAX))
+
+    def average(
+        self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The mean over the ranks of each gradient; one that a rank has not counts as zero.
+
+        None where no rank has one. All on the CPU; ``like`` has the same shapes. Every rank
+        calls it with as many, in the same order.
+        """
+        if not like:
+            return []
+        flat = torch.cat(
+            [
+                *(
+                    (torch.zeros_like(shape) if each is None else each).reshape(-1).double()
+                    for each, shape in zip(gradients, like, strict=True)
+                ),
+                torch.tensor([0.0 if each is None else 1.0 for each in gradients]).double(),
+            ]
+        )
+        self.wait(self._reduce(flat, dist.ReduceOp.SUM))
+        *means, present = torch.split(flat, [*(each.numel() for each in like), len(like)])
+        return [
+            (mean / self.size).to(shape.dtype).reshape(shape.shape) if seen else None
+            for mean, shape, seen in zip(means, like, present.tolist(), strict=True)
+        ]
+
+    def wait(self, work: Any) -> None:
+        """Until ``work`` is done; raises :class:`CircleError`."""
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise CircleError(_first_line(error)) from None
+
+    def leave(self) -> None:
+        """Take part no more; the others will find out."""
+        group, self._group = self._group, None
+        if group is not None:
+            # Waits for what is under way, so not here.
+            threading.Thread(target=_let_go, args=[[group]], daemon=True).start()
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Any:
+        if self._group is None:
+            raise CircleError("this rank has left")
+        options = dist.AllreduceOptions()
+        options.reduceOp = operation
+        try:
+            return self._group.allreduce([tensor], options)
+        except RuntimeError as error:
+            raise CircleError(_first_line(error)) from None
+
+
+def is_shared() -> bool:
+    """Whether this process is one of several ranks of ``torch.distributed``."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def join(timeout_s: float) -> Circle:
+    """Meet the other ranks; each of them must call this, as many times as any other.
+
+    Raises :class:`CircleError` when not all have come after ``timeout_s``.
+    """
+    global _made
+    _made += 1
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d.PrefixStore(
+        f"esper-otel/{_made}", dist.distributed_c10d._get_default_store()
+    )
+    try:
+        group = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise CircleError(
+            f"not all {size} ranks have come within {timeout_s:g} s: {_first_line(error)}"
+        ) from None
+    return Circle(group, rank, size, timeout_s)
+
+
+def _let_go(held: list[Any]) -> None:
+    held.clear()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

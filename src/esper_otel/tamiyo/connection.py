@@ -1,0 +1,166 @@
+"""The client's end of the decision socket: one message out, one answer back, in time."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter_ns
+
+from esper_otel.leyline import wire
+from esper_otel.leyline.decisions import PROTOCOL_ERROR, TIMEOUT, UNREACHABLE, Decision
+
+_RECEIVE = 16 * 1024
+_LENGTH = struct.Struct("<I")
+_PEER = struct.Struct("3i")
+
+_MAX_SELECT = 1024
+"""select takes no descriptor from this on (FD_SETSIZE)."""
+
+
+class Failure(Exception):  # noqa: N818  (not an error of anybody's: it never leaves the client)
+    """No decision; ``reason`` is the one the ask will give."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def may_answer(uid: int) -> bool:
+    """Whether that user's sidecar is heeded: our own, and root's, who could steer us anyway."""
+    return uid in (os.geteuid(), 0)
+
+
+class Connection:
+    """One persistent connection, made when it is first needed and again after it broke."""
+
+    def __init__(self, path: Path, hello: wire.Hello) -> None:
+        wire.check_socket_path(path)
+        self.path = path
+        self.table_version = ""
+        """Table the sidecar decides by, once it has said so."""
+        self._hello = wire.encode(hello)
+        self._socket: socket.socket | None = None
+        self._poll = select.poll()
+        self._unsent = b""
+        self._incoming = bytearray(_RECEIVE)
+        self._view = memoryview(self._incoming)
+        self._buffer = wire.MessageBuffer()
+
+    def ask(self, message: wire.Ask, until_ns: int) -> Decision:
+        """The answer, if it is here by ``until_ns`` of ``perf_counter_ns``.
+
+        Raises :class:`Failure` and nothing else. After a time-out the connection stays: the
+        late answer is recognised by its id and dropped. Anything else, or a message cut in
+        two, needs a fresh one.
+        """
+        try:
+            self._send(message)
+            return self._await(message.request_id, until_ns)
+        except Failure as failure:
+            if failure.reason != TIMEOUT or self._unsent or len(self._buffer):
+                self.close()
+            raise
+        except Exception as error:  # whatever it is, the training loop must not see it
+            self.close()
+            raise Failure(PROTOCOL_ERROR, repr(error)) from error
+
+    def close(self) -> None:
+        """End it."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.setblocking(False)
+            # A Unix socket connects at once or fails at once (EAGAIN: its backlog is full).
+            connection.connect(os.fspath(self.path))
+            _, uid, _ = _PEER.unpack(
+                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            )
+        except OSError as error:
+            connection.close()
+            raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
+        if not may_answer(uid):
+            connection.close()
+            raise Failure(UNREACHABLE, f"{self.path}: listened on by another user ({uid})")
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        self._buffer = wire.MessageBuffer()
+        self._unsent = self._hello
+        self._socket = connection
+        return connection
+
+    def _send(self, message: wire.Ask) -> None:
+        connection = self._socket or self._connect()
+        data = self._unsent + wire.encode(message)
+        try:
+            sent = connection.send(data)
+        except BlockingIOError:
+            raise Failure(TIMEOUT, "the sidecar does not read") from None
+        except OSError as error:
+            raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
+        if sent < len(data):
+            self.close()
+            raise Failure(TIMEOUT, "the sidecar does not read")
+        self._unsent = b""
+
+    def _await(self, request_id: int, until_ns: int) -> Decision:
+        while self._readable(until_ns):
+            decision = self._receive(request_id)
+            if decision is not None:
+                return decision
+        raise Failure(TIMEOUT, "no answer within the deadline")
+
+    def _readable(self, until_ns: int) -> bool:
+        """Wait for something to read; False when the deadline came first.
+
+        poll waits in whole milliseconds, so the fraction that remains is left to select. A
+        receive bounded by SO_RCVTIMEO saves a system call, but counts kernel ticks and
+        rounds up: 5 ms became 8.
+        """
+        connection = self._socket
+        assert connection is not None
+        while True:
+            left_ns = until_ns - perf_counter_ns()
+            if left_ns >= 1_000_000 or connection.fileno() >= _MAX_SELECT:
+                if self._poll.poll(max(0, left_ns // 1_000_000)):
+                    return True
+                if left_ns < 1_000_000:
+                    return False
+            else:
+                return bool(select.select((connection,), (), (), max(0, left_ns) / 1e9)[0])
+
+    def _receive(self, request_id: int) -> Decision | None:
+        """The answer to ``request_id`` if it is here by now; older answers are dropped."""
+        assert self._socket is not None
+        found = None
+        try:
+            count = self._socket.recv_into(self._incoming)
+            if not count:
+                raise Failure(UNREACHABLE, "the sidecar closed the connection")
+            for message in self._messages(self._view[:count]):
+                if isinstance(message, wire.Answer):
+                    if message.request_id == request_id:
+                        found = message.decision
+                elif isinstance(message, wire.Welcome):
+                    self.table_version = message.table_version
+                elif isinstance(message, wire.Refusal):
+                    raise Failure(PROTOCOL_ERROR, f"the sidecar refused: {message.message}")
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
+        except wire.WireError as error:
+            raise Failure(PROTOCOL_ERROR, str(error)) from None
+        return found
+
+    def _messages(self, data: memoryview) -> Iterable[wire.ToClient]:
+        if not self._buffer and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
+            return (wire.decode_to_client(data[4:]),)  # nearly always: one read, one message
+        return map(wire.decode_to_client, self._buffer.feed(data))

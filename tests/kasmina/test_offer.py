@@ -1,0 +1,118 @@
+"""What the garden proposes is told when it changes, so that a recording can be replayed."""
+
+import pytest
+from kasmina.driven import AtOnce, Driven, agreed, said
+from kasmina.test_garden import MLP
+
+from esper_otel.leyline import events
+from esper_otel.leyline.decisions import Action, SeedOperation
+
+
+def idle(proposal):
+    return said(Action.CONTINUE)
+
+
+def told(driven):
+    """(step, operation, seed) of every such event so far."""
+    return [
+        (
+            event.attributes["esper.step"],
+            event.attributes["esper.operation"],
+            event.attributes.get("esper.seed.id", ""),
+        )
+        for event in driven.events
+        if event.name == events.PROPOSED
+    ]
+
+
+def replayed(changes, step):
+    """What a reader of the log records takes for the proposal of ``step``."""
+    operation, seed_id = events.NO_OPERATION, ""
+    for since, *what in changes:
+        if since <= step:
+            operation, seed_id = what
+    return operation, seed_id
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [agreed, idle, lambda p: agreed(p) if p and "b" in p.operation.value else idle(p)],
+    ids=["agreed", "idle", "sometimes"],
+)
+def test_the_proposal_of_every_step_can_be_told_from_the_events(decide):
+    driven = Driven(settings={"patience_steps": 50})
+    for _ in range(60):
+        driven.step(decide)
+    changes = told(driven)
+    for step, proposal in enumerate(driven.proposals, 1):
+        expected = (
+            (events.NO_OPERATION, "")
+            if proposal is None
+            else (proposal.operation.value, proposal.seed_id)
+        )
+        assert replayed(changes, step) == expected
+
+
+def test_a_proposal_that_stays_is_told_once_and_names_slot_and_blueprint():
+    driven = Driven()
+    for _ in range(20):
+        driven.step(idle)
+    (event,) = [event for event in driven.events if event.name == events.PROPOSED]
+    assert event.attributes == {
+        "esper.step": 4,
+        "esper.operation": "germinate",
+        "esper.seed.id": "1-1",
+        "esper.slot": "1",
+        "esper.blueprint": MLP,
+    }
+    assert event.text == "proposed: germinate 1-1"
+
+
+def test_a_withdrawal_is_told_as_none():
+    driven = Driven()
+    driven.until(lambda: driven.proposals[-1:] != [None] and driven.steps > 0, idle)
+    driven.seen_loss = 0.1  # it falls again: no plateau any more
+    driven.step(idle)
+    assert [operation for _, operation, _ in told(driven)] == ["germinate", "none"]
+    assert driven.events[-1].text == "nothing is proposed any more: germinate of 1-1"
+
+
+def test_what_a_finalize_that_failed_no_longer_proposes_is_told(monkeypatch):
+    driven = Driven()
+    driven.until(lambda: driven.steps == 6, idle)
+    garden = driven.garden
+    with monkeypatch.context() as patched:
+        patched.setattr("esper_otel.kasmina.garden.choose", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            garden.finalize(7, [1.0] * 64)
+    garden.asked(7)
+    (event,) = garden.take_events()
+    assert event.attributes == {"esper.step": 7, "esper.operation": "none"}
+
+
+def test_a_frame_that_waits_for_a_device_is_told_with_its_own_step():
+    driven = Driven()
+    driven.until(lambda: driven.steps == 6, idle)
+    driven.seen_loss = 0.1
+    driven.train()
+    driven.garden.finalize(7, [0.1] * 64)
+    driven.garden.asked(5)  # that is the frame whose values have arrived by now
+    (event,) = driven.garden.take_events()
+    assert event.attributes["esper.step"] == 5
+
+
+def test_it_costs_an_ask_nothing_while_nothing_changes(monkeypatch):
+    driven = Driven()
+    driven.until(lambda: driven.steps == 6, idle)
+    monkeypatch.setattr(driven.garden._ground, "tell", None)
+    for _ in range(5):
+        driven.step(idle)
+
+
+def test_a_failed_kernel_is_proposed_to_be_culled(monkeypatch):
+    monkeypatch.setattr(AtOnce, "reason", "raised ValueError: no")
+    driven = Driven()
+    driven.step(idle)
+    driven.garden.germinate("3", MLP, "s")
+    driven.step(idle)
+    assert told(driven)[-1][1:] == (SeedOperation.CULL.value, "s")

@@ -1,0 +1,177 @@
+"""What ranks tell each other: bytes of which each gets the greatest."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.leyline.decisions import (
+    NOT_AGREED,
+    NOT_ASKED,
+    Action,
+    Decision,
+    Finding,
+    Proposal,
+    SeedOperation,
+    Severity,
+    unanswered,
+)
+from esper_otel.ranks.agreement import Agreement
+from esper_otel.ranks.circle import CircleError
+from esper_otel.ranks.posts import WORD_BYTES, DisagreementError, Order, Word, news, post
+
+pytestmark = pytest.mark.torch
+
+ORDER = Order(Proposal("s", SeedOperation.GERMINATE), "1", "residual_mlp")
+
+
+def greatest(posts: list[bytes]) -> bytes:
+    """What the collective gives."""
+    assert len({len(each) for each in posts}) == 1
+    return bytes(map(max, *posts)) if len(posts) > 1 else posts[0]
+
+
+def decided(step: int, **changes) -> Decision:
+    given = {"action": Action.OPTIMIZER, "severity": Severity.HIGH, "reason": "loss_spike"}
+    return Decision(id=f"d/{step}", run="r", step=step, observed_step=step, **given, **changes)
+
+
+@given(
+    step=st.integers(1, 2**60),
+    digest=st.integers(0, 2**32 - 1),
+    flags=st.lists(st.binary(min_size=5, max_size=5), min_size=1, max_size=6),
+    reason=st.text(max_size=50),
+)
+def test_all_get_the_leaders_word_and_every_flag(step, digest, flags, reason) -> None:
+    word = Word(unanswered("r", step, reason), ORDER)
+    posts = [
+        post(step, digest, each, None if rank else word) for rank, each in enumerate(flags)
+    ]
+    came = news(step, digest, 5, greatest(posts))
+    assert came.word == word
+    assert came.flags == (bytes(map(max, *flags)) if len(flags) > 1 else flags[0])
+
+
+@given(
+    mine=st.tuples(st.integers(1, 2**60), st.integers(0, 2**32 - 1)),
+    other=st.tuples(st.integers(1, 2**60), st.integers(0, 2**32 - 1)),
+)
+def test_a_rank_that_differs_is_noticed_by_both(mine, other) -> None:
+    word = Word(unanswered("r", 1, "nominal"))
+    maxima = greatest([post(*mine, b"", word), post(*other, b"", None)])
+    for step, digest in (mine, other):
+        if mine == other:
+            assert news(step, digest, 0, maxima).word == word
+        else:
+            with pytest.raises(DisagreementError, match="the ranks differ"):
+                news(step, digest, 0, maxima)
+
+
+def test_a_decision_too_long_goes_without_its_findings() -> None:
+    finding = Finding("a", Action.PAUSE, Severity.HIGH, "t" * WORD_BYTES, {})
+    said = post(1, 0, b"", Word(decided(1, findings=[finding])))
+    assert news(1, 0, 0, said).word.decision == decided(1)
+
+
+def test_one_that_is_too_long_all_the_same_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 4096 at most"):
+        post(1, 0, b"", Word(decided(1, table_version="t" * WORD_BYTES)))
+
+
+# --- the agreement, over a circle of the test's own
+
+
+class Table:
+    """A circle of ranks in one thread: what they sent is met when all have."""
+
+    def __init__(self, size: int) -> None:
+        self.sent: list[list[bytes]] = [[] for _ in range(size)]
+        self.broken = ""
+
+    def circle(self, rank: int):
+        table = self
+
+        class Sent:
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+            def wait(self) -> bytes:
+                if table.broken:
+                    raise CircleError(table.broken)
+                return greatest([each[self.number] for each in table.sent])
+
+        class Circle:
+            leads = rank == 0
+            left = 0
+
+            def send(self, data: bytes) -> Sent:
+                table.sent[rank].append(data)
+                return Sent(len(table.sent[rank]) - 1)
+
+            def leave(self) -> None:
+                self.left += 1
+
+        return Circle()
+
+
+class Heard:
+    """Takes part in an agreement, and remembers what came."""
+
+    def __init__(self, flags: bytes = b"\0", digest: int = 7, order: Order | None = None):
+        self.flags, self.digest, self.order = lambda: flags, lambda: digest, lambda: order
+        self.came: list[tuple[bytes, Order | None]] = []
+        self.ends = 0
+
+    def heard(self, flags: bytes, order: Order | None) -> None:
+        self.came.append((flags, order))
+
+    def lost(self) -> None:
+        self.ends += 1
+
+
+def meeting(*shared: Heard) -> tuple[Table, list[Agreement]]:
+    table = Table(len(shared))
+    agreements = []
+    for rank, each in enumerate(shared):
+        agreement = Agreement(table.circle(rank), "r")
+        agreement.shared = each
+        agreements.append(agreement)
+    return table, agreements
+
+
+def test_every_rank_gets_the_decision_about_the_step_before() -> None:
+    shared = Heard(order=ORDER), Heard(flags=b"\1"), Heard()
+    _, agreements = meeting(*shared)
+    for step in range(1, 5):
+        told = [each.settle(step, decided(step)) for each in agreements]
+        if step == 1:
+            assert {each.reason for each in told} == {NOT_ASKED}
+        else:
+            assert told == [decided(step - 1)] * 3
+    assert all(each.came == [(b"\1", ORDER)] * 3 for each in shared)
+
+
+@pytest.mark.parametrize("trouble", ["broken", "another state", "a fault"])
+def test_trouble_ends_it_for_good_and_is_told_once(trouble, caplog) -> None:
+    shared = Heard(), Heard(digest=8 if trouble == "another state" else 7)
+    table, agreements = meeting(*shared)
+    for each in agreements:
+        each.settle(1, decided(1))
+    if trouble == "broken":
+        table.broken = "Connection closed by peer"
+    elif trouble == "a fault":
+        for each in shared:
+            each.heard = None
+    with caplog.at_level(logging.WARNING, "esper_otel"):
+        for step in range(2, 6):
+            told = [each.settle(step, decided(step)) for each in agreements]
+            assert {(each.action, each.reason) for each in told} == {
+                (Action.CONTINUE, NOT_AGREED)
+            }
+    assert [each.ends for each in shared] == [1, 1]
+    assert [each.circle.left for each in agreements] == [1, 1]
+    assert len(caplog.records) == 2
+    assert "the ranks of this run agree no more" in caplog.text

@@ -1,0 +1,182 @@
+"""Rules that can never fire, be heard or end, as ``tamiyo check`` tells them."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.leyline.metrics import STEP_KEYS
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.rules import test_of as as_test
+from esper_tamiyo.language.contradictions import doubts, limits
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import Combine, Condition, Group
+from esper_tamiyo.language.table_file import TableSource, load, parse
+from sidecar.frames_made import frame
+
+REST = "severity: HIGH, action: PAUSE"
+COSINE = "kasmina.seed.isolation.cosine"
+
+
+def table(*rules):
+    lines = "\n".join(f"  - {{{rule}, {REST}}}" for rule in rules)
+    return parse(TableSource("t", f"version: one\nrules:\n{lines}\n".encode()))
+
+
+def said(*rules):
+    return [f"{doubt.rule}: {doubt.message}" for doubt in doubts(table(*rules))]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            "metric: accuracy, above: 1",
+            "can never fire: accuracy lies from 0 to 1, and is never above 1",
+        ),
+        (
+            "metric: accuracy, above: 1.5",
+            "can never fire: accuracy lies from 0 to 1, and is never above 1.5",
+        ),
+        ("metric: accuracy, at_least: 1", ""),
+        ("metric: accuracy, below: 0", "can never fire: accuracy lies from 0 to 1, and is"),
+        (
+            "metric: step_latency_ms, below: 0",
+            "can never fire: step_latency_ms lies at or above 0",
+        ),
+        (
+            "metric: gpu_util_percent, above: 100",
+            "can never fire: gpu_util_percent lies from 0",
+        ),
+        (f"metric: {COSINE}, below: -1", f"can never fire: {COSINE} lies from -1 to 1"),
+        ("metric: loss, below: -1e9", ""),
+        (
+            "metric: accuracy, rises_by: 1.5",
+            "can never fire: accuracy lies from 0 to 1, and cannot",
+        ),
+        ("metric: step, unchanged_for: 5", "can never fire: no step comes twice"),
+        (
+            "all: [{metric: loss, above: 5}, {metric: loss, below: 3}]",
+            "can never fire: loss cannot be above 5 and below 3 at once",
+        ),
+        ("any: [{metric: loss, above: 5}, {metric: loss, below: 3}]", ""),
+        ("all: [{metric: loss, at_least: 5}, {metric: loss, at_most: 5}]", ""),
+        (
+            "all: [{metric: nonfinite, above: 2}, {metric: nonfinite, below: 3}]",
+            "can never fire: nonfinite cannot be above 2 and below 3 at once",  # whole numbers
+        ),
+        (
+            "all: [{metric: loss, missing_for: 3}, {metric: loss, above: 3}]",
+            "can never fire: loss cannot be missing for 3 and above 3 at once",
+        ),
+        (
+            "all: [{metric: loss, unchanged_for: 3}, {metric: loss, rises_by: 3}]",
+            "can never fire: loss cannot be unchanged for 3 and rises by 3 at once",
+        ),
+        (
+            "any: [{metric: loss, above: 5}, {metric: accuracy, above: 2}]",
+            "has a part that can never hold: accuracy lies from 0 to 1, and is never above 2",
+        ),
+        (
+            "all: [{metric: loss, above: 5}, {any: [{metric: loss, below: 3}, "
+            "{metric: loss, below: 9}]}]",
+            "has a part that can never hold: loss cannot be above 5 and below 3 at once",
+        ),
+        (
+            "metric: step_latency_ms, above: 5, release: -1",
+            "can never end: step_latency_ms lies at or above 0, so it is always above -1",
+        ),
+        ("metric: step_latency_ms, above: 5, release: 0", ""),
+        ("metric: loss, above: 5, release: -1", ""),
+    ],
+)
+def test_a_rule_by_itself(rule, message):
+    found = said(f"id: a, {rule}")
+    assert len(found) == bool(message)
+    if message:
+        assert found[0].startswith(f"a: {message}")
+
+
+HEARD = "is never heard: whenever it fires, all does, which silences it"
+
+
+@pytest.mark.parametrize(
+    ("silencer", "silenced", "never"),
+    [
+        ("metric: loss, above: 1", "metric: loss, above: 2", True),
+        ("metric: loss, above: 2", "metric: loss, above: 1", False),
+        ("metric: loss, above: 1", "metric: loss, above_baseline: 2", False),
+        ("metric: loss, above_baseline: 2", "metric: loss, above_baseline: 3", True),
+        ("metric: loss, above: 1", "all: [{metric: loss, above: 2}, {nonfinite: true}]", True),
+        ("metric: loss, above: 1", "any: [{metric: loss, above: 2}, {nonfinite: true}]", False),
+        ("metric: loss, above: 1, for: 2", "metric: loss, above: 2", False),
+        ("metric: loss, above: 1, mode: observe", "metric: loss, above: 2", False),
+        ("metric: loss, above: 1", "metric: loss, above: 2, release: 0.5", False),
+        ("metric: loss, unchanged_for: 3", "metric: loss, unchanged_for: 5", True),
+    ],
+)
+def test_a_rule_that_another_always_silences(silencer, silenced, never):
+    found = said(f"id: all, silences: [b], {silencer}", f"id: b, {silenced}")
+    assert found == ([f"b: {HEARD}"] if never else [])
+
+
+@pytest.mark.parametrize("name", ["default", "prototype"])
+def test_shipped_tables_have_none(name):
+    assert doubts(load(name)) == []
+
+
+METRICS = ["loss", "accuracy", "nonfinite", "gpu_util_percent"]
+BOUNDS = st.builds(
+    Condition,
+    st.sampled_from(METRICS),
+    st.sampled_from([Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST]),
+    st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 100.0, 101.0]),
+)
+GROUPS = st.builds(
+    Group, st.sampled_from(Combine), st.lists(BOUNDS, min_size=1, max_size=4).map(tuple)
+)
+
+
+@given(GROUPS, st.data())
+def test_what_can_never_fire_never_does(when, data):
+    made = table("id: a, metric: loss, above: 0").rules[0]
+    made = type(made)(
+        id="a", when=when, action=made.action, severity=made.severity, text="", persistence=1
+    )
+    found = doubts(type(load("prototype"))("t", (made,)))
+    if not any("can never fire" in doubt.message for doubt in found):
+        return
+    values = {}
+    for key in METRICS:
+        low, high = limits(KNOWN[key])
+        number = st.integers(0, 100) if key == "nonfinite" else st.floats(low, high)
+        values[key] = float(data.draw(number.filter(lambda value: abs(value) < 1e300)))
+    assert as_test(when)(values, None) is not True
+
+
+def test_every_step_metric_has_limits_that_its_zero_is_within():
+    for key in STEP_KEYS:
+        low, high = limits(KNOWN[key])
+        assert low <= 0.0 <= high
+
+
+def test_check_names_file_and_line_and_fails(tmp_path):
+    bad = tmp_path / "mine.yaml"
+    bad.write_text(
+        "version: 1\nrules:\n"
+        f"  - {{id: fine, metric: loss, above: 1, {REST}}}\n"
+        f"  - {{id: dead, metric: accuracy, above: 2, {REST}}}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "esper_tamiyo.cli", "check", str(bad)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"{bad}:4: dead: can never fire: accuracy lies from 0 to 1, and is never above 2\n"
+    )
+    assert Engine(parse(TableSource("mine", bad.read_bytes()))).observe(frame(0, loss=2.0))

@@ -1,0 +1,274 @@
+"""default.yaml as it comes, on made-up runs of four scales: fast and slow, small and large.
+
+Real trainings are judged in ``bench/scenarios``; here every rule of the default table has
+a trouble that it names, soon, and a healthy run that it leaves alone.
+"""
+
+import math
+import random
+
+import pytest
+
+from esper_otel.leyline.decisions import Action
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import load
+
+TABLE = load("default")
+SCALES = [(0.5, 0.01), (0.5, 11.0), (30_000.0, 0.01), (30_000.0, 11.0)]
+TROUBLE = 200
+"""The step at which trouble begins."""
+
+
+def schedule(step, steps=2000):
+    """Warm-up, then a cosine."""
+    if step < 50:
+        return 0.1 * (step + 1) / 50
+    return 0.05 * (1 + math.cos(math.pi * step / steps))
+
+
+class Made:
+    """A run that goes as most runs go; ``change(step, values, seeds)`` may spoil a step."""
+
+    def __init__(self, step_ms, level, change=lambda step, values, seeds: None, rank=0):
+        self.step_ms, self.level, self.change, self.rank = step_ms, level, change, rank
+        self.random = random.Random(rank)
+        self.now_ms, self.before = 1e12, None
+        self.mean = self.variance = None
+
+    def frame(self, step):
+        noise = self.random.gauss
+        values = {
+            "loss": self.level * math.exp(-step / 300) * (1 + noise(0, 0.05)),
+            "gradient_norm": 3.0 * math.exp(-step / 500) * math.exp(noise(0, 0.3)),
+            "step_latency_ms": self.step_ms * math.exp(abs(noise(0, 0.1))),
+            "forward_ms": 0.4 * self.step_ms * math.exp(abs(noise(0, 0.1))),
+            "input_wait_ms": 0.02 * self.step_ms,
+            "hook_latency_ms": 0.2,
+            "optimizer_lr": schedule(step),
+            "optimizer_momentum": 0.9,
+            "gpu_mem_free_gb": 70.0 - 40 * min(step, 15) / 15,
+            "gpu_util_percent": 97.0,
+            "cpu_util_percent": 99.0,
+            "nonfinite": 0.0,
+            "kasmina.isolation.violations": 0.0,
+        }
+        seeds = {
+            name: {
+                "kasmina.seed.stage": 4.0,
+                "kasmina.seed.alpha": 0.5,
+                "kasmina.seed.kernel_attached": 1.0,
+                "kasmina.seed.last_kernel_latency_ms": 0.01 * self.step_ms,
+                "kasmina.seed.fallback_used": 0.0,
+                "kasmina.seed.isolation.dot": noise(0, 0.1),
+                "kasmina.seed.isolation.host_norm": 1.0,
+                "kasmina.seed.isolation.seed_norm": 1.0,
+            }
+            for name in ("a", "b")
+        }
+        self.change(step, values, seeds)
+        self.add_statistics(values)
+        self.now_ms += values["step_latency_ms"]
+        frame = {**values, "step": float(step)}
+        return StepFrame("made", "one", self.rank, step, int(self.now_ms * 1e6), frame, seeds)
+
+    def add_statistics(self, values):
+        loss = values.get("loss")
+        if loss is None:
+            return
+        if self.before is not None:
+            values["loss_delta"] = loss - self.before
+        self.before = loss
+        difference = loss - (loss if self.mean is None else self.mean)
+        self.mean = (self.mean or 0.0) + 0.2 * difference if self.mean is not None else loss
+        self.variance = 0.8 * ((self.variance or 0.0) + 0.2 * difference**2)
+        values["loss_ewma"], values["loss_volatility"] = self.mean, math.sqrt(self.variance)
+
+
+def told(run, steps, engine=None):
+    """(step, rule, seed) of every finding."""
+    engine = engine or Engine(TABLE)
+    return [
+        (step, finding.rule, finding.seed_id)
+        for step in range(steps)
+        for finding in engine.observe(run.frame(step)).findings
+    ]
+
+
+@pytest.mark.parametrize(("step_ms", "level"), SCALES)
+def test_a_healthy_run_is_left_alone(step_ms, level):
+    def evaluates(step, values, seeds):
+        if step % 100 == 99:
+            values["step_latency_ms"] *= 40
+
+    assert told(Made(step_ms, level, evaluates), 700) == []
+
+
+def times(factor, *keys):
+    def change(step, values, seeds):
+        if step >= TROUBLE:
+            for key in keys:
+                values[key] *= factor
+
+    return change
+
+
+def instead(since=TROUBLE, **new):
+    def change(step, values, seeds):
+        if step >= since:
+            values.update({key.replace("__", "."): value for key, value in new.items()})
+
+    return change
+
+
+def of_seed(**new):
+    def change(step, values, seeds):
+        if step >= TROUBLE:
+            seeds["b"].update(
+                {f"kasmina.seed.{key.replace('__', '.')}": value for key, value in new.items()}
+            )
+
+    return change
+
+
+def counts_violations(step, values, seeds):
+    values["kasmina.isolation.violations"] = float(max(0, step - TROUBLE + 1))
+
+
+def is_not_finite(step, values, seeds):
+    if step == TROUBLE:
+        values.pop("loss")
+        values["nonfinite"] = 1.0
+
+
+def slows_down(step, values, seeds):
+    values["step_latency_ms"] *= 1 + max(0, step - TROUBLE) / 100
+
+
+def rises_slowly(step, values, seeds):
+    values["loss"] *= 1 + max(0, step - TROUBLE) / 15
+
+
+def leaks(step, values, seeds):
+    values["gpu_mem_free_gb"] -= 0.1 * max(0, step - TROUBLE)
+
+
+def waits(step, values, seeds):
+    if step >= TROUBLE:
+        wait = values["step_latency_ms"]
+        values["input_wait_ms"] += wait
+        values["step_latency_ms"] += wait
+
+
+def explodes(step, values, seeds):
+    if step >= TROUBLE:
+        values["gradient_norm"] *= 30
+        values["loss"] *= 2.5
+
+
+def calls_slowly(step, values, seeds):
+    if step >= TROUBLE:
+        took = 0.6 * values["step_latency_ms"]
+        seeds["b"]["kasmina.seed.last_kernel_latency_ms"] = took
+
+
+TROUBLES = [
+    # rule, what happens, within how many steps it is named
+    ("step_latency_drift", slows_down, 150),
+    ("slow_input", waits, 9),
+    ("loss_spike", times(6, "loss"), 1),
+    ("loss_diverging", times(6, "loss"), 3),
+    ("loss_drift", rises_slowly, 150),
+    ("gradient_explosion", explodes, 2),
+    ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
+    ("learning_rate_jump", times(50, "optimizer_lr"), 1),
+    ("momentum_jump", instead(optimizer_momentum=0.999), 1),
+    ("learning_rate_collapse", times(0, "optimizer_lr"), 5),
+    ("nonfinite_loss", is_not_finite, 1),
+    ("isolation_violations", counts_violations, 1),
+    ("seed_fallback", of_seed(fallback_used=1.0), 2),
+    ("seed_kernel_slow", calls_slowly, 9),
+    ("seed_conflict", of_seed(isolation__dot=-0.8), 3),
+    ("gpu_memory_running_out", leaks, 150),
+    ("device_pressure_high", instead(gpu_mem_free_gb=0.1), 3),
+]
+
+
+@pytest.mark.parametrize(("step_ms", "level"), SCALES)
+@pytest.mark.parametrize(
+    ("rule", "change", "within"), TROUBLES, ids=[trouble[0] for trouble in TROUBLES]
+)
+def test_trouble_is_named(rule, change, within, step_ms, level):
+    found = told(Made(step_ms, level, change), TROUBLE + within)
+    assert [step for step, _, _ in found if step < TROUBLE] == []
+    named = [(step, seed) for step, name, seed in found if name == rule]
+    assert named, f"found {found}"
+    assert named[0][1] == ("b" if rule.startswith("seed_") else None)
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "rule", "within"),
+    [(0.5, "short_steps_slow", 15), (30_000.0, "step_latency_high", 5)],
+)
+def test_steps_that_take_long_are_named_sooner_when_they_are_long_for_anybody(
+    step_ms, rule, within
+):
+    found = told(Made(step_ms, 1.0, times(6, "step_latency_ms")), TROUBLE + within)
+    assert found == [(TROUBLE + within - 1, rule, None)]
+
+
+@pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
+def test_a_hook_that_takes_long_is_named_when_it_is_long_for_anybody(step_ms):
+    assert told(Made(step_ms, 1.0, times(20, "hook_latency_ms")), TROUBLE + 9) == []
+    found = told(Made(step_ms, 1.0, times(100, "hook_latency_ms")), TROUBLE + 6)
+    assert found == [(TROUBLE + 5, "hook_budget", None)]
+
+
+def test_a_seed_that_stays_in_its_stage_is_named():
+    found = told(Made(10.0, 1.0), 2010)
+    assert found == [(1999, "seed_stalled", "a"), (2000, "seed_stalled", "b")]
+
+
+def test_a_fossil_may_stay():
+    def fossilizes(step, values, seeds):
+        for seed in seeds.values():
+            seed["kasmina.seed.stage"] = 7.0
+
+    assert told(Made(10.0, 1.0, fossilizes), 2010) == []
+
+
+@pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
+@pytest.mark.parametrize("key", ["step_latency_ms", "forward_ms"])
+def test_a_straggler_is_named_and_no_other_rank(step_ms, key):
+    engine = Engine(TABLE)
+    ranks = [
+        Made(step_ms, 1.0, times(3, key) if rank == 2 else times(1, key), rank=rank)
+        for rank in range(4)
+    ]
+    named = set()
+    for step in range(TROUBLE + 8):
+        for run in ranks:
+            for finding in engine.observe(run.frame(step)).findings:
+                named.add((run.rank, finding.rule, step >= TROUBLE + 6))
+    assert named == {(2, "straggler_rank", True)}
+
+
+@pytest.mark.parametrize(("step_ms", "patience_s"), [(0.5, 11), (30_000.0, 2000)])
+def test_silence_is_named(step_ms, patience_s):
+    engine = Engine(TABLE)
+    run = Made(step_ms, 1.0)
+    told(run, 100, engine)
+    last = int(run.now_ms * 1e6)
+    engine.tick(last + patience_s * 250_000_000)
+    assert engine.latest("made").reason == "nominal"
+    engine.tick(last + patience_s * 1_000_000_000)
+    quiet = engine.latest("made")
+    assert (quiet.action, quiet.reason) == (Action.CONTINUE, "telemetry_quiet")
+
+
+def test_every_rule_that_is_not_the_prototype_s_is_tried_here():
+    tried = {rule for rule, _, _ in TROUBLES}
+    tried |= {"seed_stalled", "straggler_rank", "telemetry_quiet", "hook_budget"}
+    tried |= {"short_steps_slow"}
+    new = {rule.id for rule in TABLE.rules} - {rule.id for rule in load("prototype").rules}
+    assert new <= tried

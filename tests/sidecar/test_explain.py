@@ -1,0 +1,193 @@
+"""One decision in words, from the journal, with the sidecar up or down."""
+
+import json
+
+import msgspec
+import pytest
+
+from esper_otel.leyline.decisions import Action, SeedOperation, Severity
+from esper_tamiyo.journaling.entries import Proposed, Silenced
+from esper_tamiyo.journaling.explain import UnknownDecisionError, lines, tell, told_values
+from esper_tamiyo.journaling.journal import Journal
+from esper_tamiyo.journaling.telling import line
+from sidecar.entries_made import changed, decided, found, reported, table
+from sidecar.running import tamiyo
+
+SPIKE = decided(
+    61,
+    findings=[
+        msgspec.structs.replace(
+            found("loss_spike", loss=3.0, **{"baseline(loss)": 0.5}),
+            pending_since=60,
+            firing_since=61,
+        ),
+        msgspec.structs.replace(
+            found("loss_warning", loss_delta=2.5, **{"previous(loss_delta)": 0.1}),
+            severity=Severity.WARNING,
+            action=Action.OPTIMIZER,
+        ),
+    ],
+    silenced=[Silenced("grad_variance_high", "loss_spike")],
+    proposal=Proposed("s1", SeedOperation.BLEND),
+    conservative=True,
+)
+JOURNAL = [
+    table("loss_spike", "loss_warning", "other"),
+    decided(20),
+    SPIKE,
+    changed(70),
+    reported(61),
+    decided(7, run="another"),
+    changed(90),
+]
+
+
+def test_a_decision_in_words():
+    assert "\n".join(lines(tell(JOURNAL, "run/0/61"))) == (
+        """\
+run/0/61: PAUSE (HIGH)
+at 2026-09-21T14:13:20.000000Z, by table t-1
+
+loss_spike decided: loss_spike in words.
+  it asks for: loss above 2 × its baseline
+  it saw: loss 3 (baseline 0.5, 6 times that)
+  it held since step 60
+  firing since step 61
+
+Conservative mode is on: operations on seeds wait.
+The trainer applies decisions.
+
+Not followed, as this was stronger:
+  loss_warning (OPTIMIZER, WARNING): loss_warning in words. [loss_delta 2.5 (before 0.1)]
+  grad_variance_high: silenced by loss_spike
+  the proposal to blend seed s1
+
+Afterwards (32 of 32 steps): improved
+  loss is back to what it was
+  loss: before 0.5, at the decision 3, after 0.6
+loss_spike let go at step 70."""
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mode": "advise"}, "nothing was changed in the run"),
+        ({"mode": ""}, "Whether the trainer applied it is not known."),
+        ({"reason": "conservative_mode", "findings": []}, "Conservative mode: seeds wait"),
+        (
+            {
+                "action": Action.SEED,
+                "reason": "nominal",
+                "findings": [],
+                "proposal": Proposed("s1", SeedOperation.BLEND),
+                "seed_operation": SeedOperation.BLEND,
+                "target_seed": "s1",
+            },
+            "granted: blend of seed s1",
+        ),
+        ({"parameters": {"lr_scale": 0.25}}, "lr_scale 0.25"),
+        ({"observed_step": 9}, "It had already seen step 9."),
+        ({}, "no field report yet"),
+    ],
+)
+def test_what_else_is_said(changes, expected):
+    assert expected in "\n".join(lines(tell([decided(5, **changes)], "run/0/5")))
+
+
+def test_the_latest_is_that_of_the_journal_or_of_a_run():
+    assert tell(JOURNAL, "latest").decision.id == "another/0/7"
+    assert tell(JOURNAL, "latest", "run").decision.id == "run/0/61"
+
+
+def test_of_two_decisions_with_one_id_it_is_the_last():
+    again = decided(61, mode="advise")
+    story = tell([*JOURNAL, again], "run/0/61")
+    assert story.decision == again
+    assert story.report is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        ("run/0/22", "near it are run/0/20, run/0/61"),
+        ("rum/0/61", "run/0/61"),
+        ("another/0/9", "near it are another/0/7"),
+        ("", "near it are"),
+    ],
+)
+def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
+    with pytest.raises(UnknownDecisionError, match="no such decision") as caught:
+        tell(JOURNAL, wanted)
+    assert near in str(caught.value)
+
+
+def test_nothing_to_explain():
+    with pytest.raises(UnknownDecisionError, match="no decision other than CONTINUE yet"):
+        tell([table()], "latest")
+    with pytest.raises(UnknownDecisionError, match="about run nobody; it knows another, run"):
+        tell(JOURNAL, "latest", "nobody")
+
+
+def test_values_are_told_with_what_they_were_held_against():
+    values = {
+        "loss": 3.0,
+        "baseline(loss)": 0.0,
+        "peers(step_latency_ms)": 10.0,
+        "step_latency_ms": 25.0,
+        "baseline(loss_volatility)": 0.5,
+        "silent(s)": 12.0,
+    }
+    assert list(told_values(values)) == [
+        "loss 3 (baseline 0)",
+        "step_latency_ms 25 (other ranks 10, 2.5 times that)",
+        "silent(s) 12",
+        "baseline 0.5 (of loss_volatility)",
+    ]
+
+
+def test_the_journal_is_one_line_each():
+    told = [line(entry).partition("Z  ")[2] for entry in JOURNAL]
+    assert told == [
+        "decides by table t-1, 3 rules",
+        "run/0/20  PAUSE HIGH: loss_spike",
+        "run/0/61  PAUSE HIGH: loss_spike (conservative)",
+        "run/0/70  loss_spike: firing → inactive",
+        "run/0/61  afterwards, 32 steps: improved (loss is back to what it was)",
+        "another/0/7  PAUSE HIGH: loss_spike",
+        "run/0/90  loss_spike: firing → inactive",
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    journal = Journal(tmp_path / "j", 1_000_000, 2)
+    journal.append(JOURNAL)
+    journal.close()
+    return tmp_path / "j"
+
+
+def test_the_commands(folder):
+    told = tamiyo("explain", "run/0/61", "--journal", folder)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("run/0/61: PAUSE (HIGH)\n")
+    plain = json.loads(tamiyo("explain", "latest", "--journal", folder, "--json").stdout)
+    assert plain["decision"]["id"] == "another/0/7"
+    assert plain["rules"]["loss_spike"]["when"] == "loss above 2 × its baseline"
+    unknown = tamiyo("explain", "run/0/62", "--journal", folder)
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr.startswith("tamiyo: run/0/62: the journal holds no such decision")
+    shown = tamiyo("journal", "--journal", folder, "--run", "another")
+    assert shown.stdout.endswith("another/0/7  PAUSE HIGH: loss_spike\n")
+    assert len(shown.stdout.splitlines()) == 1
+    as_written = tamiyo("journal", "--journal", folder, "--json").stdout
+    assert as_written == (folder / "journal-000001.jsonl").read_text()
+
+
+def test_no_journal_is_a_mistake_not_a_traceback(tmp_path):
+    for command in (["explain", "latest"], ["journal"]):
+        ended = tamiyo(*command, "--socket", tmp_path / "t.sock")
+        assert ended.returncode == 1
+        assert ended.stderr == (
+            f"tamiyo: {tmp_path / 't.journal'}: there is no journal; --journal names another\n"
+        )

@@ -1,0 +1,154 @@
+"""What a run did after a decision: the outcome of a report, and when it is due."""
+
+import pytest
+
+from esper_otel.leyline.decisions import Action, Decision, Severity
+from esper_tamiyo.journaling.field_reports import QUIET_S, WINDOW, FieldReports, report_of
+from sidecar.frames_made import frame
+
+NONE = None
+
+
+def decision(step, action=Action.PAUSE):
+    return Decision(f"run/0/{step}", "run", step, step, action, Severity.HIGH, "loss_spike")
+
+
+def values(step, loss, latency=5.0, nonfinite=0.0):
+    """A frame with this loss, a little unsteady; None leaves it out."""
+    told = {"step_latency_ms": latency, "loss_volatility": 0.01, "nonfinite": nonfinite}
+    if loss is not None:
+        told["loss"] = loss * (1 + 0.01 * (step % 3))
+    return frame(step, **told)
+
+
+def followed(before, during, after, at=40, **options):
+    """The report about step ``at`` of a run whose loss was so; options are of the frames."""
+    reports = FieldReports()
+    done = []
+    for step in range(at):
+        done += reports.judged(values(step, before), 0.0)
+    culprit = values(at, during, **options)
+    done += reports.judged(culprit, 0.0)
+    reports.decided(decision(at), culprit, "enforce")
+    for step in range(at + 1, at + WINDOW + 1):
+        done += reports.judged(values(step, after, **options), 0.0)
+    (due,) = done
+    return report_of(due)
+
+
+@pytest.mark.parametrize(
+    ("before", "during", "after", "outcome"),
+    [
+        (0.5, 3.0, 0.5, "improved"),  # back to what it was
+        (0.5, 3.0, 1.5, "improved"),  # not back yet, and far better than it had been
+        (0.5, 3.0, 3.0, "neutral"),
+        (0.5, 3.0, 9.0, "worse"),
+        (0.5, 0.5, 0.5, "neutral"),  # the loss was not what the decision was about
+        (0.5, 0.5, 0.3, "improved"),
+        (0.5, 0.5, 0.9, "worse"),
+        (0.5, 0.5, 0.52, "neutral"),  # within a tenth
+        (11.0, 70.0, 11.5, "improved"),
+        (0.001, 0.009, 0.001, "improved"),
+        (-2.0, 1.0, -2.0, "improved"),  # a log likelihood
+        (0.5, 3.0, NONE, "inconclusive"),
+        (NONE, NONE, NONE, "neutral"),  # the step time is all there is
+    ],
+)
+def test_the_outcome(before, during, after, outcome):
+    report = followed(before, during, after)
+    assert report.outcome == outcome
+    assert (report.observed, report.window) == (WINDOW, WINDOW)
+
+
+def test_a_loss_that_is_not_finite_is_worse_while_it_lasts():
+    assert followed(0.5, None, None, nonfinite=1.0).outcome == "worse"
+    healed = followed(0.5, None, 0.5, nonfinite=1.0)
+    assert (healed.outcome, healed.because) == ("improved", "loss is back to what it was")
+
+
+def test_what_was_out_of_the_ordinary_is_what_the_report_is_about():
+    reports = FieldReports()
+    for step in range(40):
+        reports.judged(values(step, 0.5), 0.0)
+    slow = values(40, 0.5, latency=50.0)
+    reports.judged(slow, 0.0)
+    reports.decided(decision(40), slow, "advise")
+    done = []
+    for step in range(41, 73):
+        done += reports.judged(values(step, 0.1, latency=48.0), 0.0)
+    report = report_of(*done)
+    assert (report.outcome, report.because) == ("neutral", "step_latency_ms is much the same")
+    assert report.mode == "advise"
+
+
+def test_the_medians_are_told():
+    report = followed(0.5, 3.0, 0.7)
+    assert report.before["loss"] == pytest.approx(0.505, rel=0.01)
+    assert report.during["loss"] == pytest.approx(3.0, rel=0.05)
+    assert report.after["loss"] == pytest.approx(0.705, rel=0.02)
+    assert report.before.keys() == {"loss", "loss_volatility", "step_latency_ms"}
+
+
+def followed_up_to(reports, at=10):
+    for step in range(at + 1):
+        reports.judged(values(step, 0.5), 0.0)
+    reports.decided(decision(at), values(at, 3.0), "enforce")
+
+
+def test_a_run_that_ends_is_inconclusive_and_says_how():
+    ended = FieldReports()
+    followed_up_to(ended)
+    assert ended.quiet(QUIET_S) == []
+    report = report_of(*ended.quiet(QUIET_S + 1))
+    assert (report.outcome, report.because) == ("inconclusive", "the run said no more")
+    assert ended.pending == 0
+
+    closed = FieldReports()
+    followed_up_to(closed)
+    assert [due.ended for due in closed.close()] == ["the sidecar ended"]
+
+    replaced = FieldReports()
+    followed_up_to(replaced)
+    report = report_of(*replaced.judged(frame(0, instance="two"), 0.0))
+    assert report.because == "the process was replaced by another"
+
+
+def test_a_slow_run_has_more_time():
+    reports = FieldReports()
+    for step in range(11):
+        reports.judged(values(step, 0.5, latency=30_000.0), 0.0)
+    reports.decided(decision(10), values(10, 3.0), "enforce")
+    assert reports.quiet(QUIET_S * 5) == []
+    assert len(reports.quiet(20 * 30.0 + 1)) == 1
+
+
+def test_steps_that_were_not_seen_are_not_invented():
+    reports = FieldReports()
+    followed_up_to(reports)
+    reports.judged(values(11, 0.5), 0.0)
+    report = report_of(*reports.judged(values(500, 0.5), 0.0))
+    assert (report.outcome, report.observed) == ("inconclusive", 1)
+    assert report.because == f"only 1 of {WINDOW} steps were seen"
+
+
+def test_every_decision_has_its_own_report_and_a_continue_has_none():
+    reports = FieldReports()
+    done = []
+    for step in range(120):
+        seen = values(step, 0.5)
+        done += reports.judged(seen, 0.0)
+        if step in (50, 51):
+            reports.decided(decision(step), seen, "enforce")
+        else:
+            reports.decided(decision(step, Action.CONTINUE), seen, "enforce")
+    assert [report.step for report in done] == [50, 51]
+    assert reports.pending == 0
+
+
+def test_the_last_word_about_a_step_counts():
+    reports = FieldReports()
+    followed_up_to(reports)
+    reports.decided(decision(10, Action.SEED), values(10, 3.0), "enforce")
+    assert reports.pending == 1
+    report = report_of(*reports.close())
+    assert report.action is Action.SEED

@@ -1,0 +1,201 @@
+"""The journal: whole lines, bounded files, and what a kill leaves behind."""
+
+import errno
+import json
+import os
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.leyline.wire import default_socket_path
+from esper_tamiyo.journaling.entries import Closed, Gap, Opened
+from esper_tamiyo.journaling.journal import (
+    Damage,
+    Journal,
+    default_folder,
+    files_of,
+    follow,
+    in_words,
+    line_of,
+    read,
+)
+from esper_tamiyo.journaling.journal_keeper import Keeper
+from sidecar.entries_made import AT, changed, decided, reported, table
+from sidecar.running import until
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "journal"
+
+
+def written(folder, entries, max_bytes=1_000_000, max_files=8):
+    journal = Journal(folder, max_bytes, max_files)
+    for entry in entries:
+        journal.append([entry])
+    journal.close()
+
+
+def test_what_is_written_is_read(folder):
+    entries = [table("loss_spike"), decided(3), changed(4), reported(3), Gap(
+        time_unix_nano=AT, lost=3, because="full"
+    )]  # fmt: skip
+    written(folder, entries)
+    assert list(read(folder)) == entries
+
+
+def test_a_line_is_for_people_and_machines():
+    told = json.loads(line_of(decided(3)))
+    assert list(told)[:3] == ["at", "kind", "time_unix_nano"]
+    assert told["at"].endswith("Z")
+    assert told["kind"] == "decision"
+    assert told["id"] == "run/0/3"
+    assert told["findings"][0]["values"] == {"loss": 3.0}
+
+
+@given(st.integers(-(2**63), 2**64))
+def test_every_time_has_words(time_unix_nano):
+    assert in_words(time_unix_nano).endswith("Z")
+
+
+def test_a_full_file_is_followed_by_the_next_and_the_oldest_go(folder):
+    written(folder, [table("loss_spike"), *map(decided, range(40))], 4000, max_files=3)
+    files = files_of(folder)
+    assert len(files) == 3
+    assert files[0].name > "journal-000001.jsonl"
+    assert all(path.stat().st_size < 6000 for path in files)
+    steps = [entry.step for entry in read(folder) if hasattr(entry, "step")]
+    assert steps == list(range(steps[0], 40)), "what is left has no hole"
+    for path in files:
+        first = json.loads(path.read_bytes().splitlines()[0])
+        assert first["kind"] == "table", "each file explains itself"
+
+
+def test_the_next_sidecar_goes_on_in_the_newest_file(folder):
+    written(folder, [decided(1)])
+    written(folder, [decided(2)])
+    assert len(files_of(folder)) == 1
+    assert [entry.step for entry in read(folder)] == [1, 2]
+
+
+@given(cut=st.integers(1, 200))
+def test_a_line_cut_short_is_recognised_and_costs_no_other(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("journal")
+    written(folder, [decided(1), decided(2)])
+    (path,) = files_of(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    torn = list(read(folder))
+    assert torn[0] == decided(1)
+    if cut == 1:  # only its newline
+        assert torn[1] == decided(2)
+    else:
+        assert torn[1] == Damage(path, 2, "ends in the middle")
+    written(folder, [decided(3)])
+    after = list(read(folder))
+    assert after[0] == decided(1)
+    assert after[-1] == decided(3)
+    assert len(after) == 3
+
+
+def test_lines_that_are_not_ours_are_told_of(folder):
+    written(folder, [decided(1)])
+    (path,) = files_of(folder)
+    with path.open("ab") as file:
+        file.write(b'{"kind":"from the future"}\n\xff\xfe\n\n')
+    (folder / "notes.txt").write_text("mine")
+    one, *damaged = read(folder)
+    assert one == decided(1)
+    assert [damage.line for damage in damaged] == [2, 3]
+    assert all("no entry" in damage.problem for damage in damaged)
+    assert str(damaged[0]).startswith(f"{path}:2: ")
+
+
+def test_two_sidecars_do_not_mix_their_lines(folder):
+    first = Journal(folder, 1000, 2)
+    with pytest.raises(OSError, match="another sidecar writes its journal there"):
+        Journal(folder, 1000, 2)
+    first.close()
+    Journal(folder, 1000, 2).close()
+
+
+def test_it_is_private(folder):
+    written(folder, [decided(1)])
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert files_of(folder)[0].stat().st_mode & 0o777 == 0o600
+
+
+def test_following_goes_on_across_files_and_waits_for_whole_lines(folder):
+    journal = Journal(folder, 700, 8)
+    journal.append([decided(1)])
+    followed = follow(folder, poll_s=0.0)
+    assert next(followed) == decided(1)
+    for step in range(2, 8):
+        journal.append([decided(step)])
+    assert [entry.step for entry in islice(followed, 6)] == list(range(2, 8))
+    assert len(files_of(folder)) > 1
+    journal.close()
+    newest = files_of(folder)[-1]
+    line = line_of(decided(8))
+    with newest.open("ab") as file:
+        file.write(line[:20])
+        file.flush()
+        os.fsync(file.fileno())
+        file.write(line[20:])
+    assert next(followed) == decided(8)
+
+
+def test_where_it_lies(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "esper" / "journal"
+    assert default_folder(default_socket_path()) == tmp_path / "esper" / "journal"
+    assert default_folder(tmp_path / "t.sock") == tmp_path / "t.journal"
+
+
+class Disk:
+    """Opens a journal unless told to be broken."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.broken = False
+
+    def open(self):
+        if self.broken:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return Journal(self.folder, 1_000_000, 2)
+
+
+def test_a_journal_that_cannot_be_written_is_told_of_and_tried_again(folder, monkeypatch):
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_keeper.RETRY_S", 0.0)
+    disk = Disk(folder)
+    disk.broken = True
+    keeper = Keeper(disk.open, folder)
+    keeper.start()
+    keeper.put([table("loss_spike"), decided(1)])
+    until(lambda: keeper.all_lost == 2)
+    assert keeper.error == f"{folder}: read-only file system"
+    disk.broken = False
+    keeper.put([decided(2)])
+    until(lambda: not keeper.error)
+    keeper.close(5.0)
+    opened, its_table, gap, entry, closed = read(folder)
+    assert isinstance(opened, Opened)
+    assert its_table == table("loss_spike")
+    assert (gap.lost, gap.because) == (2, f"{folder}: read-only file system")
+    assert entry == decided(2)
+    assert isinstance(closed, Closed)
+    assert keeper.all_lost == 2
+
+
+def test_a_disk_that_stands_still_costs_entries_and_no_time(folder, monkeypatch):
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_keeper.MAX_QUEUE", 2)
+    keeper = Keeper(Disk(folder).open, folder)  # not started: as a disk that never returns
+    for step in range(5):
+        keeper.put([decided(step)])
+    assert keeper.all_lost == 3
+    keeper.start()
+    keeper.close(5.0)
+    kinds = [type(entry).__name__ for entry in read(folder)]
+    assert kinds == ["Opened", "Gap", "Decided", "Decided", "Closed"]

@@ -1,0 +1,119 @@
+"""From what the engine tells to the entries of the journal."""
+
+import pytest
+
+from esper_otel.leyline.decisions import Proposal, SeedOperation
+from esper_otel.leyline.wire import PROTOCOL, Hello
+from esper_tamiyo.journaling.entries import Changed, Decided
+from esper_tamiyo.journaling.field_reports import Due, report_of
+from esper_tamiyo.journaling.notebook import MAX_HEARD, Notebook
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import TableSource, parse
+from sidecar.frames_made import frame
+
+RULES = """
+version: test
+rules:
+  - {id: high, metric: loss, above: 10, for: 2, severity: HIGH, action: PAUSE, text: High.}
+  - {id: rising, metric: loss_delta, above: 1, severity: WARNING, action: OPTIMIZER,
+     parameters: {lr_scale: 0.5}, text: Rising.}
+"""
+
+
+@pytest.fixture
+def notebook():
+    return Notebook()
+
+
+@pytest.fixture
+def engine(notebook):
+    return Engine(parse(TableSource("test", RULES.encode())), witness=notebook)
+
+
+def entries(notebook, kind):
+    return [entry for entry in notebook.write(10_000, 0.0) if isinstance(entry, kind)]
+
+
+def test_a_decision_is_noted_with_since_when_its_rules_hold(notebook, engine):
+    for step, loss in enumerate([1.0, 1.0, 20.0, 20.0]):
+        notebook.begin(0, asked=True)
+        engine.observe(frame(step, loss=loss, loss_delta=2.0 if step == 3 else 0.0))
+    (entry,) = entries(notebook, Decided)
+    assert (entry.id, entry.action, entry.reason) == ("run/0/3", "PAUSE", "high")
+    assert (entry.mode, entry.asked, entry.proposal) == ("", True, None)
+    high, rising = entry.findings
+    assert (high.rule, high.pending_since, high.firing_since) == ("high", 2, 3)
+    assert (rising.rule, rising.firing_since) == ("rising", 3)
+    assert high.values == {"loss": 20.0}
+
+
+def test_every_change_of_a_rule_is_noted(notebook, engine):
+    for step, loss in enumerate([1.0, 20.0, 20.0, 1.0]):
+        engine.observe(frame(step, loss=loss, loss_delta=0.0))
+    told = [
+        (entry.step, entry.rule, entry.after)
+        for entry in entries(notebook, Changed)
+        if entry.rule == "high"
+    ]
+    assert told == [
+        (0, "high", "inactive"),
+        (1, "high", "pending"),
+        (2, "high", "firing"),
+        (3, "high", "inactive"),
+    ]
+
+
+def test_what_was_proposed_and_what_the_trainer_does_with_decisions_are_noted(notebook, engine):
+    notebook.greet(Hello(PROTOCOL, "run", "one", 0, 1, [], [], mode="enforce"))
+    proposal = Proposal("s1", SeedOperation.BLEND)
+    notebook.begin(0, asked=True, proposal=proposal)
+    engine.observe(frame(0, loss=1.0), proposal)
+    (entry,) = entries(notebook, Decided)
+    assert (entry.action, entry.mode) == ("SEED", "enforce")
+    assert (entry.proposal.seed_id, entry.proposal.operation) == ("s1", "blend")
+
+
+def test_a_field_report_follows(notebook, engine):
+    for step in range(80):
+        engine.observe(frame(step, loss=20.0 if step in (40, 41) else 1.0))
+    report = report_of(*entries(notebook, Due))
+    assert (report.decision, report.outcome) == ("run/0/41", "improved")
+
+
+def test_counts_are_of_everything(notebook, engine):
+    for step in (0, 1, 5, 6):
+        engine.observe(frame(step, loss=1.0, loss_delta=2.0 if step == 6 else 0.0))
+    notebook.write(10_000, 0.0)
+    assert notebook.missed == 3
+    assert notebook.decisions == {
+        ("CONTINUE", "NORMAL", "nominal"): 3,
+        ("OPTIMIZER", "WARNING", "rising"): 1,
+    }
+
+
+def test_a_sample_of_what_is_nominal_can_be_noted_as_well(engine):
+    sampled = Notebook(trace_every=10)
+    engine = Engine(engine.table, witness=sampled)
+    for step in range(30):
+        engine.observe(frame(step, loss=1.0))
+    assert [entry.step for entry in entries(sampled, Decided)] == [0, 10, 20]
+
+
+def test_it_writes_a_little_at_a_time_and_holds_only_so_much(notebook, engine):
+    for step in range(MAX_HEARD):
+        engine.observe(frame(step, loss=1.0))
+    assert notebook.waiting == MAX_HEARD
+    assert notebook.dropped > 0
+    notebook.write(32, 0.0)
+    assert notebook.waiting == MAX_HEARD - 32
+
+
+def test_a_restarted_process_does_not_inherit_since_when(notebook, engine):
+    for step in range(3):
+        engine.observe(frame(step, loss=20.0))
+    engine.observe(frame(0, instance="two", loss=20.0))
+    engine.observe(frame(1, instance="two", loss=20.0))
+    notes = entries(notebook, Decided)
+    assert (notes[-1].id, notes[-1].instance) == ("run/0/1", "two")
+    assert notes[-1].findings[0].pending_since in (0, None)
+    assert notebook.missed == 0

@@ -1,0 +1,244 @@
+"""Tamiyo's own OpenTelemetry: one trace across two processes, and its metrics."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from bench.receiver import METRICS, TRACES, HttpReceiver
+from esper_otel.leyline.trace_ids import trace_id
+from esper_tamiyo.journaling import own_metrics
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind
+from esper_tamiyo.journaling.own_telemetry import endpoint_of
+from sidecar.running import sidecar, until
+
+TRAINER = """
+import esper_otel
+run = esper_otel.start(run_id="shared", tamiyo_socket={socket!r}, span_every=0,
+                       tamiyo_deadline_ms=5000.0, stream_interval_ms=10.0)
+for step in range(40):
+    run.report(loss=1.0 if step < 30 else 50.0)
+    run.step()
+run.close()
+"""
+
+
+@pytest.fixture
+def receiver():
+    with HttpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Nothing of OTel or ours but what a test sets."""
+    for name in list(os.environ):
+        if name.startswith(("OTEL_", "ESPER_", "RANK", "WORLD_SIZE")):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def attributes(carrier):
+    return {
+        one.key: getattr(one.value, one.value.WhichOneof("value")) for one in carrier.attributes
+    }
+
+
+def spans_by_service(receiver):
+    """(service.name, rank, span) of all that came."""
+    return [
+        (told.get("service.name"), told.get("esper.rank"), span)
+        for request in receiver.inbox.requests
+        if request.path == TRACES
+        for group in ExportTraceServiceRequest.FromString(request.body).resource_spans
+        for told in (attributes(group.resource),)
+        for scope in group.scope_spans
+        for span in scope.spans
+    ]
+
+
+def points(receiver):
+    """{metric: [(attributes, point)]} of the newest export of the sidecar's own metrics."""
+    found = {}
+    for request in receiver.inbox.requests:
+        if request.path != METRICS:
+            continue
+        for group in ExportMetricsServiceRequest.FromString(request.body).resource_metrics:
+            if attributes(group.resource).get("service.name") != "tamiyo":
+                continue
+            for metric in group.scope_metrics[0].metrics:
+                data = getattr(metric, metric.WhichOneof("data"))
+                found[metric.name] = [(attributes(point), point) for point in data.data_points]
+    return found
+
+
+def test_one_trace_holds_the_step_of_both_ranks_and_the_decisions_about_it(
+    tmp_path, receiver, environment
+):
+    environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+    environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    script = TRAINER.format(socket=str(tmp_path / "t.sock"))
+    with sidecar(tmp_path / "t.sock", "--table", "prototype"):
+        trainers = [
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            )
+            for rank in (0, 1)
+        ]
+        assert [trainer.wait(60) for trainer in trainers] == [0, 0]
+    spans = [
+        (service, rank, span)
+        for service, rank, span in spans_by_service(receiver)
+        if span.trace_id == trace_id("shared", 31).to_bytes(16, "big")
+    ]
+    own = [span for service, _, span in spans if service == "tamiyo"]
+    asks = {
+        rank: span
+        for service, rank, span in spans
+        if service == "esper-trainer" and span.name == "tamiyo.decide"
+    }
+    steps = {
+        rank: span
+        for service, rank, span in spans
+        if service == "esper-trainer" and span.name == "train.step"
+    }
+    assert len(own) == 2
+    assert asks.keys() == steps.keys() == {0, 1}
+    assert len({span.span_id for *_, span in spans}) == len(spans), "no two spans collide"
+    for span in own:
+        told = attributes(span)
+        ask = asks[told["esper.rank"]]
+        assert span.name == "tamiyo.decide"
+        assert span.kind == span.SPAN_KIND_SERVER
+        assert span.parent_span_id == ask.span_id
+        assert ask.parent_span_id == steps[told["esper.rank"]].span_id
+        assert told["esper.decision.action"] == "PAUSE"
+        assert told["esper.decision.reason"] == "loss_spike"
+        assert told["esper.decision.mode"] == "enforce"
+        assert told["esper.step"] == told["esper.decision.observed_step"] == 31
+        (spike,) = [
+            event
+            for event in span.events
+            if attributes(event)["esper.finding.rule"] == "loss_spike"
+        ]
+        assert spike.name == "esper.finding"
+        assert attributes(spike)["esper.finding.value.loss_delta"] == 49.0
+        assert attributes(spike)["esper.finding.firing_since_step"] == 31
+
+
+def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
+    environment.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{receiver.url}/v1/metrics")
+    environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")
+    with (
+        sidecar(tmp_path / "t.sock", "--table", "prototype", ingest=True) as running,
+        running.client() as client,
+    ):
+        client.hello(run="r")
+        for step in (0, 1, 2, 7):
+            client.ask(step, loss_delta=0.5 if step == 2 else 0.0)
+        client.ask(7)
+        until(lambda: points(receiver).get("tamiyo.answer.duration"))
+        until(lambda: points(receiver)["tamiyo.answer.duration"][0][1].count == 5)
+        told = points(receiver)
+        exports = until(lambda: running.status()["scribe"]["exports"])
+    assert exports == [f"{receiver.url}/v1/metrics"]
+    decisions = {
+        (at["action"], at["severity"], at["rule"]): point.as_int
+        for at, point in told["tamiyo.decisions"]
+    }
+    assert decisions[("PAUSE", "HIGH", "loss_spike")] == 1
+    assert decisions[("CONTINUE", "NORMAL", "nominal")] == 3
+    frames = {at["state"]: point.as_int for at, point in told["tamiyo.frames"]}
+    assert (frames["judged"], frames["duplicate"]) == (4, 1)
+    assert told["tamiyo.frames.missed"][0][1].as_int == 4
+    ((_, answers),) = told["tamiyo.answer.duration"]
+    assert sum(answers.bucket_counts) == answers.count == 5
+    assert 0 < answers.min <= answers.max <= answers.sum
+    assert told["tamiyo.table.info"][0][0]["version"].startswith("prototype-1+")
+    assert told["tamiyo.heartbeat"][0][1].as_int >= 1
+    assert {at["queue"] for at, _ in told["tamiyo.queue.depth"]} == {
+        "frames",
+        "notes",
+        "field_reports",
+    }
+    assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"unknown": 1}
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint"),
+    [
+        ({}, ""),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, ""),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, "http://c:4318"),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318",
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://t:1/v1/traces",
+            },
+            "http://t:1/v1/traces",
+        ),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_TRACES_EXPORTER": "none"}, ""),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c", "OTEL_SDK_DISABLED": "TRUE"}, ""),
+    ],
+)
+def test_nothing_is_sent_to_an_address_that_nobody_named(environment, variables, endpoint):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert endpoint_of("TRACES") == endpoint
+
+
+def test_nothing_is_sent_to_itself(tmp_path, environment):
+    with sidecar(tmp_path / "a.sock", "--no-journal", ingest=True) as first:
+        address = first.words["otlp_http"]
+        assert first.status()["scribe"] is None
+    environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{address}")
+    with sidecar(tmp_path / "b.sock", "--otlp-http", address, ingest=True) as running:
+        assert running.words["otlp_http"] == address
+        until(lambda: running.status()["scribe"]["written"] >= 1)
+        assert running.status()["scribe"]["exports"] == []
+
+
+def test_a_collector_that_is_not_there_holds_up_nothing(tmp_path, environment):
+    with HttpReceiver() as receiver:
+        url = receiver.url
+    environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+    with sidecar(tmp_path / "t.sock", "--table", "prototype") as running:
+        with running.client() as client:
+            client.hello(run="r")
+            for step in range(50):
+                client.ask(step, loss_delta=0.5)
+        process = running.process
+        process.terminate()
+        assert process.wait(10) == 0, "and its end is not held up either"
+
+
+def test_the_page_lists_the_metrics_that_there_are():
+    page = own_metrics.PAGE.read_text()
+    assert own_metrics.renewed(page) == page
+    assert own_metrics.markdown() in page
+
+
+def test_every_metric_is_named_alike():
+    names = [metric.name for metric in OWN_METRICS]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("tamiyo.") for name in names)
+    for metric in OWN_METRICS:
+        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.distribution)
+
+
+def test_the_decide_process_never_loads_the_sdk():
+    code = (
+        "import sys, esper_tamiyo.serving.server, esper_tamiyo.commands.serve\n"
+        "import esper_tamiyo.journaling.chronicle\n"
+        "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    assert Path(own_metrics.__file__).name == "own_metrics.py"

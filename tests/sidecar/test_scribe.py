@@ -1,0 +1,287 @@
+"""A real sidecar with its scribe: what survives a kill, and what never waits for it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+
+import pytest
+
+from esper_tamiyo.journaling.entries import Decided, Gap, Reported
+from esper_tamiyo.journaling.journal import Damage, files_of, read
+from esper_tamiyo.journaling.notes import Note, Pulse, notes_in
+from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
+from sidecar.entries_made import decided
+from sidecar.running import TAMIYO, is_alive, sidecar, tamiyo, until
+
+SPIKE = {"loss_delta": 0.5, "loss": 1.0}
+
+
+def journal_of(path):
+    """The entries beside a socket, none while there is no journal yet."""
+    folder = path.with_suffix(".journal")
+    return list(read(folder)) if folder.exists() else []
+
+
+def status_of(path):
+    return json.loads(tamiyo("status", "--json", "--socket", path).stdout)
+
+
+def decisions_of(path):
+    return [entry for entry in journal_of(path) if isinstance(entry, Decided)]
+
+
+def test_every_decision_is_written_down_and_told_of_afterwards(tmp_path):
+    path = tmp_path / "t.sock"
+    with sidecar(path, "--table", "prototype") as running, running.client() as client:
+        client.hello(run="r")
+        for step in range(100):
+            client.ask(step, loss=1.0, loss_delta=0.5 if step == 40 else 0.0)
+        until(lambda: any(isinstance(entry, Reported) for entry in journal_of(path)))
+        status = running.status()
+        assert status["scribe"]["journal"] == str(path.with_suffix(".journal"))
+        assert {"action": "PAUSE", "severity": "HIGH", "rule": "loss_spike", "count": 1} in (
+            status["decisions"]
+        )
+        assert status["answer_ms"]["p50_at_most"] is not None
+        live = tamiyo("explain", "r/0/40", "--socket", path)
+        shown = tamiyo("status", "--socket", path)
+    assert shown.returncode == 0, "a run that is silent is no fault of the sidecar's"
+    assert "r/0: step 99, CONTINUE (nominal)" in shown.stdout
+    assert "; unknown, silent for " in shown.stdout  # its steps are of 1970
+    (entry,) = decisions_of(path)
+    assert (entry.id, entry.reason, entry.asked) == ("r/0/40", "loss_spike", True)
+    kinds = [type(entry).__name__ for entry in journal_of(path)]
+    assert kinds[0] == "Opened"
+    assert kinds[-1] == "Closed"
+    assert live.stdout == tamiyo("explain", "latest", "--socket", path).stdout
+    assert "loss_spike decided: The loss jumped." in live.stdout
+    assert "Afterwards (32 of 32 steps): neutral" in live.stdout
+
+
+def test_after_kill_9_the_journal_is_there_and_intact(tmp_path):
+    path = tmp_path / "t.sock"
+    with sidecar(path, "--table", "prototype") as running, running.client() as client:
+        client.hello(run="r")
+        for step in range(200):
+            client.ask(step, **SPIKE)
+        scribe = until(lambda: (s := running.status()["scribe"])["notes_waiting"] == 0 and s)[
+            "pid"
+        ]
+        running.process.kill()
+        until(lambda: not is_alive(scribe))
+    entries = journal_of(path)
+    assert [entry.step for entry in decisions_of(path)] == list(range(200))
+    assert type(entries[-1]).__name__ == "Closed", "the scribe outlived it and wrote the rest"
+
+
+def test_after_kill_9_of_both_what_was_written_is_whole(tmp_path):
+    path = tmp_path / "t.sock"
+    with sidecar(path, "--table", "prototype") as running, running.client() as client:
+        client.hello(run="r")
+        scribe = running.status()["scribe"]["pid"]
+        until(lambda: journal_of(path))
+        for step in range(200):
+            client.ask(step, **SPIKE)
+        until(lambda: decisions_of(path))
+        os.kill(scribe, signal.SIGKILL)
+        running.process.kill()
+        running.process.wait()
+    steps = [entry.step for entry in decisions_of(path)]
+    assert steps == list(range(len(steps))), "without a hole"
+    *whole, _ = journal_of(path)
+    assert not any(isinstance(entry, Damage) for entry in whole), "only the last may be cut"
+
+
+def test_a_scribe_that_is_killed_is_started_again_and_the_hole_is_told(tmp_path):
+    path = tmp_path / "t.sock"
+    with sidecar(path, "--table", "prototype") as running, running.client() as client:
+        client.hello(run="r")
+        scribe = until(lambda: (s := running.status()["scribe"])["state"] == "working" and s)[
+            "pid"
+        ]
+        client.ask(0, **SPIKE)
+        until(lambda: decisions_of(path))
+        os.kill(scribe, signal.SIGSTOP)
+        for step in range(1, 20):
+            assert client.ask(step, **SPIKE).reason == "loss_spike"
+        os.kill(scribe, signal.SIGKILL)
+        until(lambda: running.status()["scribe"]["state"] == "down")
+        for step in range(20, 40):
+            assert client.ask(step, **SPIKE).reason == "loss_spike"
+        ended = tamiyo("status", "--socket", path)
+        until(lambda: running.status()["scribe"]["restarts"] == 1)
+        until(lambda: running.status()["scribe"]["state"] == "working")
+        client.ask(40, **SPIKE)
+        until(lambda: any(isinstance(entry, Gap) for entry in journal_of(path)))
+        until(lambda: decisions_of(path)[-1].step == 40)
+        lost = running.status()["scribe"]["lost"]
+    if ended.returncode:  # it may have been started again by then
+        assert ended.returncode == 3
+        assert "nothing is written down: the scribe process is" in ended.stderr
+    gaps = [entry.lost for entry in journal_of(path) if isinstance(entry, Gap)]
+    assert sum(gaps) == lost > 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_once_and_answers_go_on(tmp_path):
+    path, blocked = tmp_path / "t.sock", tmp_path / "file"
+    blocked.write_text("mine")
+    serve = [TAMIYO, "serve", "--socket", path, "--no-ingest", "--table", "prototype"]
+    process = subprocess.Popen(
+        [*serve, "--journal", blocked / "j"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline().startswith("tamiyo ready ")
+        told = until(lambda: tamiyo("status", "--socket", path).returncode == 3 and "told")
+        assert told
+        status = tamiyo("status", "--socket", path)
+        assert f"the journal cannot be written: {blocked / 'j'}: not a directory" in (
+            status.stderr
+        )
+        # Some standings later it has still been said once.
+        until(lambda: status_of(path)["uptime_s"] > 3)
+    finally:
+        process.terminate()
+        _, stderr = process.communicate(timeout=15)
+    assert process.returncode == 0
+    assert stderr.count("the journal cannot be written") == 1
+    assert blocked.read_text() == "mine"
+
+
+def test_without_anything_to_write_there_is_no_scribe(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
+    with sidecar(tmp_path / "t.sock", "--no-journal") as running:
+        assert running.status()["scribe"] is None
+        assert tamiyo("status", "--socket", running.socket).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--health", "8080"), '--health 8080: expected HOST:PORT, got "8080"'),
+        (("--health", "nowhere:1"), "expected an IP address or localhost"),
+        (("--journal-files", "0"), "expected a whole number above 0, got '0'"),
+        (("--journal-file-mb", "much"), "expected a number above 0, got 'much'"),
+        (("--trace-every", "-1"), "expected a whole number above 0, got '-1'"),
+    ],
+)
+def test_mistakes_at_the_start(tmp_path, arguments, message):
+    ended = tamiyo("serve", "--socket", tmp_path / "t.sock", "--no-ingest", *arguments)
+    assert ended.returncode != 0
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def asked(address, path):
+    """(status, body) of a question after our health."""
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_health_says_whether_the_decide_process_beats(tmp_path):
+    with sidecar(tmp_path / "t.sock", "--health", "127.0.0.1:0") as running:
+        address = running.words["health"]
+        until(lambda: asked(address, "/livez")[0] == 200)
+        assert asked(address, "/livez") == (200, {"status": "ok", "deciding": True})
+        assert asked(address, "/readyz")[1] == {
+            "status": "ok",
+            "deciding": True,
+            "receiving": True,
+        }
+        assert asked(address, "/")[0] == 404
+        os.kill(running.process.pid, signal.SIGSTOP)
+        until(
+            lambda: asked(address, "/livez") == (503, {"status": "failing", "deciding": False})
+        )
+        os.kill(running.process.pid, signal.SIGCONT)
+        until(lambda: asked(address, "/livez")[0] == 200)
+
+
+def test_the_health_port_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        ended = tamiyo("serve", "--socket", tmp_path / "t.sock", "--health", address)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"tamiyo: --health {address}: cannot listen: address already in use\n"
+    )
+
+
+class Frozen(ScribeChild):
+    """A scribe that never reads: a pipe without a process."""
+
+    def _start(self):
+        self.socket, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+
+
+def test_a_full_pipe_loses_whole_messages_and_counts_them():
+    scribe = Frozen(Orders())
+    scribe.start()
+    with scribe.socket, scribe.other:
+        told = 0
+        while scribe.tell([decided(told)]):
+            told += 1
+        assert scribe.lost == 1
+        assert not scribe.tell([decided(0), decided(1)])
+        assert scribe.lost == 3
+        received = []
+        for _ in range(told):
+            received += notes_in(scribe.other.recv(1 << 20))
+        assert [note.step for note in received] == list(range(told))
+        pulse = Pulse(beat=1, began_unix_nano=0, report={}, distributions={})
+        notes: list[Note] = [decided(step) for step in range(400)]
+        assert scribe.tell([*notes, pulse]), "too long for one message, so it goes in several"
+        again = []
+        while len(again) < 401:
+            again += notes_in(scribe.other.recv(1 << 20))
+        assert again == [*notes, pulse]
+        assert scribe.lost == 3
+
+
+def test_the_journal_s_files_are_bounded(tmp_path):
+    path = tmp_path / "t.sock"
+    options = ("--journal-file-mb", "0.01", "--journal-files", "2")
+    with (
+        sidecar(path, "--table", "prototype", *options) as running,
+        running.client() as client,
+    ):
+        client.hello(run="r")
+        for step in range(150):
+            client.ask(step, **SPIKE)
+        until(lambda: decisions_of(path) and decisions_of(path)[-1].step == 149)
+    assert len(files_of(path.with_suffix(".journal"))) == 2
+
+
+def test_following_the_journal_of_a_running_sidecar(tmp_path):
+    path = tmp_path / "t.sock"
+    with sidecar(path, "--table", "prototype") as running, running.client() as client:
+        client.hello(run="r")
+        client.ask(0, **SPIKE)
+        until(lambda: decisions_of(path))
+        follower = subprocess.Popen(
+            [TAMIYO, "journal", "--follow", "--run", "r", "--socket", path],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            seen = follower.stdout
+            assert until(lambda: "r/0/0  PAUSE HIGH: loss_spike" in seen.readline())
+            client.ask(1, **SPIKE)
+            assert until(lambda: "r/0/1  PAUSE HIGH: loss_spike" in seen.readline())
+            follower.send_signal(signal.SIGINT)
+            assert follower.wait(10) == 130
+        finally:
+            follower.kill()
+            follower.communicate()
