@@ -1,21 +1,34 @@
 # `make demo` and `make test` are all that a fresh machine with Python, git and make needs.
+# With Go there as well, `make test` first builds what the stack is made of, which takes some
+# minutes and is kept in the user's cache.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH ?=
+PORTS ?=
 
-.PHONY: help demo test bench lint format docs clean
+.PHONY: help demo test bench lint format docs clean collector stack stack-programs
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(READY)  ## train a CNN through an accident, only watched and rescued; then let one grow
 	$(BIN)/python -m examples.demo
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## run the tests; those of the stack where its programs can be had
+	@$(BIN)/python -m stack build --if-possible
 	$(BIN)/python -m pytest
+
+collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
+	@$(BIN)/python -m stack build collector
+
+stack-programs: $(READY)  ## get Collector, Prometheus and Jaeger, each once
+	@$(BIN)/python -m stack build
+
+stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="jaeger=16687 …")
+	@$(BIN)/python -m stack up $(if $(PORTS),--port "$(PORTS)")
 
 bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULTS.md
 	$(BIN)/python -m bench $(BENCH)
@@ -27,6 +40,9 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/python -m esper_otel.leyline.docs --check
 	$(BIN)/python -m esper_tamiyo.table_docs --check
 	$(BIN)/python -m esper_tamiyo.journaling.own_metrics --check
+	$(BIN)/python -m dashboards --check
+	$(BIN)/python -m alerts --check
+	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
@@ -34,6 +50,9 @@ format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/python -m esper_otel.leyline.docs
 	$(BIN)/python -m esper_tamiyo.table_docs
 	$(BIN)/python -m esper_tamiyo.journaling.own_metrics
+	$(BIN)/python -m dashboards
+	$(BIN)/python -m alerts
+	$(BIN)/python -m bench.topology
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis recordings

@@ -38,6 +38,8 @@ BENCHES = (
     "journal",
     "replay",
     "judgement",
+    "collector",
+    "sizing",
 )
 
 

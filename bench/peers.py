@@ -94,7 +94,7 @@ def figures() -> list[Figure]:
                     environment = tamiyo if tool.name == "esper_asking" else {}
                     told = f"{title}, {tool.title}"
                     measured = pairs(tool, network, receiver.url, environment)
-                    added[tool.title], figures_of = summary(told, *measured)
+                    added[tool.title], figures_of = summary(told, measured)
                     rows += figures_of
                 rows += comparison(title, added)
     finally:
@@ -102,13 +102,11 @@ def figures() -> list[Figure]:
     return rows
 
 
-def summary(
-    title: str, with_tool: list[Measured], bare: list[Measured]
-) -> tuple[float, list[Figure]]:
+def summary(title: str, pairs: list[tuple[Measured, Measured]]) -> tuple[float, list[Figure]]:
     """The median of what was added per step in µs, and the rows that tell of it."""
-    walls = [(a.wall - b.wall) * 1e3 for a, b in zip(with_tool, bare, strict=True)]
-    cpus = [(a.cpu - b.cpu) * 1e3 for a, b in zip(with_tool, bare, strict=True)]
-    steps = [median([block.wall for block in blocks]) for blocks in (with_tool, bare)]
+    walls = [(tool.wall - bare.wall) * 1e3 for tool, bare in pairs]
+    cpus = [(tool.cpu - bare.cpu) * 1e3 for tool, bare in pairs]
+    steps = [median([block.wall for block in blocks]) for blocks in zip(*pairs, strict=True)]
     low, _, high = statistics.quantiles(walls, n=4)
     return median(walls), [
         Figure.report(BENCH, f"{title}: a step", steps[0], "ms", steps[1]),
@@ -142,8 +140,8 @@ def comparison(title: str, added: dict[str, float]) -> list[Figure]:
 
 def pairs(
     tool: Tool, network: str, url: str, environment: dict[str, str]
-) -> tuple[list[Measured], list[Measured]]:
-    """What each block measured, with the tool and without."""
+) -> list[tuple[Measured, Measured]]:
+    """What neighbouring blocks measured, with the tool and without."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "bench.peer_tools", tool.name, network, f"{folder}/result"],
@@ -160,7 +158,7 @@ def pairs(
         if done.returncode:
             raise SystemExit(f"{tool.title}: failed with {done.returncode}\n{done.stderr}")
         result = (Path(folder) / "result").read_bytes()
-    return msgspec.json.decode(result, type=tuple[list[Measured], list[Measured]])
+    return msgspec.json.decode(result, type=list[tuple[Measured, Measured]])
 
 
 if __name__ == "__main__":

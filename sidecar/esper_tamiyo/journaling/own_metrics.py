@@ -100,6 +100,20 @@ def _runs(report: Report) -> Values:
     return [(count, {"state": state}) for state, count in counts.items()]
 
 
+def _rules(report: Report) -> Values:
+    counts: dict[tuple[str, str], int] = {}
+    for run in (report.get("engine") or {}).get("runs") or ():
+        for rule in run.get("rules") or ():
+            key = (str(rule["rule"]), str(rule["state"]))
+            counts[key] = counts.get(key, 0) + 1
+    return [(count, {"rule": rule, "state": state}) for (rule, state), count in counts.items()]
+
+
+def _conservative(report: Report) -> Values:
+    runs = (report.get("engine") or {}).get("runs") or ()
+    return [(sum(bool(run.get("conservative")) for run in runs), {})]
+
+
 OWN_METRICS: tuple[OwnMetric, ...] = (
     OwnMetric(
         "tamiyo.decisions",
@@ -208,6 +222,21 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "ranks heard of last, by whether they are still heard of",
         ("state",),
         _runs,
+    ),
+    OwnMetric(
+        "tamiyo.rules",
+        Kind.GAUGE,
+        "{subject}",
+        "ranks, or seeds, for which a rule is pending, firing or recovering",
+        ("rule", "state"),
+        _rules,
+    ),
+    OwnMetric(
+        "tamiyo.conservative",
+        Kind.GAUGE,
+        "{rank}",
+        "ranks heard of last that are in conservative mode",
+        read=_conservative,
     ),
     OwnMetric(
         "tamiyo.restarts",

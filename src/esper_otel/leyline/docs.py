@@ -7,7 +7,6 @@ step, with exit status 1 when it is not.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,31 +22,15 @@ from esper_otel.leyline.metrics import (
     WORLD_SIZE,
     Metric,
 )
+from esper_otel.leyline.prometheus import series_name
 from esper_otel.leyline.stages import TRANSITIONS, Stage
 
 PAGE = Path("docs/metrics.md")
 
-_UNITS = {"ms": "milliseconds", "GBy": "gigabytes", "%": "percent", "1": ""}
-_PER = {"s": "second"}
-
 
 def prometheus_name(metric: Metric) -> str:
-    """What the Collector's Prometheus exporters call this gauge, with their defaults.
-
-    As in github.com/prometheus/otlptranslator (escaping with suffixes): the name is cut
-    into words, the unit's word is added unless it is one of them, ``_ratio`` is added for
-    unit ``1``; what stands in braces is no unit. "ms" is not the word "milliseconds", so
-    a name that ends in the first gets the second as well.
-    """
-    words = [word for word in re.split(r"[^a-zA-Z0-9:]", metric.instrument) if word]
-    main, _, per = metric.unit.partition("/")
-    suffixes = [] if "{" in main else [_UNITS[main]]
-    if per:
-        suffixes.append(f"per_{_PER[per]}")
-    words += [suffix for suffix in suffixes if suffix and suffix not in words]
-    if metric.unit == "1":
-        words = [*(word for word in words if word != "ratio"), "ratio"]
-    return "_".join(words)
+    """What this gauge is called in Prometheus."""
+    return series_name(metric.instrument, metric.unit)
 
 
 def page() -> str:

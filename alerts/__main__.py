@@ -1,0 +1,89 @@
+"""Writes docker/prometheus/rules and docs/alerts.md; with ``--check`` only compares."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from alerts import health
+from alerts.from_table import Translation, translated
+from alerts.page import page
+from esper_tamiyo.language.table_file import load
+
+ROOT = Path(__file__).parent.parent
+RULES = Path("docker/prometheus/rules")
+PAGE = Path("docs/alerts.md")
+HEAD = "# Made by python -m alerts; edits here are lost.\n"
+
+
+def files(table_name: str = "default") -> dict[Path, str]:
+    """What is written, by its place in the repository."""
+    table = load(table_name)
+    from_table = translated(table)
+    return {
+        RULES / "table.yaml": _text(table_groups(from_table)),
+        RULES / "health.yaml": _text(health_groups()),
+        PAGE: page(table, from_table, [*health.tamiyo(), *health.collector()]),
+    }
+
+
+def table_groups(made: Translation) -> list[dict[str, object]]:
+    """What is recorded once a minute, and what alerts of it."""
+    recordings = [{"record": one.record, "expr": one.expr} for one in made.recordings]
+    return [
+        {"name": "esper-baselines", "interval": "1m", "rules": recordings},
+        {"name": "esper-table", "rules": [alert.written() for alert in made.alerts]},
+    ]
+
+
+def health_groups() -> list[dict[str, object]]:
+    """The alerts about those who watch."""
+    return [
+        {"name": "esper-tamiyo", "rules": [alert.written() for alert in health.tamiyo()]},
+        {"name": "esper-collector", "rules": [alert.written() for alert in health.collector()]},
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what differs, or name it; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m alerts", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="default: %(default)s")
+    options = parser.parse_args(argv)
+    differ = 0
+    for place, fresh in files().items():
+        path: Path = options.folder / place
+        if path.exists() and path.read_text(encoding="utf-8") == fresh:
+            continue
+        differ += 1
+        if options.check:
+            print(f"{path}: not what the table makes; run python -m alerts", file=sys.stderr)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(fresh, encoding="utf-8")
+        print(f"wrote {path}")
+    return int(options.check and differ > 0)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Expressions of several lines stay lines."""
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _string)
+
+
+def _text(groups: Sequence[Mapping[str, object]]) -> str:
+    return HEAD + yaml.dump({"groups": list(groups)}, Dumper=_Dumper, sort_keys=False, width=96)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""``docs/alerts.md``: which alerts there are, and which rules are none and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alerts.alert import RUNBOOK, Alert
+from alerts.from_table import Translation
+from esper_tamiyo.language.table import Table
+
+
+def page(table: Table, made: Translation, about_health: Sequence[Alert]) -> str:
+    """The whole page, as Markdown."""
+    texts = {rule.id: rule.text for rule in table.rules}
+    unsaid = [f"| {_link(rule)} | {texts[rule]} | {why} |" for rule, why in made.unsaid.items()]
+    return _TEMPLATE.format(
+        version=table.version.partition("+")[0],
+        said=_table(made.alerts),
+        unsaid="\n".join(["| rule | says | why not |", "| --- | --- | --- |", *unsaid]),
+        health=_table(about_health),
+        runbook=Path(RUNBOOK).name,
+    )
+
+
+def _table(alerts: Sequence[Alert]) -> str:
+    rows = ["| alert | severity | for | summary |", "| --- | --- | --- | --- |"]
+    rows += [
+        f"| [{alert.name}]({Path(RUNBOOK).name}#{alert.anchor}) | {alert.severity} | "
+        f"{alert.for_} | {alert.summary.replace('{{ $labels.', '`').replace(' }}', '`')} |"
+        for alert in alerts
+    ]
+    return "\n".join(rows)
+
+
+def _link(rule: str) -> str:
+    return f"[{rule}]({Path(RUNBOOK).name}#{rule})"
+
+
+_TEMPLATE = """\
+<!-- Made by python -m alerts from Tamiyo's default table; edits here are lost. -->
+
+# Alerts
+
+Tamiyo judges every step and answers within the step. Prometheus judges four times a minute
+what it was sent; its alerts are for people, and they work where no Tamiyo runs. They are in
+[`docker/prometheus/rules`](../docker/prometheus/rules), made from the default table by
+`python -m alerts`; what to do about each stands in [the runbook]({runbook}).
+
+The `runbook_url` of an alert is relative to this repository.
+
+## How a table's rule is said in PromQL
+
+A table counts observations, PromQL knows times. So the two agree about trouble that lasts,
+and may differ about a single step:
+
+- a rule that one observation is enough for (`for: 1`) looks at the most extreme value of the
+  last minute, so nothing is missed between two evaluations, and stays for five minutes;
+- a rule that wants several looks at the median of the last minute, for a minute;
+- parts of `all` are true within the same minute, not necessarily at the same step;
+- a rolling baseline is the median of the last ten minutes and counts after as many
+  observations as the table's warm-up; the lowest or highest ever are those of the last day;
+- the peers of a rank are all ranks of its run, itself included;
+- `unchanged_for` is an hour without a change and with so many observations: never wrong, and
+  late for fast steps;
+- a rank that has gone silent is told while others of its run go on: whether a run of one
+  rank has ended or fallen silent nobody can see from outside;
+- `release` and `cooldown` have no counterpart; Tamiyo's do.
+
+## Rules that alert
+
+{said}
+
+## Rules that do not
+
+What they find is in `tamiyo_decisions_total` when it decides, and `TamiyoDecided` tells of
+the grave ones.
+
+{unsaid}
+
+## About those who watch
+
+{health}
+"""

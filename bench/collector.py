@@ -1,0 +1,326 @@
+"""What the Collector between trainers and backends costs: time, processor, and no step.
+
+The real Collector with ``collector/local.yaml``, the real Prometheus, Jaeger and Tamiyo.
+
+- *Latency*: from the end of a step to Tamiyo having evaluated that step, by the stream at
+  its default interval: the trainer sending to Tamiyo itself, and to the Collector. Tamiyo
+  is asked every two milliseconds what it has seen last, so that much is in the figures.
+- *Outage*: the Collector is killed in the middle of a run, and started again 60 s later.
+- *Load*: 64 ranks of 10 steps a second, each with 24 metrics and 4 seeds of 10, by 64
+  streams in four processes of their own; what arrived is counted in Prometheus and Tamiyo.
+
+    python -m bench.collector [--json PATH]
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from bench.figures import Figure, alternate, percentile, run
+from bench.ranks import Rank
+from esper_otel.leyline.docs import prometheus_name
+from esper_otel.leyline.metrics import SEED_KEYS, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.wire import Latest, LatestRequest, Status, StatusRequest
+from esper_otel.stream.spool import Account
+from esper_tamiyo.serving.asking import reply_to
+from stack.programs import MissingError
+from stack.whole import Stack, running
+
+BENCH = "collector"
+METRICS = 24
+
+LATENCY_STEPS, LATENCY_STEP_S, BLOCKS = 60, 0.037, 4
+"""A step that does not divide the stream's interval, so that it falls everywhere in it."""
+
+POLL_S = 0.002
+OUTAGE_S, AROUND_S, OUTAGE_STEP_S = 60.0, 5.0, 0.01
+
+RANKS, PROCESSES, STEPS_PER_S, SEEDS, LOAD_STEPS = 64, 4, 10, 4, 300
+POINTS = METRICS + SEEDS * len(SEED_KEYS)
+SETTLE_S = 30.0
+"""Longest that the newest samples are waited for."""
+
+NO_OTHERS = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
+
+
+def figures() -> list[Figure]:
+    with (
+        tempfile.TemporaryDirectory(prefix="esper-bench-") as name,
+        running(Path(name) / "stack") as stack,
+    ):
+        folder = Path(name)
+        return [*latency(stack, folder), *outage(stack, folder), *load(stack)]
+
+
+def latency(stack: Stack, folder: Path) -> list[Figure]:
+    """Both ways, in blocks that alternate."""
+    runs = iter(range(10**6))
+
+    def block(endpoint: str) -> list[float]:
+        return _latencies_ms(stack, endpoint, f"latency{next(runs)}", folder)
+
+    ways = alternate(
+        lambda: block(f"http://127.0.0.1:{stack.ports.tamiyo_http}"),
+        lambda: block(stack.url),
+        BLOCKS,
+    )
+    direct, through = ([ms for some in blocks for ms in some] for blocks in ways)
+    named = "step end to Tamiyo having evaluated it"
+    return [
+        Figure.report(BENCH, f"{named}, direct, p50", percentile(direct, 50), "ms"),
+        Figure.at_most(BENCH, f"{named}, direct, p95", percentile(direct, 95), "ms", bar=150.0),
+        Figure.report(
+            BENCH,
+            f"{named}, through the Collector, p50",
+            percentile(through, 50),
+            "ms",
+            percentile(direct, 50),
+        ),
+        Figure.at_most(
+            BENCH,
+            f"{named}, through the Collector, p95",
+            percentile(through, 95),
+            "ms",
+            bar=300.0,
+        ),
+    ]
+
+
+def _latencies_ms(stack: Stack, endpoint: str, name: str, folder: Path) -> list[float]:
+    rank = Rank(endpoint, folder, run=name, metrics=METRICS, environ=NO_OTHERS)
+    ended: dict[int, float] = {}
+    seen_ms: list[float] = []
+    due = time.monotonic()
+    deadline = due + LATENCY_STEPS * LATENCY_STEP_S + SETTLE_S
+    step = 0
+    while step < LATENCY_STEPS or ended:
+        now = time.monotonic()
+        if now > deadline:
+            raise RuntimeError(f"Tamiyo never evaluated steps {sorted(ended)} of {name}")
+        if step < LATENCY_STEPS and now >= due:
+            rank.step(step)
+            ended[step] = now
+            step += 1
+            due += LATENCY_STEP_S
+        newest = _newest(stack, name)
+        now = time.monotonic()
+        evaluated = [one for one in ended if one <= newest]
+        seen_ms += [(now - ended.pop(one)) * 1e3 for one in evaluated]
+        time.sleep(POLL_S)
+    rank.close()
+    # The first step pays for connections that the others find open.
+    return seen_ms[1:]
+
+
+def _newest(stack: Stack, name: str) -> int:
+    """The newest step of that run that Tamiyo has evaluated, -1 for none."""
+    reply = reply_to(LatestRequest(name, 0), stack.socket)
+    if not isinstance(reply, Latest) or reply.decision is None:
+        return -1
+    return reply.decision.observed_step
+
+
+def outage(stack: Stack, folder: Path) -> list[Figure]:
+    """A run during which the Collector is killed and, a minute later, started again."""
+    collector = stack.parts["collector"]
+    rank = Rank(stack.url, folder, run="outage", metrics=METRICS, environ=NO_OTHERS)
+    frame_us: list[float] = []
+    steps = round((OUTAGE_S + 2 * AROUND_S) / OUTAGE_STEP_S)
+    events: dict[int, Callable[[], None]] = {
+        round(AROUND_S / OUTAGE_STEP_S): collector.kill,
+        round((AROUND_S + OUTAGE_S) / OUTAGE_STEP_S): collector.start,
+    }
+    began_ns = time.time_ns()
+    due = time.monotonic()
+    for step in range(steps):
+        if event := events.get(step):
+            # On a thread, as this one stands for training.
+            threading.Thread(target=event).start()
+        before = time.perf_counter_ns()
+        rank.step(step, began_ns + step * round(OUTAGE_STEP_S * 1e9))
+        frame_us.append((time.perf_counter_ns() - before) / 1e3)
+        due += OUTAGE_STEP_S
+        time.sleep(max(due - time.monotonic(), 0))
+    collector.wait()
+    account = rank.close(SETTLE_S).metrics
+    came = _settled(
+        lambda: float(
+            sum(
+                len(one.samples)
+                for one in stack.prometheus.series('tolaria_step{esper_run_id="outage"}')
+            )
+        ),
+        steps,
+    )
+    unaccounted = account.produced - account.delivered - account.spooled - account.dropped
+    return [
+        Figure.at_most(
+            BENCH,
+            f"Collector killed for {OUTAGE_S:.0f} s: produced - delivered - spooled - dropped",
+            abs(unaccounted),
+            "points",
+            bar=0,
+        ),
+        Figure.at_most(BENCH, "the same: dropped", account.dropped, "points", bar=0),
+        Figure.at_most(
+            BENCH, f"the same: of {steps} steps not in Prometheus", steps - came, "steps", bar=0
+        ),
+        Figure.report(
+            BENCH, "the same: handing over a frame, p99", percentile(frame_us, 99), "µs"
+        ),
+    ]
+
+
+def load(stack: Stack) -> list[Figure]:
+    """All ranks at once, and what each part took for it."""
+    workers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bench.ranks", stack.url, "--run", "load"),
+                *("--first", str(first), "--count", str(RANKS // PROCESSES)),
+                *("--world-size", str(RANKS), "--metrics", str(METRICS)),
+                *("--seeds", str(SEEDS), "--steps", str(LOAD_STEPS)),
+                *("--steps-per-s", str(STEPS_PER_S)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in range(0, RANKS, RANKS // PROCESSES)
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            if worker.stdout.readline() != "ready\n":
+                raise RuntimeError("a process of simulated ranks did not start")
+        before = {name: _cpu_s(part.pid) for name, part in stack.parts.items()}
+        frames = _frames_streamed(stack)
+        ended_s = _ended_children_s()
+        with _Largest(stack.parts["collector"].pid) as memory:
+            began = time.monotonic()
+            for worker in workers:
+                assert worker.stdin is not None
+                worker.stdin.write("go\n")
+                worker.stdin.flush()
+            accounts = [
+                account
+                for worker in workers
+                for account in msgspec.json.decode(worker.communicate()[0], type=list[Account])
+            ]
+            seconds = time.monotonic() - began
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    ranks_s = _ended_children_s() - ended_s
+    steps = RANKS * LOAD_STEPS
+    points = steps * POINTS
+    delivered = sum(account.delivered for account in accounts)
+    came = _settled(lambda: _samples(stack), points)
+    used = {name: _cpu_s(part.pid) - before[name] for name, part in stack.parts.items()}
+    told = f"{RANKS} ranks, {points / seconds:,.0f} points/s"
+    judged = _settled(lambda: float(_frames_streamed(stack) - frames), steps)
+    return [
+        Figure.report(
+            BENCH, f"{told}: Collector, processor", used["collector"] / seconds, "cores"
+        ),
+        Figure.report(
+            BENCH,
+            "the same: Collector, processor per 100,000 points",
+            used["collector"] / points * 1e5,
+            "s",
+        ),
+        Figure.report(BENCH, "the same: Collector, memory, most", memory.most_mb, "MB"),
+        Figure.report(
+            BENCH, "the same: Prometheus, processor", used["prometheus"] / seconds, "cores"
+        ),
+        Figure.report(BENCH, "the same: Tamiyo, processor", used["tamiyo"] / seconds, "cores"),
+        Figure.report(
+            BENCH, "the same: the simulated ranks, processor", ranks_s / seconds, "cores"
+        ),
+        Figure.at_most(
+            BENCH, "the same: points not taken by the Collector", points - delivered, "", bar=0
+        ),
+        Figure.at_most(BENCH, "the same: points not in Prometheus", points - came, "", bar=0),
+        Figure.report(
+            BENCH, "the same: steps that Tamiyo was not told of", steps - judged, "steps"
+        ),
+    ]
+
+
+def _samples(stack: Stack) -> float:
+    """How many samples of the load Prometheus has; by metric, as counting drops the name."""
+    metrics = (*STEP_METRICS[:METRICS], *SEED_METRICS)
+    counts = (
+        stack.prometheus.value(
+            f'sum(count_over_time({prometheus_name(metric)}{{esper_run_id="load"}}[30m]))'
+        )
+        for metric in metrics
+    )
+    return sum(count or 0.0 for count in counts)
+
+
+class _Largest:
+    """The most memory that a process had while this was open, in MB."""
+
+    def __init__(self, pid: int | None) -> None:
+        self.most_mb = 0.0
+        self._process = psutil.Process(pid)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Largest:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._end.wait(0.2):
+            self.most_mb = max(self.most_mb, self._process.memory_info().rss / 1e6)
+
+
+def _cpu_s(pid: int | None) -> float:
+    """Processor seconds of a process and its children so far."""
+    process = psutil.Process(pid)
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def _ended_children_s() -> float:
+    """Processor seconds of children of this process that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _frames_streamed(stack: Stack) -> int:
+    reply = reply_to(StatusRequest(), stack.socket)
+    assert isinstance(reply, Status)
+    return int(reply.report["connections"].get("frames_streamed", 0))
+
+
+def _settled(count: Callable[[], float], wanted: float) -> float:
+    """``count`` once it has come to ``wanted``, or what it is when it no longer does."""
+    deadline = time.monotonic() + SETTLE_S
+    while (found := count()) < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(figures))
+    except MissingError as error:
+        sys.exit(f"bench.collector: {error}")

@@ -1,0 +1,141 @@
+"""What a cluster needs, worked out from the last results: ``python -m bench.topology``.
+
+Writes the part of ``docs/runbook.md`` between its two marks from ``bench/results.json``, so
+that no number there is older than the bench it comes from. ``--check`` only compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+import msgspec
+
+from bench.__main__ import RESULTS
+from bench.figures import Figure
+from bench.sizing import METRICS, SEEDS, STEPS_PER_S
+from esper_otel.leyline.metrics import SEED_KEYS
+
+PAGE = Path(__file__).parent.parent / "docs" / "runbook.md"
+BEGIN, END = "<!-- topology: generated -->", "<!-- topology: end -->"
+
+RANKS = (1, 64, 1024)
+RANKS_PER_NODE = 8
+GATEWAY_CORES, BUSY = 2, 0.7
+"""Of each gateway, and the share of them at which the autoscaler adds one."""
+
+POINTS = METRICS + SEEDS * len(SEED_KEYS)
+WHAT = f"{METRICS} metrics and {SEEDS} seeds"
+
+UNMEASURED = """\
+*The Collector has not been measured on this machine yet: `make bench BENCH=collector`, then
+`python -m bench.topology`.*"""
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """Processor seconds for 100,000 points, of each part, and bytes of a step."""
+
+    collector: float
+    prometheus: float
+    tamiyo: float
+    step_bytes: float
+
+
+def costs(figures: Sequence[Figure]) -> Costs | None:
+    """From the rows of the benches; None when some are not there."""
+    rows = {(figure.bench, figure.figure): figure.value for figure in figures}
+    cores = [
+        value
+        for (bench, name), value in rows.items()
+        if bench == "collector" and name.endswith("points/s: Collector, processor")
+    ]
+    per_points = rows.get(("collector", "the same: Collector, processor per 100,000 points"))
+    step = rows.get(("sizing", f"{WHAT}: a step in a request of its own"))
+    others = [
+        rows.get(("collector", f"the same: {part}, processor"))
+        for part in ("Prometheus", "Tamiyo")
+    ]
+    if not cores or per_points is None or step is None or None in others:
+        return None
+    # The same points went through all of them: seconds are as cores are.
+    prometheus, tamiyo = (per_points * (other or 0.0) / cores[0] for other in others)
+    return Costs(per_points, prometheus, tamiyo, step)
+
+
+def section(figures: Sequence[Figure]) -> str:
+    """The generated part, as Markdown."""
+    found = costs(figures)
+    if found is None:
+        return UNMEASURED
+    head = [
+        f"Each rank {STEPS_PER_S} steps a second of {WHAT}, {POINTS} points; {RANKS_PER_NODE} "
+        f"ranks on a node; gateways of {GATEWAY_CORES} cores, busy to {BUSY:.0%}. An agent is "
+        "taken to cost what the measured Collector did.",
+        "",
+        "| ranks | points/s | from trainers | series | Collectors | cores of agents | "
+        "cores of gateways | of Prometheus | of Tamiyo | on disk for an hour's outage |",
+        "| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*head, *(_row(ranks, found) for ranks in RANKS)])
+
+
+def _row(ranks: int, found: Costs) -> str:
+    rate = ranks * STEPS_PER_S * POINTS
+    sent = ranks * STEPS_PER_S * found.step_bytes
+    collector, prometheus, tamiyo = (
+        rate / 1e5 * cost for cost in (found.collector, found.prometheus, found.tamiyo)
+    )
+    is_local = ranks <= RANKS_PER_NODE
+    gateways = max(2, ceil(collector / (GATEWAY_CORES * BUSY)))
+    shape = "1, `local.yaml`"
+    if not is_local:
+        agents = ceil(ranks / RANKS_PER_NODE)
+        shape = f"{agents} agents, {gateways} gateways"
+    cells = (
+        f"{ranks:,}",
+        f"{rate:,}",
+        f"{sent / 1e6:,.2f} MB/s",
+        f"{ranks * POINTS:,}",
+        shape,
+        f"{collector:.2f}",
+        "" if is_local else f"{collector:.2f}",
+        f"{prometheus:.2f}",
+        f"{tamiyo:.2f}",
+        f"{sent * 3600 / 1e9:,.2f} GB",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def renewed(page: str, figures: Sequence[Figure]) -> str:
+    """``page`` with what today's results make between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{section(figures)}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page, or compare; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.topology", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    options = parser.parse_args(argv)
+    figures = msgspec.json.decode(RESULTS.read_bytes(), type=list[Figure])
+    page = PAGE.read_text(encoding="utf-8")
+    fresh = renewed(page, figures)
+    if fresh == page:
+        return 0
+    if options.check:
+        print(
+            f"{PAGE}: not what the last results make; run python -m bench.topology",
+            file=sys.stderr,
+        )
+        return 1
+    PAGE.write_text(fresh, encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

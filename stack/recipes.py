@@ -1,0 +1,107 @@
+"""How each binary is made, without root and with nothing left behind but the binary.
+
+A recipe fills the folder it is given. What goes wrong is one line
+(:class:`RecipeError`); the rest of what the tools said lies in the folder until it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+JAEGER = "github.com/jaegertracing/jaeger@v1.76.0"
+"""That is Jaeger 2.13.0: both lines were released from one module, and the proxy that Go
+asks knows it by its first number. ``cmd/jaeger`` in it is the second line."""
+
+PROMETHEUS = "prometheus, as Debian packs it"
+
+
+class RecipeError(Exception):
+    """A step that failed, in one line."""
+
+
+def collector(manifest: Path, folder: Path) -> None:
+    """Build the distribution that ``manifest`` describes, with the builder it names."""
+    _need("go")
+    text = manifest.read_text()
+    builder = re.search(r"go\.opentelemetry\.io/collector/cmd/builder@v[\d.]+", text)
+    name = re.search(r"^  name: (\S+)$", text, re.MULTILINE)
+    if builder is None or name is None:
+        raise RecipeError(f"{manifest}: expected dist.name and a cmd/builder@version")
+    sources = folder / "sources"
+    placed = folder / "builder.yaml"
+    placed.write_text(
+        text.replace(name.group(0), f"{name.group(0)}\n  output_path: {sources}", 1)
+    )
+    print(f"building {name.group(1)}; the first time takes some minutes", flush=True)
+    # GOFLAGS of its own: the builder calls Go in a folder that is no repository.
+    _run(["go", "run", builder.group(0), "--config", str(placed)], folder)
+    (sources / name.group(1)).rename(folder / name.group(1))
+    _discard(sources)
+
+
+def jaeger(folder: Path) -> None:
+    """Build Jaeger v2 in a copy of its module.
+
+    A copy and not ``go install``, which refuses modules that replace others, as this one
+    does. The page that people look at is no part of the module: in its place the binary
+    has a placeholder, and all of the API.
+    """
+    _need("go")
+    print("building jaeger; the first time takes some minutes", flush=True)
+    found = json.loads(_run(["go", "mod", "download", "-json", JAEGER], folder))
+    sources = folder / "sources"
+    shutil.copytree(found["Dir"], sources)
+    for path in (sources, *sources.rglob("*")):
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)
+    _run(["go", "build", "-trimpath", "-o", str(folder / "jaeger"), "./cmd/jaeger"], sources)
+    _discard(sources)
+
+
+def prometheus(folder: Path) -> None:
+    """Unpack Debian's package of Prometheus, which apt has checked, without installing it."""
+    _need("apt-get", "dpkg-deb")
+    print("fetching prometheus", flush=True)
+    _run(["apt-get", "download", "prometheus"], folder)
+    (package,) = folder.glob("prometheus_*.deb")
+    unpacked = folder / "unpacked"
+    _run(["dpkg-deb", "--extract", str(package), str(unpacked)], folder)
+    for name in ("prometheus", "promtool"):
+        (unpacked / "usr" / "bin" / name).rename(folder / name)
+    package.unlink()
+    _discard(unpacked)
+
+
+def _need(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            raise RecipeError(f"{tool} is not here")
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """What ``command`` prints; raises :class:`RecipeError` with its last words."""
+    environment = os.environ | {"GOFLAGS": "-buildvcs=false", "GOWORK": "off"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        words = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        last = words[-1].strip() if words else f"exit status {done.returncode}"
+        print("\n".join(words[-20:]), file=sys.stderr)
+        raise RecipeError(f"{' '.join(command[:3])}: {last}")
+    return done.stdout
+
+
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""The whole stack as one thing: its parts by name, begun and ended together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stack import services
+from stack.ports import free
+from stack.processes import Process
+from stack.programs import COLLECTOR, JAEGER, PROMETHEUS, find
+from stack.queries import Jaeger, Prometheus
+from stack.services import CONFIG, Ports
+
+PARTS = ("prometheus", "jaeger", "tamiyo", "collector")
+
+
+class Stack:
+    """Processes of one stack; raises ``MissingError`` when a binary is not here."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        state: Path,
+        socket: Path,
+        config: Path = CONFIG,
+        without: Iterable[str] = (),
+    ) -> None:
+        self.ports = ports
+        self.state = state
+        self.socket = socket
+        made = {
+            "prometheus": lambda: services.prometheus(find(PROMETHEUS), ports, state),
+            "jaeger": lambda: services.jaeger(find(JAEGER), ports),
+            "tamiyo": lambda: services.tamiyo(ports, socket),
+            "collector": lambda: services.collector(find(COLLECTOR), ports, state, (config,)),
+        }
+        self.parts = {
+            name: Process(made[name](), state / "logs")
+            for name in PARTS
+            if name not in set(without)
+        }
+
+    @property
+    def url(self) -> str:
+        """For ``OTEL_EXPORTER_OTLP_ENDPOINT``."""
+        return f"http://127.0.0.1:{self.ports.otlp_http}"
+
+    @property
+    def prometheus(self) -> Prometheus:
+        """Its Prometheus."""
+        return Prometheus(f"http://127.0.0.1:{self.ports.prometheus}")
+
+    @property
+    def jaeger(self) -> Jaeger:
+        """Its Jaeger."""
+        return Jaeger(f"http://127.0.0.1:{self.ports.jaeger}")
+
+    def start(self) -> None:
+        """Start all parts and wait for them; raises ``StartError``, and then none runs."""
+        try:
+            for part in self.parts.values():
+                part.start()
+            for part in self.parts.values():
+                part.wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End all parts: the Collector first, so that what it holds finds those who listen."""
+        if "collector" in self.parts:
+            self.parts["collector"].stop()
+        for part in self.parts.values():
+            part.ask_to_end()
+        for part in self.parts.values():
+            part.stop()
+
+
+@contextmanager
+def running(state: Path, *, without: Iterable[str] = ()) -> Iterator[Stack]:
+    """A stack on ports that the system gives, for tests and benches."""
+    names = Ports.__struct_fields__
+    ports = Ports(**dict(zip(names, free(len(names)), strict=True)))
+    stack = Stack(ports, state, state / "socket" / "tamiyo.sock", without=without)
+    stack.start()
+    try:
+        yield stack
+    finally:
+        stack.stop()

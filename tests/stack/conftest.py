@@ -1,0 +1,71 @@
+"""One running stack for all tests of it, with the real programs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from bench.ranks import Rank
+from stack.programs import COLLECTOR, PROMETHEUS, MissingError, find
+from stack.whole import running
+
+
+def until(condition, patience_s=30.0):
+    """Poll ``condition`` until it is true, and give what it gave."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.05)
+
+
+def program(of):
+    """The binary, or the test is skipped with the reason."""
+    try:
+        return find(of)
+    except MissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def collector_program():
+    return program(COLLECTOR)
+
+
+@pytest.fixture(scope="session")
+def promtool():
+    return program(PROMETHEUS).with_name("promtool")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory):
+    """All parts, ready. Tests that end one of them start it again."""
+    try:
+        with running(tmp_path_factory.mktemp("stack")) as stack:
+            yield stack
+    except MissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def rank(stack, tmp_path, request):
+    """Makes simulated ranks that send to the stack; closed when the test ends."""
+    ranks = []
+
+    def make(**options):
+        given = {"run": request.node.name, "stream_interval_ms": 20, **options}
+        made = Rank(given.pop("endpoint", stack.url), tmp_path, **given)
+        ranks.append(made)
+        return made
+
+    yield make
+    for made in ranks:
+        made.close(0.2)
+
+
+@pytest.fixture
+def wait_until():
+    return until

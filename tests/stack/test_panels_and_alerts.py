@@ -1,0 +1,105 @@
+"""Every query of a dashboard and every alert, asked of the real Prometheus."""
+
+import json
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+
+from alerts import health
+from alerts.from_table import translated
+from dashboards import answers
+from dashboards.__main__ import FOLDER
+from dashboards.rehearsal import RANKS, REPORT_S, RUN, rehearse
+from esper_tamiyo.language.table_file import load
+
+STEPS, STEP_S = 600, 1.0
+QUERIES = [
+    pytest.param(query, id=f"{path.stem}: {query.panel}: {number}")
+    for path in sorted(FOLDER.glob("*.json"))
+    for number, query in enumerate(answers.queries(json.loads(path.read_text())))
+]
+MADE = translated(load("default"))
+EXPRESSIONS = {
+    **{alert.name: alert.expr for alert in MADE.alerts},
+    **{alert.name: alert.expr for alert in (*health.tamiyo(), *health.collector())},
+    **{one.record: one.expr for one in MADE.recordings},
+}
+
+
+@pytest.fixture(scope="session")
+def rehearsed(stack, tmp_path_factory):
+    """When the made-up run ended that Prometheus now has."""
+    begin_s = float(int(time.time()) - STEPS - 20)
+    rehearse(stack.url, tmp_path_factory.mktemp("rehearsed"), begin_s, STEPS, STEP_S)
+    url = f"http://127.0.0.1:{stack.ports.prometheus}"
+    end_s = begin_s + STEPS * STEP_S
+
+    deadline = time.monotonic() + 30
+
+    def arrived():
+        steps = f'count_over_time(tolaria_step{{esper_run_id="{RUN}"}}[1h])'
+        reports = "count_over_time(tamiyo_uptime_seconds[1h])"
+        ranks = [one.values for one in answers.at(url, steps, end_s)]
+        told = [one.values for one in answers.at(url, reports, end_s)]
+        return ranks == [[STEPS]] * RANKS and told == [[STEPS * STEP_S / REPORT_S]]
+
+    while not arrived():
+        assert time.monotonic() < deadline, "the rehearsal did not arrive in time"
+        time.sleep(0.1)
+    return url, begin_s, end_s
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_panel_has_something_to_show(rehearsed, query):
+    url, begin_s, end_s = rehearsed
+    values = {"run": RUN, "rank": ".*", "seed": ".*", "jaeger": ""}
+    spans = {"__interval": "5s", "__rate_interval": "60s", "__range": f"{STEPS}s"}
+    expr = answers.chosen(query.expr, values | spans)
+    if query.is_instant:
+        found = answers.at(url, expr, end_s)
+    else:
+        found = answers.over(url, expr, begin_s, end_s, 5.0)
+    # Alerts are what Prometheus makes itself, within minutes, of what goes wrong.
+    assert found or "ALERTS" in expr
+
+
+FOUND = {"EsperNonfiniteLoss", "EsperIsolationViolations", "TamiyoDecided"}
+"""What is wrong in the rehearsal and needs no baseline, which takes minutes to record."""
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_an_alert_can_be_asked_for_and_is_empty_or_true(rehearsed, name):
+    url, begin_s, end_s = rehearsed
+    found = answers.over(url, EXPRESSIONS[name], begin_s, end_s, 15.0)
+    assert found or name not in FOUND
+
+
+def test_a_wrong_query_is_told_in_the_words_of_prometheus(rehearsed):
+    with pytest.raises(answers.RefusedError, match="parse error"):
+        answers.at(rehearsed[0], "sum by (", rehearsed[2])
+
+
+def test_a_slow_step_is_found_in_jaeger_as_the_link_asks(stack, rehearsed, wait_until):
+    url, begin_s, end_s = rehearsed
+    (slow,) = (p.values[0] for p in QUERIES if p.values[0].panel == "Slow steps")
+    expr = answers.chosen(slow.expr, {"run": RUN, "rank": ".*", "__interval": "5s"})
+    slowest = max(v for one in answers.over(url, expr, begin_s, end_s, 5.0) for v in one.values)
+    asked = {
+        "service": "esper-trainer",
+        "start": f"{begin_s:.0f}000000",
+        "end": f"{end_s:.0f}000000",
+        "limit": "20",
+        "minDuration": f"{slowest!r}ms",
+        "tags": json.dumps({"esper.run_id": RUN}),
+    }
+    search = f"http://127.0.0.1:{stack.ports.jaeger}/api/traces?{urllib.parse.urlencode(asked)}"
+
+    def found():
+        with urllib.request.urlopen(search) as answer:
+            return json.load(answer)["data"]
+
+    (trace,) = wait_until(found)
+    (step,) = (span for span in trace["spans"] if span["operationName"] == "train.step")
+    assert step["duration"] == pytest.approx(slowest * 1000, abs=1)
