@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from bench.figures import alternate, median
-from esper_otel.integrations.torch import TorchInstrumentor
+from esper_otel.integrations.watch import Watch
+from esper_otel.run import start
 from examples import characters, digits
 
 SECONDS = 25
@@ -102,16 +103,27 @@ Block = Callable[[], Measured]
 
 @contextmanager
 def esper(training: Training, mode: str = "off") -> Iterator[tuple[Block, Block]]:
-    """From outside, as ``esper-otel run`` does."""
-    yield partial(instrumented, training.bare, mode), training.bare
+    """By the hooks and wrappers that ``esper-otel run`` puts on."""
+    with watching(training.bare, mode) as watched:
+        yield watched, training.bare
 
 
-def instrumented(block: Block, mode: str) -> Measured:
-    TorchInstrumentor().instrument(skip_dep_check=True, mode=mode)
-    try:
-        return block()
-    finally:
-        TorchInstrumentor().uninstrument()
+@contextmanager
+def watching(block: Block, mode: str) -> Iterator[Block]:
+    """``block`` within one run that records all its calls."""
+    run = start(mode=mode)
+
+    def watched() -> Measured:
+        watch = Watch(torch, run)
+        try:
+            return block()
+        finally:
+            watch.undo()
+
+    yield watched
+    report = run.close().metrics
+    if not report.delivered or report.delivered != report.produced:
+        raise AssertionError(f"not everything was delivered: {report}")
 
 
 @contextmanager
@@ -255,7 +267,8 @@ def device_stats(training: Training, every: int = 1) -> Iterator[tuple[Block, Bl
 def esper_lightning(training: Training) -> Iterator[tuple[Block, Block]]:
     """From outside, against Lightning without."""
     block = partial(under_lightning, training, every=1, monitored=False)
-    yield partial(instrumented, block, "off"), block
+    with watching(block, "off") as watched:
+        yield watched, block
 
 
 def free_port() -> int:
