@@ -25,6 +25,7 @@ from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.batches import samples_in
 from esper_otel.tolaria.devices import DeviceSampler
+from esper_otel.tolaria.fetches import Names, Source
 from esper_otel.tolaria.gradients import gradient_norm, is_sharded
 from esper_otel.tolaria.ports import Settles
 from esper_otel.tolaria.recorder import Recorder
@@ -62,6 +63,7 @@ class Run:
         self.run_id = settings.run_id or new_run_id()
         self.instance_id = secrets.token_hex(8)
         self.scalars = ScalarReader()
+        self.names = Names()
         self.garden: Garden | None = None
         """The garden that was planted last."""
         self._preferred: weakref.ref[Any] | None = None
@@ -105,6 +107,7 @@ class Run:
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over ``loader``, timing the wait for each batch and counting its samples."""
         batches = iter(loader)
+        source = Source(self.names.of(batches), self.names.of(loader))
         while True:
             asked_for = perf_counter_ns()
             try:
@@ -112,7 +115,7 @@ class Run:
             except StopIteration:
                 return
             try:
-                self.recorder.batch_came(asked_for, samples_in(batch))
+                self.recorder.batch_came(asked_for, samples_in(batch), source)
             except Exception:
                 tell_once("a batch could not be counted")
             yield batch
@@ -285,8 +288,11 @@ class Run:
         ]
 
     def prefer(self, optimizer: Any) -> None:
-        """Of all optimizers that step in this process, ``optimizer`` sets the run's steps."""
-        self._preferred = weakref.ref(optimizer)
+        """Of all optimizers that step in this process, ``optimizer`` sets the run's steps.
+
+        None takes that back: then the run chooses.
+        """
+        self._preferred = None if optimizer is None else weakref.ref(optimizer)
 
     @property
     def preferred(self) -> Any:

@@ -118,3 +118,14 @@ def test_a_script_that_never_trains_records_nothing(instrumented):
         for x, _ in data():
             model(x)
     assert instrumented.frames == []
+
+
+def test_what_is_given_by_name_is_passed_on_as_it_is(instrumented):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = model(torch.ones(2, 4)).sum()
+    torch.autograd.backward(tensors=loss)
+    nn.utils.clip_grad_norm_(parameters=model.parameters(), max_norm=1.0)
+    optimizer.step()
+    (frame,) = instrumented.frames
+    assert frame["loss"] == loss.item()

@@ -16,7 +16,7 @@ import esper_otel  # noqa: E402
 from bench.framework_loops import BATCH, FRAMEWORKS, ROWS, loader, network  # noqa: E402
 from bench.loops import unaccounted  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
-from esper_otel.integrations.training import require  # noqa: E402
+from esper_otel.integrations.training import Training, require  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
 
 METRICS = {
@@ -125,6 +125,29 @@ def test_explicit_and_automatic_count_the_same_step_once(captured):
     finally:
         TorchInstrumentor().uninstrument()
     assert len(captured.frames) == ROWS // BATCH
+
+
+def test_a_plain_loop_after_a_frameworks_training_is_counted_too(captured):
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters())  # outlives its training
+        training = Training()
+        training.begin(optimizer)
+        train(model, optimizer)
+        training.end()
+        other = network()
+        train(other, torch.optim.Adam(other.parameters()))
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert len(captured.frames) == 2 * ROWS // BATCH
+
+
+def train(model, optimizer):
+    for x, y in loader():
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_a_framework_that_is_too_old_is_named_with_what_is_expected():

@@ -115,7 +115,7 @@ def test_every_rank(start, way):
 ENDINGS = {
     "raises": ("if step == 3: raise KeyError('x')", 1),
     "interrupted": ("if step == 3: import signal; signal.raise_signal(signal.SIGINT)", -2),
-    "os._exit": ("if step == 3: os._exit(9)", 9),
+    "os._exit": ("if step == 3: os._exit(status=9)", 9),
     "a child's os._exit": ("if step == 3 and os.fork() == 0: os._exit(9)", 0),
 }
 

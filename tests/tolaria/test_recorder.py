@@ -6,6 +6,7 @@ from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, Severity, 
 from esper_otel.leyline.frames import present
 from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS
 from esper_otel.tolaria import recorder as recorder_module
+from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import LearningRate, Responses
 
@@ -256,7 +257,7 @@ def test_fetches_of_a_validation_loop_are_not_charged_to_training(clock):
     for _ in range(5):
         asked_for = clock()
         clock.pass_ms(100)
-        recorder.batch_came(asked_for, 1000)
+        recorder.batch_came(asked_for, 1000, Source(2, 2))
     one_step(recorder, clock, wait=1.0, samples=32)
     _, last = frames.taken[-1]
     assert last["input_wait_ms"] == pytest.approx(1.0)

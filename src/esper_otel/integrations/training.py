@@ -56,6 +56,8 @@ class Training:
 
     def end(self) -> None:
         """Training is over, well or not: send what is unsent, and take everything off."""
+        if self.run is not None:
+            self.run.prefer(None)
         watch, self._watch = self._watch, None
         if watch is not None and self.run is not None:
             watch.undo()

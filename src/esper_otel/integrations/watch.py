@@ -26,6 +26,7 @@ from typing import Any
 from esper_otel import run as runs
 from esper_otel.integrations.primary import Primary
 from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.gradients import whole_norm
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import untraced
@@ -40,6 +41,7 @@ class Watch:
         self._run = run
         self._recorder = run.recorder
         self._begin = run.scalars.begin
+        self._is_graded: Callable[[], bool] = torch.is_grad_enabled
         self._primary = Primary(run.settings.primary_optimizer)
         self._thread = 0
         self._steps = 0
@@ -137,16 +139,16 @@ class Watch:
 
     # Around what the user calls.
 
-    def _backward(self, original: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def _backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         if self._backward_depth or self._elsewhere:
-            return original(tensor, *args, **kwargs)
+            return original(*args, **kwargs)
         self._backward_depth += 1
         try:
             self._quietly(self._recorder.backward_begins)
-            result = original(tensor, *args, **kwargs)
+            result = original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
-        self._quietly(self._take_loss, tensor)
+        self._quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
         stepped, self._stepped = self._stepped, None
         if stepped is not None:
             self._quietly(self._run.optimizer_begins, stepped)
@@ -177,10 +179,10 @@ class Watch:
             self._quietly(self._recorder.skipped)
         return result
 
-    def _exit(self, pid: int, original: Any, *args: Any) -> None:
+    def _exit(self, pid: int, original: Any, *args: Any, **kwargs: Any) -> None:
         if os.getpid() == pid:  # and not a child that was forked
             self._quietly(self._run.close)
-        original(*args)
+        original(*args, **kwargs)
 
     def _clip(
         self, original: Any, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any
@@ -231,8 +233,17 @@ class Watch:
         batch = original(iterator)
         if self._elsewhere:
             return batch
-        self._quietly(lambda: self._recorder.batch_came(asked_for, samples_in(batch)))
+        self._quietly(self._batch_came, iterator, asked_for, batch)
         return batch
+
+    def _batch_came(self, iterator: Any, asked_for: int, batch: Any) -> None:
+        number = self._run.names.of
+        source = Source(
+            number(iterator),
+            number(getattr(iterator, "_dataset", iterator)),
+            self._is_graded(),
+        )
+        self._recorder.batch_came(asked_for, samples_in(batch), source)
 
     # Optimizer hooks.
 

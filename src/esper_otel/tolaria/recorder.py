@@ -23,6 +23,7 @@ from esper_otel.leyline.frames import GardenFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.dynamics import WEIGHT
+from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.memory import recalled
 from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
 from esper_otel.tolaria.responses import Optimizer, Responses
@@ -72,7 +73,6 @@ class Recorder:
     _mark: int
     _begun: int
     _first_fetch: int
-    _fetched: tuple[int, int, int] | None
     _wait_ns: int
     _forward_ns: int
     _backward_ns: int
@@ -80,8 +80,6 @@ class Recorder:
     _optimizer_ns: int
     _optimizing: bool
     _losses_before: int
-    _before_fetch: int
-    _strayed: bool
     _outside_ns: int
     _span_start: int
     _samples: int
@@ -125,6 +123,7 @@ class Recorder:
         self._sealer = Sealer(enriched=enriched)
         self._mean_latency_ms = 0.0
 
+        self._fetches = Fetches()
         self._latest: list[float] = _EMPTY_ROW
         self._last_end = 0
         self._hook_ms = self._tamiyo_ms = self._apply_ms = 0.0
@@ -132,26 +131,22 @@ class Recorder:
 
     # What the loop does, in the order in which a step does it.
 
-    def batch_came(self, asked_for: int, samples: int) -> None:
+    def batch_came(self, asked_for: int, samples: int, source: Source = UNNAMED) -> None:
         """The loop asked for a batch at mark ``asked_for`` and has it now.
 
-        ``samples`` is its size, 0 when not known. A batch is charged to the step that
-        computes on it: until then the next one takes its place, so a validation loop,
-        its fetches and what it computes, is never charged to training.
+        ``samples`` is its size, 0 when not known; ``source`` says which loader it is from,
+        so that those of a validation loop are never charged to training
+        (:class:`~esper_otel.tolaria.fetches.Fetches`).
         """
         now = perf_counter_ns()
-        if self._fetched is None:
-            self._before_fetch = self._mark
-        else:
-            self._strayed = True
-        self._fetched = (asked_for, now, samples)
+        self._fetches.came(source, asked_for, now, samples, self._mark)
         self._mark = now
 
     def backward_begins(self) -> None:
         """The loop calls backward: what led here since the batch came was forward."""
         now = perf_counter_ns()
-        if self._fetched is not None:
-            self._charge_fetch(self._fetched)
+        if self._fetches.waiting:
+            self._charge_fetches()
         mark = self._mark or now
         if self._begun == 0:
             self._begun = mark
@@ -197,8 +192,8 @@ class Recorder:
         now = perf_counter_ns()
         if norm is not None:
             self._norm = norm
-        if self._fetched is not None:
-            self._charge_fetch(self._fetched)
+        if self._fetches.waiting:
+            self._charge_fetches()
         mark = self._mark
         if self._backward_ns and hook_began > mark:  # clipping, unscaling
             self._optimizer_ns += hook_began - mark
@@ -338,8 +333,8 @@ class Recorder:
     # The end of a step.
 
     def _end_step(self, ended: int) -> None:
-        if self._fetched is not None:
-            self._charge_fetch(self._fetched)
+        if self._fetches.waiting:
+            self._charge_fetches()
         self.step = step = self.step + 1
         time = self.clock.step_end(ended)
         row = _EMPTY_ROW.copy()
@@ -462,36 +457,38 @@ class Recorder:
         self._wait_ns = -1
         self._prepare_ns = 0
         self._samples = 0
-        self._fetched = None
-        self._optimizing = self._strayed = False
-        self._before_fetch = self._outside_ns = self._losses_before = 0
+        self._optimizing = False
+        self._outside_ns = self._losses_before = 0
         self._norm = None
         self._losses = []
         self._reported_losses = []
         self._reported = []
         self._phases = []
 
-    def _charge_fetch(self, fetched: tuple[int, int, int]) -> None:
-        asked_for, came, samples = fetched
-        before = self._before_fetch
-        if self._strayed:
-            self._strayed = False
+    def _charge_fetches(self) -> None:
+        before, since, outside, samples, waits = self._fetches.charge()
+        phases = self._phases
+        if outside:
             if before:
-                self._outside_ns += asked_for - before
-            if not self._phases:
-                self._span_start = asked_for
-        elif before and asked_for > before:
+                self._outside_ns += since - before
+            if not phases:
+                self._span_start = since
+        elif before and since > before:
             # What follows the end of a step is its rest: zero_grad, the scheduler, reading
             # the loss, which on a device waits for what was begun before.
-            self._optimizer_ns += asked_for - before
-            self._phases.append(("train.optimizer", before, asked_for))
+            self._optimizer_ns += since - before
+            phases.append(("train.optimizer", before, since))
         if self._wait_ns < 0:
             self._wait_ns = 0
-            self._first_fetch = asked_for
-        self._wait_ns += came - asked_for
+            self._first_fetch = since
+        for asked_for, came in waits:
+            if asked_for > since:  # between two fetches of one step
+                self._forward_ns += asked_for - since
+                phases.append(("train.forward", since, asked_for))
+            self._wait_ns += came - asked_for
+            phases.append(("train.input_wait", asked_for, came))
+            since = came
         self._samples += samples
-        self._phases.append(("train.input_wait", asked_for, came))
-        self._fetched = None
 
     def _put_gated(self, row: list[float], latency_ms: float) -> None:
         if self._last_end:

@@ -1,0 +1,157 @@
+"""Fetches: which of the batches a loop got are trained on, and what waiting for them cost.
+
+A loop fetches for training and for evaluating, and only ``backward`` tells which was which,
+later. Then the fetches of the iterators that the step before was made of are the step's. At
+the first step of an epoch none of them is known: then it is the newest iterator, and any other
+over another dataset that gave as many batches (loaders that are zipped). What was asked for
+while no gradients were recorded does not count then, nor, where datasets of the step before
+are among them, do others. What was fetched before the step's first batch was an evaluation
+between two steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+MAX_STRETCHES = 64
+"""Stretches of fetches from one iterator that are remembered until ``backward``."""
+
+
+class Source(NamedTuple):
+    """Where a batch came from, in numbers that :class:`Names` gives.
+
+    ``graded``: gradients were recorded when it was asked for, as no evaluation has it that
+    runs under ``torch.no_grad``.
+    """
+
+    iterator: int
+    dataset: int
+    graded: bool = True
+
+
+UNNAMED = Source(0, 0)
+"""Of a loop that has one loader, and says nothing of it."""
+
+
+Charged = tuple[int, int, bool, int, Sequence[tuple[int, int]]]
+"""What a step is charged with; marks are nanoseconds of one clock.
+
+The mark the loop was at before all of it; that at which it asked for the step's first batch;
+whether an evaluation lay between; the samples; the waits as (asked for, came). A plain tuple,
+for one is made at every step.
+"""
+
+
+class _Stretch:
+    """Fetches from one iterator, with none from another between them."""
+
+    __slots__ = ("samples", "source", "waits")
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.waits: list[tuple[int, int]] = []
+        self.samples: list[int] = []
+
+
+class Fetches:
+    """The fetches of one loop that no ``backward`` has followed yet."""
+
+    __slots__ = ("_alone", "_before", "_stretches", "_trained", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting = False
+        """Whether there are any."""
+        self._before = 0
+        self._trained: set[Source] = set()
+        # What most steps have is one fetch, and no work should be made of it.
+        self._alone: tuple[Source, int, int, int] | None = None
+        self._stretches: list[_Stretch] = []
+
+    def came(self, source: Source, asked_for: int, now: int, samples: int, mark: int) -> None:
+        """A batch of ``samples`` came; the loop was at ``mark`` before the first of them."""
+        if not self.waiting:
+            self.waiting = True
+            self._before = mark
+            self._alone = source, asked_for, now, samples
+            return
+        stretches = self._stretches
+        if self._alone is not None:
+            first, self._alone = self._alone, None
+            self._append(*first)
+        if asked_for <= stretches[-1].waits[-1][0]:
+            self._drop_newest()  # it lies in this one: a loader that is timed at two places
+        self._append(source, asked_for, now, samples)
+
+    def charge(self) -> Charged:
+        """What the step is charged with, now that ``backward`` is called."""
+        self.waiting = False
+        if self._alone is not None:
+            (source, asked_for, now, samples), self._alone = self._alone, None
+            if source not in self._trained or len(self._trained) > 1:
+                self._trained = {source}
+            return self._before, asked_for, False, samples, ((asked_for, now),)
+        stretches, self._stretches = self._stretches, []
+        first = 0
+        if len(stretches) > 1:
+            trained = self._trained_of(stretches)
+            first = next(i for i, each in enumerate(stretches) if each.source in trained)
+            # What is fetched behind the first batch of a step is the step's as well.
+            stretches = stretches[first:]
+        self._trained = {each.source for each in stretches}
+        waits = [wait for each in stretches for wait in each.waits]
+        samples = sum(sum(each.samples) for each in stretches)
+        return self._before, waits[0][0], first > 0, samples, waits
+
+    def _append(self, source: Source, asked_for: int, now: int, samples: int) -> None:
+        stretches = self._stretches
+        if not stretches or stretches[-1].source != source:
+            stretches.append(_Stretch(source))
+            if len(stretches) > MAX_STRETCHES:
+                del stretches[0]
+        stretches[-1].waits.append((asked_for, now))
+        stretches[-1].samples.append(samples)
+
+    def _drop_newest(self) -> None:
+        newest = self._stretches[-1]
+        newest.waits.pop()
+        newest.samples.pop()
+        if not newest.waits:
+            self._stretches.pop()
+
+    def _trained_of(self, stretches: list[_Stretch]) -> set[Source]:
+        counts: dict[Source, int] = {}  # the newest first
+        for each in reversed(stretches):
+            counts[each.source] = counts.get(each.source, 0) + len(each.waits)
+        known = self._trained & counts.keys()
+        if known:
+            return known
+        datasets = {source.dataset for source in self._trained}
+        likely = [source for source in counts if source.graded] or list(counts)
+        familiar = [source for source in likely if source.dataset in datasets] or likely
+        newest = familiar[0]
+        return {newest} | {
+            source
+            for source in familiar
+            if source.dataset != newest.dataset and counts[source] == counts[newest]
+        }
+
+
+class Names:
+    """Numbers for objects. None is given twice, as an ``id`` is once its owner is gone."""
+
+    def __init__(self) -> None:
+        self._given: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._next = itertools.count(1)
+
+    def of(self, thing: object) -> int:
+        """Its number; the ``id``, below zero, of what takes no weak reference."""
+        try:
+            number = self._given.get(thing)
+            if number is None:
+                number = self._given[thing] = next(self._next)
+        except TypeError:  # a list, or something that cannot be hashed
+            return -id(thing)
+        return number
