@@ -35,7 +35,8 @@ class Summary(msgspec.Struct, frozen=True):
 
     ``unanswered`` says why nobody answered, as far as the steps that have spans show it.
     ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
-    has for each signal what was produced, delivered, spooled and dropped; ``unsent`` are
+    has for each signal what was produced, delivered, spooled and dropped, and which part of
+    that the receiver did not want; ``unsent`` are
     files for ``esper-otel resend``, ``recordings`` those that hold everything.
     """
 
@@ -98,8 +99,10 @@ class Summary(msgspec.Struct, frozen=True):
             if not account["produced"]:
                 continue
             text = f"{account['delivered']:,} of {account['produced']:,} {names[signal]} sent"
-            if account["dropped"]:
-                text += f", {account['dropped']:,} DROPPED"
+            if account["refused"]:
+                text += f", {account['refused']:,} not wanted there"
+            if account["dropped"] > account["refused"]:
+                text += f", {account['dropped'] - account['refused']:,} DROPPED"
             told.append(text)
         return "; ".join(told) or "none sent"
 
@@ -110,13 +113,13 @@ def summary_of(run: str, rank: int, tally: Tally, report: StreamReport) -> Summa
         name: took for name, key in PHASES.items() if (took := tally.per_step(key)) is not None
     }
     accounts = {"metrics": report.metrics, "traces": report.traces, "logs": report.logs}
-    keep = ("produced", "delivered", "spooled", "dropped")
+    keep = ("produced", "delivered", "spooled", "dropped", "refused")
     return Summary(
         run=run,
         rank=rank,
         steps=tally.steps,
         seconds=(tally.last_unix_nano - tally.first_unix_nano) / 1e9,
-        step_ms=tally.mean("step_latency_ms"),
+        step_ms=tally.per_step("step_latency_ms"),
         phases=phases,
         slowest=max(phases, key=phases.__getitem__) if phases else None,
         first_loss=tally.first_loss,

@@ -17,6 +17,7 @@ from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_LATENCY = STEP_SLOT["step_latency_ms"]
 _LOSS = STEP_SLOT["loss"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
@@ -39,6 +40,7 @@ class Tally:
         """How often it changed something in the run."""
         self.unanswered: set[str] = set()
         """Why nobody answered, where nobody did and the step had spans."""
+        self._timed_steps = 0
         self._sums = np.zeros(len(STEP_KEYS))
         self._counts = np.zeros(len(STEP_KEYS), np.int64)
 
@@ -50,8 +52,11 @@ class Tally:
         self.steps += len(rows)
         self.nonfinite_steps += int((rows[:, _NONFINITE] > 0.0).sum())
         present = ~np.isnan(rows)
-        self._sums += np.where(present, rows, 0.0).sum(axis=0)
-        self._counts += present.sum(axis=0)
+        # Steps whose whole time is known, which the first one's is not: their parts add up.
+        timed = present & present[:, [_LATENCY]]
+        self._timed_steps += int(timed[:, _LATENCY].sum())
+        self._sums += np.where(timed, rows, 0.0).sum(axis=0)
+        self._counts += timed.sum(axis=0)
         losses = rows[present[:, _LOSS], _LOSS]
         if len(losses):
             if self.first_loss is None:
@@ -71,13 +76,8 @@ class Tally:
             if timeline.applied:
                 self.applied[what] += 1
 
-    def mean(self, key: str) -> float | None:
-        """Mean of a step metric over the steps that had it."""
-        count = int(self._counts[STEP_SLOT[key]])
-        return float(self._sums[STEP_SLOT[key]]) / count if count else None
-
     def per_step(self, key: str) -> float | None:
-        """Its sum over all steps, divided by all steps: what a step had of it on average."""
+        """What a step with a latency had of ``key`` on average, None when none had any."""
         if not self._counts[STEP_SLOT[key]]:
             return None
-        return float(self._sums[STEP_SLOT[key]]) / self.steps
+        return float(self._sums[STEP_SLOT[key]]) / self._timed_steps
