@@ -101,8 +101,8 @@ class Growing:
         ]
         if self.accuracies:
             console.print(
-                f"\nThe network that was too small: {len(self.seeds)} seeds germinated, "
-                f"{len(fossils)} became part of it ({', '.join(fossils) or 'none'}); "
+                f"\nThe network that was too small: seeds germinated: {len(self.seeds)}, "
+                f"became part of it: {len(fossils)} ({', '.join(fossils) or 'none'}); "
                 f"test accuracy {self.accuracies[0]:.1%} when the first germinated, "
                 f"{self.accuracies[-1]:.1%} at the end.",
                 highlight=False,

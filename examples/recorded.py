@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
+
+from esper_otel.leyline.otlp_file import RecordingError, bodies
 
 
 class Tail:
@@ -19,9 +20,9 @@ class Tail:
             return
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            while len(size := file.read(4)) == 4:
-                body = file.read(length := struct.unpack(">I", size)[0])
-                if len(body) < length:
-                    return  # still being written
-                self.offset += 4 + length
-                yield body
+            try:
+                for _, body in bodies(file, self.path):
+                    self.offset = file.tell()
+                    yield body
+            except RecordingError:
+                return  # still being written

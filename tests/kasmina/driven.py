@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from math import nan
 from typing import Any
 from unittest.mock import patch
 
@@ -10,13 +11,16 @@ import torch
 from torch import nn
 
 from esper_otel.kasmina.garden import Garden
-from esper_otel.kasmina.kernels import Fetch
+from esper_otel.kasmina.kernels import Compilation, Fetch
 from esper_otel.leyline.decisions import NOMINAL, Action, Decision, Severity
 from esper_otel.leyline.frames import present, step_row
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_SLOT
 from esper_otel.settings import EsperSettings
 
 torch.set_num_threads(1)
+
+MLP = "residual_mlp"
+"""The blueprint that fits this host and is registered first."""
 
 QUICK = {
     "plateau_steps": 3,
@@ -48,15 +52,10 @@ class AtOnce:
             fetch.settle(blueprint.build(activation.shape, seed), "", 0.5)
         return fetch
 
-    def compile(self, module: Any, activation: Any) -> Any:
-        class Never:
-            call = None
-            reason = ""
-
-            def ready(self) -> bool:
-                return True
-
-        return Never()
+    def compile(self, module: Any, activation: Any) -> Compilation:
+        compilation = Compilation()
+        compilation.settle(None, "")
+        return compilation
 
     def stop(self, timeout_s: float = 0.0) -> None:
         pass
@@ -67,6 +66,11 @@ def said(action: Action, target=None, operation=None, reason=NOMINAL, findings=(
     return Decision(
         "id", "r", 1, 1, action, Severity.NORMAL, reason, list(findings), target, operation
     )
+
+
+def idle(proposal) -> Decision:
+    """What it answers when nothing is to be done."""
+    return said(Action.CONTINUE)
 
 
 def agreed(proposal) -> Decision:
@@ -97,6 +101,7 @@ class Driven:
         self.events: list[Any] = []
         self.steps = 0
         self.seen_loss = 1.0
+        self.seen_step_ms = nan
         self._generator = torch.Generator().manual_seed(1)
         self.garden: Garden | None = None
         if garden:
@@ -128,6 +133,7 @@ class Driven:
         row = step_row()
         row[STEP_SLOT["loss_ewma"]] = self.seen_loss
         row[STEP_SLOT["gradient_norm"]] = 1.0
+        row[STEP_SLOT["step_latency_ms"]] = self.seen_step_ms
         garden.learn(self.optimizer)
         self.frame = frame = garden.finalize(self.steps, row)
         self.proposals.append(frame.proposal)

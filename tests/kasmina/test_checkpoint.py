@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kasmina.driven import QUICK, AtOnce, Driven, agreed, host, said
+from kasmina.driven import MLP, QUICK, AtOnce, Driven, agreed, host, idle, said
 from torch import nn
 
 from esper_otel import run as runs
@@ -26,15 +26,10 @@ from esper_otel.settings import EsperSettings
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import LearningRate, Responses
 
-MLP = "residual_mlp"
 NOT_OF_THE_RUN = "kasmina.seed.last_kernel_latency_ms"
 """Measured with a clock, so no two runs have the same."""
 
 MADE = {"momentum": 0.9, "settings": {"blending_steps": 8, "isolation_every": 3}}
-
-
-def idle(proposal):
-    return said(Action.CONTINUE)
 
 
 def grown_to(stage, slots=("1", "3"), **settings):

@@ -1,8 +1,7 @@
 """After a cull a slot lies fallow by steps and by a clock, and both can be turned."""
 
 import pytest
-from kasmina.driven import Driven, said
-from kasmina.test_garden import MLP
+from kasmina.driven import MLP, Driven, idle, said
 
 from esper_otel.kasmina.embargo import Countdown
 from esper_otel.leyline.decisions import Action
@@ -15,10 +14,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-def idle(proposal):
-    return said(Action.CONTINUE)
 
 
 def paused(proposal):

@@ -6,18 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kasmina.driven import Driven, said
+from kasmina.driven import Driven, idle
 from torch import nn
 
 from esper_otel.kasmina import blueprints
 from esper_otel.kasmina.kernels import KernelFetcher
 from esper_otel.leyline import events
-from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.stages import Stage
-
-
-def idle(proposal):
-    return said(Action.CONTINUE)
 
 
 class Workshop:
@@ -87,7 +82,7 @@ def test_the_second_try_may_succeed_and_the_event_counts_it(planted):
     assert event.attributes["esper.reason"] == "took longer than 10 ms"
     assert driven.garden.stages == {"s": Stage.GERMINATED}
     plot = driven.garden._plots["1"]
-    until(lambda: plot.fetching and plot._fetch.ready())
+    until(lambda: plot.kernel_fetch is not None and plot.kernel_fetch.ready())
     driven.step(idle)
     assert plot.slot.occupied
     assert driven.told(events.FALLBACK) == []
@@ -109,7 +104,7 @@ def test_what_comes_of_the_first_try_in_the_end_is_thrown_away(planted):
     driven, shop = planted(holds=1)
     late(driven, shop, 1)
     plot = driven.garden._plots["1"]
-    until(plot._fetch.ready)
+    until(plot.kernel_fetch.ready)
     driven.step(idle)
     module = plot.slot.seed
     shop.gate.set()
@@ -131,7 +126,7 @@ def test_a_kernel_that_fails_of_itself_is_not_tried_again(planted, monkeypatch):
     monkeypatch.setitem(blueprints._registry, "broken", unfit)
     driven.garden.germinate("1", "broken", "t")
     driven.step(idle)
-    until(plot._fetch.ready)
+    until(plot.kernel_fetch.ready)
     driven.step(idle)
     assert "raised RuntimeError: no such thing" in driven.told(events.FALLBACK)[-1]
     assert driven.told(events.RETRIED) == []

@@ -7,13 +7,14 @@ from math import isfinite
 
 import pytest
 import torch
-from kasmina.driven import AtOnce, Driven, agreed, host, said
+from kasmina.driven import MLP, AtOnce, Driven, agreed, host, idle, said
 from torch import nn
 
 from esper_otel.kasmina import isolation
 from esper_otel.kasmina.blueprints import UnknownBlueprintError
 from esper_otel.kasmina.garden import Garden, GardenError
 from esper_otel.kasmina.ground import MAX_EVENTS
+from esper_otel.kasmina.kernels import Fetch
 from esper_otel.kasmina.plot import HARM_IN_A_ROW
 from esper_otel.leyline import events
 from esper_otel.leyline.decisions import (
@@ -27,7 +28,6 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.metrics import SEED_KEYS
 from esper_otel.leyline.stages import IllegalTransitionError, Stage
 
-MLP = "residual_mlp"
 LIFE = ["germinate", "train", "blend", "shadow", "probate", "fossilize"]
 AUTONOMOUS = {"growth": "autonomous"}
 
@@ -46,10 +46,6 @@ def grown_to(stage, **options):
     decide = idle if stage is Stage.GERMINATED else agreed
     driven.until(lambda: driven.garden.stages.get("s") is stage, decide)
     return driven
-
-
-def idle(proposal):
-    return said(Action.CONTINUE)
 
 
 # At plant time, and when it is called.
@@ -119,6 +115,26 @@ def test_a_germination_waits_until_its_slot_has_been_called():
     driven.garden.germinate("1", MLP, "s")  # before the first forward
     driven.step(idle)
     assert driven.garden.stages == {"s": Stage.GERMINATED}
+
+
+def test_kernels_that_are_asked_for_are_fetched_one_at_a_time(monkeypatch, driven):
+    fetches = []
+
+    def request(*_):
+        fetches.append(Fetch(MLP, 1e9, lambda: 0))
+        return fetches[-1]
+
+    monkeypatch.setattr(AtOnce, "request", request)
+    driven.step()
+    for slot in ("1", "3"):
+        driven.garden.germinate(slot, MLP)
+    for _ in range(3):
+        driven.step(idle)
+    assert len(fetches) == 1
+    fetches[0].abandon("raised ValueError: no")
+    driven.step(idle)
+    driven.step(idle)
+    assert len(fetches) == 2
 
 
 # The host.
@@ -257,13 +273,36 @@ def test_a_seed_whose_gate_stays_shut_is_culled():
     assert "gradient" in driven.told(events.CULLED)[0]
 
 
+def test_patience_does_not_run_out_in_a_pause():
+    driven = grown_to(Stage.TRAINING, settings={"gradient_ratio_max": 1.0})
+    driven.until(lambda: "is shut" in " ".join(driven.told(events.GATE)), idle)
+    for _ in range(20):
+        driven.step(paused())
+    assert driven.frame.proposal is None
+
+
+def test_a_seed_does_not_go_on_while_steps_take_longer_than_before_it():
+    driven = Driven(settings={"step_rise_max": 1.0, "patience_steps": 100})
+    driven.seen_step_ms = 1.0
+    driven.step()
+    driven.garden.germinate("1", MLP, "s")
+    driven.until(lambda: driven.garden.stages.get("s") is Stage.TRAINING)
+    driven.seen_step_ms = 10.0
+    for _ in range(20):
+        driven.step()
+    assert driven.garden.stages == {"s": Stage.TRAINING}
+    assert "steps take too long: 1 ms, now" in " ".join(driven.told(events.GATE))
+    driven.seen_step_ms = 1.0
+    driven.until(lambda: driven.garden.stages["s"] is Stage.BLENDING)
+
+
 def test_a_seed_that_does_not_help_is_culled():
     driven = grown_to(Stage.BLENDING, settings={"loss_fall_min": 0.1})
     driven.until(lambda: "s" not in driven.garden.stages)
     assert "does not help" in driven.told(events.CULLED)[0]
 
 
-def test_seeds_of_its_own_accord_come_one_after_the_other_and_blueprints_in_turn():
+def test_seeds_of_its_own_accord_come_one_after_the_other():
     driven = Driven(slots=["1", "3"], settings={"seeds_at_once": 1})
     driven.until(lambda: set(driven.garden.slots.values()) == {Stage.FOSSILIZED}, most=400)
     assert set(driven.garden.stages) == {"1-1", "3-1"}
@@ -273,6 +312,19 @@ def test_seeds_of_its_own_accord_come_one_after_the_other_and_blueprints_in_turn
         if event.attributes.get("esper.stage") == "GERMINATED"
     ]
     assert blueprints == [MLP, MLP]
+
+
+def test_after_a_cull_the_next_seed_of_a_slot_is_of_the_next_blueprint():
+    driven = Driven(slots=["1"], blueprints=[MLP, "bottleneck_conv", "low_rank"])
+    for seed_id in ("1-1", "1-2", "1-3"):
+        driven.until(lambda seed_id=seed_id: seed_id in driven.garden.stages)
+        driven.garden.cull(seed_id)
+    blueprints = [
+        event.attributes["esper.blueprint"]
+        for event in driven.events
+        if event.attributes.get("esper.stage") == "GERMINATED"
+    ]
+    assert blueprints == [MLP, "low_rank", MLP]  # that for images does not fit
 
 
 def test_a_loss_that_is_not_reported_is_no_plateau():
@@ -377,6 +429,20 @@ def test_an_ask_without_an_answer_does_not_resume(reason):
     driven.step(paused())
     rows = [driven.step(lambda p: said(Action.CONTINUE, reason=reason))["s"] for _ in range(9)]
     assert len({row["kasmina.seed.alpha"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("target", [None, "s"])
+def test_autonomous_a_pause_stays_a_pause_while_nobody_answers(target):
+    driven = grown_to(Stage.TRAINING, settings=AUTONOMOUS)
+    for _ in range(5):
+        driven.step(lambda proposal: said(Action.OPTIMIZER, reason="a_rule"))
+    driven.step(paused(target))
+    for reason in [*sorted(FAILED_OPEN), NOT_ASKED]:
+        driven.step(lambda proposal, reason=reason: said(Action.CONTINUE, reason=reason))
+        assert driven.frame.proposal.operation is SeedOperation.BLEND
+        assert driven.garden.stages == {"s": Stage.TRAINING}
+    driven.step(idle)
+    assert driven.garden.stages == {"s": Stage.BLENDING}
 
 
 def test_a_pause_may_be_about_one_seed():

@@ -282,5 +282,5 @@ GardenMachine.TestCase.settings = settings(
 TestGarden = GardenMachine.TestCase
 
 
-def test_the_fetcher_of_these_tests_can_fail():
+def test_a_kernel_that_failed_in_one_run_fails_in_no_other():
     assert AtOnce.reason == ""

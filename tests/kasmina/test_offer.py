@@ -1,15 +1,10 @@
 """What the garden proposes is told when it changes, so that a recording can be replayed."""
 
 import pytest
-from kasmina.driven import AtOnce, Driven, agreed, said
-from kasmina.test_garden import MLP
+from kasmina.driven import MLP, AtOnce, Driven, agreed, idle
 
 from esper_otel.leyline import events
-from esper_otel.leyline.decisions import Action, SeedOperation
-
-
-def idle(proposal):
-    return said(Action.CONTINUE)
+from esper_otel.leyline.decisions import SeedOperation
 
 
 def told(driven):

@@ -6,20 +6,15 @@ a step late, and every call that would wait for a tensor raises.
 
 import pytest
 import torch
-from kasmina.driven import Driven, said
+from kasmina.driven import Driven, idle
 
 from esper_otel.kasmina import slot as slots
 from esper_otel.kasmina.plot import IN_A_ROW
 from esper_otel.kasmina.seed import MOST_WATCHED, Seed, known
 from esper_otel.leyline import events
-from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.stages import Stage
 
 WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")
-
-
-def idle(proposal):
-    return said(Action.CONTINUE)
 
 
 class Device:
@@ -132,6 +127,22 @@ def test_what_never_arrives_is_neither_good_nor_bad(monkeypatch):
     seed = driven.garden._plots["1"].seed
     assert seed.faults_in_a_row == 1
     assert len(seed._watched) == MOST_WATCHED
+
+
+@pytest.mark.parametrize("late", [0, 1, 2, 5])
+def test_statistics_of_every_step_are_told_late_and_not_lost(monkeypatch, late):
+    driven = OnDevice(monkeypatch, late, isolation_every=1).grown()
+    for _ in range(late):
+        driven.step(idle)
+    norm = "kasmina.seed.isolation.seed_norm"
+    taken = []
+    statistics = slots.Slot.statistics
+    monkeypatch.setattr(
+        slots.Slot, "statistics", lambda slot: taken.append(statistics(slot)) or taken[-1]
+    )
+    told = [driven.step(idle)["s"].get(norm) for _ in range(8)]
+    assert told[late:] == [each.seed_norm.item() for each in taken[: 8 - late]]
+    assert None not in told
 
 
 def test_a_good_value_in_between_begins_the_count_anew(monkeypatch):

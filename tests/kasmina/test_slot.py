@@ -279,7 +279,7 @@ def test_a_seed_culled_at_alpha_a_half_leaves_nothing() -> None:
 def test_a_slot_can_be_used_again() -> None:
     there = one(nn.Linear(2, 2), lambda x, w: x.mul_(w))
     there.release()
-    assert (there.fallback, there.alpha, there.isolated) == ("", 0.0, True)
+    assert (there.fallback, there.alpha, there._isolated) == ("", 0.0, True)
     there.attach(Does(lambda x, w: x * w), Residual())
     assert there.occupied
 

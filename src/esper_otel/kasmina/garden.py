@@ -122,7 +122,6 @@ class Garden:
         self.planted = True
         """False once it has been uprooted."""
         known = [lookup(name) for name in (registered() if blueprints is None else blueprints)]
-        self._settings = settings
         self._host = Host(model, optimizer)
         self._ground = Ground(
             settings,
@@ -408,7 +407,7 @@ class Garden:
     @property
     def _samples_next(self) -> bool:
         """Whether the next step takes isolation statistics."""
-        every = self._settings.isolation_every
+        every = self._ground.settings.isolation_every
         return bool(every) and (self._step + 1) % every == 0
 
     def _is_frozen(self, plot: Plot) -> bool:
@@ -416,7 +415,7 @@ class Garden:
 
     def _place_to_sow(self, live: int) -> Place | None:
         """Where a seed would be sown now, None when it is not the time."""
-        if not self._plateau.reached or live >= self._settings.seeds_at_once:
+        if not self._plateau.reached or live >= self._ground.settings.seeds_at_once:
             return None
         return self._sowing.next(self._requests.plots)
 

@@ -178,11 +178,6 @@ class KernelFetcher:
         worker.do(lambda: self._build(fetch, blueprint, activation, seed))
         return fetch
 
-    @property
-    def compiles(self) -> bool:
-        """Whether there is somebody who compiles."""
-        return self._compiler is not None
-
     def compile(self, module: nn.Module, activation: Activation) -> Compilation:
         """Start to compile ``module``; however long it takes, no step waits for it."""
         compilation = Compilation()

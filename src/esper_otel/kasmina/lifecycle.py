@@ -1,4 +1,4 @@
-"""A slot's life: which stage, for how long, and until when it lies fallow."""
+"""A slot's life: which stage, and for how long."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ import weakref
 from torch import nn
 
 from esper_otel.kasmina import optimizers
-from esper_otel.kasmina.blending import BLENDS
-from esper_otel.kasmina.blueprints import lookup
+from esper_otel.kasmina.arrival import Arrival
 from esper_otel.kasmina.checkpoint import Regrown, activation_state, seed_state
 from esper_otel.kasmina.embargo import Countdown
 from esper_otel.kasmina.gates import (
@@ -21,9 +20,9 @@ from esper_otel.kasmina.gates import (
 )
 from esper_otel.kasmina.ground import Ground
 from esper_otel.kasmina.growth import NEXT, Sight, dwell
-from esper_otel.kasmina.kernels import NOT_FINITE, Compilation, Fetch
+from esper_otel.kasmina.kernels import NOT_FINITE, Fetch
 from esper_otel.kasmina.lifecycle import GROWING, ISOLATED, TARGET, Lifecycle
-from esper_otel.kasmina.seed import Seed, finite, known, origin_of
+from esper_otel.kasmina.seed import Seed, known, origin_of
 from esper_otel.kasmina.slot import Slot
 from esper_otel.kasmina.state import PlotState
 from esper_otel.kasmina.telling import Voice
@@ -34,10 +33,6 @@ from esper_otel.settings import Fossils
 
 IN_A_ROW = 3
 """Violations, or fallbacks, one step after the other, that end a seed."""
-
-MOST_ATTEMPTS = 2
-"""Fetches of one kernel. One that missed its budget may have been kept from the processors
-by others, which cannot be told from a slow blueprint the first time."""
 
 HARM_IN_A_ROW = 20
 """Steps, one after the other, in which a seed that joins may make the loss too high. The
@@ -56,12 +51,11 @@ class Plot:
         self.sown = 0
         """Seeds germinated here so far."""
         self._ground = ground
-        self._fetch: Fetch | None = None
-        self._compilation: Compilation | None = None
         self._joined: list[nn.Parameter] = []
         self._ghost: weakref.ref[nn.Module] | None = None
         self._embargo = Countdown(0.0, ground.clock)
         self._voice = Voice(slot.name, ground)
+        self._arrival = Arrival(slot, ground, self._voice)
 
     @property
     def stage(self) -> Stage:
@@ -76,19 +70,13 @@ class Plot:
     @property
     def kernel_fetch(self) -> Fetch | None:
         """The fetch of its seed's kernel, while that is on its way."""
-        return self._fetch
-
-    @property
-    def fetching(self) -> bool:
-        """Whether its seed's kernel is on its way."""
-        return self._fetch is not None
+        return self._arrival.fetch
 
     # Operations.
 
     def germinate(self, seed_id: str, blueprint: str) -> None:
         """Sow a seed: its kernel is fetched from now on."""
-        activation = self.slot.activation
-        if activation is None:
+        if self.slot.activation is None:
             raise ValueError(f"slot {self.name!r} has not been called yet")
         check_transition(self.stage, Stage.GERMINATED)
         ground = self._ground
@@ -96,7 +84,7 @@ class Plot:
         seed.step_ms_before = ground.step_ms
         self.sown += 1
         self._voice.forget_seed()
-        self._fetch = ground.fetcher.request(lookup(blueprint), activation, seed.origin)
+        self._arrival.begin(seed)
         self._move(Stage.GERMINATED, "germinated")
 
     def advance(self, operation: SeedOperation) -> None:
@@ -168,15 +156,13 @@ class Plot:
         voice = self._voice
         voice.unused, voice.fallback = state.told_unused, state.told_fallback
         voice.faults = set(state.told_faults)
-        slot.activation = activation = regrown.activation
+        slot.activation = regrown.activation
         self.seed = seed
-        if seed is None or activation is None:
+        if seed is None:
             return
         if regrown.module is None or regrown.blend is None:
             if not seed.trouble:
-                self._fetch = ground.fetcher.request(
-                    lookup(seed.blueprint), activation, seed.origin
-                )
+                self._arrival.begin(seed)
             return
         slot.attach(regrown.module, regrown.blend)
         slot.banned = regrown.banned
@@ -185,9 +171,9 @@ class Plot:
         if regrown.stage not in ISOLATED:
             slot.mix(regrown.alpha)
         if seed.sane != seed.sane:  # a device had not said it yet
-            seed.sane = ground.read(finite(self._trained()).float())
+            self._arrival.examine(seed)
         self._joined = list(slot.parameters()) if regrown.back is not None else []
-        self._compilation = ground.fetcher.compile(regrown.module, activation)
+        self._arrival.compile(regrown.module)
 
     # Each step.
 
@@ -222,8 +208,7 @@ class Plot:
                 self._lie_fallow(frozen)
             return None
         slot = self.slot
-        if self._fetch is not None:
-            self._look_for_kernel(self._fetch, seed)
+        self._arrival.look_for_kernel(seed)
         fell_back = bool(seed.trouble)
         if slot.calls or slot.fallback:
             fell_back = self._look_at_calls(seed) or fell_back
@@ -240,7 +225,8 @@ class Plot:
         operation = NEXT.get(self.stage)
         hopeless = self._hopelessness(seed)
         ready = False
-        if not hopeless and operation is not None and self._has_dwelt and self._fetch is None:
+        there = self.kernel_fetch is None
+        if not hopeless and operation is not None and self._has_dwelt and there:
             ready = self._gates_open(seed, operation)
             if not frozen:
                 seed.shut_steps = 0 if ready else seed.shut_steps + 1
@@ -279,49 +265,11 @@ class Plot:
             raise ValueError(f"slot {self.name!r} has no seed")
         return self.seed
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [each for each in self.slot.parameters() if each.requires_grad]
-
-    def _look_for_kernel(self, fetch: Fetch, seed: Seed) -> None:
-        if not fetch.ready():
-            return
-        ground = self._ground
-        ground.fetch_ms = seed.kernel_ms = fetch.latency_ms
-        activation = self.slot.activation
-        if fetch.late and activation is not None and seed.attempts < MOST_ATTEMPTS:
-            seed.attempts += 1
-            self._fetch = ground.fetcher.request(
-                lookup(seed.blueprint), activation, seed.origin
-            )
-            text = f"the kernel of {seed.id} is fetched once more: it {fetch.reason}"
-            self._voice.tell(
-                seed,
-                events.RETRIED,
-                Severity.WARNING,
-                text,
-                reason=fetch.reason,
-                attempts=seed.attempts,
-            )
-            return
-        self._fetch = None
-        if fetch.module is None or activation is None:
-            seed.trouble = fetch.reason
-            self._voice.fell_back(seed, fetch.reason)
-            return
-        blend = BLENDS[ground.settings.blending](activation.shape)
-        self.slot.attach(fetch.module, blend)
-        parameters = self._trained()
-        seed.sane = ground.read(finite(parameters).float())
-        seed.optimizer = ground.make_optimizer(parameters, optimizers.rate_of(ground.host()))
-        self._compilation = ground.fetcher.compile(fetch.module, activation)
-
     def _look_at_calls(self, seed: Seed) -> bool:
         """What the slot saw in this step; returns whether identity took its place."""
         slot, ground = self.slot, self._ground
         seed.kernel_ms = slot.latency_ms
-        if self._compilation is not None and self._compilation.ready():
-            self._take_compiled(self._compilation, seed)
-            self._compilation = None
+        self._arrival.look_for_compiled(seed)
         failed = self._failure(seed)
         if failed:
             seed.faults_in_a_row += 1
@@ -362,22 +310,6 @@ class Plot:
         if unsound:
             return NOT_FINITE
         return None if unsound is None and finite is not None else ""
-
-    def _take_compiled(self, compilation: Compilation, seed: Seed) -> None:
-        call, reason = compilation.call, compilation.reason
-        if call is not None:
-            self.slot.call_by(call)
-        elif not reason:
-            return
-        text = f"{seed.id} goes on as it is, it was not compiled: {reason}"
-        self._voice.tell(
-            seed,
-            events.COMPILED,
-            Severity.WARNING if reason else Severity.NORMAL,
-            text if reason else f"{seed.id} is compiled",
-            passed=not reason,
-            reason=reason,
-        )
 
     def _advance_alpha(self, seed: Seed) -> None:
         if seed.course is not None and not _is_whole(seed):
@@ -453,7 +385,8 @@ class Plot:
 
     def _clear(self) -> None:
         self.slot.release()
-        self.seed = self._fetch = self._compilation = None
+        self._arrival.forget()
+        self.seed = None
         self.hopeless = ""
         self._joined = []
 

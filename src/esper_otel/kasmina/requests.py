@@ -79,7 +79,7 @@ class Requests:
         ]
 
     def _can_sow(self, plot: Plot) -> bool:
-        fetching = any(other.fetching for other in self._plots)
+        fetching = any(other.kernel_fetch is not None for other in self._plots)
         return plot.slot.activation is not None and not fetching
 
 

@@ -42,7 +42,7 @@ class Reading(Protocol):
 
 
 MOST_WATCHED = 8
-"""Steps whose outputs a device may still be judging; beyond it the oldest are let go."""
+"""Steps of which a device may still have something to say; beyond it the oldest are let go."""
 
 Value = float | Reading
 Read = Callable[[Tensor], Value]
@@ -114,7 +114,7 @@ class Seed:
         """Steps in a row in which the loss was higher than a joining seed may make it."""
         self.shut_steps = 0
         """Steps in a row in which a gate has kept it from going on."""
-        self._pending: list[Value] = []
+        self._pending: deque[list[Value]] = deque(maxlen=MOST_WATCHED)
         self._watched: deque[Value] = deque(maxlen=MOST_WATCHED)
         self._row = seed_row()
 
@@ -155,7 +155,7 @@ class Seed:
 
     def told(self, statistics: Statistics, read: Read) -> None:
         """Begin to read the isolation statistics of the step."""
-        self._pending = [read(each) for each in statistics]
+        self._pending.append([read(each) for each in statistics])
 
     def watch(self, finite: Value) -> None:
         """Whether its outputs of this step were finite is known to a device only, so far."""
@@ -201,13 +201,14 @@ class Seed:
         return True
 
     def _put_statistics(self, row: list[float]) -> None:
-        """All three once they have arrived, and once only."""
-        numbers = [_number(value) for value in self._pending]
-        if None in numbers:
-            return
-        self._pending = []
-        for slot, number in zip(_STATISTICS, numbers, strict=True):
-            row[slot] = ABSENT if number is None else number
+        """All three of the newest step that have arrived, and once only."""
+        while self._pending:
+            numbers = [_number(value) for value in self._pending[0]]
+            if None in numbers:
+                return
+            self._pending.popleft()
+            for slot, number in zip(_STATISTICS, numbers, strict=True):
+                row[slot] = ABSENT if number is None else number
 
 
 def read_cpu(tensor: Tensor) -> Value:

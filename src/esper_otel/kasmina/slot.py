@@ -89,11 +89,6 @@ class Slot:
         return self._seed is not None
 
     @property
-    def isolated(self) -> bool:
-        """Whether its seed is kept from the host."""
-        return self._isolated
-
-    @property
     def alpha(self) -> float:
         """How much of the seed there is in the output, 0.0 while it is isolated."""
         return self._alpha

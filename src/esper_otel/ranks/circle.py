@@ -111,10 +111,10 @@ class Circle:
 
     def leave(self) -> None:
         """Take part no more; the others will find out."""
-        group, self._group = self._group, None
-        if group is not None:
-            # Waits for what is under way, so not here.
-            threading.Thread(target=_let_go, args=[[group]], daemon=True).start()
+        # Whoever drops it waits for what is under way, so not here: nothing else holds it.
+        held, self._group = [self._group], None
+        if held[0] is not None:
+            threading.Thread(target=held.clear, daemon=True).start()
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Any:
         if self._group is None:
@@ -153,10 +153,6 @@ def store_of(name: str) -> Any:
     """What all ranks can write to and read from, under ``name``."""
     store = dist.distributed_c10d._get_default_store()
     return dist.distributed_c10d.PrefixStore(f"esper-otel/{attempt()}/{name}", store)
-
-
-def _let_go(held: list[Any]) -> None:
-    held.clear()
 
 
 def _first_line(error: Exception) -> str:
