@@ -12,6 +12,7 @@ import yaml
 from alerts import health
 from alerts.from_table import Translation, translated
 from alerts.page import page
+from esper_otel.leyline.generated import bring_up_to_date
 from esper_tamiyo.language.table_file import load
 
 ROOT = Path(__file__).parent.parent
@@ -54,19 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     parser.add_argument("--folder", type=Path, default=ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
-    differ = 0
-    for place, fresh in files().items():
-        path: Path = options.folder / place
-        if path.exists() and path.read_text(encoding="utf-8") == fresh:
-            continue
-        differ += 1
-        if options.check:
-            print(f"{path}: not what the table makes; run python -m alerts", file=sys.stderr)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(fresh, encoding="utf-8")
-        print(f"wrote {path}")
-    return int(options.check and differ > 0)
+    made = {options.folder / place: fresh for place, fresh in files().items()}
+    return bring_up_to_date(made, "python -m alerts", check=options.check)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -8,11 +8,12 @@ from alerts.alert import Alert, Severity
 from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.leyline.prometheus import series_name
+from esper_otel.settings import EsperSettings
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 
 WITHIN = "5m"
 
-DEADLINE_MS = 5
+DEADLINE_MS = f"{EsperSettings().tamiyo_deadline_ms:g}"
 """Of the trainer's client, unless it is set otherwise."""
 
 LAG_MS = 1000

@@ -15,8 +15,11 @@ from pathlib import Path
 import msgspec
 
 from bench.__main__ import RESULTS
+from bench.collector import LOAD_STEPS
+from bench.collector import RANKS as LOAD_RANKS
 from bench.figures import Figure
 from bench.sizing import METRICS, SEEDS, STEPS_PER_S
+from esper_otel.leyline.generated import bring_up_to_date
 from esper_otel.leyline.metrics import SEED_KEYS
 
 PAGE = Path(__file__).parent.parent / "docs" / "runbook.md"
@@ -52,17 +55,21 @@ def costs(figures: Sequence[Figure]) -> Costs | None:
         for (bench, name), value in rows.items()
         if bench == "collector" and name.endswith("points/s: Collector, processor")
     ]
-    per_points = rows.get(("collector", "the same: Collector, processor per 100,000 points"))
-    step = rows.get(("sizing", f"{WHAT}: a step in a request of its own"))
-    others = [
-        rows.get(("collector", f"the same: {part}, processor"))
-        for part in ("Prometheus", "Tamiyo")
-    ]
-    if not cores or per_points is None or step is None or None in others:
+    if not cores:
         return None
-    # The same points went through all of them: seconds are as cores are.
-    prometheus, tamiyo = (per_points * (other or 0.0) / cores[0] for other in others)
-    return Costs(per_points, prometheus, tamiyo, step)
+    try:
+        collector = rows["collector", "the same: Collector, processor per 100,000 points"]
+        prometheus = rows["collector", "the same: Prometheus, processor"]
+        tamiyo = rows["collector", "the same: Tamiyo, processor"]
+        unseen = rows["collector", "the same: steps that Tamiyo was not told of"]
+        step = rows["sizing", f"{WHAT}: a step in a request of its own"]
+    except KeyError:
+        return None
+    # As many points went to all of them: seconds are as cores are. Tamiyo's are for those
+    # that it was told of.
+    seconds = collector / cores[0]
+    seen = 1 - unseen / (LOAD_RANKS * LOAD_STEPS)
+    return Costs(collector, prometheus * seconds, tamiyo * seconds / seen, step)
 
 
 def section(figures: Sequence[Figure]) -> str:
@@ -73,7 +80,8 @@ def section(figures: Sequence[Figure]) -> str:
     head = [
         f"Each rank {STEPS_PER_S} steps a second of {WHAT}, {POINTS} points; {RANKS_PER_NODE} "
         f"ranks on a node; gateways of {GATEWAY_CORES} cores, busy to {BUSY:.0%}. An agent is "
-        "taken to cost what the measured Collector did.",
+        "taken to cost what the measured Collector did; Tamiyo's cores are for every step, "
+        "worked out from the steps that it was told of.",
         "",
         "| ranks | points/s | from trainers | series | Collectors | cores of agents | "
         "cores of gateways | of Prometheus | of Tamiyo | on disk for an hour's outage |",
@@ -122,19 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args(argv)
     figures = msgspec.json.decode(RESULTS.read_bytes(), type=list[Figure])
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = renewed(page, figures)
-    if fresh == page:
-        return 0
-    if options.check:
-        print(
-            f"{PAGE}: not what the last results make; run python -m bench.topology",
-            file=sys.stderr,
-        )
-        return 1
-    PAGE.write_text(fresh, encoding="utf-8")
-    print(f"wrote {PAGE}")
-    return 0
+    fresh = renewed(PAGE.read_text(encoding="utf-8"), figures)
+    return bring_up_to_date({PAGE: fresh}, "python -m bench.topology", check=options.check)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from dashboards.seeds import seeds
 from dashboards.tamiyo import tamiyo
 from dashboards.training import training
+from esper_otel.leyline.generated import bring_up_to_date
 
 FOLDER = Path(__file__).parent.parent / "docker" / "grafana" / "dashboards"
 DASHBOARDS = {"training": training, "seeds": seeds, "tamiyo": tamiyo}
@@ -32,20 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
     options = parser.parse_args(argv)
-    differ = 0
-    for name, make in DASHBOARDS.items():
-        path: Path = options.folder / f"{name}.json"
-        fresh = text(make())
-        if path.exists() and path.read_text(encoding="utf-8") == fresh:
-            continue
-        differ += 1
-        if options.check:
-            print(f"{path}: not what the code makes; run python -m dashboards", file=sys.stderr)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(fresh, encoding="utf-8")
-        print(f"wrote {path}")
-    return int(options.check and differ > 0)
+    made = {options.folder / f"{name}.json": text(make()) for name, make in DASHBOARDS.items()}
+    return bring_up_to_date(made, "python -m dashboards", check=options.check)
 
 
 if __name__ == "__main__":

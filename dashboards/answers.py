@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
 
-TIMEOUT_S = 20
-
-
-class RefusedError(Exception):
-    """What Prometheus found wrong with a query."""
+from stack.queries import Prometheus
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -64,28 +56,17 @@ def chosen(expr: str, values: Mapping[str, str]) -> str:
 
 
 def over(url: str, expr: str, start_s: float, end_s: float, step_s: float) -> list[Answer]:
-    """The answer over a range of time; raises :class:`RefusedError`."""
+    """The answer over a range of time; raises ``stack.queries.QueryError``."""
     span = {"start": f"{start_s:.3f}", "end": f"{end_s:.3f}", "step": f"{step_s:g}"}
-    found = _ask(f"{url}/api/v1/query_range", {"query": expr, **span})
+    found = Prometheus(url).ask("query_range", query=expr, **span)
     return [_answer(one["metric"], one["values"]) for one in found]
 
 
 def at(url: str, expr: str, time_s: float) -> list[Answer]:
-    """The answer at one time; raises :class:`RefusedError`."""
-    found = _ask(f"{url}/api/v1/query", {"query": expr, "time": f"{time_s:.3f}"})
+    """The answer at one time; raises ``stack.queries.QueryError``."""
+    found = Prometheus(url).ask("query", query=expr, time=f"{time_s:.3f}")
     return [_answer(one["metric"], [one["value"]]) for one in found]
 
 
 def _answer(labels: dict[str, str], points: list[tuple[float, str]]) -> Answer:
     return Answer(labels, [time for time, _ in points], [float(value) for _, value in points])
-
-
-def _ask(url: str, parameters: Mapping[str, str]) -> list[Any]:
-    try:
-        with urllib.request.urlopen(
-            f"{url}?{urllib.parse.urlencode(parameters)}", timeout=TIMEOUT_S
-        ) as answer:
-            found: list[Any] = json.load(answer)["data"]["result"]
-            return found
-    except urllib.error.HTTPError as error:
-        raise RefusedError(json.load(error).get("error", str(error))) from None

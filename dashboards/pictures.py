@@ -28,6 +28,7 @@ from matplotlib.patches import Rectangle
 from dashboards import answers
 from dashboards.__main__ import FOLDER
 from dashboards.answers import Answer
+from dashboards.panels import WIDTH
 from dashboards.rehearsal import RUN, rehearse
 from stack.programs import MissingError
 from stack.whole import running
@@ -36,7 +37,6 @@ PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 STEPS, STEP_S, EVERY_S = 900, 1.0, 5.0
 CHOSEN = {"run": RUN, "rank": ".*", "seed": ".*", "jaeger": "", "__interval": "5s"}
 SPANS = {"__rate_interval": "60s", "__range": f"{STEPS}s"}
-COLUMNS, ROW = 24, 4
 UNITS = {"ms": "ms", "s": "s", "percent": "%", "percentunit": "share", "decgbytes": "GB"}
 COLORS = {"text": "#8e8e8e", "green": "#56a64b", "red": "#e02f44", "yellow": "#f2cc0c"}
 COLORS |= {"blue": "#3274d9", "orange": "#ff780a", "purple": "#a352cc"}
@@ -72,7 +72,7 @@ def draw(dashboard: dict[str, Any], window: Window, path: Path) -> None:
     panels: list[dict[str, Any]] = dashboard["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = plt.figure(figsize=(18, rows * 0.36), facecolor="white")
-    grid = figure.add_gridspec(rows, COLUMNS, left=0.03, right=0.99, top=0.975, bottom=0.015)
+    grid = figure.add_gridspec(rows, WIDTH, left=0.03, right=0.99, top=0.975, bottom=0.015)
     for panel in panels:
         place = panel["gridPos"]
         top, left = place["y"], place["x"]

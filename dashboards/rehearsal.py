@@ -8,7 +8,7 @@ values of devices that are not here.
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import exp, nan, sin
 from pathlib import Path
 
@@ -52,17 +52,20 @@ def rehearse(endpoint: str, folder: Path, begin_s: float, steps: int, step_s: fl
         for step in range(steps):
             end_ns = round((begin_s + (step + 1) * step_s) * 1e9)
             values = step_values(step, steps, rank, step_s)
-            row = [values.get(key, nan) for key in STEP_KEYS]
-            seeds = [
-                (seed, [told.get(key, nan) for key in SEED_KEYS])
-                for seed, told in seed_values(step / steps, rank)
-            ]
-            stream.frame(end_ns, row, seeds)
+            stream.frame(end_ns, *rows(values, seed_values(step / steps, rank)))
             if values["step_latency_ms"] > 1500 * step_s:
                 stream.timeline(_timeline(step, end_ns, values))
         stream.close(30.0)
     for at_s in range(0, round(steps * step_s), REPORT_S):
         _post(endpoint, tamiyo_report(begin_s, at_s, at_s / (steps * step_s)))
+
+
+def rows(
+    values: Values, seeds: Iterable[tuple[str, Values]]
+) -> tuple[list[float], list[tuple[str, list[float]]]]:
+    """A step and its seeds as the stream takes them."""
+    told = [(seed, [one.get(key, nan) for key in SEED_KEYS]) for seed, one in seeds]
+    return [values.get(key, nan) for key in STEP_KEYS], told
 
 
 def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
@@ -174,6 +177,7 @@ _ONE_ATTRIBUTE = {
     "tamiyo.journal.entries": ("written", "lost"),
     "tamiyo.runs": ("current", "unknown"),
     "tamiyo.restarts": ("ingest", "scribe"),
+    "tamiyo.table.reloads": ("taken", "refused"),
     "tamiyo.table.info": ("default-2+0badcafe",),
 }
 _RULES = {"loss_diverging": "firing", "loss_spike": "recovering", "slow_input": "pending"}
@@ -228,11 +232,11 @@ def _points(
     elif metric.attributes:
         (attribute,) = metric.attributes
         for place, told in enumerate(_ONE_ATTRIBUTE[metric.name]):
-            rare = metric.name == "tamiyo.restarts" or place > 1
+            rare = metric.name in ("tamiyo.restarts", "tamiyo.table.reloads") or place > 1
             amount = (done > SLIP) if rare else at_s / 10**place
             yield {attribute: told}, float(amount // 1) if grows else 1.0
     else:
-        rare = metric.name in ("tamiyo.frames.missed", "tamiyo.table.reloads")
+        rare = metric.name == "tamiyo.frames.missed"
         amount = float(done > SLIP) if rare else float(at_s)
         yield {}, amount if grows or metric.unit == "s" else 2.0
 

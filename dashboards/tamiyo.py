@@ -161,7 +161,7 @@ def _seeing() -> list[PanelBuilder]:
             "none",
             [
                 Line(increase("tamiyo.restarts", "process"), "{{process}} started again"),
-                Line(increase("tamiyo.table.reloads"), "another table"),
+                Line(increase("tamiyo.table.reloads", "state"), "another table {{state}}"),
             ],
         ),
         lines(

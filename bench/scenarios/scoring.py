@@ -24,11 +24,9 @@ from typing import NamedTuple
 from bench.scenarios.recordings import Recorded, read
 from bench.scenarios.showing import shows
 from bench.scenarios.suite import RECORDINGS, RIGHT, Scenario
-from esper_otel.leyline.decisions import Action, Decision
-from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.witness import RuleChange
+from esper_otel.leyline.decisions import Action
 from esper_tamiyo.language.table import Mode, Table
+from esper_tamiyo.replaying.replay import Judge
 
 PER_STEPS = 50_000
 """False actions are told per so many healthy steps."""
@@ -95,27 +93,9 @@ class Score(NamedTuple):
         return self.told * PER_STEPS / self.healthy if self.healthy else 0.0
 
 
-class _Listener:
-    """A witness that keeps the decisions of the frame that is under way."""
-
-    def __init__(self) -> None:
-        self.decisions: list[Decision] = []
-
-    def changed(self, change: RuleChange) -> None:
-        """Of no interest: what counts is what a run is told."""
-
-    def judged(self, frame: StepFrame, decision: Decision) -> None:
-        """Told by :meth:`decided` as well."""
-
-    def decided(self, decision: Decision, frame: StepFrame) -> None:
-        """Keep it."""
-        self.decisions.append(decision)
-
-
 def outcome(ranks: list[Recorded], table: Table) -> Outcome:
     """What ``table`` makes of the ranks of one scenario."""
-    listener = _Listener()
-    engine = Engine(table, witness=listener)
+    judge = Judge(table)
     scenario, at = ranks[0].scenario, ranks[0].at
     counts = {rule.id for rule in table.rules if rule.mode is Mode.ACT}
     right = counts.intersection(RIGHT.get(scenario.kind, ()))
@@ -127,13 +107,11 @@ def outcome(ranks: list[Recorded], table: Table) -> Outcome:
     for frame, proposal in merge(
         *(recorded.frames() for recorded in ranks), key=lambda pair: pair[0].time_unix_nano
     ):
-        listener.decisions.clear()
-        engine.observe(frame, proposal)
         step = frame.step
         wrong = at is not None and step >= at
         frames += 1
         healthy += not wrong
-        for decision in listener.decisions:
+        for _, decision in judge.judge(frame, proposal):
             rules = [each.rule for each in decision.findings if each.rule in counts]
             if wrong:
                 others.update(rule for rule in rules if rule not in right)

@@ -1,7 +1,11 @@
-"""When a process that died is started again: soon at first, then ever later."""
+"""When a process that died is started again: soon at first, then ever later.
+
+And how a child is ended that was told to end and may not have heard.
+"""
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 FIRST_WAIT_S = 0.1
@@ -17,11 +21,18 @@ class Restarts:
         self._wait_s = FIRST_WAIT_S
         self._started_at = 0.0
         self._due_at: float | None = None
+        self._starts = 0
 
     def started(self) -> None:
         """The process runs."""
         self._started_at = time.monotonic()
         self._due_at = None
+        self._starts += 1
+
+    @property
+    def count(self) -> int:
+        """How often the process was started again."""
+        return max(self._starts - 1, 0)
 
     def ended(self) -> float:
         """The process is gone; returns how many seconds to wait for the next."""
@@ -36,3 +47,14 @@ class Restarts:
     def due_in(self) -> float | None:
         """Seconds until the process is to be started again, None when it runs."""
         return None if self._due_at is None else max(0.0, self._due_at - time.monotonic())
+
+
+def end(process: subprocess.Popen[bytes] | None, patience_s: float) -> None:
+    """Wait for a process whose pipe has ended, not long; then it is killed."""
+    if process is None:
+        return
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

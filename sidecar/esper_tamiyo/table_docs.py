@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from esper_otel.leyline.decisions import Action
+from esper_otel.leyline.generated import bring_up_to_date
 from esper_tamiyo.judging.peers import PEER_STEPS
 from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
 from esper_tamiyo.judging.witness import RuleState
@@ -43,11 +44,7 @@ _OPERANDS: dict[Operand, tuple[str, dict[str, Any]]] = {
     Operand.COUNT: ("whole number", {"type": "integer"}),
     Operand.FLAG: ("`true`", {"const": True}),
 }
-_ADVICE = {
-    "id": "required",
-    "severity": "required",
-    "action": "required",
-}
+_REQUIRED = ["id", "severity", "action"]
 
 
 def schema() -> str:
@@ -148,7 +145,7 @@ def _schema() -> dict[str, Any]:
         "$defs": {
             "rule": {
                 "type": "object",
-                "required": ["id", "severity", "action"],
+                "required": _REQUIRED,
                 "additionalProperties": False,
                 "properties": {**rule, **condition, **groups},
                 "oneOf": one_of,
@@ -237,7 +234,7 @@ def _fields(owner: type[msgspec.Struct], names: Sequence[str]) -> str:
             (
                 f"`{yaml_name}`",
                 _values(owner, name),
-                _ADVICE.get(yaml_name, _default(owner, name)),
+                "required" if name in _REQUIRED else _default(owner, name),
                 str(bounds.description),
             )
         )
@@ -285,16 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether they differ")
     arguments = parser.parse_args(argv)
-    behind = False
-    for path, text in ((PAGE, page()), (SCHEMA, schema())):
-        if not arguments.check:
-            path.write_text(text)
-        elif not path.exists() or path.read_text() != text:
-            behind = True
-            print(
-                f"{path} is not what the table's classes say: run make format", file=sys.stderr
-            )
-    return int(behind)
+    made = {PAGE: page(), SCHEMA: schema()}
+    return bring_up_to_date(made, "python -m esper_tamiyo.table_docs", check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ finite never does.
 
 While it is on, every step with a proposed seed operation gets a PAUSE. Rules that say
 `conservative: true` enter it. A step is clean when no rule has fired or is recovering, but
-for those that only observe or only downgrade. At the top of a table, below `conservative`:
+for those that only observe, only tell (action `CONTINUE`) or only downgrade. At the top of
+a table, below `conservative`:
 
 {conservative_fields}
 

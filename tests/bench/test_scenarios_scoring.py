@@ -1,5 +1,6 @@
 """Scoring of scenarios: what shows, what counts as an answer, and what as a false action."""
 
+import re
 from math import nan
 
 import pytest
@@ -8,7 +9,15 @@ from bench_scenarios_made import recorded
 from bench.scenarios.recordings import Wish
 from bench.scenarios.scoring import by_kind, outcome, recorded_in, score
 from bench.scenarios.showing import REFERENCE, shows
-from bench.scenarios.suite import HEALTHY, RIGHT, Scenario, path, scenarios
+from bench.scenarios.suite import (
+    EXTENTS,
+    HEALTHY,
+    RECORDINGS,
+    RIGHT,
+    Scenario,
+    path,
+    scenarios,
+)
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_tamiyo.language.table_file import load
 
@@ -155,13 +164,22 @@ def test_odd_seeds_are_held_out_and_all_ranks_of_a_scenario_come_together(tmp_pa
     assert len(list(recorded_in(tmp_path))) == 2
 
 
-def test_the_suite_is_as_large_as_it_says():
+def test_as_much_is_planned_as_was_promised():
     every = list(scenarios())
     assert len(every) == len(set(every))
     assert len(RIGHT) >= 12
     for workload in ("digits", "prose"):
         mine = [each for each in every if each.workload == workload]
         assert all(sum(each.kind == kind for each in mine) >= 10 for kind in (*RIGHT, *HEALTHY))
+
+
+def test_as_much_is_recorded_as_the_page_says():
+    page = (RECORDINGS.parents[2] / "docs" / "scenarios.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| about [^|]+\| (\d+) \|", page, re.MULTILINE)
+    assert [name for name, _ in told] == list(EXTENTS)
+    for workload, seeds in told:
+        files = {path(Scenario(workload, "plain", seed)) for seed in range(int(seeds))}
+        assert set(RECORDINGS.glob(f"{workload}-*.tapes")) == files
 
 
 def test_every_right_answer_is_a_rule_of_the_default_table():

@@ -1,5 +1,7 @@
 """The runbook's table of sizes is worked out from results, and from nothing else."""
 
+import pytest
+
 from bench import topology
 from bench.figures import Figure
 from bench.sizing import figures as sizing
@@ -9,7 +11,8 @@ MEASURED = [
     Figure.report("collector", f"{TOLD}: Collector, processor", 0.4, "cores"),
     Figure.report("collector", "the same: Collector, processor per 100,000 points", 1.0, "s"),
     Figure.report("collector", "the same: Prometheus, processor", 0.2, "cores"),
-    Figure.report("collector", "the same: Tamiyo, processor", 0.8, "cores"),
+    Figure.report("collector", "the same: Tamiyo, processor", 0.4, "cores"),
+    Figure.report("collector", "the same: steps that Tamiyo was not told of", 9600, "steps"),
     Figure.report("sizing", f"{topology.WHAT}: a step in a request of its own", 5000, "bytes"),
 ]
 
@@ -18,12 +21,14 @@ def test_the_runbook_is_what_the_last_results_make(capsys):
     assert topology.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_without_the_collectors_bench_there_is_no_number():
+@pytest.mark.parametrize("row", range(len(MEASURED)))
+def test_without_all_that_was_measured_there_is_no_number(row):
     assert topology.section([]) == topology.UNMEASURED
-    assert topology.section(MEASURED[1:]) == topology.UNMEASURED
+    assert topology.section(MEASURED[:row] + MEASURED[row + 1 :]) == topology.UNMEASURED
 
 
 def test_every_part_takes_what_it_took_for_the_same_points():
+    """And Tamiyo, which was told of half of them, twice as much for all."""
     assert topology.costs(MEASURED) == topology.Costs(1.0, 0.5, 2.0, 5000)
 
 

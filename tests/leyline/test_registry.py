@@ -178,5 +178,8 @@ def test_the_generator_writes_compares_and_complains(
     capsys.readouterr()
     page.write_text(page.read_text() + "an edit by hand\n")
     assert docs.main(check) == 1
-    assert "not what the registry says" in capsys.readouterr().err
+    assert (
+        "not what the code makes; run python -m esper_otel.leyline.docs"
+        in capsys.readouterr().err
+    )
     assert page.read_text().endswith("an edit by hand\n"), "--check wrote something"

@@ -17,6 +17,7 @@ def test_ids_have_the_size_of_their_kind_and_say_something(run, step):
 
 def test_a_step_is_one_trace_whoever_asks():
     assert trace_id("run", 7) == trace_id("run", 7)
+    assert trace_id("run1", 2) != trace_id("run", 12)
     assert len({trace_id(run, step) for run in ("a", "b") for step in range(100)}) == 200
 
 

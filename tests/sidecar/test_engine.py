@@ -173,6 +173,27 @@ def test_conservative_mode_pauses_seeds_until_enough_clean_steps():
     assert at(7) == (Action.SEED, NOMINAL, False)
 
 
+def test_what_is_only_told_does_not_keep_conservative_mode_on():
+    drift = "id: drift, metric: accuracy, above: 1, severity: WARNING, action: CONTINUE"
+    deciding = engine(CONSERVATIVE, drift, top="conservative: {clean_steps: 3}")
+    deciding.observe(frame(0, loss=2.0))
+    told = [deciding.observe(frame(step, loss=0.0, accuracy=2.0)) for step in range(1, 5)]
+    assert [each.reason for each in told] == ["drift"] * 4
+    assert [each.conservative for each in told] == [True, True, False, False]
+
+
+def test_conservative_mode_can_be_all_that_a_rule_does():
+    """It must not count as clean the very step at which it enters the mode."""
+    tells = "metric: loss, above: 1, action: CONTINUE, conservative: true"
+    deciding = engine(tells, top="conservative: {clean_steps: 2}")
+    losses = (0.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0)
+    modes = [
+        deciding.observe(frame(step, loss=loss)).conservative
+        for step, loss in enumerate(losses)
+    ]
+    assert modes == [False, False, False, True, True, True, False]
+
+
 def test_a_rule_that_holds_during_its_cooldown_is_not_clean():
     deciding = engine(f"{CONSERVATIVE}, cooldown: 100", top="conservative: {clean_steps: 2}")
     modes = [
@@ -222,6 +243,15 @@ def test_pasts_of_seeds_are_bounded():
     for step in range(MAX_SEEDS + 10):
         deciding.observe(frame(step, {f"s{step}": {"kasmina.seed.alpha": 0.0}}))
     assert len(deciding._runs["run", 0]._seeds) <= MAX_SEEDS
+
+
+def test_what_is_known_of_runs_and_of_replaced_processes_is_bounded(monkeypatch):
+    monkeypatch.setattr("esper_tamiyo.judging.engine.MAX_RETIRED", 3)
+    deciding = Engine(load("prototype"), max_runs=2)
+    for number in range(9):
+        deciding.observe(frame(0, run=f"run{number}", loss=1.0))
+        deciding.observe(frame(0, run="again", instance=f"p{number}", loss=1.0))
+    assert (len(deciding._runs), len(deciding._boards), len(deciding._retired)) == (2, 2, 3)
 
 
 def test_the_second_copy_of_a_step_changes_nothing():

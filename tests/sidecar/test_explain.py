@@ -7,8 +7,15 @@ import pytest
 
 from esper_otel.leyline.decisions import Action, SeedOperation, Severity
 from esper_tamiyo.journaling.entries import Proposed, Silenced
-from esper_tamiyo.journaling.explain import UnknownDecisionError, lines, tell, told_values
+from esper_tamiyo.journaling.explain import (
+    AGAINST,
+    UnknownDecisionError,
+    lines,
+    tell,
+    told_values,
+)
 from esper_tamiyo.journaling.journal import Journal
+from esper_tamiyo.journaling.own_metrics import PAGE
 from esper_tamiyo.journaling.telling import line
 from sidecar.entries_made import changed, decided, found, reported, table
 from sidecar.running import tamiyo
@@ -191,3 +198,8 @@ def test_no_journal_is_a_mistake_not_a_traceback(tmp_path):
         assert ended.stderr == (
             f"tamiyo: {tmp_path / 't.journal'}: there is no journal; --journal names another\n"
         )
+
+
+def test_the_page_names_all_that_a_value_is_held_against():
+    page = PAGE.read_text()
+    assert [name for name in AGAINST if f"`{name}(key)`" not in page] == []

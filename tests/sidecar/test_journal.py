@@ -73,6 +73,19 @@ def test_a_full_file_is_followed_by_the_next_and_the_oldest_go(folder):
         assert first["kind"] == "table", "each file explains itself"
 
 
+def test_the_disk_is_asked_once_to_keep_what_was_written(folder, monkeypatch):
+    kept = []
+    monkeypatch.setattr(os, "fsync", kept.append)
+    journal = Journal(folder, 1_000_000, 8)
+    journal.append([decided(1)])
+    journal.sync()
+    journal.sync()
+    assert len(kept) == 1
+    journal.append([decided(2)])
+    journal.close()
+    assert len(kept) == 2
+
+
 def test_the_next_sidecar_goes_on_in_the_newest_file(folder):
     written(folder, [decided(1)])
     written(folder, [decided(2)])

@@ -350,6 +350,25 @@ def test_a_report_names_the_rules_that_are_not_at_rest():
     ]
 
 
+def test_a_report_says_who_silences_a_rule_as_long_as_it_does():
+    engine = Engine(
+        table(
+            "id: spike, metric: loss, above: 1, for: 2",
+            "id: nan, nonfinite: true, silences: [spike]",
+        )
+    )
+
+    def silenced_by(step, loss, nonfinite):
+        engine.observe(frame(step, loss=loss, nonfinite=nonfinite))
+        rules = engine.report()["runs"][0]["rules"]
+        return [one.get("silenced_by") for one in rules if one["rule"] == "spike"]
+
+    assert silenced_by(0, 2.0, 0.0) == [None]
+    assert silenced_by(1, 2.0, 1.0) == ["nan"]
+    assert silenced_by(2, 0.0, 0.0) == []
+    assert silenced_by(3, 2.0, 0.0) == [None]
+
+
 def test_a_witness_is_told_once_of_each_frame_and_of_each_newest_decision():
     ledger = Ledger()
     engine = Engine(table("id: a, metric: loss, above: 1, for: 2"), witness=ledger)

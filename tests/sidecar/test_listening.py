@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from esper_otel.leyline.wire import may_steer, peer_uid
 from esper_tamiyo.serving import asking, listening
-from esper_tamiyo.serving.listening import Listener, SocketError, may_knock, peer_uid
+from esper_tamiyo.serving.listening import Listener, SocketError
 from sidecar.running import sidecar, tamiyo
 
 NOBODY = 65534
@@ -97,12 +98,15 @@ def test_other_places_a_socket_cannot_be(tmp_path):
     assert refusal(plain / "a" / "t.sock").endswith(": Not a directory")
 
 
-def test_a_folder_exchanged_between_check_and_bind_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("decoy", [False, True])
+def test_a_folder_exchanged_between_check_and_bind_is_noticed(tmp_path, monkeypatch, decoy):
     folder = tmp_path / "esper"
     bound = listening._bound
 
     def exchange_first(path):
         folder.rename(tmp_path / "moved")
+        if decoy:
+            (tmp_path / "moved" / path.name).write_text("in the folder that was checked")
         folder.mkdir(mode=0o700)
         return bound(path)
 
@@ -124,14 +128,14 @@ def test_the_peer_is_known_by_the_kernel():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert peer_uid(ours) == os.geteuid()
-    assert may_knock(os.geteuid())
-    assert may_knock(0)
-    assert not may_knock(os.geteuid() + 12345)
+    assert may_steer(os.geteuid())
+    assert may_steer(0)
+    assert not may_steer(os.geteuid() + 12345)
 
 
 def test_tools_believe_no_sidecar_of_another_user(tmp_path, monkeypatch):
     listener = Listener(tmp_path / "t.sock")
-    monkeypatch.setattr(asking, "may_knock", lambda uid: False)
+    monkeypatch.setattr(asking, "may_steer", lambda uid: False)
     with pytest.raises(asking.SilenceError, match="listened on by another user"):
         asking.reply_to(asking.StatusRequest(), tmp_path / "t.sock")
     listener.close()

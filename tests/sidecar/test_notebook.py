@@ -109,11 +109,31 @@ def test_it_writes_a_little_at_a_time_and_holds_only_so_much(notebook, engine):
 
 
 def test_a_restarted_process_does_not_inherit_since_when(notebook, engine):
-    for step in range(3):
-        engine.observe(frame(step, loss=20.0))
+    for step in range(5):
+        engine.observe(frame(step, loss=20.0 if step > 2 else 1.0))
     engine.observe(frame(0, instance="two", loss=20.0))
     engine.observe(frame(1, instance="two", loss=20.0))
     notes = entries(notebook, Decided)
     assert (notes[-1].id, notes[-1].instance) == ("run/0/1", "two")
-    assert notes[-1].findings[0].pending_since in (0, None)
+    (high,) = notes[-1].findings
+    assert (high.pending_since, high.firing_since) == (0, 1)
     assert notebook.missed == 0
+
+
+def test_a_rule_that_fires_again_fires_since_then(notebook, engine):
+    for step, loss in enumerate([20.0, 20.0, None, 20.0]):
+        engine.observe(frame(step, **({} if loss is None else {"loss": loss})))
+    (high,) = entries(notebook, Decided)[-1].findings
+    assert high.pending_since <= high.firing_since == 3
+
+
+def test_a_restarted_process_does_not_inherit_what_was_silenced(notebook):
+    rules = RULES.replace("severity: HIGH", "severity: HIGH, silences: [rising]")
+    engine = Engine(parse(TableSource("test", rules.encode())), witness=notebook)
+    for step in range(2):
+        engine.observe(frame(step, loss=20.0, loss_delta=2.0))
+    for step in range(2):
+        engine.observe(frame(step, instance="two", loss=20.0))
+    old, new = entries(notebook, Decided)[-2:]
+    assert [(each.rule, each.by) for each in old.silenced] == [("rising", "high")]
+    assert (new.instance, new.silenced) == ("two", [])

@@ -10,12 +10,18 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bench.receiver import METRICS, TRACES, HttpReceiver
-from esper_otel.leyline.trace_ids import trace_id
+from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN, span_id, trace_id
 from esper_tamiyo.journaling import own_metrics
+from esper_tamiyo.journaling.entries import Silenced
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind
-from esper_tamiyo.journaling.own_telemetry import endpoint_of
+from esper_tamiyo.journaling.own_telemetry import endpoint_of, make_span
+from esper_tamiyo.receiving.pipe import Tally
+from sidecar.entries_made import decided
 from sidecar.running import sidecar, until
 
 TRAINER = """
@@ -119,6 +125,11 @@ def test_one_trace_holds_the_step_of_both_ranks_and_the_decisions_about_it(
         assert span.kind == span.SPAN_KIND_SERVER
         assert span.parent_span_id == ask.span_id
         assert ask.parent_span_id == steps[told["esper.rank"]].span_id
+        theirs = attributes(ask)
+        del theirs["esper.decision.applied"]
+        assert theirs.items() <= told.items(), "both sides tell a decision in the same words"
+        for here, there in zip(span.events, ask.events, strict=True):
+            assert attributes(there).items() <= attributes(here).items()
         assert told["esper.decision.action"] == "PAUSE"
         assert told["esper.decision.reason"] == "loss_spike"
         assert told["esper.decision.mode"] == "enforce"
@@ -133,6 +144,24 @@ def test_one_trace_holds_the_step_of_both_ranks_and_the_decisions_about_it(
         assert attributes(spike)["esper.finding.firing_since_step"] == 31
 
 
+@pytest.mark.parametrize(("asked", "above"), [(True, DECIDE_SPAN), (False, STEP_SPAN)])
+def test_a_step_that_nobody_asked_about_has_its_decision_below_the_step(asked, above):
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    quiet = Silenced("loss_warning", "loss_spike")
+    make_span(provider, decided(3, run="r", rank=1, asked=asked, silenced=[quiet]))
+    (span,) = exporter.get_finished_spans()
+    assert span.context.trace_id == trace_id("r", 3)
+    assert span.parent.span_id == span_id("r", 1, "one", 3, above)
+    finding, silenced = span.events
+    assert finding.attributes["esper.finding.rule"] == "loss_spike"
+    assert (silenced.name, dict(silenced.attributes)) == (
+        "esper.silenced",
+        {"esper.finding.rule": "loss_warning", "esper.finding.silenced_by": "loss_spike"},
+    )
+
+
 def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
     environment.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{receiver.url}/v1/metrics")
     environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")
@@ -144,22 +173,26 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
         for step in (0, 1, 2, 7):
             client.ask(step, loss_delta=0.5 if step == 2 else 0.0)
         client.ask(7)
+        client.ask(8, loss_delta=0.5)
         until(lambda: points(receiver).get("tamiyo.answer.duration"))
-        until(lambda: points(receiver)["tamiyo.answer.duration"][0][1].count == 5)
+        until(lambda: points(receiver)["tamiyo.answer.duration"][0][1].count == 6)
         told = points(receiver)
         exports = until(lambda: running.status()["scribe"]["exports"])
     assert exports == [f"{receiver.url}/v1/metrics"]
+    assert told.keys() == {metric.name for metric in OWN_METRICS}
+    for metric in OWN_METRICS:
+        assert {name for at, _ in told[metric.name] for name in at} == set(metric.attributes)
     decisions = {
         (at["action"], at["severity"], at["rule"]): point.as_int
         for at, point in told["tamiyo.decisions"]
     }
-    assert decisions[("PAUSE", "HIGH", "loss_spike")] == 1
+    assert decisions[("PAUSE", "HIGH", "loss_spike")] == 2
     assert decisions[("CONTINUE", "NORMAL", "nominal")] == 3
     frames = {at["state"]: point.as_int for at, point in told["tamiyo.frames"]}
-    assert (frames["judged"], frames["duplicate"]) == (4, 1)
+    assert (frames["judged"], frames["duplicate"]) == (5, 1)
     assert told["tamiyo.frames.missed"][0][1].as_int == 4
     ((_, answers),) = told["tamiyo.answer.duration"]
-    assert sum(answers.bucket_counts) == answers.count == 5
+    assert sum(answers.bucket_counts) == answers.count == 6
     assert 0 < answers.min <= answers.max <= answers.sum
     assert told["tamiyo.table.info"][0][0]["version"].startswith("prototype-1+")
     assert told["tamiyo.heartbeat"][0][1].as_int >= 1
@@ -169,6 +202,16 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
         "field_reports",
     }
     assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"unknown": 1}
+    rules = {(at["rule"], at["state"]): point.as_int for at, point in told["tamiyo.rules"]}
+    assert rules[("loss_spike", "firing")] == 1
+    requests, used = (
+        {at["state"] for at, _ in told[f"tamiyo.ingest.{what}"]}
+        for what in ("requests", "points")
+    )
+    fates = len(Tally.__struct_fields__)
+    assert len(requests) + len(used) == fates, "whatever became of a request is told"
+    restarted = {at["process"] for at, _ in told["tamiyo.restarts"]}
+    assert restarted == {"ingest", "scribe", "table_watch"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -77,6 +78,7 @@ def test_http(shared, encoding):
     body = gzip.compress(body) if encoding == "gzip" else body
     status, kind, answer, _ = post(shared, body, Content_Encoding=encoding)
     assert (status, kind, answer) == (200, PROTOBUF, b"")
+    until(lambda: shared.status()["ingest_lag_ms"]["p50_at_most"])
     decision = judged(shared, f"http-{encoding}")
     assert (decision.step, decision.reason) == (1, "loss_spike")
 
@@ -223,6 +225,29 @@ def test_a_receiver_killed_is_started_again_at_the_same_ports_while_asks_go_on(t
         assert judged(running, "after").step == 1
         pid = ingest["pid"]
     assert not is_alive(pid)
+
+
+def test_where_the_system_has_no_room_for_a_receiver_asks_go_on_and_it_is_tried_again(
+    tmp_path, capfd
+):
+    with sidecar(tmp_path / "t.sock", ingest=True) as running, running.client() as client:
+        client.hello(run="asks")
+        killed = client.status()["ingest"]["pid"]
+        pid = running.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(killed, signal.SIGKILL)
+        told = []
+
+        def refused():
+            told.append(capfd.readouterr().err)
+            assert client.ask(len(told)).reason == "nominal"
+            return "the ingest process cannot start: [Errno 24]" in "".join(told)
+
+        until(refused)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        until(lambda: client.status()["ingest"]["listening"])
+        assert client.status()["ingest"]["restarts"] == 1
 
 
 def test_the_receiver_does_not_outlive_a_sidecar_that_is_killed(tmp_path):

@@ -84,6 +84,14 @@ def test_what_comes_later_than_the_horizon_comes_late_but_comes():
     assert list(assembly.rest()) == [punctual]
 
 
+def test_steps_are_not_held_without_end_whatever_their_times_say(monkeypatch):
+    monkeypatch.setattr("esper_tamiyo.replaying.assembly.MAX_HELD", 3)
+    frames = [at(step, 1 + step / 1e6, loss=1.0) for step in range(5)]
+    assembly = Assembly()
+    assert list(assembly.take(otlp_of(*frames))) == frames[:2]
+    assert list(assembly.rest()) == frames[2:]
+
+
 def test_ranks_of_several_files_go_in_order_of_time(tmp_path):
     for rank in range(3):
         frames = [

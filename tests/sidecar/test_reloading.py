@@ -208,7 +208,7 @@ def test_a_broken_table_changes_nothing_and_is_said_until_it_is_mended(tmp_path,
         version = client.hello().table_version
         file.write_text(BROKEN)
         table = hang_up(running)
-        assert (table["version"], table["reloads"]) == (version, 0)
+        assert (table["version"], table["reloads"], table["refused"]) == (version, 0, 1)
         assert table["last_error"].startswith(f"{file}:3: rules[0].metric: ")
         for step in range(3):
             decision = client.ask(step, loss_delta=2.0)
@@ -254,6 +254,7 @@ def test_the_watch_is_started_again_and_does_not_outlive_the_sidecar(tmp_path, f
         until(lambda: running.status()["table"]["version"] == load(str(file)).version)
         second = watch_of(running)
         assert second != first
+        assert running.status()["table"]["restarts"] == 1
         running.process.kill()
         running.process.wait()
         until(lambda: not is_alive(second))

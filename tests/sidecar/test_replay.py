@@ -297,6 +297,13 @@ def test_a_table_that_cannot_be_used_is_said_first(spiked, tmp_path):
     assert f"{table}:2: rules: expected a list" in done.stderr
 
 
+def test_a_step_that_was_delivered_twice_is_decided_once():
+    proposal = Proposal("s1", SeedOperation.TRAIN)
+    twice = [(frame(step, loss=1.0), proposal) for step in (1, 2, 2, 1, 3)]
+    decided = list(replay(twice, load("prototype")))
+    assert [judged.decision.step for judged in decided] == [1, 2, 3]
+
+
 def test_a_rank_that_falls_silent_is_told_by_the_clock_of_the_others():
     """Nothing of its own ever comes again, so no frame of it can end its silence."""
     frames = [

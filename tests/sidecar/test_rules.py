@@ -215,6 +215,16 @@ def test_a_board_keeps_the_newest_steps():
     assert board.others(0, 1, "loss") == 1.0
 
 
+def test_what_a_rank_told_before_it_began_anew_counts_no_more():
+    board = PeerBoard()
+    for rank, value in enumerate((1.0, 2.0, 9.0)):
+        board.post(rank, 1, {"loss": value})
+    assert board.others(0, 1, "loss") == 5.5
+    board.forget(2)
+    board.post(2, 1, {"loss": 4.0})
+    assert board.others(0, 1, "loss") == 3.0
+
+
 @pytest.mark.parametrize(
     ("value", "before", "expected"),
     [

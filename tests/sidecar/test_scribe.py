@@ -2,19 +2,28 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import pytest
 
+from esper_tamiyo.journaling import chronicle as chronicle_module
+from esper_tamiyo.journaling.chronicle import Chronicle
 from esper_tamiyo.journaling.entries import Decided, Gap, Reported
+from esper_tamiyo.journaling.field_reports import Due
+from esper_tamiyo.journaling.health import Health
 from esper_tamiyo.journaling.journal import Damage, files_of, read
 from esper_tamiyo.journaling.notes import Note, Pulse, notes_in
 from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import load
 from sidecar.entries_made import decided
+from sidecar.frames_made import frame
 from sidecar.running import TAMIYO, is_alive, sidecar, tamiyo, until
 
 SPIKE = {"loss_delta": 0.5, "loss": 1.0}
@@ -126,6 +135,17 @@ def test_a_scribe_that_is_killed_is_started_again_and_the_hole_is_told(tmp_path)
     assert sum(gaps) == lost > 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_does_not_end_the_scribe(tmp_path, number):
+    path = tmp_path / "t.sock"
+    with sidecar(path) as running:
+        scribe = until(lambda: (s := running.status()["scribe"])["state"] == "working" and s)
+        os.kill(scribe["pid"], number)
+        beats = running.status()["uptime_s"] + 0.2
+        until(lambda: running.status()["uptime_s"] > beats)
+        assert running.status()["scribe"]["pid"] == scribe["pid"]
+
+
 def test_a_folder_that_cannot_be_written_is_told_once_and_answers_go_on(tmp_path):
     path, blocked = tmp_path / "t.sock", tmp_path / "file"
     blocked.write_text("mine")
@@ -208,6 +228,21 @@ def test_health_says_whether_the_decide_process_beats(tmp_path):
         until(lambda: asked(address, "/livez")[0] == 200)
 
 
+def test_who_does_not_receive_what_it_should_is_alive_and_not_ready():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        health = Health(listening.detach())
+    assert health.checks("/livez") == {"deciding": False}
+    for ingest, receives in (
+        ({"listening": True}, True),
+        ({"listening": False}, False),
+        (None, True),
+    ):
+        health.beat({"ingest": ingest})
+        assert health.checks("/livez") == {"deciding": True}
+        assert health.checks("/readyz") == {"deciding": True, "receiving": receives}
+    health._server.server_close()
+
+
 def test_the_health_port_is_taken(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
@@ -285,3 +320,30 @@ def test_following_the_journal_of_a_running_sidecar(tmp_path):
         finally:
             follower.kill()
             follower.communicate()
+
+
+def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(chronicle_module.time, "monotonic", lambda: now[0])
+    scribe = Frozen(Orders())
+    epoll = select.epoll()
+    chronicle = Chronicle(scribe)
+    chronicle.start(epoll)
+    with scribe.socket, scribe.other, epoll:
+        table = load("prototype")
+        engine = Engine(table, witness=chronicle.notebook)
+        for step in range(20):
+            engine.observe(frame(step, loss=1.0, loss_delta=9.0 if step == 19 else 0.0))
+        chronicle.notebook.dropped = 3
+        while chronicle.notebook.waiting:
+            chronicle.tend(table, dict)
+        now[0] += 3600.0
+        chronicle.tend(table, dict)
+        scribe.other.setblocking(False)
+        notes = []
+        with suppress(BlockingIOError):
+            while True:
+                notes += notes_in(scribe.other.recv(1 << 20))
+    assert [note.lost for note in notes if isinstance(note, Gap)] == [3]
+    (due,) = (note for note in notes if isinstance(note, Due))
+    assert (due.decision, due.ended) == ("run/0/19", "the run said no more")

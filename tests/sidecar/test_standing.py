@@ -64,6 +64,8 @@ def states(rule, observations):
         (entry(release=1.0), "1_~_0", "F?r?."),
         (entry(persistence=2, release=1.0), "1~11~~1~0 1", "p.pFrrFr. p"),
         (entry(persistence=2, of=4, release=1.0), "11~~~~~~0 1", "pFrrrrrr. p"),
+        # what was seen before the release is settled, and makes it fire no second time
+        (entry(persistence=2, of=4, release=1.0), "1101", "pF.p"),
     ],
 )
 def test_states(rule, seen, told):

@@ -21,7 +21,7 @@ def test_the_check_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     assert main(["--check"]) == 1
-    assert capsys.readouterr().err.count("run make format") == 2
+    assert capsys.readouterr().err.count("run python -m esper_tamiyo.table_docs") == 2
     assert main([]) == 0
     assert main(["--check"]) == 0
 

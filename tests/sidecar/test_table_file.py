@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Severity
+from esper_tamiyo.language.documents import MAX_BYTES
 from esper_tamiyo.language.operators import BaselineKind, Operator
 from esper_tamiyo.language.table import Combine, Condition, Mode, RuleScope
-from esper_tamiyo.language.table_file import MAX_BYTES, TableError, TableSource, load, parse
+from esper_tamiyo.language.table_file import TableError, TableSource, load, parse
 
 RULE_IDS = {
     "hook_budget",
@@ -369,6 +370,15 @@ BAD = [
         "rules[0].all[0].any[0].all: expected conditions: groups nest once",
     ),
     (f"id: a, id: b, metric: loss, above: 1, {REST}", "rules[0].id: given twice"),
+    # on one line, however long it is and whatever is in it
+    (
+        f'id: "a\\n\\e[31mb", metric: loss, above: 1, {REST}',
+        'rules[0].id: expected a to z, 0 to 9 and _, a letter first, got "a\\n\\x1b[31mb"',
+    ),
+    (
+        f"id: {'A' * 99}, metric: loss, above: 1, {REST}",
+        f'rules[0].id: expected a to z, 0 to 9 and _, a letter first, got "{"A" * 59}…"',
+    ),
 ]
 
 

@@ -22,7 +22,6 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.frames import seed_row, step_row
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo import client as client_module
-from esper_otel.tamiyo import connection as connection_module
 from esper_otel.tamiyo.breaker import State
 from esper_otel.tamiyo.client import TamiyoClient
 from tamiyo.fake_sidecar import FakeSidecar, answer
@@ -292,7 +291,7 @@ def test_asking_and_probing_draw_from_no_global_generator(path):
 
 def test_a_sidecar_of_another_user_is_not_asked(path, monkeypatch):
     with FakeSidecar(path) as sidecar:
-        monkeypatch.setattr(connection_module, "may_answer", lambda uid: False)
+        monkeypatch.setattr(wire, "may_steer", lambda uid: False)
         client = connect(path)
         assert ask(client).reason == UNREACHABLE
         client.close()

@@ -1,14 +1,17 @@
-"""What several commands share: the socket's option, its replies, and how things are shown."""
+"""What several commands share: the socket, its replies, tables, how things are shown."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.leyline.wire import LatestRequest, StatusRequest
 from esper_otel.leyline.wire import default_socket_path as default_path
+
+if TYPE_CHECKING:
+    from esper_tamiyo.language.table import Table
 
 
 class CommandError(Exception):
@@ -37,6 +40,16 @@ def reply(request: LatestRequest | StatusRequest, path: Path | None) -> object:
         return reply_to(request, path or default_path())
     except SilenceError as error:
         raise CommandError(str(error)) from None
+
+
+def table_named(name: str) -> Table:
+    """A table; raises :class:`CommandError` with everything that is wrong with it."""
+    from esper_tamiyo.language.table_file import TableError, load
+
+    try:
+        return load(name)
+    except TableError as error:
+        raise CommandError(f"the table cannot be used\n{error}") from None
 
 
 def pairs(report: dict[str, Any]) -> str:

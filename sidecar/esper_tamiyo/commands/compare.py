@@ -7,8 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from esper_tamiyo.commands.common import CommandError, Commands
-from esper_tamiyo.commands.recorded import add_recording, recorded, table_named, told
+from esper_tamiyo.commands.common import CommandError, Commands, table_named
+from esper_tamiyo.commands.recorded import add_recording, recorded, told
 
 if TYPE_CHECKING:
     from esper_tamiyo.replaying.compare import Outcome, Stretch

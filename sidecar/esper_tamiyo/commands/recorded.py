@@ -1,4 +1,4 @@
-"""What the commands share that read a recording: its argument, its table, its problems."""
+"""What the commands share that read a recording: its argument and its problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import CommandError
 
 if TYPE_CHECKING:
-    from esper_tamiyo.language.table import Table
     from esper_tamiyo.replaying.recordings import Recording
 
 
@@ -32,16 +31,6 @@ def recorded(path: Path) -> Recording:
         return Recording(path)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror or error}") from None
-
-
-def table_named(name: str) -> Table:
-    """A table; raises :class:`CommandError` with everything that is wrong with it."""
-    from esper_tamiyo.language.table_file import TableError, load
-
-    try:
-        return load(name)
-    except TableError as error:
-        raise CommandError(f"the table cannot be used\n{error}") from None
 
 
 def told(recording: Recording, path: Path, run: str, steps: int) -> None:

@@ -7,8 +7,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from esper_tamiyo.commands.common import Commands, plain
-from esper_tamiyo.commands.recorded import add_recording, recorded, table_named, told
+from esper_tamiyo.commands.common import Commands, plain, table_named
+from esper_tamiyo.commands.recorded import add_recording, recorded, told
 
 if TYPE_CHECKING:
     from esper_tamiyo.replaying.replay import Judged, Summary

@@ -10,7 +10,7 @@ from typing import Any
 
 from esper_otel.leyline.wire import default_socket_path as default_path
 from esper_tamiyo.commands import keeping
-from esper_tamiyo.commands.common import CommandError, Commands, add_socket
+from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
 
 
@@ -52,7 +52,7 @@ def _serve(options: argparse.Namespace) -> int:
     import logging
 
     from esper_tamiyo.judging.engine import Engine
-    from esper_tamiyo.language.table_file import TableError, load, shipped_tables
+    from esper_tamiyo.language.table_file import shipped_tables
     from esper_tamiyo.receiving.addresses import AddressError
     from esper_tamiyo.receiving.credentials import Credentials, CredentialsError
     from esper_tamiyo.receiving.ingest_child import IngestChild, IngestError
@@ -79,10 +79,7 @@ def _serve(options: argparse.Namespace) -> int:
         if warning and not options.no_ingest:
             logging.getLogger("tamiyo").warning("%s: %s", shown, warning)
         addresses.append(address)
-    try:
-        table = load(options.table)
-    except TableError as error:
-        raise CommandError(f"the table cannot be used\n{error}") from None
+    table = table_named(options.table)
     ingest = None if options.no_ingest else IngestChild(addresses[0], addresses[1], credentials)
     health = keeping.health_socket(options)
     chronicle = keeping.chronicle(options, health)

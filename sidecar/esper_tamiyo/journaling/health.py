@@ -40,7 +40,7 @@ class Health:
     def checks(self, path: str) -> dict[str, bool] | None:
         """What ``path`` asks for, each True or False; None for a path that is none."""
         alive = self._beat_at is not None and time.monotonic() - self._beat_at < STALE_AFTER_S
-        if path in ("/livez", "/healthz"):
+        if path == "/livez":
             return {"deciding": alive}
         if path != "/readyz":
             return None

@@ -74,8 +74,6 @@ class Journal:
 
     def __init__(self, folder: Path, max_bytes: int, max_files: int) -> None:
         self.folder = folder
-        self.written = 0
-        """Entries written since it was opened."""
         self._max_bytes = max_bytes
         self._max_files = max_files
         self._table: TableInUse | None = None
@@ -101,7 +99,6 @@ class Journal:
         if self._size >= self._max_bytes:
             self._turn_the_page()
         self._write(b"".join(map(line_of, entries)))
-        self.written += len(entries)
 
     def sync(self) -> None:
         """Have what was written outlive a power cut."""
@@ -215,7 +212,7 @@ def _entries(path: Path, lines: list[bytes], first_line: int) -> Iterator[AnyEnt
         try:
             yield _decoder.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            cut = not line.endswith(b"\n") or b"truncated" in str(error).encode()
+            cut = not line.endswith(b"\n") or "truncated" in str(error)
             yield Damage(path, number, "ends in the middle" if cut else f"no entry: {error}")
 
 

@@ -52,7 +52,7 @@ class _Made(NamedTuple):
 class _Rank:
     """What is known of one rank besides what the engine knows."""
 
-    __slots__ = ("instance", "mode", "newest", "rules", "silenced")
+    __slots__ = ("instance", "mode", "moved", "newest", "rules", "silenced")
 
     def __init__(self) -> None:
         self.mode = ""
@@ -61,12 +61,15 @@ class _Rank:
         self.rules: dict[RuleOf, tuple[int | None, int | None]] = {}
         """Rules that hold: since when pending, since when firing."""
         self.silenced: dict[RuleOf, str] = {}
+        self.moved: set[RuleOf] = set()
+        """Rules that changed since the last step: the engine tells of them before the step."""
 
-    def start_over(self, frame: StepFrame) -> None:
-        """Another process took the rank over, and ``frame`` is its first."""
-        self.instance = frame.instance
-        self.rules = {rule: when for rule, when in self.rules.items() if frame.step in when}
-        self.silenced = {rule: by for rule, by in self.silenced.items() if rule in self.rules}
+    def start_over(self, instance: str) -> None:
+        """Another process took the rank over, and its first step has just been told."""
+        self.instance = instance
+        moved = self.moved
+        self.rules = {rule: when for rule, when in self.rules.items() if rule in moved}
+        self.silenced = {rule: by for rule, by in self.silenced.items() if rule in moved}
 
 
 class Notebook:
@@ -178,10 +181,11 @@ class Notebook:
     def _note_step(self, frame: StepFrame) -> None:
         rank = self._rank((frame.run, frame.rank))
         if rank.instance != frame.instance:
-            rank.start_over(frame)
+            rank.start_over(frame.instance)
         elif 0 <= rank.newest < frame.step:
             self.missed += frame.step - rank.newest - 1
         rank.newest = frame.step
+        rank.moved.clear()
 
     def _decision(self, made: _Made) -> Decided:
         decision, frame = made.decision, made.frame
@@ -218,11 +222,14 @@ class Notebook:
     def _change(self, change: RuleChange) -> Changed:
         rank = self._rank((change.run, change.rank))
         whose = (change.rule, change.seed_id)
+        rank.moved.add(whose)
         if change.after in HELD:
             pending, firing = rank.rules.get(whose, (None, None))
             if pending is None or change.before not in HELD:
-                pending = change.step
-            if change.after is RuleState.FIRING and firing is None:
+                pending, firing = change.step, None
+            if change.after is RuleState.PENDING:
+                firing = None
+            elif change.after is RuleState.FIRING and firing is None:
                 firing = change.step
             rank.rules[whose] = (pending, firing)
             if len(rank.rules) > MAX_RULES:  # of seeds that are gone

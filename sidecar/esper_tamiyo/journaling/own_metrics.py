@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esper_otel.leyline.generated import bring_up_to_date
+
 Report = Mapping[str, Any]
 Values = Iterable[tuple[float, dict[str, str]]]
 """Values with their attributes."""
@@ -188,6 +190,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
                 "malformed": "malformed",
                 "too_large": "too_large",
                 "turned_away_busy": "busy",
+                "unauthorized": "unauthorized",
             },
             "ingest",
         ),
@@ -246,8 +249,12 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         ("process",),
         lambda report: [
             (value, {"process": process})
-            for process in ("ingest", "scribe")
-            for value, _ in _one(process, "restarts")(report)
+            for process, part in (
+                ("ingest", "ingest"),
+                ("scribe", "scribe"),
+                ("table_watch", "table"),
+            )
+            for value, _ in _one(part, "restarts")(report)
         ],
     ),
     OwnMetric(
@@ -269,8 +276,9 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.table.reloads",
         Kind.COUNTER,
         "{reload}",
-        "tables taken in place of another while serving",
-        read=_one("table", "reloads"),
+        "tables read while serving, and taken in place of another or refused",
+        ("state",),
+        _each("state", {"reloads": "taken", "refused": "refused"}, "table"),
     ),
     OwnMetric(
         "tamiyo.uptime",
@@ -314,14 +322,9 @@ def renewed(page: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Write the page anew, or check that this is not needed."""
-    page = PAGE.read_text()
-    fresh = renewed(page)
-    if "--check" in argv:
-        if fresh != page:
-            print(f"{PAGE}: not up to date; run python -m esper_tamiyo.journaling.own_metrics")
-        return int(fresh != page)
-    PAGE.write_text(fresh)
-    return 0
+    command = "python -m esper_tamiyo.journaling.own_metrics"
+    fresh = renewed(PAGE.read_text(encoding="utf-8"))
+    return bring_up_to_date({PAGE: fresh}, command, check="--check" in argv)
 
 
 if __name__ == "__main__":

@@ -122,9 +122,9 @@ class Scribe:
 def main() -> None:
     """Entry point of the process."""
     fd, orders = sys.argv[1:3]
-    # Both go to the whole group; the end of the pipe is what ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # They go to the whole group; the end of the pipe is what ends this process.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     logging.basicConfig(format="tamiyo: %(message)s", level=logging.WARNING)
     pipe = socket.socket(fileno=int(fd))

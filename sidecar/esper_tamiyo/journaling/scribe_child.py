@@ -15,7 +15,7 @@ import msgspec
 
 from esper_tamiyo.journaling.entries import Gap
 from esper_tamiyo.journaling.notes import Note, Pulse, Standing, pack, standing_in
-from esper_tamiyo.restarts import Restarts
+from esper_tamiyo.restarts import Restarts, end
 
 log = logging.getLogger("tamiyo")
 
@@ -53,7 +53,6 @@ class ScribeChild:
         self._standing: Standing | None = None
         self._heard_at = 0.0
         self._restarts = Restarts()
-        self._starts = 0
         self._written_before = 0
         self._lost_before = 0
         """Entries that scribes before this one had written, and had not been able to."""
@@ -61,7 +60,6 @@ class ScribeChild:
 
     def start(self) -> None:
         """Start the process; never raises."""
-        self._starts += 1
         if self._standing is not None:
             self._written_before += self._standing.written
             self._lost_before += self._standing.lost
@@ -136,7 +134,7 @@ class ScribeChild:
         return {
             "state": self._state(),
             "pid": self._process.pid if self._process else None,
-            "restarts": max(self._starts - 1, 0),
+            "restarts": self._restarts.count,
             "journal": str(self.orders.journal) if self.orders.journal else None,
             "error": standing.error if standing else "",
             "written": self._written_before + (standing.written if standing else 0),
@@ -197,10 +195,4 @@ class ScribeChild:
             self.socket.close()
             self.socket = None
         process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, patience_s)

@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import Watch, Watched
 from esper_tamiyo.judging.rules import compiled
-from esper_tamiyo.language.derived import KNOWN, needed
-from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.derived import is_seeds, needed
+from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
 from esper_tamiyo.language.table import Condition, Table, conditions
 
-BASELINE_OPERATORS = (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE)
-PEER_OPERATORS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
-LAST_OPERATORS = (Operator.RISES_BY, Operator.UNCHANGED_FOR, Operator.MISSING_FOR)
+_ON_LASTS = (Operator.RISES_BY, Operator.UNCHANGED_FOR, Operator.MISSING_FOR)
 
 
 class Rulebook:
@@ -51,7 +49,7 @@ class Rulebook:
         """The rules on ranks that send nothing."""
         self.judges_seeds = any(rule.about_seeds for rule in table.rules)
         self.mixes = any(
-            KNOWN[part.metric].scope == "step"
+            not is_seeds(part.metric)
             for rule in table.rules
             if rule.about_seeds
             for part in conditions(rule.when)
@@ -65,7 +63,7 @@ class Rulebook:
         ]
         self.step_watch = watched(table, framed, of_seeds=False)
         self.seed_watch = watched(table, framed, of_seeds=True)
-        self.compares_ranks = any(part.operator in PEER_OPERATORS for part in framed)
+        self.compares_ranks = any(part.operator in ON_PEERS for part in framed)
         self.derived = needed(
             key for part in framed for key in (part.metric, part.baseline_of) if key
         )
@@ -78,17 +76,17 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
     lasts: dict[str, None] = {}
     slopes: dict[str, None] = {}
     for part in framed:
-        if part.operator in BASELINE_OPERATORS:
+        if part.operator in ON_BASELINES:
             if part.baseline in (BaselineKind.LOWEST, BaselineKind.HIGHEST):
                 baselines[Watch(part.baseline_of, BaselineKind.ROLLING)] = None
             baselines[Watch(part.baseline_of, part.baseline)] = None
-        elif part.operator in LAST_OPERATORS:
+        elif part.operator in _ON_LASTS:
             lasts[part.metric] = None
         elif part.operator is Operator.RUNS_OUT_WITHIN:
             slopes[part.metric] = None
 
     def mine(key: str) -> bool:
-        return (KNOWN[key].scope == "seed") is of_seeds
+        return is_seeds(key) is of_seeds
 
     return Watched(
         baselines=tuple(watch for watch in baselines if mine(watch.metric)),

@@ -38,7 +38,8 @@ class CompiledRule(msgspec.Struct, frozen=True):
     window: int
     acts: bool
     is_trouble: bool
-    """Whether a step at which it fires is not a clean one."""
+    """Whether a step at which it fires is not a clean one. What is only told is not: a drift
+    that has come to stay must not keep seeds waiting for ever."""
 
     def seen(self, values: Values, history: History) -> dict[str, float]:
         """The values behind a verdict."""
@@ -55,6 +56,7 @@ class CompiledRule(msgspec.Struct, frozen=True):
 def compiled(rule: Rule) -> CompiledRule:
     """``rule``, ready to run."""
     acts = rule.mode is Mode.ACT
+    only_tells = rule.action is Action.CONTINUE and not rule.conservative
     easier = eased(rule.when)
     return CompiledRule(
         rule=rule,
@@ -63,7 +65,7 @@ def compiled(rule: Rule) -> CompiledRule:
         weight=(FORCE[rule.action], RANK_OF[rule.severity]),
         window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
         acts=acts,
-        is_trouble=acts and not rule.downgrade,
+        is_trouble=acts and not rule.downgrade and not only_tells,
     )
 
 
@@ -191,9 +193,10 @@ def _at_most(condition: Condition) -> Test:
     return test
 
 
-def _above_baseline(condition: Condition) -> Test:
+def _on_baseline(condition: Condition) -> Test:
     """Unknown in warm-up, and below zero, where "so many times" has no meaning."""
     metric, factor = condition.metric, condition.number
+    above = condition.operator is Operator.ABOVE_BASELINE
     name = Watch(condition.baseline_of, condition.baseline).name
 
     def test(values: Values, history: History) -> Verdict:
@@ -203,50 +206,27 @@ def _above_baseline(condition: Condition) -> Test:
         median = history.baselines[name].value
         if median is None or median < 0.0:
             return None
-        return value > factor * median
+        return value > factor * median if above else value < factor * median
 
     return test
 
 
-def _below_baseline(condition: Condition) -> Test:
-    metric, factor = condition.metric, condition.number
-    name = Watch(condition.baseline_of, condition.baseline).name
-
-    def test(values: Values, history: History) -> Verdict:
-        value = values.get(metric)
-        if value is None:
-            return None
-        median = history.baselines[name].value
-        if median is None or median < 0.0:
-            return None
-        return value < factor * median
-
-    return test
-
-
-def _above_peers(condition: Condition) -> Test:
+def _on_peers(condition: Condition) -> Test:
     """Of the step before this one, which the view of the peers is set to."""
     metric, factor = condition.metric, condition.number
+    above = condition.operator is Operator.ABOVE_PEERS
 
     def test(values: Values, history: History) -> Verdict:
-        others = None if history.peers is None else history.peers.others(metric)
+        peers = history.peers
+        if peers is None:
+            return None
+        others = peers.others(metric)
         if others is None or others < 0.0:
             return None
-        own = history.peers.own(metric) if history.peers else None
-        return None if own is None else own > factor * others
-
-    return test
-
-
-def _below_peers(condition: Condition) -> Test:
-    metric, factor = condition.metric, condition.number
-
-    def test(values: Values, history: History) -> Verdict:
-        others = None if history.peers is None else history.peers.others(metric)
-        if others is None or others < 0.0:
+        own = peers.own(metric)
+        if own is None:
             return None
-        own = history.peers.own(metric) if history.peers else None
-        return None if own is None else own < factor * others
+        return own > factor * others if above else own < factor * others
 
     return test
 
@@ -326,10 +306,10 @@ _CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
     Operator.AT_LEAST: _at_least,
     Operator.BELOW: _below,
     Operator.AT_MOST: _at_most,
-    Operator.ABOVE_BASELINE: _above_baseline,
-    Operator.BELOW_BASELINE: _below_baseline,
-    Operator.ABOVE_PEERS: _above_peers,
-    Operator.BELOW_PEERS: _below_peers,
+    Operator.ABOVE_BASELINE: _on_baseline,
+    Operator.BELOW_BASELINE: _on_baseline,
+    Operator.ABOVE_PEERS: _on_peers,
+    Operator.BELOW_PEERS: _on_peers,
     Operator.RISES_BY: _rises_by,
     Operator.UNCHANGED_FOR: _unchanged_for,
     Operator.RUNS_OUT_WITHIN: _runs_out_within,

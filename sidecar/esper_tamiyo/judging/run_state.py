@@ -84,14 +84,12 @@ class RunState:
         "instance",
         "newest",
         "pace",
-        "time_unix_nano",
     )
 
     def __init__(self, instance: str, book: Rulebook, peers: PeerView) -> None:
         self.instance = instance
         self.newest = -1
         self.first = -1
-        self.time_unix_nano = 0
         self.pace = Pace()
         self.conservative = False
         self.clean_steps = 0
@@ -108,6 +106,11 @@ class RunState:
         self._active: list[tuple[CompiledRule, Standing, Subject]] = []
         self._moves: list[Moved] = []
         self._undecided = False
+
+    @property
+    def time_unix_nano(self) -> int:
+        """When the newest step ended, 0 before the first."""
+        return self.pace.last_ns
 
     def was_seen(self, step: int) -> bool:
         """Whether a step that is not newer than the newest was judged before."""
@@ -210,7 +213,6 @@ class RunState:
             self._gaps.append((self.newest + 1, frame.step - 1))
         self.pace.heard(frame.time_unix_nano, frame.step - self.newest)
         self.newest = frame.step
-        self.time_unix_nano = frame.time_unix_nano
         self.fired = []
         self._active = []
         self._moves = []

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import yaml
 
-from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.derived import KNOWN, is_seeds
 from esper_tamiyo.language.nodes import NodeReader, shown
-from esper_tamiyo.language.operators import FORMS, BaselineKind, Form, Operand, Operator
+from esper_tamiyo.language.operators import (
+    FORMS,
+    ON_BASELINES,
+    ON_PEERS,
+    BaselineKind,
+    Form,
+    Operand,
+    Operator,
+)
 from esper_tamiyo.language.table import (
     MAX_COUNT,
     Combine,
@@ -19,9 +27,6 @@ from esper_tamiyo.language.table import (
 OPERATORS = frozenset(operator.value for operator in Operator)
 GROUPS = frozenset(combine.value for combine in Combine)
 CONDITION_FIELDS = frozenset({"metric", "baseline_of", "baseline", "release"}) | OPERATORS
-
-_ON_BASELINES = (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE)
-_ON_PEERS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
 
 
 class ConditionReader(NodeReader):
@@ -58,8 +63,8 @@ class ConditionReader(NodeReader):
                     self.fault(entry, at, message)
                 parts += [part] if part is not None else []
         group = Group(combine, tuple(parts))
-        peers = any(part.operator in _ON_PEERS for part in conditions(group))
-        seeds = any(_is_seeds(part.metric) for part in conditions(group))
+        peers = any(part.operator in ON_PEERS for part in conditions(group))
+        seeds = any(is_seeds(part.metric) for part in conditions(group))
         if seeds and peers:
             message = "one rule cannot compare ranks and look at seeds"
             self.fault(fields[combine], where, message)
@@ -135,14 +140,14 @@ class ConditionReader(NodeReader):
     ) -> str | None:
         """Whose baseline is meant: empty without a baseline, None when it is wrong."""
         if "baseline_of" not in fields:
-            return metric if operator in _ON_BASELINES else ""
+            return metric if operator in ON_BASELINES else ""
         at, where = fields["baseline_of"], f"{field}.baseline_of"
         whose = self.metric(at, where)
-        if operator not in _ON_BASELINES:
-            names = " or ".join(_ON_BASELINES)
+        if operator not in ON_BASELINES:
+            names = " or ".join(ON_BASELINES)
             self.fault(at, where, f"has a meaning only beside {names}")
             return ""
-        if metric and whose and _is_seeds(whose) and not _is_seeds(metric):
+        if metric and whose and is_seeds(whose) and not is_seeds(metric):
             self.fault(at, where, f"{whose} is a seed's and {metric} is not")
         return whose
 
@@ -151,8 +156,8 @@ class ConditionReader(NodeReader):
     ) -> BaselineKind:
         """Which past a baseline is."""
         at = fields.get("baseline")
-        if at is not None and operator not in _ON_BASELINES:
-            names = " or ".join(_ON_BASELINES)
+        if at is not None and operator not in ON_BASELINES:
+            names = " or ".join(ON_BASELINES)
             self.fault(at, f"{field}.baseline", f"has a meaning only beside {names}")
             return BaselineKind.ROLLING
         return self.choice(at, f"{field}.baseline", BaselineKind) or BaselineKind.ROLLING
@@ -164,11 +169,11 @@ class ConditionReader(NodeReader):
         at = fields.get("metric")
         if at is None:
             return
-        if operator in _ON_PEERS:
-            if _is_seeds(metric):
+        if operator in ON_PEERS:
+            if is_seeds(metric):
                 message = f"{operator} compares ranks, and {metric} is a seed's"
                 self.fault(at, f"{field}.metric", message)
-        elif operator is Operator.NONFINITE and _is_seeds(metric):
+        elif operator is Operator.NONFINITE and is_seeds(metric):
             message = "only a step counts the values that were not finite, a seed does not"
             self.fault(at, f"{field}.metric", message)
 
@@ -181,7 +186,3 @@ class ConditionReader(NodeReader):
             self.fault(node, field, f"unknown metric {shown(node)}{self.meant(key, KNOWN)}")
             return None
         return key
-
-
-def _is_seeds(metric: str) -> bool:
-    return KNOWN[metric].scope == "seed"

@@ -50,6 +50,11 @@ KNOWN: dict[str, Metric] = {**BY_KEY, **{row.metric.key: row.metric for row in D
 """Every metric that a table may name."""
 
 
+def is_seeds(key: str) -> bool:
+    """Whether each seed has that metric for itself."""
+    return KNOWN[key].scope == "seed"
+
+
 def needed(keys: Iterable[str]) -> tuple[Derived, ...]:
     """The derived metrics among ``keys``."""
     wanted = set(keys)

@@ -6,17 +6,34 @@ person means by them.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 
 from esper_tamiyo.language.nodes import Fault
 
+MAX_BYTES = 1 << 20
+
 
 class BrokenDocumentError(ValueError):
-    """Bytes that are no YAML document; ``fault`` says where."""
+    """What is no YAML document; ``fault`` says where."""
 
     def __init__(self, line: int, message: str) -> None:
         self.fault = Fault(line, "", message)
         super().__init__(message)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file, as many as it takes to see that they are too many.
+
+    Raises :class:`BrokenDocumentError` when it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise BrokenDocumentError(0, f"cannot be read: {reason}") from None
 
 
 def compose(data: bytes, what: str) -> yaml.Node:
@@ -24,6 +41,8 @@ def compose(data: bytes, what: str) -> yaml.Node:
 
     ``what`` is what the document is, as errors call it.
     """
+    if len(data) > MAX_BYTES:
+        raise BrokenDocumentError(0, f"larger than {MAX_BYTES} bytes")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -28,6 +28,10 @@ class Operator(StrEnum):
     MISSING_FOR = "missing_for"
 
 
+ON_BASELINES = (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE)
+ON_PEERS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
+
+
 class BaselineKind(StrEnum):
     """Which past a baseline is."""
 

@@ -10,13 +10,13 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from esper_tamiyo.language.documents import BrokenDocumentError, compose
+from esper_tamiyo.language import documents
+from esper_tamiyo.language.documents import BrokenDocumentError
 from esper_tamiyo.language.nodes import Fault
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_reader import TableReader
 
 SHIPPED = Path(__file__).parents[1] / "tables"
-MAX_BYTES = 1 << 20
 
 
 class TableError(ValueError):
@@ -58,14 +58,10 @@ def read(name: str) -> TableSource:
     """
     path = SHIPPED / f"{name}.yaml" if name in shipped_tables() else Path(name)
     try:
-        with path.open("rb") as file:
-            return TableSource(str(path), file.read(MAX_BYTES + 1))
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return TableSource(str(path), documents.read(path))
+    except BrokenDocumentError as error:
         hint = f"expected a file, or one of {', '.join(shipped_tables())}"
-        raise TableError(
-            str(path), [Fault(0, "", f"cannot be read: {reason}; {hint}")]
-        ) from None
+        raise TableError(str(path), [Fault(0, "", f"{error}; {hint}")]) from None
 
 
 def parse(source: TableSource) -> Table:
@@ -75,10 +71,8 @@ def parse(source: TableSource) -> Table:
 
 def locate(source: TableSource) -> Located:
     """As :func:`parse`, with the lines of the rules."""
-    if len(source.data) > MAX_BYTES:
-        raise TableError(source.name, [Fault(0, "", f"larger than {MAX_BYTES} bytes")])
     try:
-        root = compose(source.data, "table")
+        root = documents.compose(source.data, "table")
     except BrokenDocumentError as error:
         raise TableError(source.name, [error.fault]) from None
     reader = TableReader()

@@ -17,9 +17,9 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, ConditionReader
-from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.derived import is_seeds
 from esper_tamiyo.language.nodes import shown
-from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.operators import ON_PEERS
 from esper_tamiyo.language.table import (
     ID,
     Baseline,
@@ -42,7 +42,6 @@ RULE_FIELDS = tuple(name for name in Rule.__struct_encode_fields__ if name != "w
 PARAMETERS = {"lr_scale": (0.0, 10.0)}
 """Parameters an OPTIMIZER rule may give: more than the first number, at most the second."""
 
-_PEERS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
 _ID = re.compile(ID)
 _KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS
 
@@ -196,9 +195,9 @@ class TableReader(ConditionReader):
         parts = list(conditions(when))
         scope, reason = RuleScope.STEP, "no condition is about seeds or other ranks"
         for part in parts:
-            if KNOWN[part.metric].scope == "seed":
+            if is_seeds(part.metric):
                 scope, reason = RuleScope.SEED, f"{part.metric} is a seed's"
-            elif part.operator in _PEERS:
+            elif part.operator in ON_PEERS:
                 scope, reason = RuleScope.RANK, f"{part.operator} compares ranks"
         given = self.choice(node, field, RuleScope)
         if node is not None and given is not None and given is not scope:

@@ -14,7 +14,7 @@ import msgspec
 from esper_tamiyo.receiving.addresses import Address
 from esper_tamiyo.receiving.credentials import Credentials
 from esper_tamiyo.receiving.pipe import Failed, Inlet, Kind, Ready, Tally
-from esper_tamiyo.restarts import Restarts
+from esper_tamiyo.restarts import Restarts, end
 
 log = logging.getLogger("tamiyo")
 
@@ -45,7 +45,6 @@ class IngestChild:
         self.frames: deque[bytes] = deque()
         self.ready: Ready | None = None
         self.listening = False
-        self.restarts = 0
 
     def start(self) -> socket.socket:
         """Start the process; returns our end of the pipe, to be watched for reading."""
@@ -58,12 +57,16 @@ class IngestChild:
                 "esper_tamiyo.receiving.ingest",
                 str(theirs.fileno()),
             ]
-            self._process = subprocess.Popen(
-                [*command, *self._addresses, self._credentials],  # names of files, no secrets
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*command, *self._addresses, self._credentials],  # no secrets, only names
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            except BaseException:
+                ours.close()
+                raise
         ours.setblocking(False)
         self._pipe = ours
         self._inlet = Inlet()
@@ -102,10 +105,14 @@ class IngestChild:
         """Seconds until the process is to be started again, None when it runs."""
         return self._restarts.due_in()
 
-    def restart(self) -> socket.socket:
-        """Start the process again, at the same addresses."""
-        self.restarts += 1
-        return self.start()
+    def restart(self) -> socket.socket | None:
+        """Start the process again, at the same addresses; None: not now, it is due later."""
+        try:
+            return self.start()
+        except OSError as error:
+            wait_s = self._restarts.ended()
+            log.warning("the ingest process cannot start: %s; again in %g s", error, wait_s)
+            return None
 
     def close(self) -> None:
         """End the process and wait for it, not long."""
@@ -118,7 +125,7 @@ class IngestChild:
             "otlp_grpc": self._addresses[0],
             "otlp_http": self._addresses[1],
             "pid": self._process.pid if self._process else None,
-            "restarts": self.restarts,
+            "restarts": self._restarts.count,
             "frames_waiting": len(self.frames),
             **msgspec.structs.asdict(self._tally),
         }
@@ -144,10 +151,4 @@ class IngestChild:
             self._pipe.close()
             self._pipe = None
         process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, patience_s)

@@ -16,14 +16,12 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
-from esper_tamiyo.language.documents import BrokenDocumentError, compose
+from esper_tamiyo.language.documents import BrokenDocumentError, compose, read
 from esper_tamiyo.language.nodes import Fault, NodeReader, shown
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import load, shipped_tables
 from esper_tamiyo.replaying.series import MAX_VALUES, SeriesError, Value, series
 from esper_tamiyo.replaying.table_tests import FIRST_STEP, Expectation, Rank, TableTest
-
-MAX_BYTES = 1 << 20
 
 _RANK_FIELDS = frozenset({"metrics", "seeds", "proposals", "lost"})
 _TEST_FIELDS = _RANK_FIELDS | {"name", "ranks", "step_ms", "expect", "nothing_else"}
@@ -61,15 +59,7 @@ def load_tests(path: Path) -> tuple[Table, list[TableTest]]:
     used.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise TableTestError(str(path), [Fault(0, "", f"cannot be read: {reason}")]) from None
-    if len(data) > MAX_BYTES:
-        raise TableTestError(str(path), [Fault(0, "", f"larger than {MAX_BYTES} bytes")])
-    try:
-        root = compose(data, "file of tests")
+        root = compose(read(path), "file of tests")
     except BrokenDocumentError as error:
         raise TableTestError(str(path), [error.fault]) from None
     reader = _TestReader()

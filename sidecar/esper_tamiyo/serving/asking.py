@@ -15,8 +15,9 @@ from esper_otel.leyline.wire import (
     check_socket_path,
     decode_to_client,
     encode,
+    may_steer,
+    peer_uid,
 )
-from esper_tamiyo.serving.listening import may_knock, peer_uid
 
 PATIENCE_S = 2.0
 
@@ -35,7 +36,7 @@ def reply_to(request: LatestRequest | StatusRequest, path: Path) -> ToClient:
         connection.settimeout(PATIENCE_S)
         try:
             connection.connect(os.fspath(path))
-            if not may_knock(uid := peer_uid(connection)):  # it could make up any answer
+            if not may_steer(uid := peer_uid(connection)):  # it could make up any answer
                 raise SilenceError(f"{path}: listened on by another user ({uid})")
             connection.sendall(encode(request))
             return _one_message(connection)

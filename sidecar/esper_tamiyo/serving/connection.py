@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Iterable
 from itertools import compress
 from math import isfinite
@@ -23,8 +22,6 @@ from esper_otel.leyline.wire import (
 
 MAX_BACKLOG = 256 * 1024
 """Unread answers, in bytes, after which a client is given up."""
-
-_LENGTH = struct.Struct("<I")
 
 _UNKNOWN = ""
 """Stands for every column that is not in the registry."""
@@ -91,12 +88,6 @@ class Connection:
 
     def messages(self, data: memoryview) -> Iterable[ToServer]:
         """The messages completed by ``data``; raises :class:`WireError`."""
-        if (
-            not self._incoming
-            and len(data) > 4
-            and _LENGTH.unpack_from(data)[0] == len(data) - 4
-        ):
-            return (decode_to_server(data[4:]),)  # nearly always: one read, one message
         return map(decode_to_server, self._incoming.feed(data))
 
     def receive_into(self, buffer: bytearray) -> int:

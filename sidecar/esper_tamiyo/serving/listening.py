@@ -13,14 +13,12 @@ import fcntl
 import os
 import socket
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from esper_otel.leyline.wire import check_socket_path
 
-_UCRED = struct.Struct("3i")
 _BACKLOG = 128
 _AS_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -57,18 +55,6 @@ class Listener:
         with suppress(FileNotFoundError, NotADirectoryError):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end, as the kernel knows it."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _, uid, _ = _UCRED.unpack(credentials)
-    return int(uid)
-
-
-def may_knock(uid: int) -> bool:
-    """Whether that user may talk to us: ourselves, and root, who could anyway."""
-    return uid in (0, os.geteuid())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import msgspec
 from esper_tamiyo.judging.engine import Engine, ReloadReport
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.receiving.pipe import Inlet, Kind, Unusable
-from esper_tamiyo.restarts import Restarts
+from esper_tamiyo.restarts import Restarts, end
 
 log = logging.getLogger("tamiyo")
 
@@ -49,6 +49,7 @@ class Reloading:
         self._epoll: select.epoll | None = None
         self._loaded_at = time.time()
         self._reloads = 0
+        self._refused = 0
         self._last_error = ""
 
     def start(self, epoll: select.epoll) -> None:
@@ -62,7 +63,7 @@ class Reloading:
         if not self._watched:
             log.info("%s comes with the package: there is nothing to reload", self._name)
         elif self._pipe is not None:  # while there is none the next process looks first of all
-            with suppress(BlockingIOError, BrokenPipeError):
+            with suppress(OSError):  # full, or ending: then the next process looks
                 self._pipe.send(b"!")
 
     def owns(self, fd: int) -> bool:
@@ -104,7 +105,9 @@ class Reloading:
             "source": self._name,
             "loaded_at": self._loaded_at,
             "reloads": self._reloads,
+            "refused": self._refused,
             "last_error": self._last_error,
+            "restarts": self._restarts.count,
         }
 
     def close(self) -> None:
@@ -119,6 +122,7 @@ class Reloading:
                 self._refuse(msgspec.msgpack.decode(body, type=Unusable).message)
         except Exception as error:  # whatever it is, asks go on by the table in use
             log.exception("a table that was read could not be taken")
+            self._refused += 1
             self._last_error = repr(error)
 
     def _take(self, table: Table) -> None:
@@ -129,6 +133,7 @@ class Reloading:
         log.info("table %s loaded: %s", table.version, _in_words(change))
 
     def _refuse(self, message: str) -> None:
+        self._refused += 1
         if message != self._last_error:
             log.warning(
                 "the table cannot be used, %s stays:\n%s", self._engine.table.version, message
@@ -170,13 +175,7 @@ class Reloading:
             self._pipe.close()
             self._pipe = None
         process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, patience_s)
 
 
 def _in_words(change: ReloadReport) -> str:

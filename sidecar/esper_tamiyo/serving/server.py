@@ -37,13 +37,15 @@ from esper_otel.leyline.wire import (
     ToServer,
     Welcome,
     WireError,
+    may_steer,
+    peer_uid,
 )
 from esper_tamiyo.journaling.chronicle import Chronicle
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
 from esper_tamiyo.serving.connection import Connection, Trainer
-from esper_tamiyo.serving.listening import Listener, may_knock, peer_uid
+from esper_tamiyo.serving.listening import Listener
 from esper_tamiyo.serving.reloading import Reloading
 
 log = logging.getLogger("tamiyo")
@@ -204,7 +206,7 @@ class Server:
         except OSError:  # it went away again
             return
         uid = peer_uid(accepted)
-        if not may_knock(uid) or len(self._connections) >= MAX_CONNECTIONS:
+        if not may_steer(uid) or len(self._connections) >= MAX_CONNECTIONS:
             self._counts["turned_away"] += 1
             log.warning("turned away a connection of user %d", uid)
             accepted.close()
@@ -333,7 +335,9 @@ class Server:
             self._pipe = None
             ingest.bury()
         if self._pipe is None and ingest.due_in() == 0.0:
-            self._watch(ingest.restart())
+            restarted = ingest.restart()
+            if restarted is not None:
+                self._watch(restarted)
 
     def _judge(self, body: bytes) -> None:
         try:

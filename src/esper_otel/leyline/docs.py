@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from esper_otel.leyline.generated import bring_up_to_date
 from esper_otel.leyline.metrics import (
     INSTANCE_ID,
     LOCAL_RANK,
@@ -54,20 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     parser.add_argument("--page", type=Path, default=PAGE, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    path: Path = arguments.page
-    written = path.read_text(encoding="utf-8") if path.exists() else None
-    if written == page():
-        return 0
-    if arguments.check:
-        print(
-            f"{path}: not what the registry says; run python -m esper_otel.leyline.docs",
-            file=sys.stderr,
-        )
-        return 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(), encoding="utf-8")
-    print(f"wrote {path}")
-    return 0
+    command = "python -m esper_otel.leyline.docs"
+    return bring_up_to_date({arguments.page: page()}, command, check=arguments.check)
 
 
 def _table(metrics: Sequence[Metric]) -> str:

@@ -50,7 +50,7 @@ FAULT = "esper.seed.fault"
 UNUSED_SLOT = "esper.slot.unused"
 """The module of a slot takes no part in the step, so nothing can grow there."""
 
-SEED_ID_ATTRIBUTE, SLOT_ATTRIBUTE = "esper.seed.id", "esper.slot"
+SEED_ID_ATTRIBUTE = "esper.seed.id"
 
 Attribute = str | float | int | bool
 

@@ -14,9 +14,6 @@ STEP_SPAN = "train.step"
 DECIDE_SPAN = "tamiyo.decide"
 """Asking, as the trainer sees it; the sidecar's span below it has the same name."""
 
-JUDGE_SPAN = "tamiyo.decide/server"
-"""What the sidecar's span is called where ids are made, so that the two differ."""
-
 
 def trace_id(run: str, step: int) -> int:
     """The trace of one step of ``run``, the same on all its ranks; 128 bits, never 0."""

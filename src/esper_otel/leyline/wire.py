@@ -14,6 +14,7 @@ behind the Hello without waiting. Tools send :class:`StatusRequest` or
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ MAX_SOCKET_PATH = 107
 """Longest path that fits ``sun_path`` on Linux, in bytes (108 with its final NUL)."""
 
 _LENGTH = struct.Struct("<I")
+_PEER = struct.Struct("3i")
 
 
 class WireError(ValueError):
@@ -161,12 +163,22 @@ class MessageBuffer:
         """Bytes that wait for the rest of their message."""
         return len(self._bytes)
 
-    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
-        """Yield each body completed by ``data``.
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes | memoryview]:
+        """Each body completed by ``data``; to be used up before ``data`` is overwritten.
 
         Raises :class:`WireError` as soon as a length over 64 KiB is announced, so that
         nobody makes the reader hold more than that.
         """
+        length = len(data) - 4
+        if (
+            not self._bytes
+            and 0 < length <= MAX_BODY
+            and _LENGTH.unpack_from(data)[0] == length
+        ):
+            return iter((data[4:],))  # nearly always: one read, one message
+        return self._cut(data)
+
+    def _cut(self, data: bytes | memoryview) -> Iterator[bytes]:
         buffer = self._bytes
         buffer += data
         while len(buffer) >= 4:
@@ -186,6 +198,17 @@ def default_socket_path() -> Path:
     if runtime:
         return Path(runtime) / "esper" / "tamiyo.sock"
     return Path(tempfile.gettempdir()) / f"esper-{os.getuid()}" / "tamiyo.sock"
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user at the other end, as the kernel knows it."""
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    return int(_PEER.unpack(peer)[1])
+
+
+def may_steer(uid: int) -> bool:
+    """Whether that user may be at the other end: ourselves, and root, who could anyway."""
+    return uid in (0, os.geteuid())
 
 
 def check_socket_path(path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
-from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -14,8 +12,6 @@ from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import PROTOCOL_ERROR, TIMEOUT, UNREACHABLE, Decision
 
 _RECEIVE = 16 * 1024
-_LENGTH = struct.Struct("<I")
-_PEER = struct.Struct("3i")
 
 _MAX_SELECT = 1024
 """select takes no descriptor from this on (FD_SETSIZE)."""
@@ -27,11 +23,6 @@ class Failure(Exception):  # noqa: N818  (not an error of anybody's: it never le
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-
-
-def may_answer(uid: int) -> bool:
-    """Whether that user's sidecar is heeded: our own, and root's, who could steer us anyway."""
-    return uid in (os.geteuid(), 0)
 
 
 class Connection:
@@ -80,13 +71,11 @@ class Connection:
             connection.setblocking(False)
             # A Unix socket connects at once or fails at once (EAGAIN: its backlog is full).
             connection.connect(os.fspath(self.path))
-            _, uid, _ = _PEER.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            )
+            uid = wire.peer_uid(connection)
         except OSError as error:
             connection.close()
             raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
-        if not may_answer(uid):
+        if not wire.may_steer(uid):
             connection.close()
             raise Failure(UNREACHABLE, f"{self.path}: listened on by another user ({uid})")
         self._poll = select.poll()
@@ -144,7 +133,8 @@ class Connection:
             count = self._socket.recv_into(self._incoming)
             if not count:
                 raise Failure(UNREACHABLE, "the sidecar closed the connection")
-            for message in self._messages(self._view[:count]):
+            for body in self._buffer.feed(self._view[:count]):
+                message = wire.decode_to_client(body)
                 if isinstance(message, wire.Answer):
                     if message.request_id == request_id:
                         found = message.decision
@@ -159,8 +149,3 @@ class Connection:
         except wire.WireError as error:
             raise Failure(PROTOCOL_ERROR, str(error)) from None
         return found
-
-    def _messages(self, data: memoryview) -> Iterable[wire.ToClient]:
-        if not self._buffer and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
-            return (wire.decode_to_client(data[4:]),)  # nearly always: one read, one message
-        return map(wire.decode_to_client, self._buffer.feed(data))
