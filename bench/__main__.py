@@ -35,9 +35,13 @@ BENCHES = (
     "reloading",
     "isolation",
     "growth",
+    "judging",
     "journal",
     "replay",
     "judgement",
+    "awkward",
+    "peers",
+    "imports",
     "collector",
     "sizing",
 )
@@ -49,7 +53,9 @@ def measured(bench: str) -> list[Figure] | None:
         rows = Path(folder) / "rows.json"
         print(f"\n{bench}", flush=True)
         done = subprocess.run(
-            [sys.executable, "-m", f"bench.{bench}", "--json", str(rows)], cwd=HERE.parent
+            [sys.executable, "-m", f"bench.{bench}", "--json", str(rows)],
+            cwd=HERE.parent,
+            env=os.environ | {"ESPER_SUMMARY": "off"},  # a bench tells its figures
         )
         if done.returncode or not rows.exists():
             print(f"{bench}: failed with {done.returncode}", file=sys.stderr)

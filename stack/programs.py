@@ -59,7 +59,7 @@ COLLECTOR = Program(
     "collector",
     "OTELCOL",
     ("otelcol-contrib",),
-    lambda: f"{MANIFEST.read_text()}",
+    MANIFEST.read_text,
     lambda folder: recipes.collector(MANIFEST, folder),
     ("esper-otelcol",),
     "Go, some minutes and 3 GB of its cache",

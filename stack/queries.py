@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-TIMEOUT_S = 10
+TIMEOUT_S = 20
 
 
 class QueryError(Exception):
@@ -32,7 +32,7 @@ class Prometheus:
 
     def series(self, selector: str, over: str = "1h") -> list[Series]:
         """Every sample of the last ``over`` of what ``selector`` selects."""
-        found = self._ask("query", query=f"{selector}[{over}]")["result"]
+        found = self.ask("query", query=f"{selector}[{over}]")
         return [
             Series(
                 one["metric"],
@@ -43,12 +43,14 @@ class Prometheus:
 
     def value(self, expression: str) -> float | None:
         """The one value of ``expression`` now, None when there is none."""
-        found = self._ask("query", query=expression)["result"]
+        found = self.ask("query", query=expression)
         return float(found[0]["value"][1]) if found else None
 
-    def _ask(self, what: str, **parameters: str) -> Any:
+    def ask(self, what: str, **parameters: str) -> list[Any]:
+        """The result of a query as it came; raises :class:`QueryError`."""
         query = urllib.parse.urlencode(parameters)
-        return _json(f"{self._url}/api/v1/{what}?{query}")["data"]
+        found: list[Any] = _json(f"{self._url}/api/v1/{what}?{query}")["data"]["result"]
+        return found
 
 
 class Jaeger:

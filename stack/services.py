@@ -34,7 +34,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Service(msgspec.Struct, frozen=True):
-    """One process: ``ready`` is a URL that answers 200, or words of its first line.
+    """One process: ``ready`` is a URL that answers 200, or words that it says.
 
     ``ending_s`` is the longest that it may take to end when asked to; then it is killed.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,34 +13,21 @@ from stack.programs import COLLECTOR, JAEGER, PROMETHEUS, find
 from stack.queries import Jaeger, Prometheus
 from stack.services import CONFIG, Ports
 
-PARTS = ("prometheus", "jaeger", "tamiyo", "collector")
-
 
 class Stack:
     """Processes of one stack; raises ``MissingError`` when a binary is not here."""
 
-    def __init__(
-        self,
-        ports: Ports,
-        state: Path,
-        socket: Path,
-        config: Path = CONFIG,
-        without: Iterable[str] = (),
-    ) -> None:
+    def __init__(self, ports: Ports, state: Path, socket: Path, config: Path = CONFIG) -> None:
         self.ports = ports
         self.state = state
         self.socket = socket
-        made = {
-            "prometheus": lambda: services.prometheus(find(PROMETHEUS), ports, state),
-            "jaeger": lambda: services.jaeger(find(JAEGER), ports),
-            "tamiyo": lambda: services.tamiyo(ports, socket),
-            "collector": lambda: services.collector(find(COLLECTOR), ports, state, (config,)),
-        }
-        self.parts = {
-            name: Process(made[name](), state / "logs")
-            for name in PARTS
-            if name not in set(without)
-        }
+        made = (
+            services.prometheus(find(PROMETHEUS), ports, state),
+            services.jaeger(find(JAEGER), ports),
+            services.tamiyo(ports, socket),
+            services.collector(find(COLLECTOR), ports, state, (config,)),
+        )
+        self.parts = {one.name: Process(one, state / "logs") for one in made}
 
     @property
     def url(self) -> str:
@@ -70,8 +57,7 @@ class Stack:
 
     def stop(self) -> None:
         """End all parts: the Collector first, so that what it holds finds those who listen."""
-        if "collector" in self.parts:
-            self.parts["collector"].stop()
+        self.parts["collector"].stop()
         for part in self.parts.values():
             part.ask_to_end()
         for part in self.parts.values():
@@ -79,11 +65,11 @@ class Stack:
 
 
 @contextmanager
-def running(state: Path, *, without: Iterable[str] = ()) -> Iterator[Stack]:
+def running(state: Path) -> Iterator[Stack]:
     """A stack on ports that the system gives, for tests and benches."""
     names = Ports.__struct_fields__
     ports = Ports(**dict(zip(names, free(len(names)), strict=True)))
-    stack = Stack(ports, state, state / "socket" / "tamiyo.sock", without=without)
+    stack = Stack(ports, state, state / "socket" / "tamiyo.sock")
     stack.start()
     try:
         yield stack

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
 
 from bench.ranks import Rank
-from stack.programs import COLLECTOR, PROMETHEUS, MissingError, find
+from stack import services
+from stack.ports import free
+from stack.processes import Process
+from stack.programs import COLLECTOR, PROMTOOL, ROOT, MissingError, find
 from stack.whole import running
 
 
@@ -37,7 +41,7 @@ def collector_program():
 
 @pytest.fixture(scope="session")
 def promtool():
-    return program(PROMETHEUS).with_name("promtool")
+    return program(PROMTOOL)
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +52,31 @@ def stack(tmp_path_factory):
             yield stack
     except MissingError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def collector(stack, collector_program, tmp_path):
+    """Starts Collectors beside that of the stack, each with ports and a state of its own."""
+    begun = []
+
+    def start(name, *configs, **environment):
+        names = ("otlp_grpc", "otlp_http", "handover", "collector_health", "collector_metrics")
+        own = dict(zip(names, free(len(names)), strict=True))
+        ports = services.Ports(**msgspec.structs.asdict(stack.ports) | own)
+        places = tuple(ROOT / "collector" / config for config in configs)
+        service = services.collector(collector_program, ports, tmp_path / name, places)
+        service = msgspec.structs.replace(
+            service, name=name, environment={**service.environment, **environment}
+        )
+        process = Process(service, tmp_path)
+        begun.append(process)
+        process.start()
+        process.wait()
+        return ports, process
+
+    yield start
+    for process in reversed(begun):
+        process.stop()
 
 
 @pytest.fixture
@@ -66,6 +95,6 @@ def rank(stack, tmp_path, request):
         made.close(0.2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wait_until():
     return until

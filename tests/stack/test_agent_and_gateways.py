@@ -3,17 +3,13 @@
 import time
 from itertools import count
 
-import msgspec
 import pytest
 import yaml
 
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
 from esper_tamiyo.serving.asking import reply_to
-from stack import services
 from stack.ports import free
-from stack.processes import Process
-from stack.programs import ROOT
 
 RUNS, RANKS, STEPS = 6, 2, 50
 STEP_NS = 2_000_000
@@ -23,36 +19,21 @@ def at(port):
     return f"127.0.0.1:{port}"
 
 
-def part(program, stack, state, configs, name, **environment):
-    """A Collector beside those of the stack, with ports and a state of its own."""
-    names = ("otlp_grpc", "otlp_http", "handover", "collector_health", "collector_metrics")
-    own = dict(zip(names, free(len(names)), strict=True))
-    ports = services.Ports(**msgspec.structs.asdict(stack.ports) | own)
-    service = services.collector(program, ports, state / name, tuple(configs))
-    service = msgspec.structs.replace(
-        service, name=name, environment={**service.environment, **environment}
-    )
-    return ports, Process(service, state)
-
-
 @pytest.fixture
-def agent(stack, collector_program, tmp_path):
+def agent(stack, collector, tmp_path):
     """The URL of an agent before two gateways, which record what comes to them."""
-    parts, addresses, for_tamiyo = [], [], []
-    for number in range(2):
+    addresses, for_tamiyo = [], []
+    for number in range(2):  # before the agent: who finds nobody there pauses for a second
         (tamiyo_port,) = free(1)
-        ports, gateway = part(
-            collector_program,
-            stack,
-            tmp_path,
-            [ROOT / "collector" / f"{name}.yaml" for name in ("gateway", "recording")],
+        ports, _ = collector(
             f"gateway{number}",
+            "gateway.yaml",
+            "recording.yaml",
             COLLECTOR_TAMIYO_GRPC=at(tamiyo_port),
             TAMIYOS="127.0.0.1",
             TAMIYO_PORT=str(stack.ports.tamiyo_grpc),
             COLLECTOR_RECORDINGS=str(tmp_path / f"recorded{number}"),
         )
-        parts.append(gateway)
         addresses.append(at(ports.otlp_grpc))
         for_tamiyo.append(at(tamiyo_port))
     # By their ports: they have no names here that a DNS could tell apart.
@@ -64,22 +45,8 @@ def agent(stack, collector_program, tmp_path):
     }
     gateways = tmp_path / "gateways.yaml"
     gateways.write_text(yaml.safe_dump({"exporters": found}))
-    ports, agent = part(
-        collector_program,
-        stack,
-        tmp_path,
-        (ROOT / "collector" / "agent.yaml", gateways),
-        "agent",
-    )
-    parts.append(agent)
-    try:
-        for one in parts:  # in this order: what finds nobody there pauses for a second
-            one.start()
-            one.wait()
-        yield f"http://{at(ports.otlp_http)}"
-    finally:
-        for one in reversed(parts):
-            one.stop()
+    ports, _ = collector("agent", "agent.yaml", gateways)
+    return f"http://{at(ports.otlp_http)}"
 
 
 def test_all_ranks_of_a_run_take_one_way_and_every_step_arrives(

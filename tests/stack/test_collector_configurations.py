@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.sizing import QUEUE_BYTES
 from stack.configuration import complaint
 from stack.programs import ROOT
 
@@ -76,7 +77,6 @@ def components(config):
 
 
 def test_the_distribution_has_what_they_use_and_nothing_else(collector_program):
-
     listed = subprocess.run(
         [str(collector_program), "components"], capture_output=True, text=True, check=True
     )
@@ -123,8 +123,13 @@ def test_every_setting_is_explained_at_the_head():
             assert variable in head or short in head, f"{path.name}: {variable}"
 
 
-def test_prometheus_takes_its_configuration(promtool):
+def test_queues_are_as_large_as_the_runbooks_sizes_say():
+    for name in ("local", "agent", "gateway"):
+        text = (COLLECTOR / f"{name}.yaml").read_text()
+        assert {*re.findall(r"COLLECTOR_QUEUE_BYTES:-(\d+)", text)} == {str(QUEUE_BYTES)}
 
+
+def test_prometheus_takes_its_configuration(promtool):
     config = ROOT / "docker" / "prometheus" / "prometheus.yml"
     done = subprocess.run(
         [str(promtool), "check", "config", str(config)], capture_output=True, text=True

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
 
 from bench.ranks import Rank
 from esper_otel.leyline.decisions import Severity
@@ -20,17 +24,15 @@ from stack.services import clean_environment
 STEPS = 120
 STEP_NS = 2_000_000
 
-LOOP = """
-import os, sys, time
+PHASES_US = {"forward": 2000, "backward": 2000, "optimizer": 1000}
+LOOP = f"""
+import time
 import esper_otel
 run = esper_otel.start(span_every=1, mode="enforce")
 for step in range(20):
-    with run.phase("forward"):
-        time.sleep(0.002)
-    with run.phase("backward"):
-        time.sleep(0.002)
-    with run.phase("optimizer"):
-        time.sleep(0.001)
+    for name, us in {PHASES_US}.items():
+        with run.phase(name):
+            time.sleep(us / 1e6)
     run.report(loss=float("nan") if step == 14 else 1.0 / (step + 1))
     run.step()
 report = run.close(20.0)
@@ -115,8 +117,10 @@ def test_tamiyo_has_judged_every_step_that_went_through_the_collector(stack, wai
     assert run["rank"] == 1
 
 
-def test_a_trace_in_jaeger_holds_a_step_whose_phases_lie_inside_it(stack, wait_until, tmp_path):
-    script = tmp_path / "loop.py"
+@pytest.fixture(scope="session")
+def traces(stack, tmp_path_factory):
+    """Gives the traces that there are by now of a loop that has asked Tamiyo at every step."""
+    script = tmp_path_factory.mktemp("loop") / "loop.py"
     script.write_text(LOOP)
     environment = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": stack.url,
@@ -131,53 +135,49 @@ def test_a_trace_in_jaeger_holds_a_step_whose_phases_lie_inside_it(stack, wait_u
         check=True,
         timeout=60,
     )
-    traces = wait_until(
-        lambda: len(found := stack.jaeger.traces("loop")) >= 20 and found, patience_s=30
-    )
-    trace = next(trace for trace in traces if step_of(trace) == 10)
-    spans = {span["operationName"]: span for span in trace["spans"]}
+    return lambda: stack.jaeger.traces("loop")
+
+
+def spans_of(trace, service):
+    """Its spans that this service has told of, by their names."""
+    return {
+        span["operationName"]: span
+        for span in trace["spans"]
+        if trace["processes"][span["processID"]]["serviceName"] == service
+    }
+
+
+def test_a_trace_in_jaeger_holds_a_step_whose_phases_lie_inside_it(traces, wait_until):
+    found = wait_until(lambda: len(found := traces()) >= 20 and found)
+    trace = next(trace for trace in found if step_of(trace) == 10)
+    spans = spans_of(trace, "loop")
     step = spans["train.step"]
-    phases = [spans[f"train.{name}"] for name in ("forward", "backward", "optimizer")]
-    for phase in phases:
+    phases = {name: spans[f"train.{name}"] for name in PHASES_US}
+    # Jaeger keeps microseconds: each of the times may be one short.
+    for name, phase in phases.items():
         assert phase["references"][0]["spanID"] == step["spanID"]
         assert phase["startTime"] >= step["startTime"]
-    # Jaeger keeps microseconds: each of the times may be one short.
-    within = sum(phase["duration"] for phase in phases)
+        assert phase["duration"] + 2 >= PHASES_US[name]
+    within = sum(phase["duration"] for phase in phases.values())
     assert within <= step["duration"] + len(phases)
     assert spans["tamiyo.decide"]["references"][0]["spanID"] == step["spanID"]
 
 
-def test_the_same_trace_holds_what_tamiyo_decided(stack, wait_until, tmp_path):
-    script = tmp_path / "loop.py"
-    script.write_text(LOOP)
-    environment = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": stack.url,
-        "OTEL_SERVICE_NAME": "decided",
-        "ESPER_TAMIYO_SOCKET": str(stack.socket),
-        "ESPER_TAMIYO_DEADLINE_MS": "1000",
-        "ESPER_RUN_ID": "decided",
-    }
-    subprocess.run(
-        [sys.executable, str(script)],
-        env=clean_environment(environment),
-        check=True,
-        timeout=60,
-    )
-
+def test_the_same_trace_holds_what_tamiyo_decided(traces, wait_until):
     def decided():
         """The trace of the step with the NaN, when both processes have told of it."""
-        for trace in stack.jaeger.traces("decided"):
+        for trace in traces():
             services = {p["serviceName"] for p in trace["processes"].values()}
-            if step_of(trace) == 15 and services == {"decided", "tamiyo"}:
+            if step_of(trace) == 15 and services == {"loop", "tamiyo"}:
                 return trace
         return None
 
-    trace = wait_until(decided, patience_s=30)
-    mine = [s for s in trace["spans"] if s["operationName"] == "tamiyo.decide"]
-    theirs = {trace["processes"][span["processID"]]["serviceName"]: span for span in mine}
-    tags = {tag["key"]: tag["value"] for tag in theirs["tamiyo"]["tags"]}
+    trace = wait_until(decided)
+    asked = spans_of(trace, "loop")["tamiyo.decide"]
+    answered = spans_of(trace, "tamiyo")["tamiyo.decide"]
+    tags = {tag["key"]: tag["value"] for tag in answered["tags"]}
     assert tags["esper.decision.reason"] == "nonfinite_loss"
-    assert theirs["tamiyo"]["references"][0]["spanID"] == theirs["decided"]["spanID"]
+    assert answered["references"][0]["spanID"] == asked["spanID"]
 
 
 def step_of(trace):
@@ -209,3 +209,35 @@ def test_what_happened_to_a_seed_is_a_line_in_the_file_of_events(stack, wait_unt
         ]
 
     assert wait_until(records) == ["it grew"]
+
+
+def test_tamiyo_is_sent_only_what_it_judges_by(stack, wait_until, rank):
+    one = rank()
+    one.step(0)
+    foreign = ExportMetricsServiceRequest()
+    scope = foreign.resource_metrics.add().scope_metrics.add()
+    scope.metrics.add(name="other").gauge.data_points.add(time_unix_nano=time.time_ns())
+    sent = urllib.request.Request(
+        f"{stack.url}/v1/metrics",
+        foreign.SerializeToString(),
+        {"Content-Type": "application/x-protobuf"},
+    )
+    with urllib.request.urlopen(sent) as answer:
+        assert answer.status == 200
+    wait_until(lambda: stack.prometheus.value("other") is not None)
+    one.step(1)
+    one.close(20.0)
+
+    def judged():
+        runs = status(stack)["engine"]["runs"]
+        return [run for run in runs if run["run"] == one.run and run["newest_step"] == 1]
+
+    wait_until(judged)
+    assert status(stack)["ingest"]["points_foreign"] == 0
+
+
+def test_sampled_spans_are_counted_by_name_in_prometheus(stack, wait_until, traces):
+    count = "traces_span_metrics_duration_milliseconds_count"
+    wait_until(
+        lambda: stack.prometheus.value(f'{count}{{job="loop", span_name="train.step"}}') == 20
+    )
