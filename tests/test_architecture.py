@@ -16,14 +16,21 @@ SOURCES = {
 MAY_IMPORT = {
     "esper_otel.leyline": {"esper_otel.leyline"},
     "esper_otel.settings": set(),
-    "esper_otel.tolaria": {"esper_otel.leyline", "esper_otel.tolaria"},
+    "esper_otel.finalization": set(),
+    "esper_otel.tolaria": {
+        "esper_otel.finalization",
+        "esper_otel.leyline",
+        "esper_otel.tolaria",
+    },
     "esper_otel.kasmina": {
+        "esper_otel.finalization",
         "esper_otel.kasmina",
         "esper_otel.leyline",
         "esper_otel.settings",
     },
     "esper_otel.tamiyo": {"esper_otel.leyline", "esper_otel.tamiyo"},
     "esper_otel.ranks": {
+        "esper_otel.finalization",
         "esper_otel.kasmina",
         "esper_otel.leyline",
         "esper_otel.ranks",

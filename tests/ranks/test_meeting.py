@@ -105,10 +105,11 @@ def test_if_one_is_late_none_begins_and_they_try_again_further_ahead(meeting) ->
         ({"apart": APART_STEPS + 1}, "steps apart"),
     ],
 )
-def test_ranks_that_should_not_agree_find_out(meeting, differs, why) -> None:
+def test_ranks_that_should_not_agree_find_out(meeting, monkeypatch, differs, why) -> None:
     circle = Circle(met(step=900, **differs))
+    monkeypatch.setattr(meetings, "join", lambda timeout_s, name: circle)
     with pytest.raises(RefusedError, match=why):
-        meeting._begin(circle, 2)
+        meeting._meet_all()
     assert circle.left == 1
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from esper_otel.finalization import FinalizingError, shielded
 from esper_otel.kasmina.blueprints import Blueprint, PrivateRandomness, lookup
 
 log = logging.getLogger("esper_otel")
@@ -251,9 +252,13 @@ class _Worker:
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            work()
-            # Or what it was about lives until the next one comes.
-            del work
+            try:
+                with shielded():
+                    work()
+                    # Or what it was about lives until the next one comes.
+                    del work
+            except FinalizingError:
+                return
             self.busy = False
 
 

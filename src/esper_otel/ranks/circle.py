@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from esper_otel.finalization import FinalizingError, shielded
 from esper_otel.ranks.world import attempt
 
 log = logging.getLogger("esper_otel")
+
+POLL_S = 0.02
+"""How often it is looked whether what is under way is done, once its rank has left."""
 
 _made = 0
 """Circles of this process so far; the ranks of a run make them in the same order."""
@@ -53,6 +59,7 @@ class Circle:
         self.rank = rank
         self.size = size
         self._group = group
+        self._under_way: list[Any] = []
         self._timeout = timedelta(seconds=timeout_s)
 
     @property
@@ -110,11 +117,13 @@ class Circle:
             raise CircleError(_first_line(error)) from None
 
     def leave(self) -> None:
-        """Take part no more; the others will find out."""
-        # Whoever drops it waits for what is under way, so not here: nothing else holds it.
-        held, self._group = [self._group], None
-        if held[0] is not None:
-            threading.Thread(target=held.clear, daemon=True).start()
+        """Take part no more; the others find out as soon as what is under way is done."""
+        group, self._group = self._group, None
+        under_way, self._under_way = _unfinished(self._under_way), []
+        if under_way:
+            # Whoever drops the group waits for them, so not here; nothing else holds either.
+            held = [*under_way, group]
+            threading.Thread(target=_drop, args=(held,), name="esper-part", daemon=True).start()
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Any:
         if self._group is None:
@@ -122,9 +131,30 @@ class Circle:
         options = dist.AllreduceOptions()
         options.reduceOp = operation
         try:
-            return self._group.allreduce([tensor], options)
+            work = self._group.allreduce([tensor], options)
         except RuntimeError as error:
             raise CircleError(_first_line(error)) from None
+        self._under_way = [*_unfinished(self._under_way), work]
+        return work
+
+
+def _unfinished(works: list[Any]) -> list[Any]:
+    return [work for work in works if not work.is_completed()]
+
+
+def _drop(held: list[Any]) -> None:
+    """Let go of what is in ``held``, works and their group, once all of them are done.
+
+    Asked again and again and not waited for: a wait, as the drop itself, is within gloo.
+    If the process ends before, so do its connections.
+    """
+    with suppress(FinalizingError):
+        while True:
+            with shielded():
+                if all(work.is_completed() for work in held[:-1]):
+                    held.clear()
+                    return
+            time.sleep(POLL_S)
 
 
 def join(timeout_s: float, name: str = "") -> Circle:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from esper_otel.finalization import FinalizingError, shielded
 from esper_otel.leyline.decisions import NOT_AGREED, Decision, unanswered
 from esper_otel.ranks.agreement import Agreement
 from esper_otel.ranks.circle import Circle, CircleError, join, store_of
@@ -104,7 +105,6 @@ class Meeting:
         """Look for the others no more; returns the agreement, if there is one by now."""
         self._left.set()
         if self._agreement is None and self._thread is not None:
-            # In Python's hands when the interpreter ends, and not within gloo.
             self._thread.join(2 * POLL_S)
             if self._circle is not None:
                 self._circle.leave()
@@ -127,13 +127,13 @@ class Meeting:
         try:
             if not _gather(self._name, self._timeout_s, self._left):
                 return
-            circle = join(self._timeout_s, self._name)
-            if not any(self._begin(circle, ahead) for ahead in AHEAD_STEPS):
-                circle.leave()
-                raise RefusedError("their steps are too short to name one to begin at")
+            with shielded():
+                self._meet_all()
         except RefusedError as error:
             if self.leads:
                 self._tell(error)
+        except FinalizingError:
+            return
         except Exception as error:
             if not self._left.is_set():
                 self._tell(error)
@@ -141,19 +141,25 @@ class Meeting:
             if self._beginning is not None:
                 self._beginning.told.set()
 
+    def _meet_all(self) -> None:
+        circle = join(self._timeout_s, self._name)
+        try:
+            if not any(self._begin(circle, ahead) for ahead in AHEAD_STEPS):
+                raise RefusedError("their steps are too short to name one to begin at")
+        except Exception:
+            circle.leave()
+            raise
+
     def _begin(self, circle: Circle, ahead: int) -> bool:
         """One try; the same outcome on all ranks."""
         (first, last), (least, greatest), (together, _) = circle.extremes(
             self._step, self._alike, int(self._together)
         )
         if not together:
-            circle.leave()
             raise RefusedError("one of them has taken a step without waiting for another")
         if least != greatest:
-            circle.leave()
             raise RefusedError("their settings for what decisions may do differ")
         if last - first > APART_STEPS:
-            circle.leave()
             raise RefusedError(f"they are {last - first} steps apart")
         # Seen by the training thread before its step is looked at here: so either it gets
         # to that step later, or it is known to be past it.
@@ -181,11 +187,14 @@ def _gather(name: str, timeout_s: float, left: Event) -> bool:
     By looking into the store again and again: waiting in it would keep the user's own
     calls from it, and the interpreter from ending.
     """
-    store, size = store_of(name), dist.get_world_size()
+    with shielded():
+        store, size = store_of(name), dist.get_world_size()
+        store.add("here", 1)
     deadline = time.monotonic() + timeout_s
-    store.add("here", 1)
     while True:
-        if store.add("here", 0) >= size:
+        with shielded():
+            here = store.add("here", 0)
+        if here >= size:
             word = "met"
         elif left.is_set():
             word = "left"
@@ -194,8 +203,9 @@ def _gather(name: str, timeout_s: float, left: Event) -> bool:
         else:
             left.wait(POLL_S)
             continue
-        # That of whoever is first holds for all.
-        outcome = store.compare_set("outcome", "", word)
+        with shielded():
+            # That of whoever is first holds for all.
+            outcome = store.compare_set("outcome", "", word)
         if outcome == b"late":
             raise CircleError(f"not all {size} have begun to train within {timeout_s:g} s")
         return bool(outcome == b"met")

@@ -13,10 +13,12 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
+from esper_otel.finalization import FinalizingError, shielded
 from esper_otel.settings import EsperSettings, new_run_id
 
 log = logging.getLogger("esper_otel")
@@ -82,12 +84,16 @@ def _agreed(key: str, name: str, dist: Any) -> str:
     """What stands under ``key``, which is ``name`` if this rank is the first."""
     held: list[bytes | Exception] = []
 
-    def write_down() -> None:
+    def answer() -> bytes | Exception:
         try:
             store = _agents_store() if dist is None else _users_store(dist)
-            held.append(store.compare_set(key, "", name))
+            return cast("bytes", store.compare_set(key, "", name))
         except Exception as error:
-            held.append(error)
+            return error
+
+    def write_down() -> None:
+        with suppress(FinalizingError), shielded():
+            held.append(answer())
 
     if dist is None:
         # Here and not on the thread: this may be within the import of torch, whose lock

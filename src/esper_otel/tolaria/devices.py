@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
+from esper_otel.finalization import FinalizingError, shielded
+
 log = logging.getLogger("esper_otel")
 
 INTERVAL_S = 1.0
@@ -118,7 +120,11 @@ class DeviceSampler:
 
     def _run(self) -> None:
         while True:
-            self.sample()
+            try:
+                with shielded():
+                    self.sample()
+            except FinalizingError:
+                return
             if self._stop.wait(self._interval_s):
                 break
         for probe in self._probes:

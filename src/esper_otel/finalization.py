@@ -1,0 +1,77 @@
+"""Finalization: no thread of ours may be within torch when the interpreter ends.
+
+Until 3.14 CPython ends a thread that wants the interpreter back after finalization has
+begun by unwinding its stack (``PyThread_exit_thread``). Where that stack has torch's C++ on
+it, which let go of the interpreter, the process dies of SIGABRT ("terminate called without
+an active exception"): a training that went well would end with status 134. So a daemon
+thread calls torch within :func:`shielded`, and the end of the process waits until nobody
+is in there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition
+
+WAIT_S = 1.0
+"""Longest that the end of the process is put off; whoever hangs longer takes the risk."""
+
+
+class FinalizingError(RuntimeError):
+    """The interpreter is about to end: it is too late to call torch from a thread."""
+
+
+class Shield:
+    """Counts who is inside; nobody gets in once it is closed."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._inside = 0
+        self._closed = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be inside; raises :class:`FinalizingError` once it is closed."""
+        with self._changed:
+            if self._closed:
+                raise FinalizingError("the interpreter is about to end")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def close(self, timeout_s: float = WAIT_S) -> bool:
+        """Let nobody in any more; returns whether all have come out in time."""
+        with self._changed:
+            self._closed = True
+            return self._changed.wait_for(lambda: self._inside == 0, timeout_s)
+
+
+_shield = Shield()
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Within it the interpreter does not end, for :data:`WAIT_S` at most.
+
+    Raises :class:`FinalizingError` when it is about to.
+    """
+    with _shield.held():
+        yield
+
+
+def _anew() -> None:
+    """In a forked child there are no threads but its own."""
+    global _shield
+    _shield = Shield()
+
+
+# Made before any run is: what runs do at exit comes first, and then nobody is let in.
+atexit.register(lambda: _shield.close())
+os.register_at_fork(after_in_child=_anew)
