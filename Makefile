@@ -38,6 +38,7 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m esper_otel.leyline.docs --check
+	$(BIN)/python -m esper_otel.settings_docs --check
 	$(BIN)/python -m esper_tamiyo.table_docs --check
 	$(BIN)/python -m esper_tamiyo.journaling.own_metrics --check
 	$(BIN)/python -m dashboards --check
@@ -48,6 +49,7 @@ format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m esper_otel.leyline.docs
+	$(BIN)/python -m esper_otel.settings_docs
 	$(BIN)/python -m esper_tamiyo.table_docs
 	$(BIN)/python -m esper_tamiyo.journaling.own_metrics
 	$(BIN)/python -m dashboards

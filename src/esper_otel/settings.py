@@ -85,6 +85,7 @@ class Summaries(StrEnum):
     """One line for a machine."""
 
     OFF = "off"
+    """Nothing."""
 
 
 class SettingsError(ValueError):
@@ -108,7 +109,10 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     that torchrun has started agree on."""
 
     rank: int = 0
+    """Which of the run's processes this is, from 0."""
+
     world_size: int = 1
+    """How many processes the run has."""
 
     local_rank: int = -1
     """Place among the ranks of this host; -1: not known, and not told."""
@@ -116,7 +120,8 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode = Mode.ADVISE
 
     tamiyo_socket: str = ""
-    """Where the sidecar listens; empty: :func:`leyline.wire.default_socket_path`."""
+    """Where the sidecar listens; empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a
+    temporary folder of the user's own."""
 
     tamiyo_deadline_ms: float = 5.0
     """Longest wait for one decision."""

@@ -80,7 +80,14 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
     ),
     Metric("backward_ms", "ms", "inside backward", _PHASE, gated=True),
-    Metric("optimizer_ms", "ms", "inside optimizer.step", _PHASE, gated=True),
+    Metric(
+        "optimizer_ms",
+        "ms",
+        "inside optimizer.step, with clipping before it and what the loop does after it until "
+        "it asks for a batch",
+        _PHASE,
+        gated=True,
+    ),
     Metric(
         "kasmina.apply_ms",
         "ms",
