@@ -7,6 +7,9 @@ PAGE_TEXT = """\
 
 A table says when something is wrong with a run and what to do about it. It is YAML, read
 by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
+`default` holds a run against its own past, and a rise of the loss against the size that the
+loss had: where that is far below zero (a log-likelihood of -50) it has to rise by half its
+size before `loss_spike` speaks, however unusual a smaller jump would be.
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
 its file, line and field, and rules that can never fire, never be heard or never end.
 `table.schema.json` beside this page is its JSON Schema: with

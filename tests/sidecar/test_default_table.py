@@ -217,6 +217,22 @@ def test_steps_that_take_long_are_named_sooner_when_they_are_long_for_anybody(
     assert found == [(TROUBLE + within - 1, rule, None)]
 
 
+def test_a_loss_below_zero_is_judged_by_its_distance_from_its_baseline():
+    """As of a log-likelihood: twice a loss of -50 says nothing, its size above it does."""
+
+    def likelihood(step, values, seeds):
+        values["loss"] -= 60.0
+
+    def diverges(step, values, seeds):
+        likelihood(step, values, seeds)
+        if step >= TROUBLE:
+            values["loss"] += 150.0
+
+    assert told(Made(20.0, 11.0, likelihood), 1000) == []
+    heard = {(step, rule) for step, rule, _ in told(Made(20.0, 11.0, diverges), TROUBLE + 5)}
+    assert {(TROUBLE, "loss_spike"), (TROUBLE + 1, "loss_diverging")} <= heard
+
+
 @pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
 def test_a_hook_that_takes_long_is_named_when_it_is_long_for_anybody(step_ms):
     assert told(Made(step_ms, 1.0, times(20, "hook_latency_ms")), TROUBLE + 9) == []

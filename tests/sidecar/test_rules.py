@@ -64,7 +64,10 @@ def test_a_bound(operator, number, value, expected):
         (99.0, (1, 2), None),  # warm-up
         (None, (1, 2, 9), None),
         (1.0, (0, 0, 0), True),
-        (1.0, (-1, -2, -3), None),  # three times a negative baseline means nothing
+        # As far above -2 as 6 is above 2, in sizes of the baseline.
+        (2.0, (-1, -2, -3), False),
+        (2.1, (-1, -2, -3), True),
+        (-7.0, (-1, -2, -3), False),
         (31.0, (99, 1, 10, 10, 10, 10), True),  # 99 has left the window of five
     ],
 )
@@ -89,7 +92,8 @@ def test_above_the_baseline_of_another_metric():
         (0.0, (1, 2), None),  # warm-up
         (None, (1, 2, 9), None),
         (0.0, (0, 0, 0), False),  # no part of nothing is less than nothing
-        (-9.0, (-1, -2, -3), None),
+        (-3.0, (-1, -2, -3), False),
+        (-3.1, (-1, -2, -3), True),
     ],
 )
 def test_below_baseline(value, before, expected):

@@ -16,7 +16,7 @@ import msgspec
 
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import History, Watch
-from esper_tamiyo.judging.rules import Test, test_of
+from esper_tamiyo.judging.rules import Test, test_of, times
 from esper_tamiyo.language.operators import FORMS, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
 
@@ -205,7 +205,9 @@ def _bound(condition: Condition, history: History) -> Bound:
 
     def bound() -> float:
         median = reference.value
-        return never if median is None or median < 0.0 else number * median
+        if median is None:
+            return never
+        return number * median if median >= 0.0 else times(number, median)
 
     return bound
 

@@ -194,7 +194,7 @@ def _at_most(condition: Condition) -> Test:
 
 
 def _on_baseline(condition: Condition) -> Test:
-    """Unknown in warm-up, and below zero, where "so many times" has no meaning."""
+    """Unknown in warm-up; of a baseline below zero see :func:`times`."""
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_BASELINE
     name = Watch(condition.baseline_of, condition.baseline).name
@@ -204,11 +204,21 @@ def _on_baseline(condition: Condition) -> Test:
         if value is None:
             return None
         median = history.baselines[name].value
-        if median is None or median < 0.0:
+        if median is None:
             return None
-        return value > factor * median if above else value < factor * median
+        bound = factor * median if median >= 0.0 else times(factor, median)
+        return value > bound if above else value < bound
 
     return test
+
+
+def times(factor: float, baseline: float) -> float:
+    """``factor`` times ``baseline``, seen from the baseline: factor - 1 of its size above it.
+
+    That is the product for a baseline above zero. Twice a loss of -50 would be -100, and
+    less; a loss that is as far above -50 as 2 is above 1 stands at 0.
+    """
+    return baseline + (factor - 1.0) * abs(baseline)
 
 
 def _on_peers(condition: Condition) -> Test:

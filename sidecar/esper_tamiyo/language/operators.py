@@ -81,14 +81,14 @@ FORMS: dict[Operator, Form] = {
     Operator.AT_MOST: Form(Operand.BOUND, "the value is the number or below it", 1),
     Operator.ABOVE_BASELINE: Form(
         Operand.FACTOR,
-        "the value is above so many times the baseline; unknown during warm-up, and while "
-        "the baseline is negative",
+        "the value is above so many times the baseline: above the baseline by the number "
+        "less one, times its size, so that it has a meaning below zero as well; unknown "
+        "during warm-up",
         -1,
     ),
     Operator.BELOW_BASELINE: Form(
         Operand.FACTOR,
-        "the value is below so many times the baseline; unknown during warm-up, and while "
-        "the baseline is negative",
+        "the value is below so many times the baseline, as `above_baseline`",
         1,
     ),
     Operator.ABOVE_PEERS: Form(
