@@ -41,6 +41,7 @@ BENCHES = (
     "judgement",
     "awkward",
     "peers",
+    "ranks_agree",
     "imports",
     "collector",
     "sizing",

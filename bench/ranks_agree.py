@@ -1,0 +1,196 @@
+"""Four ranks of one run: what of them is in the stream, and whether they did alike.
+
+``examples/ddp.py`` on four gloo processes under torchrun, not edited, in ``enforce``, with a
+table that lowers the learning rate again and again. In the middle the sidecar is killed with
+SIGKILL, and another started. What is counted is what came to a receiver; the steps that were
+taken follow from the data, the sampler and the epochs.
+
+    python -m bench.ranks_agree [--json PATH]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
+
+from bench.figures import Figure, run
+from bench.receiver import METRICS, STEP, HttpReceiver
+
+BENCH = "ranks_agree"
+BIN = Path(sys.executable).parent
+RANKS, EPOCHS, BATCH = 4, 60, 64
+PATIENCE_S = 120.0
+
+TABLE = """\
+version: often-1
+rules:
+  - id: now_and_then
+    metric: step
+    above: 20
+    cooldown: 5
+    severity: WARNING
+    action: OPTIMIZER
+    parameters: {lr_scale: 0.98}
+    text: The learning rate is lowered.
+"""
+
+
+class Told(NamedTuple):
+    """What came of the run."""
+
+    runs: set[str]
+    came: Counter[tuple[int, int]]
+    """How often each step of each rank came."""
+
+    rates: dict[int, dict[int, float]]
+    """Rank → step → learning rate in force."""
+
+
+def figures() -> list[Figure]:
+    told = trained()
+    steps = EPOCHS * _batches()
+    wanted = {(rank, step) for rank in range(RANKS) for step in range(1, steps + 1)}
+    first = told.rates.get(0, {})
+    applied = sum(first[step] < first[step - 1] for step in first if step - 1 in first)
+    apart = sum(len({told.rates[rank].get(step) for rank in told.rates}) > 1 for step in first)
+    rows = [
+        ("names that the ranks have for their run, beyond one", len(told.runs) - 1, "names"),
+        ("steps taken and not in the stream", len(wanted - told.came.keys()), "steps"),
+        ("steps in the stream that were not taken", len(told.came.keys() - wanted), "steps"),
+        (
+            "steps that came more than once",
+            sum(count > 1 for count in told.came.values()),
+            "steps",
+        ),
+        ("steps at which the ranks' learning rates differ", apart, "steps"),
+    ]
+    return [
+        Figure.report(BENCH, f"{RANKS} ranks, steps of each", steps, "steps"),
+        Figure.report(BENCH, "decisions applied", applied, "decisions"),
+        *(Figure.at_most(BENCH, name, value, unit, bar=0) for name, value, unit in rows),
+    ]
+
+
+def trained() -> Told:
+    """The run, with a sidecar that dies after a third of it and is there again after two."""
+    with tempfile.TemporaryDirectory(prefix="esper-bench-") as name, HttpReceiver() as receiver:
+        folder = Path(name)
+        table, socket = folder / "often.yaml", folder / "tamiyo.sock"
+        said = folder / "said"
+        table.write_text(TABLE)
+        thirds = [EPOCHS * _batches() // 3 * part for part in (1, 2)]
+        with sidecar(socket, table) as first:
+            training = _start(folder, said, receiver.url, socket)
+            try:
+                _until(lambda: _newest(receiver) >= thirds[0], training, said)
+                first.kill()
+                first.wait()
+                _until(lambda: _newest(receiver) >= thirds[1], training, said)
+                with sidecar(socket, table):
+                    if training.wait(PATIENCE_S) != 0:
+                        raise RuntimeError(said.read_text())
+            finally:
+                training.terminate()  # torchrun ends its workers with it
+                training.wait()
+        return _told(receiver)
+
+
+@contextmanager
+def sidecar(socket: Path, table: Path) -> Iterator[subprocess.Popen[str]]:
+    """One that is only asked."""
+    command = [str(BIN / "tamiyo"), "serve", "--socket", str(socket), "--table", str(table)]
+    command += ["--otlp-http", "127.0.0.1:0", "--otlp-grpc", "127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process
+        finally:
+            process.terminate()
+
+
+def _start(folder: Path, told: Path, url: str, socket: Path) -> subprocess.Popen[str]:
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(RANKS)]
+    command += ["-m", "esper_otel", "run", "-m", "examples.ddp", "--epochs", str(EPOCHS)]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+    ours = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+        "OMP_NUM_THREADS": "1",
+        "ESPER_MODE": "enforce",
+        "ESPER_TAMIYO_SOCKET": str(socket),
+        "ESPER_TAMIYO_DEADLINE_MS": "100",
+        "ESPER_RELEASE_STEPS": "100000",
+        "ESPER_SPOOL_DIR": str(folder / "spool"),
+        "ESPER_SUMMARY": "off",
+    }
+    with told.open("w") as file:
+        return subprocess.Popen(command, env=clean | ours, stdout=file, stderr=file, text=True)
+
+
+def _batches() -> int:
+    """Steps of a rank in an epoch: the sampler gives each rank as many rows, rounded up."""
+    from examples.digits import load
+
+    train, _ = load(0)
+    rows = -(-len(train) // RANKS)
+    return -(-rows // BATCH)
+
+
+def _until(there: Callable[[], bool], training: subprocess.Popen[str], said: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not there():
+        if training.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the ranks did not get there: {said.read_text()}")
+        time.sleep(0.05)
+
+
+def _newest(receiver: HttpReceiver) -> int:
+    newest = 0
+    for request in receiver.inbox.requests[-8:]:
+        for _, values in _steps(request.path, request.body):
+            newest = max(newest, int(values[STEP]))
+    return newest
+
+
+def _told(receiver: HttpReceiver) -> Told:
+    told = Told(set(), Counter(), {})
+    for request in receiver.inbox.requests:
+        for resource, values in _steps(request.path, request.body):
+            rank, step = resource["esper.rank"], int(values[STEP])
+            told.runs.add(resource["esper.run_id"])
+            told.came[rank, step] += 1
+            told.rates.setdefault(rank, {})[step] = values["tolaria.optimizer_lr"]
+    return told
+
+
+def _steps(path: str, body: bytes) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+    """Resource and values of every step in a request."""
+    if path != METRICS:
+        return
+    for group in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+        resource = {
+            each.key: getattr(each.value, each.value.WhichOneof("value") or "")
+            for each in group.resource.attributes
+        }
+        steps: dict[int, dict[str, float]] = {}
+        for scope in group.scope_metrics:
+            for metric in scope.metrics:
+                for point in metric.gauge.data_points:
+                    steps.setdefault(point.time_unix_nano, {})[metric.name] = point.as_double
+        yield from ((resource, values) for values in steps.values())
+
+
+if __name__ == "__main__":
+    sys.exit(run(figures))
