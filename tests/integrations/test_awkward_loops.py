@@ -5,6 +5,7 @@ common to all of them is held once for each; what is special about one follows b
 """
 
 import math
+import threading
 
 import pytest
 
@@ -66,6 +67,47 @@ def test_a_skipped_step_leaves_nothing_in_the_next(instrumented):
     skipping_scaler()
     assert [frame["nonfinite"] for frame in instrumented.frames] == [0.0] * 4
     assert all(math.isfinite(frame["loss"]) for frame in instrumented.frames)
+
+
+def test_optimizers_that_step_on_a_thread_of_autograd_leave_the_loop_its_own(instrumented):
+    model = network()
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+
+    def step(parameter):
+        # As on CUDA, where backward runs on a thread of its device.
+        thread = threading.Thread(target=optimizers[parameter].step)
+        thread.start()
+        thread.join()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    losses = []
+    for x, y in data():
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+    assert [frame["loss"] for frame in instrumented.frames] == losses
+    assert all("input_wait_ms" in frame for frame in instrumented.frames)
+
+
+def test_a_backward_that_fails_after_an_optimizer_stepped_in_it_hides_no_later_step(
+    instrumented,
+):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def fails(_):
+        optimizer.step()
+        raise RuntimeError("the user's own")
+
+    handle = model.weight.register_post_accumulate_grad_hook(fails)
+    with pytest.raises(RuntimeError, match="the user's own"):
+        model(torch.ones(2, 4)).sum().backward()
+    handle.remove()
+    for _ in range(2):
+        optimizer.step()
+    assert [frame["step"] for frame in instrumented.frames] == [1, 2]
 
 
 def test_the_loss_of_a_closure_is_that_which_step_returns(instrumented):

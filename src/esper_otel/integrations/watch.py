@@ -148,9 +148,10 @@ class Watch:
             result = original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
+            stepped, self._stepped = self._stepped, None
         self._quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
-        stepped, self._stepped = self._stepped, None
         if stepped is not None:
+            self._thread = get_ident()
             self._quietly(self._run.optimizer_begins, stepped)
             self._quietly(self._end_step, stepped)
         return result
@@ -256,12 +257,12 @@ class Watch:
             optimizer, self._run.preferred
         ):
             return
-        self._thread = get_ident()
         if self._backward_depth:
             # Optimizers that step within backward, one per parameter: the step of the run
-            # ends when backward does, and its loss is known.
+            # ends when backward does, and its loss is known. The thread may be autograd's.
             self._stepped = optimizer
             return
+        self._thread = get_ident()
         self._run.optimizer_begins(optimizer, args, kwargs)
 
     def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
