@@ -69,6 +69,60 @@ def test_a_skipped_step_leaves_nothing_in_the_next(instrumented):
     assert all(math.isfinite(frame["loss"]) for frame in instrumented.frames)
 
 
+def test_each_step_has_the_loss_of_its_own_optimizer(instrumented):
+    ours, others = network(), network()
+    of_ours, of_others = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (ours, others))
+    x = torch.ones(2, 4)
+    for _ in range(3):
+        for factor in (1.0, 3.0):  # two micro-batches, whose mean it is
+            (ours(x).sum() * 0 + factor).backward()
+        of_ours.step()
+        (others(x).sum() * 0 + 100).backward()
+        of_others.step()
+    assert [frame["loss"] for frame in instrumented.frames] == [2.0] * 3
+
+
+def test_a_loss_of_another_optimizer_that_overflows_is_not_the_steps(instrumented):
+    ours, others = network(), network()
+    of_ours, of_others = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (ours, others))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    x = torch.ones(2, 4)
+    for _ in range(3):
+        scaler.scale(ours(x).sum() * 0 + 1).backward()
+        scaler.step(of_ours)
+        scaler.scale(others(x).sum() * math.inf).backward()
+        scaler.step(of_others)
+        scaler.update()
+    assert [frame["loss"] for frame in instrumented.frames] == [1.0] * 3
+    assert [frame["nonfinite"] for frame in instrumented.frames] == [0.0] * 3
+
+
+def test_one_loss_that_two_optimizers_step_by_is_the_steps(instrumented):
+    model = network()
+    first, second = (torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model[::2])
+    for i in range(3):
+        (model(torch.ones(2, 4)).sum() * 0 + 5).backward()
+        if i:
+            second.step()  # and then that which sets the steps
+        first.step()
+    assert [frame["loss"] for frame in instrumented.frames] == [5.0] * 3
+
+
+@pytest.mark.parametrize(("shares", "loss"), [("false", 2.0), ("true", 8.0)])
+def test_losses_that_were_divided_by_their_number_add_up(captured, monkeypatch, shares, loss):
+    monkeypatch.setenv("ESPER_LOSSES_ARE_SHARES", shares)
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(4):
+            ((model(torch.ones(2, 4)).sum() * 0 + 8.0) / 4).backward()
+        optimizer.step()
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert [frame["loss"] for frame in captured.frames] == [loss]
+
+
 def test_optimizers_that_step_on_a_thread_of_autograd_leave_the_loop_its_own(instrumented):
     model = network()
     optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}

@@ -181,7 +181,9 @@ class Watch:
     ) -> Any:
         steps = self._steps
         result = original(scaler, optimizer, *args, **kwargs)
-        if steps == self._steps and self._primary.may_be(optimizer):
+        if not self._primary.may_be(optimizer):
+            self._quietly(self._another_ended, optimizer)
+        elif steps == self._steps:
             self._clips.clear()
             self._quietly(self._recorder.skipped)
         return result
@@ -278,8 +280,16 @@ class Watch:
         self._run.optimizer_begins(optimizer, args, kwargs)
 
     def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._primary.current is optimizer and self._stepped is None:
+        if self._backward_depth:
+            return
+        if self._primary.current is optimizer:
             self._quietly(self._end_step, optimizer, args, kwargs)
+        else:
+            self._quietly(self._another_ended, optimizer)
+
+    def _another_ended(self, optimizer: Any) -> None:
+        if not (self._elsewhere or self._run.owns(optimizer)):
+            self._recorder.another_stepped()
 
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
         self._steps += 1

@@ -85,6 +85,7 @@ class Recorder:
     _samples: int
     _norm: Value | None
     _losses: list[Value]
+    _losses_of_another: list[Value] | None
     _reported_losses: list[Value]
     _reported: list[tuple[int, Value]]
     _phases: list[tuple[str, int, int]]
@@ -175,8 +176,19 @@ class Recorder:
         """
         self._norm = None
         self._losses = []
+        self._losses_of_another = None
         self._reported_losses = []
         self._reported = []
+
+    def another_stepped(self) -> None:
+        """An optimizer has stepped whose steps are not the run's (a critic's, say).
+
+        What ``backward`` began from so far was its loss; it is the step's as well only if
+        no other follows, as where one loss trains both.
+        """
+        if self._losses:
+            self._losses_of_another = self._losses
+            self._losses = []
 
     def clipped(self, norm: Value) -> None:
         """Gradients were clipped, and ``norm`` is what their norm was before."""
@@ -357,7 +369,7 @@ class Recorder:
         if self._enriched:
             self._put_gated(row, latency_ms)
             row[_FINALIZE] = (finalized - ended) / 1e6
-        losses = self._reported_losses or self._losses
+        losses = self._reported_losses or self._losses or self._losses_of_another or []
         seeds = growing.seeds if growing is not None else ()
         usual_ms = self._mean_latency_ms
         slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
@@ -461,6 +473,7 @@ class Recorder:
         self._outside_ns = self._losses_before = 0
         self._norm = None
         self._losses = []
+        self._losses_of_another = None
         self._reported_losses = []
         self._reported = []
         self._phases = []
