@@ -322,9 +322,12 @@ class Run:
     def optimizer_ended(
         self, optimizer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NOTHING
     ) -> None:
-        """``optimizer`` has stepped, and so has the run."""
+        """``optimizer`` has stepped, and so has the run, unless it saw an overflow."""
         recorder = self.recorder
         ended = recorder.optimizer_ends()
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and self._skipped(found_inf):
+            return
         if recorder.wants_norm and _has_closure(args, kwargs):
             ended = recorder.measured(self._norm_of(optimizer))
         if self._may_meet:
@@ -332,6 +335,19 @@ class Run:
         recorder.optimizer = optimizer
         recorder.end_step(ended)
         recorder.optimizer = None  # its owner, not this, decides how long it lives
+
+    def _skipped(self, found_inf: Any) -> bool:
+        """Whether an optimizer that a GradScaler has told ``found_inf`` left its step out.
+
+        Fused ones are called in any case, and decide that in their kernel.
+        """
+        skipped = self.scalars.begin(found_inf)
+        if not isinstance(skipped, float):
+            self.recorder.may_be_skipped(skipped)  # nobody waits for a device
+            return False
+        if skipped:
+            self.recorder.skipped()
+        return bool(skipped)
 
     def _norm_of(self, optimizer: Any) -> Any:
         try:

@@ -17,6 +17,7 @@ from bench.loops import (  # noqa: E402
     AWKWARD,
     data,
     from_a_thread,
+    fused_skipping_scaler,
     generator_and_critic,
     in_backward,
     network,
@@ -25,6 +26,7 @@ from bench.loops import (  # noqa: E402
     unaccounted,
     validation_between,
 )
+from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 
 
@@ -63,10 +65,64 @@ def test_the_primary_optimizer_can_be_named(captured, monkeypatch):
     assert len(captured.frames) == cycles
 
 
-def test_a_skipped_step_leaves_nothing_in_the_next(instrumented):
-    skipping_scaler()
+@pytest.mark.parametrize("loop", [skipping_scaler, fused_skipping_scaler])
+def test_a_skipped_step_leaves_nothing_in_the_next(instrumented, loop):
+    loop()
     assert [frame["nonfinite"] for frame in instrumented.frames] == [0.0] * 4
     assert all(math.isfinite(frame["loss"]) for frame in instrumented.frames)
+
+
+def fused_steps(run, optimizer, losses):
+    """One step of a fused ``optimizer`` with a scaler for each of ``losses``."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for loss in losses:
+        optimizer.zero_grad()
+        run.report(loss=loss)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def fused_model():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    losses = [model(torch.ones(1, 2)).sum() * factor for factor in (1.0, math.inf, 1.0)]
+    return optimizer, losses
+
+
+def test_a_loop_that_is_told_of_us_counts_no_step_that_a_fused_optimizer_skips(captured):
+    optimizer, losses = fused_model()
+    run = runs.start(optimizer)
+    fused_steps(run, optimizer, losses)
+    run.close()
+    assert [(f["step"], f["nonfinite"]) for f in captured.frames] == [(1, 0.0), (2, 0.0)]
+
+
+class OnDevice:
+    """A number that a device delivers a little later."""
+
+    def __init__(self, tensor):
+        self.number = tensor.item()
+        self.asked = 0
+
+    def ready(self):
+        self.asked += 1
+        return self.asked > 2
+
+    def value(self):
+        return self.number
+
+
+def test_on_a_device_a_fused_step_counts_but_what_it_skipped_is_not_told(captured, monkeypatch):
+    optimizer, losses = fused_model()
+    run = runs.start(optimizer)
+    monkeypatch.setattr(run.scalars, "begin", OnDevice)
+    fused_steps(run, optimizer, losses)
+    run.close()
+    assert [f["step"] for f in captured.frames] == [1, 2, 3]
+    assert [f["nonfinite"] for f in captured.frames] == [0.0] * 3
+    for key in ("loss", "gradient_norm"):
+        assert [key in f for f in captured.frames] == [True, False, True]
 
 
 def test_each_step_has_the_loss_of_its_own_optimizer(instrumented):

@@ -27,7 +27,7 @@ from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.memory import recalled
 from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
 from esper_otel.tolaria.responses import Optimizer, Responses
-from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
+from esper_otel.tolaria.seal import Reading, Sealer, Unless, Unsealed, Value, put_optimizer
 from esper_otel.tolaria.tending import Tending, put_garden
 
 log = logging.getLogger("esper_otel")
@@ -179,6 +179,17 @@ class Recorder:
         self._losses_of_another = None
         self._reported_losses = []
         self._reported = []
+
+    def may_be_skipped(self, skipped: Reading) -> None:
+        """The optimizer has stepped if ``skipped``, which a device has still to tell, is zero.
+
+        If it is not, the step has been counted all the same, but not what it learnt.
+        """
+        if self._norm is not None:
+            self._norm = Unless(self._norm, skipped)
+        losses = self._reported_losses or self._losses or self._losses_of_another or ()
+        self._losses = [Unless(loss, skipped) for loss in losses]
+        self._reported_losses = []
 
     def another_stepped(self) -> None:
         """An optimizer has stepped whose steps are not the run's (a critic's, say).
