@@ -90,10 +90,10 @@ def accumulation() -> int:
     return taken
 
 
-def skipping_scaler() -> int:
+def skipping_scaler(make: Callable[[nn.Module], torch.optim.Optimizer] = sgd) -> int:
     """Two of six losses overflow, so that the scaler skips their steps."""
     model = network()
-    optimizer = sgd(model)
+    optimizer = make(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     taken = 0
     for i, (x, y) in enumerate(data()):
@@ -299,6 +299,11 @@ def by_autograd() -> int:
     return taken
 
 
+def fused_skipping_scaler() -> int:
+    """A fused optimizer is called at every step, and skips two of them in its kernel."""
+    return skipping_scaler(lambda model: torch.optim.AdamW(model.parameters(), fused=True))
+
+
 def by_adamw(**options: Any) -> int:
     return plain(make=lambda model: torch.optim.AdamW(model.parameters(), **options))
 
@@ -323,6 +328,7 @@ AWKWARD: dict[str, Callable[[], int]] = {
     "optimizers in backward": in_backward,
     "autograd.backward": by_autograd,
     "fused": lambda: by_adamw(fused=True),
+    "fused, skipping scaler": fused_skipping_scaler,
     "foreach": lambda: by_adamw(foreach=True),
     "learning rate in a tensor": lambda: by_adamw(lr=torch.tensor(0.01)),
 }

@@ -94,6 +94,8 @@ class Run:
             span_every=settings.span_every,
             span_slow_factor=settings.span_slow_factor,
         )
+        if settings.losses_are_shares:
+            self.recorder.losses_are_shares()
         if not self.enabled:
             self.recorder.switch_off()
             return
@@ -126,7 +128,9 @@ class Run:
         ``loss`` and ``values`` (``accuracy``, ``grad_conflict_rate``, ``gradient_norm``,
         ``samples_per_s``) are numbers or tensors of one element; a tensor on a device is
         read when it gets here, without waiting for it. Called once per micro-batch, the
-        step's loss is their mean. Raises ``ValueError`` for a name that is none of these.
+        step's loss is their mean, or their sum by the setting ``losses_are_shares``. A loop
+        that clips its gradients tells their norm of before; without it the norm is that of
+        what the optimizer is given. Raises ``ValueError`` for a name that is none of these.
         """
         begin = self.scalars.begin
         self.recorder.report(
@@ -318,9 +322,12 @@ class Run:
     def optimizer_ended(
         self, optimizer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NOTHING
     ) -> None:
-        """``optimizer`` has stepped, and so has the run."""
+        """``optimizer`` has stepped, and so has the run, unless it saw an overflow."""
         recorder = self.recorder
         ended = recorder.optimizer_ends()
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and self._skipped(found_inf):
+            return
         if recorder.wants_norm and _has_closure(args, kwargs):
             ended = recorder.measured(self._norm_of(optimizer))
         if self._may_meet:
@@ -328,6 +335,19 @@ class Run:
         recorder.optimizer = optimizer
         recorder.end_step(ended)
         recorder.optimizer = None  # its owner, not this, decides how long it lives
+
+    def _skipped(self, found_inf: Any) -> bool:
+        """Whether an optimizer that a GradScaler has told ``found_inf`` left its step out.
+
+        Fused ones are called in any case, and decide that in their kernel.
+        """
+        skipped = self.scalars.begin(found_inf)
+        if not isinstance(skipped, float):
+            self.recorder.may_be_skipped(skipped)  # nobody waits for a device
+            return False
+        if skipped:
+            self.recorder.skipped()
+        return bool(skipped)
 
     def _norm_of(self, optimizer: Any) -> Any:
         try:

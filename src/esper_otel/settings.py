@@ -173,6 +173,11 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     several: the name of its class, or its place in the order in which they first step, from
     0. Empty: :class:`integrations.primary.Primary` chooses."""
 
+    losses_are_shares: bool = False
+    """Whether a script that accumulates gradients has divided each loss by the number of
+    micro-batches before ``backward``: then a step's loss is their sum, not their mean.
+    Frameworks that do so are known to."""
+
     release_steps: int = 200
     """Steps without an OPTIMIZER decision before the learning rate is given back, and
     over which it is. More than a table's baseline window, so that what comes of it is held

@@ -5,6 +5,7 @@ common to all of them is held once for each; what is special about one follows b
 """
 
 import math
+import threading
 
 import pytest
 
@@ -16,6 +17,7 @@ from bench.loops import (  # noqa: E402
     AWKWARD,
     data,
     from_a_thread,
+    fused_skipping_scaler,
     generator_and_critic,
     in_backward,
     network,
@@ -24,6 +26,7 @@ from bench.loops import (  # noqa: E402
     unaccounted,
     validation_between,
 )
+from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 
 
@@ -62,10 +65,159 @@ def test_the_primary_optimizer_can_be_named(captured, monkeypatch):
     assert len(captured.frames) == cycles
 
 
-def test_a_skipped_step_leaves_nothing_in_the_next(instrumented):
-    skipping_scaler()
+@pytest.mark.parametrize("loop", [skipping_scaler, fused_skipping_scaler])
+def test_a_skipped_step_leaves_nothing_in_the_next(instrumented, loop):
+    loop()
     assert [frame["nonfinite"] for frame in instrumented.frames] == [0.0] * 4
     assert all(math.isfinite(frame["loss"]) for frame in instrumented.frames)
+
+
+def fused_steps(run, optimizer, losses):
+    """One step of a fused ``optimizer`` with a scaler for each of ``losses``."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for loss in losses:
+        optimizer.zero_grad()
+        run.report(loss=loss)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def fused_model():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    losses = [model(torch.ones(1, 2)).sum() * factor for factor in (1.0, math.inf, 1.0)]
+    return optimizer, losses
+
+
+def test_a_loop_that_is_told_of_us_counts_no_step_that_a_fused_optimizer_skips(captured):
+    optimizer, losses = fused_model()
+    run = runs.start(optimizer)
+    fused_steps(run, optimizer, losses)
+    run.close()
+    assert [(f["step"], f["nonfinite"]) for f in captured.frames] == [(1, 0.0), (2, 0.0)]
+
+
+class OnDevice:
+    """A number that a device delivers a little later."""
+
+    def __init__(self, tensor):
+        self.number = tensor.item()
+        self.asked = 0
+
+    def ready(self):
+        self.asked += 1
+        return self.asked > 2
+
+    def value(self):
+        return self.number
+
+
+def test_on_a_device_a_fused_step_counts_but_what_it_skipped_is_not_told(captured, monkeypatch):
+    optimizer, losses = fused_model()
+    run = runs.start(optimizer)
+    monkeypatch.setattr(run.scalars, "begin", OnDevice)
+    fused_steps(run, optimizer, losses)
+    run.close()
+    assert [f["step"] for f in captured.frames] == [1, 2, 3]
+    assert [f["nonfinite"] for f in captured.frames] == [0.0] * 3
+    for key in ("loss", "gradient_norm"):
+        assert [key in f for f in captured.frames] == [True, False, True]
+
+
+def test_each_step_has_the_loss_of_its_own_optimizer(instrumented):
+    ours, others = network(), network()
+    of_ours, of_others = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (ours, others))
+    x = torch.ones(2, 4)
+    for _ in range(3):
+        for factor in (1.0, 3.0):  # two micro-batches, whose mean it is
+            (ours(x).sum() * 0 + factor).backward()
+        of_ours.step()
+        (others(x).sum() * 0 + 100).backward()
+        of_others.step()
+    assert [frame["loss"] for frame in instrumented.frames] == [2.0] * 3
+
+
+def test_a_loss_of_another_optimizer_that_overflows_is_not_the_steps(instrumented):
+    ours, others = network(), network()
+    of_ours, of_others = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (ours, others))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    x = torch.ones(2, 4)
+    for _ in range(3):
+        scaler.scale(ours(x).sum() * 0 + 1).backward()
+        scaler.step(of_ours)
+        scaler.scale(others(x).sum() * math.inf).backward()
+        scaler.step(of_others)
+        scaler.update()
+    assert [frame["loss"] for frame in instrumented.frames] == [1.0] * 3
+    assert [frame["nonfinite"] for frame in instrumented.frames] == [0.0] * 3
+
+
+def test_one_loss_that_two_optimizers_step_by_is_the_steps(instrumented):
+    model = network()
+    first, second = (torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model[::2])
+    for i in range(3):
+        (model(torch.ones(2, 4)).sum() * 0 + 5).backward()
+        if i:
+            second.step()  # and then that which sets the steps
+        first.step()
+    assert [frame["loss"] for frame in instrumented.frames] == [5.0] * 3
+
+
+@pytest.mark.parametrize(("shares", "loss"), [("false", 2.0), ("true", 8.0)])
+def test_losses_that_were_divided_by_their_number_add_up(captured, monkeypatch, shares, loss):
+    monkeypatch.setenv("ESPER_LOSSES_ARE_SHARES", shares)
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(4):
+            ((model(torch.ones(2, 4)).sum() * 0 + 8.0) / 4).backward()
+        optimizer.step()
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert [frame["loss"] for frame in captured.frames] == [loss]
+
+
+def test_optimizers_that_step_on_a_thread_of_autograd_leave_the_loop_its_own(instrumented):
+    model = network()
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+
+    def step(parameter):
+        # As on CUDA, where backward runs on a thread of its device.
+        thread = threading.Thread(target=optimizers[parameter].step)
+        thread.start()
+        thread.join()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    losses = []
+    for x, y in data():
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+    assert [frame["loss"] for frame in instrumented.frames] == losses
+    assert all("input_wait_ms" in frame for frame in instrumented.frames)
+
+
+def test_a_backward_that_fails_after_an_optimizer_stepped_in_it_hides_no_later_step(
+    instrumented,
+):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def fails(_):
+        optimizer.step()
+        raise RuntimeError("the user's own")
+
+    handle = model.weight.register_post_accumulate_grad_hook(fails)
+    with pytest.raises(RuntimeError, match="the user's own"):
+        model(torch.ones(2, 4)).sum().backward()
+    handle.remove()
+    for _ in range(2):
+        optimizer.step()
+    assert [frame["step"] for frame in instrumented.frames] == [1, 2]
 
 
 def test_the_loss_of_a_closure_is_that_which_step_returns(instrumented):

@@ -137,7 +137,90 @@ def test_clipping_a_part_does_not_pass_for_the_whole_norm(instrumented):
         norms.append(math.sqrt(sum(p.grad.norm().item() ** 2 for p in model.parameters())))
         nn.utils.clip_grad_norm_(model[0].parameters(), 1e9)
         optimizer.step()
-    assert [f["gradient_norm"] for f in instrumented.frames[1:]] == pytest.approx(norms[1:])
+    assert [f["gradient_norm"] for f in instrumented.frames] == pytest.approx(norms)
+
+
+def norm_of(model):
+    return math.sqrt(sum(p.grad.norm().item() ** 2 for p in model.parameters()))
+
+
+def test_clipping_another_model_of_the_same_shape_does_not_pass_for_it_either(instrumented):
+    ours, others = nn.Linear(4, 1), nn.Linear(4, 1)
+    first, second = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (ours, others))
+    for _ in range(2):
+        first.zero_grad()
+        second.zero_grad()
+        ours(torch.ones(3, 4)).sum().backward()
+        (others(torch.ones(3, 4)).sum() * 1000).backward()
+        nn.utils.clip_grad_norm_(others.parameters(), 1e9)
+        first.step()
+        second.step()
+    norms = [frame["gradient_norm"] for frame in instrumented.frames]
+    assert norms == pytest.approx([norm_of(ours)] * 2)
+
+
+def test_a_second_model_is_told_before_clipping_from_its_first_step(instrumented):
+    for _ in range(2):
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).sum().backward()
+            before = norm_of(model)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+    norms = [frame["gradient_norm"] for frame in instrumented.frames]
+    assert norms == pytest.approx([before] * 4)
+
+
+def test_groups_in_another_order_and_frozen_parameters_are_still_the_whole(instrumented):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    model[0].bias.requires_grad_(False)
+    weights = [layer.weight for layer in model]
+    optimizer = torch.optim.SGD(
+        [{"params": [model[1].bias]}, {"params": reversed(weights)}], lr=0.0
+    )
+    model(torch.ones(3, 4)).sum().backward()
+    before = math.sqrt(sum(p.grad.norm().item() ** 2 for p in [*weights, model[1].bias]))
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+    (frame,) = instrumented.frames
+    assert frame["gradient_norm"] == pytest.approx(before)
+
+
+def test_what_a_closure_clips_is_told_before_clipping(instrumented):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4)).sum()
+        loss.backward()
+        norms.append(norm_of(model))
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        return loss
+
+    norms = []
+    for _ in range(2):
+        optimizer.step(evaluate)
+    assert [f["gradient_norm"] for f in instrumented.frames] == pytest.approx(norms)
+
+
+def test_what_was_clipped_for_a_step_that_was_skipped_is_forgotten(instrumented):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(3, 4)).sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        if factor == math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    (frame,) = instrumented.frames
+    assert frame["nonfinite"] == 0
+    assert frame["gradient_norm"] == pytest.approx(norm_of(model))
 
 
 def test_gradient_accumulation_is_one_step(instrumented):
@@ -337,6 +420,19 @@ def test_three_added_lines_record_a_loop(captured):
     assert [frame["loss"] for frame in frames] == losses
     assert frames[-1].keys() >= REQUIRED - {"forward_ms", "backward_ms"} | {"accuracy"}
     assert frames[-1]["optimizer_momentum"] == pytest.approx(0.9)
+
+
+def test_a_loop_that_clips_tells_the_norm_of_before(captured):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    run = esper_otel.start(optimizer)
+    model(torch.ones(3, 4)).sum().backward()
+    before = norm_of(model)
+    run.report(gradient_norm=nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+    optimizer.step()
+    run.close()
+    (frame,) = captured.frames
+    assert frame["gradient_norm"] == pytest.approx(before)
 
 
 def test_phases_can_be_told(captured):

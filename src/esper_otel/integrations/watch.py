@@ -18,6 +18,7 @@ import functools
 import importlib
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from threading import get_ident
 from time import perf_counter_ns
@@ -27,11 +28,14 @@ from esper_otel import run as runs
 from esper_otel.integrations.primary import Primary
 from esper_otel.tolaria.batches import samples_in
 from esper_otel.tolaria.fetches import Source
-from esper_otel.tolaria.gradients import whole_norm
+from esper_otel.tolaria.gradients import whole_norm, with_gradients
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import untraced
 
 log = logging.getLogger("esper_otel")
+
+MAX_CLIPS = 8
+"""Clippings that are remembered until the optimizer steps whose gradients they may be."""
 
 
 class Watch:
@@ -48,6 +52,7 @@ class Watch:
         self._backward_depth = 0
         self._stepped: Any = None
         self._scaled: tuple[Any, Any] | None = None
+        self._clips: deque[tuple[list[int], Any]] = deque(maxlen=MAX_CLIPS)
         self._copies = CopyTimer()
         self._copied = False
         self._undo: list[Callable[[], None]] = []
@@ -148,9 +153,10 @@ class Watch:
             result = original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
+            stepped, self._stepped = self._stepped, None
         self._quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
-        stepped, self._stepped = self._stepped, None
         if stepped is not None:
+            self._thread = get_ident()
             self._quietly(self._run.optimizer_begins, stepped)
             self._quietly(self._end_step, stepped)
         return result
@@ -175,7 +181,10 @@ class Watch:
     ) -> Any:
         steps = self._steps
         result = original(scaler, optimizer, *args, **kwargs)
-        if steps == self._steps and self._primary.may_be(optimizer):
+        if not self._primary.may_be(optimizer):
+            self._quietly(self._another_ended, optimizer)
+        elif steps == self._steps:
+            self._clips.clear()
             self._quietly(self._recorder.skipped)
         return result
 
@@ -198,17 +207,21 @@ class Watch:
     def _take_norm(self, parameters: Any, norm: Any) -> None:
         clipped = [parameters] if hasattr(parameters, "grad") else parameters
         norm = whole_norm(norm, clipped)
-        if norm is None:
-            return
-        optimizer = self._primary.current
-        if optimizer is not None:
-            # The norm of a part of the gradients is not the norm the registry means.
-            stepped = sum(
-                p.grad is not None for group in optimizer.param_groups for p in group["params"]
-            )
-            if stepped != sum(p.grad is not None for p in clipped):
-                return
-        self._recorder.clipped(self._begin(norm))
+        if norm is not None:
+            self._clips.append((with_gradients(clipped), norm))
+
+    def _tell_clips(self, optimizer: Any) -> None:
+        """Tell the norm of what was clipped, if that is all that ``optimizer`` steps by.
+
+        Not before it steps: which optimizer that will be is not known for certain. The norm
+        of a part of its gradients, or of others, is not the norm the registry means.
+        """
+        stepped = with_gradients(p for group in optimizer.param_groups for p in group["params"])
+        for clipped, norm in reversed(self._clips):
+            if clipped == stepped or sorted(clipped) == sorted(stepped):
+                self._recorder.clipped(self._begin(norm))
+                break
+        self._clips.clear()
 
     def _to_device(self, original: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if self._copied or tensor.device.type != "cpu":
@@ -256,20 +269,32 @@ class Watch:
             optimizer, self._run.preferred
         ):
             return
-        self._thread = get_ident()
         if self._backward_depth:
             # Optimizers that step within backward, one per parameter: the step of the run
-            # ends when backward does, and its loss is known.
+            # ends when backward does, and its loss is known. The thread may be autograd's.
             self._stepped = optimizer
             return
+        self._thread = get_ident()
+        if self._clips:
+            self._quietly(self._tell_clips, optimizer)
         self._run.optimizer_begins(optimizer, args, kwargs)
 
     def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._primary.current is optimizer and self._stepped is None:
+        if self._backward_depth:
+            return
+        if self._primary.current is optimizer:
             self._quietly(self._end_step, optimizer, args, kwargs)
+        else:
+            self._quietly(self._another_ended, optimizer)
+
+    def _another_ended(self, optimizer: Any) -> None:
+        if not (self._elsewhere or self._run.owns(optimizer)):
+            self._recorder.another_stepped()
 
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
         self._steps += 1
+        if self._clips:  # by a closure, within the step
+            self._quietly(self._tell_clips, optimizer)
         self._quietly(self._tell_copy)
         self._run.optimizer_ended(optimizer, args, kwargs or {})
 

@@ -81,6 +81,11 @@ def whole_norm(norm: torch.Tensor, parameters: Iterable[torch.Tensor]) -> torch.
     return _whole(norm)
 
 
+def with_gradients(parameters: Iterable[torch.Tensor]) -> list[int]:
+    """The ids of those of ``parameters`` that have a gradient."""
+    return [id(parameter) for parameter in parameters if parameter.grad is not None]
+
+
 _FLAT = "torch.distributed.fsdp._flat_param"
 """Not imported by torch itself: no parameter is marked as long as it is missing."""
 

@@ -27,7 +27,7 @@ from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.memory import recalled
 from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
 from esper_otel.tolaria.responses import Optimizer, Responses
-from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
+from esper_otel.tolaria.seal import Reading, Sealer, Unless, Unsealed, Value, put_optimizer
 from esper_otel.tolaria.tending import Tending, put_garden
 
 log = logging.getLogger("esper_otel")
@@ -85,6 +85,7 @@ class Recorder:
     _samples: int
     _norm: Value | None
     _losses: list[Value]
+    _losses_of_another: list[Value] | None
     _reported_losses: list[Value]
     _reported: list[tuple[int, Value]]
     _phases: list[tuple[str, int, int]]
@@ -175,8 +176,30 @@ class Recorder:
         """
         self._norm = None
         self._losses = []
+        self._losses_of_another = None
         self._reported_losses = []
         self._reported = []
+
+    def may_be_skipped(self, skipped: Reading) -> None:
+        """The optimizer has stepped if ``skipped``, which a device has still to tell, is zero.
+
+        If it is not, the step has been counted all the same, but not what it learnt.
+        """
+        if self._norm is not None:
+            self._norm = Unless(self._norm, skipped)
+        losses = self._reported_losses or self._losses or self._losses_of_another or ()
+        self._losses = [Unless(loss, skipped) for loss in losses]
+        self._reported_losses = []
+
+    def another_stepped(self) -> None:
+        """An optimizer has stepped whose steps are not the run's (a critic's, say).
+
+        What ``backward`` began from so far was its loss; it is the step's as well only if
+        no other follows, as where one loss trains both.
+        """
+        if self._losses:
+            self._losses_of_another = self._losses
+            self._losses = []
 
     def clipped(self, norm: Value) -> None:
         """Gradients were clipped, and ``norm`` is what their norm was before."""
@@ -357,7 +380,7 @@ class Recorder:
         if self._enriched:
             self._put_gated(row, latency_ms)
             row[_FINALIZE] = (finalized - ended) / 1e6
-        losses = self._reported_losses or self._losses
+        losses = self._reported_losses or self._losses or self._losses_of_another or []
         seeds = growing.seeds if growing is not None else ()
         usual_ms = self._mean_latency_ms
         slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
@@ -461,6 +484,7 @@ class Recorder:
         self._outside_ns = self._losses_before = 0
         self._norm = None
         self._losses = []
+        self._losses_of_another = None
         self._reported_losses = []
         self._reported = []
         self._phases = []

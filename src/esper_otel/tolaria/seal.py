@@ -45,6 +45,25 @@ Value = float | Reading
 """A number, or one that a device still has to deliver."""
 
 
+class Unless:
+    """A value that is to be told, unless ``doubt`` arrives and is not zero."""
+
+    __slots__ = ("_doubt", "_value")
+
+    def __init__(self, value: Value, doubt: Reading) -> None:
+        self._value = value
+        self._doubt = doubt
+
+    def ready(self) -> bool:
+        """Whether both have arrived."""
+        value = self._value
+        return self._doubt.ready() and (isinstance(value, float) or value.ready())
+
+    def value(self) -> float | None:
+        """The number; None when it is not to be told, has been lost or is not here yet."""
+        return None if self._doubt.value() else _arrived(self._value)
+
+
 class Unsealed:
     """A frame and the values that are still to be put into its row.
 
