@@ -84,6 +84,23 @@ def test_prometheus_scrapes_what_the_alerts_about_the_collector_look_at(stack, w
     assert exporters == {"otlp_grpc/jaeger", "otlp_grpc/prometheus"}
 
 
+def test_what_prometheus_refuses_for_good_is_told_as_lost_and_not_as_refused_to_trainers(
+    stack, rank, wait_until
+):
+    exprs = {alert.name: alert.expr for alert in health.collector()}
+    now_ns = time.time_ns()
+    one = rank(metrics=1)
+    one.step(0, now_ns)
+    wait_until(lambda: stack.prometheus.series(f'tolaria_step{{esper_run_id="{one.run}"}}'))
+    one.step(1, now_ns)
+    assert one.close(20.0).metrics.delivered == 2
+    lost = wait_until(lambda: stack.prometheus.ask("query", query=exprs["CollectorLoses"]))
+    assert [told["metric"]["exporter"] for told in lost] == ["otlp_grpc/prometheus"]
+    refused = 'otelcol_receiver_refused_metric_points{receiver="otlp/handover"} > 0'
+    assert stack.prometheus.ask("query", query=refused)
+    assert not stack.prometheus.ask("query", query=exprs["CollectorRefuses"])
+
+
 def test_a_wrong_query_is_told_in_the_words_of_prometheus(rehearsed):
     with pytest.raises(QueryError, match="parse error"):
         answers.at(rehearsed[0], "sum by (", rehearsed[2])
