@@ -155,7 +155,10 @@ def test_a_trainer_traces_the_step_that_the_panel_shows_as_slow(stack, wait_unti
         "ESPER_RUN_ID": "slow",
     }
     subprocess.run(
-        [sys.executable, str(script)], env=clean_environment(environment), check=True, timeout=60
+        [sys.executable, str(script)],
+        env=clean_environment(environment),
+        check=True,
+        timeout=60,
     )
     expr = answers.chosen(SLOW.expr, {"run": "slow", "rank": ".*", "__interval": "5m"})
     (shown,) = wait_until(lambda: stack.prometheus.ask("query", query=expr))
