@@ -20,6 +20,9 @@ LAG_MS = 1000
 """More than three times what the way through the Collector may take at the default interval."""
 
 _OWN = {metric.name: metric for metric in OWN_METRICS}
+_SIGNALS = ("metric_points", "spans", "log_records")
+"""As the Collector's counters name them."""
+
 _TRAINING = f"count(count_over_time({prometheus_name(BY_KEY['step'])}[{WITHIN}]))"
 """Whether anybody trains: without a trainer nobody misses Tamiyo."""
 
@@ -30,8 +33,12 @@ def _own(name: str) -> str:
 
 
 def _rises(name: str, where: str = "", by: str = "") -> str:
-    """By how much a counter of Tamiyo's rose; one that is new counts as it stands."""
-    series = f"{_own(name)}{{{where}}}" if where else _own(name)
+    """By how much a counter of Tamiyo's rose."""
+    return _risen(f"{_own(name)}{{{where}}}" if where else _own(name), by)
+
+
+def _risen(series: str, by: str) -> str:
+    """By how much a counter rose; one that is new counts as it stands."""
     new = f"({series} unless {series} offset {WITHIN})"
     return f"sum by ({by}) ({new} or increase({series}[{WITHIN}])) > 0"
 
@@ -58,6 +65,7 @@ def _alert(
 def tamiyo() -> list[Alert]:
     """About the sidecar, from its own metrics."""
     high = 'severity=~"HIGH|CRITICAL"'
+    beats = _own("tamiyo.heartbeat")
     return [
         Alert(
             name="TamiyoDecided",
@@ -73,8 +81,10 @@ def tamiyo() -> list[Alert]:
             "TamiyoSilent",
             "high",
             "2m",
-            f"(last_over_time({_own('tamiyo.heartbeat')}[1h])"
-            f" unless increase({_own('tamiyo.heartbeat')}[{WITHIN}]) > 0)"
+            # By name and not by instance: one that was started again is another instance,
+            # and the one beside a trainer that is done has nothing more to say.
+            f"(max by (job) (last_over_time({beats}[1h]))"
+            f" unless on(job) increase({beats}[{WITHIN}]) > 0)"
             f" and on() ({_TRAINING} > 0)",
             "Tamiyo does not beat, and somebody trains.",
         ),
@@ -125,7 +135,10 @@ def tamiyo() -> list[Alert]:
 
 def collector() -> list[Alert]:
     """About the Collector, from what Prometheus scrapes of it."""
-    to_tamiyo, others = 'exporter=~".*tamiyo"', 'exporter!~".*tamiyo|.*logs"'
+    to_tamiyo, queued = 'exporter=~".*tamiyo"', 'exporter!~".*tamiyo|.*logs"'
+    # What remote write could not bring, the half that hands over to it still has.
+    of_trainers = 'receiver!~".*handover"'
+    to_stay = 'exporter!~".*tamiyo|prometheus_remote_write"'
     return [
         _alert(
             "CollectorDown",
@@ -138,7 +151,7 @@ def collector() -> list[Alert]:
             "CollectorQueueFills",
             "warning",
             "2m",
-            f"otelcol_exporter_queue_size{{{others}}} / otelcol_exporter_queue_capacity > 0.5",
+            f"otelcol_exporter_queue_size{{{queued}}} / otelcol_exporter_queue_capacity > 0.5",
             "The queue of {{ $labels.exporter }} is half full: its receiver is away or slow.",
             "Full to {{ $value | humanizePercentage }}.",
         ),
@@ -147,10 +160,19 @@ def collector() -> list[Alert]:
             "high",
             "1m",
             _any_rises(
-                f"otelcol_receiver_refused_{what}"
-                for what in ("metric_points", "spans", "log_records")
+                f"otelcol_receiver_refused_{what}{{{of_trainers}}}" for what in _SIGNALS
             ),
             "The Collector turns requests of trainers away: memory or a queue is full.",
+        ),
+        _alert(
+            "CollectorLoses",
+            "warning",
+            "0s",
+            _any_rises(
+                (f"otelcol_exporter_send_failed_{what}{{{to_stay}}}" for what in _SIGNALS),
+                by="instance, exporter",
+            ),
+            "What {{ $labels.exporter }} had taken is lost: its receiver refused it for good.",
         ),
         _alert(
             "CollectorDropsForTamiyo",
@@ -165,6 +187,6 @@ def collector() -> list[Alert]:
     ]
 
 
-def _any_rises(counters: Iterable[str]) -> str:
-    """That one of the Collector's counters rises; it sends each from its first count on."""
-    return " or ".join(f"sum by (instance) (rate({one}[{WITHIN}])) > 0" for one in counters)
+def _any_rises(counters: Iterable[str], by: str = "instance") -> str:
+    """That one of the Collector's counters rises; some are there from their first count on."""
+    return " or ".join(_risen(one, by) for one in counters)

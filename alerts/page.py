@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alerts.alert import RUNBOOK, Alert
 from alerts.from_table import Translation
+from alerts.promql import PAST_S
 from esper_tamiyo.language.table import Table
 
 
@@ -16,6 +17,7 @@ def page(table: Table, made: Translation, about_health: Sequence[Alert]) -> str:
     unsaid = [f"| {_link(rule)} | {texts[rule]} | {why} |" for rule, why in made.unsaid.items()]
     return _TEMPLATE.format(
         version=table.version.partition("+")[0],
+        longest_s=f"{PAST_S / table.baseline.warmup:g}",
         said=_table(made.alerts),
         unsaid="\n".join(["| rule | says | why not |", "| --- | --- | --- |", *unsaid]),
         health=_table(about_health),
@@ -59,12 +61,16 @@ and may differ about a single step:
 - a rule that wants several looks at the median of the last minute, for a minute;
 - parts of `all` are true within the same minute, not necessarily at the same step;
 - a rolling baseline is the median of the last ten minutes and counts after as many
-  observations as the table's warm-up; the lowest or highest ever are those of the last day;
+  observations as the table's warm-up, so a rule that wants one says nothing of a run whose
+  steps take longer than {longest_s} s; the lowest or highest ever are those of the last day;
+- what is to last for a minute must be told each minute: of longer steps at most those rules
+  speak that have `0s` in the table below;
 - the peers of a rank are all ranks of its run, itself included;
 - `unchanged_for` is an hour without a change and with so many observations: never wrong, and
   late for fast steps;
-- a rank that has gone silent is told while others of its run go on: whether a run of one
-  rank has ended or fallen silent nobody can see from outside;
+- a rank is missing when it has told nothing for a minute and others of its run are so many
+  steps ahead of it, for a day at most; it may come back as another process. Whether a run of
+  one rank has ended or fallen silent nobody can see from outside;
 - `release` and `cooldown` have no counterpart; Tamiyo's do.
 
 ## Rules that alert

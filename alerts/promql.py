@@ -6,6 +6,7 @@ A table counts observations, PromQL knows times:
   minute. A rule that wants several looks at the minute's median, which holds for most of it.
 - The parts of ``all`` are then true within the same minute, not at the same step.
 - A rolling baseline is the median of the last ten minutes, recorded once a minute.
+- A rank is missing by the steps that others of its run are ahead of it, not by its own time.
 - ``unchanged_for`` is sound and late: nothing changed for an hour with so many observations.
 """
 
@@ -22,11 +23,15 @@ from esper_tamiyo.language.derived import DERIVED, KNOWN
 from esper_tamiyo.language.operators import BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 
-RECENT, PAST, EVER, LONG = "1m", "10m", "1d", "1h"
+PAST_S = 600
+RECENT, PAST, EVER, LONG = "1m", f"{PAST_S // 60}m", "1d", "1h"
 """What "now", a rolling baseline, "ever" and "for long" are in PromQL."""
 
 RUN = label_name(RUN_ID)
 RANK_KEYS = (RUN, label_name(RANK), "instance")
+WHOEVER_KEYS = RANK_KEYS[:2]
+"""A rank, whichever process it is by now."""
+
 SEED_KEYS = (*RANK_KEYS, label_name(SEED_ID))
 
 _SIGNS = {
@@ -185,11 +190,15 @@ class Speaker:
         if condition.metric != "step":
             raise UnsayableError("how many steps a value has been absent cannot be counted")
         series = self._series("step")
-        here = f"count_over_time({series}[{RECENT}])"
-        # A run that has ended is quiet as well, but then all of it is.
+        newest = f"esper:{series}:newest"
+        whoever = ", ".join(WHOEVER_KEYS)
+        self._record(newest, f"max by ({whoever}) (last_over_time({series}[{RECENT}]))")
+        # A run that has ended is quiet as well: then there is nobody to be behind of.
+        run = f"max by ({RUN}) (last_over_time({newest}[{PAST}]))"
+        behind = f"{run} - on({RUN}) group_right () last_over_time({newest}[{EVER}])"
         return (
-            f"(count_over_time({series}[{PAST}]) unless {_on(RANK_KEYS)} {here})"
-            f" and on({RUN}) {here}"
+            f"({behind} >= {condition.number:g})"
+            f" unless {_on(WHOEVER_KEYS)} count_over_time({series}[{RECENT}])"
         )
 
     def _series(self, key: str) -> str:

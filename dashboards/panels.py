@@ -169,12 +169,12 @@ def stage_names() -> Names:
 
 
 def to_trace() -> DashboardLink:
-    """From the milliseconds of a slow step to its trace in Jaeger's page."""
+    """From the milliseconds of a slow step to traces of that length in Jaeger's page."""
     tags = quote(f'{{"{RUN_ID}":"${{__field.labels.{RUN}}}"}}', safe="${}_.")
     search = "lookback=custom&start=${__from}000&end=${__to}000&limit=20"
     least = "minDuration=${__value.numeric}ms"
     url = f"$jaeger/search?service=${{__field.labels.job}}&{search}&{least}&tags={tags}"
-    return DashboardLink("Its trace").url(url).target_blank(True)
+    return DashboardLink("Traces of steps as slow").url(url).target_blank(True)
 
 
 class Happening(dashboard.AnnotationQuery):

@@ -128,8 +128,10 @@ def _time() -> list[PanelBuilder]:
             "ms",
             [Line(SLOW_STEPS, BY_RANK)],
             f"Steps that took more than {SLOW_FACTOR} times the median of {SLOW_SPAN}. A click "
-            "on one leads to its trace, and to those of steps that took longer still: slow "
-            "steps are always traced.",
+            "on one looks in Jaeger for steps that took as long. Traced is what a trainer "
+            "finds slow: a step that takes several times (ESPER_SPAN_SLOW_FACTOR) the weighted "
+            "mean of those just before it. Slow steps that come again and again raise that "
+            "mean, and need not be traced.",
         )
         .draw_style(common.GraphDrawStyle.POINTS)
         .point_size(7)

@@ -30,6 +30,20 @@ def replayed(folder):
     return decided
 
 
+def trained(ranks, patience_s):
+    """What became of the telemetry of a run with trouble of several kinds."""
+    began_s = time.time() - STEPS * STEP_S
+    for step in range(STEPS):
+        for number, one in enumerate(ranks):
+            told = rows(
+                step_values(step, STEPS, number, STEP_S), seed_values(step / STEPS, number)
+            )
+            # Ranks do not end their steps at the same instant.
+            ended_s = began_s + step * STEP_S + number * 0.001
+            one.stream.frame(round(ended_s * 1e9), *told)
+    return [one.close(patience_s) for one in ranks]
+
+
 def test_what_collector_and_trainers_recorded_replays_with_the_same_decisions(
     collector, rank, tmp_path
 ):
@@ -46,23 +60,36 @@ def test_what_collector_and_trainers_recorded_replays_with_the_same_decisions(
         )
         for number in range(RANKS)
     ]
-    began_s = time.time() - STEPS * STEP_S
-    for step in range(STEPS):
-        for number, one in enumerate(ranks):
-            told = rows(
-                step_values(step, STEPS, number, STEP_S), seed_values(step / STEPS, number)
-            )
-            # Ranks do not end their steps at the same instant.
-            ended_s = began_s + step * STEP_S + number * 0.001
-            one.stream.frame(round(ended_s * 1e9), *told)
-    for one in ranks:
-        account = one.close(20.0).metrics
-        assert account.delivered == account.produced > 0
+    for report in trained(ranks, 20.0):
+        assert report.metrics.delivered == report.metrics.produced > 0
     process.stop()
     decided = replayed(by_trainers)
     assert len(decided) >= RANKS * STEPS
     assert {"CONTINUE", "OPTIMIZER", "PAUSE"} <= {one["action"] for one in decided}
     assert replayed(by_collector) == decided
+
+
+def test_what_trainers_without_a_collector_left_in_their_spool_replays_the_same(rank, tmp_path):
+    by_trainers = tmp_path / "trainers"
+    (nobody,) = free(1)
+    ranks = [
+        rank(
+            endpoint=f"http://127.0.0.1:{nobody}",
+            rank=number,
+            world_size=RANKS,
+            recording_dir=str(by_trainers),
+        )
+        for number in range(RANKS)
+    ]
+    spool = tmp_path / "spool"
+    for report in trained(ranks, 1.0):
+        assert report.metrics.spooled == report.metrics.produced > 0
+        assert report.files
+        assert {file.parent for file in report.files} == {spool}
+    decided = replayed(by_trainers)
+    assert len(decided) >= RANKS * STEPS
+    assert {"CONTINUE", "OPTIMIZER", "PAUSE"} <= {one["action"] for one in decided}
+    assert replayed(spool) == decided
 
 
 def test_what_happened_to_a_seed_comes_to_a_backend_for_logs(collector, rank, wait_until):

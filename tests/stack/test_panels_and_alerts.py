@@ -1,6 +1,8 @@
 """Every query of a dashboard and every alert, asked of the real Prometheus."""
 
 import json
+import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -14,6 +16,7 @@ from dashboards.__main__ import FOLDER
 from dashboards.rehearsal import RANKS, REPORT_S, RUN, rehearse
 from esper_tamiyo.language.table_file import load
 from stack.queries import QueryError
+from stack.services import clean_environment
 
 STEPS, STEP_S = 600, 1.0
 QUERIES = [
@@ -21,6 +24,19 @@ QUERIES = [
     for path in sorted(FOLDER.glob("*.json"))
     for number, query in enumerate(answers.queries(json.loads(path.read_text())))
 ]
+(SLOW,) = (query.values[0] for query in QUERIES if query.values[0].panel == "Slow steps")
+SLOW_STEP = 14
+LOOP = f"""
+import time
+import esper_otel
+run = esper_otel.start(span_every=0)
+for step in range(1, 21):
+    with run.phase("forward"):
+        time.sleep(0.2 if step == {SLOW_STEP} else 0.005)
+    run.step()
+report = run.close(20.0)
+assert report.traces.delivered == report.traces.produced > 0, report
+"""
 MADE = translated(load("default"))
 EXPRESSIONS = {
     **{alert.name: alert.expr for alert in MADE.alerts},
@@ -84,6 +100,23 @@ def test_prometheus_scrapes_what_the_alerts_about_the_collector_look_at(stack, w
     assert exporters == {"otlp_grpc/jaeger", "otlp_grpc/prometheus"}
 
 
+def test_what_prometheus_refuses_for_good_is_told_as_lost_and_not_as_refused_to_trainers(
+    stack, rank, wait_until
+):
+    exprs = {alert.name: alert.expr for alert in health.collector()}
+    now_ns = time.time_ns()
+    one = rank(metrics=1)
+    one.step(0, now_ns)
+    wait_until(lambda: stack.prometheus.series(f'tolaria_step{{esper_run_id="{one.run}"}}'))
+    one.step(1, now_ns)
+    assert one.close(20.0).metrics.delivered == 2
+    lost = wait_until(lambda: stack.prometheus.ask("query", query=exprs["CollectorLoses"]))
+    assert [told["metric"]["exporter"] for told in lost] == ["otlp_grpc/prometheus"]
+    refused = 'otelcol_receiver_refused_metric_points{receiver="otlp/handover"} > 0'
+    assert stack.prometheus.ask("query", query=refused)
+    assert not stack.prometheus.ask("query", query=exprs["CollectorRefuses"])
+
+
 def test_a_wrong_query_is_told_in_the_words_of_prometheus(rehearsed):
     with pytest.raises(QueryError, match="parse error"):
         answers.at(rehearsed[0], "sum by (", rehearsed[2])
@@ -91,8 +124,7 @@ def test_a_wrong_query_is_told_in_the_words_of_prometheus(rehearsed):
 
 def test_a_slow_step_is_found_in_jaeger_as_the_link_asks(stack, rehearsed, wait_until):
     url, begin_s, end_s = rehearsed
-    (slow,) = (p.values[0] for p in QUERIES if p.values[0].panel == "Slow steps")
-    expr = answers.chosen(slow.expr, {"run": RUN, "rank": ".*", "__interval": "5s"})
+    expr = answers.chosen(SLOW.expr, {"run": RUN, "rank": ".*", "__interval": "5s"})
     slowest = max(v for one in answers.over(url, expr, begin_s, end_s, 5.0) for v in one.values)
     asked = {
         "service": "esper-trainer",
@@ -111,3 +143,38 @@ def test_a_slow_step_is_found_in_jaeger_as_the_link_asks(stack, rehearsed, wait_
     (trace,) = wait_until(found)
     (step,) = (span for span in trace["spans"] if span["operationName"] == "train.step")
     assert step["duration"] == pytest.approx(slowest * 1000, abs=1)
+
+
+def test_a_trainer_traces_the_step_that_the_panel_shows_as_slow(stack, wait_until, tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text(LOOP)
+    environment = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": stack.url,
+        "OTEL_SERVICE_NAME": "slow",
+        "ESPER_TAMIYO_SOCKET": str(tmp_path / "nobody.sock"),
+        "ESPER_RUN_ID": "slow",
+    }
+    subprocess.run(
+        [sys.executable, str(script)],
+        env=clean_environment(environment),
+        check=True,
+        timeout=60,
+    )
+    expr = answers.chosen(SLOW.expr, {"run": "slow", "rank": ".*", "__interval": "5m"})
+    (shown,) = wait_until(lambda: stack.prometheus.ask("query", query=expr))
+
+    def traced():
+        """Steps to the milliseconds of their spans."""
+        spans = [span for trace in stack.jaeger.traces("slow") for span in trace["spans"]]
+        steps = [span for span in spans if span["operationName"] == "train.step"]
+        return {
+            tag["value"]: span["duration"] / 1000
+            for span in steps
+            for tag in span["tags"]
+            if tag["key"] == "esper.step"
+        }
+
+    found = wait_until(lambda: SLOW_STEP in (steps := traced()) and steps)
+    # A step's latency begins with the end of the step before, its span behind the hook.
+    assert found[SLOW_STEP] == pytest.approx(float(shown["value"][1]), rel=0.1)
+    assert len(found) < 20

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from statistics import median
 
 import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -25,6 +26,9 @@ STEPS = 120
 STEP_NS = 2_000_000
 
 PHASES_US = {"forward": 2000, "backward": 2000, "optimizer": 1000}
+WITHIN_PHASES = 0.9
+"""Of a step that does nothing but sleep in its phases."""
+
 LOOP = f"""
 import time
 import esper_otel
@@ -158,9 +162,24 @@ def test_a_trace_in_jaeger_holds_a_step_whose_phases_lie_inside_it(traces, wait_
         assert phase["references"][0]["spanID"] == step["spanID"]
         assert phase["startTime"] >= step["startTime"]
         assert phase["duration"] + 2 >= PHASES_US[name]
-    within = sum(phase["duration"] for phase in phases.values())
-    assert within <= step["duration"] + len(phases)
     assert spans["tamiyo.decide"]["references"][0]["spanID"] == step["spanID"]
+
+
+def test_what_the_spans_within_a_step_take_adds_up_to_the_step(traces, wait_until):
+    found = wait_until(lambda: len(found := traces()) >= 20 and found)
+    shares = []
+    for trace in found:
+        step = spans_of(trace, "loop")["train.step"]
+        within = [
+            span["duration"]
+            for span in spans_of(trace, "loop").values()
+            if span is not step and span["references"][0]["spanID"] == step["spanID"]
+        ]
+        # Jaeger keeps microseconds: each of the times may be one short.
+        assert sum(within) <= step["duration"] + len(within)
+        shares.append(sum(within) / step["duration"])
+    # The rest is the loop's own, between its phases; a busy machine may let one step wait.
+    assert median(shares) >= WITHIN_PHASES
 
 
 def test_the_same_trace_holds_what_tamiyo_decided(traces, wait_until):

@@ -341,6 +341,20 @@ def test_the_spans_of_a_step_tile_it(clock):
     assert ends[-1] == timeline.end_unix_nano
 
 
+def test_the_first_step_of_an_explicit_loop_begins_with_its_first_phase(clock):
+    recorder, frames = make(clock, span_every=1)
+    clock.pass_ms(500.0)
+    began = clock.now
+    for name in ("forward", "backward", "optimizer"):
+        since = clock.now
+        clock.pass_ms(2.0)
+        recorder.phase(name, since, clock.now)
+    recorder.end_step()
+    (timeline,) = frames.timelines
+    assert timeline.start_unix_nano == timeline.phases[0][1] == began + recorder.clock.offset
+    assert timeline.end_unix_nano - timeline.start_unix_nano == 6 * MS
+
+
 def test_what_cannot_be_reported_is_refused_by_name(clock):
     recorder, _ = make(clock)
     with pytest.raises(ValueError, match="report\\(acuracy=…\\): expected one of accuracy"):

@@ -265,6 +265,8 @@ class Recorder:
             self._optimizer_ns += took
         else:
             raise ValueError(f"phase {name!r}: expected forward, backward or optimizer")
+        if self._begun == 0:
+            self._begun = began
         self._phases.append((f"train.{name}", began, ended))
         self._mark = ended
 
