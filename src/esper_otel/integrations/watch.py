@@ -181,7 +181,7 @@ class Watch:
 
     def _exit(self, pid: int, original: Any, *args: Any, **kwargs: Any) -> None:
         if os.getpid() == pid:  # and not a child that was forked
-            self._quietly(self._run.close)
+            self._quietly(self._run.end)
         original(*args, **kwargs)
 
     def _clip(
