@@ -32,6 +32,9 @@ RANK_KEYS = (RUN, label_name(RANK), "instance")
 WHOEVER_KEYS = RANK_KEYS[:2]
 """A rank, whichever process it is by now."""
 
+MAY_BE_NEGATIVE = frozenset({"loss", "loss_ewma", "loss_delta"})
+"""Of a baseline below zero "so many times" is seen from the baseline, as in tables."""
+
 SEED_KEYS = (*RANK_KEYS, label_name(SEED_ID))
 
 _SIGNS = {
@@ -157,7 +160,9 @@ class Speaker:
                     "its baseline is of the run's beginning, which moves out of every range "
                     "that PromQL can look at"
                 )
-        bound = f"({condition.number:g} * ({base} >= 0))"
+        bound = f"({condition.number:g} * {base})"
+        if key in MAY_BE_NEGATIVE:
+            bound = f"({base} + {condition.number - 1:g} * abs({base}))"
         if _of_seeds(condition.metric) and not _of_seeds(key):
             return f"{_on(RANK_KEYS)} group_left () {bound}"
         return f"{_on(SEED_KEYS if _of_seeds(key) else RANK_KEYS)} {bound}"

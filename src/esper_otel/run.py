@@ -41,6 +41,7 @@ log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_started: weakref.WeakSet[Run] = weakref.WeakSet()
 _automatic: Run | None = None
 _told: set[str] = set()
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -70,7 +71,7 @@ class Run:
         self._handles: list[Any] = []
         self._agreement: Agreement | None = None
         self._meeting: Meeting | None = None
-        self._followed: Callable[[], Any] = lambda: None
+        self._followed: weakref.ref[Any] | None = None
         self._report: StreamReport | None = None
         self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
         self._client = self._make_client()
@@ -102,7 +103,7 @@ class Run:
         self._stream.start()
         self._devices.start()
         _runs.add(self)
-        atexit.register(self.close)
+        atexit.register(self.end)
 
     # What a loop calls.
 
@@ -210,7 +211,7 @@ class Run:
         from esper_otel.kasmina.garden import Garden, GardenError
         from esper_otel.kasmina.optimizers import adamw
 
-        if self.garden is not None and self.garden.planted:
+        if self.garden is not None and not self.garden.closed:
             raise GardenError("this run has a garden: uproot() it before another is planted")
         plant: Callable[..., Garden] = Garden
         self.agree()
@@ -230,7 +231,7 @@ class Run:
             scaler=scaler,
             memory=self.recorder,
         )
-        followed = self._followed()
+        followed = None if self._followed is None else self._followed()
         if followed is not None:
             self.garden.follow(followed)
         self.recorder.tend(self.garden)
@@ -255,10 +256,18 @@ class Run:
         return self._report or self._stream.report()
 
     def close(self, timeout_s: float | None = None) -> StreamReport:
-        """Send what is unsent, for at most ``timeout_s`` (default: the setting), and stop."""
+        """Send what is unsent, for at most ``timeout_s`` (default: the setting), and stop.
+
+        A process that was instrumented from outside (``esper-otel run``) goes on being
+        recorded: then this lets go of the script's optimizer and garden, and no more.
+        """
+        return self._let_go() if self is _automatic else self.end(timeout_s)
+
+    def end(self, timeout_s: float | None = None) -> StreamReport:
+        """What :meth:`close` does for a run that nobody but the script began."""
         if self._report is not None:
             return self._report
-        atexit.unregister(self.close)
+        atexit.unregister(self.end)
         _runs.discard(self)
         for handle in self._handles:
             handle.remove()
@@ -348,6 +357,26 @@ class Run:
         if skipped:
             self.recorder.skipped()
         return bool(skipped)
+
+    def gives_way_to(self, optimizer: Any) -> bool:
+        """Whether ``start(optimizer)`` begins anew what this run was about.
+
+        So it is for the same optimizer, for any when this run's is gone, and for none when
+        this run never had one.
+        """
+        if self._followed is None:
+            return optimizer is None
+        followed = self._followed()
+        return followed is None or followed is optimizer
+
+    def _let_go(self) -> StreamReport:
+        self.prefer(None)
+        if self.garden is not None:
+            self.garden.close()
+            self.recorder.tend(None)
+            if self._agreement is not None:
+                self._agreement.shared = None
+        return self.stream_report
 
     def _norm_of(self, optimizer: Any) -> Any:
         try:
@@ -450,20 +479,49 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     Decisions are enforced unless the settings say otherwise: who writes this line has
     asked for them.
 
+    Called again, as a notebook's cell is, it ends the run before: that of the same
+    optimizer, of one that is gone, or of a loop that had none either.
+
     When the process is already instrumented (``esper-otel run``) its run is returned, so
-    that steps go on being counted once.
+    that steps go on being counted once; settings that differ from that run's are told.
     """
     if _automatic is not None:
-        tell_once("this process is instrumented already: start() gives back that run")
+        tell_ignored(_automatic.settings, in_code(settings))
         if optimizer is not None:
             _automatic.prefer(optimizer)
         return _automatic
-    if not os.environ.get("ESPER_MODE"):
-        settings.setdefault("mode", Mode.ENFORCE)
-    run = Run(EsperSettings.from_environment(**settings))
+    wanted = EsperSettings.from_environment(**in_code(settings))
+    for before in [run for run in _started if run.gives_way_to(optimizer)]:
+        before.close()
+    run = Run(wanted)
+    _started.add(run)
     if optimizer is not None:
         run.follow(optimizer)
     return run
+
+
+def in_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` as given in code: decisions are enforced unless something says otherwise."""
+    implied = {} if os.environ.get("ESPER_MODE") else {"mode": Mode.ENFORCE}
+    return {**implied, **settings}
+
+
+def tell_ignored(held: EsperSettings, wanted: Mapping[str, Any]) -> None:
+    """Tell which of ``wanted`` are not what the process was instrumented with, ``held``.
+
+    Raises :class:`SettingsError` for what is no setting at all.
+    """
+    other = held.changed(**wanted)
+    ignored = [
+        f"{name} is {str(getattr(held, name))!r}, not {str(getattr(other, name))!r}"
+        for name in wanted
+        if getattr(other, name) != getattr(held, name)
+    ]
+    if ignored:
+        tell_once(
+            "this process is instrumented already, with settings that hold for all of it: "
+            + ", ".join(ignored)
+        )
 
 
 def start_automatic(**settings: Any) -> Run:
@@ -482,9 +540,9 @@ def automatic() -> Run | None:
 def end_automatic() -> None:
     """End what :func:`start_automatic` began, if it did."""
     global _automatic
-    if _automatic is not None:
-        _automatic.close()
-        _automatic = None
+    run, _automatic = _automatic, None
+    if run is not None:
+        run.end()
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

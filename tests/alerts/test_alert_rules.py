@@ -74,7 +74,7 @@ def test_the_runbook_has_a_place_for_every_alert_and_every_rule():
 
 HEAD = "version: t-1\nrules:\n- {id: a, severity: HIGH, action: PAUSE, text: t, "
 LR, STEP = (prometheus_name(BY_KEY[key]) for key in ("optimizer_lr", "step_latency_ms"))
-PAST = "(2 * (esper:tolaria_loss:median10m >= 0))"
+PAST = "(esper:tolaria_loss:median10m + 1 * abs(esper:tolaria_loss:median10m))"
 ON = "on(esper_run_id, esper_rank, instance)"
 
 
@@ -94,11 +94,17 @@ ON = "on(esper_run_id, esper_rank, instance)"
         (
             "metric: loss, below_baseline: 2, baseline: highest",
             f"min_over_time(tolaria_loss[1m]) < {ON} "
-            "(2 * (max_over_time(esper:tolaria_loss:median10m[1d]) >= 0))",
+            "(max_over_time(esper:tolaria_loss:median10m[1d])"
+            " + 1 * abs(max_over_time(esper:tolaria_loss:median10m[1d])))",
         ),
         (
             "metric: kasmina.seed.alpha, above_baseline: 2, baseline_of: loss",
             f"max_over_time(kasmina_seed_alpha_ratio[1m]) > {ON} group_left () {PAST}",
+        ),
+        (
+            "metric: gradient_norm, above_baseline: 10",
+            f"max_over_time(tolaria_gradient_norm[1m]) > {ON} "
+            "(10 * esper:tolaria_gradient_norm:median10m)",
         ),
         (
             "metric: loss, rises_by: 2",

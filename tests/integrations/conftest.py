@@ -13,6 +13,7 @@ class CapturedStream:
     def __init__(self, *_: object, **__: object) -> None:
         self.frames: list[dict[str, float]] = []
         self.timelines: list[object] = []
+        self.closed = False
 
     def start(self) -> None:
         pass
@@ -27,6 +28,7 @@ class CapturedStream:
         return None
 
     def close(self, timeout_s=None):
+        self.closed = True
         return self
 
 
@@ -37,3 +39,20 @@ def captured(monkeypatch):
     monkeypatch.setattr(runs, "Stream", lambda *_, **__: stream)
     monkeypatch.setenv("ESPER_MODE", "off")
     return stream
+
+
+@pytest.fixture
+def captured_runs(monkeypatch):
+    """The streams of the runs that are started during the test, in order."""
+    streams = []
+
+    def stream(*_, **__):
+        streams.append(CapturedStream())
+        return streams[-1]
+
+    monkeypatch.setattr(runs, "Stream", stream)
+    monkeypatch.setenv("ESPER_MODE", "off")
+    yield streams
+    runs.end_automatic()
+    for run in list(runs._runs):
+        run.close()

@@ -15,9 +15,13 @@ from torch import nn  # noqa: E402
 import esper_otel  # noqa: E402
 from bench.framework_loops import BATCH, FRAMEWORKS, ROWS, loader, network  # noqa: E402
 from bench.loops import unaccounted  # noqa: E402
+from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.integrations.training import Training, require  # noqa: E402
+from esper_otel.leyline import wire  # noqa: E402
+from esper_otel.leyline.decisions import Action, Decision, Severity  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
+from tamiyo.fake_sidecar import FakeSidecar, answer  # noqa: E402
 
 METRICS = {
     "step",
@@ -96,6 +100,56 @@ def test_every_way_in_delivers_what_it_owes(captured, way, framework, automatic,
         assert abs(unaccounted(frame)) <= max(0.05 * frame["step_latency_ms"], 0.02)
 
 
+HALVED = 3
+"""The step whose answer halves the learning rate, once."""
+
+
+def reply(ask):
+    if ask.step == HALVED:
+        return answer(ask)
+    decision = Decision(
+        id=f"test/{ask.step}",
+        run="test",
+        step=ask.step,
+        observed_step=ask.step,
+        action=Action.CONTINUE,
+        severity=Severity.NORMAL,
+        reason="nominal",
+    )
+    return [wire.encode(wire.Answer(ask.request_id, decision))]
+
+
+@pytest.mark.parametrize(("framework", "automatic"), WAYS)
+def test_a_decision_is_applied_in_every_way_in(
+    captured, way, framework, automatic, tmp_path, monkeypatch
+):
+    way(framework, automatic)
+    rates = [frame["optimizer_lr"] for frame in captured.frames]
+    captured.frames.clear()
+    captured.timelines.clear()
+    monkeypatch.setenv("ESPER_MODE", "enforce")
+    monkeypatch.setenv("ESPER_TAMIYO_SOCKET", str(tmp_path / "s.sock"))
+    monkeypatch.setenv("ESPER_TAMIYO_DEADLINE_MS", "5000")
+    with FakeSidecar(tmp_path / "s.sock", reply) as sidecar:
+        way(framework, automatic)
+    steps = ROWS // BATCH
+    assert [ask.step for ask in sidecar.asks] == list(range(1, steps + 1))
+    assert [t.step for t in captured.timelines if t.applied] == [HALVED]
+    for timeline in captured.timelines:
+        names = {name for name, _, _ in timeline.phases}
+        assert names >= {"tamiyo.decide", "kasmina.apply"}
+    decisions = {timeline.step: timeline.decision for timeline in captured.timelines}
+    assert [decisions[step].reason for step in (HALVED - 1, HALVED)] == ["nominal", "a_rule"]
+    # A frame tells how long was waited for the decision before it.
+    frames = captured.frames
+    assert all(frame["tamiyo_latency_ms"] > 0 for frame in frames[1:])
+    assert frames[HALVED]["kasmina.apply_ms"] > 0
+    # Transformers' schedule sets the rate anew at every step, and by that undoes it.
+    halved = () if framework == "transformers" else range(HALVED, steps)
+    expected = [rate / 2 if i in halved else rate for i, rate in enumerate(rates)]
+    assert [frame["optimizer_lr"] for frame in frames] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("framework", ["lightning", "transformers", "accelerate"])
 def test_both_ways_in_at_once_count_a_step_once(captured, way, framework):
     way(framework, True, watch=True)
@@ -153,3 +207,101 @@ def train(model, optimizer):
 def test_a_framework_that_is_too_old_is_named_with_what_is_expected():
     with pytest.raises(SettingsError, match=r"torch .* is too old .*: expected 999 or newer"):
         require("torch", "999")
+
+
+TOO_OLD = {"lightning": "2.1.4", "transformers": "4.45.0", "accelerate": "0.34.0"}
+
+
+@pytest.mark.parametrize("framework", TOO_OLD)
+def test_one_that_is_too_old_trains_under_zero_code_as_any_loop(
+    captured, way, framework, monkeypatch, caplog
+):
+    module = pytest.importorskip(framework)
+    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(module, "__version__", TOO_OLD[framework])
+    for _ in range(2):
+        way(framework, True)
+    assert len(captured.frames) == 2 * ROWS // BATCH
+    told = [r.message for r in caplog.records if "too old" in r.message]
+    # Accelerate gets no callback, so there is nothing that its version would matter to.
+    expected = [] if framework == "accelerate" else [f"{framework} {TOO_OLD[framework]} is"]
+    assert [message.partition(" too old")[0] for message in told] == expected
+
+
+@pytest.mark.parametrize("framework", TOO_OLD)
+def test_a_callback_that_a_script_makes_refuses_one_that_is_too_old(framework, monkeypatch):
+    module = pytest.importorskip(framework)
+    monkeypatch.setattr(module, "__version__", TOO_OLD[framework])
+    with pytest.raises(SettingsError, match=f"{framework} .* is too old .*: expected"):
+        FRAMEWORKS[framework](watch=True)
+
+
+def test_a_framework_of_unknown_version_is_not_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "unknown")
+    require("torch", "999")
+
+
+# Two ways in at once.
+
+
+def test_a_framework_under_zero_code_tells_nothing_of_settings(
+    captured, way, monkeypatch, caplog
+):
+    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.delenv("ESPER_MODE")  # so that it is not the one that a line in code means
+    for watch in (False, True):
+        way("transformers", True, watch=watch)
+    assert len(captured.frames) == 2 * ROWS // BATCH
+    assert "instrumented already" not in caplog.text
+
+
+def test_settings_that_zero_code_does_not_have_are_told_once(captured, monkeypatch, caplog):
+    monkeypatch.setattr(runs, "_told", set())
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        for _ in range(2):
+            esper_otel.start(mode="enforce", recording_dir="/nowhere", summary="text")
+        training = Training(mode="enforce", span_every=7)
+        training.begin()
+        training.end()
+        with pytest.raises(SettingsError, match="moode='off': there is no such setting"):
+            esper_otel.start(moode="off")
+    finally:
+        TorchInstrumentor().uninstrument()
+    told = [r.message for r in caplog.records if "instrumented already" in r.message]
+    assert [message.partition(": ")[2] for message in told] == [
+        "mode is 'off', not 'enforce', recording_dir is '', not '/nowhere'",
+        "mode is 'off', not 'enforce', span_every is '50', not '7'",
+    ]
+
+
+def test_that_start_means_enforce_and_zero_code_does_not_is_told(captured, monkeypatch, caplog):
+    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.delenv("ESPER_MODE")
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        assert esper_otel.start().settings.mode == "advise"
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert "mode is 'advise', not 'enforce'" in caplog.text
+
+
+def test_a_script_that_closes_its_run_twice_is_recorded_to_the_end(captured):
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        for _ in range(2):
+            model = network()
+            optimizer = torch.optim.Adam(model.parameters())
+            run = esper_otel.start(optimizer)
+            garden = run.plant(model, ["1"])
+            train(model, optimizer)
+            run.close()
+            assert garden.closed
+        model = network()
+        train(model, torch.optim.Adam(model.parameters()))  # of which the script tells nothing
+    finally:
+        TorchInstrumentor().uninstrument()
+    steps = 3 * ROWS // BATCH
+    assert [frame["step"] for frame in captured.frames] == list(range(1, steps + 1))
+    grew = [frame.get("kasmina.seeds_live") for frame in captured.frames]
+    assert grew == [0.0] * (2 * steps // 3) + [None] * (steps // 3)

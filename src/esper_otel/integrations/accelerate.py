@@ -44,7 +44,8 @@ class EsperTracker(GeneralTracker):
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Called by ``init_trackers`` when it is given a configuration, which is not ours."""
-        self.start()  # older versions do not call that
+        if not self.training.is_watched:
+            self.start()  # older versions do not call that
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Nothing: what a step measures is taken from the step itself."""

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from esper_otel import run as runs
-from esper_otel.integrations.training import Training, require
+from esper_otel.integrations.training import Training, require, suits
 
 OLDEST = "2.2"
 
@@ -44,4 +44,5 @@ class EsperCallback(Callback):
 
 def callbacks() -> list[Callback]:
     """What every Trainer of this process gets: a callback where it is instrumented."""
-    return [EsperCallback()] if runs.automatic() is not None else []
+    instrumented = runs.automatic() is not None and suits("lightning", OLDEST)
+    return [EsperCallback()] if instrumented else []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from esper_otel import run as runs
-from esper_otel.settings import SettingsError
+from esper_otel.settings import EsperSettings, SettingsError
 
 log = logging.getLogger("esper_otel")
 
@@ -22,6 +22,9 @@ class Training:
     that is there only learns which optimizer is the one.
     """
 
+    _watching: ClassVar[Training | None] = None
+    """The one that has hooks on torch."""
+
     def __init__(self, **settings: Any) -> None:
         self.run: runs.Run | None = None
         """The run; None before the training begins."""
@@ -30,24 +33,39 @@ class Training:
 
     def begin(self, optimizer: Any = None) -> None:
         """Training begins, and ``optimizer`` sets its steps. Never raises."""
-        if self._watch is not None:
-            return
         try:
             self._begin(optimizer)
         except Exception:
             log.exception("the training could not be watched; it goes on without")
 
     def _begin(self, optimizer: Any) -> None:
-        self.run = run = runs.start(**self._settings)
+        before = Training._watching
+        if before is not None:
+            # It was interrupted, of which not every framework tells; what it has left on
+            # torch would record this training as well.
+            before.end()
+        automatic = runs.automatic()
+        self.run = run = self._own_run() if automatic is None else automatic
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         if optimizer is not None:
             run.prefer(optimizer)
-        if run is not runs.automatic():
+        if automatic is None:
             import torch
 
             from esper_otel.integrations.watch import Watch
 
             self._watch = Watch(torch, run)
+            Training._watching = self
+        elif self._settings:
+            runs.tell_ignored(run.settings, self._settings)
+
+    def _own_run(self) -> runs.Run:
+        return runs.Run(EsperSettings.from_environment(**runs.in_code(self._settings)))
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it has hooks of its own on torch: it has begun, and not ended."""
+        return self._watch is not None
 
     def share_losses(self) -> None:
         """The framework divides each loss by the number of micro-batches in a step."""
@@ -58,6 +76,8 @@ class Training:
         """Training is over, well or not: send what is unsent, and take everything off."""
         if self.run is not None:
             self.run.prefer(None)
+        if Training._watching is self:
+            Training._watching = None
         watch, self._watch = self._watch, None
         if watch is not None and self.run is not None:
             watch.undo()
@@ -66,8 +86,25 @@ class Training:
 
 def require(framework: str, oldest: str) -> None:
     """Raise :class:`SettingsError` when ``framework`` is older than ``oldest``."""
-    installed = version(framework)
-    if Version(installed) < Version(oldest):
-        raise SettingsError(
-            f"{framework} {installed} is too old for this callback: expected {oldest} or newer"
-        )
+    fault = _fault_of(framework, oldest)
+    if fault is not None:
+        raise SettingsError(fault)
+
+
+def suits(framework: str, oldest: str) -> bool:
+    """Whether ``framework`` is not older than ``oldest``; one that is, is told of once."""
+    fault = _fault_of(framework, oldest)
+    if fault is not None:
+        runs.tell_once(f"{fault}; its trainings are recorded as any other loop")
+    return fault is None
+
+
+def _fault_of(framework: str, oldest: str) -> str | None:
+    # What was imported, and not what is installed: a source checkout need not be.
+    used = str(getattr(import_module(framework), "__version__", ""))
+    try:
+        if Version(used) >= Version(oldest):
+            return None
+    except InvalidVersion:
+        return None  # "unknown", for example: most likely a checkout of today
+    return f"{framework} {used} is too old for its callback: expected {oldest} or newer"

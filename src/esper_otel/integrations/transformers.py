@@ -31,5 +31,12 @@ class EsperCallback(TrainerCallback):
         self.training.share_losses()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training is over. One that raises is closed when the process ends."""
+        """Training is over. One that raises is closed when the next begins, or at exit."""
         self.training.end()
+
+    @classmethod
+    def abandon(cls, trainer: Any) -> None:
+        """The training of ``trainer`` has raised."""
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, cls):
+                callback.training.end()

@@ -98,12 +98,25 @@ class Watch:
 
     def transformers(self, trainer: Any) -> None:
         """Have every ``transformers.Trainer`` name its optimizer to the run."""
-        from esper_otel.integrations.transformers import EsperCallback
-
         callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
-        if isinstance(callbacks, list):
-            callbacks.append(EsperCallback)
-            self._undo.append(lambda: callbacks.remove(EsperCallback))
+        if not isinstance(callbacks, list):
+            return
+        from esper_otel.integrations.training import suits
+        from esper_otel.integrations.transformers import OLDEST, EsperCallback
+
+        if not suits("transformers", OLDEST):
+            return
+
+        def train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(trainer, *args, **kwargs)
+            except BaseException:  # of which callbacks are not told
+                self._quietly(EsperCallback.abandon, trainer)
+                raise
+
+        callbacks.append(EsperCallback)
+        self._undo.append(lambda: callbacks.remove(EsperCallback))
+        self._wrap(trainer.Trainer, "train", train)
 
     def undo(self) -> None:
         """Take everything off, in the opposite order."""
@@ -190,7 +203,7 @@ class Watch:
 
     def _exit(self, pid: int, original: Any, *args: Any, **kwargs: Any) -> None:
         if os.getpid() == pid:  # and not a child that was forked
-            self._quietly(self._run.close)
+            self._quietly(self._run.end)
         original(*args, **kwargs)
 
     def _clip(

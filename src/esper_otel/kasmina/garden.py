@@ -121,6 +121,8 @@ class Garden:
         modules = submodules(model, slots)
         self.planted = True
         """False once it has been uprooted."""
+        self.closed = False
+        """Whether the run that it grew in is over, or it has been uprooted."""
         known = [lookup(name) for name in (registered() if blueprints is None else blueprints)]
         self._host = Host(model, optimizer)
         self._ground = Ground(
@@ -192,6 +194,7 @@ class Garden:
 
     def close(self) -> None:
         """The run is over: seeds stay as they are, and no kernel is fetched any more."""
+        self.closed = True
         self._ground.fetcher.stop()
         if self._scaling is not None:
             self._scaling.let_go()

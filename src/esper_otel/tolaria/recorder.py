@@ -318,9 +318,9 @@ class Recorder:
         for frame in self._sealer.finish():
             self._frames.frame(frame.time, frame.row, frame.seeds)
 
-    def tend(self, garden: Garden) -> None:
-        """Take ``garden`` along from the next end of a step on."""
-        self._tending = Tending(garden)
+    def tend(self, garden: Garden | None) -> None:
+        """Take ``garden`` along from the next end of a step on; None: none any more."""
+        self._tending = None if garden is None else Tending(garden)
 
     def losses_are_shares(self) -> None:
         """From here on the losses of a step's micro-batches add up to the step's loss."""
