@@ -58,6 +58,7 @@ class Training:
         """Training is over, well or not: send what is unsent, and take everything off."""
         if self.run is not None:
             self.run.prefer(None)
+            self.run.recorder.losses_are_shares(False)
         watch, self._watch = self._watch, None
         if watch is not None and self.run is not None:
             watch.undo()
