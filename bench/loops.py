@@ -1,12 +1,16 @@
 """Training loops as people really write them, small; for benches and tests.
 
 Each loop of :data:`AWKWARD` trains for a while, knows nothing of us, and returns how many
-steps its optimizer really took (with several optimizers: how many cycles).
-``python -m bench.loops NAME`` runs one and prints that number.
+steps its optimizer really took (with several optimizers: how many cycles). The
+:data:`~bench.stopwatch.STOPWATCH` is on the optimizer whose steps these are.
+``python -m bench.loops NAME`` runs one and prints that number, and what the stopwatch said,
+as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import queue
 import sys
@@ -18,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from bench.stopwatch import STOPWATCH
 
 Batches = Iterable[Any]
 
@@ -68,7 +74,7 @@ def plain(
     epochs: int = 2,
 ) -> int:
     model = network()
-    optimizer = make(model)
+    optimizer = STOPWATCH.on(make(model))
     taken = 0
     for _ in range(epochs):
         for x, y in data() if loader is None else loader:
@@ -79,7 +85,7 @@ def plain(
 
 def accumulation() -> int:
     model = network()
-    optimizer = sgd(model)
+    optimizer = STOPWATCH.on(sgd(model))
     taken = 0
     for i, (x, y) in enumerate(data(batch_size=8)):
         (nn.functional.mse_loss(model(x), y) / 4).backward()  # type: ignore[no-untyped-call]
@@ -93,7 +99,7 @@ def accumulation() -> int:
 def skipping_scaler(make: Callable[[nn.Module], torch.optim.Optimizer] = sgd) -> int:
     """Two of six losses overflow, so that the scaler skips their steps."""
     model = network()
-    optimizer = make(model)
+    optimizer = STOPWATCH.on(make(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     taken = 0
     for i, (x, y) in enumerate(data()):
@@ -114,6 +120,7 @@ def skipping_scaler(make: Callable[[nn.Module], torch.optim.Optimizer] = sgd) ->
 def closure() -> int:
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    STOPWATCH.on(optimizer)
     taken = 0
     for x, y in data():
 
@@ -128,7 +135,7 @@ def closure() -> int:
 
 def generator_and_critic(critic_steps: int = 1) -> int:
     generator, critic = network(), nn.Linear(1, 1)
-    of_critic, of_generator = adam(critic), adam(generator)
+    of_critic, of_generator = STOPWATCH.on(adam(critic)), adam(generator)
     cycles = 0
     for x, y in data():
         for _ in range(critic_steps):
@@ -145,7 +152,7 @@ def generator_and_critic(critic_steps: int = 1) -> int:
 def generator_first() -> int:
     """A primary that rests for five steps of another in each cycle."""
     generator, critic = network(), nn.Linear(1, 1)
-    of_critic, of_generator = adam(critic), adam(generator)
+    of_critic, of_generator = adam(critic), STOPWATCH.on(adam(generator))
     cycles = 0
     for x, y in data():
         of_generator.zero_grad()
@@ -161,7 +168,7 @@ def generator_first() -> int:
 
 def one_model_after_the_other() -> int:
     models = network(), network()
-    optimizers = [sgd(model) for model in models]
+    optimizers = [STOPWATCH.on(sgd(model)) for model in models]
     taken = 0
     for model, optimizer in zip(models, optimizers, strict=True):
         for x, y in data():
@@ -173,7 +180,7 @@ def one_model_after_the_other() -> int:
 def compiled_model() -> int:
     model = network()
     compiled: Any = torch.compile(model, backend="eager")
-    optimizer = sgd(model)
+    optimizer = STOPWATCH.on(sgd(model))
     taken = 0
     for x, y in data():
         learn(compiled, optimizer, x, y)
@@ -181,9 +188,9 @@ def compiled_model() -> int:
     return taken
 
 
-def compiled_step() -> int:
+def compiled_step(make: Callable[[nn.Module], torch.optim.Optimizer] = sgd) -> int:
     model = network()
-    optimizer = sgd(model)
+    optimizer = STOPWATCH.on(make(model))
 
     @torch.compile(backend="eager")
     def step() -> None:
@@ -200,7 +207,7 @@ def compiled_step() -> int:
 
 def clipping() -> int:
     model = network()
-    optimizer = sgd(model)
+    optimizer = STOPWATCH.on(sgd(model))
     taken = 0
     for x, y in data():
         optimizer.zero_grad()
@@ -212,18 +219,58 @@ def clipping() -> int:
 
 
 def validation_between() -> int:
-    """An evaluation of 15 ms after every step."""
+    """An evaluation of 15 ms after every step, of 3 ms."""
     model = network()
-    optimizer = sgd(model)
+    optimizer = STOPWATCH.on(sgd(model))
     taken = 0
     for x, y in data():
+        time.sleep(0.003)
         learn(model, optimizer, x, y)
         taken += 1
-        with torch.no_grad():
-            for seen, _ in data(batch_size=32):
-                model(seen)
-                time.sleep(0.005)
+        evaluate(model)
     return taken
+
+
+def validation_between_tensors() -> int:
+    """The same where training itself has no loader."""
+    model = network()
+    optimizer = STOPWATCH.on(sgd(model))
+    x = torch.ones(16, 4)
+    taken = 0
+    for _ in range(6):
+        time.sleep(0.003)
+        learn(model, optimizer, x, x.sum(1, keepdim=True))
+        taken += 1
+        evaluate(model)
+    return taken
+
+
+def evaluate(model: nn.Module) -> None:
+    with STOPWATCH.evaluation(), torch.no_grad():
+        for seen, _ in data(batch_size=32):
+            model(seen)
+            time.sleep(0.005)
+
+
+def notebook() -> int:
+    """Two cells: all is run twice, then training again, interrupted and once more."""
+    making = "model = network()\noptimizer = STOPWATCH.on(sgd(model))"
+    training = """
+for i, (x, y) in enumerate(data()):
+    if i == stop:
+        raise KeyboardInterrupt
+    learn(model, optimizer, x, y)
+    taken += 1
+"""
+    names = globals() | {"taken": 0, "stop": None}
+    for cell in (making, training, making, training, training):
+        exec(cell, names)
+    with contextlib.suppress(KeyboardInterrupt):
+        names["stop"] = 3
+        exec(training, names)
+    names["stop"] = None
+    exec(training, names)
+    return int(names["taken"])
 
 
 class Numbers(IterableDataset[tuple[Tensor, Tensor]]):
@@ -269,27 +316,35 @@ def in_a_thread() -> int:
 
 
 def in_backward() -> int:
-    """One optimizer per parameter, each stepping as soon as its gradient is there."""
+    """One optimizer per parameter, each stepping as soon as its gradient is there.
+
+    A step takes 3 ms, for what ``backward`` does behind the last of them is not timed.
+    """
     model = network()
     optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+    ended = 0
 
     def step(parameter: Tensor) -> None:
+        nonlocal ended
         optimizer = optimizers[parameter]  # type: ignore[index]
         optimizer.step()
         optimizer.zero_grad()
+        ended = time.perf_counter_ns()
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
     taken = 0
     for x, y in data():
+        time.sleep(0.003)
         backward(model, x, y)
+        STOPWATCH.ends.append(ended)
         taken += 1
     return taken
 
 
 def by_autograd() -> int:
     model = network()
-    optimizer = sgd(model)
+    optimizer = STOPWATCH.on(sgd(model))
     taken = 0
     for x, y in data():
         optimizer.zero_grad()
@@ -316,10 +371,16 @@ AWKWARD: dict[str, Callable[[], int]] = {
     "generator and critic": generator_and_critic,
     "generator first": generator_first,
     "one model after the other": one_model_after_the_other,
+    "notebook": notebook,
     "compiled model": compiled_model,
     "compiled step": compiled_step,
     "clipping": clipping,
+    "capturable": lambda: compiled_step(
+        # No CPU has graphs to capture; what is compiled may say so all the same.
+        lambda model: torch.optim.Adam(model.parameters(), capturable=True)
+    ),
     "validation": validation_between,
+    "validation, training on tensors": validation_between_tensors,
     "iterable dataset": lambda: plain(DataLoader(Numbers(), batch_size=8)),
     "workers": lambda: plain(data(num_workers=2)),
     "prefetcher": lambda: plain(ahead(data()), epochs=1),
@@ -336,4 +397,5 @@ AWKWARD: dict[str, Callable[[], int]] = {
 
 
 if __name__ == "__main__":
-    print(AWKWARD[sys.argv[1]]())
+    taken = AWKWARD[sys.argv[1]]()
+    print(json.dumps({"taken": taken, "took": STOPWATCH.steps()}))

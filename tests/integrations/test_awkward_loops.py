@@ -25,13 +25,16 @@ from bench.loops import (  # noqa: E402
     skipping_scaler,
     unaccounted,
     validation_between,
+    validation_between_tensors,
 )
+from bench.stopwatch import STOPWATCH  # noqa: E402
 from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 
 
 @pytest.fixture
 def instrumented(captured):
+    STOPWATCH.clear()
     TorchInstrumentor().instrument(skip_dep_check=True)
     yield captured
     TorchInstrumentor().uninstrument()
@@ -250,13 +253,24 @@ def test_gradients_that_a_fused_optimizer_gets_scaled_are_told_unscaled(instrume
     assert norms(1024.0) == pytest.approx(norms(1.0))
 
 
-def test_an_evaluation_between_steps_is_in_no_time_of_the_next(instrumented):
+@pytest.mark.parametrize("loop", [validation_between, validation_between_tensors])
+def test_an_evaluation_between_steps_is_in_no_time_of_the_next(instrumented, loop):
+    loop()
+    latencies = [frame["step_latency_ms"] for frame in instrumented.frames[1:]]
+    # Each evaluation slept for 15 ms.
+    assert latencies == pytest.approx([took.ms for took in STOPWATCH.steps()], abs=5)
+
+
+def test_samples_of_an_evaluation_are_not_counted(instrumented):
     validation_between()
     for frame in instrumented.frames[1:]:
         assert frame["samples_per_s"] * frame["step_latency_ms"] / 1e3 == pytest.approx(16)
-    # Each evaluation slept for 15 ms.
-    latencies = sorted(frame["step_latency_ms"] for frame in instrumented.frames[1:])
-    assert latencies[0] < 15
+
+
+def test_a_step_without_a_loader_has_nothing_of_the_evaluations(instrumented):
+    validation_between_tensors()
+    for frame in instrumented.frames:
+        assert not frame.keys() & {"input_wait_ms", "samples_per_s"}
 
 
 def test_fetches_on_another_thread_are_not_the_loops_wait(instrumented):

@@ -197,6 +197,19 @@ def test_a_plain_loop_after_a_frameworks_training_is_counted_too(captured):
     assert len(captured.frames) == 2 * ROWS // BATCH
 
 
+@pytest.mark.parametrize("framework", ["lightning", "transformers", "accelerate"])
+def test_a_plain_loop_after_a_frameworks_training_has_its_mean_loss(captured, way, framework):
+    pytest.importorskip(framework)
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        FRAMEWORKS[framework](accumulate=4)
+        losses = FRAMEWORKS["plain"](accumulate=4)
+    finally:
+        TorchInstrumentor().uninstrument()
+    means = [sum(losses[i : i + 4]) / 4 for i in range(0, len(losses), 4)]
+    assert [frame["loss"] for frame in captured.frames[-2:]] == pytest.approx(means)
+
+
 def train(model, optimizer):
     for x, y in loader():
         nn.functional.mse_loss(model(x), y).backward()

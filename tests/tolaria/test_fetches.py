@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import pytest
 
-from esper_otel.tolaria.fetches import MAX_STRETCHES, Fetches, Names, Source
+from esper_otel.tolaria.fetches import MAX_STRETCHES, MAX_WAITS, Fetches, Names, Source
 
 TRAIN, VALID, OTHER = (Source(n, n) for n in (1, 2, 3))
+UNGRADED = Source(4, 4, graded=False)
 
 
 class Charged(NamedTuple):
@@ -23,6 +24,7 @@ class Loop:
     def __init__(self):
         self.fetches = Fetches()
         self.now = 1000
+        self.steps = 0
 
     def fetch(self, *sources, samples=8):
         for source in sources:
@@ -30,8 +32,14 @@ class Loop:
             self.now = asked_for + 2
             self.fetches.came(source, asked_for, self.now, samples, mark)
 
+    def end(self, source):
+        self.now += 5
+        self.fetches.ended(source.iterator, self.now)
+
     def backward(self):
-        return Charged(*self.fetches.charge())
+        charged = Charged(*self.fetches.charge(self.steps))
+        self.steps += 1
+        return charged
 
 
 @pytest.fixture
@@ -127,6 +135,93 @@ def test_an_evaluation_without_end_takes_no_memory_without_end(loop):
     loop.fetch(*[VALID, OTHER] * 1000, TRAIN)
     assert len(loop.fetches._stretches) == MAX_STRETCHES
     assert loop.backward().samples == 8
+
+
+def test_a_loader_without_end_takes_no_memory_without_end(loop):
+    loop.fetch(*[TRAIN] * 10_000)
+    (stretch,) = loop.fetches._stretches
+    assert len(stretch.waits) == MAX_WAITS
+    charged = loop.backward()
+    assert charged.samples == 80_000
+    # Each was waited for for 2, after 10 of something else.
+    assert sum(came - asked_for for asked_for, came in charged.waits) == 20_000
+    assert charged.waits[-1][1] - charged.waits[0][0] == 12 * 9_999 + 2
+    ends = [mark for wait in charged.waits for mark in wait]
+    assert ends == sorted(ends)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("before", [(), (TRAIN,)])
+def test_an_evaluation_before_a_step_that_fetches_nothing_is_all_outside(before, batches):
+    """Training on tensors, by a thread that fetches ahead, or on the last batch of a loader."""
+    loop = Loop()
+    for source in before:
+        loop.fetch(source)
+        loop.backward()
+    began = loop.now
+    loop.fetch(*[UNGRADED] * batches)
+    charged = loop.backward()
+    assert charged == (began, loop.now, True, 0, ())
+    assert not loop.fetches.waiting
+
+
+def test_several_evaluations_are_outside_as_one_is(loop):
+    began = loop.now
+    loop.fetch(UNGRADED, UNGRADED._replace(iterator=5), Source(6, 6, graded=False))
+    assert loop.backward() == (began, loop.now, True, 0, ())
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_an_evaluation_lasts_until_its_loader_has_no_more(loop, batches):
+    loop.fetch(*[UNGRADED] * batches)
+    loop.now += 10  # what is computed on the last batch
+    loop.end(UNGRADED)
+    assert loop.backward().since == loop.now
+
+
+def test_the_end_of_another_loader_says_nothing_of_the_evaluations(loop):
+    loop.fetch(UNGRADED)
+    came = loop.now
+    loop.end(TRAIN)
+    assert loop.backward().since == came
+
+
+def test_after_an_evaluation_the_training_loader_is_still_known(loop):
+    loop.fetch(UNGRADED)
+    loop.backward()
+    loop.fetch(OTHER, TRAIN)
+    charged = loop.backward()
+    assert charged.outside
+    assert charged.samples == 8
+
+
+def test_a_loop_that_records_no_gradients_while_it_fetches_is_known_by_going_on():
+    loop = Loop()
+    loop.fetch(UNGRADED)
+    loop.backward()
+    for source in (UNGRADED, UNGRADED, UNGRADED._replace(iterator=5)):
+        loop.fetch(source)
+        charged = loop.backward()
+        assert not charged.outside
+        assert charged.samples == 8
+
+
+def test_an_evaluation_at_every_step_does_not_go_on(loop):
+    """Workers that persist give every pass over their loader the same iterator."""
+    for _ in range(3):
+        loop.fetch(UNGRADED, UNGRADED)
+        loop.end(UNGRADED)
+        charged = loop.backward()
+        assert charged.outside
+        assert charged.waits == ()
+
+
+def test_an_evaluation_now_and_then_does_not_go_on(loop):
+    """One batch of a loader that is never asked for all."""
+    for _ in range(3):
+        loop.fetch(UNGRADED)
+        assert loop.backward().outside
+        loop.steps += 1  # one that fetches nothing
 
 
 class Dataset:

@@ -7,7 +7,7 @@ from esper_otel.leyline.frames import present
 from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS
 from esper_otel.tolaria import recorder as recorder_module
 from esper_otel.tolaria.fetches import Source
-from esper_otel.tolaria.recorder import Recorder
+from esper_otel.tolaria.recorder import MAX_PHASES, Recorder
 from esper_otel.tolaria.responses import LearningRate, Responses
 
 MS = 1_000_000
@@ -262,6 +262,132 @@ def test_fetches_of_a_validation_loop_are_not_charged_to_training(clock):
     _, last = frames.taken[-1]
     assert last["input_wait_ms"] == pytest.approx(1.0)
     assert last["samples_per_s"] == pytest.approx(32e3 / last["step_latency_ms"])
+
+
+def evaluate(recorder, clock, *, last_batch_ms=10):
+    """Five batches of a validation loader, while no gradients are recorded."""
+    for _ in range(5):
+        asked_for = clock()
+        clock.pass_ms(5)
+        recorder.batch_came(asked_for, 256, Source(7, 8, graded=False))
+        clock.pass_ms(last_batch_ms)
+    recorder.batches_ended(7)
+
+
+def one_step_on_tensors(recorder, clock):
+    clock.pass_ms(2)
+    recorder.backward_begins()
+    clock.pass_ms(2)
+    recorder.backward_ends(1.0)
+    recorder.optimizer_begins(clock(), 1.0)
+    recorder.optimizer_ends()
+    recorder.end_step()
+
+
+def test_an_evaluation_is_in_no_step_that_fetches_nothing_itself(clock):
+    recorder, frames = make(clock, span_every=1)
+    evaluate(recorder, clock)
+    for _ in range(4):
+        one_step_on_tensors(recorder, clock)
+    evaluate(recorder, clock)
+    one_step_on_tensors(recorder, clock)
+    first, *others = (values for _, values in frames.taken)
+    assert first["forward_ms"] == 2.0
+    for frame in others:
+        assert frame["step_latency_ms"] == 4.0
+        assert frame["forward_ms"] == 2.0
+    for frame in (first, *others):
+        assert not frame.keys() & {"input_wait_ms", "samples_per_s"}
+    last = frames.timelines[-1]
+    assert last.end_unix_nano - last.start_unix_nano == 4 * MS
+    assert "train.input_wait" not in {name for name, _, _ in last.phases}
+
+
+def test_an_evaluation_between_micro_batches_is_in_none_of_their_time(clock):
+    recorder, frames = make(clock)
+    for _ in range(2):
+        clock.pass_ms(2)
+        recorder.backward_begins()
+        recorder.backward_ends(1.0)
+        evaluate(recorder, clock)
+        one_step(recorder, clock, wait=1.0, norm_ms=0.0)
+    _, last = frames.taken[-1]
+    assert last["step_latency_ms"] == pytest.approx(2.0 + 13.0)
+    assert last["forward_ms"] == pytest.approx(2.0 + 4.0)
+    assert last["input_wait_ms"] == pytest.approx(1.0)
+
+
+def test_the_first_step_begins_with_its_first_micro_batch(clock):
+    recorder, frames = make(clock)
+    recorder.backward_begins()
+    clock.pass_ms(6)
+    recorder.backward_ends(1.0)
+    one_step(recorder, clock, samples=32)
+    _, first = frames.taken[0]
+    assert first["samples_per_s"] == pytest.approx(32 / (13.5e-3 + 6e-3))
+
+
+def test_what_never_steps_takes_no_memory_without_end(clock):
+    recorder, frames = make(clock)
+    for i in range(10_000):
+        recorder.batch_came(clock(), 8)
+        recorder.backward_begins()
+        clock.pass_ms(1)
+        recorder.backward_ends(float(i))
+        recorder.phase("forward", clock(), clock())
+        recorder.report(float(i), {"accuracy": 0.5})
+    assert len(recorder._phases) <= MAX_PHASES + 4
+    assert len(recorder._reported) == 1
+    recorder.end_step()
+    _, frame = frames.taken[0]
+    assert frame["loss"] == 9_999 / 2
+    assert frame["backward_ms"] == 10_000
+    assert frame["samples_per_s"] == pytest.approx(8e3)
+
+
+def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
+    recorder, frames = make(clock)
+
+    def step():
+        for loss in (1.0, 2.0, 6.0):
+            recorder.backward_begins()
+            recorder.backward_ends(loss)
+        recorder.end_step()
+
+    step()
+    recorder.losses_are_shares()
+    step()
+    step()
+    recorder.losses_are_shares(False)
+    step()
+    recorder.loss_is_a_share()
+    step()
+    step()
+    assert [values["loss"] for _, values in frames.taken] == [3.0, 9.0, 9.0, 3.0, 9.0, 3.0]
+
+
+def test_frames_that_wait_for_a_device_keep_what_their_losses_were(clock):
+    recorder, frames = make(clock)
+    late = Late(), Late()
+    recorder.losses_are_shares()
+    for loss in late:
+        recorder.backward_begins()
+        recorder.backward_ends(loss)
+    recorder.end_step()
+    recorder.losses_are_shares(False)
+    late[0].number, late[1].number = 1.0, 2.0
+    recorder.finish()
+    assert frames.taken[0][1]["loss"] == 3.0
+
+
+def test_reported_losses_are_nobodys_shares(clock):
+    """A loop reports what it computed; a framework divides what backward begins from."""
+    recorder, frames = make(clock)
+    recorder.losses_are_shares()
+    recorder.report(1.0, {})
+    recorder.report(3.0, {})
+    one_step(recorder, clock, loss=9.0)
+    assert frames.taken[0][1]["loss"] == 2.0
 
 
 def test_times_of_frames_rise_even_when_the_clock_stands_still(clock):

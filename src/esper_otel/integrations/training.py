@@ -76,6 +76,7 @@ class Training:
         """Training is over, well or not: send what is unsent, and take everything off."""
         if self.run is not None:
             self.run.prefer(None)
+            self.run.recorder.losses_are_shares(self.run.settings.losses_are_shares)
         if Training._watching is self:
             Training._watching = None
         watch, self._watch = self._watch, None

@@ -90,7 +90,7 @@ class Watch:
 
         def backward(original: Any, *args: Any, **kwargs: Any) -> Any:
             # It divides the loss by the number of micro-batches before tensors see it.
-            self._quietly(self._recorder.losses_are_shares)
+            self._quietly(self._recorder.loss_is_a_share)
             return original(*args, **kwargs)
 
         if hasattr(accelerator, "Accelerator"):
@@ -256,7 +256,12 @@ class Watch:
 
     def _fetch(self, original: Any, iterator: Any) -> Any:
         asked_for = perf_counter_ns()
-        batch = original(iterator)
+        try:
+            batch = original(iterator)
+        except StopIteration:
+            if not self._elsewhere:
+                self._quietly(self._batches_ended, iterator)
+            raise
         if self._elsewhere:
             return batch
         self._quietly(self._batch_came, iterator, asked_for, batch)
@@ -270,6 +275,9 @@ class Watch:
             self._is_graded(),
         )
         self._recorder.batch_came(asked_for, samples_in(batch), source)
+
+    def _batches_ended(self, iterator: Any) -> None:
+        self._recorder.batches_ended(self._run.names.of(iterator))
 
     # Optimizer hooks.
 

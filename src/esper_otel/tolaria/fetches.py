@@ -7,17 +7,24 @@ over another dataset that gave as many batches (loaders that are zipped). What w
 while no gradients were recorded does not count then, nor, where datasets of the step before
 are among them, do others. What was fetched before the step's first batch was an evaluation
 between two steps.
+
+It was nothing but an evaluation where gradients were recorded for none of it: such a loop
+trains on what no loader gives it, or had its batch before. An iterator that goes on from one
+step to the next is trained on all the same.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 MAX_STRETCHES = 64
 """Stretches of fetches from one iterator that are remembered until ``backward``."""
+
+MAX_WAITS = 64
+"""Waits of a stretch that are told apart; older ones are told as one."""
 
 
 class Source(NamedTuple):
@@ -40,32 +47,60 @@ Charged = tuple[int, int, bool, int, Sequence[tuple[int, int]]]
 """What a step is charged with; marks are nanoseconds of one clock.
 
 The mark the loop was at before all of it; that at which it asked for the step's first batch;
-whether an evaluation lay between; the samples; the waits as (asked for, came). A plain tuple,
-for one is made at every step.
+whether an evaluation lay between; the samples; the waits as (asked for, came). Where there is
+no wait, no batch was the step's, and the second mark is the end of the evaluation as far as
+it is known. A plain tuple, for one is made at every step.
 """
 
 
 class _Stretch:
     """Fetches from one iterator, with none from another between them."""
 
-    __slots__ = ("samples", "source", "waits")
+    __slots__ = ("_newest", "samples", "source", "waits")
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.waits: list[tuple[int, int]] = []
-        self.samples: list[int] = []
+        self.samples = 0
+        self._newest = 0
+
+    def append(self, asked_for: int, now: int, samples: int) -> None:
+        waits = self.waits
+        waits.append((asked_for, now))
+        self.samples += samples
+        self._newest = samples
+        if len(waits) > MAX_WAITS:
+            # What lay between them comes after both: the sums stay what they are.
+            (first, came), (next_one, next_came) = waits[:2]
+            waits[:2] = [(first, came + next_came - next_one)]
+
+    def drop_newest(self) -> None:
+        self.waits.pop()
+        self.samples -= self._newest
 
 
 class Fetches:
     """The fetches of one loop that no ``backward`` has followed yet."""
 
-    __slots__ = ("_alone", "_before", "_stretches", "_trained", "waiting")
+    __slots__ = (
+        "_alone",
+        "_before",
+        "_ended",
+        "_evaluated",
+        "_evaluated_at",
+        "_stretches",
+        "_trained",
+        "waiting",
+    )
 
     def __init__(self) -> None:
         self.waiting = False
         """Whether there are any."""
         self._before = 0
+        self._ended = 0
         self._trained: set[Source] = set()
+        self._evaluated: Set[Source] = frozenset()
+        self._evaluated_at = 0
         # What most steps have is one fetch, and no work should be made of it.
         self._alone: tuple[Source, int, int, int] | None = None
         self._stretches: list[_Stretch] = []
@@ -85,15 +120,27 @@ class Fetches:
             self._drop_newest()  # it lies in this one: a loader that is timed at two places
         self._append(source, asked_for, now, samples)
 
-    def charge(self) -> Charged:
-        """What the step is charged with, now that ``backward`` is called."""
+    def ended(self, iterator: int, now: int) -> None:
+        """The iterator of that number was asked for a batch and had none left."""
+        if self.waiting:
+            newest = self._alone[0] if self._alone is not None else self._stretches[-1].source
+            if newest.iterator == iterator:
+                self._ended = now
+
+    def charge(self, step: int) -> Charged:
+        """What ``backward``, which is called now, makes of them; ``step`` were taken so far."""
         self.waiting = False
         if self._alone is not None:
             (source, asked_for, now, samples), self._alone = self._alone, None
             if source not in self._trained or len(self._trained) > 1:
+                if self._is_evaluation({source}, now, step):
+                    return self._before, max(now, self._ended), True, 0, ()
                 self._trained = {source}
             return self._before, asked_for, False, samples, ((asked_for, now),)
         stretches, self._stretches = self._stretches, []
+        now = stretches[-1].waits[-1][1]
+        if self._is_evaluation({each.source for each in stretches}, now, step):
+            return self._before, max(now, self._ended), True, 0, ()
         first = 0
         if len(stretches) > 1:
             trained = self._trained_of(stretches)
@@ -102,8 +149,21 @@ class Fetches:
             stretches = stretches[first:]
         self._trained = {each.source for each in stretches}
         waits = [wait for each in stretches for wait in each.waits]
-        samples = sum(sum(each.samples) for each in stretches)
+        samples = sum(each.samples for each in stretches)
         return self._before, waits[0][0], first > 0, samples, waits
+
+    def _is_evaluation(self, sources: Set[Source], now: int, step: int) -> bool:
+        """Whether none of ``sources``, the last fetched from at mark ``now``, is trained on."""
+        known = {(source.dataset, source.graded) for source in self._trained}
+        if any(source.graded or (source.dataset, False) in known for source in sources):
+            return False
+        goes_on = (
+            self._ended < now
+            and step - self._evaluated_at <= 1
+            and not self._evaluated.isdisjoint(sources)
+        )
+        self._evaluated, self._evaluated_at = sources, step
+        return not goes_on
 
     def _append(self, source: Source, asked_for: int, now: int, samples: int) -> None:
         stretches = self._stretches
@@ -111,13 +171,11 @@ class Fetches:
             stretches.append(_Stretch(source))
             if len(stretches) > MAX_STRETCHES:
                 del stretches[0]
-        stretches[-1].waits.append((asked_for, now))
-        stretches[-1].samples.append(samples)
+        stretches[-1].append(asked_for, now, samples)
 
     def _drop_newest(self) -> None:
         newest = self._stretches[-1]
-        newest.waits.pop()
-        newest.samples.pop()
+        newest.drop_newest()
         if not newest.waits:
             self._stretches.pop()
 

@@ -27,12 +27,24 @@ from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.memory import recalled
 from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
 from esper_otel.tolaria.responses import Optimizer, Responses
-from esper_otel.tolaria.seal import Reading, Sealer, Unless, Unsealed, Value, put_optimizer
+from esper_otel.tolaria.seal import (
+    Reading,
+    Sealer,
+    Unless,
+    Unsealed,
+    Value,
+    plus,
+    put_optimizer,
+)
 from esper_otel.tolaria.tending import Tending, put_garden
 
 log = logging.getLogger("esper_otel")
 
+MAX_PHASES = 4096
+"""Phases of one step that are remembered for its spans. Its times count all there were."""
+
 _EMPTY_ROW = [nan] * len(STEP_KEYS)
+_NO_LOSS: tuple[Value | None, int] = None, 0
 
 # Slots as plain integers: a dictionary look-up each would be a tenth of the step's cost.
 _STEP = STEP_SLOT["step"]
@@ -72,7 +84,6 @@ class Recorder:
     # Of the step under way; all made anew by _begin_step. Marks are of perf_counter_ns.
     _mark: int
     _begun: int
-    _first_fetch: int
     _wait_ns: int
     _forward_ns: int
     _backward_ns: int
@@ -84,10 +95,13 @@ class Recorder:
     _span_start: int
     _samples: int
     _norm: Value | None
-    _losses: list[Value]
-    _losses_of_another: list[Value] | None
-    _reported_losses: list[Value]
-    _reported: list[tuple[int, Value]]
+    _loss: Value | None
+    _losses: int
+    _loss_of_another: tuple[Value | None, int]
+    _shares: bool
+    _reported_loss: Value | None
+    _reported_losses: int
+    _reported: dict[int, Value]
     _phases: list[tuple[str, int, int]]
 
     def __init__(
@@ -122,6 +136,7 @@ class Recorder:
         self._told_of_trouble = False
 
         self._sealer = Sealer(enriched=enriched)
+        self._all_shares = False
         self._mean_latency_ms = 0.0
 
         self._fetches = Fetches()
@@ -143,6 +158,10 @@ class Recorder:
         self._fetches.came(source, asked_for, now, samples, self._mark)
         self._mark = now
 
+    def batches_ended(self, iterator: int) -> None:
+        """The iterator of that number, of a :class:`Source`, has no more batches."""
+        self._fetches.ended(iterator, perf_counter_ns())
+
     def backward_begins(self) -> None:
         """The loop calls backward: what led here since the batch came was forward."""
         now = perf_counter_ns()
@@ -152,7 +171,10 @@ class Recorder:
         if self._begun == 0:
             self._begun = mark
         self._forward_ns += now - mark
-        self._phases.append(("train.forward", mark, now))
+        phases = self._phases
+        if len(phases) > MAX_PHASES:
+            del phases[: MAX_PHASES // 2]
+        phases.append(("train.forward", mark, now))
         self._mark = now
 
     def backward_ends(self, loss: Value | None) -> None:
@@ -165,20 +187,20 @@ class Recorder:
         self._backward_ns += now - self._mark
         self._phases.append(("train.backward", self._mark, now))
         self._mark = now
-        if loss is None or (self._optimizing and len(self._losses) > self._losses_before):
+        if loss is None or (self._optimizing and self._losses > self._losses_before):
             return
-        self._losses.append(loss)
+        self._loss = loss if self._loss is None else plus(self._loss, loss)
+        self._losses += 1
 
     def skipped(self) -> None:
         """The optimizer did not step (a gradient scaler saw an overflow).
 
         What was learnt of this attempt is forgotten, its time is that of the next step.
         """
-        self._norm = None
-        self._losses = []
-        self._losses_of_another = None
-        self._reported_losses = []
-        self._reported = []
+        self._norm = self._loss = self._reported_loss = None
+        self._losses = self._reported_losses = 0
+        self._loss_of_another = _NO_LOSS
+        self._reported = {}
 
     def may_be_skipped(self, skipped: Reading) -> None:
         """The optimizer has stepped if ``skipped``, which a device has still to tell, is zero.
@@ -187,9 +209,9 @@ class Recorder:
         """
         if self._norm is not None:
             self._norm = Unless(self._norm, skipped)
-        losses = self._reported_losses or self._losses or self._losses_of_another or ()
-        self._losses = [Unless(loss, skipped) for loss in losses]
-        self._reported_losses = []
+        loss, parts = self._loss_of_step
+        if loss is not None:
+            self._reported_loss, self._reported_losses = Unless(loss, skipped), parts
 
     def another_stepped(self) -> None:
         """An optimizer has stepped whose steps are not the run's (a critic's, say).
@@ -198,8 +220,16 @@ class Recorder:
         no other follows, as where one loss trains both.
         """
         if self._losses:
-            self._losses_of_another = self._losses
-            self._losses = []
+            self._loss_of_another = self._loss, self._losses
+            self._loss, self._losses = None, 0
+
+    @property
+    def _loss_of_step(self) -> tuple[Value | None, int]:
+        """The losses of the step added up, and by what their sum is to be divided."""
+        if self._reported_losses:
+            return self._reported_loss, self._reported_losses
+        loss, losses = (self._loss, self._losses) if self._losses else self._loss_of_another
+        return loss, 1 if self._shares else losses
 
     def clipped(self, norm: Value) -> None:
         """Gradients were clipped, and ``norm`` is what their norm was before."""
@@ -229,7 +259,7 @@ class Recorder:
     def closure_begins(self) -> None:
         """The optimizer is about to step, and will call forward and backward itself."""
         self._optimizing = True
-        self._losses_before = len(self._losses)
+        self._losses_before = self._losses
 
     def optimizer_ends(self) -> int:
         """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
@@ -267,7 +297,10 @@ class Recorder:
             raise ValueError(f"phase {name!r}: expected forward, backward or optimizer")
         if self._begun == 0:
             self._begun = began
-        self._phases.append((f"train.{name}", began, ended))
+        phases = self._phases
+        if len(phases) > MAX_PHASES:
+            del phases[: MAX_PHASES // 2]
+        phases.append((f"train.{name}", began, ended))
         self._mark = ended
 
     def report(self, loss: Value | None, values: Mapping[str, Value]) -> None:
@@ -285,14 +318,15 @@ class Recorder:
             if slot == _GRADIENT_NORM:
                 self._norm = value
             elif self._enriched or slot != _CONFLICT_RATE:
-                self._reported.append((slot, value))
+                self._reported[slot] = value
         if loss is not None:
-            self._reported_losses.append(loss)
+            self._reported_loss = plus(self._reported_loss, loss)
+            self._reported_losses += 1
 
     def copied_to_device(self, milliseconds: Value) -> None:
         """How long the step's first host-to-device copy took."""
         if self._enriched:
-            self._reported.append((_H2D, milliseconds))
+            self._reported[_H2D] = milliseconds
 
     def end_step(self, ended: int = 0) -> None:
         """The step is done: seal its frame, stream it, ask about it, do what was decided.
@@ -322,9 +356,16 @@ class Recorder:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
         self._tending = None if garden is None else Tending(garden)
 
-    def losses_are_shares(self) -> None:
-        """From here on the losses of a step's micro-batches add up to the step's loss."""
-        self._sealer.losses_are_shares = True
+    def losses_are_shares(self, shares: bool = True) -> None:
+        """From here on backward begins from shares: a step's loss is their sum, no mean.
+
+        So it is where each micro-batch's loss is divided by their number. False: no longer.
+        """
+        self._all_shares = self._shares = shares
+
+    def loss_is_a_share(self) -> None:
+        """As :meth:`losses_are_shares`, for the step under way."""
+        self._shares = True
 
     def agree(self, agreement: Settles, *, asks: bool) -> None:
         """Apply what all ranks have settled; ``asks``: whether this one asks for them."""
@@ -375,23 +416,23 @@ class Recorder:
         row[_HOOK] = self._hook_ms + self._prepare_ns / 1e6
         row[_TAMIYO] = self._tamiyo_ms
         row[_NONFINITE] = 0.0
-        since = self._last_end or self._first_fetch or self._begun or ended
+        since = self._last_end or self._begun or ended
         latency_ms = (ended - since - self._outside_ns) / 1e6
         if self._samples and latency_ms > 0.0:
             row[_SAMPLES_PER_S] = self._samples * 1e3 / latency_ms
         if self._enriched:
             self._put_gated(row, latency_ms)
             row[_FINALIZE] = (finalized - ended) / 1e6
-        losses = self._reported_losses or self._losses or self._losses_of_another or []
+        loss, parts = self._loss_of_step
         seeds = growing.seeds if growing is not None else ()
         usual_ms = self._mean_latency_ms
         slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
         newest: tuple[int, int, list[float], Seeds] | None = None
-        if self._sealer.seal_now(row, losses, self._norm, self._reported):
+        if self._sealer.seal_now(row, loss, parts, self._norm, self._reported):
             newest = (step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            frame = Unsealed(step, time, row, losses, self._norm, self._reported, seeds)
+            frame = Unsealed(step, time, row, loss, parts, self._norm, self._reported, seeds)
             for done in self._sealer.take(frame):
                 newest = (done.step, done.time, done.row, done.seeds)
                 self._frames.frame(done.time, done.row, done.seeds)
@@ -477,22 +518,22 @@ class Recorder:
 
     def _begin_step(self, hook_end: int) -> None:
         self._span_start = self._mark = hook_end
-        self._begun = self._first_fetch = 0
+        self._begun = 0
         self._forward_ns = self._backward_ns = self._optimizer_ns = 0
         self._wait_ns = -1
         self._prepare_ns = 0
         self._samples = 0
         self._optimizing = False
         self._outside_ns = self._losses_before = 0
-        self._norm = None
-        self._losses = []
-        self._losses_of_another = None
-        self._reported_losses = []
-        self._reported = []
+        self._norm = self._loss = self._reported_loss = None
+        self._losses = self._reported_losses = 0
+        self._loss_of_another = _NO_LOSS
+        self._shares = self._all_shares
+        self._reported = {}
         self._phases = []
 
     def _charge_fetches(self) -> None:
-        before, since, outside, samples, waits = self._fetches.charge()
+        before, since, outside, samples, waits = self._fetches.charge(self.step)
         phases = self._phases
         if outside:
             if before:
@@ -504,9 +545,14 @@ class Recorder:
             # the loss, which on a device waits for what was begun before.
             self._optimizer_ns += since - before
             phases.append(("train.optimizer", before, since))
+        if not waits:
+            # It was an evaluation, and what the step is trained on came on another way.
+            self._mark = max(self._mark, since)
+            return
+        if self._begun == 0:
+            self._begun = since
         if self._wait_ns < 0:
             self._wait_ns = 0
-            self._first_fetch = since
         for asked_for, came in waits:
             if asked_for > since:  # between two fetches of one step
                 self._forward_ns += asked_for - since

@@ -7,7 +7,7 @@ waits for it, and so do those behind it, because statistics follow the order of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ from esper_otel.tolaria.memory import Memory
 
 DEEPEST_WAIT = 8
 """Frames that may wait for a device. Beyond it the oldest goes without what is missing."""
+
+MOST_UNDER_WAY = 64
+"""Losses of one step that a device may still have to deliver. Beyond it their sum is lost."""
 
 _LOSS = STEP_SLOT["loss"]
 _GRADIENT_NORM = STEP_SLOT["gradient_norm"]
@@ -64,43 +67,93 @@ class Unless:
         return None if self._doubt.value() else _arrived(self._value)
 
 
+class Sum:
+    """Losses added up that a device still has to deliver; lost when one of them is."""
+
+    __slots__ = ("_total", "_under_way")
+
+    def __init__(self, first: Value) -> None:
+        self._total: float | None = 0.0
+        self._under_way: deque[Reading] = deque()
+        self.add(first)
+
+    def add(self, loss: Value) -> None:
+        """One more."""
+        if isinstance(loss, float):
+            self._take(loss)
+            return
+        self._under_way.append(loss)
+        if len(self._under_way) > MOST_UNDER_WAY:
+            self.ready()
+            if len(self._under_way) > MOST_UNDER_WAY:
+                self._take(None)
+
+    def ready(self) -> bool:
+        """Whether all of them have arrived, or the sum is lost."""
+        while self._under_way and self._under_way[0].ready():
+            self._take(self._under_way.popleft().value())
+        return not self._under_way
+
+    def value(self) -> float | None:
+        """The sum; None when it is lost or not all here yet."""
+        return self._total if self.ready() else None
+
+    def _take(self, number: float | None) -> None:
+        if self._total is None or number is None:
+            self._total = None
+            self._under_way.clear()
+        else:
+            self._total += number
+
+
+def plus(total: Value | None, loss: Value) -> Value:
+    """``total`` and one more loss of the same step; None is the total of no loss."""
+    if total is None:
+        return loss
+    if isinstance(total, float) and isinstance(loss, float):
+        return total + loss
+    if not isinstance(total, Sum):
+        total = Sum(total)
+    total.add(loss)
+    return total
+
+
 class Unsealed:
     """A frame and the values that are still to be put into its row.
 
-    ``losses`` are those of the step's micro-batches, ``norm`` the gradient norm, ``others``
-    pairs of (slot, value), ``seeds`` the rows of the step's seeds, which miss nothing.
+    ``loss`` is the sum over the step's micro-batches and ``parts`` what makes a mean of it,
+    ``norm`` the gradient norm, ``others`` are values by slot, ``seeds`` the rows of the
+    step's seeds, which miss nothing.
     """
 
-    __slots__ = ("losses", "norm", "others", "row", "seeds", "step", "time")
+    __slots__ = ("loss", "norm", "others", "parts", "row", "seeds", "step", "time")
 
     def __init__(
         self,
         step: int,
         time: int,
         row: list[float],
-        losses: list[Value],
+        loss: Value | None,
+        parts: int,
         norm: Value | None,
-        others: list[tuple[int, Value]],
+        others: Mapping[int, Value],
         seeds: Sequence[tuple[str, list[float]]] = (),
     ) -> None:
         self.step = step
         self.time = time
         self.row = row
-        self.losses = losses
+        self.loss = loss
+        self.parts = parts
         self.norm = norm
         self.others = others
         self.seeds = seeds
 
     def ready(self) -> bool:
         """Whether every value has arrived."""
-        for loss in self.losses:
-            if not isinstance(loss, float) and not loss.ready():
+        for value in (self.loss, self.norm, *self.others.values()):
+            if value is not None and not isinstance(value, float) and not value.ready():
                 return False
-        for _, value in self.others:
-            if not isinstance(value, float) and not value.ready():
-                return False
-        norm = self.norm
-        return norm is None or isinstance(norm, float) or norm.ready()
+        return True
 
 
 class Sealer:
@@ -109,12 +162,9 @@ class Sealer:
     ``enriched`` False leaves the statistics out, which are gated.
     """
 
-    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "_waiting", "losses_are_shares")
+    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "_waiting")
 
     def __init__(self, *, enriched: bool) -> None:
-        self.losses_are_shares = False
-        """Whether the losses of a step's micro-batches add up to its loss, as where a
-        framework has divided each by their number, and are not to be averaged."""
         self._enriched = enriched
         self._loss = WeightedStatistics()
         self._norm = WeightedStatistics()
@@ -142,20 +192,20 @@ class Sealer:
     def seal_now(
         self,
         row: list[float],
-        losses: list[Value],
+        loss: Value | None,
+        parts: int,
         norm: Value | None,
-        others: list[tuple[int, Value]],
+        others: Mapping[int, Value],
     ) -> bool:
         """Seal a row whose values are all here, as on a CPU they are; False if one is not."""
         if self._waiting or (norm is not None and type(norm) is not float):
             return False
-        for loss in losses:
-            if type(loss) is not float:
-                return False
-        for _, value in others:
+        if loss is not None and type(loss) is not float:
+            return False
+        for value in others.values():
             if type(value) is not float:
                 return False
-        self._put(row, losses, norm, others)
+        self._put(row, loss, parts, norm, others)
         return True
 
     def take(self, frame: Unsealed) -> list[Unsealed]:
@@ -178,33 +228,33 @@ class Sealer:
 
     def _seal(self, frame: Unsealed) -> None:
         """With what has arrived; a loss is missing when one of its micro-batches is."""
-        losses = [number for loss in frame.losses if (number := _arrived(loss)) is not None]
         self._put(
             frame.row,
-            losses if len(losses) == len(frame.losses) else [],
+            None if frame.loss is None else _arrived(frame.loss),
+            frame.parts,
             None if frame.norm is None else _arrived(frame.norm),
-            [
-                (slot, number)
-                for slot, value in frame.others
+            {
+                slot: number
+                for slot, value in frame.others.items()
                 if (number := _arrived(value)) is not None
-            ],
+            },
         )
 
     def _put(
         self,
         row: list[float],
-        losses: list[Any],
+        loss: Any,
+        parts: int,
         norm: Any,
-        others: list[tuple[int, Any]],
+        others: Mapping[int, Any],
     ) -> None:
         """Numbers and their statistics into ``row``. All of them are floats here."""
         enriched = self._enriched
         # "Minus the previous step's": after a step without a loss there is none.
         self._last_loss, last_loss = nan, self._last_loss
-        if losses:
-            loss = losses[0]
-            if len(losses) > 1:
-                loss = sum(losses) if self.losses_are_shares else sum(losses) / len(losses)
+        if loss is not None:
+            if parts > 1:
+                loss /= parts
             if loss - loss != 0.0:  # NaN or infinite; a third of a call to math.isfinite
                 row[_NONFINITE] += 1.0
             else:
@@ -226,7 +276,7 @@ class Sealer:
                     statistics.update(norm)
                     row[_GRAD_NORM_EWMA] = statistics.mean
                     row[_GRAD_VAR] = statistics.variance
-        for slot, number in others:
+        for slot, number in others.items():
             put(row, slot, number)
 
 
