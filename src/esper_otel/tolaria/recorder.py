@@ -423,7 +423,9 @@ class Recorder:
         if self._enriched:
             self._put_gated(row, latency_ms)
             row[_FINALIZE] = (finalized - ended) / 1e6
-        loss, parts = self._loss_of_step
+        loss, parts = self._loss, self._losses
+        if self._reported_losses or self._shares or not parts:
+            loss, parts = self._loss_of_step
         seeds = growing.seeds if growing is not None else ()
         usual_ms = self._mean_latency_ms
         slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
