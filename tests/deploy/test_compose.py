@@ -72,6 +72,13 @@ def test_the_collectors_image_is_of_the_release_that_is_built():
 
 
 @pytest.mark.parametrize("name", SERVICES)
+def test_what_up_waits_for_stays(name):
+    # A container that has ended, however well, is a failure to `up --wait`.
+    by_itself = "profiles" not in SERVICES[name]
+    assert by_itself is (SERVICES[name]["restart"] == "unless-stopped")
+
+
+@pytest.mark.parametrize("name", SERVICES)
 def test_ports_are_on_loopback(name):
     for port in SERVICES[name].get("ports", ()):
         assert port.startswith("127.0.0.1:")

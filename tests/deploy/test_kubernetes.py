@@ -7,12 +7,15 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from bench import topology
+from bench.sizing import QUEUE_BYTES
 from esper_otel.settings import EsperSettings
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy" / "kubernetes"
 API = "1.33"
 COLLECTOR = ROOT / "collector"
+GATEWAY = (COLLECTOR / "gateway.yaml").read_text()
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
 
 KUSTOMIZATION = yaml.safe_load((BASE / "kustomization.yaml").read_text())
@@ -37,6 +40,11 @@ def pods():
 
 
 PODS = dict(pods())
+CLAIMS = {
+    one["metadata"]["name"]: one["spec"].get("volumeClaimTemplates", ())
+    for one in RESOURCES
+    if one["kind"] == "StatefulSet"
+}
 
 
 def containers(pod):
@@ -103,7 +111,8 @@ def test_a_container_is_pinned_bounded_and_hardened(name, container):
     pod = PODS[name]["spec"]
     assert pod["automountServiceAccountToken"] is False
     mounts = {one["name"] for one in container["volumeMounts"]}
-    assert mounts <= {volume["name"] for volume in pod["volumes"]}
+    claimed = {one["metadata"]["name"] for one in CLAIMS.get(name, ())}
+    assert mounts <= {volume["name"] for volume in pod["volumes"]} | claimed
     runs_as_root = (
         security.get("runAsUser", pod.get("securityContext", {}).get("runAsUser")) == 0
     )
@@ -152,9 +161,45 @@ def test_the_autoscaler_and_the_budget_are_the_gateways():
     target = scaler["scaleTargetRef"]
     assert (target["kind"], target["name"]) in BY_NAME
     assert scaler["minReplicas"] >= 2
-    assert "replicas" not in BY_NAME["Deployment", "esper-gateway"]["spec"]
+    assert "replicas" not in BY_NAME[target["kind"], target["name"]]["spec"]
     budget = BY_NAME["PodDisruptionBudget", "esper-gateway"]["spec"]["selector"]["matchLabels"]
     assert budget.items() <= PODS["esper-gateway"]["metadata"]["labels"].items()
+
+
+def test_a_gateway_is_what_the_runbook_counts_with():
+    scaler = BY_NAME["HorizontalPodAutoscaler", "esper-gateway"]["spec"]
+    (metric,) = scaler["metrics"]
+    (gateway,) = containers(PODS["esper-gateway"])
+    # The share is of what is requested, not of what there is.
+    assert float(gateway["resources"]["requests"]["cpu"]) == topology.GATEWAY_CORES
+    assert metric["resource"]["target"]["averageUtilization"] == topology.BUSY * 100
+    counted = re.findall(r"agents, (\d+) gateways", topology.PAGE.read_text())
+    assert counted
+    for gateways in map(int, counted):
+        assert scaler["minReplicas"] <= gateways <= scaler["maxReplicas"]
+
+
+def test_a_gateways_queues_come_back_with_it_and_it_has_time_to_send_them():
+    gateway = BY_NAME["StatefulSet", "esper-gateway"]["spec"]
+    assert gateway["serviceName"] == "esper-gateway"
+    (claim,) = CLAIMS["esper-gateway"]
+    (container,) = containers(PODS["esper-gateway"])
+    places = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+    assert f"COLLECTOR_STATE:-{places[claim['metadata']['name']]}" in GATEWAY
+    pod = PODS["esper-gateway"]["spec"]
+    sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= 2 * sleep_s
+
+
+def test_queues_and_events_have_room_on_a_gateways_volume():
+    (claim,) = CLAIMS["esper-gateway"]
+    room = claim["spec"]["resources"]["requests"]["storage"]
+    parsed = yaml.safe_load(GATEWAY)["exporters"]
+    rotation = parsed["file/events"]["rotation"]
+    events = rotation["max_megabytes"] * (rotation["max_backups"] + 1) << 20
+    queues = GATEWAY.count("storage: file_storage") + GATEWAY.count("<<: *on_disk")
+    assert room.endswith("Gi")
+    assert queues * QUEUE_BYTES + events <= int(room.removesuffix("Gi")) << 30
 
 
 def chosen(selector):

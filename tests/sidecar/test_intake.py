@@ -15,6 +15,7 @@ from esper_tamiyo.receiving.ingest import (
     TooLargeError,
 )
 from esper_tamiyo.receiving.pipe import Inlet, Kind, Tally
+from esper_tamiyo.receiving.punctuality import MAX_LATER_NS, Punctuality
 from sidecar.frames_made import frame, otlp_of
 
 
@@ -141,6 +142,22 @@ def test_a_producer_that_hangs_up_while_it_waits_leaves_its_place():
         pipe.reads.set()
         await stays
         assert pipe.steps == [2]
+
+    taken(test)
+
+
+def test_what_came_too_late_to_be_decided_on_is_dropped_and_counted(monkeypatch):
+    now = 0
+    monkeypatch.setattr(ingest, "Punctuality", lambda: Punctuality(lambda: now))
+
+    async def test(intake, pipe):
+        nonlocal now
+        for step in range(2):
+            assert await intake.take(request(step)) == b""
+            now += MAX_LATER_NS + 10
+        assert pipe.steps == [0]
+        assert (pipe.told("requests"), pipe.told("points_used")) == (2, 2)
+        assert pipe.told("points_old") == 2
 
     taken(test)
 

@@ -129,6 +129,14 @@ def test_queues_are_as_large_as_the_runbooks_sizes_say():
         assert {*re.findall(r"COLLECTOR_QUEUE_BYTES:-(\d+)", text)} == {str(QUEUE_BYTES)}
 
 
+@pytest.mark.parametrize("name", ["local", "gateway"])
+def test_the_handover_takes_what_is_taken_from_the_disk_together(name):
+    config = yaml.safe_load((COLLECTOR / f"{name}.yaml").read_text())
+    most = config["receivers"]["otlp/handover"]["protocols"]["grpc"]["max_recv_msg_size_mib"]
+    batch = config["exporters"]["otlp_grpc/prometheus"]["sending_queue"]["batch"]
+    assert batch["max_size"] * 1024 <= most << 20, "a kilobyte for each point"
+
+
 def test_prometheus_takes_its_configuration(promtool):
     config = ROOT / "docker" / "prometheus" / "prometheus.yml"
     done = subprocess.run(

@@ -21,7 +21,8 @@ STEP_NS = 2_000_000
 BEFORE, DURING, AFTER = range(40), range(40, 80), range(80, 120)
 ALL = range(120)
 SPANS = 4
-FLOOD = 400
+FLOOD, FLOOD_BYTES = 400, 32 << 10
+"""So many requests, each so large: many times what the queue for Tamiyo has room for."""
 
 
 class Run:
@@ -171,10 +172,13 @@ def test_tamiyo_is_killed(stack, run, wait_until):
 
 
 def some_request():
-    """One point of a registered metric, of another run."""
+    """One point of a registered metric, of another run, in a large request."""
     request = ExportMetricsServiceRequest()
     resource = request.resource_metrics.add()
-    resource.resource.attributes.add(key="esper.run_id").value.string_value = "flood"
+    attributes = resource.resource.attributes
+    attributes.add(key="esper.run_id").value.string_value = "flood"
+    # Not among the labels that Prometheus is given: resource/labels takes it away.
+    attributes.add(key="process.padding").value.string_value = "x" * FLOOD_BYTES
     metric = resource.scope_metrics.add().metrics.add(name="tolaria.step")
     metric.gauge.data_points.add(time_unix_nano=time.time_ns(), as_double=1.0)
     return request.SerializeToString()
@@ -203,7 +207,7 @@ def test_tamiyo_hangs_and_nobody_waits_for_it(stack, run, wait_until):
     for process in stopped:
         os.kill(process, signal.SIGSTOP)
     try:
-        # Many more requests than the queue for Tamiyo has room for: none of them is refused.
+        # Much more than the queue for Tamiyo has room for: nothing of it is refused.
         assert answers(stack, some_request(), FLOOD) == {200}
         run.train([*DURING, *AFTER])
         run.delivered(len(ALL))

@@ -165,7 +165,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         Kind.COUNTER,
         "{point}",
         "data points of requests that were accepted: used, of other instruments "
-        "(`foreign`), of ours and unusable",
+        "(`foreign`), of ours and unusable, or of steps that came too late (`old`)",
         ("state",),
         _each(
             "state",
@@ -173,6 +173,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
                 "points_used": "used",
                 "points_foreign": "foreign",
                 "points_unusable": "unusable",
+                "points_old": "old",
             },
             "ingest",
         ),

@@ -34,6 +34,7 @@ from esper_tamiyo.receiving.addresses import Address, bind_refusal
 from esper_tamiyo.receiving.credentials import Credentials, CredentialsError, Doorkeeper
 from esper_tamiyo.receiving.otlp_frames import frames_of
 from esper_tamiyo.receiving.pipe import Failed, Ready, Tally, pack
+from esper_tamiyo.receiving.punctuality import Punctuality
 
 MAX_REQUEST = 4 << 20
 """Largest request after decompression, in bytes."""
@@ -89,6 +90,7 @@ class Intake:
         self._doorkeeper = doorkeeper
         self._turn = asyncio.Lock()
         self._held = 0
+        self._punctuality = Punctuality()
 
     def admit(self, authorization: str | bytes | None) -> None:
         """Raise :class:`StrangerError` for a request without the token, if there is one."""
@@ -123,7 +125,7 @@ class Intake:
         except DecodeError as error:
             self.count(Tally(malformed=1))
             raise MalformedError(f"not an ExportMetricsServiceRequest: {error}") from None
-        harvest = frames_of(request)
+        harvest = frames_of(request, self._punctuality.is_old)
         self._pipe.writelines([pack(frame) for frame in harvest.frames])
         self.count(
             Tally(
@@ -131,6 +133,7 @@ class Intake:
                 points_used=harvest.used,
                 points_foreign=harvest.foreign,
                 points_unusable=harvest.unusable,
+                points_old=harvest.old,
             )
         )
         return otlp_replies.success(harvest.unusable)

@@ -7,7 +7,7 @@ costs about 5 µs each, so metrics are told apart by name before a point is touc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -33,13 +33,15 @@ class Harvest(msgspec.Struct):
 
     ``used`` points are in the frames. ``foreign`` ones belong to other metrics and are
     none of our business. ``unusable`` ones carry a name of ours but no step at their
-    time, no ``seed_id`` or no number; the producer is told about them.
+    time, no ``seed_id`` or no number; the producer is told about them. ``old`` ones are
+    of steps that came too late to be decided on.
     """
 
     frames: list[StepFrame]
     used: int = 0
     foreign: int = 0
     unusable: int = 0
+    old: int = 0
 
 
 class Identity(NamedTuple):
@@ -90,8 +92,14 @@ class Moment:
         )
 
 
-def frames_of(request: ExportMetricsServiceRequest) -> Harvest:
-    """The step frames in ``request``, by resource and step."""
+def _never(whose: Identity, time_unix_nano: int) -> bool:
+    return False
+
+
+def frames_of(
+    request: ExportMetricsServiceRequest, is_old: Callable[[Identity, int], bool] = _never
+) -> Harvest:
+    """The step frames in ``request``, by resource and step, without those that are old."""
     harvest = Harvest([])
     for group in request.resource_metrics:
         whose = identity_of(group)
@@ -100,6 +108,9 @@ def frames_of(request: ExportMetricsServiceRequest) -> Harvest:
             frame = moment.frame(whose, time_unix_nano)
             if frame is None:
                 harvest.unusable += moment.points
+                continue
+            if is_old(whose, time_unix_nano):
+                harvest.old += moment.points
                 continue
             harvest.used += moment.points
             frames.append(frame)

@@ -49,14 +49,15 @@ class Unusable(msgspec.Struct, frozen=True, array_like=True):
 class Tally(msgspec.Struct, array_like=True):
     """What came in since the last tally.
 
-    Every data point of a request that could be read is one of used, foreign and
-    unusable. Of requests that were turned away nothing was taken.
+    Every data point of a request that could be read is one of used, foreign, unusable and
+    old. Of requests that were turned away nothing was taken.
     """
 
     requests: int = 0
     points_used: int = 0
     points_foreign: int = 0
     points_unusable: int = 0
+    points_old: int = 0
     malformed: int = 0
     too_large: int = 0
     turned_away_busy: int = 0
