@@ -8,8 +8,8 @@ PAGE_TEXT = """\
 A table says when something is wrong with a run and what to do about it. It is YAML, read
 by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
-its file, line and field, and rules that can never fire, never be heard or never end.
-`table.schema.json` beside this page is its JSON Schema: with
+its file, line and field, and rules that can never fire, never be heard or never end, or
+that silence in vain. `table.schema.json` beside this page is its JSON Schema: with
 `# yaml-language-server: $schema=table.schema.json` as the first line most editors
 complete and check a table while it is written.
 
