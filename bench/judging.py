@@ -116,7 +116,10 @@ def timed(engine: Engine, frame: StepFrame) -> float:
 
 
 def frames(steps: int, seeds: int) -> list[StepFrame]:
-    """A steady run with every metric that a CUDA run with a garden has."""
+    """A steady run with every metric that a CUDA run with a garden has.
+
+    Free memory falls a little, as a slope is only worked out of what falls.
+    """
     draw = random.Random(1)
     return [frame(step, seeds, draw) for step in range(steps)]
 
@@ -147,8 +150,8 @@ def frame(step: int, seeds: int, draw: random.Random) -> StepFrame:
         "optimizer_momentum": 0.9,
         "input_wait_ms": 0.2,
         "h2d_copy_ms": 0.3,
-        "gpu_mem_used_gb": 10.0,
-        "gpu_mem_free_gb": 70.0,
+        "gpu_mem_used_gb": 10.0 + 1e-4 * step,
+        "gpu_mem_free_gb": 70.0 - 1e-4 * step,
         "gpu_util_percent": 90.0,
         "cpu_util_percent": 50.0,
         "nonfinite": 0.0,

@@ -11,8 +11,8 @@ by `tamiyo serve --table FILE`; two come with the package, `default` and `protot
 loss had: where that is far below zero (a log-likelihood of -50) it has to rise by half its
 size before `loss_spike` speaks, however unusual a smaller jump would be.
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
-its file, line and field, and rules that can never fire, never be heard or never end.
-`table.schema.json` beside this page is its JSON Schema: with
+its file, line and field, and rules that can never fire, never be heard or never end, or
+that silence in vain. `table.schema.json` beside this page is its JSON Schema: with
 `# yaml-language-server: $schema=table.schema.json` as the first line most editors
 complete and check a table while it is written.
 

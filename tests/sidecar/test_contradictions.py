@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.history import History, Watch, Watched
 from esper_tamiyo.judging.rules import test_of as as_test
-from esper_tamiyo.language.contradictions import doubts, limits
+from esper_tamiyo.language.contradictions import Doubt, doubts, limits
 from esper_tamiyo.language.derived import KNOWN
-from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.operators import ON_BASELINES, Operator
+from esper_tamiyo.language.operators import BaselineKind as Kind
 from esper_tamiyo.language.table import Combine, Condition, Group
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
@@ -86,6 +88,64 @@ def said(*rules):
             "has a part that can never hold: loss cannot be above 5 and below 3 at once",
         ),
         (
+            "all: [{metric: loss, above_baseline: 2}, {metric: loss, below_baseline: 1.5}]",
+            "can never fire: loss cannot be above 2 × its baseline and below 1.5 × its "
+            "baseline at once",
+        ),
+        ("all: [{metric: loss, above_baseline: 2}, {metric: loss, below_baseline: 2.5}]", ""),
+        (
+            "all: [{metric: loss, above_baseline: 2}, "
+            "{metric: loss, below_baseline: 1.5, baseline: frozen}]",
+            "",
+        ),
+        (
+            "all: [{metric: loss, above_baseline: 2}, "
+            "{metric: loss, below_baseline: 1.5, baseline_of: loss_ewma}]",
+            "",
+        ),
+        (
+            "all: [{metric: loss, above_peers: 2}, {metric: loss, below_peers: 2}]",
+            "can never fire: loss cannot be above 2 × that of its peers and below 2 × that of "
+            "its peers at once",
+        ),
+        ("all: [{metric: loss, above_peers: 2}, {metric: loss, below_baseline: 1.5}]", ""),
+        (
+            "metric: step, below: 100, for: 200",
+            "can never fire: it holds at 100 steps at most, and for asks for 200",
+        ),
+        ("metric: step, below: 100, for: 100", ""),
+        ("metric: step, above: 100, for: 200", ""),
+        (
+            "all: [{metric: step, above: 10}, {metric: step, at_most: 12}, {metric: loss, "
+            "above: 1}], for: 2, of: 9",
+            "",
+        ),
+        (
+            "all: [{metric: step, above: 10}, {metric: step, at_most: 12}, {metric: loss, "
+            "above: 1}], for: 3, of: 9",
+            "can never fire: it holds at 2 steps at most, and for asks for 3",
+        ),
+        ("any: [{metric: step, below: 3}, {metric: step, below: 2}], for: 5", ""),
+        (
+            "any: [{metric: step, below: 3}, {metric: loss, above: 1}], for: 200",
+            "",
+        ),
+        (
+            "all: [{metric: step, nonfinite: true}, {metric: loss, above: 1}]",
+            "can never fire: every step has its number",
+        ),
+        (
+            "all: [{metric: loss, nonfinite: true}, {metric: loss, above: 1}]",
+            "can never fire: loss cannot be not finite and above 1 at once",
+        ),
+        ("all: [{metric: loss, missing_for: 3}, {metric: loss, nonfinite: true}]", ""),
+        ("all: [{metric: loss, nonfinite: true}, {metric: loss, above_peers: 3}]", ""),
+        ("all: [{nonfinite: true}, {metric: nonfinite, above: 2}]", ""),
+        (
+            "all: [{nonfinite: true}, {metric: nonfinite, below: 1}]",
+            "can never fire: nonfinite cannot be above 0 and below 1 at once",
+        ),
+        (
             "metric: step_latency_ms, above: 5, release: -1",
             "can never end: step_latency_ms lies at or above 0, so it is always above -1",
         ),
@@ -123,6 +183,18 @@ def test_a_rule_that_another_always_silences(silencer, silenced, never):
     assert found == ([f"b: {HEARD}"] if never else [])
 
 
+def test_a_rule_that_silences_the_one_on_silence():
+    quiet = "id: quiet, metric: step, missing_for: 5, severity: HIGH, action: CONTINUE"
+    loud = f"id: a, metric: loss, above: 1, silences: [quiet], {REST}"
+    text = f"version: one\nrules:\n  - {{{loud}}}\n  - {{{quiet}}}\n"
+    found = doubts(parse(TableSource("t", text.encode())))
+    assert found == [
+        Doubt(
+            "a", "silences quiet in vain: that speaks while nothing comes, whatever else fired"
+        )
+    ]
+
+
 @pytest.mark.parametrize("name", ["default", "prototype"])
 def test_shipped_tables_have_none(name):
     assert doubts(load(name)) == []
@@ -135,8 +207,20 @@ BOUNDS = st.builds(
     st.sampled_from([Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST]),
     st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 100.0, 101.0]),
 )
+REFERENCES = [Watch(metric, kind) for metric in METRICS for kind in (Kind.ROLLING, Kind.FROZEN)]
+FACTORS = st.builds(
+    lambda metric, operator, number, of: Condition(
+        metric, operator, number, of.metric, of.kind
+    ),
+    st.sampled_from(METRICS[:2]),
+    st.sampled_from(ON_BASELINES),
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.sampled_from(REFERENCES[:3]),
+)
 GROUPS = st.builds(
-    Group, st.sampled_from(Combine), st.lists(BOUNDS, min_size=1, max_size=4).map(tuple)
+    Group,
+    st.sampled_from(Combine),
+    st.lists(BOUNDS | FACTORS, min_size=1, max_size=4).map(tuple),
 )
 
 
@@ -154,7 +238,10 @@ def test_what_can_never_fire_never_does(when, data):
         low, high = limits(KNOWN[key])
         number = st.integers(0, 100) if key == "nonfinite" else st.floats(low, high)
         values[key] = float(data.draw(number.filter(lambda value: abs(value) < 1e300)))
-    assert as_test(when)(values, None) is not True
+    history = History(Watched(tuple(REFERENCES), warmup=1))
+    for reference in history.baselines.values():
+        reference.value = data.draw(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, 50.0]))
+    assert as_test(when)(values, history) is not True
 
 
 def test_every_step_metric_has_limits_that_its_zero_is_within():

@@ -114,6 +114,13 @@ def test_of_two_decisions_with_one_id_it_is_the_last():
     assert story.report is None
 
 
+def test_another_seed_that_is_let_go_of_does_not_end_it():
+    about_s1 = decided(61, target_seed="s1")
+    of_s2, of_s1 = changed(70, seed_id="s2"), changed(80, seed_id="s1")
+    assert tell([about_s1, of_s2], "run/0/61").ended is None
+    assert tell([about_s1, of_s2, of_s1], "run/0/61").ended == 80
+
+
 @pytest.mark.parametrize(
     ("wanted", "near"),
     [

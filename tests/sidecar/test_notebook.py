@@ -80,6 +80,26 @@ def test_a_field_report_follows(notebook, engine):
     assert (report.decision, report.outcome) == ("run/0/41", "improved")
 
 
+def test_a_silence_does_not_take_the_place_of_the_decision_before_it(engine):
+    quiet = "- {id: quiet, metric: step, missing_for: 5, severity: HIGH, action: CONTINUE}"
+    table = parse(TableSource("test", f"{RULES}  {quiet}\n".encode()))
+    sampled = Notebook(trace_every=1)
+    engine = Engine(table, witness=sampled)
+    for step in range(80):
+        last = frame(step, loss=20.0 if step in (40, 41) else 1.0)
+        engine.observe(last)
+        if step == 41:
+            engine.tick(last.time_unix_nano + 3600 * 10**9)
+    noted = sampled.write(10_000, 0.0)
+    about_41 = [each for each in noted if isinstance(each, Decided) and each.step == 41]
+    assert [(each.action, each.findings[0].rule) for each in about_41] == [
+        ("PAUSE", "high"),
+        ("CONTINUE", "quiet"),
+    ]
+    (report,) = [report_of(each) for each in noted if isinstance(each, Due)]
+    assert (report.decision, report.action) == ("run/0/41", "PAUSE")
+
+
 def test_counts_are_of_everything(notebook, engine):
     for step in (0, 1, 5, 6):
         engine.observe(frame(step, loss=1.0, loss_delta=2.0 if step == 6 else 0.0))

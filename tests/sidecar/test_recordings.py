@@ -284,6 +284,31 @@ def test_a_file_that_is_not_ours_is_named_with_what_was_expected(other, tmp_path
     assert problem in told
 
 
+def one_point(**point):
+    """A request of one point, as JSON."""
+    metric = {"name": "tolaria.step", "gauge": {"dataPoints": [{"asInt": "6", **point}]}}
+    return msgspec.json.encode({"resourceMetrics": [{"scopeMetrics": [{"metrics": [metric]}]}]})
+
+
+OUT_OF_RANGE = {
+    "a time before 1970": one_point(timeUnixNano="-5"),
+    "a time of 71 bits": one_point(timeUnixNano=str(1 << 70)),
+    "a value of 71 bits": one_point(asInt=str(1 << 70)),
+    "nested without end": b'{"resourceMetrics":[' + b"[" * 100_000 + b"]" * 100_000 + b"]}",
+}
+
+
+@pytest.mark.parametrize("wrong", OUT_OF_RANGE)
+def test_what_no_request_can_hold_ends_its_file(wrong, tmp_path):
+    path = tmp_path / "recording"
+    good = FORMATS["json"](WHOLE)
+    path.write_bytes(good + OUT_OF_RANGE[wrong] + b"\n" + FORMATS["json"]([otlp_of(frame(7))]))
+    recording = Recording(path)
+    assert [frame.step for frame, _ in recording.steps()] == [1, 2, 3, 4, 5]
+    (told,) = recording.problems
+    assert told.startswith(f"{path}: byte {len(good):,}: not an OTLP request: ")
+
+
 def test_requests_of_other_signals_are_passed_over(tmp_path):
     traces = ExportTraceServiceRequest()
     span = traces.resource_spans.add().scope_spans.add().spans.add()

@@ -466,6 +466,34 @@ def test_what_rules_say_of_each_other_is_checked():
     ]
 
 
+def test_a_ring_of_rules_that_silence_each_other_is_refused():
+    def rule(name, *silences):
+        return f"id: {name}, metric: loss, above: 1, silences: [{', '.join(silences)}], {REST}"
+
+    assert errors(
+        table(
+            rule("outside", "a"),
+            rule("a", "b", "end"),
+            rule("b", "end", "c"),
+            rule("c", "a"),
+            rule("end"),
+            rule("other", "another"),
+            rule("another", "end", "other"),
+        )
+    ) == [
+        'thresholds.yaml:5: rules[1].silences[0]: "b" silences this rule by way of "c": none '
+        "would ever be heard",
+        'thresholds.yaml:6: rules[2].silences[1]: "c" silences this rule by way of "a": none '
+        "would ever be heard",
+        'thresholds.yaml:7: rules[3].silences[0]: "a" silences this rule by way of "b": none '
+        "would ever be heard",
+        'thresholds.yaml:9: rules[5].silences[0]: "another" silences this rule: neither would '
+        "ever be heard",
+        'thresholds.yaml:10: rules[6].silences[1]: "other" silences this rule: neither would '
+        "ever be heard",
+    ]
+
+
 def test_silence_is_a_rule_of_its_own():
     assert errors(
         table(

@@ -1,80 +1,144 @@
-"""Every field of a table, wrong in the ways people get it wrong: file, line and field."""
+"""Every field of a table, wrong in the ways people get it wrong: file, line and field.
+
+Fields and operators are taken from the language itself, so that a new one is tried, or
+missed here.
+"""
 
 import json
+from copy import deepcopy
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, OPERATORS
+from esper_tamiyo.language.operators import (
+    FORMS,
+    ON_BASELINES,
+    ON_PEERS,
+    BaselineKind,
+    Operand,
+    Operator,
+)
+from esper_tamiyo.language.table import Baseline, Conservative
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
+from esper_tamiyo.language.table_reader import PARAMETERS, RULE_FIELDS, TOP_FIELDS
 
-METRICS = st.sampled_from(["loss", "step_latency_ms", "optimizer_lr", "gradient_norm"])
-BOUNDS = st.integers(-9, 9)
-FACTORS = st.integers(2, 9)
-COUNTS = st.integers(2, 9)
+STEPS = ["loss", "step_latency_ms", "optimizer_lr", "gradient_norm"]
+SEEDS = ["kasmina.seed.alpha", "kasmina.seed.last_kernel_latency_ms"]
+OF_SEEDS = [each for each in Operator if each not in (*ON_PEERS, Operator.NONFINITE)]
+
+NUMBERS = {
+    Operand.BOUND: st.integers(-9, 9),
+    Operand.FACTOR: st.integers(2, 9),
+    Operand.AMOUNT: st.integers(2, 9),
+    Operand.COUNT: st.integers(2, 9),
+    Operand.FLAG: st.just(True),
+}
 
 
 @st.composite
-def conditions(draw):
+def conditions(draw, metrics, operators):
     """A condition that is right, with everything that may stand beside its operator."""
-    metric = draw(METRICS)
-    match draw(st.sampled_from(["above", "below", "baseline", "peers", "count", "rises_by"])):
-        case "above":
-            number = draw(BOUNDS)
-            return {"metric": metric, "above": number, "release": number - 1}
-        case "below":
-            number = draw(BOUNDS)
-            return {"metric": metric, "at_most": number, "release": number + 1}
-        case "baseline":
-            number = draw(FACTORS)
-            kind = draw(st.sampled_from(["rolling", "frozen", "lowest", "highest"]))
-            also = {"baseline": kind, "baseline_of": draw(METRICS), "release": number - 1}
-            return {"metric": metric, "above_baseline": number, **also}
-        case "peers":
-            return {"metric": metric, "below_peers": draw(FACTORS)}
-        case "rises_by":
-            return {"metric": metric, "rises_by": draw(FACTORS)}
-        case _:
-            operator = draw(st.sampled_from(["unchanged_for", "missing_for"]))
-            return {"metric": metric, operator: draw(COUNTS)}
+    operator = draw(st.sampled_from(operators))
+    form = FORMS[operator]
+    number = draw(NUMBERS[form.operand])
+    made = {"metric": draw(st.sampled_from(metrics)), operator.value: number}
+    if form.eases:
+        made["release"] = number + form.eases
+    if operator in ON_BASELINES:
+        made["baseline"] = draw(st.sampled_from(BaselineKind)).value
+        made["baseline_of"] = draw(st.sampled_from(metrics))
+    if operator is Operator.NONFINITE and draw(st.booleans()):
+        del made["metric"]  # of any value of the step
+    return made
+
+
+@st.composite
+def groups(draw, parts):
+    """A group that is right."""
+    return {
+        draw(st.sampled_from(sorted(GROUPS))): draw(st.lists(parts, min_size=1, max_size=3))
+    }
+
+
+@st.composite
+def waits(draw):
+    """What a rule waits for, nested as deep as it may be, and whose rule that makes it."""
+    scope = draw(st.sampled_from(["step", "seed"]))
+    about = (SEEDS, OF_SEEDS) if scope == "seed" else (STEPS, list(Operator))
+    one = conditions(*about)
+    when = draw(one | groups(one | groups(one)))
+    if any(name in json.dumps(when) for name in ON_PEERS):
+        scope = "rank"
+    return when, scope
 
 
 @st.composite
 def rules(draw, name):
     """A rule that is right, with every field that it may have."""
+    when, scope = draw(waits())
     persistence = draw(st.integers(1, 5))
-    rule = {
+    adjusts = draw(st.booleans())
+    right = {
         "id": name,
+        "action": "OPTIMIZER" if adjusts else "PAUSE",
+        "severity": draw(st.sampled_from(["HIGH", "CRITICAL"])),
+        "text": "Something.",
         "for": persistence,
         "of": persistence + draw(st.integers(0, 3)),
         "cooldown": draw(st.integers(0, 9)),
-        "severity": draw(st.sampled_from(["HIGH", "CRITICAL"])),
+        "scope": scope,
+        "downgrade": adjusts,
+        "conservative": not adjusts,
         "mode": draw(st.sampled_from(["act", "observe"])),
-        "text": "Something.",
         "silences": ["last"],
+        "parameters": dict.fromkeys(PARAMETERS, 0.5),
     }
-    if draw(st.booleans()):
-        rule |= {"action": "OPTIMIZER", "parameters": {"lr_scale": 0.5}, "downgrade": True}
-    else:
-        rule |= {"action": "PAUSE", "conservative": True}
-    if draw(st.booleans()):
-        return rule | draw(conditions())
-    return rule | {"any": draw(st.lists(conditions(), min_size=1, max_size=3))}
+    fields = [field for field in RULE_FIELDS if adjusts or field != "parameters"]
+    return {field: right[field] for field in fields} | when
 
 
 @st.composite
 def tables(draw):
-    """Rules that are right; each is on a line of its own, from line 2 on."""
+    """A table that is right, with every field."""
     count = draw(st.integers(1, 3))
     last = {"id": "last", "metric": "loss", "above": 1, "severity": "NORMAL", "action": "PAUSE"}
-    return [draw(rules(f"rule_{number}")) for number in range(count)] + [last]
+    baseline = {"window": draw(st.integers(8, 64)), "warmup": draw(st.integers(1, 8))}
+    right = {
+        "version": "one",
+        "baseline": {field: baseline[field] for field in Baseline.__struct_fields__},
+        "conservative": dict.fromkeys(Conservative.__struct_fields__, 9),
+        "rules": [*(draw(rules(f"rule_{number}")) for number in range(count)), last],
+    }
+    return {field: right[field] for field in TOP_FIELDS}
 
 
 few = settings(max_examples=40)
 """For mistakes of which there are few kinds."""
 
 
-def written(rules):
-    return "version: one\nrules: [\n" + ",\n".join(json.dumps(rule) for rule in rules) + "]\n"
+def written(table):
+    """The table as text: each field, and each rule, on a line of its own."""
+    lines = []
+    for name, value in table.items():
+        parts = [json.dumps(value)]
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            parts = ["[", *(f"{json.dumps(each)}," for each in value), "]"]
+        lines += [f"{json.dumps(name)}: {parts[0]}", *(f"  {part}" for part in parts[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def rewritten(table, parent, name, new_name, *values):
+    """The table as text with ``name`` of ``parent`` called ``new_name``, once for each of
+    ``values``, and the line that the last of them is on."""
+    del parent[name]
+    marks = [f"@{place}" for place in range(len(values))]
+    parent |= zip(marks, values, strict=True)
+    text = written(table)
+    line = text[: text.index(json.dumps(marks[-1]))].count("\n") + 1
+    for mark in marks:
+        text = text.replace(json.dumps(mark), json.dumps(new_name))
+    return text, line
 
 
 def faults(text):
@@ -85,126 +149,154 @@ def faults(text):
     return []
 
 
+def named(text, line, path):
+    """Whether a fault names the file, the line and the field, or what it is part of."""
+    start = f"thresholds.yaml:{line}: {path}"
+    return any(fault.startswith(start) for fault in faults(text))
+
+
 @few
 @given(tables())
 def test_what_is_right_is_read(made):
     assert faults(written(made)) == []
 
 
-NUMBERS = frozenset(
-    [
-        *("above", "at_most", "above_baseline", "below_peers", "release", "lr_scale"),
-        *("rises_by", "unchanged_for", "missing_for", "for", "of", "cooldown"),
-    ]
-)
-WHOLE = frozenset(["unchanged_for", "missing_for", "for", "of", "cooldown"])
-POSITIVE = frozenset(["above_baseline", "below_peers", "rises_by", "lr_scale"])
-CHOICES = frozenset(["severity", "action", "mode", "baseline"])
-FLAGS = frozenset(["downgrade", "conservative"])
-NAMES = frozenset(["metric", "baseline_of"])
+def test_every_field_of_a_condition_is_tried():
+    assert {"metric", "release", "baseline", "baseline_of"} == CONDITION_FIELDS - OPERATORS
 
 
-def wrong_values(field):
-    """What people write into ``field`` that is not what it takes."""
-    if field in NUMBERS:
-        wrong = [True, "much", "1,5", "3 ms", None, [1], {"is": 1}, ".nan", "-.inf"]
-        wrong += [1.5, -3, 1e12] if field in WHOLE else []
-        return wrong + ([0, -2] if field in POSITIVE else [])
-    if field in CHOICES:
-        return ["", "pauze", "high", "PAUSED", 3, None, ["PAUSE"], True]
-    if field in FLAGS:
-        return ["maybe", 1, 0, None, "", [True]]
-    if field in NAMES:
-        return ["los", "tolaria.loss", "", None, 7, ["loss"], {"loss": 1}]
-    if field == "id":
-        return ["Loss", "a b", "1st", "nominal", "", None, ["a"], {"a": 1}]
-    if field == "silences":
-        return ["last", 3, None, {"last": 1}, ["nobody"], [3], [["last"]], ["rule_0", ""]]
-    if field == "parameters":
-        return [3, "lr_scale", [0.5], {"lr": 0.5}]
-    if field in ("any", "all"):
-        return [3, "loss", None, [], [3], [[]], {"metric": "loss", "above": 1}]
-    return [[], {}, "", None]  # text
+ANY_NUMBER = [True, "much", "1,5", "3 ms", None, [1], {"is": 1}, ".nan", "-.inf"]
+WHOLE = [*ANY_NUMBER, 1.5, -3, 1e12]
+COUNT = [*WHOLE, 0]
+POSITIVE = [*ANY_NUMBER, 0, -2]
+CHOICE = ["", "pauze", "high", "PAUSED", 3, None, ["PAUSE"], True]
+FLAG = ["maybe", 1, 0, None, "", [True]]
+NAME = ["los", "tolaria.loss", "", None, 7, ["loss"], {"loss": 1}]
+TEXT = [[], {}, "", None]
+MAPPING = [3, "window", [9], None, {"windows": 9}]
+PARTS = [3, "loss", None, [], [3], [[]], {"metric": "loss", "above": 1}]
+
+WRONG_OPERANDS = {
+    Operand.BOUND: ANY_NUMBER,
+    Operand.FACTOR: POSITIVE,
+    Operand.AMOUNT: POSITIVE,
+    Operand.COUNT: WHOLE,
+    Operand.FLAG: [False, "true", 1, None, [True]],
+}
+WRONG = {
+    **{operator.value: WRONG_OPERANDS[FORMS[operator].operand] for operator in Operator},
+    **dict.fromkeys(("for", "of", "cooldown"), WHOLE),
+    **dict.fromkeys(("window", "warmup", "clean_steps"), COUNT),
+    **dict.fromkeys(PARAMETERS, POSITIVE),
+    **dict.fromkeys(("severity", "action", "mode", "scope", "baseline"), CHOICE),
+    **dict.fromkeys(("downgrade", "conservative"), FLAG),
+    **dict.fromkeys(("metric", "baseline_of"), NAME),
+    **dict.fromkeys(("version", "text"), TEXT),
+    **dict.fromkeys(GROUPS, PARTS),
+    "id": ["Loss", "a b", "1st", "nominal", "", None, ["a"], {"a": 1}],
+    "silences": ["last", 3, None, {"last": 1}, ["nobody"], [3], [["last"]], ["rule_0", ""]],
+    "rules": PARTS,
+}
+"""What people write into fields that is not what those take."""
 
 
-def places(rules):
-    """Every field: rule, its parent, name, and the path that errors call it by."""
-    for number, rule in enumerate(rules):
-        for name, value in rule.items():
-            yield number, rule, name, f"rules[{number}].{name}"
-            if name == "parameters":
-                yield number, value, "lr_scale", f"rules[{number}].parameters.lr_scale"
-            if name == "any":
-                for place, part in enumerate(value):
-                    for inner in part:
-                        yield number, part, inner, f"rules[{number}].any[{place}].{inner}"
+def wrong_values(name, parent):
+    """What is wrong as ``name`` of ``parent``."""
+    if isinstance(parent[name], dict):
+        return MAPPING
+    if name == "release":
+        return WRONG_OPERANDS[FORMS[operator_of(parent)].operand]
+    return WRONG[name]
 
 
-def named(rules, number, path):
-    """Whether a fault names the file, the line and the field, or what it is part of."""
-    start = f"thresholds.yaml:{number + 3}: {path}"
-    return any(line.startswith(start) for line in faults(written(rules)))
+def operator_of(condition):
+    (operator,) = OPERATORS & condition.keys()
+    return Operator(operator)
 
 
-@settings(max_examples=120)
+def places(fields, path=""):
+    """Every field: its parent, its name, and the path that errors call it by."""
+    for name, value in fields.items():
+        at = f"{path}.{name}" if path else name
+        yield fields, name, at
+        if isinstance(value, dict):
+            yield from places(value, at)
+        elif name in ("rules", *GROUPS):
+            for place, part in enumerate(value):
+                yield from places(part, f"{at}[{place}]")
+
+
+def place_of(made, data):
+    return data.draw(st.sampled_from(list(places(made))))
+
+
+@settings(few, deadline=None)
 @given(tables(), st.data())
 def test_a_wrong_value_is_named(made, data):
-    number, parent, name, path = data.draw(st.sampled_from(list(places(made))))
-    parent[name] = data.draw(st.sampled_from(wrong_values(name)))
-    assert named(made, number, path)
+    """Of each field in turn, as chance would pick most of them too seldom."""
+    for tried in sorted({name for _, name, _ in places(made)}):
+        table = deepcopy(made)
+        of_that_name = [place for place in places(table) if place[1] == tried]
+        parent, name, path = data.draw(st.sampled_from(of_that_name))
+        wrong = data.draw(st.sampled_from(wrong_values(name, parent)))
+        assert named(*rewritten(table, parent, name, name, wrong), path)
 
 
 @few
 @given(tables(), st.data())
 def test_a_misspelt_field_is_named(made, data):
-    number, parent, name, path = data.draw(st.sampled_from(list(places(made))))
+    parent, name, path = place_of(made, data)
     place = data.draw(st.integers(0, len(name) - 1))
     misspelt = data.draw(
         st.sampled_from(
             [name[:place] + name[place + 1 :], name + "s", name.upper(), f"{name} "]
         )
     )
-    parent[misspelt] = parent.pop(name)
-    assert named(made, number, path[: -len(name)] + misspelt.strip(" "))
+    text, line = rewritten(made, parent, name, misspelt, parent[name])
+    assert named(text, line, path[: -len(name)] + misspelt.strip(" "))
 
 
 @few
 @given(tables(), st.data())
 def test_a_missing_field_is_named(made, data):
-    number = data.draw(st.integers(0, len(made) - 1))
-    name = data.draw(st.sampled_from(["id", "severity", "action"]))
-    del made[number][name]
-    assert named(made, number, f"rules[{number}].{name}: missing")
+    first = written(made).splitlines().index('"rules": [') + 2
+    needed = [
+        (rule, name, first + number, f"rules[{number}].{name}")
+        for number, rule in enumerate(made["rules"])
+        for name in ("id", "severity", "action")
+    ]
+    needed += [(made, name, 1, name) for name in ("version", "rules")]
+    parent, name, line, path = data.draw(st.sampled_from(needed))
+    del parent[name]
+    assert named(written(made), line, f"{path}: missing")
 
 
 @few
 @given(tables(), st.data())
 def test_a_field_given_twice_is_named(made, data):
-    number, parent, name, path = data.draw(st.sampled_from(list(places(made))))
-    value = parent.pop(name)
-    parent["@1"] = parent["@2"] = value
-    text = written(made).replace('"@1"', f'"{name}"').replace('"@2"', f'"{name}"')
-    start = f"thresholds.yaml:{number + 3}: {path}: given twice"
-    assert any(line.startswith(start) for line in faults(text))
+    parent, name, path = place_of(made, data)
+    text, line = rewritten(made, parent, name, name, parent[name], parent[name])
+    assert named(text, line, f"{path}: given twice")
 
 
 @few
 @given(tables(), st.data())
 def test_a_second_operator_is_named(made, data):
-    holders = [(number, parent, path) for number, parent, name, path in places(made)]
-    holders = [entry for entry in holders if "metric" in entry[1]]
-    number, parent, path = data.draw(st.sampled_from(holders))
-    operators = ["above", "below", "rises_by", "missing_for", "above_peers"]
-    parent[data.draw(st.sampled_from([name for name in operators if name not in parent]))] = 2
-    assert named(made, number, f"{path.rsplit('.', 1)[0]}: expected exactly one of ")
+    holders = [(parent, path) for parent, name, path in places(made) if name == "metric"]
+    parent, path = data.draw(st.sampled_from(holders))
+    parent[data.draw(st.sampled_from(sorted(OPERATORS - parent.keys())))] = 2
+    text, line = rewritten(made, parent, "metric", "metric", parent["metric"])
+    assert named(text, line, f"{path.removesuffix('.metric')}: expected exactly one of ")
 
 
 @few
 @given(tables(), st.data())
 def test_a_release_on_the_wrong_side_is_named(made, data):
-    eased = [entry for entry in places(made) if entry[2] == "release"]
+    eased = [(parent, path) for parent, name, path in places(made) if name == "release"]
     if not eased:
         return
-    number, parent, name, path = data.draw(st.sampled_from(eased))
-    parent[name] += 100 if "at_most" not in parent else -100
-    assert named(made, number, f"{path}: contradicts ")
+    parent, path = data.draw(st.sampled_from(eased))
+    operator = operator_of(parent)
+    wrong = parent[operator] - FORMS[operator].eases
+    text, line = rewritten(made, parent, "release", "release", wrong)
+    assert named(text, line, f"{path}: contradicts ")

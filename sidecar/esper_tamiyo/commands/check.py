@@ -1,7 +1,7 @@
 """``tamiyo check``: say what a table does, or what is wrong with it.
 
 Exits with 1 when it is not a table, or when a rule of it can never fire, never be heard
-or never end; each is named with file and line.
+or never end, or silences in vain; each is named with file and line.
 """
 
 from __future__ import annotations

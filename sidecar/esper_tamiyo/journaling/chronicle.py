@@ -142,7 +142,7 @@ class Chronicle:
         gap = Gap(
             time_unix_nano=time.time_ns(),
             lost=lost,
-            because="the scribe was away or did not keep up",
+            because="at most so many: the scribe ended, was away or did not keep up",
         )
         if lost and scribe.tell([gap]):
             self._accounted += lost

@@ -236,8 +236,8 @@ def _afterwards(story: Story) -> Iterator[str]:
 def _lets_go(entry: AnyEntry, decision: Decided) -> bool:
     return (
         isinstance(entry, Changed)
-        and (entry.run, entry.rank, entry.rule)
-        == (decision.run, decision.rank, decision.reason)
+        and (entry.run, entry.rank, entry.rule, entry.seed_id)
+        == (decision.run, decision.rank, decision.reason, decision.target_seed)
         and entry.step > decision.step
         and entry.after is RuleState.INACTIVE
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from esper_tamiyo.journaling.entries import AnyEntry
+from esper_otel.leyline.decisions import Action
+from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import Due
 
 
@@ -60,6 +61,13 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
 _encoder = msgspec.msgpack.Encoder()
 _notes = msgspec.msgpack.Decoder(list[Note])
 _standing = msgspec.msgpack.Decoder(Standing)
+
+
+def is_for_journal(note: Note) -> bool:
+    """Whether a line of the journal is made of it; a CONTINUE is a sample for the trace."""
+    if isinstance(note, Decided):
+        return note.action is not Action.CONTINUE
+    return not isinstance(note, Pulse)
 
 
 def pack(notes: list[Note] | Standing) -> bytes:

@@ -17,12 +17,12 @@ import os
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN, span_id, trace_id
 from esper_tamiyo.journaling.entries import Decided, Found
 from esper_tamiyo.journaling.notes import Pulse
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind, OwnMetric
+from esper_tamiyo.journaling.own_receiver import is_ours
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
@@ -93,9 +93,9 @@ class OwnTelemetry:
 
     def _begin(self, pulse: Pulse) -> None:
         ingest = pulse.report.get("ingest") or {}
-        ours = {str(ingest[name]) for name in ("otlp_grpc", "otlp_http") if name in ingest}
+        ours = [str(ingest[name]) for name in ("otlp_grpc", "otlp_http") if name in ingest]
         traces, metrics = (
-            "" if _is_ours(endpoint, ours) else endpoint
+            "" if is_ours(endpoint, ours) else endpoint
             for endpoint in (endpoint_of("TRACES"), endpoint_of("METRICS"))
         )
         self.endpoints = [each for each in (traces, metrics) if each]
@@ -262,14 +262,3 @@ def _tracer_provider(resource: Resource) -> TracerProvider:
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(span_exporter()))
     return provider
-
-
-def _is_ours(endpoint: str, ours: set[str]) -> bool:
-    """Whether ``endpoint`` is this sidecar: then nothing is sent, and that is said once."""
-    address = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
-    try:
-        port = address.port
-    except ValueError:
-        return False
-    host = "127.0.0.1" if address.hostname == "localhost" else address.hostname
-    return bool(endpoint) and f"{host}:{port}" in ours

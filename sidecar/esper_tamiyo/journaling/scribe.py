@@ -21,13 +21,19 @@ from contextlib import suppress
 
 import msgspec
 
-from esper_otel.leyline.decisions import Action
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import Due, report_of
 from esper_tamiyo.journaling.health import Health
 from esper_tamiyo.journaling.journal import Journal
 from esper_tamiyo.journaling.journal_keeper import Keeper
-from esper_tamiyo.journaling.notes import Note, Pulse, Standing, notes_in, pack
+from esper_tamiyo.journaling.notes import (
+    Note,
+    Pulse,
+    Standing,
+    is_for_journal,
+    notes_in,
+    pack,
+)
 from esper_tamiyo.journaling.own_telemetry import OwnTelemetry
 from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE, Orders
 
@@ -97,9 +103,8 @@ class Scribe:
                 continue
             if isinstance(note, Decided):
                 self._telemetry.tell(note)
-                if note.action is Action.CONTINUE:  # a sample for the trace
-                    continue
-            entries.append(report_of(note) if isinstance(note, Due) else note)
+            if is_for_journal(note):
+                entries.append(report_of(note) if isinstance(note, Due) else note)
         if entries and self._keeper is not None:
             self._keeper.put(entries)
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from esper_tamiyo.journaling.entries import Gap
-from esper_tamiyo.journaling.notes import Note, Pulse, Standing, pack, standing_in
+from esper_tamiyo.journaling.notes import Note, Standing, is_for_journal, pack, standing_in
 from esper_tamiyo.restarts import Restarts, end
 
 log = logging.getLogger("tamiyo")
@@ -48,9 +48,12 @@ class ScribeChild:
         self.socket: socket.socket | None = None
         """To be watched for reading; None while no scribe runs."""
         self.lost = 0
-        """Entries that never reached a scribe."""
+        """Entries that never reached a scribe, or that one had not accounted for when it
+        ended: at most so many are missing, as it may have written some of those."""
         self._process: subprocess.Popen[bytes] | None = None
         self._standing: Standing | None = None
+        self._handed = 0
+        """Entries for the journal that the pipe to this scribe took."""
         self._heard_at = 0.0
         self._restarts = Restarts()
         self._written_before = 0
@@ -60,12 +63,8 @@ class ScribeChild:
 
     def start(self) -> None:
         """Start the process; never raises."""
-        if self._standing is not None:
-            self._written_before += self._standing.written
-            self._lost_before += self._standing.lost
         self._restarts.started()
         self._heard_at = time.monotonic()
-        self._standing = None
         try:
             self._start()
         except OSError as error:
@@ -86,8 +85,12 @@ class ScribeChild:
             first, second = self.tell(notes[:middle]), self.tell(notes[middle:])
             return first and second
         if len(data) > MAX_MESSAGE or not self._send(data):
-            self.lost += sum(not isinstance(note, Pulse | Gap) for note in notes)
+            self.lost += sum(
+                is_for_journal(note) and not isinstance(note, Gap) for note in notes
+            )
             return False
+        if self.orders.journal is not None:
+            self._handed += sum(map(is_for_journal, notes))
         return True
 
     def read(self) -> bool:
@@ -96,7 +99,8 @@ class ScribeChild:
             return False
         try:
             data = self.socket.recv(MAX_MESSAGE)
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionResetError):
+            # The latter when it ended with notes unread: what it said last comes after it.
             return True
         except OSError:
             data = b""
@@ -109,8 +113,13 @@ class ScribeChild:
         return True
 
     def bury(self) -> None:
-        """The process is gone: plan the next one."""
+        """The process is gone: count what died with it, and plan the next one."""
         self._end(patience_s=0.0)
+        standing = self._standing or Standing()
+        self._written_before += standing.written
+        self._lost_before += standing.lost
+        self.lost += self._handed - standing.written - standing.lost
+        self._standing, self._handed = None, 0
         log.warning(
             "the scribe process ended: no journal until it is started again, in %g s",
             self._restarts.ended(),

@@ -1,4 +1,4 @@
-"""Finds rules that can never fire, never be heard, or never end.
+"""Finds rules that can never fire, never be heard or never end, or that silence in vain.
 
 Such a table is well-formed and does what it says, so it is not refused; but nobody means
 it. ``tamiyo check`` reports what is found here.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from esper_otel.leyline.metrics import Metric
 from esper_tamiyo.language.derived import KNOWN
-from esper_tamiyo.language.operators import FORMS, Operand, Operator
+from esper_tamiyo.language.operators import FORMS, ON_PEERS, BaselineKind, Operand, Operator
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -83,6 +83,11 @@ def doubts(table: Table) -> list[Doubt]:
             *_never_fires(rule),
             *_never_ends(rule),
             *(
+                f"silences {name} in vain: that speaks while nothing comes, whatever else fired"
+                for name in rule.silences
+                if name in by_id and by_id[name].about_silence
+            ),
+            *(
                 f"is never heard: whenever it fires, {by.id} does, which silences it"
                 for by, silenced in silencers
                 if silenced is rule and _implies(rule, by)
@@ -104,9 +109,14 @@ def _never_fires(rule: Rule) -> Iterator[str]:
     reasons = [_impossible(way) for way in ways]
     if all(reasons):
         yield f"can never fire: {reasons[0]}"
-    elif len(reasons) > 1:
+        return
+    if len(reasons) > 1:
         for reason in dict.fromkeys(filter(None, reasons)):
             yield f"has a part that can never hold: {reason}"
+    times = sum(_times(way) for way, reason in zip(ways, reasons, strict=True) if not reason)
+    if times < rule.persistence:
+        asked = rule.persistence
+        yield f"can never fire: it holds at {times:g} steps at most, and for asks for {asked}"
 
 
 def _never_ends(rule: Rule) -> Iterator[str]:
@@ -133,8 +143,23 @@ def _ways(when: Condition | Group) -> Iterator[tuple[Condition, ...]]:
             yield tuple(condition for part in choice for condition in part)
 
 
-def _impossible(way: Iterable[Condition]) -> str:
+def _times(way: Iterable[Condition]) -> float:
+    """How often all of ``way`` can hold: no step comes twice."""
+    steps = limits(KNOWN["step"])
+    for condition in way:
+        if condition.metric == "step":
+            steps = steps.within(_holds(condition))
+    low, high = _whole(steps, KNOWN["step"])
+    return high - low + 1
+
+
+def _impossible(way: tuple[Condition, ...]) -> str:
     """Why all of ``way`` cannot hold at once; empty when it can."""
+    return _out_of_bounds(way) or _at_odds(way) or _factors_at_odds(way)
+
+
+def _out_of_bounds(way: Iterable[Condition]) -> str:
+    """Why no value is as ``way`` asks, as far as fixed numbers tell."""
     left: dict[str, Span] = {}
     asked: dict[str, list[Condition]] = {}
     for condition in way:
@@ -142,6 +167,8 @@ def _impossible(way: Iterable[Condition]) -> str:
         everything = limits(KNOWN[key])
         if key == "step" and condition.operator is Operator.UNCHANGED_FOR:
             return "no step comes twice"
+        if key == "step" and condition.operator is Operator.NONFINITE:
+            return "every step has its number"
         if condition.operator is Operator.RISES_BY and (
             condition.number > everything.high - everything.low
         ):
@@ -152,15 +179,51 @@ def _impossible(way: Iterable[Condition]) -> str:
         if _whole(span, KNOWN[key]).empty:
             if len(others) == 1:
                 return f"{key} lies {_range(everything)}, and is never {_said(condition)}"
-            return f"{key} cannot be {' and '.join(map(_said, others))} at once"
+            return _not_at_once(key, others)
         left[key] = span
-    for key, others in asked.items():
-        operators = {condition.operator for condition in others}
-        if len(operators) > 1 and operators & {Operator.MISSING_FOR, Operator.NONFINITE}:
-            return f"{key} cannot be {' and '.join(map(_said, others))} at once"
-        if operators >= {Operator.RISES_BY, Operator.UNCHANGED_FOR}:
-            return f"{key} cannot be {' and '.join(map(_said, others))} at once"
     return ""
+
+
+def _at_odds(way: Iterable[Condition]) -> str:
+    """Why the operators of ``way`` exclude each other."""
+    asked: dict[str, list[Condition]] = {}
+    for condition in way:
+        if condition.operator not in ON_PEERS:  # they look at the step before
+            asked.setdefault(condition.metric, []).append(condition)
+    for key, others in asked.items():
+        absent = [condition for condition in others if _is_absence(condition)]
+        operators = {condition.operator for condition in others}
+        if 0 < len(absent) < len(others):
+            return _not_at_once(key, others)
+        if operators >= {Operator.RISES_BY, Operator.UNCHANGED_FOR}:
+            return _not_at_once(key, others)
+    return ""
+
+
+def _factors_at_odds(way: Iterable[Condition]) -> str:
+    """Why no value is so many times the same reference, which is never below zero."""
+    asked: dict[tuple[str, str, BaselineKind], list[Condition]] = {}
+    for condition in way:
+        if FORMS[condition.operator].operand is Operand.FACTOR:
+            reference = condition.metric, condition.baseline_of, condition.baseline
+            asked.setdefault(reference, []).append(condition)
+    for (key, _, _), others in asked.items():
+        above = [other.number for other in others if FORMS[other.operator].eases < 0]
+        below = [other.number for other in others if FORMS[other.operator].eases > 0]
+        if above and below and max(above) >= min(below):
+            return _not_at_once(key, others)
+    return ""
+
+
+def _not_at_once(key: str, conditions: Iterable[Condition]) -> str:
+    return f"{key} cannot be {' and '.join(map(_said, conditions))} at once"
+
+
+def _is_absence(condition: Condition) -> bool:
+    """Whether it holds only of a metric that has no value; ``nonfinite`` counts the others."""
+    if condition.operator is Operator.NONFINITE:
+        return condition.metric != "nonfinite"
+    return condition.operator is Operator.MISSING_FOR
 
 
 def _implies(rule: Rule, by: Rule) -> bool:
@@ -207,6 +270,8 @@ def _holds(condition: Condition) -> Span:
             return Span(-inf, nextafter(number, -inf))
         case Operator.AT_MOST:
             return Span(-inf, number)
+        case Operator.NONFINITE if condition.metric == "nonfinite":
+            return Span(nextafter(0.0, inf), inf)
         case _:
             return Span(-inf, inf)
 
@@ -220,6 +285,8 @@ def _whole(span: Span, metric: Metric) -> Span:
 
 
 def _said(condition: Condition) -> str:
+    if condition.operator is Operator.NONFINITE:
+        return "not finite" if _is_absence(condition) else "above 0"
     return str(condition).removeprefix(f"{condition.metric} ")
 
 

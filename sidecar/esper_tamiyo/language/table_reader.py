@@ -20,6 +20,7 @@ from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, Con
 from esper_tamiyo.language.derived import is_seeds
 from esper_tamiyo.language.nodes import shown
 from esper_tamiyo.language.operators import ON_PEERS
+from esper_tamiyo.language.rings import rings
 from esper_tamiyo.language.table import (
     ID,
     Baseline,
@@ -229,8 +230,10 @@ class TableReader(ConditionReader):
     def check_silences(
         self, rules: list[Rule], silences: list[tuple[Rule, str, yaml.Node]]
     ) -> None:
-        """Silenced rules exist, are no more severe, and do not silence in turn."""
+        """Silenced rules exist, are no more severe, and do not silence in turn, not even
+        by way of others."""
         by_id = {rule.id: rule for rule in rules}
+        silenced: dict[str, dict[str, tuple[str, yaml.Node]]] = {name: {} for name in by_id}
         for rule, field, node in silences:
             name = str(node.value).strip()
             other = by_id.get(name)
@@ -243,8 +246,14 @@ class TableReader(ConditionReader):
             elif RANK_OF[other.severity] > RANK_OF[rule.severity]:
                 message = f'"{name}" is {other.severity}, more severe than this rule'
                 self.fault(node, field, message)
-            elif rule.id in other.silences:
-                message = f'"{name}" silences this rule: neither would ever be heard'
+            else:
+                silenced[rule.id][name] = field, node
+        for ring in rings(silenced):
+            for place, rule_id in enumerate(ring):
+                before, name = ring[place - 1], ring[(place + 1) % len(ring)]
+                field, node = silenced[rule_id][name]
+                way = ": neither" if before == name else f' by way of "{before}": none'
+                message = f'"{name}" silences this rule{way} would ever be heard'
                 self.fault(node, field, message)
 
     def parameters(

@@ -65,7 +65,7 @@ def request(data: bytes, kind: type[Kind]) -> Kind | None:
             ExportTraceServiceRequest: signals.resource_spans,
         }
         if not any(map(bytes, known.values())):
-            raise JsonError("not an OTLP request: it has none of the signals")
+            raise ValueError("it has none of the signals")
         if not bytes(known[kind]):
             return None
         if kind is ExportMetricsServiceRequest:
@@ -73,7 +73,12 @@ def request(data: bytes, kind: type[Kind]) -> Kind | None:
             if metrics is not None:
                 return metrics
         return json_format.Parse(data, kind(), ignore_unknown_fields=True)
-    except (msgspec.MsgspecError, UnicodeDecodeError, json_format.ParseError) as error:
+    except (
+        msgspec.MsgspecError,
+        json_format.ParseError,
+        ValueError,  # no UTF-8, or a number that no field of the request can hold
+        RecursionError,
+    ) as error:
         raise JsonError(f"not an OTLP request: {error}") from None
 
 
