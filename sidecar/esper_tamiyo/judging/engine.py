@@ -25,7 +25,7 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask
 from esper_tamiyo.judging.deciding import decide
-from esper_tamiyo.judging.peers import PeerBoard, PeerView
+from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule
 from esper_tamiyo.judging.run_state import Moved, RunState
@@ -136,7 +136,7 @@ class Engine:
         ):
             return None
         ask.values[STEP_SLOT["step"]] = step  # two places say it, and frames follow this one
-        if state.guards.crossed(ask.values, step):
+        if state.guards.crossed(ask.values):
             return None
         return self._decision(state, key, step, ask.proposal, step, [])
 
@@ -365,7 +365,7 @@ class Engine:
             self._retired[(run, rank, before.instance)] = None
             if len(self._retired) > MAX_RETIRED:
                 self._retired.popitem(last=False)
-        state = RunState(instance, self._book, PeerView(board, rank))
+        state = RunState(instance, self._book, board, rank)
         self._runs[key] = state
         self._runs.move_to_end(key)
         if len(self._runs) > self._max_runs:
