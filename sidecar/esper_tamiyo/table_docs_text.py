@@ -103,9 +103,11 @@ once: all that it lacks are the peers.
 
 A rank that sends nothing breaks no rule that needs a frame. `missing_for` on the metric
 `step` is for that; it takes no other condition beside it, no persistence and no action but
-CONTINUE, for nobody asks. Whether a silence ended by a frame or the clock noticed it
-first, it began at the same instant, so that a replay tells it alike; only a frame that was
-late and not missing is told differently. With no rule on silence `tamiyo status` still
+CONTINUE, for nobody asks. Silence is measured by the sidecar's own clock, from when a frame
+came, so that a trainer's clock may be wrong. Whether a silence ended by a frame or the clock
+noticed it first, it began at the same instant of the frames' time, so that a replay tells it
+alike; only a frame that was late and not missing is told differently. One step counts for
+ten times the others at most: a pause makes a rank a little more patient. With no rule on silence `tamiyo status` still
 says `unknown` of a rank that was not heard of for {unknown_after} of its step times, and
 for ten seconds at least, or for ten minutes while only one step of it is known.
 

@@ -328,6 +328,37 @@ def test_a_silence_is_told_alike_with_a_clock_and_without():
     assert [change.after for change in live.changes] == ["inactive", "firing", "inactive"]
 
 
+@pytest.mark.parametrize("trainer_is_off_by", [-86_400, -15, 15])
+def test_a_clock_that_is_wrong_silences_nobody_and_hides_no_silence(trainer_is_off_by):
+    ledger = Ledger()
+    engine = Engine(table(QUIET), witness=ledger)
+    sent = 100_000 + trainer_is_off_by
+    for step in range(20):
+        engine.observe(timed(step, sent + step), at_ns=(100_000 + step) * SECOND)
+        engine.tick((100_000 + step) * SECOND + SECOND // 2)
+    assert engine.report(100_020 * SECOND)["runs"][0]["state"] == "current"
+    assert ledger.told("quiet") == []
+    engine.tick((100_019 + 30) * SECOND)
+    assert engine.latest("run").reason == NOMINAL
+    engine.tick((100_019 + 31) * SECOND)
+    assert engine.latest("run").reason == "quiet"
+    assert ledger.changes[-1].time_unix_nano == (sent + 19 + 30) * SECOND  # as a replay says
+    (run,) = engine.report((100_019 + 31) * SECOND)["runs"]
+    assert (run["state"], run["silent_s"]) == ("unknown", 31.0)
+
+
+def test_a_long_pause_makes_a_rank_a_little_more_patient_and_not_for_hours():
+    engine = Engine(table(QUIET))
+    for step in range(200):
+        engine.observe(timed(step, 1000 + step))
+    engine.observe(timed(200, 3000))  # half an hour of evaluation
+    patience = 30 * (1 + 0.2 * 9)
+    engine.tick(int((3000 + patience) * SECOND))
+    assert engine.latest("run").reason == NOMINAL
+    engine.tick(int((3001 + patience) * SECOND))
+    assert engine.latest("run").reason == "quiet"
+
+
 def test_a_rank_not_heard_of_is_unknown_in_the_report():
     engine = Engine(table("id: a, metric: loss, above: 1"))
     for step in range(3):

@@ -79,9 +79,8 @@ class PeerBoard:
 
     def has_others(self, rank: int, by_ns: int) -> bool:
         """Whether any rank but ``rank`` had ended a step ``by_ns``."""
-        first = self._first_ns
-        return len(first) > 1 and any(
-            first_ns <= by_ns for other, first_ns in first.items() if other != rank
+        return any(
+            first_ns <= by_ns for other, first_ns in self._first_ns.items() if other != rank
         )
 
     def others(self, rank: int, step: int, key: str, by_ns: int) -> float | None:

@@ -105,9 +105,9 @@ class RunState:
                 return False
         return True
 
-    def judge(self, frame: StepFrame) -> list[Moved]:
+    def judge(self, frame: StepFrame, at_ns: int) -> list[Moved]:
         """Hold a frame newer than all before it against the rules, then remember it."""
-        self._advance(frame)
+        self._advance(frame, at_ns)
         rank = self._rank
         rank.values = values = frame.values
         history = rank.history
@@ -191,13 +191,13 @@ class RunState:
             if standing.active or standing.state not in (_UNKNOWN, _INACTIVE)
         ]
 
-    def _advance(self, frame: StepFrame) -> None:
+    def _advance(self, frame: StepFrame, at_ns: int) -> None:
         """First of all, so that a frame that breaks a rule is not judged twice."""
         if self.first < 0:
             self.first = frame.step
         elif frame.step > self.newest + 1:
             self._gaps.append((self.newest + 1, frame.step - 1))
-        self.pace.heard(frame.time_unix_nano, frame.step - self.newest)
+        self.pace.heard(frame.time_unix_nano, frame.step - self.newest, at_ns)
         self.newest = frame.step
         self.fired = []
         self._active = []
