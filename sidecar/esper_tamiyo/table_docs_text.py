@@ -107,9 +107,12 @@ CONTINUE, for nobody asks. Silence is measured by the sidecar's own clock, from 
 came, so that a trainer's clock may be wrong. Whether a silence ended by a frame or the clock
 noticed it first, it began at the same instant of the frames' time, so that a replay tells it
 alike; only a frame that was late and not missing is told differently. One step counts for
-ten times the others at most: a pause makes a rank a little more patient. With no rule on silence `tamiyo status` still
-says `unknown` of a rank that was not heard of for {unknown_after} of its step times, and
-for ten seconds at least, or for ten minutes while only one step of it is known.
+ten times the others at most: a pause makes a rank a little more patient.
+
+With such a rule or without, `tamiyo status` and Tamiyo's metrics say `unknown` of a rank that
+was not heard of for {unknown_after} of its step times, and for ten seconds at least, or for
+ten minutes while only one step of it is known. Then its other rules are `unknown` as well,
+with what they last were beside it.
 
 ## Metrics that Tamiyo works out
 

@@ -29,7 +29,7 @@ from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule
 from esper_tamiyo.judging.run_state import Moved, RunState
-from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
+from esper_tamiyo.judging.survey import Key, survey
 from esper_tamiyo.judging.witness import RuleChange, Witness
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.table import Rule, Table, conditions
@@ -45,13 +45,8 @@ MAX_NAME = 256
 MAX_RETIRED = 1024
 """Instances remembered as replaced, so that their late frames do not bring them back."""
 
-REPORTED_RUNS = 16
-
 ADOPTED_AT_ONCE = 8
 """Ranks that go over to another table in one tick, when they send nothing themselves."""
-
-Key = tuple[str, int]
-"""A run and a rank."""
 
 
 class ReloadReport(msgspec.Struct, frozen=True):
@@ -216,40 +211,17 @@ class Engine:
         return state.decision if state else None
 
     def report(self, now_ns: int | None = None) -> dict[str, Any]:
-        """What it has seen, as plain data: counts, and the ranks heard of last.
+        """What it has seen, as plain data: counts, and some of the ranks.
 
         With ``now_ns``, by the clock of :meth:`tick`, each rank's ``state`` says whether it
         was heard of lately (``current``) or nobody can say how it is doing (``unknown``).
         """
-        runs = [
-            self._told(key, state, now_ns)
-            for key, state in list(reversed(self._runs.items()))[:REPORTED_RUNS]
-        ]
         return {
             "frames": dict(self._counts),
             "ranks": len(self._runs),
             "witness_failed": self._witness_failed,
-            "runs": runs,
+            **survey(reversed(self._runs.items()), now_ns),
         }
-
-    def _told(self, key: Key, state: RunState, now_ns: int | None) -> dict[str, Any]:
-        told: dict[str, Any] = {
-            "run": key[0],
-            "rank": key[1],
-            "instance": state.instance,
-            "newest_step": state.newest,
-            "time_unix_nano": state.time_unix_nano,
-            "action": state.decision.action.value if state.decision else None,
-            "reason": state.decision.reason if state.decision else None,
-            "conservative": state.conservative,
-            "rules": state.rules(),
-        }
-        if now_ns is not None:
-            silent_ns = now_ns - state.pace.heard_ns
-            silent = state.pace.silent_since(silent_ns, UNKNOWN_AFTER_STEPS) is not None
-            told["state"] = "unknown" if silent else "current"
-            told["silent_s"] = max(0.0, silent_ns / 1e9)
-        return told
 
     def _observe(self, frame: StepFrame, proposal: Proposal | None, at_ns: int) -> Decision:
         key = (frame.run, frame.rank)

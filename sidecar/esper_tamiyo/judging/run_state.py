@@ -54,6 +54,7 @@ class RunState:
         "_rank",
         "_seeds",
         "_undecided",
+        "_unrest",
         "acting",
         "book",
         "clean_steps",
@@ -88,6 +89,7 @@ class RunState:
         self._active: list[tuple[CompiledRule, Standing, Subject]] = []
         self._moves: list[Moved] = []
         self._undecided = False
+        self._unrest: list[dict[str, str | int]] | None = None
 
     @property
     def time_unix_nano(self) -> int:
@@ -138,6 +140,8 @@ class RunState:
         if book.ranks:
             self._hindsight.tell(frame, book.rank_keys)
             self._look_back(frame.time_unix_nano)
+        if self._moves:
+            self._unrest = None
         return self._moves
 
     def fall_silent(self, place: int, entry: CompiledRule) -> Moved | None:
@@ -147,6 +151,7 @@ class RunState:
             return None
         moved = Moved(entry, None, standing.state, _FIRING, standing.since, {}, "")
         standing.enter(_FIRING, self.newest)
+        self._unrest = None
         return moved
 
     def adopt(self, book: Rulebook, places: list[int | None]) -> list[Moved]:
@@ -165,6 +170,7 @@ class RunState:
             if place not in kept and standing.state not in (_UNKNOWN, _INACTIVE)
         ]
         self.book = book
+        self._unrest = None
         before = self._rank.history
         self._rank.rearrange(places, History(book.step_watch, before=before))
         self._hindsight.adopt(book.rank_watch)
@@ -177,7 +183,15 @@ class RunState:
         return lost
 
     def rules(self) -> list[dict[str, str | int]]:
-        """The rules that are pending or have fired, as plain data."""
+        """The rules that are pending or have fired, as plain data.
+
+        Looked for once after a change: a report asks every rank, and an ask may wait.
+        """
+        if self._unrest is None:
+            self._unrest = self._not_at_rest()
+        return self._unrest
+
+    def _not_at_rest(self) -> list[dict[str, str | int]]:
         return [
             {
                 "rule": entry.rule.id,
@@ -212,6 +226,7 @@ class RunState:
                 for entry, standing in zip(self.book.rules, seed.standings, strict=True):
                     standing.reset()
                     self._move(entry, standing, seed, _UNKNOWN)
+        self._unrest = None
         live = []
         for seed_id, own in seeds.items():
             known = self._seeds.get(seed_id)

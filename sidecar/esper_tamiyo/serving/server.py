@@ -314,6 +314,7 @@ class Server:
         try:
             return connection.send(Status(report))
         except WireError:  # many ranks with many rules that fire, or very long names
+            report["engine"]["rules"] = None
             for run in report["engine"]["runs"]:
                 run["rules"] = None
             return connection.send(Status(report))
