@@ -226,7 +226,8 @@ class RunState:
                 for entry, standing in zip(self.book.rules, seed.standings, strict=True):
                     standing.reset()
                     self._move(entry, standing, seed, _UNKNOWN)
-        self._unrest = None
+        if [seed.seed_id for seed in self._live] != list(seeds):
+            self._unrest = None
         live = []
         for seed_id, own in seeds.items():
             known = self._seeds.get(seed_id)
