@@ -18,7 +18,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.generated import bring_up_to_date
-from esper_tamiyo.judging.peers import PEER_STEPS
+from esper_tamiyo.judging.hindsight import ARRIVAL_NS, HINDSIGHT_NS
 from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
 from esper_tamiyo.judging.witness import RuleState
 from esper_tamiyo.language.derived import DERIVED, KNOWN
@@ -75,7 +75,8 @@ def page() -> str:
                 for name, (low, high) in PARAMETERS.items()
             ],
         ),
-        peer_steps=PEER_STEPS,
+        arrival=f"{ARRIVAL_NS / 1e9:g} s",
+        hindsight=f"{HINDSIGHT_NS / 1e9:g} s",
         unknown_after=UNKNOWN_AFTER_STEPS,
         states=_rows(
             ("state", "meaning"),

@@ -95,17 +95,27 @@ A rule with a seed's metric is judged for each seed by itself: its persistence, 
 and state are that seed's. Of several seeds for which it acts at a step, the first is named
 in the decision; with a cool-down the next one has its turn at the next step.
 
-`above_peers` and `below_peers` look one step back, at a step that every rank of a
-synchronous run has ended by now, so that it does not matter whose frame came first. A rank
-that has not told that step, or is {peer_steps} steps away, is not among the peers.
+A rule with `above_peers` or `below_peers` is judged in hindsight: of a step whose frame is
+{hindsight} old, with the values and baselines of that step in all its conditions, when the
+rank's next frame comes. What it finds counts from the frame after that one, and says which
+`step` it is about. Ranks that only stream are heard later than one that asks; so a rank is
+among the peers when it ended that step {arrival} before the frame at hand, by the times of
+both, and only then. As long as everything arrives within {arrival}, in whatever order,
+decisions are the same; what comes later is not compared. A rank that is alone is judged at
+once: all that it lacks are the peers.
 
 A rank that sends nothing breaks no rule that needs a frame. `missing_for` on the metric
 `step` is for that; it takes no other condition beside it, no persistence and no action but
-CONTINUE, for nobody asks. Whether a silence ended by a frame or the clock noticed it
-first, it began at the same instant, so that a replay tells it alike; only a frame that was
-late and not missing is told differently. With no rule on silence `tamiyo status` still
-says `unknown` of a rank that was not heard of for {unknown_after} of its step times, and
-for ten seconds at least, or for ten minutes while only one step of it is known.
+CONTINUE, for nobody asks. Silence is measured by the sidecar's own clock, from when a frame
+came, so that a trainer's clock may be wrong. Whether a silence ended by a frame or the clock
+noticed it first, it began at the same instant of the frames' time, so that a replay tells it
+alike; only a frame that was late and not missing is told differently. One step counts for
+ten times the others at most: a pause makes a rank a little more patient.
+
+With such a rule or without, `tamiyo status` and Tamiyo's metrics say `unknown` of a rank that
+was not heard of for {unknown_after} of its step times, and for ten seconds at least, or for
+ten minutes while only one step of it is known. Then its other rules are `unknown` as well,
+with what they last were beside it.
 
 ## Metrics that Tamiyo works out
 

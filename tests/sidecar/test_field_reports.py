@@ -1,6 +1,7 @@
 """What a run did after a decision: the outcome of a report, and when it is due."""
 
 import pytest
+from msgspec import structs
 
 from esper_otel.leyline.decisions import Action, Decision, Severity
 from esper_tamiyo.journaling.field_reports import QUIET_S, WINDOW, FieldReports, report_of
@@ -143,6 +144,18 @@ def test_every_decision_has_its_own_report_and_a_continue_has_none():
             reports.decided(decision(step, Action.CONTINUE), seen, "enforce")
     assert [report.step for report in done] == [50, 51]
     assert reports.pending == 0
+
+
+def test_a_silence_behind_a_step_takes_nothing_from_its_report():
+    reports = FieldReports()
+    culprit = values(0, 1.0)
+    reports.judged(culprit, 0.0)
+    reports.decided(decision(0), culprit, "enforce")
+    empty = structs.replace(culprit, values={}, time_unix_nano=99)
+    reports.decided(decision(0, Action.CONTINUE), empty, "enforce")
+    assert reports.pending == 1
+    (due,) = reports.judged(values(WINDOW, 1.0), 0.0)
+    assert (due.decision, due.action) == ("run/0/0", Action.PAUSE)
 
 
 def test_the_last_word_about_a_step_counts():

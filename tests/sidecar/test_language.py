@@ -1,6 +1,7 @@
 """Rules at work in the engine: seeds, ranks, silences, trials, silence, witnesses."""
 
 import pytest
+from msgspec import structs
 
 from esper_otel.leyline.decisions import NOMINAL, Action, Proposal, SeedOperation
 from esper_tamiyo.judging.engine import Engine
@@ -154,13 +155,19 @@ def test_the_cosine_is_worked_out(dot, host, seed, cosine):
 STRAGGLER = "id: slow, metric: step_latency_ms, above_peers: 1.5, for: 2, action: CONTINUE"
 
 
+def slowly(step, at=None, **values):
+    """A frame of a run of so slow steps that each is old enough to be compared at the next."""
+    time_ns = (step if at is None else at) * 2 * SECOND
+    return structs.replace(frame(step, **values), time_unix_nano=time_ns)
+
+
 def ranks(engine, order, latency):
     """The ranks that are named, by step, when frames come in ``order`` of the ranks."""
     named = set()
     for step in range(8):
         for rank in order(step):
             decision = engine.observe(
-                frame(step, rank=rank, step_latency_ms=latency(rank, step))
+                slowly(step, rank=rank, step_latency_ms=latency(rank, step))
             )
             if decision.findings:
                 named.add((rank, step))
@@ -174,7 +181,8 @@ def test_a_straggler_is_named_whoever_s_frame_comes_first(order):
     slow = ranks(
         Engine(table(STRAGGLER)), order, lambda rank, step: 16.0 if rank == 1 else 10.0
     )
-    assert slow == {(1, step) for step in range(2, 8)}
+    # From step 1 on the others are known; steps 1 and 2 are told behind 3, and count from 4.
+    assert slow == {(1, step) for step in range(4, 8)}
 
 
 def test_a_pause_of_all_ranks_makes_no_straggler():
@@ -190,22 +198,28 @@ def test_ranks_of_other_runs_are_no_peers():
     engine = Engine(table(STRAGGLER))
     for step in range(5):
         for run, latency in (("a", 10.0), ("b", 99.0)):
-            assert not engine.observe(frame(step, run=run, step_latency_ms=latency)).findings
+            assert not engine.observe(slowly(step, run=run, step_latency_ms=latency)).findings
 
 
 def test_a_rank_that_began_anew_is_compared_anew():
     engine = Engine(table(STRAGGLER))
     for step in range(5):
         for rank in (0, 1):
-            engine.observe(frame(step, rank=rank, step_latency_ms=10.0))
+            engine.observe(slowly(step, rank=rank, step_latency_ms=10.0))
     told = [
         engine.observe(
-            frame(step, instance="two", rank=rank, step_latency_ms=30.0 if rank else 10.0)
+            slowly(
+                step,
+                at=5 + step,
+                instance="two",
+                rank=rank,
+                step_latency_ms=30.0 if rank else 10.0,
+            )
         ).findings
-        for step in range(4)
+        for step in range(5)
         for rank in (0, 1)
     ]
-    assert [bool(findings) for findings in told] == [False] * 5 + [True, False, True]
+    assert [bool(findings) for findings in told] == [False] * 7 + [True, False, True]
 
 
 def test_a_rule_silences_lesser_ones_of_the_same_run():
@@ -312,6 +326,37 @@ def test_a_silence_is_told_alike_with_a_clock_and_without():
     assert live.changes == replayed.changes
     assert live.decisions == replayed.decisions
     assert [change.after for change in live.changes] == ["inactive", "firing", "inactive"]
+
+
+@pytest.mark.parametrize("trainer_is_off_by", [-86_400, -15, 15])
+def test_a_clock_that_is_wrong_silences_nobody_and_hides_no_silence(trainer_is_off_by):
+    ledger = Ledger()
+    engine = Engine(table(QUIET), witness=ledger)
+    sent = 100_000 + trainer_is_off_by
+    for step in range(20):
+        engine.observe(timed(step, sent + step), at_ns=(100_000 + step) * SECOND)
+        engine.tick((100_000 + step) * SECOND + SECOND // 2)
+    assert engine.report(100_020 * SECOND)["runs"][0]["state"] == "current"
+    assert ledger.told("quiet") == []
+    engine.tick((100_019 + 30) * SECOND)
+    assert engine.latest("run").reason == NOMINAL
+    engine.tick((100_019 + 31) * SECOND)
+    assert engine.latest("run").reason == "quiet"
+    assert ledger.changes[-1].time_unix_nano == (sent + 19 + 30) * SECOND  # as a replay says
+    (run,) = engine.report((100_019 + 31) * SECOND)["runs"]
+    assert (run["state"], run["silent_s"]) == ("unknown", 31.0)
+
+
+def test_a_long_pause_makes_a_rank_a_little_more_patient_and_not_for_hours():
+    engine = Engine(table(QUIET))
+    for step in range(200):
+        engine.observe(timed(step, 1000 + step))
+    engine.observe(timed(200, 3000))  # half an hour of evaluation
+    patience = 30 * (1 + 0.2 * 9)
+    engine.tick(int((3000 + patience) * SECOND))
+    assert engine.latest("run").reason == NOMINAL
+    engine.tick(int((3001 + patience) * SECOND))
+    assert engine.latest("run").reason == "quiet"
 
 
 def test_a_rank_not_heard_of_is_unknown_in_the_report():

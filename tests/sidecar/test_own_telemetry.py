@@ -201,7 +201,7 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
         "notes",
         "field_reports",
     }
-    assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"unknown": 1}
+    assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"current": 1}
     rules = {(at["rule"], at["state"]): point.as_int for at, point in told["tamiyo.rules"]}
     assert rules[("loss_spike", "firing")] == 1
     requests, used = (

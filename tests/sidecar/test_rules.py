@@ -11,7 +11,7 @@ from esper_otel.leyline.decisions import Action, Proposal, SeedOperation, Severi
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.history import History, Last, RollingMedian, Watch, Watched
-from esper_tamiyo.judging.peers import PEER_STEPS, PeerBoard, PeerView
+from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rules import test_of as as_test
 from esper_tamiyo.judging.slope import Slope
 from esper_tamiyo.language.operators import BaselineKind, Operator
@@ -187,46 +187,37 @@ def test_missing_for(present, before, expected):
         (Operator.BELOW_PEERS, {0: 3.0, 1: 1.0, 2: 2.0}, False),
     ],
 )
-def test_peers_are_the_other_ranks_at_the_step_before(operator, values, expected):
+def test_peers_are_the_other_ranks_at_the_same_step(operator, values, expected):
     board = PeerBoard()
     for rank, value in values.items():
-        board.post(rank, 7, {"loss": value})
-        board.post(rank, 8, {"loss": 1e9})
-    peers = PeerView(board, 0)
-    peers.step = 7
-    history = History(Watched(), peers=peers)
+        board.post(rank, 7, 0, {"loss": value})
+        board.post(rank, 8, 0, {"loss": 1e9})
+    history = History(Watched())
+    others = board.others(0, 7, "loss", by_ns=0)
+    history.peers = {} if others is None else {"loss": others}
     test = as_test(Condition("loss", operator, 2.0))
-    assert test({"loss": 1e9}, history) is expected
+    own = {"loss": values[0]} if 0 in values else {}
+    assert test(own, history) is expected
 
 
 @given(st.dictionaries(st.integers(0, 9), st.floats(0.0, 1e3), min_size=2), st.data())
 def test_the_median_of_the_others_is_theirs(values, data):
     board = PeerBoard()
     for rank, value in values.items():
-        board.post(rank, 1, {"loss": value})
+        board.post(rank, 1, 0, {"loss": value})
     rank = data.draw(st.sampled_from(sorted(values)))
     others = [value for other, value in values.items() if other != rank]
-    assert board.others(rank, 1, "loss") == pytest.approx(median(others))
-
-
-def test_a_board_keeps_the_newest_steps():
-    board = PeerBoard()
-    for step in range(PEER_STEPS + 1):
-        for rank in (0, 1):
-            board.post(rank, step, {"loss": float(step)})
-        assert board.others(0, step, "loss") == step
-    assert board.others(0, 0, "loss") is None
-    assert board.others(0, 1, "loss") == 1.0
+    assert board.others(rank, 1, "loss", by_ns=0) == pytest.approx(median(others))
 
 
 def test_what_a_rank_told_before_it_began_anew_counts_no_more():
     board = PeerBoard()
     for rank, value in enumerate((1.0, 2.0, 9.0)):
-        board.post(rank, 1, {"loss": value})
-    assert board.others(0, 1, "loss") == 5.5
+        board.post(rank, 1, 0, {"loss": value})
+    assert board.others(0, 1, "loss", by_ns=0) == 5.5
     board.forget(2)
-    board.post(2, 1, {"loss": 4.0})
-    assert board.others(0, 1, "loss") == 3.0
+    board.post(2, 1, 0, {"loss": 4.0})
+    assert board.others(0, 1, "loss", by_ns=0) == 3.0
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def _show(report: dict[str, Any]) -> None:
     print(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
     for name in ("ingest", "scribe"):
         print(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
+    print(f"ranks: {pairs(engine['states'])}")
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
         unknown = run.get("state") == "unknown"

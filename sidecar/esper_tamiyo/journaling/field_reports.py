@@ -149,9 +149,13 @@ class FieldReports:
         return reports
 
     def decided(self, decision: Decision, frame: StepFrame, mode: str) -> None:
-        """A decision was made about ``frame``; a later one about the same step replaces it."""
+        """A decision was made about ``frame``; a later one about the same step replaces it.
+
+        One about a silence, whose frame is empty, has the id of the last step's own and says
+        nothing of that step.
+        """
         past = self._ranks.get((frame.run, frame.rank))
-        if past is None:
+        if past is None or not frame.values:
             return
         if past.pending and past.pending[-1].decision.step == decision.step:
             past.pending.pop()

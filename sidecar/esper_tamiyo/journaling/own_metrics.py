@@ -95,25 +95,13 @@ def _queues(report: Report) -> Values:
 
 
 def _runs(report: Report) -> Values:
-    counts: dict[str, int] = {}
-    for run in (report.get("engine") or {}).get("runs") or ():
-        state = str(run.get("state", "known"))
-        counts[state] = counts.get(state, 0) + 1
-    return [(count, {"state": state}) for state, count in counts.items()]
+    states = (report.get("engine") or {}).get("states") or {}
+    return [(count, {"state": state}) for state, count in states.items()]
 
 
 def _rules(report: Report) -> Values:
-    counts: dict[tuple[str, str], int] = {}
-    for run in (report.get("engine") or {}).get("runs") or ():
-        for rule in run.get("rules") or ():
-            key = (str(rule["rule"]), str(rule["state"]))
-            counts[key] = counts.get(key, 0) + 1
-    return [(count, {"rule": rule, "state": state}) for (rule, state), count in counts.items()]
-
-
-def _conservative(report: Report) -> Values:
-    runs = (report.get("engine") or {}).get("runs") or ()
-    return [(sum(bool(run.get("conservative")) for run in runs), {})]
+    for row in (report.get("engine") or {}).get("rules") or ():
+        yield row["count"], {"rule": row["rule"], "state": row["state"]}
 
 
 OWN_METRICS: tuple[OwnMetric, ...] = (
@@ -223,7 +211,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.runs",
         Kind.GAUGE,
         "{rank}",
-        "ranks heard of last, by whether they are still heard of",
+        "ranks, by whether they are still heard of",
         ("state",),
         _runs,
     ),
@@ -231,7 +219,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.rules",
         Kind.GAUGE,
         "{subject}",
-        "ranks, or seeds, for which a rule is pending, firing or recovering",
+        "ranks, or seeds, for which a rule is pending, firing or recovering; or `unknown`: it "
+        "was when the rank was last heard of",
         ("rule", "state"),
         _rules,
     ),
@@ -239,8 +228,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.conservative",
         Kind.GAUGE,
         "{rank}",
-        "ranks heard of last that are in conservative mode",
-        read=_conservative,
+        "ranks that are in conservative mode",
+        read=_one("engine", "conservative"),
     ),
     OwnMetric(
         "tamiyo.restarts",

@@ -25,11 +25,11 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask
 from esper_tamiyo.judging.deciding import decide
-from esper_tamiyo.judging.peers import PeerBoard, PeerView
+from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule
 from esper_tamiyo.judging.run_state import Moved, RunState
-from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
+from esper_tamiyo.judging.survey import Key, survey
 from esper_tamiyo.judging.witness import RuleChange, Witness
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.table import Rule, Table, conditions
@@ -45,13 +45,8 @@ MAX_NAME = 256
 MAX_RETIRED = 1024
 """Instances remembered as replaced, so that their late frames do not bring them back."""
 
-REPORTED_RUNS = 16
-
 ADOPTED_AT_ONCE = 8
 """Ranks that go over to another table in one tick, when they send nothing themselves."""
-
-Key = tuple[str, int]
-"""A run and a rank."""
 
 
 class ReloadReport(msgspec.Struct, frozen=True):
@@ -103,14 +98,18 @@ class Engine:
         """The table it judges by."""
         return self._book.table
 
-    def observe(self, frame: StepFrame, proposal: Proposal | None = None) -> Decision:
+    def observe(
+        self, frame: StepFrame, proposal: Proposal | None = None, at_ns: int | None = None
+    ) -> Decision:
         """Judge ``frame`` unless it was seen before, and decide. Never raises.
 
         A frame that cannot be judged, or that a newer process of the same run and rank
-        has replaced, is counted and gets the CONTINUE that says nobody judged.
+        has replaced, is counted and gets the CONTINUE that says nobody judged. ``at_ns`` is
+        when it was heard, by the clock of :meth:`tick`; its own time unless given.
         """
         try:
-            return self._observe(frame, proposal)
+            heard_ns = frame.time_unix_nano if at_ns is None else at_ns
+            return self._observe(frame, proposal, heard_ns)
         except Exception:
             self._failed(frame)
             return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
@@ -136,11 +135,11 @@ class Engine:
         ):
             return None
         ask.values[STEP_SLOT["step"]] = step  # two places say it, and frames follow this one
-        if state.guards.crossed(ask.values, step):
+        if state.guards.crossed(ask.values):
             return None
         return self._decision(state, key, step, ask.proposal, step, [])
 
-    def settle(self, frame: StepFrame, glanced: Decision) -> None:
+    def settle(self, frame: StepFrame, glanced: Decision, at_ns: int | None = None) -> None:
         """Remember a frame that :meth:`glance` has decided about. Never raises."""
         try:
             key = (frame.run, frame.rank)
@@ -148,16 +147,17 @@ class Engine:
             self._runs.move_to_end(key)
             if state.book is not self._book:
                 self._catch_up(state, key)
-            self._judge(state, key, frame)
+            self._judge(state, key, frame, frame.time_unix_nano if at_ns is None else at_ns)
             self._conclude(state, frame, glanced, is_new=True)
         except Exception:
             self._failed(frame)
 
     def tick(self, now_ns: int) -> None:
-        """Note the ranks that have sent nothing for too long at ``now_ns``, a Unix time.
+        """Note the ranks that have sent nothing for too long at ``now_ns``.
 
-        For a clock to call about once a second; never raises. A replay need not: a silence
-        that ended is found by the frame that ended it, with the same instants.
+        Of any clock, the one by which :meth:`observe` is told when frames were heard. To be
+        called about once a second; never raises. A replay need not: a silence that ended is
+        found by the frame that ended it, with the same instants.
         """
         try:
             behind = ADOPTED_AT_ONCE
@@ -167,7 +167,7 @@ class Engine:
                     if behind < 0:
                         continue
                     self._catch_up(state, key)
-                self._listen(state, key, now_ns)
+                self._listen(state, key, now_ns - state.pace.heard_ns)
         except Exception:
             log.exception("could not look for silent ranks")
 
@@ -211,41 +211,19 @@ class Engine:
         return state.decision if state else None
 
     def report(self, now_ns: int | None = None) -> dict[str, Any]:
-        """What it has seen, as plain data: counts, and the ranks heard of last.
+        """What it has seen, as plain data: counts, and some of the ranks.
 
-        With ``now_ns``, a Unix time, each rank's ``state`` says whether it was heard of
-        lately (``current``) or nobody can say how it is doing (``unknown``).
+        With ``now_ns``, by the clock of :meth:`tick`, each rank's ``state`` says whether it
+        was heard of lately (``current``) or nobody can say how it is doing (``unknown``).
         """
-        runs = [
-            self._told(key, state, now_ns)
-            for key, state in list(reversed(self._runs.items()))[:REPORTED_RUNS]
-        ]
         return {
             "frames": dict(self._counts),
             "ranks": len(self._runs),
             "witness_failed": self._witness_failed,
-            "runs": runs,
+            **survey(reversed(self._runs.items()), now_ns),
         }
 
-    def _told(self, key: Key, state: RunState, now_ns: int | None) -> dict[str, Any]:
-        told: dict[str, Any] = {
-            "run": key[0],
-            "rank": key[1],
-            "instance": state.instance,
-            "newest_step": state.newest,
-            "time_unix_nano": state.time_unix_nano,
-            "action": state.decision.action.value if state.decision else None,
-            "reason": state.decision.reason if state.decision else None,
-            "conservative": state.conservative,
-            "rules": state.rules(),
-        }
-        if now_ns is not None:
-            silent = state.pace.silent_since(now_ns, UNKNOWN_AFTER_STEPS) is not None
-            told["state"] = "unknown" if silent else "current"
-            told["silent_s"] = max(0.0, (now_ns - state.time_unix_nano) / 1e9)
-        return told
-
-    def _observe(self, frame: StepFrame, proposal: Proposal | None) -> Decision:
+    def _observe(self, frame: StepFrame, proposal: Proposal | None, at_ns: int) -> Decision:
         key = (frame.run, frame.rank)
         state = self._runs.get(key)
         if state is None or (frame.instance and state.instance != frame.instance):
@@ -259,7 +237,7 @@ class Engine:
             self._catch_up(state, key)
         is_new = frame.step > state.newest
         if is_new:
-            self._judge(state, key, frame)
+            self._judge(state, key, frame, at_ns)
         else:
             self._counts["duplicate" if state.was_seen(frame.step) else "late"] += 1
         decision = self._decision(state, key, frame.step, proposal, state.newest, state.fired)
@@ -273,10 +251,10 @@ class Engine:
         lost = state.adopt(self._book, _places(state.book.table, self._book.table))
         self._tell_moves(key, state.newest, state.time_unix_nano, lost)
 
-    def _judge(self, state: RunState, key: Key, frame: StepFrame) -> None:
+    def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:
         self._counts["judged"] += 1
-        self._listen(state, key, frame.time_unix_nano)
-        moves = state.judge(frame)
+        self._listen(state, key, frame.time_unix_nano - state.time_unix_nano)
+        moves = state.judge(frame, at_ns)
         if moves:
             self._tell_moves(key, frame.step, frame.time_unix_nano, moves)
 
@@ -320,11 +298,11 @@ class Engine:
             except Exception:
                 self._witness_failed += 1
 
-    def _listen(self, state: RunState, key: Key, now_ns: int) -> None:
-        """Let the rules on silence fire whose patience has ended by ``now_ns``."""
+    def _listen(self, state: RunState, key: Key, silent_ns: int) -> None:
+        """Let the rules on silence fire whose patience ended within ``silent_ns``."""
         for place, entry in self._book.silence:
             steps = _patience(entry)
-            ended = state.pace.silent_since(now_ns, steps)
+            ended = state.pace.silent_since(silent_ns, steps)
             if ended is None:
                 continue
             moved = state.fall_silent(place, entry)
@@ -365,7 +343,7 @@ class Engine:
             self._retired[(run, rank, before.instance)] = None
             if len(self._retired) > MAX_RETIRED:
                 self._retired.popitem(last=False)
-        state = RunState(instance, self._book, PeerView(board, rank))
+        state = RunState(instance, self._book, board, rank)
         self._runs[key] = state
         self._runs.move_to_end(key)
         if len(self._runs) > self._max_runs:

@@ -16,7 +16,7 @@ import msgspec
 
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import History, Watch
-from esper_tamiyo.judging.rules import Test, test_of, times
+from esper_tamiyo.judging.rules import times
 from esper_tamiyo.language.operators import FORMS, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
 
@@ -25,25 +25,25 @@ _FIXED = frozenset({Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.
 _EFFORT = {
     Operator.UNCHANGED_FOR: 2,
     Operator.MISSING_FOR: 3,
-    Operator.ABOVE_PEERS: 4,
-    Operator.BELOW_PEERS: 4,
+    Operator.ABOVE_PEERS: -1,
+    Operator.BELOW_PEERS: -1,
 }
 """How little, or at what cost, an operator guards; 0 for fixed bounds, else 1. A constant
-learning rate is unchanged at every step, and what peers do is not in the row."""
+learning rate is unchanged at every step. Peers are compared behind the answer, and unknown
+to a rank that is alone: no row makes such a condition true."""
 
 
 class GuardPlan(msgspec.Struct, frozen=True):
     """The guards of a table.
 
-    Fixed bounds by metric, the conditions whose bounds follow the run, those that are
-    crossed by absence, and those on other ranks, which no row tells.
+    Fixed bounds by metric, the conditions whose bounds follow the run, and those that are
+    crossed by absence.
     """
 
     upper: dict[str, float]
     lower: dict[str, float]
     moving: list[Condition]
     missing: list[Condition]
-    peers: list[Condition]
 
 
 def plan(table: Table) -> GuardPlan:
@@ -52,7 +52,7 @@ def plan(table: Table) -> GuardPlan:
     Rules about seeds have no guards; a step with seeds needs them judged when there are
     such rules, and without seeds they are unknown. A silent rank is seen by no frame.
     """
-    made = GuardPlan({}, {}, [], [], [])
+    made = GuardPlan({}, {}, [], [])
     for rule in table.rules:
         if not rule.about_seeds and not rule.about_silence:
             for condition in _needed(rule.when):
@@ -77,7 +77,7 @@ def _guard(made: GuardPlan, condition: Condition) -> None:
         case Operator.MISSING_FOR:
             made.missing.append(condition)
         case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
-            made.peers.append(condition)
+            pass
         case operator:
             made.moving.append(condition)
             if _is_lower(operator):
@@ -99,7 +99,6 @@ class Guards:
         "_missing",
         "_moving_lower",
         "_moving_upper",
-        "_peers",
         "_stale",
         "_upper",
         "_upper_of",
@@ -114,11 +113,10 @@ class Guards:
         self._moving_upper = _placed(plan.upper, plan.moving, history, lower=False)
         self._moving_lower = _placed(plan.lower, plan.moving, history, lower=True)
         self._missing = plan.missing
-        self._peers: list[Test] = [test_of(condition) for condition in plan.peers]
         self._due: list[int] = []
         self.follow()
 
-    def crossed(self, row: Sequence[float], step: int) -> bool:
+    def crossed(self, row: Sequence[float]) -> bool:
         """Whether a rule might be true of a row in registry order; NaN crosses nothing."""
         if self._stale:
             return True
@@ -126,12 +124,7 @@ class Guards:
             return True
         if self._lower_of is not None and any(map(lt, self._lower_of(row), self._lower)):
             return True
-        if any(row[slot] != row[slot] for slot in self._due):
-            return True
-        if self._peers and self._history.peers is not None:
-            self._history.peers.step = step - 1
-            return any(test({}, self._history) for test in self._peers)
-        return False
+        return any(row[slot] != row[slot] for slot in self._due)
 
     def fall_behind(self) -> None:
         """Not to be trusted before :meth:`follow`; spares it where nobody would look."""

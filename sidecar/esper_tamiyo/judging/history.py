@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_tamiyo.judging.peers import PeerView
 from esper_tamiyo.judging.slope import Slope
 from esper_tamiyo.language.operators import BaselineKind
 
@@ -140,7 +139,8 @@ class History:
     """The past of one rank or seed, by the key of the metric.
 
     The history of a seed also shows its rank's, so that one rule can speak of both.
-    ``peers`` are the other ranks of the run.
+    ``peers`` are the medians of the other ranks of the run, by the key of the metric, at the
+    step that is judged.
     """
 
     __slots__ = ("_own_lasts", "_pushes", "_watched", "baselines", "lasts", "peers", "slopes")
@@ -149,7 +149,6 @@ class History:
         self,
         watched: Watched,
         of_rank: History | None = None,
-        peers: PeerView | None = None,
         before: History | None = None,
     ) -> None:
         """``before`` is the past under another table: what is still watched goes on."""
@@ -177,12 +176,11 @@ class History:
         self.baselines: Mapping[str, Reference] = baselines
         self.slopes: Mapping[str, Slope] = slopes
         self.lasts: Mapping[str, Last] = lasts
-        self.peers = peers
+        self.peers: Mapping[str, float] = {}
         if of_rank is not None:
             self.baselines = {**of_rank.baselines, **baselines}
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
-            self.peers = of_rank.peers
 
     def absorb(self, values: Mapping[str, float]) -> None:
         """Take in the values of a frame; what is absent leaves its baselines as they were."""

@@ -1,95 +1,111 @@
-"""The ranks of one run side by side, step by step.
+"""What the ranks of one run told of their newest steps, side by side.
 
-A rank is compared at the step *before* the one that is judged. In a synchronous run no
-rank can end a step before all others have ended the one before it, so by then their
-frames are in, and it does not matter whose frame comes first: a replay in the order of
-the frames' times sees what the live sidecar saw. It is the same step for all, so that an
-evaluation or a checkpoint, which all ranks take part in, makes a straggler of none.
+Who asks is heard at once, who only streams a batch later; so whose value is here depends on
+who reads, and when. What a comparison may see is therefore said in the time of the frames,
+never by what is there (:mod:`~esper_tamiyo.judging.hindsight`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 
-PEER_STEPS = 16
-"""Newest steps kept of a run."""
+KEPT_NS = 5_000_000_000
+"""Steps are kept for so long behind the newest that was told, and longer while there are
+no more than :data:`KEPT_STEPS`: a run of slow steps has few of them in any time."""
+
+KEPT_STEPS = 16
+
+MAX_STEPS = 4096
+"""Steps kept at most, whatever their times say."""
+
+
+class _Told:
+    """One step: what each rank told of it, and when it had ended it."""
+
+    __slots__ = ("latest_ns", "ordered", "posts")
+
+    def __init__(self) -> None:
+        self.latest_ns = 0
+        self.posts: dict[int, tuple[int, Mapping[str, float]]] = {}
+        self.ordered: dict[str, list[float]] = {}
+        """The values of all ranks by metric, in order: sorted once, all ranks ask."""
+
+    def until(self, by_ns: int, key: str) -> list[float]:
+        """The values of the ranks that had ended the step ``by_ns``, in order."""
+        if self.latest_ns > by_ns:
+            return sorted(
+                values[key]
+                for time_ns, values in self.posts.values()
+                if time_ns <= by_ns and key in values
+            )
+        ordered = self.ordered.get(key)
+        if ordered is None:
+            ordered = self.ordered[key] = sorted(
+                values[key] for _, values in self.posts.values() if key in values
+            )
+        return ordered
 
 
 class PeerBoard:
-    """The newest steps of all ranks of one run."""
+    """The newest steps of all ranks of one run. Times are those of the frames."""
 
-    __slots__ = ("_ordered", "_steps")
+    __slots__ = ("_first_ns", "_steps")
 
     def __init__(self) -> None:
-        self._steps: dict[int, dict[int, Mapping[str, float]]] = {}
-        self._ordered: dict[tuple[int, str], tuple[int, list[float]]] = {}
-        """By step and metric: how many ranks had ended the step, and their values."""
+        # A plain dict would look over every step that it has forgotten to find the oldest.
+        self._steps: OrderedDict[int, _Told] = OrderedDict()
+        self._first_ns: dict[int, int] = {}
 
-    def post(self, rank: int, step: int, values: Mapping[str, float]) -> None:
-        """Take in a judged frame."""
-        of_step = self._steps.get(step)
-        if of_step is None:
-            of_step = self._steps[step] = {}
-            if len(self._steps) > PEER_STEPS:
-                del self._steps[next(iter(self._steps))]
-                self._ordered = {
-                    at: had for at, had in self._ordered.items() if at[0] in self._steps
-                }
-        of_step.setdefault(rank, values)
+    def post(self, rank: int, step: int, time_ns: int, values: Mapping[str, float]) -> None:
+        """Take in what a rank told."""
+        self._first_ns.setdefault(rank, time_ns)
+        told = self._steps.get(step)
+        if told is None:
+            told = self._steps[step] = _Told()
+            if len(self._steps) > KEPT_STEPS:
+                self._let_go(time_ns - KEPT_NS)
+        told.posts[rank] = time_ns, values
+        told.latest_ns = max(told.latest_ns, time_ns)
+        told.ordered.clear()
 
     def forget(self, rank: int) -> None:
         """A rank began anew: it may tell its steps a second time."""
-        self._ordered.clear()
-        for of_step in self._steps.values():
-            of_step.pop(rank, None)
+        for told in self._steps.values():
+            told.posts.pop(rank, None)
+            told.ordered.clear()
 
-    def own(self, rank: int, step: int, key: str) -> float | None:
-        """The value of ``rank`` at ``step``."""
-        values = self._steps.get(step, {}).get(rank)
-        return None if values is None else values.get(key)
+    def has_others(self, rank: int, by_ns: int) -> bool:
+        """Whether any rank but ``rank`` had ended a step ``by_ns``."""
+        return any(
+            first_ns <= by_ns for other, first_ns in self._first_ns.items() if other != rank
+        )
 
-    def others(self, rank: int, step: int, key: str) -> float | None:
-        """The median of the other ranks' values at ``step``.
+    def others(self, rank: int, step: int, key: str, by_ns: int) -> float | None:
+        """The median of the other ranks' values at ``step``, of those that ended it ``by_ns``.
 
-        None where there are no others, or ``rank`` itself has no value.
+        None where there are none, or where ``rank``, which is one of them, has no value.
         """
-        of_step = self._steps.get(step)
-        if of_step is None or len(of_step) < 2:
+        told = self._steps.get(step)
+        post = None if told is None else told.posts.get(rank)
+        own = None if post is None else post[1].get(key)
+        if told is None or own is None:
             return None
-        had, ordered = self._ordered.get((step, key), (0, []))
-        if had != len(of_step):  # once a step: all ranks ask after all have ended it
-            ordered = sorted(values[key] for values in of_step.values() if key in values)
-            self._ordered[step, key] = len(of_step), ordered
-        own = self.own(rank, step, key)
+        ordered = told.until(by_ns, key)
         count = len(ordered) - 1
-        if own is None or count < 1:
+        if count < 1:
             return None
         mine = bisect_left(ordered, own)
         low, high = (count - 1) >> 1, count >> 1
         below, above = ordered[low + (low >= mine)], ordered[high + (high >= mine)]
         return below + (above - below) / 2
 
-
-class PeerView:
-    """The board as one rank sees it, from the step that is judged."""
-
-    __slots__ = ("_board", "_rank", "step")
-
-    def __init__(self, board: PeerBoard, rank: int) -> None:
-        self._board = board
-        self._rank = rank
-        self.step = -1
-        """The step compared, the one before the step judged."""
-
-    def own(self, key: str) -> float | None:
-        """This rank's value."""
-        return self._board.own(self._rank, self.step, key)
-
-    def others(self, key: str) -> float | None:
-        """The median of the other ranks' values."""
-        return self._board.others(self._rank, self.step, key)
-
-    def post(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the others what this rank's step was like."""
-        self._board.post(self._rank, step, values)
+    def _let_go(self, before_ns: int) -> None:
+        """Forget the oldest step or two. More come only one by one, so that will do."""
+        steps = self._steps
+        for step in list(islice(steps, 2)):
+            is_old = steps[step].latest_ns < before_ns
+            if len(steps) > MAX_STEPS or (is_old and len(steps) > KEPT_STEPS):
+                del steps[step]

@@ -9,7 +9,7 @@ from esper_tamiyo.judging.history import Watch, Watched
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
-from esper_tamiyo.language.table import Condition, Table, conditions
+from esper_tamiyo.language.table import Condition, Rule, Table, conditions
 
 _ON_LASTS = (Operator.RISES_BY, Operator.UNCHANGED_FOR, Operator.MISSING_FOR)
 
@@ -19,12 +19,15 @@ class Rulebook:
 
     __slots__ = (
         "clean_steps",
-        "compares_ranks",
         "derived",
         "guard_plan",
         "judged",
         "judges_seeds",
         "mixes",
+        "peer_keys",
+        "rank_keys",
+        "rank_watch",
+        "ranks",
         "rules",
         "seed_watch",
         "silence",
@@ -38,11 +41,16 @@ class Rulebook:
         self.clean_steps = table.clean_steps
         self.rules = tuple(compiled(rule) for rule in table.rules)
         self.judged = tuple(
-            (place, entry, entry.rule.about_seeds)
+            (place, entry, not entry.rule.about_seeds and not _compares(entry.rule))
             for place, entry in enumerate(self.rules)
             if not entry.rule.about_silence
         )
-        """The rules that a frame is held against: place in the table, rule, about seeds."""
+        """The rules that a frame is held against: place in the table, rule, and whether it
+        is about the step alone, neither about seeds nor about other ranks."""
+        self.ranks = tuple(
+            (place, entry) for place, entry in enumerate(self.rules) if _compares(entry.rule)
+        )
+        """The rules that compare ranks."""
         self.silence = tuple(
             (place, entry) for place, entry in enumerate(self.rules) if entry.rule.about_silence
         )
@@ -63,11 +71,33 @@ class Rulebook:
         ]
         self.step_watch = watched(table, framed, of_seeds=False)
         self.seed_watch = watched(table, framed, of_seeds=True)
-        self.compares_ranks = any(part.operator in ON_PEERS for part in framed)
+        compared = [
+            condition for _, entry in self.ranks for condition in conditions(entry.rule.when)
+        ]
+        self.rank_watch = watched(table, compared, of_seeds=False)
+        self.rank_keys = frozenset(
+            key for part in compared for key in ("step", *_looked_at(part))
+        )
+        """What rules that compare ranks need of a step."""
+        self.peer_keys = tuple(
+            {part.metric: None for part in compared if part.operator in ON_PEERS}
+        )
+        """What they compare."""
         self.derived = needed(
             key for part in framed for key in (part.metric, part.baseline_of) if key
         )
         self.guard_plan = plan(table)
+
+
+def _looked_at(part: Condition) -> tuple[str, ...]:
+    """What a condition needs of a step."""
+    if part.operator is Operator.NONFINITE:
+        return (part.metric, "nonfinite")
+    return (part.metric, part.baseline_of) if part.baseline_of else (part.metric,)
+
+
+def _compares(rule: Rule) -> bool:
+    return any(part.operator in ON_PEERS for part in conditions(rule.when))
 
 
 def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Watched:

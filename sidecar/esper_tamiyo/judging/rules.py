@@ -73,8 +73,9 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
     """The values behind a verdict.
 
     By the key of the metric; what they were held against as ``baseline(key)`` (or
-    ``frozen``, ``lowest``, ``highest``), ``peers(key)``, ``previous(key)``; the frames
-    without a value as ``missing(key)``, the observations left as ``left(key)``.
+    ``frozen``, ``lowest``, ``highest``), ``peers(key)`` with the ``step`` compared,
+    ``previous(key)``; the frames without a value as ``missing(key)``, the observations left
+    as ``left(key)``.
     """
     seen: dict[str, float] = {}
     for condition in conditions(rule.when):
@@ -82,10 +83,10 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
         value: float | None
         match condition.operator:
             case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
-                peers = history.peers
-                value = None if peers is None else peers.own(key)
-                against = None if peers is None else peers.others(key)
+                value, against = values.get(key), history.peers.get(key)
                 named = f"peers({key})"
+                if against is not None:  # not the step that is decided about
+                    seen["step"] = values["step"]
             case Operator.ABOVE_BASELINE | Operator.BELOW_BASELINE:
                 value = values.get(key)
                 named = Watch(condition.baseline_of, condition.baseline).name
@@ -222,21 +223,15 @@ def times(factor: float, baseline: float) -> float:
 
 
 def _on_peers(condition: Condition) -> Test:
-    """Of the step before this one, which the view of the peers is set to."""
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_PEERS
 
     def test(values: Values, history: History) -> Verdict:
-        peers = history.peers
-        if peers is None:
+        value = values.get(metric)
+        others = history.peers.get(metric)
+        if value is None or others is None or others < 0.0:
             return None
-        others = peers.others(metric)
-        if others is None or others < 0.0:
-            return None
-        own = peers.own(metric)
-        if own is None:
-            return None
-        return own > factor * others if above else own < factor * others
+        return value > factor * others if above else value < factor * others
 
     return test
 

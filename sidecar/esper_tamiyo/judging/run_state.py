@@ -9,12 +9,14 @@ from typing import NamedTuple
 from esper_otel.leyline.decisions import Decision, Finding
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.guards import Guards
+from esper_tamiyo.judging.hindsight import Hindsight
 from esper_tamiyo.judging.history import History
-from esper_tamiyo.judging.peers import PeerView
+from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
 from esper_tamiyo.judging.silence import Pace
 from esper_tamiyo.judging.standing import Standing
+from esper_tamiyo.judging.subject import Subject
 from esper_tamiyo.judging.witness import RuleState
 
 MAX_GAPS = 64
@@ -26,28 +28,6 @@ MAX_SEEDS = 256
 Fired = tuple[CompiledRule, Finding]
 
 _UNKNOWN, _INACTIVE, _FIRING = RuleState.UNKNOWN, RuleState.INACTIVE, RuleState.FIRING
-
-
-class Subject:
-    """A rank or one of its seeds: its past, and where each rule stands with it.
-
-    ``values`` are those of the frame that is judged.
-    """
-
-    __slots__ = ("history", "seed_id", "standings", "values")
-
-    def __init__(self, seed_id: str | None, rules: int, history: History) -> None:
-        self.seed_id = seed_id
-        self.history = history
-        self.standings = [Standing() for _ in range(rules)]
-        self.values: Values = {}
-
-    def rearrange(self, places: list[int | None], history: History) -> None:
-        """Another table: ``places`` says for each rule where it was, None for a new one."""
-        self.history = history
-        self.standings = [
-            Standing() if place is None else self.standings[place] for place in places
-        ]
 
 
 class Moved(NamedTuple):
@@ -68,11 +48,13 @@ class RunState:
     __slots__ = (
         "_active",
         "_gaps",
+        "_hindsight",
         "_live",
         "_moves",
         "_rank",
         "_seeds",
         "_undecided",
+        "_unrest",
         "acting",
         "book",
         "clean_steps",
@@ -86,7 +68,7 @@ class RunState:
         "pace",
     )
 
-    def __init__(self, instance: str, book: Rulebook, peers: PeerView) -> None:
+    def __init__(self, instance: str, book: Rulebook, board: PeerBoard, rank: int) -> None:
         self.instance = instance
         self.newest = -1
         self.first = -1
@@ -99,13 +81,15 @@ class RunState:
         self.decision: Decision | None = None
         self.book = book
         self._gaps: deque[tuple[int, int]] = deque(maxlen=MAX_GAPS)
-        self._rank = Subject(None, len(book.rules), History(book.step_watch, peers=peers))
+        self._rank = Subject(None, len(book.rules), History(book.step_watch))
+        self._hindsight = Hindsight(board, rank, book.rank_watch)
         self._seeds: dict[str, Subject] = {}
         self._live: list[Subject] = []
         self.guards = Guards(book.guard_plan, self._rank.history)
         self._active: list[tuple[CompiledRule, Standing, Subject]] = []
         self._moves: list[Moved] = []
         self._undecided = False
+        self._unrest: list[dict[str, str | int]] | None = None
 
     @property
     def time_unix_nano(self) -> int:
@@ -123,34 +107,41 @@ class RunState:
                 return False
         return True
 
-    def judge(self, frame: StepFrame) -> list[Moved]:
+    def judge(self, frame: StepFrame, at_ns: int) -> list[Moved]:
         """Hold a frame newer than all before it against the rules, then remember it."""
-        self._advance(frame)
+        self._advance(frame, at_ns)
         rank = self._rank
         rank.values = values = frame.values
         history = rank.history
-        if history.peers is not None:
-            history.peers.step = frame.step - 1
         book = self.book
+        company = bool(book.ranks) and self._hindsight.in_company(frame.time_unix_nano)
+        if book.ranks and not company:
+            self._hindsight.turn_to(values)
         if book.judges_seeds and (frame.seeds or self._live):
             self._see_seeds(frame)
         standings = rank.standings
-        for place, entry, about_seeds in book.judged:
-            if about_seeds:
+        for place, entry, plain in book.judged:
+            if plain:
+                verdict = entry.test(values, history)
+                standing = standings[place]
+                if verdict is not standing.idle:
+                    self._weigh(entry, standing, rank, verdict)
+            elif entry.rule.about_seeds:
                 for seed in self._live:
-                    verdict = entry.test(seed.values, seed.history)
-                    standing = seed.standings[place]
-                    if verdict is not standing.idle:
-                        self._weigh(entry, standing, seed, verdict)
-                continue
-            verdict = entry.test(values, history)
-            standing = standings[place]
-            if verdict is not standing.idle:
-                self._weigh(entry, standing, rank, verdict)
+                    self._try(entry, seed.standings[place], seed)
+            elif company:
+                self._include(entry, standings[place], self._hindsight.subject)
+            else:
+                self._try(entry, standings[place], self._hindsight.subject)
         for place, entry in book.silence:
             self._move(entry, standings[place], rank, _INACTIVE)
         self._act()
         self._absorb(frame)
+        if book.ranks:
+            self._hindsight.tell(frame, book.rank_keys)
+            self._look_back(frame.time_unix_nano)
+        if self._moves:
+            self._unrest = None
         return self._moves
 
     def fall_silent(self, place: int, entry: CompiledRule) -> Moved | None:
@@ -160,6 +151,7 @@ class RunState:
             return None
         moved = Moved(entry, None, standing.state, _FIRING, standing.since, {}, "")
         standing.enter(_FIRING, self.newest)
+        self._unrest = None
         return moved
 
     def adopt(self, book: Rulebook, places: list[int | None]) -> list[Moved]:
@@ -178,10 +170,10 @@ class RunState:
             if place not in kept and standing.state not in (_UNKNOWN, _INACTIVE)
         ]
         self.book = book
+        self._unrest = None
         before = self._rank.history
-        self._rank.rearrange(
-            places, History(book.step_watch, peers=before.peers, before=before)
-        )
+        self._rank.rearrange(places, History(book.step_watch, before=before))
+        self._hindsight.adopt(book.rank_watch)
         for seed in self._seeds.values():
             past = History(book.seed_watch, self._rank.history, before=seed.history)
             seed.rearrange(places, past)
@@ -191,7 +183,15 @@ class RunState:
         return lost
 
     def rules(self) -> list[dict[str, str | int]]:
-        """The rules that are pending or have fired, as plain data."""
+        """The rules that are pending or have fired, as plain data.
+
+        Looked for once after a change: a report asks every rank, and an ask may wait.
+        """
+        if self._unrest is None:
+            self._unrest = self._not_at_rest()
+        return self._unrest
+
+    def _not_at_rest(self) -> list[dict[str, str | int]]:
         return [
             {
                 "rule": entry.rule.id,
@@ -205,13 +205,13 @@ class RunState:
             if standing.active or standing.state not in (_UNKNOWN, _INACTIVE)
         ]
 
-    def _advance(self, frame: StepFrame) -> None:
+    def _advance(self, frame: StepFrame, at_ns: int) -> None:
         """First of all, so that a frame that breaks a rule is not judged twice."""
         if self.first < 0:
             self.first = frame.step
         elif frame.step > self.newest + 1:
             self._gaps.append((self.newest + 1, frame.step - 1))
-        self.pace.heard(frame.time_unix_nano, frame.step - self.newest)
+        self.pace.heard(frame.time_unix_nano, frame.step - self.newest, at_ns)
         self.newest = frame.step
         self.fired = []
         self._active = []
@@ -226,6 +226,8 @@ class RunState:
                 for entry, standing in zip(self.book.rules, seed.standings, strict=True):
                     standing.reset()
                     self._move(entry, standing, seed, _UNKNOWN)
+        if [seed.seed_id for seed in self._live] != list(seeds):
+            self._unrest = None
         live = []
         for seed_id, own in seeds.items():
             known = self._seeds.get(seed_id)
@@ -247,7 +249,31 @@ class RunState:
                 values[derived.metric.key] = value
         return values
 
+    def _look_back(self, time_ns: int) -> None:
+        """Compare the steps that all ranks have told by now; it counts from the next on."""
+        hindsight, standings = self._hindsight, self._rank.standings
+        for waiting in hindsight.due(time_ns):
+            hindsight.compare(waiting, self.book.peer_keys, time_ns)
+            subject = hindsight.subject
+            for place, entry in self.book.ranks:
+                standing = standings[place]
+                verdict = entry.test(subject.values, subject.history)
+                if verdict is not standing.idle:
+                    self._observe(entry, standing, subject, verdict)
+                    self.acting = self.acting or standing.active
+
+    def _try(self, entry: CompiledRule, standing: Standing, subject: Subject) -> None:
+        verdict = entry.test(subject.values, subject.history)
+        if verdict is not standing.idle:
+            self._weigh(entry, standing, subject, verdict)
+
     def _weigh(
+        self, entry: CompiledRule, standing: Standing, subject: Subject, verdict: Verdict
+    ) -> None:
+        self._observe(entry, standing, subject, verdict)
+        self._include(entry, standing, subject)
+
+    def _observe(
         self, entry: CompiledRule, standing: Standing, subject: Subject, verdict: Verdict
     ) -> None:
         """One more observation of one rule."""
@@ -257,7 +283,12 @@ class RunState:
         self._move(entry, standing, subject, standing.take(entry, verdict, kept))
         if not standing.active:
             standing.silenced_by = ""
-        elif standing.state is _UNKNOWN:
+
+    def _include(self, entry: CompiledRule, standing: Standing, subject: Subject) -> None:
+        """Have a rule that has fired, and was not released, count at this step."""
+        if not standing.active:
+            return
+        if standing.state is _UNKNOWN:
             self._undecided = self._undecided or entry.is_trouble
         else:
             self._active.append((entry, standing, subject))
@@ -331,10 +362,7 @@ class RunState:
         return by
 
     def _absorb(self, frame: StepFrame) -> None:
-        history = self._rank.history
-        history.absorb(frame.values)
-        if self.book.compares_ranks and history.peers is not None:
-            history.peers.post(frame.step, frame.values)
+        self._rank.history.absorb(frame.values)
         for seed in self._live:
             seed.history.absorb(seed.values)
         if self._live:  # the next step has seeds as well, and is not glanced at

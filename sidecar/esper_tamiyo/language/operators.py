@@ -93,9 +93,8 @@ FORMS: dict[Operator, Form] = {
     ),
     Operator.ABOVE_PEERS: Form(
         Operand.FACTOR,
-        "at the step before this one, which every rank of the run has ended by now, the "
-        "rank's value was above so many times the median of the other ranks'; unknown "
-        "without other ranks",
+        "the value is above so many times the median of the other ranks' at the same step; "
+        "judged in hindsight, when all have told it, and unknown without other ranks",
         -1,
     ),
     Operator.BELOW_PEERS: Form(

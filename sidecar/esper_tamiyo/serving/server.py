@@ -171,13 +171,17 @@ class Server:
             gc.collect(0)
 
     def _tick(self) -> None:
-        """About once a second the engine is told the time: it reads no clock itself."""
+        """About once a second the engine is told the time: it reads no clock itself.
+
+        Not the wall's: that of a trainer may be another, and either may be set meanwhile.
+        """
         now = time.monotonic()
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
             self._rest(now)
-            self._chronicle.notebook.begin(time.perf_counter_ns(), asked=False)
-            self._engine.tick(time.time_ns())
+            now_ns = time.perf_counter_ns()
+            self._chronicle.notebook.begin(now_ns, asked=False)
+            self._engine.tick(now_ns)
 
     def _rest(self, now: float) -> None:
         """Look through everything for garbage, if it is worth it and nothing happens."""
@@ -283,11 +287,11 @@ class Server:
             sent = connection.send(Answer(ask.request_id, glanced))
             self._chronicle.answered(self._seen_at)
             self._chronicle.notebook.begin(self._seen_at, asked=True, proposal=ask.proposal)
-            self._engine.settle(trainer.frame(ask), glanced)
+            self._engine.settle(trainer.frame(ask), glanced, self._seen_at)
             self._glanced += 1
         else:
             self._chronicle.notebook.begin(self._seen_at, asked=True, proposal=ask.proposal)
-            decision = self._engine.observe(trainer.frame(ask), ask.proposal)
+            decision = self._engine.observe(trainer.frame(ask), ask.proposal, self._seen_at)
             sent = self._send_decision(connection, ask.request_id, decision)
             self._chronicle.answered(self._seen_at)
             self._actions[decision.action.value] += 1
@@ -310,6 +314,7 @@ class Server:
         try:
             return connection.send(Status(report))
         except WireError:  # many ranks with many rules that fire, or very long names
+            report["engine"]["rules"] = None
             for run in report["engine"]["runs"]:
                 run["rules"] = None
             return connection.send(Status(report))
@@ -345,8 +350,9 @@ class Server:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             self._engine.note_bad_frame()
             return
-        self._chronicle.notebook.begin(time.perf_counter_ns(), asked=False)
-        self._engine.observe(streamed)
+        began_at = time.perf_counter_ns()
+        self._chronicle.notebook.begin(began_at, asked=False)
+        self._engine.observe(streamed, at_ns=began_at)
         self._chronicle.judged(streamed.time_unix_nano)
         self._last_frame_at = time.monotonic()
         self._counts["frames_streamed"] += 1
@@ -362,7 +368,7 @@ class Server:
             "table": self._reloading.report(),
             "connections": {"open": len(self._connections), **self._counts},
             "answers": {"at_a_glance": self._glanced, **self._actions},
-            "engine": self._engine.report(time.time_ns()),
+            "engine": self._engine.report(time.perf_counter_ns()),
             "ingest": None if self._ingest is None else self._ingest.report(),
             **self._chronicle.counts(),
         }
