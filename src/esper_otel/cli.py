@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     }
     environment.update({name: value for name, value in given.items() if value is not None})
     try:
-        EsperSettings.from_environment(environment)
+        EsperSettings.read(environment)
     except SettingsError as error:
         return _refuse(f"run: {error}")
     from esper_otel.integrations.startup import execute

@@ -41,6 +41,7 @@ def start(tmp_path):
             "ESPER_RECORDING_DIR": str(tmp_path / "recordings"),
             "ESPER_SUMMARY": "off",
             "ESPER_MODE": "off",
+            "ESPER_SPAM": "1",
             "OMP_NUM_THREADS": "1",
         }
         return subprocess.run(
@@ -65,6 +66,9 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+TOLD = "ESPER_SPAM is set, but esper-otel has no such setting\n"
+
+
 SINGLE = {
     "esper-otel run": [str(BIN / "esper-otel"), "run", "train.py", "--lr", "1"],
     "esper-otel run -m": [str(BIN / "esper-otel"), "run", "-m", "train", "--lr", "1"],
@@ -83,6 +87,7 @@ SINGLE = {
 def test_one_process(start, command):
     done = start(command)
     assert (done.returncode, done.stdout) == (0, "['--lr', '1']\n"), done.stderr
+    assert done.stderr == TOLD
     (frames,) = start.frames().values()
     assert [step for _, step in frames] == list(range(1, 8))
 
@@ -102,6 +107,7 @@ def test_every_rank(start, way):
     done = start([*launcher[:at], *options, *launcher[at:], script, "--lr", "1"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("['--lr', '1']") == 2
+    assert done.stderr.count(TOLD) == 1
     ranks = start.frames()
     assert len(ranks) == 2
     assert len({run for frames in ranks.values() for run, _ in frames}) == 1
@@ -126,6 +132,6 @@ def test_however_it_ends_its_steps_are_kept_and_its_status_is_its_own(start, end
     assert ours.returncode == status
     if status in (1, -2):  # what the script says of it is its own as well
         bare = start([sys.executable, "train.py"], ends=ends)
-        assert (ours.stdout, ours.stderr) == (bare.stdout, bare.stderr)
+        assert (ours.stdout, ours.stderr) == (bare.stdout, TOLD + bare.stderr)
     (frames,) = start.frames().values()
     assert [step for _, step in frames] == list(range(1, 8 if status == 0 else 5))

@@ -149,3 +149,10 @@ def test_a_setting_that_does_not_fit_stops_it_before_the_script(script, tmp_path
     done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout) == (2, "")
     assert "ESPER_TAMIYO_DEADLINE_MS='soon': expected" in done.stderr
+
+
+def test_a_variable_that_is_no_setting_is_told_of_once(script, tmp_path):
+    script("print('ran')")
+    done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=CLEAN | {"ESPER_SPAM": "1"})
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert done.stderr == "ESPER_SPAM is set, but esper-otel has no such setting\n"
