@@ -128,6 +128,7 @@ def test_a_script_that_never_imports_torch_does_not_pay_for_it(script, tmp_path)
 MISTAKES = {
     "no script": (["run"], "expected a script"),
     "missing script": (["run", "nope.py"], "run: nope.py: no such file"),
+    "missing launcher": (["run", "nowhere/torchrun"], "run: nowhere/torchrun: no such file"),
     "module without name": (["run", "-m"], "expected a script"),
     "conflict": (["run", "--enforce", "--mode", "off", "x.py"], "exclude each other"),
     "unknown command": (["rum"], "invalid choice: 'rum'"),
