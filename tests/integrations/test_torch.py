@@ -3,6 +3,8 @@ import logging
 import math
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -249,6 +251,42 @@ def test_instrumenting_twice_is_instrumenting_once(instrumented, caplog):
     TorchInstrumentor().instrument(skip_dep_check=True)
     plain_loop(epochs=1)
     assert len(instrumented.frames) == 3
+
+
+TWICE_BEFORE_IMPORT = """
+from esper_otel import run
+from esper_otel.integrations.torch import TorchInstrumentor
+instrumentor = TorchInstrumentor()
+instrumentor.instrument(skip_dep_check=True, mode="off", run_id="first")
+instrumentor.uninstrument()
+instrumentor.instrument(skip_dep_check=True, mode="off", run_id="second")
+import torch, accelerate.accelerator, transformers.trainer
+print(run.automatic().run_id)
+print(hasattr(accelerate.accelerator.Accelerator.backward.__wrapped__, "__wrapped__"))
+instrumentor.uninstrument()
+"""
+
+
+def test_of_several_times_before_torch_is_imported_the_last_holds(tmp_path):
+    for name, source in {
+        "accelerate/accelerator.py": "class Accelerator:\n    def backward(self): pass",
+        # Not the one that is known: what cannot be instrumented can still be imported.
+        "transformers/trainer.py": "DEFAULT_CALLBACKS = []",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_text(source)
+        (path.parent / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE_BEFORE_IMPORT],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (0, "second\nFalse\n"), done.stderr
+    assert "transformers.trainer could not be instrumented" in done.stderr
 
 
 def test_a_wrong_setting_raises_from_code_and_warns_from_the_environment(
