@@ -97,7 +97,9 @@ def test_a_process_ends_well_while_a_seed_is_built() -> None:
 
 
 LEFT_EARLY = """
-    import sys, time, threading
+    import atexit, sys, time, threading
+    from unittest import mock
+    BEFORE
     from datetime import timedelta
     import torch, torch.distributed as dist
     from esper_otel.ranks.circle import Circle
@@ -123,12 +125,25 @@ LEFT_EARLY = """
     other = Other()
     mine.send(b"abc")
     del others
-    mine.leave()
+    LEAVES
 """
 
 
+LEAVING = {
+    "while it trains": ("", "mine.leave()"),
+    # What was registered before us comes after us, while the thread still looks.
+    "long before it ends": ("atexit.register(time.sleep, 0.3)", "mine.leave()"),
+    "when no thread can be started": (
+        "",
+        "atexit.register(mine.leave); atexit.register(mock.patch.object("
+        "threading.Thread, 'start', side_effect=RuntimeError).start)",
+    ),
+}
+
+
 @pytest.mark.torch
-def test_a_rank_that_leaves_before_the_others_have_come_ends_well() -> None:
+@pytest.mark.parametrize(("before", "leaves"), LEAVING.values(), ids=LEAVING)
+def test_a_rank_that_leaves_before_the_others_have_come_ends_well(before, leaves) -> None:
     pytest.importorskip("torch")
-    done = ends_with(LEFT_EARLY)
+    done = ends_with(LEFT_EARLY.replace("BEFORE", before).replace("LEAVES", leaves))
     assert (done.returncode, done.stdout, done.stderr) == (0, "left it\n", "")

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from esper_otel import settings as settings_module
 from esper_otel.settings import (
     Blending,
     EsperSettings,
@@ -18,6 +19,13 @@ from esper_otel.settings import (
     SettingsError,
     Summaries,
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has read no settings yet."""
+    monkeypatch.setattr(settings_module, "_told", set())
+
 
 VARIABLES = [
     ("TOLARIA_STEP_ENRICHMENT_ENABLED", "false", "tolaria_step_enrichment_enabled", False),
@@ -169,6 +177,31 @@ def test_a_misspelt_variable_is_pointed_out(caplog: pytest.LogCaptureFixture) ->
         "ESPER_TAMIYO_DEADLINE is set, but esper-otel has no such setting"
     ]
     assert caplog.records[0].name == "esper_otel"
+
+
+def test_that_is_told_once_per_process(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        EsperSettings.from_environment({"ESPER_SPAM": "1"})
+    EsperSettings.from_environment({"ESPER_SPAM": "1", "ESPER_HAM": "2"})
+    assert [record.getMessage().split()[0] for record in caplog.records] == [
+        "ESPER_SPAM",
+        "ESPER_HAM",
+    ]
+
+
+@pytest.mark.parametrize(("local_rank", "times"), [("", 1), ("0", 1), ("1", 0)])
+def test_of_the_ranks_on_a_host_the_first_tells_it(
+    local_rank: str, times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    EsperSettings.from_environment({"ESPER_SPAM": "1", "LOCAL_RANK": local_rank})
+    assert len(caplog.records) == times
+
+
+def test_who_reads_for_another_process_leaves_telling_to_that(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert EsperSettings.read({"ESPER_SPAM": "1", "ESPER_RUN_ID": "r"}).run_id == "r"
+    assert caplog.records == []
 
 
 def test_known_variables_are_not_pointed_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,6 +30,22 @@ for step in range(int(sys.argv[1])):
 print("done", file=sys.stderr)
 """
 
+FORKING = """
+import os, sys, time, esper_otel
+run = esper_otel.start(mode="off", stream_interval_ms=1.0)
+run.step()
+while not run._stream.tally.steps:
+    time.sleep(0.001)
+class Agreement:
+    def close(self):
+        print("left the others", file=sys.stderr)
+run._agreement = Agreement()
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print("done", file=sys.stderr)
+"""
+
 
 def rows(*values):
     array = np.full((len(values), len(STEP_KEYS)), nan)
@@ -98,21 +114,25 @@ def test_json_stays_json(bad):
     assert json.loads(summary.as_json())["run"] == "r"
 
 
-def run(tmp_path, *options, steps=5):
-    pytest.importorskip("torch")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+def started(tmp_path, script, *command):
+    (tmp_path / "train.py").write_text(script)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     env = clean | {"ESPER_SPOOL_DIR": str(tmp_path), "OTEL_METRICS_EXPORTER": "none"}
     env |= {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "ESPER_MODE": "off"}
     return subprocess.run(
-        [ESPER, "run", *options, str(script), str(steps)],
+        command,
+        cwd=tmp_path,
         env=env,
         capture_output=True,
         text=True,
         timeout=100,
         check=True,
     )
+
+
+def run(tmp_path, *options, steps=5):
+    pytest.importorskip("torch")
+    return started(tmp_path, SCRIPT, ESPER, "run", *options, "train.py", str(steps))
 
 
 def test_a_run_ends_with_its_summary_behind_the_output_of_the_script(tmp_path):
@@ -135,3 +155,11 @@ def test_nothing_is_added_when_there_is_nothing_to_say_or_nobody_to_hear(
     tmp_path, options, steps
 ):
     assert run(tmp_path, *options, steps=steps).stderr == "done\n"
+
+
+def test_a_forked_child_that_ends_as_python_does_tells_nothing_and_closes_nothing(tmp_path):
+    said = started(tmp_path, FORKING, sys.executable, "train.py").stderr
+    first, second, summary = said.split("\n", 2)
+    assert (first, second) == ("done", "left the others")
+    assert summary.startswith("esper-otel: run ")
+    assert summary.count("esper-otel: run ") == 1

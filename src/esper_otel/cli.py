@@ -79,11 +79,11 @@ def _run(options: argparse.Namespace) -> int:
         return _refuse("run: expected a script, or -m and a module")
     if options.enforce and options.mode not in (None, "enforce"):
         return _refuse(f"run: --enforce and --mode {options.mode} exclude each other")
-    launcher = _launcher(script)
-    if launcher is not None:
-        script = launcher
+    only_workers = _launches(script)
+    if script[0] == "torchrun" and not Path("torchrun").exists():
+        script = ["-m", "torch.distributed.run", *script[1:]]
     # A file called train.py and not a module path: -c and - are Python's own.
-    elif not script[0].startswith("-"):
+    if not script[0].startswith("-"):
         path = Path(script[0])
         if not path.exists():
             return _refuse(f"run: {path}: no such file")
@@ -99,21 +99,19 @@ def _run(options: argparse.Namespace) -> int:
     }
     environment.update({name: value for name, value in given.items() if value is not None})
     try:
-        EsperSettings.from_environment(environment)
+        EsperSettings.read(environment)
     except SettingsError as error:
         return _refuse(f"run: {error}")
     from esper_otel.integrations.startup import execute
 
-    return execute(script, environment, only_workers=launcher is not None)
+    return execute(script, environment, only_workers=only_workers)
 
 
-def _launcher(script: list[str]) -> list[str] | None:
-    """``torchrun …`` as what `python` is given for it; None for anything else."""
-    if script[:2] == ["-m", "torch.distributed.run"]:
-        return script
-    if script[0] == "torchrun" and not Path("torchrun").exists():
-        return ["-m", "torch.distributed.run", *script[1:]]
-    return None
+def _launches(script: list[str]) -> bool:
+    """Whether this starts the processes that train, and is none itself."""
+    if script[0] == "-m":
+        return script[1] in ("torch.distributed.run", "torch.distributed.launch")
+    return Path(script[0]).name == "torchrun"
 
 
 def _resend(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ is in there.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,14 @@ def shielded() -> Iterator[None]:
     """
     with _shield.held():
         yield
+
+
+def keep(thing: object) -> None:
+    """Let ``thing`` be there until the process is gone: nothing ever frees it.
+
+    A list of this module would be emptied while the interpreter ends, and ``thing`` with it.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _anew() -> None:

@@ -264,28 +264,43 @@ class Run:
         return self._let_go() if self is _automatic else self.end(timeout_s)
 
     def end(self, timeout_s: float | None = None) -> StreamReport:
-        """What :meth:`close` does for a run that nobody but the script began."""
+        """What :meth:`close` does for a run that nobody but the script began.
+
+        In a forked child there is nothing to send: the run is its parent's.
+        """
         if self._report is not None:
             return self._report
         atexit.unregister(self.end)
         _runs.discard(self)
+        for end in self._ends():
+            try:
+                end()
+            except Exception:
+                # Whatever it is, what was recorded is still sent.
+                log.warning("a part of the run could not be ended", exc_info=True)
+        self._report = self._stream.close(timeout_s)
+        self._summarise(self._report)
+        return self._report
+
+    def _ends(self) -> Iterator[Callable[[], Any]]:
+        """What ends each part of the run but the stream, in order."""
         for handle in self._handles:
-            handle.remove()
+            yield handle.remove
         if self.garden is not None:
-            self.garden.close()
-        self._devices.stop()
-        self.recorder.finish()
-        self.recorder.switch_off()
+            yield self.garden.close
+        yield self._devices.stop
+        yield self.recorder.finish
+        yield self.recorder.switch_off
+        yield self._end_agreement
+        if self._client is not None:
+            yield self._client.close
+
+    def _end_agreement(self) -> None:
         agreement = self._agreement
         if agreement is None and self._meeting is not None:
             agreement = self._meeting.end()
         if agreement is not None:
             agreement.close()
-        if self._client is not None:
-            self._client.close()
-        self._report = self._stream.close(timeout_s)
-        self._summarise(self._report)
-        return self._report
 
     # What optimizers call, of this loop or of any.
 
@@ -561,6 +576,7 @@ def _switch_off_in_child() -> None:
     global _automatic
     for run in list(_runs):
         run.recorder.switch_off()
+        run._report = StreamReport()  # it is closed here, and only its parent tells of it
     _automatic = None
 
 

@@ -256,9 +256,18 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises :class:`SettingsError` naming the variable, its value and what was
         expected. An ``ESPER_`` variable that is no setting is warned about: it is
-        most likely a misspelt one.
+        most likely a misspelt one. That is told once per process, and by the first of the
+        ranks on a host.
         """
         environ = os.environ if environ is None else environ
+        settings = cls.read(environ, **overrides)
+        if settings.local_rank <= 0:
+            _tell_unknown(environ)
+        return settings
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str], **overrides: object) -> EsperSettings:
+        """As :meth:`from_environment`, for another process's: nothing is warned about."""
         raw: dict[str, object] = {}
         names: dict[str, str] = {}
         for field in msgspec.structs.fields(cls):
@@ -272,10 +281,6 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
             if name not in cls.__struct_fields__:
                 raise SettingsError(f"{name}={overrides[name]!r}: there is no such setting")
         raw.update(overrides)
-        known = {name for field in cls.__struct_fields__ for name in _variables(field)}
-        for name in sorted(environ):
-            if name.startswith("ESPER_") and name not in known | _OTHER_VARIABLES:
-                log.warning("%s is set, but esper-otel has no such setting", name)
         settings = cls(**_converted(raw, names))
         settings.check(names)
         return settings
@@ -362,6 +367,18 @@ _EXPECTED: dict[type, str] = {
 
 _OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH", "ESPER_ONLY_WORKERS"})
 """Variables of ours that are not settings (``esper-otel run`` hands them to its child)."""
+
+_told: set[str] = set()
+"""Variables that this process has warned about."""
+
+
+def _tell_unknown(environ: Mapping[str, str]) -> None:
+    fields = EsperSettings.__struct_fields__
+    known = {name for field in fields for name in _variables(field)}
+    for name in sorted(environ.keys() - known - _OTHER_VARIABLES - _told):
+        if name.startswith("ESPER_"):
+            _told.add(name)
+            log.warning("%s is set, but esper-otel has no such setting", name)
 
 
 def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:

@@ -210,6 +210,32 @@ def test_a_plain_loop_after_a_frameworks_training_has_its_mean_loss(captured, wa
     assert [frame["loss"] for frame in captured.frames[-2:]] == pytest.approx(means)
 
 
+def test_a_run_that_cannot_be_closed_does_not_reach_the_framework(captured, caplog):
+    training = Training()
+    training.begin()
+    captured.close = lambda timeout_s=None: 1 / 0
+    training.end()
+    captured.close = lambda timeout_s=None: captured
+    training.run.close()
+    assert [record.message for record in caplog.records] == ["the run could not be closed"]
+
+
+def test_uninstrumenting_takes_the_frameworks_back_as_well(captured):
+    trainer = pytest.importorskip("transformers.trainer")
+    accelerator = pytest.importorskip("accelerate.accelerator")
+
+    def of_frameworks():
+        return [*trainer.DEFAULT_CALLBACKS, accelerator.Accelerator.__dict__["backward"]]
+
+    before = of_frameworks()
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    during = of_frameworks()
+    TorchInstrumentor().uninstrument()
+    assert len(during) == len(before) + 1
+    assert during[-1] is not before[-1]
+    assert of_frameworks() == before
+
+
 def train(model, optimizer):
     for x, y in loader():
         nn.functional.mse_loss(model(x), y).backward()

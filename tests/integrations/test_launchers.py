@@ -41,6 +41,7 @@ def start(tmp_path):
             "ESPER_RECORDING_DIR": str(tmp_path / "recordings"),
             "ESPER_SUMMARY": "off",
             "ESPER_MODE": "off",
+            "ESPER_SPAM": "1",
             "OMP_NUM_THREADS": "1",
         }
         return subprocess.run(
@@ -65,6 +66,9 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+TOLD = "ESPER_SPAM is set, but esper-otel has no such setting\n"
+
+
 SINGLE = {
     "esper-otel run": [str(BIN / "esper-otel"), "run", "train.py", "--lr", "1"],
     "esper-otel run -m": [str(BIN / "esper-otel"), "run", "-m", "train", "--lr", "1"],
@@ -83,25 +87,74 @@ SINGLE = {
 def test_one_process(start, command):
     done = start(command)
     assert (done.returncode, done.stdout) == (0, "['--lr', '1']\n"), done.stderr
+    assert done.stderr == TOLD
     (frames,) = start.frames().values()
     assert [step for _, step in frames] == list(range(1, 8))
 
 
+@pytest.mark.skipif(not (BIN / "accelerate").exists(), reason="needs accelerate")
+def test_a_launcher_that_starts_a_module(start):
+    options = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no"
+    launch = [str(BIN / "accelerate"), "launch", *options.split(), "--dynamo_backend", "no"]
+    done = start([*launch, "-m", "esper_otel", "train.py", "--lr", "1"])
+    assert (done.returncode, done.stdout) == (0, "['--lr', '1']\n"), done.stderr
+    (frames,) = start.frames().values()
+    assert [step for _, step in frames] == list(range(1, 8))
+
+
+SPAWNING = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import esper_otel
+
+def work(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    esper_otel.start(optimizer)
+    for step in range(7):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).square().mean().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, [sys.argv[1]], nprocs=2)
+"""
+
+
+def test_processes_that_the_script_spawns_itself_are_recorded_where_they_say_so(
+    start, tmp_path
+):
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    done = start([sys.executable, "spawning.py", str(tmp_path / "store")])
+    assert done.returncode == 0, done.stderr
+    ranks = start.frames()
+    assert len(ranks) == 2
+    assert len({run for frames in ranks.values() for run, _ in frames}) == 1
+    assert all([step for _, step in frames] == list(range(1, 8)) for frames in ranks.values())
+
+
 RANKS = {
-    "esper-otel run torchrun": [str(BIN / "esper-otel"), "run", "torchrun", "train.py"],
-    "torchrun -m esper_otel": [str(BIN / "torchrun"), "-m", "esper_otel", "train.py"],
+    "esper-otel run torchrun": "esper-otel run torchrun OPTIONS train.py",
+    "esper-otel run …/torchrun": f"esper-otel run {BIN}/torchrun OPTIONS train.py",
+    "esper-otel run -m torch.distributed.launch": (
+        "esper-otel run -m torch.distributed.launch --use-env OPTIONS train.py"
+    ),
+    "torchrun -m esper_otel": "torchrun OPTIONS -m esper_otel train.py",
 }
 
 
-@pytest.mark.parametrize("way", RANKS)
-def test_every_rank(start, way):
-    *launcher, script = RANKS[way]
-    at = launcher.index("-m") if "-m" in launcher else len(launcher)
-    options = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    options += ["--master-port", free_port()]
-    done = start([*launcher[:at], *options, *launcher[at:], script, "--lr", "1"])
+@pytest.mark.parametrize("command", RANKS.values(), ids=RANKS)
+def test_every_rank(start, command):
+    options = "--nproc-per-node 2 --master-addr 127.0.0.1 --master-port " + free_port()
+    program, *arguments = command.replace("OPTIONS", options).split()
+    done = start([str(BIN / program), *arguments, "--lr", "1"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("['--lr', '1']") == 2
+    assert done.stderr.count(TOLD) == 1
     ranks = start.frames()
     assert len(ranks) == 2
     assert len({run for frames in ranks.values() for run, _ in frames}) == 1
@@ -126,6 +179,6 @@ def test_however_it_ends_its_steps_are_kept_and_its_status_is_its_own(start, end
     assert ours.returncode == status
     if status in (1, -2):  # what the script says of it is its own as well
         bare = start([sys.executable, "train.py"], ends=ends)
-        assert (ours.stdout, ours.stderr) == (bare.stdout, bare.stderr)
+        assert (ours.stdout, ours.stderr) == (bare.stdout, TOLD + bare.stderr)
     (frames,) = start.frames().values()
     assert [step for _, step in frames] == list(range(1, 8 if status == 0 else 5))

@@ -128,6 +128,7 @@ def test_a_script_that_never_imports_torch_does_not_pay_for_it(script, tmp_path)
 MISTAKES = {
     "no script": (["run"], "expected a script"),
     "missing script": (["run", "nope.py"], "run: nope.py: no such file"),
+    "missing launcher": (["run", "nowhere/torchrun"], "run: nowhere/torchrun: no such file"),
     "module without name": (["run", "-m"], "expected a script"),
     "conflict": (["run", "--enforce", "--mode", "off", "x.py"], "exclude each other"),
     "unknown command": (["rum"], "invalid choice: 'rum'"),
@@ -149,3 +150,10 @@ def test_a_setting_that_does_not_fit_stops_it_before_the_script(script, tmp_path
     done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout) == (2, "")
     assert "ESPER_TAMIYO_DEADLINE_MS='soon': expected" in done.stderr
+
+
+def test_a_variable_that_is_no_setting_is_told_of_once(script, tmp_path):
+    script("print('ran')")
+    done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=CLEAN | {"ESPER_SPAM": "1"})
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert done.stderr == "ESPER_SPAM is set, but esper-otel has no such setting\n"

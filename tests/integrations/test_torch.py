@@ -1,7 +1,10 @@
 import contextlib
 import logging
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -279,35 +282,94 @@ def test_a_second_optimizer_does_not_make_steps_of_its_own(instrumented):
 def originals():
     from torch.optim import optimizer as hooks
 
-    return {
+    wrapped = {
         "backward": torch.Tensor.__dict__["backward"],
+        "autograd's backward": torch.autograd.backward,
         "clip": nn.utils.clip_grad_norm_,
         "clip at home": nn.utils.clip_grad.clip_grad_norm_,
         "scale": torch.amp.GradScaler.__dict__["scale"],
+        "scaler's step": torch.amp.GradScaler.__dict__["step"],
         "next": torch.utils.data.dataloader._BaseDataLoaderIter.__dict__["__next__"],
-        "pre": dict(hooks._global_optimizer_pre_hooks),
-        "post": dict(hooks._global_optimizer_post_hooks),
+        "exit": os._exit,
+        "to": torch.Tensor.to,
+        "cuda": torch.Tensor.cuda,
     }
+    hooked = [
+        dict(hooks._global_optimizer_pre_hooks),
+        dict(hooks._global_optimizer_post_hooks),
+    ]
+    return wrapped, hooked
 
 
 def test_uninstrumenting_puts_every_object_back(captured):
-    before = originals()
+    before, hooks_before = originals()
     instrumentor = TorchInstrumentor()
     instrumentor.instrument(skip_dep_check=True)
-    during = originals()
-    assert all(during[name] is not before[name] for name in ("backward", "clip", "next"))
+    during, _ = originals()
+    same = {name for name in before if during[name] is before[name]}
+    assert same == (set() if torch.cuda.is_available() else {"to", "cuda"})
     instrumentor.uninstrument()
-    after = originals()
-    assert all(after[name] is before[name] for name in list(before)[:5])
-    assert (after["pre"], after["post"]) == (before["pre"], before["post"])
+    after, hooks_after = originals()
+    assert all(after[name] is before[name] for name in before)
+    assert hooks_after == hooks_before
     plain_loop()
     assert captured.frames == []
+
+
+def test_what_cannot_be_taken_off_keeps_nothing_else_on(captured, caplog):
+    before, hooks_before = originals()
+    run = esper_otel.start()
+    watch = watching.Watch(torch, run)
+    watch._undo.append(lambda: [].remove("what somebody else has removed"))
+    watch.undo()
+    run.close()
+    after, hooks_after = originals()
+    assert all(after[name] is before[name] for name in before)
+    assert hooks_after == hooks_before
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "could not be taken off" in caplog.text
 
 
 def test_instrumenting_twice_is_instrumenting_once(instrumented, caplog):
     TorchInstrumentor().instrument(skip_dep_check=True)
     plain_loop(epochs=1)
     assert len(instrumented.frames) == 3
+
+
+TWICE_BEFORE_IMPORT = """
+from esper_otel import run
+from esper_otel.integrations.torch import TorchInstrumentor
+instrumentor = TorchInstrumentor()
+instrumentor.instrument(skip_dep_check=True, mode="off", run_id="first")
+instrumentor.uninstrument()
+instrumentor.instrument(skip_dep_check=True, mode="off", run_id="second")
+import torch, accelerate.accelerator, transformers.trainer
+print(run.automatic().run_id)
+print(hasattr(accelerate.accelerator.Accelerator.backward.__wrapped__, "__wrapped__"))
+instrumentor.uninstrument()
+"""
+
+
+def test_of_several_times_before_torch_is_imported_the_last_holds(tmp_path):
+    for name, source in {
+        "accelerate/accelerator.py": "class Accelerator:\n    def backward(self): pass",
+        # Not the one that is known: what cannot be instrumented can still be imported.
+        "transformers/trainer.py": "DEFAULT_CALLBACKS = []",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_text(source)
+        (path.parent / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE_BEFORE_IMPORT],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (0, "second\nFalse\n"), done.stderr
+    assert "transformers.trainer could not be instrumented" in done.stderr
 
 
 def test_a_wrong_setting_raises_from_code_and_warns_from_the_environment(
@@ -469,6 +531,25 @@ def test_a_closed_run_takes_its_hooks_off(captured):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert len(captured.frames) == plain == 3
+
+
+class Broken:
+    """Stands where an agreement or an optimizer's hook stands, and cannot be ended."""
+
+    def close(self):
+        raise RuntimeError("not while the interpreter ends")
+
+    remove = close
+
+
+def test_whatever_cannot_be_ended_what_was_recorded_is_still_sent(captured, caplog):
+    run = esper_otel.start()
+    run._handles, run._agreement = [Broken()], Broken()
+    run.step()
+    assert run.close() is captured
+    run.step()
+    assert len(captured.frames) == 1
+    assert [r.message for r in caplog.records] == ["a part of the run could not be ended"] * 2
 
 
 def test_a_setting_that_does_not_exist_or_fit_is_refused_at_once(captured):

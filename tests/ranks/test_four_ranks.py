@@ -17,8 +17,11 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from bench.receiver import METRICS, HttpReceiver
+from esper_otel.leyline.trace_ids import STEP_SPAN
+from esper_otel.settings import EsperSettings
 from sidecar.running import sidecar
 
 pytest.importorskip("torch")
@@ -52,6 +55,7 @@ class Told(NamedTuple):
     """Rank → step → values by metric."""
     came: Counter[tuple[int, int]]
     resources: dict[int, dict[str, Any]]
+    spans: list[Span]
     said: str
 
 
@@ -113,7 +117,8 @@ def watched(tmp_path_factory) -> Told:
             (folder / "restarted").touch()
             script = ended(process, folder)
         points, came, resources = received(receiver)
-    return Told(script, points, came, resources, (folder / "said").read_text())
+        spans = receiver.inbox.spans()
+    return Told(script, points, came, resources, spans, (folder / "said").read_text())
 
 
 def waits_for(process: subprocess.Popen[str], folder: Path, word: str) -> None:
@@ -178,6 +183,27 @@ def test_all_ranks_are_one_run(watched) -> None:
 def test_every_step_of_every_rank_is_in_the_stream_once(watched) -> None:
     steps = len(watched.script[0]["losses"]) + SHARDED_STEPS
     assert watched.came == {(rank, step): 1 for rank in RANKS for step in range(1, steps + 1)}
+
+
+def test_a_step_of_all_ranks_is_one_trace(watched) -> None:
+    roots = [each for each in watched.spans if each.name == STEP_SPAN]
+    assert not any(each.parent_span_id for each in roots)
+    steps_of: dict[bytes, list[int]] = {}
+    for root in roots:
+        steps_of.setdefault(root.trace_id, []).append(step_of(root))
+    # A slow step may be one rank's alone; those that are sampled by count are of all.
+    every = EsperSettings().span_every
+    counts = {steps[0]: len(steps) for steps in steps_of.values() if steps[0] % every == 0}
+    steps = len(watched.script[0]["losses"]) + SHARDED_STEPS
+    assert counts == dict.fromkeys(range(every, steps + 1, every), len(RANKS))
+    assert all(len(set(steps)) == 1 for steps in steps_of.values())
+    assert len({root.span_id for root in roots}) == len(roots)
+    for span in watched.spans:
+        assert span.trace_id in steps_of
+
+
+def step_of(root: Span) -> int:
+    return next(each.value.int_value for each in root.attributes if each.key == "esper.step")
 
 
 def test_losses_are_those_of_a_bare_run_until_something_is_applied(bare, watched) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import wrapt
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
@@ -30,8 +31,10 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     """
 
     _watch: Watch | None = None
-    _wanted = False
-    _hooked = False
+    _settings: Mapping[str, Any] | None = None
+    """Those asked for; None while nothing is to be instrumented."""
+    _awaited: ClassVar[set[str]] = set()
+    """Modules whose import has a hook of ours, which nobody can take off."""
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """The versions of torch this is written for."""
@@ -47,34 +50,38 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
             log.warning("not instrumented: %s", error)
             return
         cls = type(self)
-        cls._wanted = True
-
-        def when_imported(torch: Any) -> None:
-            if not cls._wanted or cls._watch is not None:
-                return
-            try:
-                from esper_otel.integrations.watch import Watch
-
-                cls._watch = Watch(torch, runs.start_automatic(**settings))
-            except Exception:
-                log.exception("torch could not be instrumented; the script runs without")
-
-        def wrap_accelerate(accelerator: Any) -> None:
-            if cls._watch is not None:
-                cls._watch.accelerate(accelerator)
-
-        def add_callback(trainer: Any) -> None:
-            if cls._watch is not None:
-                cls._watch.transformers(trainer)
-
+        cls._settings = settings
         # Not before torch is: a script that never imports it should not pay for it.
-        wrapt.register_post_import_hook(when_imported, "torch")
-        wrapt.register_post_import_hook(wrap_accelerate, "accelerate.accelerator")
-        wrapt.register_post_import_hook(add_callback, "transformers.trainer")
+        for name in ("torch", "accelerate.accelerator", "transformers.trainer"):
+            if name in sys.modules or name not in cls._awaited:
+                cls._awaited.add(name)
+                wrapt.register_post_import_hook(cls._imported, name)
+
+    @classmethod
+    def _imported(cls, module: Any) -> None:
+        """A module is there; what is raised here would fail its import."""
+        try:
+            cls._watch_module(module)
+        except Exception:
+            log.exception(
+                "%s could not be instrumented; the script runs without", module.__name__
+            )
+
+    @classmethod
+    def _watch_module(cls, module: Any) -> None:
+        name, watch = module.__name__, cls._watch
+        if name == "torch" and watch is None and cls._settings is not None:
+            from esper_otel.integrations.watch import Watch
+
+            cls._watch = Watch(module, runs.start_automatic(**cls._settings))
+        elif name == "accelerate.accelerator" and watch is not None:
+            watch.accelerate(module)
+        elif name == "transformers.trainer" and watch is not None:
+            watch.transformers(module)
 
     def _uninstrument(self, **kwargs: Any) -> None:
         cls = type(self)
-        cls._wanted = False
+        cls._settings = None
         if cls._watch is not None:
             cls._watch.undo()
             cls._watch = None

@@ -73,7 +73,10 @@ class Training:
             self.run.recorder.losses_are_shares()
 
     def end(self) -> None:
-        """Training is over, well or not: send what is unsent, and take everything off."""
+        """Training is over, well or not: send what is unsent, and take everything off.
+
+        Never raises.
+        """
         if self.run is not None:
             self.run.prefer(None)
             self.run.recorder.losses_are_shares(self.run.settings.losses_are_shares)
@@ -82,7 +85,10 @@ class Training:
         watch, self._watch = self._watch, None
         if watch is not None and self.run is not None:
             watch.undo()
-            self.run.close()
+            try:
+                self.run.close()
+            except Exception:
+                log.exception("the run could not be closed")
 
 
 def require(framework: str, oldest: str) -> None:

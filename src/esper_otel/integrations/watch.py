@@ -119,9 +119,13 @@ class Watch:
         self._wrap(trainer.Trainer, "train", train)
 
     def undo(self) -> None:
-        """Take everything off, in the opposite order."""
+        """Take everything off, in the opposite order. Never raises."""
         while self._undo:
-            self._undo.pop()()
+            take_off = self._undo.pop()
+            try:
+                take_off()
+            except Exception as error:
+                log.warning("a part of the instrumentation could not be taken off: %r", error)
 
     def _hook_optimizers(self) -> None:
         # torch.optim deletes its attribute of this name; the module is public all the same.

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esper_otel.finalization import FinalizingError, shielded
+from esper_otel.finalization import FinalizingError, keep, shielded
 from esper_otel.ranks.world import attempt
 
 log = logging.getLogger("esper_otel")
@@ -123,7 +122,14 @@ class Circle:
         if under_way:
             # Whoever drops the group waits for them, so not here; nothing else holds either.
             held = [*under_way, group]
-            threading.Thread(target=_drop, args=(held,), name="esper-part", daemon=True).start()
+            thread = threading.Thread(
+                target=_drop, args=(held,), name="esper-part", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:
+                # Python 3.12 and later start no threads while the interpreter ends.
+                keep(held)
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Any:
         if self._group is None:
@@ -148,13 +154,16 @@ def _drop(held: list[Any]) -> None:
     Asked again and again and not waited for: a wait, as the drop itself, is within gloo.
     If the process ends before, so do its connections.
     """
-    with suppress(FinalizingError):
-        while True:
+    while True:
+        try:
             with shielded():
                 if all(work.is_completed() for work in held[:-1]):
                     held.clear()
                     return
-            time.sleep(POLL_S)
+        except FinalizingError:
+            keep(held)
+            return
+        time.sleep(POLL_S)
 
 
 def join(timeout_s: float, name: str = "") -> Circle:
