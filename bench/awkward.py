@@ -37,7 +37,7 @@ from bench.framework_loops import BATCH, FRAMEWORKS, ROWS
 from bench.loops import AWKWARD, PHASES
 from bench.stopwatch import STOPWATCH, Took
 from esper_otel.integrations.torch import TorchInstrumentor
-from esper_otel.run import start
+from esper_otel.process import start
 from esper_otel.stream import read_frames
 
 BENCH = "awkward"

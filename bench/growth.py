@@ -23,7 +23,7 @@ from esper_otel.kasmina.garden import Garden
 from esper_otel.leyline.decisions import NOT_ASKED, unanswered
 from esper_otel.leyline.frames import step_row
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.run import start
+from esper_otel.process import start
 from esper_otel.settings import EsperSettings
 from examples.digits import evaluate, load
 from examples.grow import SLOTS, TooSmall

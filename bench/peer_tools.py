@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from bench.figures import alternate, median
 from esper_otel.integrations.watch import Watch
-from esper_otel.run import start
+from esper_otel.process import start
 from examples import characters, digits
 
 SECONDS = 25

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bench.scenarios.tape import Tape
 from bench.scenarios.workloads import Batch, Workload, epochs
-from esper_otel.run import Run, start
+from esper_otel.process import start
+from esper_otel.run import Run
 from esper_otel.tolaria.gradients import pcgrad
 
 SOURCES = 4

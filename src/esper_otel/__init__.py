@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esper_otel.run import Run, start
+    from esper_otel.process import start
+    from esper_otel.run import Run
     from esper_otel.settings import EsperSettings, Mode, SettingsError
     from esper_otel.tolaria.gradients import pcgrad
 
@@ -29,7 +30,7 @@ _HOMES = {
     "Run": "run",
     "SettingsError": "settings",
     "pcgrad": "tolaria.gradients",
-    "start": "run",
+    "start": "process",
 }
 
 

@@ -41,8 +41,6 @@ log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
-_started: weakref.WeakSet[Run] = weakref.WeakSet()
-_automatic: Run | None = None
 _told: set[str] = set()
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -50,8 +48,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Run:
     """A training run as it is recorded, streamed and decided about.
 
-    Made by :func:`start` for a loop that is told so, or by the instrumentor for one that
-    knows nothing of it. Nothing here raises because of what happens while training; a
+    Made by :func:`esper_otel.start` for a loop that is told so, or by the instrumentor for
+    one that knows nothing of it. Nothing here raises because of what happens while training; a
     wrong *argument* does, at once.
     """
 
@@ -67,6 +65,8 @@ class Run:
         self.names = Names()
         self.garden: Garden | None = None
         """The garden that was planted last."""
+        self.outlives_script = False
+        """Whether it is that of a process which is instrumented from outside."""
         self._preferred: weakref.ref[Any] | None = None
         self._handles: list[Any] = []
         self._agreement: Agreement | None = None
@@ -261,7 +261,7 @@ class Run:
         A process that was instrumented from outside (``esper-otel run``) goes on being
         recorded: then this lets go of the script's optimizer and garden, and no more.
         """
-        return self._let_go() if self is _automatic else self.end(timeout_s)
+        return self._let_go() if self.outlives_script else self.end(timeout_s)
 
     def end(self, timeout_s: float | None = None) -> StreamReport:
         """What :meth:`close` does for a run that nobody but the script began.
@@ -485,81 +485,6 @@ class Run:
             raise SettingsError(f"tamiyo_socket: {error}") from None
 
 
-def start(optimizer: Any = None, **settings: Any) -> Run:
-    """Begin to record this process's training loop.
-
-    ``optimizer`` is the one whose steps are the run's; without one the loop calls
-    :meth:`Run.step` itself. ``settings`` are fields of :class:`EsperSettings` and win
-    over the environment; raises :class:`SettingsError` for one that cannot be used.
-    Decisions are enforced unless the settings say otherwise: who writes this line has
-    asked for them.
-
-    Called again, as a notebook's cell is, it ends the run before: that of the same
-    optimizer, of one that is gone, or of a loop that had none either.
-
-    When the process is already instrumented (``esper-otel run``) its run is returned, so
-    that steps go on being counted once; settings that differ from that run's are told.
-    """
-    if _automatic is not None:
-        tell_ignored(_automatic.settings, in_code(settings))
-        if optimizer is not None:
-            _automatic.prefer(optimizer)
-        return _automatic
-    wanted = EsperSettings.from_environment(**in_code(settings))
-    for before in [run for run in _started if run.gives_way_to(optimizer)]:
-        before.close()
-    run = Run(wanted)
-    _started.add(run)
-    if optimizer is not None:
-        run.follow(optimizer)
-    return run
-
-
-def in_code(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` as given in code: decisions are enforced unless something says otherwise."""
-    implied = {} if os.environ.get("ESPER_MODE") else {"mode": Mode.ENFORCE}
-    return {**implied, **settings}
-
-
-def tell_ignored(held: EsperSettings, wanted: Mapping[str, Any]) -> None:
-    """Tell which of ``wanted`` are not what the process was instrumented with, ``held``.
-
-    Raises :class:`SettingsError` for what is no setting at all.
-    """
-    other = held.changed(**wanted)
-    ignored = [
-        f"{name} is {str(getattr(held, name))!r}, not {str(getattr(other, name))!r}"
-        for name in wanted
-        if getattr(other, name) != getattr(held, name)
-    ]
-    if ignored:
-        tell_once(
-            "this process is instrumented already, with settings that hold for all of it: "
-            + ", ".join(ignored)
-        )
-
-
-def start_automatic(**settings: Any) -> Run:
-    """The run of a process that is instrumented from outside; at most one at a time."""
-    global _automatic
-    if _automatic is None:
-        _automatic = Run(EsperSettings.from_environment(**settings))
-    return _automatic
-
-
-def automatic() -> Run | None:
-    """The run of a process that is instrumented from outside, None where it is not."""
-    return _automatic
-
-
-def end_automatic() -> None:
-    """End what :func:`start_automatic` began, if it did."""
-    global _automatic
-    run, _automatic = _automatic, None
-    if run is not None:
-        run.end()
-
-
 def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether ``step(*args, **kwargs)``, its optimizer first, was given a closure."""
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
@@ -573,11 +498,9 @@ def tell_once(message: str) -> None:
 
 
 def _switch_off_in_child() -> None:
-    global _automatic
     for run in list(_runs):
         run.recorder.switch_off()
         run._report = StreamReport()  # it is closed here, and only its parent tells of it
-    _automatic = None
 
 
 os.register_at_fork(after_in_child=_switch_off_in_child)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from esper_otel import process
 from esper_otel import run as runs
 from esper_otel.leyline.frames import present
 from esper_otel.leyline.metrics import STEP_KEYS
@@ -53,6 +54,6 @@ def captured_runs(monkeypatch):
     monkeypatch.setattr(runs, "Stream", stream)
     monkeypatch.setenv("ESPER_MODE", "off")
     yield streams
-    runs.end_automatic()
+    process.end_automatic()
     for run in list(runs._runs):
         run.close()

@@ -28,7 +28,7 @@ from bench.loops import (  # noqa: E402
     validation_between_tensors,
 )
 from bench.stopwatch import STOPWATCH  # noqa: E402
-from esper_otel import run as runs  # noqa: E402
+from esper_otel import process  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 
 
@@ -95,7 +95,7 @@ def fused_model():
 
 def test_a_loop_that_is_told_of_us_counts_no_step_that_a_fused_optimizer_skips(captured):
     optimizer, losses = fused_model()
-    run = runs.start(optimizer)
+    run = process.start(optimizer)
     fused_steps(run, optimizer, losses)
     run.close()
     assert [(f["step"], f["nonfinite"]) for f in captured.frames] == [(1, 0.0), (2, 0.0)]
@@ -118,7 +118,7 @@ class OnDevice:
 
 def test_on_a_device_a_fused_step_counts_but_what_it_skipped_is_not_told(captured, monkeypatch):
     optimizer, losses = fused_model()
-    run = runs.start(optimizer)
+    run = process.start(optimizer)
     monkeypatch.setattr(run.scalars, "begin", OnDevice)
     fused_steps(run, optimizer, losses)
     run.close()

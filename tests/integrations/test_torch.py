@@ -337,14 +337,14 @@ def test_instrumenting_twice_is_instrumenting_once(instrumented, caplog):
 
 
 TWICE_BEFORE_IMPORT = """
-from esper_otel import run
+from esper_otel import process
 from esper_otel.integrations.torch import TorchInstrumentor
 instrumentor = TorchInstrumentor()
 instrumentor.instrument(skip_dep_check=True, mode="off", run_id="first")
 instrumentor.uninstrument()
 instrumentor.instrument(skip_dep_check=True, mode="off", run_id="second")
 import torch, accelerate.accelerator, transformers.trainer
-print(run.automatic().run_id)
+print(process.automatic().run_id)
 print(hasattr(accelerate.accelerator.Accelerator.backward.__wrapped__, "__wrapped__"))
 instrumentor.uninstrument()
 """

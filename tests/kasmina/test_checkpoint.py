@@ -13,6 +13,7 @@ import torch
 from kasmina.driven import MLP, QUICK, AtOnce, Driven, agreed, host, idle, said
 from torch import nn
 
+from esper_otel import process
 from esper_otel import run as runs
 from esper_otel.kasmina.garden import Garden, GardenError
 from esper_otel.kasmina.kernels import Fetch
@@ -352,7 +353,7 @@ def a_run(monkeypatch):
     monkeypatch.setattr(runs, "Stream", Nowhere)
     model = host()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    run = runs.start(optimizer, mode="off")
+    run = process.start(optimizer, mode="off")
     with patch("esper_otel.kasmina.garden.KernelFetcher", AtOnce):
         run.plant(model, ["1"], **{**QUICK, "growth": "autonomous", "loss_rise_max": 100.0})
     return run, model, optimizer

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR
 from esper_otel.integrations.torch import TorchInstrumentor
 from esper_otel.kasmina.optimizers import DEFAULT_RATE, adamw, join, leave, rate_of
 from esper_otel.leyline.stages import Stage
-from esper_otel.run import start
+from esper_otel.process import start
 
 SCHEDULERS = {
     "LambdaLR": lambda o: LambdaLR(o, lambda step: 0.9**step),

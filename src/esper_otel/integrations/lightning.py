@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from esper_otel import run as runs
+from esper_otel import process
 from esper_otel.integrations.training import Training, require, suits
 
 OLDEST = "2.2"
@@ -44,5 +44,5 @@ class EsperCallback(Callback):
 
 def callbacks() -> list[Callback]:
     """What every Trainer of this process gets: a callback where it is instrumented."""
-    instrumented = runs.automatic() is not None and suits("lightning", OLDEST)
+    instrumented = process.automatic() is not None and suits("lightning", OLDEST)
     return [EsperCallback()] if instrumented else []

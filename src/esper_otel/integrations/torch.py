@@ -12,7 +12,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
-from esper_otel import run as runs
+from esper_otel import process
 from esper_otel.settings import EsperSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         if name == "torch" and watch is None and cls._settings is not None:
             from esper_otel.integrations.watch import Watch
 
-            cls._watch = Watch(module, runs.start_automatic(**cls._settings))
+            cls._watch = Watch(module, process.start_automatic(**cls._settings))
         elif name == "accelerate.accelerator" and watch is not None:
             watch.accelerate(module)
         elif name == "transformers.trainer" and watch is not None:
@@ -85,4 +85,4 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         if cls._watch is not None:
             cls._watch.undo()
             cls._watch = None
-        runs.end_automatic()
+        process.end_automatic()

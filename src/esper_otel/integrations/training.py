@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
 
-from esper_otel import run as runs
+from esper_otel import process
+from esper_otel.run import Run, tell_once
 from esper_otel.settings import EsperSettings, SettingsError
 
 log = logging.getLogger("esper_otel")
@@ -26,7 +27,7 @@ class Training:
     """The one that has hooks on torch."""
 
     def __init__(self, **settings: Any) -> None:
-        self.run: runs.Run | None = None
+        self.run: Run | None = None
         """The run; None before the training begins."""
         self._settings = settings
         self._watch: Any = None
@@ -44,7 +45,7 @@ class Training:
             # It was interrupted, of which not every framework tells; what it has left on
             # torch would record this training as well.
             before.end()
-        automatic = runs.automatic()
+        automatic = process.automatic()
         self.run = run = self._own_run() if automatic is None else automatic
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         if optimizer is not None:
@@ -57,10 +58,10 @@ class Training:
             self._watch = Watch(torch, run)
             Training._watching = self
         elif self._settings:
-            runs.tell_ignored(run.settings, self._settings)
+            process.tell_ignored(run.settings, self._settings)
 
-    def _own_run(self) -> runs.Run:
-        return runs.Run(EsperSettings.from_environment(**runs.in_code(self._settings)))
+    def _own_run(self) -> Run:
+        return Run(EsperSettings.from_environment(**process.in_code(self._settings)))
 
     @property
     def is_watched(self) -> bool:
@@ -102,7 +103,7 @@ def suits(framework: str, oldest: str) -> bool:
     """Whether ``framework`` is not older than ``oldest``; one that is, is told of once."""
     fault = _fault_of(framework, oldest)
     if fault is not None:
-        runs.tell_once(f"{fault}; its trainings are recorded as any other loop")
+        tell_once(f"{fault}; its trainings are recorded as any other loop")
     return fault is None
 
 

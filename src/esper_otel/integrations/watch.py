@@ -24,8 +24,8 @@ from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
 
-from esper_otel import run as runs
 from esper_otel.integrations.primary import Primary
+from esper_otel.run import Run, tell_once
 from esper_otel.tolaria.batches import samples_in
 from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.gradients import whole_norm, with_gradients
@@ -41,7 +41,7 @@ MAX_CLIPS = 8
 class Watch:
     """The hooks and wrappers on one torch, and how to take them off."""
 
-    def __init__(self, torch: Any, run: runs.Run) -> None:
+    def __init__(self, torch: Any, run: Run) -> None:
         self._run = run
         self._recorder = run.recorder
         self._begin = run.scalars.begin
@@ -332,4 +332,4 @@ class Watch:
         try:
             work(*args)
         except Exception:
-            runs.tell_once("a part of a step could not be recorded")
+            tell_once("a part of a step could not be recorded")

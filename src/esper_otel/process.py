@@ -1,0 +1,101 @@
+"""The runs of this process: begun in code, or from outside for all of it.
+
+Of the second kind there is one at most, and then it is the only one: a step is counted once.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from esper_otel.run import Run, tell_once
+from esper_otel.settings import EsperSettings, Mode
+
+_started: weakref.WeakSet[Run] = weakref.WeakSet()
+_automatic: Run | None = None
+
+
+def start(optimizer: Any = None, **settings: Any) -> Run:
+    """Begin to record this process's training loop.
+
+    ``optimizer`` is the one whose steps are the run's; without one the loop calls
+    :meth:`Run.step` itself. ``settings`` are fields of :class:`EsperSettings` and win
+    over the environment; raises :class:`SettingsError` for one that cannot be used.
+    Decisions are enforced unless the settings say otherwise: who writes this line has
+    asked for them.
+
+    Called again, as a notebook's cell is, it ends the run before: that of the same
+    optimizer, of one that is gone, or of a loop that had none either.
+
+    When the process is already instrumented (``esper-otel run``) its run is returned, so
+    that steps go on being counted once; settings that differ from that run's are told.
+    """
+    if _automatic is not None:
+        tell_ignored(_automatic.settings, in_code(settings))
+        if optimizer is not None:
+            _automatic.prefer(optimizer)
+        return _automatic
+    wanted = EsperSettings.from_environment(**in_code(settings))
+    for before in [run for run in _started if run.gives_way_to(optimizer)]:
+        before.close()
+    run = Run(wanted)
+    _started.add(run)
+    if optimizer is not None:
+        run.follow(optimizer)
+    return run
+
+
+def in_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` as given in code: decisions are enforced unless something says otherwise."""
+    implied = {} if os.environ.get("ESPER_MODE") else {"mode": Mode.ENFORCE}
+    return {**implied, **settings}
+
+
+def tell_ignored(held: EsperSettings, wanted: Mapping[str, Any]) -> None:
+    """Tell which of ``wanted`` are not what the process was instrumented with, ``held``.
+
+    Raises :class:`SettingsError` for what is no setting at all.
+    """
+    other = held.changed(**wanted)
+    ignored = [
+        f"{name} is {str(getattr(held, name))!r}, not {str(getattr(other, name))!r}"
+        for name in wanted
+        if getattr(other, name) != getattr(held, name)
+    ]
+    if ignored:
+        tell_once(
+            "this process is instrumented already, with settings that hold for all of it: "
+            + ", ".join(ignored)
+        )
+
+
+def start_automatic(**settings: Any) -> Run:
+    """The run of a process that is instrumented from outside; at most one at a time."""
+    global _automatic
+    if _automatic is None:
+        _automatic = Run(EsperSettings.from_environment(**settings))
+        _automatic.outlives_script = True
+    return _automatic
+
+
+def automatic() -> Run | None:
+    """The run of a process that is instrumented from outside, None where it is not."""
+    return _automatic
+
+
+def end_automatic() -> None:
+    """End what :func:`start_automatic` began, if it did."""
+    global _automatic
+    run, _automatic = _automatic, None
+    if run is not None:
+        run.end()
+
+
+def _forget_in_child() -> None:
+    global _automatic
+    _automatic = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
