@@ -244,7 +244,6 @@ def test_a_slow_rank_shows_as_such(watched) -> None:
     for rank in waits:
         backward = column(watched, rank, "backward_ms")
         assert median(backward[step - 1] for step in SLOW_STEPS) > slowest / 2
-    # STRAGGLER: the table's rule about ranks is asked for here once tables have one.
 
 
 def test_gradient_norms_are_those_of_all_ranks_or_left_out(watched) -> None:
