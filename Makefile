@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH ?=
 PORTS ?=
+# At once, each with files of its own: much of a test is waiting for processes it has started.
+TEST_PROCESSES ?= 3
 
 .PHONY: help demo test bench lint format docs clean collector stack stack-programs
 
@@ -19,7 +21,7 @@ demo: $(READY)  ## train a CNN through an accident, only watched and rescued; th
 
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
 	@$(BIN)/python -m stack build --if-possible
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
 	@$(BIN)/python -m stack build collector
