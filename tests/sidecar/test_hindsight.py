@@ -9,7 +9,7 @@ from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.hindsight import ARRIVAL_NS, AT_ONCE, HINDSIGHT_NS, Hindsight
-from esper_tamiyo.judging.history import Watched
+from esper_tamiyo.judging.history import History, Watched
 from esper_tamiyo.judging.peers import KEPT_NS, KEPT_STEPS, MAX_STEPS, PeerBoard
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from esper_tamiyo.serving.connection import Trainer
@@ -181,7 +181,7 @@ def test_ranks_that_come_later_than_they_may_are_left_out():
     board.post(1, 7, START + HINDSIGHT_NS - ARRIVAL_NS + 1, {"loss": 1.0})
     board.post(2, 7, START, {"loss": 3.0})
     board.post(3, 7, START, {"loss": 5.0})
-    assert one.in_company(START + ARRIVAL_NS)
+    assert one.in_company(START + ARRIVAL_NS, History(Watched()))
     one.tell(made(0, 7, START, loss=9.0), ["loss"])
     assert one.due(START + HINDSIGHT_NS - 1) == []
     (waiting,) = one.due(START + HINDSIGHT_NS)
@@ -193,7 +193,7 @@ def test_behind_a_pause_the_newest_steps_are_compared():
     board = PeerBoard()
     board.post(1, 0, START, {})
     one = Hindsight(board, 0, Watched(lasts=("loss",)))
-    assert one.in_company(START + ARRIVAL_NS)
+    assert one.in_company(START + ARRIVAL_NS, History(Watched()))
     for step in range(100):
         one.tell(made(0, step, START + step, loss=float(step)), ["loss"])
     due = one.due(START + 10 * HINDSIGHT_NS)

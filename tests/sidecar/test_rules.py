@@ -437,3 +437,20 @@ def test_a_huge_value_breaks_nothing():
     for step in range(70):
         fired(engine, step, {"loss": 1e308 * (-1) ** step, "loss_delta": -1e308})
     assert engine.report()["frames"]["bad"] == 0
+
+
+@given(
+    st.lists(st.floats(-5.0, 100.0), min_size=20, max_size=40),
+    st.floats(0.0, 100.0),
+    st.integers(1, 2000),
+)
+def test_what_no_line_is_fitted_for_would_not_have_run_out(before, fall, number):
+    slope = Slope(window=12, warmup=2)
+    # Something that falls on the whole, so that both outcomes come up.
+    values = [value / 10 - fall * place / 10 for place, value in enumerate(before)]
+    lowest = min(values)
+    for value in values:
+        left = slope.left(value - lowest)
+        expected = None if left is None else left <= number
+        assert slope.within(value - lowest, number) == expected
+        slope.push(value - lowest)

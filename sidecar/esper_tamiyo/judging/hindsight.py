@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 from esper_otel.leyline.frames import StepFrame
@@ -45,25 +46,29 @@ class Waiting(NamedTuple):
 class Hindsight:
     """The steps of one rank that wait to be compared.
 
-    ``subject`` is the rank as it was at the step looked at, with the past of that step.
+    ``subject`` is the rank as it was at the step looked at, with the past of that step. It
+    begins with the first other rank: until then there is no other past than the rank's own.
     """
 
-    __slots__ = ("_board", "_company", "_rank", "_waiting", "subject")
+    __slots__ = ("_board", "_company", "_rank", "_waiting", "_watched", "subject")
 
     def __init__(self, board: PeerBoard, rank: int, watched: Watched) -> None:
         self._board = board
         self._rank = rank
         self._company = False
         self._waiting: deque[Waiting] = deque(maxlen=MAX_STEPS)
+        self._watched = watched
         self.subject = Subject(None, 0, History(watched))
 
-    def in_company(self, time_ns: int) -> bool:
+    def in_company(self, time_ns: int, past: History) -> bool:
         """Whether there are other ranks, as far as a frame of that time can know.
 
         A rank without any is judged at once: nothing will come that it could wait for.
+        ``past`` is the rank's own, before that frame.
         """
-        if not self._company:
-            self._company = self._board.has_others(self._rank, time_ns - ARRIVAL_NS)
+        if not self._company and self._board.has_others(self._rank, time_ns - ARRIVAL_NS):
+            self._company = True
+            self.subject.history = History(self._watched, before=deepcopy(past))
         return self._company
 
     def tell(self, frame: StepFrame, keys: Iterable[str]) -> None:
@@ -106,5 +111,5 @@ class Hindsight:
 
     def adopt(self, watched: Watched) -> None:
         """Go on under another table."""
-        subject = self.subject
-        subject.history = History(watched, before=subject.history)
+        self._watched = watched
+        self.subject.history = History(watched, before=self.subject.history)

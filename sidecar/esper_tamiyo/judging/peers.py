@@ -79,6 +79,8 @@ class PeerBoard:
 
     def has_others(self, rank: int, by_ns: int) -> bool:
         """Whether any rank but ``rank`` had ended a step ``by_ns``."""
+        if len(self._first_ns) == 1 and rank in self._first_ns:
+            return False  # as of a run of one rank it is at every step
         return any(
             first_ns <= by_ns for other, first_ns in self._first_ns.items() if other != rank
         )

@@ -287,8 +287,7 @@ def _runs_out_within(condition: Condition) -> Test:
 
     def test(values: Values, history: History) -> Verdict:
         value = values.get(metric)
-        left = None if value is None else history.slopes[metric].left(value)
-        return None if left is None else left <= number
+        return None if value is None else history.slopes[metric].within(value, number)
 
     return test
 

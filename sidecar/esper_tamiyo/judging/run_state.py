@@ -114,25 +114,24 @@ class RunState:
         rank.values = values = frame.values
         history = rank.history
         book = self.book
-        company = bool(book.ranks) and self._hindsight.in_company(frame.time_unix_nano)
-        if book.ranks and not company:
-            self._hindsight.turn_to(values)
+        company = bool(book.ranks) and self._hindsight.in_company(frame.time_unix_nano, history)
         if book.judges_seeds and (frame.seeds or self._live):
             self._see_seeds(frame)
         standings = rank.standings
         for place, entry, plain in book.judged:
-            if plain:
+            if plain or not (company or entry.rule.about_seeds):
                 verdict = entry.test(values, history)
                 standing = standings[place]
                 if verdict is not standing.idle:
                     self._weigh(entry, standing, rank, verdict)
             elif entry.rule.about_seeds:
                 for seed in self._live:
-                    self._try(entry, seed.standings[place], seed)
-            elif company:
-                self._include(entry, standings[place], self._hindsight.subject)
+                    verdict = entry.test(seed.values, seed.history)
+                    standing = seed.standings[place]
+                    if verdict is not standing.idle:
+                        self._weigh(entry, standing, seed, verdict)
             else:
-                self._try(entry, standings[place], self._hindsight.subject)
+                self._include(entry, standings[place], self._hindsight.subject)
         for place, entry in book.silence:
             self._move(entry, standings[place], rank, _INACTIVE)
         self._act()
@@ -261,11 +260,6 @@ class RunState:
                 if verdict is not standing.idle:
                     self._observe(entry, standing, subject, verdict)
                     self.acting = self.acting or standing.active
-
-    def _try(self, entry: CompiledRule, standing: Standing, subject: Subject) -> None:
-        verdict = entry.test(subject.values, subject.history)
-        if verdict is not standing.idle:
-            self._weigh(entry, standing, subject, verdict)
 
     def _weigh(
         self, entry: CompiledRule, standing: Standing, subject: Subject, verdict: Verdict

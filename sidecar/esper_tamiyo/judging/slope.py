@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from math import inf
 
+_MARGIN = 1.0 + 1e-9
+"""For rounding: what is this near to the bound is worked out."""
+
 
 class Slope:
     """Steps until a falling value reaches zero, by least squares over the last ``window``.
@@ -29,6 +32,25 @@ class Slope:
             self._skip -= 1
         else:
             self._values.append(value)
+
+    def within(self, value: float, number: float) -> bool | None:
+        """Whether :meth:`left` of ``value`` is ``number`` or less; None as there.
+
+        A line through numbers that lie in a range of R falls by 1.5 n R / (n² - 1) a step at
+        most (one half of the n at the top of it, then the other at its bottom). Where even
+        that leaves more, which is nearly always, no line is fitted.
+        """
+        values = self._values
+        count = len(values)
+        if count < self._window:
+            return None
+        if value >= values[0]:
+            return False
+        steepest = 1.5 * (count + 1) * (max(values) - min(value, min(values)))
+        if value * (count * (count + 2)) > _MARGIN * number * steepest:
+            return False
+        left = self.left(value)
+        return None if left is None else left <= number
 
     @property
     def oldest(self) -> float | None:
