@@ -40,10 +40,15 @@ class Stopwatch:
         self._evaluations.clear()
 
     def on(self, optimizer: Optimizer) -> Optimizer:
-        """``optimizer``, the end of each of whose steps is noted from here on."""
+        """``optimizer``, the end of each of whose steps is noted from here on.
 
-        def ended(*_: Any) -> None:
-            self.ends.append(clock())
+        Not of one that it was called for and, being fused, left out: a ``GradScaler`` has told
+        it of an overflow.
+        """
+
+        def ended(stepped: Any, *_: Any) -> None:
+            if not float(getattr(stepped, "found_inf", None) or 0.0):
+                self.ends.append(clock())
 
         optimizer.register_step_post_hook(untraced(ended))
         return optimizer
