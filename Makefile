@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 BENCH ?=
 PORTS ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 
 .PHONY: help demo test bench lint format docs clean collector stack stack-programs
 
