@@ -16,20 +16,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
 from bench.figures import Figure, run
-from bench.receiver import METRICS, STEP, HttpReceiver
+from bench.receiver import METRICS, HttpReceiver, Request
+from bench.roundtrip import started
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.receiving.otlp_frames import frames_of
 
 BENCH = "ranks_agree"
 BIN = Path(sys.executable).parent
+Process = subprocess.Popen[str]
 RANKS, EPOCHS, BATCH = 4, 60, 64
 PATIENCE_S = 120.0
 
@@ -91,7 +96,7 @@ def trained() -> Told:
         said = folder / "said"
         table.write_text(TABLE)
         thirds = [EPOCHS * _batches() // 3 * part for part in (1, 2)]
-        with sidecar(socket, table) as first:
+        with sidecar(socket, table) as (first, _):
             training = _start(folder, said, receiver.url, socket)
             try:
                 _until(lambda: _newest(receiver) >= thirds[0], training, said)
@@ -107,21 +112,13 @@ def trained() -> Told:
         return _told(receiver)
 
 
-@contextmanager
-def sidecar(socket: Path, table: Path) -> Iterator[subprocess.Popen[str]]:
+def sidecar(socket: Path, table: Path) -> AbstractContextManager[tuple[Process, str]]:
     """One that is only asked."""
-    command = [str(BIN / "tamiyo"), "serve", "--socket", str(socket), "--table", str(table)]
-    command += ["--otlp-http", "127.0.0.1:0", "--otlp-grpc", "127.0.0.1:0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()
-            yield process
-        finally:
-            process.terminate()
+    command = [str(BIN / "tamiyo"), "serve", "--no-ingest"]
+    return started([*command, "--socket", str(socket), "--table", str(table)])
 
 
-def _start(folder: Path, told: Path, url: str, socket: Path) -> subprocess.Popen[str]:
+def _start(folder: Path, told: Path, url: str, socket: Path) -> Process:
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(RANKS)]
     command += ["-m", "esper_otel", "run", "-m", "examples.ddp", "--epochs", str(EPOCHS)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
@@ -148,7 +145,7 @@ def _batches() -> int:
     return -(-rows // BATCH)
 
 
-def _until(there: Callable[[], bool], training: subprocess.Popen[str], said: Path) -> None:
+def _until(there: Callable[[], bool], training: Process, said: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not there():
         if training.poll() is not None or time.monotonic() > deadline:
@@ -157,39 +154,23 @@ def _until(there: Callable[[], bool], training: subprocess.Popen[str], said: Pat
 
 
 def _newest(receiver: HttpReceiver) -> int:
-    newest = 0
-    for request in receiver.inbox.requests[-8:]:
-        for _, values in _steps(request.path, request.body):
-            newest = max(newest, int(values[STEP]))
-    return newest
+    requests = receiver.inbox.requests[-8:]
+    return max((frame.step for frame in chain.from_iterable(map(_frames, requests))), default=0)
 
 
 def _told(receiver: HttpReceiver) -> Told:
     told = Told(set(), Counter(), {})
-    for request in receiver.inbox.requests:
-        for resource, values in _steps(request.path, request.body):
-            rank, step = resource["esper.rank"], int(values[STEP])
-            told.runs.add(resource["esper.run_id"])
-            told.came[rank, step] += 1
-            told.rates.setdefault(rank, {})[step] = values["tolaria.optimizer_lr"]
+    for frame in chain.from_iterable(map(_frames, receiver.inbox.requests)):
+        told.runs.add(frame.run)
+        told.came[frame.rank, frame.step] += 1
+        told.rates.setdefault(frame.rank, {})[frame.step] = frame.values["optimizer_lr"]
     return told
 
 
-def _steps(path: str, body: bytes) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
-    """Resource and values of every step in a request."""
-    if path != METRICS:
-        return
-    for group in ExportMetricsServiceRequest.FromString(body).resource_metrics:
-        resource = {
-            each.key: getattr(each.value, each.value.WhichOneof("value") or "")
-            for each in group.resource.attributes
-        }
-        steps: dict[int, dict[str, float]] = {}
-        for scope in group.scope_metrics:
-            for metric in scope.metrics:
-                for point in metric.gauge.data_points:
-                    steps.setdefault(point.time_unix_nano, {})[metric.name] = point.as_double
-        yield from ((resource, values) for values in steps.values())
+def _frames(request: Request) -> list[StepFrame]:
+    if request.path != METRICS:
+        return []
+    return frames_of(ExportMetricsServiceRequest.FromString(request.body)).frames
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import atexit
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Condition
 
 WAIT_S = 1.0
@@ -57,14 +57,12 @@ class Shield:
 _shield = Shield()
 
 
-@contextmanager
-def shielded() -> Iterator[None]:
+def shielded() -> AbstractContextManager[None]:
     """Within it the interpreter does not end, for :data:`WAIT_S` at most.
 
-    Raises :class:`FinalizingError` when it is about to.
+    Entering it raises :class:`FinalizingError` when it is about to.
     """
-    with _shield.held():
-        yield
+    return _shield.held()
 
 
 def keep(thing: object) -> None:

@@ -129,9 +129,9 @@ class Run:
         ``loss`` and ``values`` (``accuracy``, ``grad_conflict_rate``, ``gradient_norm``,
         ``samples_per_s``) are numbers or tensors of one element; a tensor on a device is
         read when it gets here, without waiting for it. Called once per micro-batch, the
-        step's loss is their mean, or their sum by the setting ``losses_are_shares``. A loop
-        that clips its gradients tells their norm of before; without it the norm is that of
-        what the optimizer is given. Raises ``ValueError`` for a name that is none of these.
+        step's loss is their mean. A loop that clips its gradients tells their norm of
+        before; without it the norm is that of what the optimizer is given. Raises
+        ``ValueError`` for a name that is none of these.
         """
         begin = self.scalars.begin
         self.recorder.report(

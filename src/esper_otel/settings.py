@@ -176,7 +176,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     losses_are_shares: bool = False
     """Whether a script that accumulates gradients has divided each loss by the number of
     micro-batches before ``backward``: then a step's loss is their sum, not their mean.
-    Frameworks that do so are known to."""
+    Frameworks that do so are known to. Losses that a loop reports are averaged either way."""
 
     release_steps: int = 200
     """Steps without an OPTIMIZER decision before the learning rate is given back, and
@@ -271,7 +271,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
         raw: dict[str, object] = {}
         names: dict[str, str] = {}
         for field in msgspec.structs.fields(cls):
-            for name in _variables(field.name):
+            for name in variables_of(field.name):
                 if environ.get(name, "") != "":
                     raw[field.name] = environ[name].strip()
                     if field.name not in overrides:
@@ -296,7 +296,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self, names: Mapping[str, str] | None = None) -> None:
         """Raise :class:`SettingsError` for a value outside its range."""
-        for field, low, high in _RANGES:
+        for field, low, high in RANGES:
             value = getattr(self, field)
             if not low <= value <= high:
                 source = (names or {}).get(field, field)
@@ -318,7 +318,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _INFINITY = float("inf")
-_RANGES: tuple[tuple[str, float, float], ...] = (
+RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 0, _INFINITY),
     ("world_size", 1, _INFINITY),
     ("local_rank", -1, _INFINITY),
@@ -352,7 +352,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("step_rise_max", 0, _INFINITY),
 )
 
-_EXPECTED: dict[type, str] = {
+EXPECTED: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -374,7 +374,7 @@ _told: set[str] = set()
 
 def _tell_unknown(environ: Mapping[str, str]) -> None:
     fields = EsperSettings.__struct_fields__
-    known = {name for field in fields for name in _variables(field)}
+    known = {name for field in fields for name in variables_of(field)}
     for name in sorted(environ.keys() - known - _OTHER_VARIABLES - _told):
         if name.startswith("ESPER_"):
             _told.add(name)
@@ -393,12 +393,13 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
         except msgspec.ValidationError:
             source = names.get(field.name, field.name)
             raise SettingsError(
-                f"{source}={value!r}: expected {_EXPECTED[field.type]}"
+                f"{source}={value!r}: expected {EXPECTED[field.type]}"
             ) from None
     return values
 
 
-def _variables(field: str) -> tuple[str, ...]:
+def variables_of(field: str) -> tuple[str, ...]:
+    """The environment variables that set it; the first that is there counts."""
     if field == "tolaria_step_enrichment_enabled":
         return ("TOLARIA_STEP_ENRICHMENT_ENABLED",)
     own = f"ESPER_{field.upper()}"

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rows() -> Iterator[tuple[str, ...]]:
     """Field, variables, default, what it may be, what it is for."""
     said = _said()
-    ranges = {field: (low, high) for field, low, high in settings._RANGES}
+    ranges = {field: (low, high) for field, low, high in settings.RANGES}
     for field in msgspec.structs.fields(EsperSettings):
         kind = field.type
         meaning = said[EsperSettings.__name__, field.name]
@@ -65,8 +65,8 @@ def _rows() -> Iterator[tuple[str, ...]]:
             ]
             meaning = " ".join([meaning or inspect.getdoc(kind) or "", *each])
         else:
-            expected = _within(settings._EXPECTED[kind], *ranges.get(field.name, (None, None)))
-        variables = ", ".join(f"`{name}`" for name in settings._variables(field.name))
+            expected = _within(settings.EXPECTED[kind], *ranges.get(field.name, (None, None)))
+        variables = ", ".join(f"`{name}`" for name in settings.variables_of(field.name))
         yield field.name, variables, _default(field.default), expected, _plain(meaning)
 
 

@@ -18,10 +18,8 @@ from bench.loops import unaccounted  # noqa: E402
 from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.integrations.training import Training, require  # noqa: E402
-from esper_otel.leyline import wire  # noqa: E402
-from esper_otel.leyline.decisions import Action, Decision, Severity  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
-from tamiyo.fake_sidecar import FakeSidecar, answer  # noqa: E402
+from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer  # noqa: E402
 
 METRICS = {
     "step",
@@ -105,18 +103,7 @@ HALVED = 3
 
 
 def reply(ask):
-    if ask.step == HALVED:
-        return answer(ask)
-    decision = Decision(
-        id=f"test/{ask.step}",
-        run="test",
-        step=ask.step,
-        observed_step=ask.step,
-        action=Action.CONTINUE,
-        severity=Severity.NORMAL,
-        reason="nominal",
-    )
-    return [wire.encode(wire.Answer(ask.request_id, decision))]
+    return answer(ask) if ask.step == HALVED else all_is_well(ask)
 
 
 @pytest.mark.parametrize(("framework", "automatic"), WAYS)

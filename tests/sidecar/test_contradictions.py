@@ -139,7 +139,11 @@ def said(*rules):
             "can never fire: loss cannot be not finite and above 1 at once",
         ),
         ("all: [{metric: loss, missing_for: 3}, {metric: loss, nonfinite: true}]", ""),
-        ("all: [{metric: loss, nonfinite: true}, {metric: loss, above_peers: 3}]", ""),
+        (
+            # Peers are compared at a step that has both values.
+            "all: [{metric: loss, nonfinite: true}, {metric: loss, above_peers: 3}]",
+            "can never fire: loss cannot be not finite and above 3 × that of its peers at once",
+        ),
         ("all: [{nonfinite: true}, {metric: nonfinite, above: 2}]", ""),
         (
             "all: [{nonfinite: true}, {metric: nonfinite, below: 1}]",

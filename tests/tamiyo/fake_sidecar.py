@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec import structs
+
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import Action, Decision, Severity
 
@@ -24,6 +26,18 @@ def decision_about(ask: wire.Ask) -> Decision:
         reason="a_rule",
         parameters={"lr_scale": 0.5},
     )
+
+
+def all_is_well(ask: wire.Ask) -> list[bytes]:
+    """What an ask is answered when there is nothing to decide."""
+    told = structs.replace(
+        decision_about(ask),
+        action=Action.CONTINUE,
+        severity=Severity.NORMAL,
+        reason="nominal",
+        parameters={},
+    )
+    return [wire.encode(wire.Answer(ask.request_id, told))]
 
 
 def answer(ask: wire.Ask) -> list[bytes]:

@@ -190,9 +190,7 @@ class Notebook:
     def _decision(self, made: _Made) -> Decided:
         decision, frame = made.decision, made.frame
         rank = self._rank((frame.run, frame.rank))
-        about_a_step = bool(frame.values)  # a silence has no values, and nobody asks about it
-        if about_a_step:
-            self._reports.decided(decision, frame, rank.mode)
+        self._reports.decided(decision, frame, rank.mode)
         proposal = made.proposal
         return Decided(
             time_unix_nano=frame.time_unix_nano,
@@ -211,7 +209,7 @@ class Notebook:
             conservative=decision.conservative,
             table_version=decision.table_version,
             mode=rank.mode,
-            asked=made.asked and about_a_step,
+            asked=made.asked and bool(frame.values),  # nobody asks about a silence
             decided_unix_nano=made.time_unix_nano,
             took_ms=made.took_ns / 1e6,
             proposal=None

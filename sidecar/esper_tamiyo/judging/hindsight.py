@@ -68,7 +68,7 @@ class Hindsight:
         """
         if not self._company and self._board.has_others(self._rank, time_ns - ARRIVAL_NS):
             self._company = True
-            self.subject.history = History(self._watched, before=deepcopy(past))
+            self.subject.history = deepcopy(History(self._watched, before=past))
         return self._company
 
     def tell(self, frame: StepFrame, keys: Iterable[str]) -> None:

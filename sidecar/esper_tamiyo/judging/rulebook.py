@@ -9,7 +9,7 @@ from esper_tamiyo.judging.history import Watch, Watched
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
-from esper_tamiyo.language.table import Condition, Rule, Table, conditions
+from esper_tamiyo.language.table import Condition, Table, conditions
 
 _ON_LASTS = (Operator.RISES_BY, Operator.UNCHANGED_FOR, Operator.MISSING_FOR)
 
@@ -41,14 +41,14 @@ class Rulebook:
         self.clean_steps = table.clean_steps
         self.rules = tuple(compiled(rule) for rule in table.rules)
         self.judged = tuple(
-            (place, entry, not entry.rule.about_seeds and not _compares(entry.rule))
+            (place, entry, not entry.rule.about_seeds and not entry.rule.about_ranks)
             for place, entry in enumerate(self.rules)
             if not entry.rule.about_silence
         )
         """The rules that a frame is held against: place in the table, rule, and whether it
         is about the step alone, neither about seeds nor about other ranks."""
         self.ranks = tuple(
-            (place, entry) for place, entry in enumerate(self.rules) if _compares(entry.rule)
+            (place, entry) for place, entry in enumerate(self.rules) if entry.rule.about_ranks
         )
         """The rules that compare ranks."""
         self.silence = tuple(
@@ -94,10 +94,6 @@ def _looked_at(part: Condition) -> tuple[str, ...]:
     if part.operator is Operator.NONFINITE:
         return (part.metric, "nonfinite")
     return (part.metric, part.baseline_of) if part.baseline_of else (part.metric,)
-
-
-def _compares(rule: Rule) -> bool:
-    return any(part.operator in ON_PEERS for part in conditions(rule.when))
 
 
 def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Watched:

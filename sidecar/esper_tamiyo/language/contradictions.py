@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from esper_otel.leyline.metrics import Metric
 from esper_tamiyo.language.derived import KNOWN
-from esper_tamiyo.language.operators import FORMS, ON_PEERS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -188,8 +188,7 @@ def _at_odds(way: Iterable[Condition]) -> str:
     """Why the operators of ``way`` exclude each other."""
     asked: dict[str, list[Condition]] = {}
     for condition in way:
-        if condition.operator not in ON_PEERS:  # they look at the step before
-            asked.setdefault(condition.metric, []).append(condition)
+        asked.setdefault(condition.metric, []).append(condition)
     for key, others in asked.items():
         absent = [condition for condition in others if _is_absence(condition)]
         operators = {condition.operator for condition in others}

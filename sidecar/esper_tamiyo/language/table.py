@@ -187,6 +187,11 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         return self.scope is RuleScope.SEED
 
     @property
+    def about_ranks(self) -> bool:
+        """True when a condition holds a rank against the others of its run."""
+        return self.scope is RuleScope.RANK
+
+    @property
     def about_silence(self) -> bool:
         """True for the rule on a rank that nothing comes from any more."""
         return is_silence(self.when)
