@@ -181,6 +181,7 @@ TROUBLES = [
     ("loss_diverging", times(6, "loss"), 3),
     ("loss_drift", rises_slowly, 150),
     ("gradient_explosion", explodes, 2),
+    ("gradient_drift", times(4, "gradient_norm"), 16),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
     ("learning_rate_jump", times(50, "optimizer_lr"), 1),
     ("momentum_jump", instead(optimizer_momentum=0.999), 1),
