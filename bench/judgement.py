@@ -8,6 +8,7 @@ prototype's fixed numbers are the baseline that the default table has to beat.
 
 from __future__ import annotations
 
+import statistics
 import sys
 
 from bench.figures import Figure, run
@@ -103,7 +104,8 @@ def of_each_workload(outcomes: list[Outcome]) -> list[Figure]:
     """The figures of every workload that has troubles."""
     rows = []
     for workload in EXTENTS:
-        part = score(each for each in outcomes if each.scenario.workload == workload)
+        some = [each for each in outcomes if each.scenario.workload == workload]
+        part = score(some)
         if part.troubles:
             rows += [
                 Figure.at_most(
@@ -124,6 +126,12 @@ def of_each_workload(outcomes: list[Outcome]) -> list[Figure]:
                     f"default, unused half, {workload}: false actions",
                     part.acted,
                     f"in {part.healthy:,} steps",
+                ),
+                Figure.report(
+                    BENCH,
+                    f"unused half, {workload}: load average while recording, median",
+                    statistics.median(each.load for each in some),
+                    "",
                 ),
             ]
     return rows

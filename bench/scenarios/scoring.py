@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     ``at``, ``shown`` and ``answered`` are steps; ``acted`` are the steps of false actions,
     each with the rule that won, ``told`` those of false notices. ``others`` are the rules
     that spoke of a trouble and are not among the right ones. Nothing was wrong at
-    ``healthy`` of the ``frames``.
+    ``healthy`` of the ``frames``. ``load`` is the load average that the machine had meanwhile.
     """
 
     scenario: Scenario
@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
     others: tuple[str, ...]
     frames: int
     healthy: int
+    load: float
 
     @property
     def delay(self) -> int | None:
@@ -132,6 +133,7 @@ def outcome(ranks: list[Recorded], table: Table) -> Outcome:
         others=tuple(sorted(others)),
         frames=frames,
         healthy=healthy,
+        load=max(load for recorded in ranks for load in recorded.load),
     )
 
 

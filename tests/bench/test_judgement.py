@@ -17,6 +17,7 @@ def outcomes(workload, answered, missed):
             others=(),
             frames=100,
             healthy=50,
+            load=1.0,
         )
         for number in range(answered + missed)
     ]
