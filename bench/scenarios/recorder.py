@@ -79,13 +79,14 @@ def record_rank(scenario: Scenario, rank: int) -> Recorded:
     torch.set_num_threads(1)
     torch.manual_seed(100 * rank + scenario.seed)
     extent = EXTENTS[scenario.workload]
-    at, steps = None, extent.healthy // COURSES[scenario.kind].ranks
+    peculiar = COURSES[scenario.kind]
+    at, steps = None, extent.healthy // peculiar.ranks
     if scenario.troubled:
         # Not always at the same step, which might be the same moment of an epoch.
         at = extent.before + random.Random(scenario.name).randrange(extent.before // 3)
-        steps = at + extent.tail
+        steps = at + max(extent.tail, peculiar.lasts)
     work = WORKLOADS[scenario.workload]()
-    course = COURSES[scenario.kind]()
+    course = peculiar()
     before = os.getloadavg()[0]
     tape = Tape(scenario.name)
     with warnings.catch_warnings():

@@ -37,7 +37,7 @@ class Scenario(msgspec.Struct, frozen=True, array_like=True):
 class Extent(NamedTuple):
     """How much of a workload is trained.
 
-    ``before`` steps at least come before a trouble, ``tail`` after its beginning;
+    ``before`` steps at least come before a trouble, ``tail`` at least after its beginning;
     ``healthy`` is the length of a healthy run. ``seeds`` are recorded of each kind of
     trouble, ``healthy_seeds`` of each kind of healthy run.
     """

@@ -57,10 +57,11 @@ class Course:
     """What is peculiar about a training: here nothing, which is a healthy one.
 
     Methods are called in the order in which they stand. ``ranks`` is how many processes
-    train together.
+    train together, ``lasts`` how many steps a trouble takes to come about in full.
     """
 
     ranks = 1
+    lasts = 0
 
     def prepare(self, work: Workload, steps: int) -> None:
         """Before the run begins."""

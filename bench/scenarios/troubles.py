@@ -79,7 +79,9 @@ class LabelsShuffled(Course):
 
 
 class LabelsRot(Course):
-    """Ever more targets are wrong, one percent of them more with each step."""
+    """Ever more targets are wrong, one percent of them more with each step, to the last."""
+
+    lasts = 100
 
     def batch(self, training: Training, batch: Batch) -> Batch:
         if training.at is None or not training.wrong:
