@@ -105,7 +105,8 @@ class SlowKernel(Growing):
 class Blended(Growing):
     """The trouble begins when the seed joins, not at a step that was chosen."""
 
-    settings = {"loss_rise_max": 1e9, "gradient_ratio_max": 1e12, "blending_steps": 40}
+    lasts = 40
+    settings = {"loss_rise_max": 1e9, "gradient_ratio_max": 1e12, "blending_steps": lasts}
 
     def fetch(self, training: Training) -> None:
         if training.at is not None and training.step == 1:

@@ -8,8 +8,10 @@ Each is a mistake or a fault that happens to people, brought in where it would b
 from __future__ import annotations
 
 import time
+from collections import deque
+from itertools import pairwise
+from statistics import median
 
-import torch
 from torch import Tensor
 
 from bench.scenarios.training import Course, SeveralSources, Training
@@ -170,18 +172,22 @@ class SourcesConflict(SeveralSources):
 
 
 class Quiet(Course):
-    """The process stands still for twelve seconds, between two steps."""
+    """The process stands still between two steps, for sixty of them and twelve seconds."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
 
     def fetch(self, training: Training) -> None:
+        self._pace.follow(training)
         if training.step == training.at:
-            time.sleep(12)
+            time.sleep(max(12.0, 60 * self._pace.step_s))
 
 
 class Pace:
     """What a healthy step takes, as the run itself has shown."""
 
     def __init__(self) -> None:
-        self._marks: list[float] = []
+        self._marks: deque[float] = deque(maxlen=9)
         self.step_s = 0.0
 
     def follow(self, training: Training) -> None:
@@ -189,6 +195,5 @@ class Pace:
         if training.wrong:
             return
         self._marks.append(time.perf_counter())
-        if len(self._marks) > 8:
-            gaps = torch.tensor(self._marks[-9:]).diff()
-            self.step_s = float(gaps.median())
+        if len(self._marks) == self._marks.maxlen:
+            self.step_s = median(later - mark for mark, later in pairwise(self._marks))

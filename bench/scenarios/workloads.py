@@ -212,7 +212,7 @@ class Prose:
 class Restorer(nn.Module):
     """Takes noise out of images: convolutions around a shortcut."""
 
-    def __init__(self, width: int = 46) -> None:
+    def __init__(self, width: int = 60) -> None:
         super().__init__()
         self.open = nn.Conv2d(1, width, 3, padding=1)
         self.layers = nn.Sequential(

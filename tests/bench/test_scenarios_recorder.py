@@ -1,5 +1,7 @@
 """Recording a scenario: a real training, and in it what its kind says, where it says it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 from bench.scenarios import __main__ as command
-from bench.scenarios import recorder
+from bench.scenarios import recorder, troubles
 from bench.scenarios.recordings import known, packed, unpacked
 from bench.scenarios.suite import Extent, Scenario
 from esper_otel.kasmina import blueprints
@@ -81,3 +83,12 @@ def test_recording_goes_on_where_it_was_left(tmp_path, capsys):
     assert "digits-plain-00" in capsys.readouterr().out
     assert command.main(arguments) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_waits_are_of_the_length_of_a_step_on_a_host_that_has_been_up_for_days(monkeypatch):
+    marks = (1e6 + 0.001 * number for number in range(9))
+    monkeypatch.setattr(troubles, "time", SimpleNamespace(perf_counter=marks.__next__))
+    pace = troubles.Pace()
+    for _ in range(9):
+        pace.follow(SimpleNamespace(wrong=False))
+    assert pace.step_s == pytest.approx(0.001, rel=1e-6)
