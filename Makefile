@@ -11,7 +11,7 @@ PORTS ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test bench lint format docs clean collector stack stack-programs
+.PHONY: help demo test test-deployed bench lint format docs clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -22,6 +22,9 @@ demo: $(READY)  ## train a CNN through an accident, only watched and rescued; th
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
 	@$(BIN)/python -m stack build --if-possible
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+test-deployed: $(READY)  ## build what the images hold (takes long), and run the stack's tests on it
+	@$(BIN)/python -m stack as-deployed $(BIN)/python -m pytest tests/stack tests/alerts
 
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
 	@$(BIN)/python -m stack build collector

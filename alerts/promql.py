@@ -24,8 +24,8 @@ from esper_tamiyo.language.operators import BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 
 PAST_S = 600
-RECENT, PAST, EVER, LONG = "1m", f"{PAST_S // 60}m", "1d", "1h"
-"""What "now", a rolling baseline, "ever" and "for long" are in PromQL."""
+RECENT, SINCE, PAST, EVER, LONG = "1m", "2m", f"{PAST_S // 60}m", "1d", "1h"
+"""What "now", "since before", a rolling baseline, "ever" and "for long" are in PromQL."""
 
 RUN = label_name(RUN_ID)
 RANK_KEYS = (RUN, label_name(RANK), "instance")
@@ -169,7 +169,9 @@ class Speaker:
 
     def _rises(self, condition: Condition) -> str:
         series = self._series(condition.metric)
-        risen = f"max_over_time({series}[{RECENT}]) - min_over_time({series}[{RECENT}])"
+        # A range has no sample at its left end in Prometheus 3, so that two of one minute,
+        # one after the other, do not show what rose between them.
+        risen = f"max_over_time({series}[{RECENT}]) - min_over_time({series}[{SINCE}])"
         return f"{risen} >= {condition.number:g}"
 
     def _unchanged(self, condition: Condition) -> str:

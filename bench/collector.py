@@ -9,6 +9,8 @@ The real Collector with ``collector/local.yaml``, the real Prometheus, Jaeger an
   What the training thread does for a frame meanwhile is held against the seconds before.
 - *Load*: 64 ranks of 10 steps a second, each with 24 metrics and 4 seeds of 10, by 64
   streams in four processes of their own; what arrived is counted in Prometheus and Tamiyo.
+- *Request by request*: latency and load again with a Collector that gives Tamiyo each
+  request as it came, where ``local.yaml`` puts those of 20 ms together.
 
     python -m bench.collector [--json PATH]
 """
@@ -23,9 +25,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import psutil
+import yaml
 
 from bench.figures import Figure, alternate, percentile, run
 from bench.ranks import Rank
@@ -35,6 +39,7 @@ from esper_otel.leyline.wire import Latest, LatestRequest, Status, StatusRequest
 from esper_otel.stream.spool import Account
 from esper_tamiyo.serving.asking import reply_to
 from stack.programs import MissingError
+from stack.services import CONFIG
 from stack.whole import Stack, running
 
 BENCH = "collector"
@@ -58,27 +63,45 @@ NO_OTHERS = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
 
 
 def figures() -> list[Figure]:
-    with (
-        tempfile.TemporaryDirectory(prefix="esper-bench-") as name,
-        running(Path(name) / "stack") as stack,
-    ):
+    with tempfile.TemporaryDirectory(prefix="esper-bench-") as name:
         folder = Path(name)
-        return [*latency(stack, folder), *outage(stack, folder), *load(stack)]
+        with running(folder / "one-by-one", one_by_one(folder)) as stack:
+            others_ms = ways_ms(stack, folder)[1]
+            others_lost = loaded(stack).lost
+        with running(folder / "stack") as stack:
+            return [
+                *latency(*ways_ms(stack, folder), others_ms),
+                *outage(stack, folder),
+                *load(loaded(stack), others_lost),
+            ]
 
 
-def latency(stack: Stack, folder: Path) -> list[Figure]:
-    """Both ways, in blocks that alternate."""
+def one_by_one(folder: Path) -> Path:
+    """``local.yaml``, but what is for Tamiyo is not put together."""
+    config = yaml.safe_load(CONFIG.read_text())
+    del config["exporters"]["otlp_http/tamiyo"]["sending_queue"]["batch"]
+    path = folder / "one-by-one.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def ways_ms(stack: Stack, folder: Path) -> tuple[list[float], list[float]]:
+    """What steps took to Tamiyo itself, and through the Collector, in blocks that alternate."""
     runs = iter(range(10**6))
 
     def block(endpoint: str) -> list[float]:
         return _latencies_ms(stack, endpoint, f"latency{next(runs)}", folder)
 
-    ways = alternate(
+    direct, through = alternate(
         lambda: block(f"http://127.0.0.1:{stack.ports.tamiyo_http}"),
         lambda: block(stack.url),
         BLOCKS,
     )
-    direct, through = ([ms for some in blocks for ms in some] for blocks in ways)
+    return [ms for some in direct for ms in some], [ms for some in through for ms in some]
+
+
+def latency(direct: list[float], through: list[float], others: list[float]) -> list[Figure]:
+    """Both ways; ``others`` came through a Collector that gives requests one by one."""
     named = "step end to Tamiyo having evaluated it"
     return [
         Figure.report(BENCH, f"{named}, direct, p50", percentile(direct, 50), "ms"),
@@ -96,6 +119,13 @@ def latency(stack: Stack, folder: Path) -> list[Figure]:
             percentile(through, 95),
             "ms",
             bar=300.0,
+        ),
+        Figure.report(
+            BENCH,
+            f"{named}, through one that gives it request by request, p95",
+            percentile(others, 95),
+            "ms",
+            percentile(through, 95),
         ),
     ]
 
@@ -199,8 +229,22 @@ def disturbance(before_us: list[float], during_us: list[float]) -> list[Figure]:
     ]
 
 
-def load(stack: Stack) -> list[Figure]:
-    """All ranks at once, and what each part took for it."""
+class Loaded(NamedTuple):
+    """What became of the load: ``used`` are processor seconds of each part and the ranks.
+
+    ``lost`` are steps that Tamiyo was not told of.
+    """
+
+    seconds: float
+    used: dict[str, float]
+    memory_mb: float
+    refused: int
+    missing: float
+    lost: float
+
+
+def loaded(stack: Stack) -> Loaded:
+    """All ranks at once."""
     workers = [
         subprocess.Popen(
             [
@@ -240,38 +284,52 @@ def load(stack: Stack) -> list[Figure]:
         for worker in workers:
             worker.kill()
             worker.wait()
-    ranks_s = _ended_children_s() - ended_s
-    steps = RANKS * LOAD_STEPS
-    points = steps * POINTS
-    delivered = sum(account.delivered for account in accounts)
-    came = _settled(lambda: _samples(stack), points)
-    used = {name: _cpu_s(part.pid) - before[name] for name, part in stack.parts.items()}
-    told = f"{RANKS} ranks, {points / seconds:,.0f} points/s"
-    judged = _settled(lambda: float(_frames_streamed(stack) - frames), steps)
+    used = {"ranks": _ended_children_s() - ended_s}
+    came = _settled(lambda: _samples(stack), RANKS * LOAD_STEPS * POINTS)
+    used |= {name: _cpu_s(part.pid) - before[name] for name, part in stack.parts.items()}
+    judged = _settled(lambda: float(_frames_streamed(stack) - frames), RANKS * LOAD_STEPS)
+    return Loaded(
+        seconds,
+        used,
+        memory.most_mb,
+        RANKS * LOAD_STEPS * POINTS - sum(account.delivered for account in accounts),
+        RANKS * LOAD_STEPS * POINTS - came,
+        RANKS * LOAD_STEPS - judged,
+    )
+
+
+def load(found: Loaded, others_lost: float) -> list[Figure]:
+    """What each part took for it; ``others_lost`` with requests given one by one."""
+    points = RANKS * LOAD_STEPS * POINTS
+    cores = {name: used / found.seconds for name, used in found.used.items()}
+    told = f"{RANKS} ranks, {points / found.seconds:,.0f} points/s"
     return [
-        Figure.report(
-            BENCH, f"{told}: Collector, processor", used["collector"] / seconds, "cores"
-        ),
+        Figure.report(BENCH, f"{told}: Collector, processor", cores["collector"], "cores"),
         Figure.report(
             BENCH,
             "the same: Collector, processor per 100,000 points",
-            used["collector"] / points * 1e5,
+            found.used["collector"] / points * 1e5,
             "s",
         ),
-        Figure.report(BENCH, "the same: Collector, memory, most", memory.most_mb, "MB"),
+        Figure.report(BENCH, "the same: Collector, memory, most", found.memory_mb, "MB"),
+        Figure.report(BENCH, "the same: Prometheus, processor", cores["prometheus"], "cores"),
+        Figure.report(BENCH, "the same: Tamiyo, processor", cores["tamiyo"], "cores"),
         Figure.report(
-            BENCH, "the same: Prometheus, processor", used["prometheus"] / seconds, "cores"
-        ),
-        Figure.report(BENCH, "the same: Tamiyo, processor", used["tamiyo"] / seconds, "cores"),
-        Figure.report(
-            BENCH, "the same: the simulated ranks, processor", ranks_s / seconds, "cores"
+            BENCH, "the same: the simulated ranks, processor", cores["ranks"], "cores"
         ),
         Figure.at_most(
-            BENCH, "the same: points not taken by the Collector", points - delivered, "", bar=0
+            BENCH, "the same: points not taken by the Collector", found.refused, "", bar=0
         ),
-        Figure.at_most(BENCH, "the same: points not in Prometheus", points - came, "", bar=0),
+        Figure.at_most(BENCH, "the same: points not in Prometheus", found.missing, "", bar=0),
         Figure.report(
-            BENCH, "the same: steps that Tamiyo was not told of", steps - judged, "steps"
+            BENCH, "the same: steps that Tamiyo was not told of", found.lost, "steps"
+        ),
+        Figure.report(
+            BENCH,
+            "the same: and by one that gives it request by request",
+            others_lost,
+            "steps",
+            found.lost,
         ),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from esper_otel.leyline.wire import default_socket_path
 from stack import configuration, services
 from stack.ports import free, is_free
 from stack.processes import Process, StartError
-from stack.programs import COLLECTOR, PROGRAMS, MissingError, find, obtain
+from stack.programs import COLLECTOR, DEPLOYED, PROGRAMS, MissingError, find, obtain
 from stack.services import Ports
 from stack.whole import Stack
 
@@ -45,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         "--if-possible", action="store_true", help="say what cannot be had, and exit with 0"
     )
     build.set_defaults(command=_build)
+    deployed = commands.add_parser(
+        "as-deployed", help="run a command with what the images hold, made when it is not here"
+    )
+    deployed.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND …")
+    deployed.set_defaults(command=_as_deployed)
     check = commands.add_parser("check", help="hold Collector configurations against it")
     check.add_argument("config", nargs="+", type=Path, help="the later over the earlier")
     check.set_defaults(command=_check)
@@ -66,6 +72,13 @@ def _build(options: argparse.Namespace) -> int:
             missing += 1
             print(f"stack: {error}", file=sys.stderr, flush=True)
     return 0 if options.if_possible else min(missing, 1)
+
+
+def _as_deployed(options: argparse.Namespace) -> int:
+    found = {variable: str(obtain(program)) for variable, program in DEPLOYED.items()}
+    if not options.argv:
+        raise MistakeError("as-deployed: expected a command")
+    return subprocess.call(options.argv, env=os.environ | found)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -42,6 +42,7 @@ class Program(msgspec.Struct, frozen=True):
     make: Callable[[Path], None]
     makes: tuple[str, ...]
     needs: str
+    command: str = "make stack-programs"
 
     @property
     def binary(self) -> str:
@@ -59,9 +60,9 @@ COLLECTOR = Program(
     "collector",
     "OTELCOL",
     ("otelcol-contrib",),
-    MANIFEST.read_text,
+    lambda: f"{MANIFEST.read_text()}{recipes.CONTRIB}",
     lambda folder: recipes.collector(MANIFEST, folder),
-    ("esper-otelcol",),
+    ("esper-otelcol", "image.yaml"),
     "Go, some minutes and 3 GB of its cache",
 )
 JAEGER = Program(
@@ -89,8 +90,28 @@ PROMTOOL = msgspec.structs.replace(
     makes=("promtool", "prometheus"),
 )
 
+PROMETHEUS_3 = Program(
+    "prometheus-3",
+    "PROMETHEUS_3",
+    (),
+    lambda: recipes.PROMETHEUS_3,
+    recipes.prometheus_3,
+    ("prometheus", "promtool"),
+    "Go, some minutes and 3 GB of its cache",
+    "make test-deployed",
+)
+
 PROGRAMS = {program.name: program for program in (COLLECTOR, PROMETHEUS, JAEGER)}
 """Those that are made, each once."""
+
+DEPLOYED = {
+    PROMETHEUS.variable: PROMETHEUS_3,
+    PROMTOOL.variable: msgspec.structs.replace(
+        PROMETHEUS_3, variable="PROMTOOL_3", makes=("promtool", "prometheus")
+    ),
+}
+"""What the compose stack's images hold where that is newer than what the native one is made
+of, by the variable that puts it in the place of that."""
 
 
 def cache() -> Path:
@@ -112,7 +133,7 @@ def find(program: Program) -> Path:
         if found := shutil.which(name):
             return Path(found)
     raise MissingError(
-        f"{program.binary} is not here: `make stack-programs` gets it "
+        f"{program.binary} is not here: `{program.command}` gets it "
         f"({program.needs}), or {program.variable}=/path/to/{program.binary} names one"
     )
 

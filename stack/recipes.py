@@ -21,46 +21,84 @@ asks knows it by its first number. ``cmd/jaeger`` in it is the second line."""
 
 PROMETHEUS = "prometheus, as Debian packs it"
 
+PROMETHEUS_3 = "github.com/prometheus/prometheus@v0.305.0"
+"""That is Prometheus 3.5.0, in the numbers of Go modules."""
+
+CONTRIB = "github.com/open-telemetry/opentelemetry-collector-contrib"
+"""The root of contrib's modules, which holds the reports of what its images hold."""
+
 
 class RecipeError(Exception):
     """A step that failed, in one line."""
 
 
 def collector(manifest: Path, folder: Path) -> None:
-    """Build the distribution that ``manifest`` describes, with the builder it names."""
+    """Build the distribution that ``manifest`` describes, with the builder it names.
+
+    Beside it is left contrib's own report of what its image of that release holds.
+    """
     _need("go")
+    print("building our Collector; the first time takes some minutes", flush=True)
+    made_by = _builder(manifest)
+    release = made_by.rpartition("@")[2]
+    contrib = _module(f"{CONTRIB}@{release}", folder)
+    shutil.copyfile(contrib / "reports/distributions/contrib.yaml", folder / "image.yaml")
     text = manifest.read_text()
-    builder = re.search(r"go\.opentelemetry\.io/collector/cmd/builder@v[\d.]+", text)
     name = re.search(r"^  name: (\S+)$", text, re.MULTILINE)
-    if builder is None or name is None:
-        raise RecipeError(f"{manifest}: expected dist.name and a cmd/builder@version")
+    if name is None:
+        raise RecipeError(f"{manifest}: expected dist.name")
     sources = folder / "sources"
     placed = folder / "builder.yaml"
     placed.write_text(
         text.replace(name.group(0), f"{name.group(0)}\n  output_path: {sources}", 1)
     )
-    print(f"building {name.group(1)}; the first time takes some minutes", flush=True)
     # GOFLAGS of its own: the builder calls Go in a folder that is no repository.
-    _run(["go", "run", builder.group(0), "--config", str(placed)], folder)
+    _run(["go", "run", made_by, "--config", str(placed)], folder)
     (sources / name.group(1)).rename(folder / name.group(1))
     _discard(sources)
 
 
-def jaeger(folder: Path) -> None:
-    """Build Jaeger v2 in a copy of its module.
+def _builder(manifest: Path) -> str:
+    """The builder that ``manifest`` names, with its version."""
+    named = re.search(
+        r"go\.opentelemetry\.io/collector/cmd/builder@v[\d.]+", manifest.read_text()
+    )
+    if named is None:
+        raise RecipeError(f"{manifest}: expected a cmd/builder@version")
+    return named.group(0)
 
-    A copy and not ``go install``, which refuses modules that replace others, as this one
-    does. The page that people look at is no part of the module: in its place the binary
-    has a placeholder, and all of the API.
+
+def _module(name: str, folder: Path) -> Path:
+    """Where the sources of a Go module are, fetched when they are not here."""
+    found = json.loads(_run(["go", "mod", "download", "-json", name], folder))
+    return Path(found["Dir"])
+
+
+def jaeger(folder: Path) -> None:
+    """Build Jaeger v2. The page that people look at is no part of its module: in its place
+    the binary has a placeholder, and all of the API."""
+    _programs_of(JAEGER, {"jaeger": "./cmd/jaeger"}, folder)
+
+
+def prometheus_3(folder: Path) -> None:
+    """Build Prometheus 3, also without the page that people look at."""
+    packages = {"prometheus": "./cmd/prometheus", "promtool": "./cmd/promtool"}
+    _programs_of(PROMETHEUS_3, packages, folder)
+
+
+def _programs_of(module: str, packages: dict[str, str], folder: Path) -> None:
+    """Build ``packages``, by the names of their binaries, in a copy of their module.
+
+    A copy and not ``go install``, which refuses modules that replace others.
     """
     _need("go")
-    print("building jaeger; the first time takes some minutes", flush=True)
-    found = json.loads(_run(["go", "mod", "download", "-json", JAEGER], folder))
+    print(f"building {', '.join(packages)}; the first time takes some minutes", flush=True)
     sources = folder / "sources"
-    shutil.copytree(found["Dir"], sources)
+    shutil.copytree(_module(module, folder), sources)
     for path in (sources, *sources.rglob("*")):
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
-    _run(["go", "build", "-trimpath", "-o", str(folder / "jaeger"), "./cmd/jaeger"], sources)
+    for name, package in packages.items():
+        _run(["go", "build", "-trimpath", "-o", str(folder / name), package], sources)
     _discard(sources)
 
 

@@ -65,11 +65,11 @@ class Stack:
 
 
 @contextmanager
-def running(state: Path) -> Iterator[Stack]:
+def running(state: Path, config: Path = CONFIG) -> Iterator[Stack]:
     """A stack on ports that the system gives, for tests and benches."""
     names = Ports.__struct_fields__
     ports = Ports(**dict(zip(names, free(len(names)), strict=True)))
-    stack = Stack(ports, state, state / "socket" / "tamiyo.sock")
+    stack = Stack(ports, state, state / "socket" / "tamiyo.sock", config)
     stack.start()
     try:
         yield stack

@@ -108,7 +108,7 @@ ON = "on(esper_run_id, esper_rank, instance)"
         ),
         (
             "metric: loss, rises_by: 2",
-            "max_over_time(tolaria_loss[1m]) - min_over_time(tolaria_loss[1m]) >= 2",
+            "max_over_time(tolaria_loss[1m]) - min_over_time(tolaria_loss[2m]) >= 2",
         ),
         (
             "metric: loss, unchanged_for: 200",

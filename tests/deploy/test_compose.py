@@ -11,7 +11,7 @@ import yaml
 
 from dashboards.__main__ import FOLDER
 from esper_otel.settings import EsperSettings
-from stack import services
+from stack import recipes, services
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -69,6 +69,12 @@ def test_an_image_is_pinned_and_its_container_can_write_only_its_volumes(name):
 def test_the_collectors_image_is_of_the_release_that_is_built():
     built = yaml.safe_load((ROOT / "collector" / "builder.yaml").read_text())["dist"]["version"]
     assert SERVICES["collector"]["image"].endswith(f"contrib:{built}")
+
+
+def test_the_image_of_prometheus_is_what_the_tests_can_be_run_on():
+    _, _, module = recipes.PROMETHEUS_3.partition("@v0.")
+    major, minor, patch = int(module[0]), int(module[1:3]), int(module[4:])
+    assert SERVICES["prometheus"]["image"] == f"prom/prometheus:v{major}.{minor}.{patch}"
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -13,7 +13,7 @@ import pytest
 
 from sidecar.running import is_alive
 from stack.ports import free
-from stack.programs import COLLECTOR, PROGRAMS, ROOT, MissingError, find, obtain
+from stack.programs import COLLECTOR, DEPLOYED, PROGRAMS, ROOT, MissingError, find, obtain
 from stack.services import Ports
 
 COMMAND = [sys.executable, "-m", "stack"]
@@ -21,7 +21,9 @@ COMMAND = [sys.executable, "-m", "stack"]
 
 def environment(tmp_path, **more):
     """With a cache that is empty, so that nothing is found but what is named."""
-    return os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/nowhere"} | more
+    named = {*(program.variable for program in PROGRAMS.values()), *DEPLOYED}
+    kept = {key: value for key, value in os.environ.items() if key not in named}
+    return kept | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/nowhere"} | more
 
 
 def mistake(*arguments, **options):
@@ -61,9 +63,8 @@ def test_a_port_that_is_taken(programs, tmp_path):
     assert re.fullmatch(rf"stack: {re.escape(taken)}: .* make stack PORTS=jaeger=\d+", line)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_binary_that_is_missing(name, tmp_path):
-    program = PROGRAMS[name]
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=lambda program: program.name)
+def test_a_binary_that_is_missing(program, tmp_path):
     others = {other.variable: sys.executable for other in PROGRAMS.values() if other != program}
     line = mistake("up", "--state", tmp_path, env=environment(tmp_path, **others))
     assert line.startswith(f"stack: {program.binary} is not here: `make stack-programs` gets")
@@ -83,6 +84,27 @@ def test_a_binary_that_cannot_be_made_without_go(tmp_path):
         "stack: esper-otelcol cannot be had: go is not here; "
         "OTELCOL=/path/to/esper-otelcol names one"
     )
+
+
+def test_a_command_on_what_the_images_hold(tmp_path):
+    named = {program.variable: sys.executable for program in DEPLOYED.values()}
+    script = "import os, sys; print(os.environ['PROMTOOL']); sys.exit(7)"
+    done = subprocess.run(
+        [*COMMAND, "as-deployed", sys.executable, "-c", script],
+        env=environment(tmp_path, **named),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout) == (7, f"{sys.executable}\n")
+    line = mistake("as-deployed", "true", env=environment(tmp_path))
+    assert line == (
+        "stack: prometheus cannot be had: go is not here; "
+        "PROMETHEUS_3=/path/to/prometheus names one"
+    )
+    line = mistake("as-deployed", env=environment(tmp_path, **named))
+    assert line == "stack: as-deployed: expected a command"
 
 
 def test_what_cannot_be_made_is_no_failure_of_the_tests(tmp_path):
