@@ -6,7 +6,6 @@ a driver runs them one after the other, each as ``python -m`` would.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -138,12 +137,9 @@ def test_every_step_of_an_example_is_counted_with_its_loss(runs, example):
 
 
 def ranks():
-    """What ``torchrun`` is told, with a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    options = ["--nproc-per-node", str(RANKS), "--master-addr", "127.0.0.1"]
-    return [*options, "--master-port", port, "-m", "examples.ddp", "--epochs", "1"]
+    """What ``torchrun`` is told; it finds ports by itself."""
+    options = ["--nproc-per-node", str(RANKS), "--standalone", "--local-addr", "127.0.0.1"]
+    return [*options, "-m", "examples.ddp", "--epochs", "1"]
 
 
 def test_two_ranks_print_the_same_losses_and_weights_and_each_is_recorded(tmp_path):
