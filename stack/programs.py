@@ -42,7 +42,6 @@ class Program(msgspec.Struct, frozen=True):
     make: Callable[[Path], None]
     makes: tuple[str, ...]
     needs: str
-    command: str = "make stack-programs"
 
     @property
     def binary(self) -> str:
@@ -98,7 +97,6 @@ PROMETHEUS_3 = Program(
     recipes.prometheus_3,
     ("prometheus", "promtool"),
     "Go, some minutes and 3 GB of its cache",
-    "make test-deployed",
 )
 
 PROGRAMS = {program.name: program for program in (COLLECTOR, PROMETHEUS, JAEGER)}
@@ -133,7 +131,7 @@ def find(program: Program) -> Path:
         if found := shutil.which(name):
             return Path(found)
     raise MissingError(
-        f"{program.binary} is not here: `{program.command}` gets it "
+        f"{program.binary} is not here: `make stack-programs` gets it "
         f"({program.needs}), or {program.variable}=/path/to/{program.binary} names one"
     )
 
