@@ -466,6 +466,21 @@ def test_a_pause_names_every_seed_that_a_rule_found():
     assert first["t"]["kasmina.seed.alpha"] == last["t"]["kasmina.seed.alpha"]
 
 
+def test_a_seed_that_is_to_be_culled_after_a_pause_does_not_become_part_of_the_host_first():
+    driven = grown_to(Stage.PROBATIONARY, settings={**AUTONOMOUS, "probation_steps": 1})
+    driven.step(paused())
+    driven.until(lambda: driven.frame.proposal is not None, paused())
+    assert driven.frame.proposal.operation is SeedOperation.FOSSILIZE
+    driven.garden.cull("s")
+    driven.step(idle)
+    assert driven.frame.proposal is None
+    assert driven.frame.live == 1
+    driven.step(idle)
+    assert "s" not in driven.garden.stages
+    assert driven.told(events.CULLED)
+    assert not driven.told(events.FAULT)
+
+
 def test_what_the_user_asked_for_waits_for_the_end_of_a_pause():
     driven = grown_to(Stage.TRAINING, settings={"training_steps": 100})
     driven.step(paused())

@@ -345,7 +345,9 @@ class Garden:
             rows.append((plot.seed.id, row))
         live = len(sights)
         place = self._place_to_sow(live)
-        proposal = choose(sights, place.seed_id if place else None)
+        # What waits for the end of a pause to be culled must not become something else first.
+        staying = [sight for sight in sights if not self._requests.wants_out(sight.seed_id)]
+        proposal = choose(staying, place.seed_id if place else None)
         if proposal is not None:
             self._offering.make(self._offer(proposal, place))
         return GardenFrame(rows, ground.violations, ground.fetch_ms, live, proposal)

@@ -45,6 +45,13 @@ class Requests:
         """Id of the seed that somebody wants in that slot, or out of it."""
         return next((each.seed_id for each in list(self._waiting) if each.plot is plot), None)
 
+    def wants_out(self, seed_id: str) -> bool:
+        """Whether somebody wants that seed culled."""
+        return any(
+            each.operation is SeedOperation.CULL and each.seed_id == seed_id
+            for each in list(self._waiting)
+        )
+
     def carry_out(self, is_frozen: Callable[[Plot], bool], sown: Callable[[], None]) -> None:
         """Do those whose time has come; the others wait on. ``sown``: what follows a seed.
 
