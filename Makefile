@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 BENCH ?=
 PORTS ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
+# In the order of their names, or the files with few and long tests would come last, alone.
 TEST_PROCESSES ?= 2
 
 .PHONY: help demo test test-deployed bench lint format docs clean collector stack stack-programs
@@ -21,7 +22,7 @@ demo: $(READY)  ## train a CNN through an accident, only watched and rescued; th
 
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
 	@$(BIN)/python -m stack build --if-possible
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-deployed: $(READY)  ## build what the images hold (takes long), and run the stack's tests on it
 	@$(BIN)/python -m stack as-deployed $(BIN)/python -m pytest tests/stack tests/alerts
