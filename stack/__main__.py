@@ -75,9 +75,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _as_deployed(options: argparse.Namespace) -> int:
-    found = {variable: str(obtain(program)) for variable, program in DEPLOYED.items()}
     if not options.argv:
         raise MistakeError("as-deployed: expected a command")
+    found = {variable: str(obtain(program)) for variable, program in DEPLOYED.items()}
     return subprocess.call(options.argv, env=os.environ | found)
 
 
