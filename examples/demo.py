@@ -68,7 +68,7 @@ class Told:
         return ", ".join(f"{key} {value:.4g}" for key, value in self.values.items())
 
 
-def bar(values: dict[str, float], width: int = 24) -> Text:
+def bar(values: dict[str, float], width: int) -> Text:
     """Where the step's time went, each phase in its colour."""
     total = values.get("step_latency_ms", 0.0)
     text = Text()
@@ -163,10 +163,12 @@ class Observed:
             legend.append(f"█ {name} ", style=colour)
         how = {"advise": "decisions are only reported", "enforce": "decisions are applied"}
         table = Table(title=f"digits, {self.mode}: {how[self.mode]}", title_justify="left")
+        # Where there is little room the numbers stay whole, and the rest makes do.
+        wide = console.width >= 110
         for column in ("step", "loss", "gradient", "lr", "ms"):
-            table.add_column(column, justify="right")
-        table.add_column("step time", min_width=26)
-        table.add_column("Tamiyo", min_width=34, no_wrap=True)
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("step time", min_width=26 if wide else 12, no_wrap=True)
+        table.add_column("Tamiyo", min_width=34 if wide else 16)
         for values in self.story() if ended else self.newest():
             told = self.told.get(int(values["step"]))
             table.add_row(
@@ -175,7 +177,7 @@ class Observed:
                 f"{values['gradient_norm']:.3g}" if "gradient_norm" in values else "not finite",
                 f"{values['optimizer_lr']:.2g}",
                 f"{values['step_latency_ms']:.2f}" if "step_latency_ms" in values else "",
-                bar(values),
+                bar(values, 24 if wide else 10),
                 Text(f"{told.action}  {told.rule}", style=ACTION_STYLE.get(told.action, ""))
                 if told
                 else Text("CONTINUE", style="dim"),
