@@ -53,6 +53,14 @@ FAILED_OPEN: frozenset[str] = frozenset(
 """Reasons which say that nobody judged the step. Unknown is not healthy."""
 
 
+UNJUDGED: frozenset[str] = FAILED_OPEN | {NOT_ASKED}
+"""Reasons of decisions that no sidecar made: such a step is not a clean one."""
+
+LR_SCALE, MAX_NORM, SKIP_STEP = "lr_scale", "max_norm", "skip_step"
+"""Parameters of a decision: times which learning rates are taken; the largest gradient norm
+of one update; 1.0 to leave that update out."""
+
+
 class SeedOperation(StrEnum):
     """What the garden proposes, and a SEED decision allows, for one seed."""
 

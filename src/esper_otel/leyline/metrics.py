@@ -62,8 +62,25 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "tamiyo_latency_ms",
         "ms",
-        "waiting for the decision, 0.0 when not asked; inside hook_latency_ms, so of the ask "
-        "that ended the step before",
+        "time the training thread spent on asking: sending, collecting the answer, and waiting "
+        "where it had to; 0.0 when not asked. The request sent at the end of the step before",
+    ),
+    Metric(
+        "lr_scale",
+        "1",
+        "factor by which decisions scaled the learning rates of this step's update; 1 when none "
+        "is applied, always in advise mode",
+    ),
+    Metric(
+        "update_skipped",
+        "{update}",
+        "1 when a decision left out the optimizer's update of this step, otherwise 0",
+    ),
+    Metric(
+        "unjudged_steps",
+        "{step}",
+        "decision requests in a row, up to this step, that the sidecar did not answer",
+        "when Tamiyo is asked",
     ),
     Metric(
         "step_latency_ms",
@@ -139,7 +156,8 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "optimizer_lr",
         "1",
-        "learning rate, mean over parameter groups, after the step",
+        "learning rate that the update used (the script's own times lr_scale), mean over "
+        "parameter groups",
         "when the optimizer is known",
         gated=True,
     ),

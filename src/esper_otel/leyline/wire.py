@@ -6,9 +6,13 @@ because whoever can write to the socket must not be able to run code.
 
 A connection begins with :class:`Hello`, answered by :class:`Welcome` (or
 :class:`Refusal`, after which the server closes). Then each :class:`Ask` is answered by
-one :class:`Answer` with the same ``request_id``. A client may send its first Ask right
-behind the Hello without waiting. Tools send :class:`StatusRequest` or
-:class:`LatestRequest` without a Hello.
+one :class:`Answer` with the same ``request_id``, and so is each :class:`Check`. A client may
+send its first Ask right behind the Hello without waiting. Tools send :class:`StatusRequest`
+or :class:`LatestRequest` without a Hello.
+
+Answers also carry the *guards* of the rank, when they have changed: bounds that no update
+may cross unjudged. A trainer whose next update crosses one sends a Check before it makes
+that update. A sidecar that never sent guards does not know the message, and gets none.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +94,47 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
     proposal: Proposal | None = None
 
 
+class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
+    """May this update be made? With what is known of a step before its optimizer steps.
+
+    ``values`` are in the order of ``Hello.step_columns``; NaN is absent or not known yet,
+    and what was not finite is counted in ``nonfinite``. The decision of the answer is about
+    this one update: its parameters may be ``lr_scale``, ``max_norm`` and ``skip_step``.
+    The step itself is told by the Ask or the stream, after the update.
+    """
+
+    request_id: int
+    step: int
+    time_unix_nano: int
+    values: list[float]
+
+
+class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A value of ``metric`` above ``above`` or below ``below`` is to be checked.
+
+    ``skips``: an update beyond it may be left out by a trainer that cannot ask in time,
+    because its values are still on a device.
+    """
+
+    metric: str
+    above: float = inf
+    below: float = -inf
+    skips: bool = False
+
+
+GUARDED = ("loss", "gradient_norm", "optimizer_lr", "nonfinite")
+"""Metrics that guards are about: known before the update, on a CPU."""
+
+
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
-    """The decision about the step of the Ask with the same ``request_id``."""
+    """The decision about the step of the Ask or Check with the same ``request_id``.
+
+    ``guards`` take the place of those sent before; None: they are as they were.
+    """
 
     request_id: int
     decision: Decision
+    guards: list[Guard] | None = None
 
 
 class StatusRequest(msgspec.Struct, frozen=True, array_like=True, tag="status?"):
@@ -119,7 +160,7 @@ class Latest(msgspec.Struct, frozen=True, array_like=True, tag="latest"):
     decision: Decision | None
 
 
-ToServer = Hello | Ask | StatusRequest | LatestRequest
+ToServer = Hello | Ask | Check | StatusRequest | LatestRequest
 ToClient = Welcome | Refusal | Answer | Status | Latest
 
 _encoder = msgspec.msgpack.Encoder()
