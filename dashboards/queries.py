@@ -43,6 +43,11 @@ def most(key: str) -> str:
     return f"max_over_time({of(key)}[$__interval])"
 
 
+def total(key: str) -> str:
+    """Summed over what a pixel spans."""
+    return f"sum_over_time({of(key)}[$__interval])"
+
+
 def over_ranks(key: str) -> str:
     """The mean over the chosen ranks."""
     return f"avg({mean(key)})"

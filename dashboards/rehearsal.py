@@ -29,6 +29,9 @@ RANKS = 2
 SLIP = 0.55
 """Share of the run after which the learning rate slips, for a twentieth of it."""
 
+AWAY = 0.8
+"""Share of the run after which Tamiyo does not answer, for a thirtieth of it."""
+
 REPORT_S = 15
 """How often Tamiyo tells of itself."""
 
@@ -76,6 +79,8 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
     slow = 3.0 if rank == 1 and step % 97 == 96 else 1.0
     loss = 2.3 * exp(-3 * done) + 0.15 + (0.04 + 1.2 * slipped) * (1 + 0.3 * wobble)
     latency = 1000 * step_s * (0.97 + 0.02 * wobble) * slow
+    factor = 0.25 if SLIP + 0.01 <= done < SLIP + 0.1 else 1.0
+    unanswered = step + 1 - round(AWAY * steps) if AWAY <= done < AWAY + 0.03 else 0
     return {
         "step": step,
         "loss": loss,
@@ -83,7 +88,10 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "gradient_norm": (1.5 + 0.3 * wobble) * (0.4 + exp(-2 * done)) * (1 + 9 * slipped),
         "samples_per_s": 64e3 / latency,
         "hook_latency_ms": 0.6 + 0.1 * wobble,
-        "tamiyo_latency_ms": 0.3 + 0.05 * wobble,
+        "tamiyo_latency_ms": 0.02 + 0.005 * wobble,
+        "lr_scale": factor,
+        "update_skipped": float(slipped and step % 3 == 0),
+        "unjudged_steps": float(unanswered),
         "step_latency_ms": latency,
         "input_wait_ms": latency * (0.08 if slow == 1.0 else 0.68),
         "forward_ms": latency * (0.3 if slow == 1.0 else 0.1),
@@ -97,7 +105,7 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "grad_norm_ewma": 1.5 * (0.4 + exp(-2 * done)) * (1 + 9 * slipped),
         "grad_var": 0.2 + 3 * slipped,
         "grad_conflict_rate": 0.2 + 0.1 * sin(step * 0.05),
-        "optimizer_lr": 0.1 * (1 - done) * (50 if slipped else 1),
+        "optimizer_lr": 0.1 * (1 - done) * (50 if slipped else 1) * factor,
         "optimizer_momentum": 0.9,
         "h2d_copy_ms": 1.5 + 0.2 * wobble,
         "gpu_mem_used_gb": 31 + 4 * done,
@@ -169,6 +177,11 @@ _DECISIONS: dict[tuple[str, str, str], Callable[[float], float]] = {
     ("PAUSE", "CRITICAL", "nonfinite_loss"): lambda done: 9.0 * (done > SLIP),
     ("PAUSE", "NORMAL", "conservative_mode"): lambda done: 3.0 * (done > SLIP + 0.05),
 }
+_CHECKS: dict[str, Callable[[float], float]] = {
+    "unchanged": lambda done: 12 * done // 1,
+    "smaller": lambda done: 4.0 * (done > SLIP),
+    "skipped": lambda done: 9.0 * (done > SLIP),
+}
 _ONE_ATTRIBUTE = {
     "tamiyo.frames": ("judged", "duplicate", "late"),
     "tamiyo.ingest.points": ("used", "foreign"),
@@ -222,6 +235,9 @@ def _points(
         for names, count in _DECISIONS.items():
             if made := count(done):
                 yield dict(zip(("action", "severity", "rule"), names, strict=True)), made
+    elif metric.name == "tamiyo.checks":
+        for decided, count in _CHECKS.items():
+            yield {"decided": decided}, count(done)
     elif metric.name == "tamiyo.rules":
         for rule, state in _RULES.items() if SLIP < done < SLIP + 0.15 else ():
             yield {"rule": rule, "state": state}, 1.0

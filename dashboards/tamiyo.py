@@ -70,13 +70,18 @@ def _deciding() -> list[PanelBuilder]:
                 )
             ],
             "Those that are not `nominal`; `conservative_mode` refused a seed operation.",
-            width=12,
         ),
         stacked(
             "All decisions by action",
             "short",
             [Line(increase("tamiyo.decisions", "action"), "{{action}}")],
-            width=12,
+        ),
+        stacked(
+            "Updates checked before they were made",
+            "short",
+            [Line(increase("tamiyo.checks", "decided"), "{{decided}}")],
+            "A trainer in `enforce` mode found a value beyond its guards and asked first. "
+            "`smaller`: lower rate or clipped gradients for this update; `skipped`: left out.",
         ),
         states(
             "Rules",
@@ -111,13 +116,20 @@ def _seeing() -> list[PanelBuilder]:
             "Answering",
             "ms",
             [Line(share("tamiyo.answer.duration", of), f"p{of}") for of in _LATENCIES],
-            "From seeing an ask to having answered it, inside Tamiyo.",
+            "From receiving a request, about a step or an update, to having answered it.",
         ),
         lines(
-            "Waiting for the answer",
+            "Time spent on decision requests",
             "ms",
             [Line(most("tamiyo_latency_ms"), BY_RANK)],
-            "On the training thread; the longest that a pixel spans.",
+            "On the training thread: sending, collecting the answer, and waiting where it is "
+            "late. The longest that a pixel spans.",
+        ),
+        lines(
+            "Unanswered decision requests in a row",
+            "none",
+            [Line(most("unjudged_steps"), BY_RANK)],
+            "Above 0 nobody evaluates the run: a scaled learning rate stays scaled.",
         ),
         lines(
             "Lag of the stream",

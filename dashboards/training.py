@@ -27,6 +27,7 @@ from dashboards.queries import (
     most,
     of,
     over_ranks,
+    total,
 )
 
 
@@ -114,9 +115,27 @@ def _learning() -> list[PanelBuilder]:
             [Line(mean("grad_conflict_rate"), BY_RANK)],
             "Of the pairs that were compared; with two sources or more.",
         ),
-        lines("Learning rate", "sci", [Line(mean("optimizer_lr"), BY_RANK)]),
-        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
-        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
+        lines(
+            "Learning rate",
+            "sci",
+            [Line(mean("optimizer_lr"), BY_RANK)],
+            "The rate that updates used: the script's own times the factor.",
+        ),
+        lines(
+            "Learning rate factor",
+            "short",
+            [Line(mean("lr_scale"), BY_RANK)],
+            "What decisions scale the script's own rate by: 1 when none is applied, and always "
+            "in `advise` mode.",
+        ),
+        lines(
+            "Skipped updates",
+            "none",
+            [Line(total("update_skipped"), BY_RANK)],
+            "Updates left out by decisions, counted over what a pixel spans.",
+        ),
+        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)], width=12),
+        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)], width=12),
     ]
 
 
@@ -144,7 +163,7 @@ def _time() -> list[PanelBuilder]:
             "ms",
             [*phases, Line(OTHER, "other")],
             "Mean over the chosen ranks. `esper` is what this package did on the training "
-            "thread, the wait for Tamiyo included.",
+            "thread, decision requests included.",
             width=12,
         ),
         lines(
@@ -166,7 +185,7 @@ def _time() -> list[PanelBuilder]:
             "ms",
             [
                 Line(over_ranks("hook_latency_ms"), "this package, of that"),
-                Line(over_ranks("tamiyo_latency_ms"), "waiting for Tamiyo"),
+                Line(over_ranks("tamiyo_latency_ms"), "decision requests"),
                 Line(over_ranks("kasmina.apply_ms"), "applying decisions"),
                 Line(over_ranks("kasmina.finalize_ms"), "seeds"),
             ],

@@ -57,7 +57,7 @@ def main() -> None:
     model = TooSmall()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
 
-    run = esper_otel.start(optimizer)
+    run = esper_otel.start(optimizer, **({"mode": "enforce"} if options.asked else {}))
     garden = run.plant(
         model,
         SLOTS,

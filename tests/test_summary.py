@@ -96,6 +96,52 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
     assert "did not answer (timeout)" in summary.as_text()
 
 
+def test_updates_that_decisions_left_out_are_counted():
+    tally = tally_of({"update_skipped": 1.0}, {"update_skipped": 0.0}, {"update_skipped": 1.0})
+    summary = summary_of("r", 0, tally, StreamReport())
+    assert summary.skipped_updates == 2
+    assert "updates   2 skipped by decisions" in summary.as_text()
+    none = summary_of("r", 0, tally_of({"update_skipped": 0.0}, {}), StreamReport())
+    assert none.skipped_updates == 0
+    assert "skipped" not in none.as_text()
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "unjudged", "held", "said"),
+    [
+        ([{"unjudged_steps": 0.0, "lr_scale": 1.0}], 0, 0, None),
+        ([{}], 0, 0, None),
+        (
+            [{"unjudged_steps": float(step), "lr_scale": 1.0} for step in (0, 1, 2, 0)],
+            2,
+            0,
+            "did not answer for 2 steps",
+        ),
+        (
+            [{"unjudged_steps": float(step), "lr_scale": 0.25} for step in (0, 1, 2, 3)]
+            + [{"unjudged_steps": 0.0, "lr_scale": 0.25}],
+            3,
+            3,
+            "did not answer for 3 steps; for 3 of them the learning rate stayed scaled",
+        ),
+    ],
+)
+def test_how_long_nobody_judged_and_what_was_held_meanwhile(rows_of, unjudged, held, said):
+    summary = summary_of("r", 0, tally_of(*rows_of), StreamReport())
+    assert (summary.unjudged_steps, summary.held_unjudged_steps) == (unjudged, held)
+    text = summary.as_text()
+    assert said in text if said else "Tamiyo" not in text
+    assert json.loads(summary.as_json())["held_unjudged_steps"] == held
+
+
+def test_what_was_done_to_an_update_before_it_was_made_is_no_decision_about_the_step():
+    tally = tally_of({})
+    update = Decision("d", "r", 1, 1, Action.OPTIMIZER, Severity.HIGH, "gradient_exploding")
+    tally.note(timeline(unanswered("r", 1, "nominal"))._replace(update=update))
+    tally.note(timeline(None)._replace(update=update))
+    assert summary_of("r", 0, tally, StreamReport()).decisions == []
+
+
 def test_what_was_lost_and_what_waits_is_said():
     report = StreamReport(
         metrics=Account(produced=1000, delivered=700, spooled=200, dropped=100),

@@ -57,7 +57,7 @@ EXTENTS: dict[str, Extent] = {
 
 _LOSS = ("loss_spike", "loss_diverging", "loss_drift")
 _SLOW = ("step_latency_high", "short_steps_slow", "step_latency_drift")
-_DIVERGES = (*_LOSS, "gradient_explosion", "gradient_drift")
+_DIVERGES = (*_LOSS, "gradient_explosion", "gradient_spike", "gradient_drift")
 
 RIGHT: dict[str, tuple[str, ...]] = {
     "lr_times_50": (*_DIVERGES, "learning_rate_jump"),

@@ -34,7 +34,11 @@ class Training:
         self.lr: float = work.optimizer.param_groups[0]["lr"]
         """The learning rate that the workload is made for."""
         self.batch_size = work.batch_size
-        self.run: Run = start(work.optimizer, mode="off", run_id=tape.name)
+        # Answers are waited for: a slow one then costs its whole delay, however long a step
+        # takes, and a garden that was not answered proposes again at every step.
+        self.run: Run = start(
+            work.optimizer, mode="off", wait_for_decisions=True, run_id=tape.name
+        )
         tape.attach(self.run)
 
     @property

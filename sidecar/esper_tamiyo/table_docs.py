@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +19,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.generated import bring_up_to_date
+from esper_otel.leyline.metrics import STEP_KEYS
 from esper_tamiyo.judging.hindsight import ARRIVAL_NS, HINDSIGHT_NS
 from esper_tamiyo.judging.silence import UNKNOWN_AFTER_STEPS
 from esper_tamiyo.judging.witness import RuleState
@@ -30,8 +32,10 @@ from esper_tamiyo.language.operators import (
     Operand,
     Operator,
 )
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Conservative, Rule, meta
-from esper_tamiyo.language.table_reader import ACTIONS, PARAMETERS
+from esper_tamiyo.language.table_reader import ACTIONS
+from esper_tamiyo.language.updates import TOLD
 from esper_tamiyo.table_docs_text import PAGE_TEXT
 
 PAGE = Path("docs/tables.md")
@@ -69,12 +73,13 @@ def page() -> str:
             ],
         ),
         parameters=_rows(
-            ("parameter", "more than", "at most"),
+            ("parameter", "values", "of", "meaning"),
             [
-                (f"`{name}`", f"{low:g}", f"{high:g}")
-                for name, (low, high) in PARAMETERS.items()
+                (f"`{name}`", _takes(one), ", ".join(one.actions), one.meaning)
+                for name, one in PARAMETERS.items()
             ],
         ),
+        told=", ".join(f"`{key}`" for key in STEP_KEYS if key in TOLD),
         arrival=f"{ARRIVAL_NS / 1e9:g} s",
         hindsight=f"{HINDSIGHT_NS / 1e9:g} s",
         unknown_after=UNKNOWN_AFTER_STEPS,
@@ -208,11 +213,24 @@ def _property(owner: type[msgspec.Struct], field: str) -> dict[str, Any]:
     found.pop("default", None)
     if field == "parameters":
         found["properties"] = {
-            name: {"type": "number", "exclusiveMinimum": low, "maximum": high}
-            for name, (low, high) in PARAMETERS.items()
+            name: {**_values_of(one), "description": one.meaning}
+            for name, one in PARAMETERS.items()
         }
         found["additionalProperties"] = False
     return found
+
+
+def _takes(one: Parameter) -> str:
+    if one.flag:
+        return "`true`"
+    return f"above 0, at most {one.most:g}" if one.most < inf else "above 0"
+
+
+def _values_of(one: Parameter) -> dict[str, Any]:
+    if one.flag:
+        return {"const": True}
+    most = {"maximum": one.most} if one.most < inf else {}
+    return {"type": "number", "exclusiveMinimum": 0.0, **most}
 
 
 def _operators() -> str:

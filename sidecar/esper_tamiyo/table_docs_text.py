@@ -45,7 +45,31 @@ A rule has one condition, or one group of them, and these fields.
 
 {rule_fields}
 
+## Parameters
+
+What a rule asks of the optimizer's update. A rule without any changes no update: OPTIMIZER
+then only holds back a proposed seed operation, PAUSE only seeds.
+
 {parameters}
+
+A rule with parameters is evaluated twice. *After each step*, like every rule: the factor of
+a decision made there stays in force from the next update on, and the trainer gives the rate
+back when steps have been clean for a while. And *before an update*, by a trainer in
+`enforce` mode that finds a value beyond one of its guards: what is decided then is about
+this one update, so a gradient that would ruin the weights never reaches them.
+
+- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr` and `nonfinite`, made from the
+  rules with parameters and sent to the trainer when they change. In an `all` one condition
+  on these metrics is enough to guard the rule, in an `any` every part needs one. A rule that
+  cannot be guarded is evaluated before an update only when another rule's guard is crossed.
+- Before an update these metrics are known: {told}. Conditions on others are unknown.
+- The step counts as if it were the next observation: `for`, `of`, `cooldown` and `silences`
+  count as usual, and nothing of the evaluation is remembered. A rule that fired and is
+  `recovering` changes no update that is within its bounds.
+- Of several rules, `skip_step` wins. Else `lr_scale` is that of the strongest rule with one,
+  and `max_norm` the smallest of all.
+- Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated
+  before an update.
 
 ## A condition
 

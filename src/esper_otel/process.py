@@ -6,6 +6,7 @@ Of the second kind there is one at most, and then it is the only one: a step is 
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +24,7 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     ``optimizer`` is the one whose steps are the run's; without one the loop calls
     :meth:`Run.step` itself. ``settings`` are fields of :class:`EsperSettings` and win
     over the environment; raises :class:`SettingsError` for one that cannot be used.
-    Decisions are enforced unless the settings say otherwise: who writes this line has
-    asked for them.
+    Decisions are only reported unless the settings say ``mode="enforce"``.
 
     Called again, as a notebook's cell is, it ends the run before: that of the same
     optimizer, of one that is gone, or of a loop that had none either.
@@ -33,24 +33,20 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     that steps go on being counted once; settings that differ from that run's are told.
     """
     if _automatic is not None:
-        tell_ignored(_automatic.settings, in_code(settings))
+        tell_ignored(_automatic.settings, settings)
         if optimizer is not None:
             _automatic.prefer(optimizer)
         return _automatic
-    wanted = EsperSettings.from_environment(**in_code(settings))
+    wanted = EsperSettings.from_environment(**settings)
     for before in [run for run in _started if run.gives_way_to(optimizer)]:
         before.close()
     run = Run(wanted)
     _started.add(run)
     if optimizer is not None:
         run.follow(optimizer)
+    if run.enabled and wanted.mode is Mode.ENFORCE and "torch" in sys.modules:
+        run.watch_others()
     return run
-
-
-def in_code(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` as given in code: decisions are enforced unless something says otherwise."""
-    implied = {} if os.environ.get("ESPER_MODE") else {"mode": Mode.ENFORCE}
-    return {**implied, **settings}
 
 
 def tell_ignored(held: EsperSettings, wanted: Mapping[str, Any]) -> None:

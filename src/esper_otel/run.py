@@ -24,13 +24,16 @@ from esper_otel.settings import EsperSettings, Mode, SettingsError, Summaries, n
 from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.device_skips import release, withhold_unless_finite
 from esper_otel.tolaria.devices import DeviceSampler
 from esper_otel.tolaria.fetches import Names, Source
 from esper_otel.tolaria.gradients import gradient_norm, is_sharded
 from esper_otel.tolaria.ports import Settles
+from esper_otel.tolaria.rate_factor import RateFactor
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import LearningRate, Responses
+from esper_otel.tolaria.responses import Responses
 from esper_otel.tolaria.scalars import ScalarReader
+from esper_otel.tolaria.step import PHASES
 
 if TYPE_CHECKING:
     from esper_otel.kasmina.garden import Garden
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
+
+STATE_VERSION = 1
+"""Of what :meth:`Run.state_dict` gives."""
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _told: set[str] = set()
@@ -68,6 +74,8 @@ class Run:
         self.outlives_script = False
         """Whether it is that of a process which is instrumented from outside."""
         self._preferred: weakref.ref[Any] | None = None
+        self._withheld: Any = None
+        """Tells on a device whether the update under way is left out there."""
         self._handles: list[Any] = []
         self._agreement: Agreement | None = None
         self._meeting: Meeting | None = None
@@ -78,7 +86,7 @@ class Run:
         self._may_meet = settings.ranks_agree and self._client is not None
         self._devices = DeviceSampler(settings.tolaria_step_enrichment_enabled)
         self.responses = Responses(
-            LearningRate(
+            RateFactor(
                 minimum=settings.lr_scale_min,
                 maximum=settings.lr_scale_max,
                 release_steps=settings.release_steps,
@@ -94,6 +102,7 @@ class Run:
             device_values=lambda: self._devices.latest,
             span_every=settings.span_every,
             span_slow_factor=settings.span_slow_factor,
+            waits=settings.wait_for_decisions,
         )
         if settings.losses_are_shares:
             self.recorder.losses_are_shares()
@@ -141,7 +150,12 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of the step: ``forward``, ``backward`` or ``optimizer``."""
+        """Time a phase of the step: ``forward``, ``backward`` or ``optimizer``.
+
+        Raises ``ValueError`` for another name, before the block runs.
+        """
+        if name not in PHASES:
+            raise ValueError(f"phase {name!r}: expected one of {', '.join(PHASES)}")
         began = perf_counter_ns()
         try:
             yield
@@ -215,6 +229,7 @@ class Run:
             raise GardenError("this run has a garden: uproot() it before another is planted")
         plant: Callable[..., Garden] = Garden
         self.agree()
+        self.recorder.collect()  # ranks do all that they do together in the same order
         if self._agreement is not None:
             from esper_otel.ranks.shared_garden import SharedGarden
 
@@ -236,6 +251,49 @@ class Run:
             self.garden.follow(followed)
         self.recorder.tend(self.garden)
         return self.garden
+
+    # A restart.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decisions hold, and what coming records depend on: plain data.
+
+        For a checkpoint, beside those of model and optimizer; a garden has its own
+        (:meth:`Garden.state_dict`). The adapters of Lightning, Transformers and Accelerate
+        put it into the framework's own checkpoints.
+        """
+        return {
+            "version": STATE_VERSION,
+            "recorder": self.recorder.state(),
+            "rate": self.responses.rate.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was called.
+
+        Steps are counted on, and a factor that was in force on the learning rates is in force
+        again (in ``enforce``). Raises ``ValueError`` for what is no such state, which then
+        changes nothing.
+        """
+        parts = dict(state) if isinstance(state, Mapping) else {}
+        if parts.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"state of a run: version {parts.get('version')!r}, expected {STATE_VERSION}"
+            )
+        rate = self.responses.rate
+        before = rate.state()
+        try:
+            rate.resume(parts.get("rate") or {})
+            self.recorder.resume(parts.get("recorder") or {})
+        except ValueError as error:
+            rate.resume(before)
+            raise ValueError(f"state of a run: {error}") from None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`load_state_dict`, for adapters: what cannot be used is reported, once."""
+        try:
+            self.load_state_dict(state)
+        except ValueError as error:
+            tell_once(f"esper-otel: a checkpoint's state of the run is not used: {error}")
 
     def owns(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` trains a seed of this run: then its steps are not the run's."""
@@ -286,6 +344,7 @@ class Run:
         """What ends each part of the run but the stream, in order."""
         for handle in self._handles:
             yield handle.remove
+        yield self.recorder.updates.close
         if self.garden is not None:
             yield self.garden.close
         yield self._devices.stop
@@ -307,13 +366,20 @@ class Run:
     def follow(self, optimizer: Any) -> None:
         """Take the steps of ``optimizer`` (a ``torch.optim.Optimizer``) for the run's steps."""
         # With torch, which not every process that imports this module has.
-        from esper_otel.tolaria.step_hooks import untraced
+        from esper_otel.tolaria.step_hooks import StepHooks
 
         self._followed = weakref.ref(optimizer)
-        self._handles += [
-            optimizer.register_step_pre_hook(untraced(self.optimizer_begins)),
-            optimizer.register_step_post_hook(untraced(self.optimizer_ended)),
-        ]
+        if not self.enabled:
+            return
+        hooks = StepHooks(self.optimizer_begins, self.optimizer_ended)
+        self._handles += hooks.register(optimizer)
+
+    def watch_others(self) -> None:
+        """Scale the rates of the loop's other optimizers as well, those of seeds excepted."""
+        from esper_otel.tolaria.step_hooks import StepHooks
+
+        hooks = StepHooks(self._other_begins, self._other_ended)
+        self._handles += hooks.register_for_all()
 
     def prefer(self, optimizer: Any) -> None:
         """Of all optimizers that step in this process, ``optimizer`` sets the run's steps.
@@ -329,16 +395,43 @@ class Run:
 
     def optimizer_begins(
         self, optimizer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NOTHING
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
         """``optimizer`` is about to step: measure its gradients unless they have been.
 
-        ``args`` and ``kwargs`` are what its ``step`` was called with, as hooks get them. A
-        closure makes the gradients within the step, so then they are measured after it.
+        ``args`` and ``kwargs`` are what its ``step`` was called with, as hooks get them;
+        returns those it is to be called with instead, if any. A closure makes the gradients
+        within the step, so then they are measured after it.
         """
         recorder = self.recorder
         if _has_closure(args, kwargs):
-            recorder.closure_begins()
-            return
+            recorder.closure_begins(optimizer)
+            return self.with_own_rates(optimizer, args, kwargs)
+        began = perf_counter_ns()
+        norm = self._norm_of(optimizer) if recorder.wants_norm else None
+        recorder.optimizer_begins(began, norm, optimizer)
+        return None
+
+    def with_own_rates(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        """Arguments of ``step`` whose closure sees the script's own rates.
+
+        None where there is no closure, or nothing is scaled.
+        """
+        if not _has_closure(args, kwargs):
+            return None
+        positional = len(args) > 1
+        closure = args[1] if positional else kwargs["closure"]
+        own = self.recorder.updates.with_own_rates(optimizer, closure)
+        if own is closure:
+            return None
+        if positional:
+            return (args[0], own, *args[2:]), kwargs
+        return args, {**kwargs, "closure": own}
+
+    def measure(self, optimizer: Any) -> None:
+        """``optimizer`` has stepped within backward: measure the gradients that are left."""
+        recorder = self.recorder
         began = perf_counter_ns()
         norm = self._norm_of(optimizer) if recorder.wants_norm else None
         recorder.optimizer_begins(began, norm)
@@ -348,7 +441,9 @@ class Run:
     ) -> None:
         """``optimizer`` has stepped, and so has the run, unless it saw an overflow."""
         recorder = self.recorder
-        ended = recorder.optimizer_ends()
+        ended = recorder.optimizer_ends(optimizer)
+        if self._withheld is not None:
+            self._report_withheld(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and self._skipped(found_inf):
             return
@@ -359,6 +454,39 @@ class Run:
         recorder.optimizer = optimizer
         recorder.end_step(ended)
         recorder.optimizer = None  # its owner, not this, decides how long it lives
+
+    def _other_begins(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if not self._is_of_this_loop(optimizer):
+            return None
+        self.recorder.other_begins(optimizer)
+        return self.with_own_rates(optimizer, args, kwargs)
+
+    def _other_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._followed is None or self._followed() is not optimizer:
+            self.recorder.updates.end(optimizer)
+
+    def _is_of_this_loop(self, optimizer: Any) -> bool:
+        """Whether ``optimizer`` belongs here besides the one that sets the steps.
+
+        So it does where this is the only run: of several, nobody can tell whose it is.
+        """
+        alone = all(other is self for other in _runs)
+        followed = None if self._followed is None else self._followed()
+        return alone and optimizer is not followed and not self.owns(optimizer)
+
+    def norm_on_device(self, optimizer: Any, norm: Any) -> None:
+        """``norm``, of all gradients of ``optimizer``, lies on a device and is not known yet.
+
+        If it is not finite, the update is left out there where the sidecar has allowed that:
+        nobody can ask about it in time.
+        """
+        if self.recorder.skips_nonfinite:
+            self._withheld = withhold_unless_finite(optimizer, norm)
+
+    def _report_withheld(self, optimizer: Any) -> None:
+        found, self._withheld = self._withheld, None
+        release(optimizer, found)
+        self.recorder.update_skipped(self.scalars.begin(found))
 
     def _skipped(self, found_inf: Any) -> bool:
         """Whether an optimizer that a GradScaler has told ``found_inf`` left its step out.
@@ -407,6 +535,7 @@ class Run:
                 tensor = tensor / scale
             if tensor.device.type == "cuda":
                 self._devices.watch(tensor.device.index)
+                self.norm_on_device(optimizer, tensor)
             return self.scalars.begin(tensor)
         except Exception:
             tell_once("the gradient norm could not be taken")

@@ -33,7 +33,10 @@ class Decided(msgspec.Struct, frozen=True):
 class Summary(msgspec.Struct, frozen=True):
     """One run in short. Times are means per step, in milliseconds.
 
-    ``unanswered`` says why nobody answered, as far as the steps that have spans show it.
+    ``skipped_updates`` were left out by decisions. At ``unjudged_steps`` the newest decision
+    request had not been answered, and at ``held_unjudged_steps`` of them decisions of before
+    still scaled the learning rates; ``unanswered`` says why, as far as the steps that have
+    spans show it.
     ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
     that the receiver did not want; ``unsent`` are
@@ -50,6 +53,9 @@ class Summary(msgspec.Struct, frozen=True):
     first_loss: float | None
     last_loss: float | None
     nonfinite_steps: int
+    skipped_updates: int
+    unjudged_steps: int
+    held_unjudged_steps: int
     decisions: list[Decided]
     unanswered: list[str]
     telemetry: dict[str, dict[str, int]]
@@ -83,14 +89,29 @@ class Summary(msgspec.Struct, frozen=True):
                 for each in self.decisions
             )
             lines.append(f"  decided   {told}")
-        if self.unanswered:
-            lines.append(f"  Tamiyo    did not answer ({', '.join(self.unanswered)})")
+        if self.skipped_updates:
+            lines.append(f"  updates   {self.skipped_updates:,} skipped by decisions")
+        if self.unanswered or self.unjudged_steps:
+            lines.append(f"  Tamiyo    {self._unjudged()}")
         lines.append(f"  telemetry {self._telemetry()}")
         if self.unsent:
             lines.append(f"  unsent    esper-otel resend {' '.join(self.unsent)}")
         if self.recordings:
             lines.append(f"  recorded  {' '.join(self.recordings)}")
         return "\n".join(lines)
+
+    def _unjudged(self) -> str:
+        text = "did not answer"
+        if self.unjudged_steps:
+            text += f" for {self.unjudged_steps:,} steps"
+        if self.unanswered:
+            text += f" ({', '.join(self.unanswered)})"
+        if self.held_unjudged_steps:
+            text += (
+                f"; for {self.held_unjudged_steps:,} of them the learning rate stayed scaled "
+                "by an earlier decision"
+            )
+        return text
 
     def _telemetry(self) -> str:
         told = []
@@ -125,6 +146,9 @@ def summary_of(run: str, rank: int, tally: Tally, report: StreamReport) -> Summa
         first_loss=tally.first_loss,
         last_loss=tally.last_loss,
         nonfinite_steps=tally.nonfinite_steps,
+        skipped_updates=tally.skipped_updates,
+        unjudged_steps=tally.unjudged_steps,
+        held_unjudged_steps=tally.held_unjudged_steps,
         decisions=[
             Decided(action, reason, times, tally.applied[action, reason])
             for (action, reason), times in tally.decisions.most_common()

@@ -124,17 +124,18 @@ def test_a_decision_is_applied_in_every_way_in(
     assert [t.step for t in captured.timelines if t.applied] == [HALVED]
     for timeline in captured.timelines:
         names = {name for name, _, _ in timeline.phases}
-        assert names >= {"tamiyo.decide", "kasmina.apply"}
+        applied = set() if timeline.step == steps else {"kasmina.apply"}  # no step follows
+        assert names >= {"tamiyo.decide"} | applied
     decisions = {timeline.step: timeline.decision for timeline in captured.timelines}
     assert [decisions[step].reason for step in (HALVED - 1, HALVED)] == ["nominal", "a_rule"]
-    # A frame tells how long was waited for the decision before it.
+    # A frame tells what asking about the step before it took.
     frames = captured.frames
     assert all(frame["tamiyo_latency_ms"] > 0 for frame in frames[1:])
-    assert frames[HALVED]["kasmina.apply_ms"] > 0
-    # Transformers' schedule sets the rate anew at every step, and by that undoes it.
-    halved = () if framework == "transformers" else range(HALVED, steps)
-    expected = [rate / 2 if i in halved else rate for i, rate in enumerate(rates)]
-    assert [frame["optimizer_lr"] for frame in frames] == pytest.approx(expected)
+    scales = [0.5 if i >= HALVED else 1.0 for i in range(steps)]
+    assert [frame["lr_scale"] for frame in frames] == scales
+    assert [frame["optimizer_lr"] for frame in frames] == pytest.approx(
+        [rate * scale for rate, scale in zip(rates, scales, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers", "accelerate"])
@@ -301,15 +302,14 @@ def test_settings_that_zero_code_does_not_have_are_told_once(captured, monkeypat
     ]
 
 
-def test_that_start_means_enforce_and_zero_code_does_not_is_told(captured, monkeypatch, caplog):
-    monkeypatch.setattr(runs, "_told", set())
+def test_decisions_are_applied_only_where_that_is_asked_for(captured, monkeypatch):
     monkeypatch.delenv("ESPER_MODE")
-    TorchInstrumentor().instrument(skip_dep_check=True)
-    try:
-        assert esper_otel.start().settings.mode == "advise"
-    finally:
-        TorchInstrumentor().uninstrument()
-    assert "mode is 'advise', not 'enforce'" in caplog.text
+    run = esper_otel.start()
+    assert run.settings.mode == "advise"
+    run.close()
+    run = esper_otel.start(mode="enforce")
+    assert run.settings.mode == "enforce"
+    run.close()
 
 
 def test_a_script_that_closes_its_run_twice_is_recorded_to_the_end(captured):

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from esper_otel.kasmina.garden import Garden
@@ -66,6 +67,11 @@ def said(action: Action, target=None, operation=None, reason=NOMINAL, findings=(
     return Decision(
         "id", "r", 1, 1, action, Severity.NORMAL, reason, list(findings), target, operation
     )
+
+
+def about(step: int, decision: Decision) -> Decision:
+    """The same decision, as the answer to the request about ``step``."""
+    return replace(decision, step=step)
 
 
 def idle(proposal) -> Decision:
@@ -138,7 +144,8 @@ class Driven:
         self.frame = frame = garden.finalize(self.steps, row)
         self.proposals.append(frame.proposal)
         garden.asked(self.steps)
-        self.acted = garden.apply(decide(frame.proposal), enforced=enforced)
+        decision = about(self.steps, decide(frame.proposal))
+        self.acted = garden.apply(decision, enforced=enforced)
         self.events += garden.take_events()
         return {seed_id: present(SEED_KEYS, values) for seed_id, values in frame.seeds}
 

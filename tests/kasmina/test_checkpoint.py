@@ -24,8 +24,9 @@ from esper_otel.leyline.frames import present
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
+from esper_otel.tolaria.rate_factor import RateFactor
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import LearningRate, Responses
+from esper_otel.tolaria.responses import Responses
 
 NOT_OF_THE_RUN = "kasmina.seed.last_kernel_latency_ms"
 """Measured with a clock, so no two runs have the same."""
@@ -267,7 +268,7 @@ class Recorded(Driven):
     def __init__(self):
         super().__init__(garden=False, momentum=0.9)
         self.rows = []
-        rate = LearningRate(minimum=0.01, maximum=1.0, release_steps=200)
+        rate = RateFactor(minimum=0.01, maximum=1.0, release_steps=200)
         self.recorder = Recorder(self, run="r", responses=Responses(rate, enforce=False))
         settings = EsperSettings().changed(
             **{**QUICK, "growth": "autonomous", "plateau_steps": 6, "loss_rise_max": 0.5}

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from kasmina.driven import QUICK, AtOnce, agreed
+from kasmina.driven import QUICK, AtOnce, about, agreed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -201,7 +201,8 @@ class Life:
         garden.learn(optimizer)
         frame = garden.finalize(step, row)
         self.rows += [dict(enumerate(values)) for _, values in frame.seeds]
-        garden.apply(agreed(frame.proposal), enforced=True)
+        garden.asked(step)
+        garden.apply(about(step, agreed(frame.proposal)), enforced=True)
         self.events += garden.take_events()
 
 

@@ -1,10 +1,11 @@
 """What the garden proposes is told when it changes, so that a recording can be replayed."""
 
 import pytest
-from kasmina.driven import MLP, AtOnce, Driven, agreed, idle
+from kasmina.driven import MLP, AtOnce, Driven, about, agreed, idle
 
+from esper_otel.kasmina.offer import Offer, Offering
 from esper_otel.leyline import events
-from esper_otel.leyline.decisions import SeedOperation
+from esper_otel.leyline.decisions import Proposal, SeedOperation
 
 
 def told(driven):
@@ -111,3 +112,109 @@ def test_a_failed_kernel_is_proposed_to_be_culled(monkeypatch):
     driven.garden.germinate("3", MLP, "s")
     driven.step(idle)
     assert told(driven)[-1][1:] == (SeedOperation.CULL.value, "s")
+
+
+# --- an offer is under way from its request until its decision
+
+
+class Ground:
+    """Keeps what is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def tell(self, name, severity, text, **attributes):
+        self.told.append((attributes["step"], text))
+
+
+BLEND = Offer(Proposal("a", SeedOperation.BLEND), "1")
+CULL = Offer(Proposal("b", SeedOperation.CULL), "3", reason="its gradients are not finite")
+
+
+def sent(offer, step):
+    """One that went out with the request about ``step``."""
+    offering = Offering(Ground())
+    offering.make(offer)
+    offering.went_out(step)
+    return offering
+
+
+def test_what_went_out_is_under_way_until_its_decision_and_is_used_up_by_that():
+    offering = sent(BLEND, 5)
+    assert offering.is_under_way
+    assert offering.answered(5) is BLEND
+    assert not offering.is_under_way
+    assert offering.answered(5) is None
+
+
+def test_a_decision_about_a_step_before_says_nothing_of_it():
+    offering = sent(BLEND, 5)
+    assert offering.answered(4) is None
+    assert offering.answered(5) is BLEND
+
+
+def test_one_that_nobody_will_decide_about_any_more_is_dropped():
+    """Its request was not sent, or lost: then the next decision is about a later step."""
+    offering = sent(BLEND, 5)
+    assert offering.answered(6) is None
+    assert not offering.is_under_way
+    assert offering.answered(5) is None
+
+
+def test_where_nobody_is_asked_it_is_whichever_is_under_way():
+    assert sent(BLEND, 5).answered(None) is BLEND
+    assert sent(None, 5).answered(None) is None
+
+
+def test_what_is_proposed_meanwhile_does_not_take_its_place():
+    offering = sent(BLEND, 5)
+    offering.make(CULL)
+    offering.went_out(6)
+    assert offering.answered(6) is None, "it was not proposed in step 6"
+    offering = sent(BLEND, 5)
+    offering.make(CULL)
+    offering.went_out(6)
+    assert offering.answered(5) is BLEND
+
+
+def test_the_next_may_go_out_when_the_one_before_was_answered():
+    offering = sent(BLEND, 5)
+    offering.answered(5)
+    offering.make(CULL)
+    offering.went_out(6)
+    assert offering.answered(6) is CULL
+    assert [step for step, _ in offering._ground.told] == [5, 6]
+
+
+def test_what_is_withdrawn_did_not_go_out():
+    offering = Offering(Ground())
+    offering.make(BLEND)
+    assert offering.withdraw() is BLEND
+    offering.went_out(5)
+    assert not offering.is_under_way
+    assert offering._ground.told == []
+
+
+def test_nothing_is_left_when_it_is_cleared():
+    offering = sent(BLEND, 5)
+    offering.make(CULL)
+    offering.clear()
+    offering.went_out(6)
+    assert (offering.is_under_way, offering.answered(None)) == (False, None)
+
+
+def test_a_garden_proposes_nothing_while_a_decision_is_awaited():
+    driven = Driven()
+    garden = driven.garden
+    driven.until(lambda: driven.proposals[-1:] != [None] and driven.steps > 0, idle)
+    before = driven.steps
+    driven.train()
+    frame = garden.finalize(before + 1, [1.0] * 64)
+    assert frame.proposal is not None
+    garden.asked(before + 1)
+    for step in range(before + 2, before + 5):  # the answer is late
+        driven.train()
+        assert garden.finalize(step, [1.0] * 64).proposal is None
+        garden.asked(step)
+    assert garden.apply(about(before + 1, agreed(frame.proposal)), enforced=True)
+    assert not garden.apply(about(before + 1, agreed(frame.proposal)), enforced=True), "once"

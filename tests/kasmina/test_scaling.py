@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kasmina.driven import QUICK, AtOnce, agreed, host
+from kasmina.driven import QUICK, AtOnce, about, agreed, host
 from torch import nn
 
 from esper_otel.kasmina.garden import Garden
@@ -76,7 +76,8 @@ class Loop:
         row[STEP_SLOT["loss_ewma"]] = row[STEP_SLOT["gradient_norm"]] = 1.0
         self.garden.learn(self.optimizer)
         frame = self.garden.finalize(0, row)
-        self.garden.apply(agreed(frame.proposal), enforced=True)
+        self.garden.asked(0)
+        self.garden.apply(about(0, agreed(frame.proposal)), enforced=True)
         self.garden.take_events()
 
 

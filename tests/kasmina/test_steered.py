@@ -10,8 +10,9 @@ from esper_otel.leyline.frames import StepFrame, present
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
+from esper_otel.tolaria.rate_factor import RateFactor
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import LearningRate, Responses
+from esper_otel.tolaria.responses import Responses
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 
@@ -23,7 +24,9 @@ class InProcess:
         self.engine = engine
         self.answers = []
 
-    def ask(self, step, time_unix_nano, row, seeds=(), proposal=None):
+    guards = None
+
+    def send(self, step, time_unix_nano, row, seeds=(), proposal=None):
         frame = StepFrame(
             run="r",
             instance="i",
@@ -35,7 +38,9 @@ class InProcess:
         )
         decision = self.engine.observe(frame, proposal)
         self.answers.append((proposal, decision))
-        return decision
+
+    def collect(self):
+        return self.answers[-1][1]
 
 
 class Frames:
@@ -57,7 +62,7 @@ class Steered(Driven):
         super().__init__(garden=False)
         self.sidecar = InProcess(Engine(load("default")))
         self.frames = Frames()
-        rate = LearningRate(minimum=0.01, maximum=1.0, release_steps=200)
+        rate = RateFactor(minimum=0.01, maximum=1.0, release_steps=200)
         self.recorder = Recorder(
             self.frames,
             run="r",
@@ -72,7 +77,7 @@ class Steered(Driven):
         self.recorder.backward_begins()
         self.train()
         self.recorder.backward_ends(loss)
-        self.recorder.clipped(1.0)
+        self.recorder.optimizer_begins(0, 1.0, self.optimizer)
         self.recorder.optimizer_ends()
         self.recorder.optimizer = self.optimizer
         self.recorder.end_step()

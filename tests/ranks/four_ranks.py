@@ -3,7 +3,8 @@
 ``four_ranks.py FOLDER STEPS [slow]``. Without torchrun it forks four ranks itself, which
 import torch only once. With ``slow`` rank 2's data are slow for a while, and
 rank 0 waits twice for the test: to have the sidecar killed, and to have another started.
-What each rank saw is left in the folder: losses to the last bit, rates, gradient norms.
+What each rank saw is left in the folder: losses to the last bit, gradient norms, and the
+rates that its updates used, as a hook on the optimizer's step sees them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def fork(folder: Path, steps: int) -> int:
 def train(folder: Path, steps: int, slow: bool) -> None:
     rank = dist.get_rank()
     torch.manual_seed(rank)
-    told: dict[str, Any] = {"losses": [], "rates": [], "norms": []}
+    told: dict[str, Any] = {"losses": [], "rates": [], "own_rates": [], "norms": []}
     ddp(folder, rank, steps, slow, told)
     if slow:
         sharded(rank, told)
@@ -85,6 +86,8 @@ def ddp(folder: Path, rank: int, steps: int, slow: bool, told: dict[str, Any]) -
         nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rates = told["rates"]
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     rate_then = None
     for step, x in enumerate(DataLoader(Rows(rank, slow), batch_size=8), start=1):
         optimizer.zero_grad()
@@ -93,8 +96,8 @@ def ddp(folder: Path, rank: int, steps: int, slow: bool, told: dict[str, Any]) -
         told["losses"].append(loss.item().hex())
         told["norms"].append(norm_of([p.grad for p in model.parameters()]))
         optimizer.step()
-        rate = optimizer.param_groups[0]["lr"]
-        told["rates"].append(rate)
+        rate = rates[-1]
+        told["own_rates"].append(optimizer.param_groups[0]["lr"])
         if slow and rank == 0 and step in (KILLED, RESTARTED):
             wait_for(folder, "killed" if step == KILLED else "restarted")
         if slow and step == RESTARTED:

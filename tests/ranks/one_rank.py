@@ -149,8 +149,13 @@ class Rank:
             flush_timeout_s=0.0,
         )
         self.out["run"] = run.run_id
+        rates = self.out["rates"]
+        # After the hook of the run's own: what the update uses.
+        self.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+        )
         try:
-            if "slots" in self.scenario:
+            if "slots" in self.scenario and "planted_at" not in self.scenario:
                 self.plant(run)
             elif not self.scenario.get("by_themselves"):
                 run.agree()
@@ -187,6 +192,8 @@ class Rank:
             isolation.cut = (lambda activation: activation) if leaks else CUT
             if scenario.get("agrees_at") == step:
                 run.agree()
+            if scenario.get("planted_at") == step:
+                self.plant(run)
             began = time.monotonic()
             self.step(run)
             out["longest_s"] = max(out["longest_s"], time.monotonic() - began)
@@ -195,7 +202,6 @@ class Rank:
             out["steps"].append([step, named, digest(self.host.parameters())])
             decision = run.decision
             out["decisions"].append([decision.action, decision.reason, decision.step])
-            out["rates"].append(self.optimizer.param_groups[0]["lr"])
             # As the stages and rates are the same on all ranks, so is the end.
             if any(name == scenario.get("until") for _, name in named):
                 break

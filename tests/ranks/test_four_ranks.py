@@ -219,17 +219,34 @@ def test_decisions_are_applied_by_all_ranks_at_the_same_step(watched) -> None:
     lowered = [step for step in range(2, len(rates) + 1) if rates[step - 1] < rates[step - 2]]
     assert lowered[0] > UNTOUCHED
     assert any(step <= KILLED for step in lowered)
-    # Nobody is there to decide; only what was decided before it died is still applied.
-    assert [s for s in lowered if KILLED + 1 < s <= RESTARTED] == [], lowered
+    # Nobody is there to decide; only what was decided before it died is still applied: asked
+    # about at the end of a step, settled at the end of the next, used from the one after on.
+    assert [s for s in lowered if KILLED + 2 < s <= RESTARTED] == [], lowered
+    # And nothing of it is given back.
+    assert all(rates[s] <= rates[s - 1] for s in range(1, len(rates)))
     assert any(step > RESTARTED for step in lowered)
 
 
-def test_the_learning_rate_in_the_telemetry_is_the_one_in_force(watched) -> None:
-    # What is decided is applied at the end of a step, when its row has been written.
+def test_the_learning_rate_in_the_telemetry_is_the_one_that_was_used(watched) -> None:
     rates = watched.script[0]["rates"]
-    in_force = [0.05, *rates[:-1]]
     for rank in RANKS:
-        assert column(watched, rank, "optimizer_lr")[: len(rates)] == in_force
+        assert column(watched, rank, "optimizer_lr")[: len(rates)] == rates
+        scales = column(watched, rank, "lr_scale")[: len(rates)]
+        assert [0.05 * scale for scale in scales] == rates
+
+
+def test_the_script_sees_nothing_of_the_factor(watched) -> None:
+    for script in watched.script:
+        assert set(script["own_rates"]) == {0.05}
+
+
+def test_how_long_nobody_judged_is_told_by_every_rank(watched) -> None:
+    for rank in RANKS:
+        unjudged = column(watched, rank, "unjudged_steps")
+        # What was decided about a step is settled at the end of the next, and told after that.
+        dead = unjudged[KILLED + 3 : RESTARTED]
+        assert dead == [dead[0] + i for i in range(len(dead))]
+        assert unjudged[KILLED - 1] == unjudged[-1] == 0.0
 
 
 def test_a_slow_rank_shows_as_such(watched) -> None:
@@ -259,5 +276,5 @@ def test_gradient_norms_are_those_of_all_ranks_or_left_out(watched) -> None:
 
 
 def test_only_the_rank_that_asks_complains_of_the_dead_sidecar(watched) -> None:
-    assert watched.said.count("no decisions from Tamiyo") == 1
+    assert watched.said.count("Tamiyo does not answer") == 1
     assert "agree" not in watched.said

@@ -22,6 +22,12 @@ GROWING = {
     "a slow fetch": {"slots": BOTH, "slow": 1, "until": "FOSSILIZED"},
     "a deaf sidecar": {"slots": BOTH, "deaf_from": 20, "steps": 60},
     "a leak": {"slots": BOTH, "leak": [1, 1], "until": "EMBARGOED"},
+    "planted in the middle": {
+        "slots": BOTH,
+        "planted_at": 6,
+        "until": "FOSSILIZED",
+        "steps": 200,
+    },
     "other slots": {"slots": [["1"], ["3"]]},
 }
 DECIDING = {
@@ -122,6 +128,7 @@ WHOLE_LIFE = [
 ]
 ALIKE = (
     "a slow fetch",
+    "planted in the middle",
     "a deaf sidecar",
     "a leak",
     "told to agree",
@@ -146,6 +153,14 @@ def test_a_seed_lives_its_life_however_late_its_kernel_is_on_one_rank(ranks) -> 
     assert asked_for == list(range(1, len(first["steps"])))
 
 
+def test_a_garden_that_is_planted_while_a_request_is_under_way_grows_as_any(ranks) -> None:
+    """The leader's post of the step before comes first on all ranks, then the planting."""
+    first, _ = ranks["planted in the middle"]
+    assert WHOLE_LIFE in grown(first["steps"]).values()
+    reasons = {reason for _, reason, _ in first["decisions"][1:]}
+    assert reasons == {"nominal"}
+
+
 def test_without_a_sidecar_all_go_on(ranks) -> None:
     first, _ = ranks["a deaf sidecar"]
     reasons = {reason for _, reason, _ in first["decisions"][25:]}
@@ -160,8 +175,8 @@ def test_a_leak_on_one_rank_ends_the_seed_on_all(ranks) -> None:
 
 def test_without_a_garden_the_learning_rate_is_changed_on_all_ranks_at_once(ranks) -> None:
     first, _ = ranks["told to agree"]
-    # Asked about step 5, applied at the end of step 6.
-    assert first["rates"][4:7] == [0.02, 0.01, 0.01]
+    # Asked about step 5, settled at the end of step 6, used from step 7 on.
+    assert first["rates"][5:8] == [0.02, 0.01, 0.01]
 
 
 def test_ranks_with_different_slots_are_told_so(ranks) -> None:

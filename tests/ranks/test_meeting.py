@@ -9,12 +9,10 @@ import pytest
 pytest.importorskip("torch")
 
 from esper_otel import run as runs
-from esper_otel.leyline.decisions import NOT_AGREED, NOT_ASKED, unanswered
+from esper_otel.leyline.decisions import NOT_AGREED, NOT_ASKED
 from esper_otel.ranks import meeting as meetings
 from esper_otel.ranks.meeting import APART_STEPS, Meeting, RefusedError
 from esper_otel.settings import EsperSettings
-
-DECISION = unanswered("r", 1, "nominal")
 
 
 class Circle:
@@ -65,7 +63,7 @@ def meeting(monkeypatch) -> Meeting:
     monkeypatch.setattr(meetings, "_collectives", iter([3, 5]).__next__)
     monkeypatch.setattr(meetings, "Thread", Unstarted)
     made = Meeting("r", alike=7, timeout_s=5.0)
-    assert [made.settle(step, DECISION).reason for step in (1, 2)] == [NOT_AGREED] * 2
+    assert [made.settle(step).reason for step in (1, 2)] == [NOT_AGREED] * 2
     return made
 
 
@@ -73,7 +71,7 @@ def test_all_begin_at_the_end_of_the_same_step(meeting) -> None:
     circle = Circle(met(step=3, apart=1), IN_TIME)
     assert meeting._begin(circle, 2)
     assert circle.heard == [(2, 7, 1), (0,)]
-    reasons = [meeting.settle(step, DECISION).reason for step in (3, 4, 5)]
+    reasons = [meeting.settle(step).reason for step in (3, 4, 5)]
     # At the first there is nothing to apply yet.
     assert reasons == [NOT_AGREED, NOT_AGREED, NOT_ASKED]
     assert meeting.end() is not None
@@ -82,19 +80,19 @@ def test_all_begin_at_the_end_of_the_same_step(meeting) -> None:
 def test_a_rank_that_is_past_that_step_says_so(meeting) -> None:
     circle = Circle(met(step=2), LATE)
     for step in (3, 4):
-        meeting.settle(step, DECISION)
+        meeting.settle(step)
     assert not meeting._begin(circle, 2)
     assert circle.heard[1] == (1,)
-    assert meeting.settle(5, DECISION).reason == NOT_AGREED
+    assert meeting.settle(5).reason == NOT_AGREED
 
 
 def test_if_one_is_late_none_begins_and_they_try_again_further_ahead(meeting) -> None:
     circle = Circle(met(step=2), LATE, met(step=6), IN_TIME)
     assert not meeting._begin(circle, 2)
     # It would have been at step 4.
-    assert meeting.settle(4, DECISION).reason == NOT_AGREED
+    assert meeting.settle(4).reason == NOT_AGREED
     assert meeting._begin(circle, 16)
-    assert meeting.settle(22, DECISION).reason == NOT_ASKED
+    assert meeting.settle(22).reason == NOT_ASKED
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_ranks_train_together_if_a_step_had_a_collective(monkeypatch, counts, to
     monkeypatch.setattr(meetings, "Thread", Unstarted)
     made = Meeting("r", alike=7, timeout_s=5.0)
     for step in (1, 2):
-        made.settle(step, DECISION)
+        made.settle(step)
     circle = Circle(met(step=2), IN_TIME)
     made._begin(circle, 2)
     assert circle.heard[0][2] == together

@@ -142,11 +142,22 @@ def meeting(*shared: Heard) -> tuple[Table, list[Agreement]]:
     return table, agreements
 
 
+def one_step(agreements: list[Agreement], step: int, *, asked: bool = True) -> list[Decision]:
+    """What each rank is to apply at the end of ``step``, about which the leader then asks.
+
+    The answer has come when the next step ends, if the question could be asked.
+    """
+    told = [each.settle(step) for each in agreements]
+    if asked:
+        agreements[0].answered(decided(step))
+    return told
+
+
 def test_every_rank_gets_the_decision_about_the_step_before() -> None:
     shared = Heard(order=ORDER), Heard(flags=b"\1"), Heard()
     _, agreements = meeting(*shared)
     for step in range(1, 5):
-        told = [each.settle(step, decided(step)) for each in agreements]
+        told = one_step(agreements, step)
         if step == 1:
             assert {each.reason for each in told} == {NOT_ASKED}
         else:
@@ -154,12 +165,93 @@ def test_every_rank_gets_the_decision_about_the_step_before() -> None:
     assert all(each.came == [(b"\1", ORDER)] * 3 for each in shared)
 
 
+def test_the_leader_posts_when_it_has_its_answer_and_the_others_at_once() -> None:
+    table, agreements = meeting(Heard(), Heard(), Heard())
+    leader, *others = agreements
+    for step in range(1, 4):
+        for each in agreements:
+            each.settle(step)
+        assert [len(sent) for sent in table.sent] == [step - 1, step, step]
+        for each in others:
+            each.answered(decided(step))  # what they are told goes nowhere
+        assert [len(sent) for sent in table.sent] == [step - 1, step, step]
+        leader.answered(decided(step))
+        leader.answered(decided(step))
+        assert [len(sent) for sent in table.sent] == [step] * 3
+
+
+def test_what_could_not_be_asked_is_settled_as_not_asked_on_every_rank() -> None:
+    shared = Heard(order=ORDER), Heard(flags=b"\1")
+    _, agreements = meeting(*shared)
+    told = [one_step(agreements, step, asked=step != 2) for step in range(1, 6)]
+    for first, second in told:
+        assert first == second
+    assert [(first.step, first.reason) for first, _ in told[1:]] == [
+        (1, "loss_spike"),
+        (2, NOT_ASKED),
+        (3, "loss_spike"),
+        (4, "loss_spike"),
+    ]
+    assert all(each.holds for each in agreements)
+    assert [len(each.came) for each in shared] == [4, 4]
+
+
+def test_a_rank_posts_what_it_was_like_at_the_end_of_the_step() -> None:
+    """And not what it has become by the time the leader's answer is there."""
+    leader, other = Heard(digest=7), Heard(digest=7)
+    _, agreements = meeting(leader, other)
+    for each in agreements:
+        each.settle(1)
+    leader.digest = leader.flags = None
+    agreements[0].answered(decided(1))
+    leader.digest, leader.flags = (lambda: 7), (lambda: b"\0")
+    assert [each.settle(2) for each in agreements] == [decided(1)] * 2
+
+
+def test_who_takes_part_from_a_step_on_hears_nothing_of_before() -> None:
+    """As a garden that is planted in the middle of a run."""
+    shared = Heard(order=ORDER), Heard(flags=b"\1")
+    _, agreements = meeting(*shared)
+    for each in agreements:
+        each.shared = None
+    for step in (1, 2):
+        one_step(agreements, step)
+    for each, takes_part in zip(agreements, shared, strict=True):
+        each.shared = takes_part
+    told = [one_step(agreements, step) for step in (3, 4)]
+    assert told == [[decided(2)] * 2, [decided(3)] * 2]
+    assert [each.came for each in shared] == [[(b"\1", ORDER)]] * 2
+
+
+def test_an_answer_before_the_first_step_or_after_the_end_goes_nowhere() -> None:
+    table, agreements = meeting(Heard(), Heard())
+    agreements[0].answered(decided(0))
+    assert table.sent == [[], []]
+    one_step(agreements, 1)
+    for each in agreements:
+        each.close()
+    agreements[0].answered(decided(2))
+    assert [len(sent) for sent in table.sent] == [1, 1]
+
+
+def test_an_answer_that_cannot_be_posted_ends_the_agreement_and_raises_nothing(caplog) -> None:
+    shared = Heard(), Heard()
+    _, agreements = meeting(*shared)
+    for each in agreements:
+        each.settle(1)
+    agreements[0].circle.send = lambda data: 1 / 0
+    agreements[0].answered(decided(1))
+    assert not agreements[0].holds
+    assert shared[0].ends == 1
+    assert agreements[0].settle(2).reason == NOT_AGREED
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("trouble", ["broken", "another state", "a fault"])
 def test_trouble_ends_it_for_good_and_is_told_once(trouble, caplog) -> None:
     shared = Heard(), Heard(digest=8 if trouble == "another state" else 7)
     table, agreements = meeting(*shared)
-    for each in agreements:
-        each.settle(1, decided(1))
+    one_step(agreements, 1)
     if trouble == "broken":
         table.broken = "Connection closed by peer"
     elif trouble == "a fault":
@@ -167,7 +259,7 @@ def test_trouble_ends_it_for_good_and_is_told_once(trouble, caplog) -> None:
             each.heard = None
     with caplog.at_level(logging.WARNING, "esper_otel"):
         for step in range(2, 6):
-            told = [each.settle(step, decided(step)) for each in agreements]
+            told = one_step(agreements, step)
             assert {(each.action, each.reason) for each in told} == {
                 (Action.CONTINUE, NOT_AGREED)
             }

@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kasmina.driven import QUICK, AtOnce, Driven, agreed, said
+from kasmina.driven import QUICK, AtOnce, Driven, about, agreed
 
-from esper_otel.leyline.decisions import Action, Decision
+from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import step_row
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.leyline.stages import Stage
@@ -54,6 +54,7 @@ class Rank(Driven):
     def __init__(self, sent: list[list[bytes]], rank: int, settings: dict[str, Any]) -> None:
         super().__init__(garden=False)
         self.now = 0.0
+        self.answer: Decision | None = None
         self.agreement = Agreement(Circle(sent, rank), "r")
         with patch("esper_otel.kasmina.garden.KernelFetcher", AtOnce):
             self.garden = SharedGarden(
@@ -66,16 +67,17 @@ class Rank(Driven):
 
     def one_step(self) -> None:
         self.train()
+        if self.answer is not None:  # it has come before the optimizer stepped
+            self.agreement.answered(self.answer)
         row = step_row()
         row[STEP_SLOT["loss_ewma"]] = row[STEP_SLOT["gradient_norm"]] = 1.0
         garden = self.garden
         garden.learn(self.optimizer)
         self.frame = garden.finalize(self.steps, row)
         garden.asked(self.steps)
-        answer: Decision = agreed(self.frame.proposal)
-        if not self.agreement.leads:
-            answer = said(Action.CONTINUE)
-        garden.apply(self.agreement.settle(self.steps, answer), enforced=True)
+        if self.agreement.leads:
+            self.answer = about(self.steps, agreed(self.frame.proposal))
+        garden.apply(self.agreement.settle(self.steps), enforced=True)
 
     @property
     def stage(self) -> Stage:

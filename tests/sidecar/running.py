@@ -16,6 +16,7 @@ from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import (
     PROTOCOL,
     Ask,
+    Check,
     Hello,
     LatestRequest,
     MessageBuffer,
@@ -55,6 +56,14 @@ def tamiyo(*arguments):
     )
 
 
+def row_of(step, values):
+    """A row in registry order."""
+    row = step_row()
+    for key, value in {"step": float(step), "nonfinite": 0.0, **values}.items():
+        row[STEP_SLOT[key]] = value
+    return row
+
+
 class Client:
     """One connection of the decision socket, in blocking calls."""
 
@@ -84,19 +93,27 @@ class Client:
         self.send(message)
         return self.receive()
 
-    def hello(self, run="run", instance="one", rank=0, columns=STEP_KEYS):
+    def hello(self, run="run", instance="one", rank=0, columns=STEP_KEYS, mode=""):
         return self.call(
-            Hello(PROTOCOL, run, instance, rank, 1, list(columns), list(SEED_KEYS))
+            Hello(PROTOCOL, run, instance, rank, 1, list(columns), list(SEED_KEYS), mode)
         )
 
-    def ask(self, step, request_id=None, proposal=None, seeds=(), **values):
+    def ask(self, step, **asked):
         """The decision about a step with these values."""
-        row = step_row()
-        for key, value in {"step": float(step), "nonfinite": 0.0, **values}.items():
-            row[STEP_SLOT[key]] = value
+        return self.answer(step, **asked).decision
+
+    def answer(self, step, request_id=None, proposal=None, seeds=(), **values):
+        """The whole answer to the ask about a step."""
         request_id = step if request_id is None else request_id
+        row = row_of(step, values)
         answer = self.call(Ask(request_id, step, step + 1, row, list(seeds), proposal))
         assert answer.request_id == request_id
+        return answer
+
+    def check(self, step, request_id=10_000, **values):
+        """The decision about the update of a step of which this is known."""
+        answer = self.call(Check(request_id, step, step + 1, row_of(step, values)))
+        assert (answer.request_id, answer.guards) == (request_id, None)
         return answer.decision
 
     def status(self):

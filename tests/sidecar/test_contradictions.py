@@ -254,6 +254,59 @@ def test_every_step_metric_has_limits_that_its_zero_is_within():
         assert low <= 0.0 <= high
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("metric: loss, above: 1, parameters: {skip_step: true}", ""),
+        ("nonfinite: true, parameters: {skip_step: true}", ""),
+        ("metric: loss, above_peers: 2", ""),
+        (
+            "metric: loss, above_peers: 2, parameters: {skip_step: true}",
+            "asks for skip_step in vain: no update is checked by a rule that is about other "
+            "ranks",
+        ),
+        (
+            "metric: kasmina.seed.alpha, above: 0.5, parameters: {max_norm: 1}",
+            "asks for max_norm in vain: no update is checked by a rule that is about seeds",
+        ),
+        (
+            "metric: loss, above: 1, downgrade: true, parameters: {max_norm: 1}",
+            "asks for max_norm in vain: no update is checked by a rule that counts only beside "
+            "a proposal",
+        ),
+        (
+            "metric: step_latency_ms, above: 1, parameters: {skip_step: true}",
+            "asks for skip_step in vain: no update is checked by a rule that has no condition "
+            "on loss, gradient_norm, optimizer_lr or nonfinite",
+        ),
+    ],
+)
+def test_what_is_asked_of_an_update_in_vain(rule, message):
+    assert said(f"id: a, {rule}") == ([f"a: {message}"] if message else [])
+
+
+def test_a_rule_that_changes_no_update_is_pointed_out(tmp_path):
+    table = tmp_path / "mine.yaml"
+    table.write_text(
+        "version: 1\nrules:\n"
+        "  - {id: idle, metric: loss, above: 1, severity: HIGH, action: OPTIMIZER}\n"
+        "  - {id: waits, metric: loss, above: 1, severity: HIGH, action: OPTIMIZER, "
+        "downgrade: true}\n"
+        "  - {id: skips, nonfinite: true, severity: HIGH, action: OPTIMIZER, "
+        "parameters: {skip_step: true}}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "esper_tamiyo.cli", "check", str(table)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    idle, waits, skips = done.stdout.splitlines()[-3:]
+    assert idle.endswith("loss above 1, no parameters: changes no update")
+    assert waits.endswith("loss above 1, on proposals only")
+    assert skips.endswith("a value is not finite, skip_step")
+
+
 def test_check_names_file_and_line_and_fails(tmp_path):
     bad = tmp_path / "mine.yaml"
     bad.write_text(

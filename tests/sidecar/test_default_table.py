@@ -167,6 +167,11 @@ def explodes(step, values, seeds):
         values["loss"] *= 2.5
 
 
+def spikes(step, values, seeds):
+    if step == TROUBLE:
+        values["gradient_norm"] *= 1e4
+
+
 def calls_slowly(step, values, seeds):
     if step >= TROUBLE:
         took = 0.6 * values["step_latency_ms"]
@@ -181,6 +186,7 @@ TROUBLES = [
     ("loss_diverging", times(6, "loss"), 3),
     ("loss_drift", rises_slowly, 150),
     ("gradient_explosion", explodes, 2),
+    ("gradient_spike", spikes, 1),
     ("gradient_drift", times(4, "gradient_norm"), 16),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
     ("learning_rate_jump", times(50, "optimizer_lr"), 1),

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from esper_otel.leyline.decisions import Action, SeedOperation, Severity
-from esper_tamiyo.journaling.entries import Proposed, Silenced
+from esper_tamiyo.journaling.entries import Decided, Proposed, Reported, Silenced
 from esper_tamiyo.journaling.explain import (
     AGAINST,
     UnknownDecisionError,
@@ -62,7 +62,7 @@ loss_spike decided: loss_spike in words.
   firing since step 61
 
 Conservative mode is on: operations on seeds wait.
-The trainer applies decisions.
+The trainer is in enforce mode.
 
 Not followed, as this was stronger:
   loss_warning (OPTIMIZER, WARNING): loss_warning in words. [loss_delta 2.5 (before 0.1)]
@@ -79,8 +79,8 @@ loss_spike let go at step 70."""
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"mode": "advise"}, "nothing was changed in the run"),
-        ({"mode": ""}, "Whether the trainer applied it is not known."),
+        ({"mode": "advise"}, "in advise mode: it reports decisions and applies none."),
+        ({"mode": ""}, "Whether the trainer applies decisions is not known."),
         ({"reason": "conservative_mode", "findings": []}, "Conservative mode: seeds wait"),
         (
             {
@@ -100,6 +100,133 @@ loss_spike let go at step 70."""
 )
 def test_what_else_is_said(changes, expected):
     assert expected in "\n".join(lines(tell([decided(5, **changes)], "run/0/5")))
+
+
+SCALED = {"lr_scale": 0.25}
+SKIPPED = {"skip_step": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told", "expected"),
+    [
+        # lasting factors, from a decision about a step
+        (SCALED, None, "What its updates were made with has not been seen yet."),
+        (SCALED, {}, "Whether updates were made with a lower rate is not known."),
+        (
+            SCALED,
+            {"lr_scale": 1.0, "scaled_from": 62, "lr_scale_after": 0.25},
+            "Updates were made at 0.25 times the script's rate from step 62 on.",
+        ),
+        (
+            SCALED,
+            {"lr_scale": 1.0, "lr_scale_after": 1.0},
+            "No update was made with a lower rate.",
+        ),
+        (
+            {"lr_scale": 2.0},
+            {"lr_scale": 1.0, "lr_scale_after": 1.0},
+            "No update was made with a higher rate.",
+        ),
+        (
+            SCALED,
+            {"lr_scale": 0.25, "lr_scale_after": 0.25},
+            "Updates were made at 0.25 times the script's rate, as before.",
+        ),
+        (SKIPPED, {"skipped": True}, "The update of step 61 was left out."),
+        (SKIPPED, {"skipped": False}, "The update of step 61 was not left out."),
+        (SKIPPED, {}, "Whether the update of step 61 was left out is not known."),
+        # one update
+        (
+            SCALED,
+            {"update": True, "lr_scale": 0.0625},
+            "The update of step 61 was made at 0.0625 times the script's rate.",
+        ),
+        (
+            SCALED,
+            {"update": True, "lr_scale": 1.0},
+            "The update of step 61 was not made with a lower rate.",
+        ),
+        (
+            SCALED,
+            {"update": True},
+            "Whether the update of step 61 was made with a lower rate is not known.",
+        ),
+        (
+            {"max_norm": 1.0},
+            {"update": True},
+            "Whether gradients were scaled down to max_norm is not in the telemetry.",
+        ),
+    ],
+)
+def test_applied_is_told_only_of_what_updates_were_made_with(parameters, told, expected):
+    entries = [decided(61, parameters=parameters)]
+    if told is not None:
+        entries.append(msgspec.structs.replace(reported(61), **told))
+    words = list(lines(tell(entries, "run/0/61")))
+    assert expected in words
+    assert not any("applies decisions" in line for line in words)
+
+
+def test_a_decision_about_an_update_says_so():
+    update = decided(61, id="run/0/61/update", update=True, parameters=SKIPPED)
+    words = list(lines(tell([decided(20), update, decided(61)], "run/0/61/update")))
+    assert words[:2] == [
+        "run/0/61/update: PAUSE (HIGH)",
+        "about the update of step 61, before it was made",
+    ]
+    with pytest.raises(UnknownDecisionError, match="near it are run/0/61/update, run/0/20"):
+        tell([decided(20), update], "run/0/60")
+    with pytest.raises(UnknownDecisionError, match=r"it knows run$"):
+        tell([update], "latest", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (
+            decided(61, id="run/0/61/update", update=True, parameters=SKIPPED),
+            "run/0/61/update  update of step 61 to be left out: loss_spike (PAUSE, HIGH)",
+        ),
+        (
+            decided(
+                61,
+                id="run/0/61/update",
+                update=True,
+                parameters={"lr_scale": 0.25, "max_norm": 1.0},
+            ),
+            "run/0/61/update  update of step 61 to be made with lr_scale 0.25 and max_norm 1: "
+            "loss_spike (PAUSE, HIGH)",
+        ),
+        (
+            msgspec.structs.replace(reported(61), skipped=True, skipped_after=2),
+            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "update of step 61 left out; 2 later updates left out",
+        ),
+        (
+            msgspec.structs.replace(reported(61), scaled_from=62, lr_scale_after=0.25),
+            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "updates made at 0.25 times the script's rate from step 62 on",
+        ),
+        (
+            msgspec.structs.replace(reported(61), update=True, lr_scale=0.5),
+            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "update of step 61 made at 0.5 times the script's rate",
+        ),
+    ],
+)
+def test_updates_on_one_line(entry, told):
+    assert line(entry).partition("Z  ")[2] == told
+
+
+def test_a_journal_of_before_there_were_checks_is_read():
+    """Fields that were added since are as if nobody had said anything."""
+    entry = msgspec.to_builtins(reported(61))
+    for name in ("update", "lr_scale", "skipped", "scaled_from", "lr_scale_after"):
+        del entry[name]
+    assert msgspec.convert(entry, Reported) == reported(61)
+    entry = msgspec.to_builtins(decided(61))
+    del entry["update"]
+    assert msgspec.convert(entry, Decided) == decided(61)
 
 
 def test_the_latest_is_that_of_the_journal_or_of_a_run():

@@ -165,3 +165,97 @@ def test_the_last_word_about_a_step_counts():
     assert reports.pending == 1
     report = report_of(*reports.close())
     assert report.action is Action.SEED
+
+
+# What updates were made with.
+
+
+def made(scales, skipped=(), at=40):
+    """The report about step 40 of a run whose updates had these factors, the last of them to
+    the end, and of which these were left out."""
+    reports = FieldReports()
+    done = []
+    for step in range(at + WINDOW + 1):
+        scale = scales[min(max(step - at, 0), len(scales) - 1)]
+        told = {} if scale is None else {"lr_scale": scale}
+        told["update_skipped"] = float(step in skipped)
+        seen = frame(step, loss=1.0, **told)
+        done += reports.judged(seen, 0.0)
+        if step == at:
+            reports.decided(decision(at, Action.OPTIMIZER), seen, "enforce")
+    return report_of(*done)
+
+
+@pytest.mark.parametrize(
+    ("scales", "of_the_step", "since", "after"),
+    [
+        ((1.0,), 1.0, None, 1.0),
+        ((1.0, 0.25), 1.0, 41, 0.25),
+        ((1.0, 1.0, 0.25), 1.0, 42, 0.25),  # several ranks come to agree
+        ((0.25, 0.0625), 0.25, 41, 0.0625),
+        ((0.25,), 0.25, None, 0.25),
+        ((0.25, 0.25, 0.5), 0.25, 42, 0.5),  # given back
+        ((None,), None, None, None),
+        ((None, 0.25), None, 41, 0.25),
+    ],
+)
+def test_a_report_says_what_updates_were_made_with(scales, of_the_step, since, after):
+    report = made(scales)
+    assert (report.lr_scale, report.scaled_from, report.lr_scale_after) == (
+        of_the_step,
+        since,
+        after,
+    )
+    assert (report.skipped, report.skipped_after, report.update) == (False, 0, False)
+
+
+def test_a_report_counts_updates_that_were_left_out():
+    report = made((1.0,), skipped=(3, 40, 41, 45))
+    assert (report.skipped, report.skipped_after) == (True, 2)
+
+
+def check(step):
+    one = decision(step, Action.OPTIMIZER)
+    return structs.replace(one, id=f"{one.id}/update", parameters={"skip_step": 1.0})
+
+
+def test_a_decision_about_an_update_is_reported_with_the_step_it_was_about():
+    reports = FieldReports()
+    done = []
+    for step in range(10 + WINDOW + 1):
+        if step == 10:
+            known = frame(step, loss=9.0, lr_scale=0.25)
+            reports.checked(check(step), known, "enforce")
+            assert reports.pending == 1
+        seen = frame(step, loss=1.0, lr_scale=1.0, update_skipped=float(step == 10))
+        done += reports.judged(seen, 0.0)
+        if step == 10:  # the step itself has a decision of its own
+            reports.decided(decision(step), seen, "enforce")
+    of_update, of_step = map(report_of, done)
+    assert (of_update.decision, of_update.update) == ("run/0/10/update", True)
+    assert (of_update.skipped, of_update.lr_scale) == (True, 1.0)
+    assert (of_step.decision, of_step.update, of_step.skipped) == ("run/0/10", False, True)
+
+
+def test_of_an_update_whose_step_never_came_nothing_is_known():
+    reports = FieldReports()
+    reports.judged(values(0, 1.0), 0.0)
+    reports.checked(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")
+    reports.checked(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")  # once more
+    (due,) = reports.quiet(QUIET_S + 1)
+    report = report_of(due)
+    assert (report.outcome, report.lr_scale, report.skipped) == ("inconclusive", None, None)
+    assert reports.pending == 0
+
+    passed = FieldReports()
+    passed.judged(values(0, 1.0), 0.0)
+    passed.checked(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")
+    passed.judged(values(2, 1.0), 0.0)
+    (report,) = map(report_of, passed.judged(values(40, 1.0), 0.0))
+    assert (report.step, report.lr_scale, report.skipped) == (1, None, None)
+
+
+def test_a_check_of_a_rank_that_is_not_known_has_no_report():
+    reports = FieldReports()
+    reports.checked(check(1), frame(1, loss=1.0), "enforce")
+    assert reports.pending == 0

@@ -73,6 +73,23 @@ def test_what_was_proposed_and_what_the_trainer_does_with_decisions_are_noted(no
     assert (entry.proposal.seed_id, entry.proposal.operation) == ("s1", "blend")
 
 
+def test_a_check_is_noted_unless_it_changes_nothing(notebook, engine):
+    notebook.greet(Hello(PROTOCOL, "run", "one", 0, 1, [], [], mode="enforce"))
+    engine.observe(frame(0, loss=1.0, loss_delta=0.0))
+    for delta in (0.0, 2.0):
+        known = frame(1, loss=1.0, loss_delta=delta)
+        notebook.checked(engine.check(known), known, 0)
+    unknown = frame(1, rank=1)
+    notebook.checked(engine.check(unknown), unknown, 0)
+    (entry,) = entries(notebook, Decided)
+    assert (entry.id, entry.update, entry.step) == ("run/0/1/update", True, 1)
+    assert (entry.mode, entry.asked, entry.parameters) == ("enforce", True, {"lr_scale": 0.5})
+    assert entry.findings[0].values == {"loss_delta": 2.0}
+    assert notebook.checks == {"unchanged": 1, "smaller": 1, "skipped": 0, "unjudged": 1}
+    assert sum(notebook.decisions.values()) == 1, "a check is not a decision about a step"
+    assert notebook.reports_pending == 1
+
+
 def test_a_field_report_follows(notebook, engine):
     for step in range(80):
         engine.observe(frame(step, loss=20.0 if step in (40, 41) else 1.0))

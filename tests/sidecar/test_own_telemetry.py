@@ -132,7 +132,7 @@ def test_one_trace_holds_the_step_of_both_ranks_and_the_decisions_about_it(
             assert attributes(there).items() <= attributes(here).items()
         assert told["esper.decision.action"] == "PAUSE"
         assert told["esper.decision.reason"] == "loss_spike"
-        assert told["esper.decision.mode"] == "enforce"
+        assert told["esper.decision.mode"] == "advise"
         assert told["esper.step"] == told["esper.decision.observed_step"] == 31
         (spike,) = [
             event
@@ -162,6 +162,22 @@ def test_a_step_that_nobody_asked_about_has_its_decision_below_the_step(asked, a
     )
 
 
+def test_a_check_has_a_span_of_its_own_below_the_step():
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    asked = {"skip_step": 1.0}
+    make_span(provider, decided(3, id="r/1/3/update", run="r", rank=1, update=True))
+    make_span(provider, decided(3, run="r", rank=1, parameters=asked))
+    check, decision = exporter.get_finished_spans()
+    assert (check.name, decision.name) == ("tamiyo.check", DECIDE_SPAN)
+    assert check.context.trace_id == decision.context.trace_id
+    assert check.parent.span_id == span_id("r", 1, "one", 3, STEP_SPAN)
+    assert check.attributes["esper.decision.update"] is True
+    assert "esper.decision.update" not in decision.attributes
+    assert decision.attributes["esper.decision.parameter.skip_step"] == 1.0
+
+
 def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
     environment.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{receiver.url}/v1/metrics")
     environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")
@@ -174,8 +190,9 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
             client.ask(step, loss_delta=0.5 if step == 2 else 0.0)
         client.ask(7)
         client.ask(8, loss_delta=0.5)
+        client.check(9, loss=1.0)
         until(lambda: points(receiver).get("tamiyo.answer.duration"))
-        until(lambda: points(receiver)["tamiyo.answer.duration"][0][1].count == 6)
+        until(lambda: points(receiver)["tamiyo.answer.duration"][0][1].count == 7)
         told = points(receiver)
         exports = until(lambda: running.status()["scribe"]["exports"])
     assert exports == [f"{receiver.url}/v1/metrics"]
@@ -192,8 +209,10 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
     assert (frames["judged"], frames["duplicate"]) == (5, 1)
     assert told["tamiyo.frames.missed"][0][1].as_int == 4
     ((_, answers),) = told["tamiyo.answer.duration"]
-    assert sum(answers.bucket_counts) == answers.count == 6
+    assert sum(answers.bucket_counts) == answers.count == 7
     assert 0 < answers.min <= answers.max <= answers.sum
+    checks = {at["decided"]: point.as_int for at, point in told["tamiyo.checks"]}
+    assert checks == {"unchanged": 1, "smaller": 0, "skipped": 0, "unjudged": 0}
     assert told["tamiyo.table.info"][0][0]["version"].startswith("prototype-1+")
     assert told["tamiyo.heartbeat"][0][1].as_int >= 1
     assert {at["queue"] for at, _ in told["tamiyo.queue.depth"]} == {

@@ -15,6 +15,8 @@ from esper_otel.leyline.wire import (
     MAX_BODY,
     PROTOCOL,
     Ask,
+    Check,
+    Guard,
     Hello,
     Refusal,
     SeedRow,
@@ -94,6 +96,136 @@ def test_messages_may_come_in_pieces(client):
     assert isinstance(client.receive(), Welcome)
 
 
+@pytest.fixture(scope="module")
+def guarding(tmp_path_factory):
+    """A sidecar whose table has something to say about updates."""
+    table = tmp_path_factory.mktemp("t") / "updates.yaml"
+    table.write_text(
+        """\
+version: updates
+baseline: {window: 4, warmup: 2}
+rules:
+  - {id: spike, metric: gradient_norm, above_baseline: 11, severity: HIGH, action: OPTIMIZER,
+     parameters: {skip_step: true}}
+  - {id: high, metric: loss, above: 4, severity: HIGH, action: OPTIMIZER,
+     parameters: {lr_scale: 0.25}}
+"""
+    )
+    path = tmp_path_factory.mktemp("g") / "t.sock"
+    with sidecar(path, "--table", str(table), "--journal", str(path.parent / "j")) as running:
+        yield running
+
+
+LOSS_GUARD = Guard("loss", 4.0)
+
+
+def test_a_trainer_that_applies_decisions_is_told_its_guards(guarding):
+    with guarding.client() as client:
+        client.hello(run="guards", mode="enforce")
+        told = [client.answer(step, gradient_norm=2.0, loss=1.0).guards for step in range(6)]
+        assert told == [
+            [LOSS_GUARD],
+            [Guard("gradient_norm", 20.0), LOSS_GUARD],
+            None,
+            *[None] * 3,
+        ]
+        assert client.answer(6, gradient_norm=2.0, loss=5.0).guards is None
+        told = [client.answer(step, gradient_norm=4.0, loss=1.0).guards for step in range(7, 9)]
+        assert [guard and guard[0].above for guard in told] == [None, 30.0]
+        client.hello(run="guards", mode="enforce")  # it has forgotten them
+        assert client.answer(9, gradient_norm=4.0, loss=1.0).guards[1] == LOSS_GUARD
+
+
+@pytest.mark.parametrize("mode", ["advise", ""])
+def test_a_trainer_that_applies_nothing_is_told_no_guards(guarding, mode):
+    with guarding.client() as client:
+        client.hello(run=f"none{mode}", mode=mode)
+        assert [client.answer(step, loss=1.0).guards for step in range(3)] == [None] * 3
+
+
+def test_a_table_without_anything_for_updates_says_so(client):
+    client.hello(run="unguarded", mode="enforce")
+    assert [client.answer(step, loss_delta=0.0).guards for step in range(3)] == [[], None, None]
+
+
+def test_guards_are_those_behind_the_step_that_is_answered(guarding):
+    """Also where the answer itself was plain: the bound has moved beyond what was told."""
+    with guarding.client() as client:
+        client.hello(run="behind", mode="enforce")
+        for step, norm in enumerate((9.0, 9.0, 9.0, 1.0, 1.0)):
+            answer = client.answer(step, gradient_norm=norm, loss=1.0)
+        assert answer.decision.reason == "nominal"
+        (norm, _) = answer.guards
+        assert norm.above == pytest.approx(5 + 0.9 * 50)  # the median of 9, 9, 1, 1
+
+
+def test_an_update_is_checked_before_it_is_made(guarding):
+    before = guarding.status()["checks"]
+    with guarding.client() as client:
+        client.hello(run="checked", mode="enforce")
+        unknown = client.check(1, gradient_norm=50.0)
+        assert (unknown.action, unknown.reason) == (Action.CONTINUE, "protocol_error")
+        for step in range(4):
+            client.ask(step, gradient_norm=2.0, loss=1.0)
+        assert client.check(4, gradient_norm=20.0).reason == "nominal"
+        spike = client.check(4, gradient_norm=50.0, loss=5.0)
+        assert (spike.id, spike.parameters) == ("checked/0/4/update", {"skip_step": 1.0})
+        assert client.check(4, loss=5.0).parameters == {"lr_scale": 0.25}
+        assert client.latest("checked").step == 3
+        assert client.ask(4, gradient_norm=50.0, update_skipped=1.0).reason == "spike"
+        after = client.status()["checks"]
+    assert {name: count - before[name] for name, count in after.items()} == {
+        "unchanged": 1,
+        "smaller": 1,
+        "skipped": 1,
+        "unjudged": 1,
+    }
+    told = tamiyo("status", "--socket", guarding.socket).stdout
+    assert "checks: unchanged " in told
+
+
+def test_a_check_is_by_the_columns_of_the_hello(guarding):
+    with guarding.client() as client:
+        columns = ["new", "loss", "step"]
+        client.call(Hello(PROTOCOL, "columns", "one", 0, 1, columns, [], "enforce"))
+        client.call(Ask(0, 0, 1, [99.0, 1.0, 0.0]))
+        answer = client.call(Check(7, 1, 2, [99.0, 5.0, float("nan")]))
+        assert (answer.request_id, answer.decision.reason) == (7, "high")
+        assert answer.decision.findings[0].values == {"loss": 5.0}
+        infinite = client.call(Check(8, 1, 2, [0.0, float("inf"), 0.0]))
+        assert infinite.decision.reason == "nominal"  # what is not finite is absent
+
+
+def test_what_was_decided_of_an_update_and_what_became_of_it(guarding):
+    """From the journal, in words."""
+    journal = ("--journal", guarding.socket.parent / "j")
+    with guarding.client() as client:
+        client.hello(run="told", mode="enforce")
+        for step in range(45):
+            values = {"gradient_norm": 2.0, "loss": 1.0, "lr_scale": 1.0, "update_skipped": 0.0}
+            if step == 5:
+                values |= {"gradient_norm": 50.0}
+                client.check(5, gradient_norm=50.0, loss=1.0)
+                values |= {"update_skipped": 1.0}
+            client.ask(step, **values)
+
+    def told():
+        return tamiyo("explain", "told/0/5/update", *journal).stdout
+
+    until(lambda: "Afterwards (32 of 32 steps)" in told())
+    assert told().startswith(
+        "told/0/5/update: OPTIMIZER (HIGH)\nabout the update of step 5, before it was made\n"
+    )
+    assert "spike decided: gradient_norm above 11 × its baseline\n" in told()
+    assert "The trainer is in enforce mode.\nThe update of step 5 was left out.\n" in told()
+    lines = tamiyo("journal", "--run", "told", *journal).stdout
+    assert (
+        "told/0/5/update  update of step 5 to be left out: spike (OPTIMIZER, HIGH)\n" in lines
+    )
+    assert "told/0/5/update  afterwards, 32 steps: neutral (" in lines
+    assert "; update of step 5 left out\n" in lines
+
+
 def test_a_restarted_trainer_starts_anew(client):
     client.hello(run="f", instance="one")
     client.ask(500)
@@ -113,6 +245,8 @@ NARROW = encode(Hello(PROTOCOL, "x", "x", 0, 1, ["step"], ["kasmina.seed.alpha"]
         (struct.pack("<I", MAX_BODY + 1), f"a message may have {MAX_BODY} bytes"),
         (encode(Refusal("?")), "not a message of protocol 1"),
         (encode(Ask(1, 1, 1, [1.0])), "an Ask came before a Hello"),
+        (encode(Check(1, 1, 1, [1.0])), "a Check came before a Hello"),
+        (HELLO + encode(Check(1, 1, 1, [1.0])), "columns were named, a row has 1"),
         (
             encode(Hello(PROTOCOL + 1, "x", "x", 0, 1, [], [])),
             f"this is protocol {PROTOCOL}, not {PROTOCOL + 1}",

@@ -97,6 +97,29 @@ def test_with_a_release_it_ends_only_below_it(seen, persistence):
             assert observation == "0"
 
 
+@given(
+    st.lists(st.sampled_from("1~0_"), min_size=1, max_size=60),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.sampled_from([None, 1.0]),
+)
+def test_a_look_ahead_says_what_would_be_and_changes_nothing(seen, persistence, more, release):
+    rule = entry(persistence=persistence, of=persistence + more, release=release)
+    standing, untouched = Standing(), Standing()
+    for observation in seen:
+        for ahead in "1~0_":
+            standing.peek(rule, VERDICTS.get(ahead, False), ahead in "1~")
+        verdict = VERDICTS.get(observation, False)
+        kept = None if observation == "_" else observation in "1~"
+        expected = standing.peek(rule, verdict, kept)
+        for one in (standing, untouched):
+            assert one.take(rule, verdict, kept) is expected
+            one.enter(expected, 0)
+        assert all(
+            getattr(standing, name) == getattr(untouched, name) for name in Standing.__slots__
+        )
+
+
 def test_what_is_forgotten_begins_anew():
     standing, rule = Standing(), entry(persistence=2)
     for _ in range(3):

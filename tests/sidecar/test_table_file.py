@@ -118,11 +118,19 @@ def test_shipped_tables_are_valid_and_have_every_rule_of_the_prototype(name):
 
 
 def test_shipped_tables_agree_on_severity_and_action():
+    """But that the default table only tells what no parameter would be an answer to."""
     default = {rule.id: rule for rule in load("default").rules}
+    only_told = {"optimizer_hint", "optimizer_stale"}
     for rule in load("prototype").rules:
         other = default[rule.id]
-        assert (other.severity, other.action) == (rule.severity, rule.action), rule.id
+        action = Action.CONTINUE if rule.id in only_told else rule.action
+        assert (other.severity, other.action) == (rule.severity, action), rule.id
         assert (other.downgrade, other.conservative) == (rule.downgrade, rule.conservative)
+
+
+def test_no_rule_of_the_default_table_promises_the_optimizer_what_it_does_not_do():
+    for rule in load("default").rules:
+        assert rule.parameters or rule.downgrade or rule.action is not Action.OPTIMIZER
 
 
 BAD = [
@@ -341,17 +349,32 @@ BAD = [
     ),
     (
         f"id: a, metric: loss, above: 1, parameters: {{lr_scale: 2}}, {REST}",
-        "rules[0].parameters: only OPTIMIZER takes parameters, this is PAUSE",
+        "rules[0].parameters.lr_scale: only OPTIMIZER may have it, this is PAUSE",
     ),
     (
-        "id: a, metric: loss, above: 1, parameters: {lr_scale: 11}, severity: HIGH, "
-        "action: OPTIMIZER",
-        "rules[0].parameters.lr_scale: expected more than 0, at most 10, got 11",
+        "id: a, metric: loss, above: 1, parameters: {skip_step: true}, severity: HIGH, "
+        "action: CONTINUE",
+        "rules[0].parameters.skip_step: only OPTIMIZER and PAUSE may have it, this is CONTINUE",
     ),
-    (
-        "id: a, metric: loss, above: 1, parameters: {lr_scale: 0}, severity: HIGH, "
-        "action: OPTIMIZER",
-        "rules[0].parameters.lr_scale: expected more than 0, at most 10, got 0",
+    *(
+        (
+            f"id: a, metric: loss, above: 1, parameters: {{{name}: {value}}}, severity: HIGH, "
+            "action: OPTIMIZER",
+            f"rules[0].parameters.{name}: expected {expected}",
+        )
+        for name, value, expected in (
+            ("lr_scale", "11", "more than 0, at most 10, got 11"),
+            ("lr_scale", "0", "more than 0, at most 10, got 0"),
+            ("lr_scale", "-0.25", "more than 0, at most 10, got -0.25"),
+            ("lr_scale", ".nan", "a number, got .nan"),
+            ("lr_scale", "nan", 'a number, got "nan"'),
+            ("lr_scale", ".inf", "a number, got .inf"),
+            ("lr_scale", "true", "a number, got true"),
+            ("max_norm", "0", "more than 0, got 0"),
+            ("max_norm", ".inf", "a number, got .inf"),
+            ("skip_step", "false", "true, got false"),
+            ("skip_step", "1", "true, got 1"),
+        )
     ),
     (
         "id: a, metric: loss, above: 1, parameters: {lr_scal: 1}, severity: HIGH, "
@@ -552,7 +575,16 @@ FIELDS = st.sampled_from(
     [
         *("version", "rules", "baseline", "window", "warmup", "clean_steps", "junk"),
         *("id", "metric", "all", "any", "for", "cooldown", "downgrade", "severity"),
-        *("action", "parameters", "lr_scale", "conservative", "text", "baseline_of"),
+        *(
+            "action",
+            "parameters",
+            "lr_scale",
+            "max_norm",
+            "skip_step",
+            "conservative",
+            "text",
+            "baseline_of",
+        ),
         *("of", "scope", "mode", "silences", "baseline", "release"),
         *(operator.value for operator in Operator),
     ]

@@ -19,9 +19,10 @@ from esper_tamiyo.language.operators import (
     Operand,
     Operator,
 )
+from esper_tamiyo.language.parameters import PARAMETERS
 from esper_tamiyo.language.table import Baseline, Conservative
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
-from esper_tamiyo.language.table_reader import PARAMETERS, RULE_FIELDS, TOP_FIELDS
+from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 
 STEPS = ["loss", "step_latency_ms", "optimizer_lr", "gradient_norm"]
 SEEDS = ["kasmina.seed.alpha", "kasmina.seed.last_kernel_latency_ms"]
@@ -79,9 +80,10 @@ def rules(draw, name):
     when, scope = draw(waits())
     persistence = draw(st.integers(1, 5))
     adjusts = draw(st.booleans())
+    action = "OPTIMIZER" if adjusts else "PAUSE"
     right = {
         "id": name,
-        "action": "OPTIMIZER" if adjusts else "PAUSE",
+        "action": action,
         "severity": draw(st.sampled_from(["HIGH", "CRITICAL"])),
         "text": "Something.",
         "for": persistence,
@@ -92,10 +94,13 @@ def rules(draw, name):
         "conservative": not adjusts,
         "mode": draw(st.sampled_from(["act", "observe"])),
         "silences": ["last"],
-        "parameters": dict.fromkeys(PARAMETERS, 0.5),
+        "parameters": {
+            name: True if one.flag else 0.5
+            for name, one in PARAMETERS.items()
+            if action in one.actions
+        },
     }
-    fields = [field for field in RULE_FIELDS if adjusts or field != "parameters"]
-    return {field: right[field] for field in fields} | when
+    return {field: right[field] for field in RULE_FIELDS} | when
 
 
 @st.composite
@@ -187,7 +192,10 @@ WRONG = {
     **{operator.value: WRONG_OPERANDS[FORMS[operator].operand] for operator in Operator},
     **dict.fromkeys(("for", "of", "cooldown"), WHOLE),
     **dict.fromkeys(("window", "warmup", "clean_steps"), COUNT),
-    **dict.fromkeys(PARAMETERS, POSITIVE),
+    **{
+        name: WRONG_OPERANDS[Operand.FLAG] if one.flag else POSITIVE
+        for name, one in PARAMETERS.items()
+    },
     **dict.fromkeys(("severity", "action", "mode", "scope", "baseline"), CHOICE),
     **dict.fromkeys(("downgrade", "conservative"), FLAG),
     **dict.fromkeys(("metric", "baseline_of"), NAME),

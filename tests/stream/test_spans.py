@@ -89,7 +89,7 @@ def test_a_step_is_one_trace_with_its_own_times(spans_of):
 
 
 def test_the_step_span_carries_what_people_look_for(spans_of):
-    given = {"loss": 0.25, "gradient_norm": 2.0, "optimizer_lr": 0.1}
+    given = {"loss": 0.25, "gradient_norm": 2.0, "optimizer_lr": 0.1, "lr_scale": 0.5}
     row = [given.get(key, nan) for key in STEP_KEYS]
     root = spans_of(StepTimeline(7, 500, 9_000, PHASES, row, DECISION))["train.step"]
     assert attributes(root) == {
@@ -97,6 +97,7 @@ def test_the_step_span_carries_what_people_look_for(spans_of):
         "esper.loss": 0.25,
         "esper.gradient_norm": 2.0,
         "esper.optimizer_lr": 0.1,
+        "esper.lr_scale": 0.5,
         "esper.decision.action": "OPTIMIZER",
         "esper.decision.severity": "HIGH",
         "esper.decision.reason": "loss_spike",
@@ -124,6 +125,53 @@ def test_the_decision_is_told_with_every_finding(spans_of):
         "esper.finding.seed_id": "s1",
         "esper.finding.value.loss_delta": 0.4,
     }
+
+
+UPDATE = Decision(
+    id="r/0/7/update",
+    run="run",
+    step=7,
+    observed_step=6,
+    action=Action.OPTIMIZER,
+    severity=Severity.CRITICAL,
+    reason="gradient_exploding",
+    findings=[FINDING],
+    parameters={"max_norm": 1.0, "skip_step": 1.0},
+)
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_what_was_done_to_the_step_s_own_update_is_told_on_its_span(spans_of, skipped):
+    row = [float(skipped) if key == "update_skipped" else nan for key in STEP_KEYS]
+    timeline = StepTimeline(7, 500, 9_000, PHASES, row, DECISION, update=UPDATE)
+    spans = spans_of(timeline)
+    told = attributes(spans["train.step"])
+    assert told["esper.update.reason"] == "gradient_exploding"
+    assert told["esper.update.skipped"] is skipped
+    assert told["esper.update.parameter.max_norm"] == 1.0
+    assert told["esper.update.parameter.skip_step"] == 1.0
+    # Beside the decision about the step, which came after its update.
+    assert told["esper.decision.reason"] == "loss_spike"
+    (event,) = spans["train.step"].events
+    assert (event.name, event.time_unix_nano) == ("esper.finding", 9_000)
+    assert attributes(event)["esper.finding.rule"] == "loss_spike"
+
+
+def test_a_step_whose_update_was_not_checked_says_nothing_of_it(spans_of):
+    told = attributes(spans_of(StepTimeline(7, 500, 9_000, PHASES, (), DECISION))["train.step"])
+    assert not [key for key in told if key.startswith("esper.update.")]
+
+
+def test_a_decision_is_taken_within_the_next_step_and_is_told_so(spans_of):
+    """Sent when its step had ended: its span, and that of what it did, end later."""
+    phases = [*PHASES[:-1], ("tamiyo.decide", 9_000, 12_500), ("kasmina.apply", 14_000, 15_000)]
+    spans = spans_of(StepTimeline(7, 500, 9_000, phases, (), DECISION, applied=True))
+    root, decide, apply = (
+        spans[name] for name in ("train.step", "tamiyo.decide", "kasmina.apply")
+    )
+    assert root.end_time_unix_nano == decide.start_time_unix_nano == 9_000
+    assert (decide.end_time_unix_nano, apply.start_time_unix_nano) == (12_500, 14_000)
+    assert decide.parent_span_id == apply.parent_span_id == root.span_id
 
 
 def test_only_a_step_that_nobody_judged_is_an_error(spans_of):

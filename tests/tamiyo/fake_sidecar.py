@@ -14,8 +14,10 @@ from msgspec import structs
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import Action, Decision, Severity
 
+Request = wire.Ask | wire.Check
 
-def decision_about(ask: wire.Ask) -> Decision:
+
+def decision_about(ask: Request) -> Decision:
     return Decision(
         id=f"test/{ask.step}",
         run="test",
@@ -28,7 +30,7 @@ def decision_about(ask: wire.Ask) -> Decision:
     )
 
 
-def all_is_well(ask: wire.Ask) -> list[bytes]:
+def all_is_well(ask: Request) -> list[bytes]:
     """What an ask is answered when there is nothing to decide."""
     told = structs.replace(
         decision_about(ask),
@@ -40,19 +42,20 @@ def all_is_well(ask: wire.Ask) -> list[bytes]:
     return [wire.encode(wire.Answer(ask.request_id, told))]
 
 
-def answer(ask: wire.Ask) -> list[bytes]:
-    return [wire.encode(wire.Answer(ask.request_id, decision_about(ask)))]
+def answer(ask: Request, guards: list[wire.Guard] | None = None) -> list[bytes]:
+    return [wire.encode(wire.Answer(ask.request_id, decision_about(ask), guards))]
 
 
 class FakeSidecar:
-    """Serves one connection after the other; ``reply`` turns an ask into what is sent.
+    """Serves one connection after the other; ``reply`` turns a request into what is sent.
 
     A reply of ``[b""]`` closes the connection.
     """
 
-    def __init__(self, path: Path, reply: Callable[[wire.Ask], list[bytes]] = answer) -> None:
+    def __init__(self, path: Path, reply: Callable[[Request], list[bytes]] = answer) -> None:
         self.reply = reply
         self.asks: list[wire.Ask] = []
+        self.checks: list[wire.Check] = []
         self.hellos: list[wire.Hello] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(os.fspath(path))
@@ -93,8 +96,10 @@ class FakeSidecar:
                 if isinstance(message, wire.Hello):
                     self.hellos.append(message)
                     connection.sendall(wire.encode(wire.Welcome(wire.PROTOCOL, "table 1")))
-                elif isinstance(message, wire.Ask):
-                    self.asks.append(message)
+                elif isinstance(message, Request):
+                    (self.asks if isinstance(message, wire.Ask) else self.checks).append(
+                        message
+                    )
                     for part in self.reply(message):
                         if not part:
                             return

@@ -21,7 +21,9 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.frames import seed_row, step_row
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
+from esper_otel.leyline.wire import Guard
 from esper_otel.tamiyo import client as client_module
+from esper_otel.tamiyo import connection as connection_module
 from esper_otel.tamiyo.breaker import State
 from esper_otel.tamiyo.client import TamiyoClient
 from tamiyo.fake_sidecar import FakeSidecar, answer
@@ -311,3 +313,286 @@ def test_the_deadline_may_be_any_fraction_of_a_millisecond(path, deadline_ms):
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
     with pytest.raises(ValueError, match="107 bytes"):
         connect(tmp_path / ("x" * 120))
+
+
+# --- sent now, collected later
+
+
+def send(client, step=1, **more):
+    row = step_row()
+    row[0] = step
+    client.send(step, 1000 + step, row, **more)
+
+
+@pytest.fixture
+def elapse(monkeypatch):
+    """Lets time go by, for the client alone."""
+    passed = [0]
+
+    def now():
+        return time.perf_counter_ns() + passed[0]
+
+    for module in (client_module, connection_module):
+        monkeypatch.setattr(module, "perf_counter_ns", now)
+
+    def elapse(milliseconds):
+        passed[0] += int(milliseconds * 1e6)
+
+    return elapse
+
+
+def took_s(work):
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def test_a_decision_is_collected_once(path):
+    with FakeSidecar(path):
+        client = connect(path)
+        assert client.collect() is None, "nothing has been asked"
+        send(client, 7)
+        assert client.collect().step == 7
+        assert client.collect() is None
+        client.close()
+
+
+def test_sending_waits_for_nobody(path):
+    with FakeSidecar(path, reply=lambda _: []):
+        client = connect(path)
+        assert took_s(lambda: send(client)) < GENEROUS_MS / 1e3 / 2
+        client.close()
+
+
+def test_an_answer_that_is_there_is_taken_however_late_it_is_collected(path, elapse):
+    with FakeSidecar(path) as sidecar:
+        client = connect(path)
+        send(client, 7)
+        until(lambda: sidecar.asks)
+        time.sleep(0.05)
+        elapse(100 * GENEROUS_MS)
+        assert (client.collect().reason, client.breaker.opened) == ("a_rule", 0)
+        client.close()
+
+
+def test_after_the_deadline_nobody_waits_for_an_answer_that_is_not_there(path, elapse):
+    with FakeSidecar(path, reply=lambda _: []):
+        client = connect(path, deadline_ms=10_000)
+        send(client)
+        elapse(10_001)
+        reasons = []
+        assert took_s(lambda: reasons.append(client.collect().reason)) < 5
+        assert reasons == [TIMEOUT]
+        client.close()
+
+
+def test_the_deadline_counts_from_the_sending(path, elapse):
+    with FakeSidecar(path, reply=lambda _: []):
+        client = connect(path, deadline_ms=10_000)
+        send(client)
+        elapse(9_400)  # of the 9,500 that are waited
+        assert 0.05 < took_s(client.collect) < 5
+        client.close()
+
+
+def test_an_ask_that_was_not_collected_is_dropped_with_its_answer(path):
+    with FakeSidecar(path) as sidecar:
+        client = connect(path)
+        send(client, 1)
+        until(lambda: sidecar.asks)
+        send(client, 2)
+        assert client.collect().step == 2
+        assert client.collect() is None
+        client.close()
+
+
+def test_a_sidecar_that_does_not_read_holds_up_no_step(path):
+    stuck = threading.Event()
+    seeds = [(f"s{number}", seed_row()) for number in range(100)]
+
+    def stands_still(message):
+        stuck.wait(30)
+        return []
+
+    with FakeSidecar(path, stands_still):
+        client = connect(path, deadline_ms=5)
+        for step in range(2000):
+            send(client, step, seeds=seeds)
+            if client._failure is not None:
+                break
+        assert client.collect().reason == TIMEOUT
+        stuck.set()
+        client.close()
+
+
+def test_while_the_breaker_is_open_nothing_is_sent(path, probing):
+    client = connect(path)
+    for step in range(3):
+        send(client, step)
+        assert client.collect().reason == UNREACHABLE
+    with FakeSidecar(path) as sidecar:
+        client._closed.set()  # nor does the thread that finds out
+        until(lambda: not probing)
+        for step in range(3, 6):
+            send(client, step)
+            assert client.collect().reason == BREAKER_OPEN
+        assert sidecar.asks == []
+
+
+def test_what_fails_to_be_sent_counts_when_it_is_collected(path):
+    client = connect(path)
+    send(client)
+    assert client.breaker.state is State.CLOSED
+    for _ in range(3):
+        send(client)
+        client.collect()
+    assert client.breaker.state is State.OPEN
+    client.close()
+
+
+def test_a_forked_child_collects_nothing_of_its_parents(path):
+    """As a loader's worker does that is forked between two steps."""
+    with FakeSidecar(path) as sidecar:
+        client = connect(path)
+        send(client, 1)
+        pid = os.fork()
+        if pid == 0:
+            decision = client.collect()
+            fine = decision is None or decision.reason == BREAKER_OPEN
+            send(client, 2)
+            fine = fine and client.collect().reason == BREAKER_OPEN
+            # Nor does it begin to look whether the sidecar answers again.
+            os._exit(0 if fine and not client._reported_down else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert client.collect().step == 1
+        client.close()
+    assert [message.step for message in sidecar.asks] == [1]
+
+
+# --- checks
+
+
+def check(client, step=1):
+    row = step_row()
+    row[0] = step
+    return client.check(step, 1000 + step, row)
+
+
+def test_a_check_is_answered_as_an_ask_is(path):
+    with FakeSidecar(path) as sidecar:
+        client = connect(path)
+        ask(client, 1)
+        decision = check(client, 2)
+        ask(client, 2)
+        client.close()
+    assert (decision.step, decision.parameters) == (2, {"lr_scale": 0.5})
+    (checked,) = sidecar.checks
+    assert (checked.step, checked.time_unix_nano, checked.values[0]) == (2, 1002, 2.0)
+    first, second = sidecar.asks
+    assert first.request_id < checked.request_id < second.request_id, "one count for both"
+
+
+def test_a_check_waits_until_its_deadline_and_no_longer(path):
+    with FakeSidecar(path, reply=lambda _: []):
+        client = connect(path, deadline_ms=20)
+        decisions = []
+        assert took_s(lambda: decisions.append(check(client, 5))) >= 0.015
+        client.close()
+    (decision,) = decisions
+    assert (decision.step, decision.action, decision.reason) == (5, Action.CONTINUE, TIMEOUT)
+    assert decision.parameters == {}
+
+
+def test_checks_and_asks_that_fail_count_together(path):
+    client = connect(path)
+    reasons = [check(client).reason, ask(client).reason, check(client).reason]
+    assert reasons == [UNREACHABLE] * 3
+    assert check(client).reason == BREAKER_OPEN
+    client.close()
+
+
+def test_a_check_that_failed_last_is_what_the_probe_repeats(path):
+    client = connect(path, deadline_ms=50)
+    for step in (7, 8, 9):
+        check(client, step)
+    with FakeSidecar(path) as sidecar:
+        until(lambda: client.breaker.state is State.CLOSED)
+        assert ask(client, 30).reason == "a_rule"
+        client.close()
+    assert [each.step for each in sidecar.checks] == [9]
+
+
+# --- guards
+
+
+LOSS = Guard("loss", above=5.0)
+NORM = Guard("gradient_norm", above=5.0)
+
+
+def holds(client, loss=9.0, norm=9.0):
+    """Which of the guards above it has, None before any were told."""
+    guards = client.guards
+    if guards is None:
+        return None
+    return guards.crossed(loss, 0.0, None), guards.crossed(0.0, norm, None)
+
+
+def test_guards_are_those_of_the_newest_answer_that_had_any(path):
+    told = iter([None, [LOSS], None, [NORM], []])
+    with FakeSidecar(path, lambda message: answer(message, next(told))):
+        client = connect(path)
+        seen = []
+        for step in range(5):
+            ask(client, step)
+            seen.append(holds(client))
+        client.close()
+    assert seen == [None, (True, False), (True, False), (False, True), (False, False)]
+
+
+def test_the_answer_to_a_check_may_bring_guards_too(path):
+    with FakeSidecar(path, lambda message: answer(message, [LOSS])):
+        client = connect(path)
+        check(client)
+        assert holds(client) == (True, False)
+        client.close()
+
+
+def test_guards_of_an_answer_that_is_late_are_not_lost(path):
+    """The sidecar tells them once; that nobody waited any more is not known there."""
+    let_go = threading.Event()
+
+    def late_first(message):
+        if message.step == 1:
+            let_go.wait(10)
+        return answer(message, [LOSS] if message.step == 1 else None)
+
+    with FakeSidecar(path, late_first):
+        client = connect(path, deadline_ms=30)
+        assert ask(client, 1).reason == TIMEOUT
+        let_go.set()
+        client._patience_ns = int(GENEROUS_MS * 1e6)
+        assert ask(client, 2).step == 2
+        assert holds(client) == (True, False)
+        client.close()
+
+
+def test_guards_of_an_answer_that_was_not_collected_are_not_lost(path):
+    with FakeSidecar(path, lambda m: answer(m, [LOSS] if m.step == 1 else None)) as sidecar:
+        client = connect(path)
+        send(client, 1)
+        until(lambda: sidecar.asks)
+        ask(client, 2)
+        assert holds(client) == (True, False)
+        client.close()
+
+
+def test_guards_of_the_answer_to_a_probe_are_not_lost(path):
+    client = connect(path, deadline_ms=50)
+    for step in range(3):
+        ask(client, step)
+    told = iter([[LOSS]])
+    with FakeSidecar(path, lambda message: answer(message, next(told, None))):
+        until(lambda: client.breaker.state is State.CLOSED)
+        assert ask(client, 30).reason == "a_rule"
+        assert holds(client) == (True, False)
+        client.close()

@@ -1,119 +1,22 @@
 import math
 
 import pytest
+from tolaria.loops import MS, Late, Optimizer, make, one_step, stop_the_clock
+from tolaria.sidecars import Sidecar, decided
 
-from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, Severity, unanswered
-from esper_otel.leyline.frames import present
-from esper_otel.leyline.metrics import BY_KEY, STEP_KEYS
-from esper_otel.tolaria import recorder as recorder_module
+from esper_otel.leyline.decisions import NOT_ASKED, Action
+from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.tolaria.fetches import Source
-from esper_otel.tolaria.recorder import MAX_PHASES, Recorder
-from esper_otel.tolaria.responses import LearningRate, Responses
-
-MS = 1_000_000
-
-
-class Clock:
-    """perf_counter_ns of the tests: stands still unless told to go on."""
-
-    def __init__(self):
-        self.now = 10**12
-
-    def __call__(self):
-        return self.now
-
-    def pass_ms(self, milliseconds):
-        self.now += int(milliseconds * MS)
-
-
-class Frames:
-    def __init__(self):
-        self.taken = []
-        self.timelines = []
-
-    def frame(self, time_unix_nano, row, seeds=()):
-        self.taken.append((time_unix_nano, present(STEP_KEYS, row)))
-
-    def timeline(self, timeline):
-        self.timelines.append(timeline)
-
-
-class Sidecar:
-    """Answers after ``takes_ms`` with ``decision``."""
-
-    def __init__(self, clock, takes_ms=0.0, decision=None):
-        self.clock, self.takes_ms, self.decision = clock, takes_ms, decision
-        self.asked = []
-
-    def ask(self, step, time_unix_nano, row, seeds=()):
-        self.asked.append((step, time_unix_nano, present(STEP_KEYS, row)))
-        self.clock.pass_ms(self.takes_ms)
-        return self.decision or unanswered("r", step, "nominal")
-
-
-class Optimizer:
-    def __init__(self, *groups):
-        self.param_groups = list(groups)
-
-
-class Late:
-    """A value that a device has not delivered yet."""
-
-    def __init__(self):
-        self.number = None
-
-    def ready(self):
-        return self.number is not None
-
-    def value(self):
-        return self.number
+from esper_otel.tolaria.step import MAX_PHASES
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(recorder_module, "perf_counter_ns", clock)
-    return clock
-
-
-def make(clock, enforce=False, **options):
-    frames = Frames()
-    rate = LearningRate(minimum=0.01, maximum=1.0, release_steps=10)
-    recorder = Recorder(frames, run="r", responses=Responses(rate, enforce=enforce), **options)
-    recorder.optimizer = Optimizer({"lr": 0.1, "momentum": 0.9})
-    return recorder, frames
-
-
-def one_step(
-    recorder,
-    clock,
-    *,
-    loss=1.0,
-    norm=2.0,
-    wait=1.0,
-    forward=4.0,
-    backward=6.0,
-    norm_ms=0.5,
-    optimizer=2.0,
-    samples=32,
-):
-    asked_for = clock()
-    clock.pass_ms(wait)
-    recorder.batch_came(asked_for, samples)
-    clock.pass_ms(forward)
-    recorder.backward_begins()
-    clock.pass_ms(backward)
-    recorder.backward_ends(loss)
-    hook_began = clock()
-    clock.pass_ms(norm_ms)
-    recorder.optimizer_begins(hook_began, norm)
-    clock.pass_ms(optimizer)
-    recorder.optimizer_ends()
-    recorder.end_step()
+    return stop_the_clock(monkeypatch)
 
 
 def test_a_frame_holds_what_the_loop_did(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     one_step(recorder, clock)
     one_step(recorder, clock, loss=0.5, norm=3.0)
     _, first = frames.taken[0]
@@ -142,12 +45,14 @@ def test_a_frame_holds_what_the_loop_did(clock):
             "optimizer_momentum": 0.9,
             "input_wait_ms": 1.0,
             "nonfinite": 0.0,
+            "lr_scale": 1.0,
+            "update_skipped": 0.0,
         }
     )
 
 
 def test_what_needs_a_step_before_is_absent_from_the_first(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     one_step(recorder, clock)
     (_, first) = frames.taken[0]
     assert not first.keys() & {"step_latency_ms", "loss_delta"}
@@ -155,10 +60,8 @@ def test_what_needs_a_step_before_is_absent_from_the_first(clock):
 
 
 def test_without_enrichment_every_gated_metric_is_gone_and_the_others_remain(clock):
-    enriched, with_all = make(clock, device_values=lambda: {"cpu_util_percent": 5.0})
-    plain, without = make(
-        clock, enriched=False, device_values=lambda: {"cpu_util_percent": 5.0}
-    )
+    enriched, with_all = make(device_values=lambda: {"cpu_util_percent": 5.0})
+    plain, without = make(enriched=False, device_values=lambda: {"cpu_util_percent": 5.0})
     for recorder in (enriched, plain):
         recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
         one_step(recorder, clock)
@@ -170,27 +73,26 @@ def test_without_enrichment_every_gated_metric_is_gone_and_the_others_remain(clo
 
 
 def test_phases_and_the_hook_before_add_up_to_the_step(clock):
-    recorder, frames = make(clock)
-    recorder._client = Sidecar(clock, takes_ms=0.7)
+    recorder, frames = make(client=Sidecar(clock, takes_ms=0.7, sends_ms=0.2))
     for _ in range(3):
         one_step(recorder, clock)
     _, last = frames.taken[-1]
     parts = ("input_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "hook_latency_ms")
     assert sum(last[part] for part in parts) == pytest.approx(last["step_latency_ms"])
-    assert last["tamiyo_latency_ms"] == pytest.approx(0.7)
-    assert last["hook_latency_ms"] == pytest.approx(0.7 + 0.5)
+    assert last["tamiyo_latency_ms"] == pytest.approx(0.2 + 0.7)
+    assert last["hook_latency_ms"] == pytest.approx(0.2 + 0.5 + 0.7)
 
 
 def test_the_ask_carries_exactly_the_frame_that_is_streamed(clock):
-    recorder, frames = make(clock)
-    recorder._client = sidecar = Sidecar(clock)
+    sidecar = Sidecar(clock)
+    recorder, frames = make(client=sidecar)
     for _ in range(3):
         one_step(recorder, clock)
     assert [(time, values) for _, time, values in sidecar.asked] == frames.taken
 
 
 def test_the_loss_of_micro_batches_is_their_mean_and_their_samples_add_up(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     for _ in range(2):
         for loss in (1.0, 2.0, 6.0):
             recorder.batch_came(clock(), 8)
@@ -207,7 +109,7 @@ def test_the_loss_of_micro_batches_is_their_mean_and_their_samples_add_up(clock)
 
 
 def test_a_reported_loss_takes_the_place_of_what_backward_saw(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     recorder.report(0.25, {})
     one_step(recorder, clock, loss=9.0)
     one_step(recorder, clock, loss=9.0)
@@ -216,7 +118,7 @@ def test_a_reported_loss_takes_the_place_of_what_backward_saw(clock):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_left_out_and_counted(clock, bad):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     one_step(recorder, clock, loss=1.0)
     one_step(recorder, clock, loss=bad, norm=bad)
     one_step(recorder, clock, loss=3.0)
@@ -230,7 +132,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(clock, bad):
 
 
 def test_a_rate_that_is_not_finite_is_counted_too(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     recorder.optimizer = Optimizer({"lr": math.inf})
     one_step(recorder, clock)
     _, values = frames.taken[0]
@@ -239,7 +141,7 @@ def test_a_rate_that_is_not_finite_is_counted_too(clock):
 
 
 def test_rates_and_momenta_are_means_over_groups(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     recorder.optimizer = Optimizer(
         {"lr": 0.1, "betas": (0.9, 0.999)}, {"lr": 0.3, "betas": (0.7, 0.999)}
     )
@@ -252,7 +154,7 @@ def test_rates_and_momenta_are_means_over_groups(clock):
 
 
 def test_fetches_of_a_validation_loop_are_not_charged_to_training(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     one_step(recorder, clock)
     for _ in range(5):
         asked_for = clock()
@@ -285,7 +187,7 @@ def one_step_on_tensors(recorder, clock):
 
 
 def test_an_evaluation_is_in_no_step_that_fetches_nothing_itself(clock):
-    recorder, frames = make(clock, span_every=1)
+    recorder, frames = make(span_every=1)
     evaluate(recorder, clock)
     for _ in range(4):
         one_step_on_tensors(recorder, clock)
@@ -304,7 +206,7 @@ def test_an_evaluation_is_in_no_step_that_fetches_nothing_itself(clock):
 
 
 def test_an_evaluation_between_micro_batches_is_in_none_of_their_time(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     for _ in range(2):
         clock.pass_ms(2)
         recorder.backward_begins()
@@ -318,7 +220,7 @@ def test_an_evaluation_between_micro_batches_is_in_none_of_their_time(clock):
 
 
 def test_the_first_step_begins_with_its_first_micro_batch(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     recorder.backward_begins()
     clock.pass_ms(6)
     recorder.backward_ends(1.0)
@@ -328,7 +230,7 @@ def test_the_first_step_begins_with_its_first_micro_batch(clock):
 
 
 def test_what_never_steps_takes_no_memory_without_end(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     for i in range(10_000):
         recorder.batch_came(clock(), 8)
         recorder.backward_begins()
@@ -336,8 +238,8 @@ def test_what_never_steps_takes_no_memory_without_end(clock):
         recorder.backward_ends(float(i))
         recorder.phase("forward", clock(), clock())
         recorder.report(float(i), {"accuracy": 0.5})
-    assert len(recorder._phases) <= MAX_PHASES + 4
-    assert len(recorder._reported) == 1
+    assert len(recorder._under_way.phases) <= MAX_PHASES + 4
+    assert len(recorder._under_way.reported) == 1
     recorder.end_step()
     _, frame = frames.taken[0]
     assert frame["loss"] == 9_999 / 2
@@ -346,7 +248,7 @@ def test_what_never_steps_takes_no_memory_without_end(clock):
 
 
 def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
 
     def step():
         for loss in (1.0, 2.0, 6.0):
@@ -367,7 +269,7 @@ def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
 
 
 def test_frames_that_wait_for_a_device_keep_what_their_losses_were(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     late = Late(), Late()
     recorder.losses_are_shares()
     for loss in late:
@@ -382,7 +284,7 @@ def test_frames_that_wait_for_a_device_keep_what_their_losses_were(clock):
 
 def test_reported_losses_are_nobodys_shares(clock):
     """A loop reports what it computed; a framework divides what backward begins from."""
-    recorder, frames = make(clock)
+    recorder, frames = make()
     recorder.losses_are_shares()
     recorder.report(1.0, {})
     recorder.report(3.0, {})
@@ -391,7 +293,7 @@ def test_reported_losses_are_nobodys_shares(clock):
 
 
 def test_times_of_frames_rise_even_when_the_clock_stands_still(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     for _ in range(5):
         recorder.end_step()
     times = [time for time, _ in frames.taken]
@@ -399,7 +301,7 @@ def test_times_of_frames_rise_even_when_the_clock_stands_still(clock):
 
 
 def test_a_value_still_on_a_device_delays_its_frame_and_those_behind_it(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     late = Late()
     one_step(recorder, clock, loss=late)
     one_step(recorder, clock, loss=2.0)
@@ -412,7 +314,7 @@ def test_a_value_still_on_a_device_delays_its_frame_and_those_behind_it(clock):
 
 
 def test_a_device_that_never_delivers_costs_its_values_and_no_frame(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     for _ in range(20):
         one_step(recorder, clock, loss=Late())
     recorder.finish()
@@ -420,55 +322,75 @@ def test_a_device_that_never_delivers_costs_its_values_and_no_frame(clock):
     assert all("loss" not in v and v["nonfinite"] == 0 for _, v in frames.taken)
 
 
-def test_an_enforced_decision_changes_the_optimizer(clock):
-    decision = Decision(
-        "d", "r", 1, 1, Action.OPTIMIZER, Severity.HIGH, "x", parameters={"lr_scale": 0.5}
-    )
-    recorder, frames = make(clock, enforce=True)
-    recorder._client = Sidecar(clock, decision=decision)
-    one_step(recorder, clock)
-    assert recorder.optimizer.param_groups[0]["lr"] == 0.05
-    assert frames.timelines[-1].applied
-    assert recorder.decision is decision
+def test_an_enforced_decision_changes_the_next_update_and_not_the_optimizer(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, frames = make(enforce=True, client=sidecar)
+    used = [one_step(recorder, clock) for _ in range(2)]
+    assert used == [0.1, 0.05]
+    assert recorder.optimizer.param_groups[0]["lr"] == 0.1
+    assert frames.column("optimizer_lr") == used
+    assert frames.column("lr_scale") == [1.0, 0.5]
+    (timeline,) = frames.timelines
+    assert timeline.decision is sidecar.decisions[1] is recorder.decision
+    assert (timeline.step, timeline.applied) == (1, True)
+
+
+def test_a_schedule_sees_nothing_of_the_factor(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, _ = make(enforce=True, client=sidecar)
+    used = []
+    for step in range(5):
+        recorder.optimizer.param_groups[0]["lr"] = 0.1 / 2**step
+        used.append(one_step(recorder, clock))
+        assert recorder.optimizer.param_groups[0]["lr"] == 0.1 / 2**step
+    assert used == [0.1, *(0.05 / 2**step for step in range(1, 5))]
 
 
 def test_spans_go_to_every_nth_step_to_slow_ones_and_to_findings(clock):
-    recorder, frames = make(clock, span_every=10)
-    recorder._client = sidecar = Sidecar(clock)
+    sidecar = Sidecar(clock)
+    sidecar.decisions[17] = decided(17, Action.PAUSE)
+    recorder, frames = make(span_every=10, client=sidecar)
     for step in range(1, 31):
-        sidecar.decision = (
-            Decision("d", "r", step, step, Action.PAUSE, Severity.HIGH, "x")
-            if step == 17
-            else None
-        )
         one_step(recorder, clock, forward=40.0 if step == 24 else 4.0)
+    assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24]
+    recorder.finish()
     assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24, 30]
+    for timeline in frames.timelines:
+        assert timeline.decision.step == timeline.step
 
 
-def test_the_spans_of_a_step_tile_it(clock):
-    recorder, frames = make(clock, span_every=2)
-    recorder._client = Sidecar(clock, takes_ms=0.7)
-    one_step(recorder, clock)
-    one_step(recorder, clock)
+def test_the_spans_of_a_step_tile_it_and_its_decision_follows(clock):
+    recorder, frames = make(span_every=2, client=Sidecar(clock, takes_ms=0.7, sends_ms=0.2))
+    for _ in range(3):
+        one_step(recorder, clock, norm_ms=0.5)
     (timeline,) = frames.timelines
-    assert [name for name, _, _ in timeline.phases] == [
+    *within, (decide, sent, taken), (apply, applied, done) = timeline.phases
+    assert [name for name, _, _ in within] == [
         "train.input_wait",
         "train.forward",
         "train.backward",
         "tolaria.gradient_norm",
         "train.optimizer",
-        "tamiyo.decide",
-        "kasmina.apply",
     ]
     ends = [timeline.start_unix_nano]
-    for _, began, ended in timeline.phases:
-        assert began == ends[-1]
+    for name, began, ended in within:
+        # The decision about the step before is taken in between: a span of its own.
+        collected = 0.7 if name == "train.optimizer" else 0.0
+        assert began == ends[-1] + int(collected * MS)
         ends.append(ended)
     assert ends[-1] == timeline.end_unix_nano
+    assert (decide, apply) == ("tamiyo.decide", "kasmina.apply")
+    # Sent when the step had ended, taken when the next update was about to be made.
+    assert sent == timeline.end_unix_nano
+    assert taken == sent + round((0.2 + 1 + 4 + 6 + 0.5 + 0.7) * MS)
+    # The update is made, and what becomes of seeds follows at the end of that step.
+    assert applied == done == taken + 2 * MS
 
 
 def test_the_first_step_of_an_explicit_loop_begins_with_its_first_phase(clock):
-    recorder, frames = make(clock, span_every=1)
+    recorder, frames = make(span_every=1)
     clock.pass_ms(500.0)
     began = clock.now
     for name in ("forward", "backward", "optimizer"):
@@ -482,15 +404,13 @@ def test_the_first_step_of_an_explicit_loop_begins_with_its_first_phase(clock):
 
 
 def test_what_cannot_be_reported_is_refused_by_name(clock):
-    recorder, _ = make(clock)
+    recorder, _ = make()
     with pytest.raises(ValueError, match="report\\(acuracy=…\\): expected one of accuracy"):
         recorder.report(None, {"acuracy": 1.0})
-    with pytest.raises(ValueError, match="phase 'foward': expected forward"):
-        recorder.phase("foward", 0, 1)
 
 
 def test_an_exception_inside_is_told_once_and_reaches_nobody(clock, caplog):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     frames.frame = lambda *_: 1 / 0
     one_step(recorder, clock)
     one_step(recorder, clock)
@@ -499,7 +419,30 @@ def test_an_exception_inside_is_told_once_and_reaches_nobody(clock, caplog):
 
 
 def test_switched_off_it_does_nothing(clock):
-    recorder, frames = make(clock)
+    recorder, frames = make()
     recorder.switch_off()
     one_step(recorder, clock)
     assert (frames.taken, recorder.step) == ([], 0)
+
+
+def test_switched_off_it_touches_no_update_either(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, _ = make(enforce=True, client=sidecar)
+    one_step(recorder, clock)
+    recorder.switch_off()
+    assert one_step(recorder, clock) == 0.1
+
+
+def test_in_advise_the_factor_is_always_one(clock):
+    """Also where the run goes on from one that enforced, and held something."""
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, frames = make(enforce=False, client=sidecar)
+    held = {"factor": 0.25, "wait": 10, "clean_steps": 0, "return_factor": 1.0}
+    recorder._responses.rate.resume(held)
+    used = [one_step(recorder, clock) for _ in range(4)]
+    assert used == frames.column("optimizer_lr") == [0.1] * 4
+    assert frames.column("lr_scale") == [1.0] * 4
+    recorder.finish()
+    assert not any(timeline.applied for timeline in frames.timelines)

@@ -3,6 +3,9 @@
 import logging
 
 import pytest
+from tolaria import loops
+from tolaria.loops import Late, stop_the_clock
+from tolaria.sidecars import Sidecar
 
 from esper_otel.leyline.decisions import (
     NOT_ASKED,
@@ -11,72 +14,29 @@ from esper_otel.leyline.decisions import (
     Proposal,
     SeedOperation,
     Severity,
-    unanswered,
 )
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame, present, seed_row
-from esper_otel.leyline.metrics import SEED_KEYS, SEED_SLOT, STEP_KEYS, STEP_SLOT
-from esper_otel.tolaria import recorder as recorder_module
-from esper_otel.tolaria import tending as tending_module
-from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import LearningRate, Responses
+from esper_otel.leyline.metrics import SEED_SLOT, STEP_KEYS, STEP_SLOT
 
-MS = 1_000_000
 PROPOSAL = Proposal("s", SeedOperation.BLEND)
-
-
-class Clock:
-    def __init__(self):
-        self.now = 10**12
-
-    def __call__(self):
-        return self.now
-
-    def pass_ms(self, milliseconds):
-        self.now += int(milliseconds * MS)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(recorder_module, "perf_counter_ns", clock)
-    monkeypatch.setattr(tending_module, "perf_counter_ns", clock)
-    return clock
-
-
-class Frames:
-    def __init__(self):
-        self.taken, self.timelines, self.events = [], [], []
-
-    def frame(self, time_unix_nano, row, seeds=()):
-        seeds = {seed_id: present(SEED_KEYS, values) for seed_id, values in seeds}
-        self.taken.append((present(STEP_KEYS, row), seeds))
-
-    def timeline(self, timeline):
-        self.timelines.append(timeline)
-
-    def event(self, event):
-        self.events.append(event)
-
-
-class Sidecar:
-    def __init__(self, clock, decision=None):
-        self.clock, self.decision, self.asked = clock, decision, []
-
-    def ask(self, step, time_unix_nano, row, seeds=(), proposal=None):
-        self.clock.pass_ms(1)
-        self.asked.append((step, [seed_id for seed_id, _ in seeds], proposal))
-        return self.decision or unanswered("r", step, "nominal")
+    return stop_the_clock(monkeypatch)
 
 
 class Garden:
     """Takes 3 ms to learn, 5 to finalize, 7 to apply; ``fails`` names what raises."""
 
     planted = True
+    acts = True
 
     def __init__(self, clock, fails=()):
         self.clock, self.fails = clock, fails
-        self.calls, self.waiting, self.latest, self.asked_about = [], [], [], []
+        self.calls, self.waiting, self.latest = [], [], []
+        self.asked_about, self.applied = [], []
 
     def note(self, name, milliseconds):
         self.calls.append(name)
@@ -101,8 +61,9 @@ class Garden:
     def apply(self, decision, *, enforced):
         self.note("apply", 7)
         self.decision = (decision.action, decision.reason, enforced)
+        self.applied.append(decision.step)
         self.waiting.append(Event("e", self.clock(), Severity.NORMAL, "t", {"a": 1}))
-        return decision.action is Action.SEED
+        return self.acts and decision.action is Action.SEED
 
     def take_events(self):
         if "take_events" in self.fails:
@@ -111,28 +72,9 @@ class Garden:
         return waiting
 
 
-class Late:
-    def __init__(self):
-        self.number = None
-
-    def ready(self):
-        return self.number is not None
-
-    def value(self):
-        return self.number
-
-
 def make(clock, *, garden=True, enforce=True, fails=(), decision=None, client=True, **options):
-    frames = Frames()
-    rate = LearningRate(minimum=0.01, maximum=1.0, release_steps=10)
-    sidecar = Sidecar(clock, decision)
-    recorder = Recorder(
-        frames,
-        run="r",
-        responses=Responses(rate, enforce=enforce),
-        client=sidecar if client else None,
-        **options,
-    )
+    sidecar = Sidecar(clock, takes_ms=1, decision=decision)
+    recorder, frames = loops.make(enforce, client=sidecar if client else None, **options)
     planted = Garden(clock, fails)
     if garden:
         recorder.tend(planted)
@@ -143,36 +85,66 @@ def one_step(recorder, clock, loss=1.0):
     clock.pass_ms(10)
     recorder.backward_begins()
     recorder.backward_ends(loss)
-    recorder.optimizer_begins(clock(), 1.0)
+    recorder.optimizer_begins(clock(), 1.0, recorder.optimizer)
     clock.pass_ms(2)
-    recorder.optimizer_ends()
+    recorder.optimizer_ends(recorder.optimizer)
     recorder.end_step()
 
 
 def test_the_garden_is_called_in_its_order_and_its_frame_goes_everywhere(clock):
     recorder, frames, sidecar, garden = make(clock)
     one_step(recorder, clock)
-    assert garden.calls == ["learn", "finalize", "apply"]
-    step, seeds = frames.taken[0]
-    assert seeds == {"s": {"kasmina.seed.alpha": 0.1}}
+    assert garden.calls == ["learn", "finalize"]
+    assert frames.seeds == [{"s": {"kasmina.seed.alpha": 0.1}}]
+    (step,) = frames.rows
     assert step["kasmina.isolation.violations"] == 2.0
     assert step["kasmina.kernel_fetch_ms"] == 0.5
     assert step["kasmina.seeds_live"] == 1.0
-    assert sidecar.asked == [(1, ["s"], PROPOSAL)]
+    assert sidecar.proposed == [(1, ["s"], PROPOSAL)]
+    one_step(recorder, clock)
+    assert garden.calls[2:] == ["learn", "apply", "finalize"]
+    assert garden.applied == [1]
 
 
-def test_finalize_is_of_this_step_and_apply_of_the_ask_before(clock):
-    recorder, frames, _, _ = make(clock)
-    for _ in range(2):
+def test_when_it_is_waited_for_the_decision_acts_in_its_own_step(clock):
+    recorder, _, sidecar, garden = make(clock, waits=True)
+    for step in range(1, 4):
         one_step(recorder, clock)
-    first, second = (step for step, _ in frames.taken)
-    assert first["kasmina.finalize_ms"] == second["kasmina.finalize_ms"] == 5.0
-    assert (first["kasmina.apply_ms"], second["kasmina.apply_ms"]) == (0.0, 7.0)
-    assert (first["tamiyo_latency_ms"], second["tamiyo_latency_ms"]) == (0.0, 1.0)
+        assert garden.applied == garden.asked_about == list(range(1, step + 1))
+    assert garden.calls == ["learn", "finalize", "apply"] * 3
+    assert sidecar.lost == 0
+
+
+def test_finalize_is_of_this_step_and_apply_of_the_end_before(clock):
+    recorder, frames, _, _ = make(clock)
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert frames.column("kasmina.finalize_ms") == [5.0] * 3
+    assert frames.column("kasmina.apply_ms") == [0.0, 0.0, 7.0]
+    assert frames.column("tamiyo_latency_ms") == [0.0, 1.0, 1.0]
     # Learning is training: inside optimizer_ms, and outside of what this package cost.
-    assert second["optimizer_ms"] == 2.0 + 3.0
-    assert second["hook_latency_ms"] == 5.0 + 1.0 + 7.0
-    assert second["step_latency_ms"] == 10.0 + 2.0 + 3.0 + second["hook_latency_ms"]
+    assert frames.column("optimizer_ms") == [2.0 + 3.0] * 3
+    # The end of the step before, and taking its decision.
+    assert frames.column("hook_latency_ms") == [0.0, 5.0 + 1.0, 7.0 + 5.0 + 1.0]
+    for row in frames.rows[1:]:
+        assert row["step_latency_ms"] == 10.0 + 2.0 + 3.0 + row["hook_latency_ms"]
+
+
+def test_finalize_and_apply_are_spans_that_do_not_overlap(clock):
+    recorder, frames, _, _ = make(clock, span_every=1)
+    for _ in range(4):
+        one_step(recorder, clock)
+    phases = [phase for timeline in frames.timelines for phase in timeline.phases]
+    took = {
+        name: [(began, ended) for each, began, ended in phases if each == name]
+        for name in ("kasmina.finalize", "kasmina.apply")
+    }
+    ended = 0
+    for began, end in sorted(took["kasmina.finalize"] + took["kasmina.apply"]):
+        assert ended <= began
+        ended = end
+    for name, milliseconds in (("kasmina.finalize", 5), ("kasmina.apply", 7)):
+        assert {end - began for began, end in took[name]} == {milliseconds * loops.MS}
 
 
 def test_a_garden_sees_the_newest_row_that_is_whole(clock):
@@ -190,11 +162,11 @@ def test_seeds_wait_with_the_frame_whose_loss_is_still_on_a_device(clock):
     late = Late()
     one_step(recorder, clock, loss=late)
     assert (frames.taken, sidecar.asked) == ([], [])
-    assert garden.decision == (Action.CONTINUE, NOT_ASKED, True)
     late.number = 1.0
     one_step(recorder, clock)
-    assert [seeds["s"]["kasmina.seed.alpha"] for _, seeds in frames.taken] == [0.1, 0.2]
-    assert sidecar.asked == [(2, ["s"], PROPOSAL)]
+    assert garden.applied == [], "nothing has been decided yet"
+    assert [seeds["s"]["kasmina.seed.alpha"] for seeds in frames.seeds] == [0.1, 0.2]
+    assert sidecar.proposed == [(2, ["s"], PROPOSAL)]
 
 
 def test_the_garden_hears_about_which_frame_it_was_asked(clock):
@@ -205,6 +177,7 @@ def test_the_garden_hears_about_which_frame_it_was_asked(clock):
             late[number - 1].number = 1.0
         one_step(recorder, clock, loss=loss)
     assert garden.asked_about == [1, 2, 3] == [step for step, *_ in sidecar.asked]
+    assert garden.applied == [1, 2]
 
 
 def test_where_nobody_is_asked_the_garden_hears_of_the_step_itself(clock):
@@ -212,13 +185,25 @@ def test_where_nobody_is_asked_the_garden_hears_of_the_step_itself(clock):
     for _ in range(2):
         one_step(recorder, clock, loss=Late())
     assert garden.asked_about == [1, 2]
+    assert garden.calls == ["learn", "finalize", "apply"] * 2
+
+
+def test_the_garden_of_a_loop_whose_optimizers_nobody_watches_hears_every_decision(clock):
+    recorder, _, sidecar, garden = make(clock)
+    for _ in range(4):
+        clock.pass_ms(10)
+        recorder.end_step()
+    assert garden.asked_about == [1, 2, 3, 4]
+    assert garden.applied == [1, 2, 3]
+    assert sidecar.lost == 0
 
 
 def test_an_event_that_knows_its_step_keeps_it(clock):
     recorder, frames, _, garden = make(clock)
     garden.waiting.append(Event("p", clock(), Severity.NORMAL, "t", {"esper.step": 7}))
     one_step(recorder, clock)
-    assert [event.attributes["esper.step"] for event in frames.events] == [7, 1]
+    one_step(recorder, clock)
+    assert [event.attributes["esper.step"] for event in frames.events] == [7, 2]
 
 
 def test_a_recorder_goes_on_from_a_state_and_refuses_what_is_none(clock):
@@ -235,8 +220,8 @@ def test_a_recorder_goes_on_from_a_state_and_refuses_what_is_none(clock):
     resumed.resume({**state, "latest": {**state["latest"], "of_another_version": 1.0}})
     for each in (recorder, resumed):
         one_step(each, clock, loss=5.0)
-    assert garden.latest == [frames.taken[2][0]]
-    after, uncut = frames_after.taken[-1][0], frames.taken[-1][0]
+    assert garden.latest == [frames.rows[2]]
+    after, uncut = frames_after.rows[-1], frames.rows[-1]
     for key in ("step", "loss_delta", "loss_ewma", "loss_volatility", "grad_var"):
         assert after[key] == uncut[key]
 
@@ -245,9 +230,20 @@ def test_a_recorder_goes_on_from_a_state_and_refuses_what_is_none(clock):
 def test_the_decision_reaches_the_garden_with_whether_it_is_enforced(clock, enforce):
     decision = Decision("i", "r", 1, 1, Action.SEED, Severity.NORMAL, "nominal")
     recorder, frames, _, garden = make(clock, enforce=enforce, decision=decision)
-    one_step(recorder, clock)
+    for _ in range(2):
+        one_step(recorder, clock)
     assert garden.decision == (Action.SEED, "nominal", enforce)
-    assert frames.timelines[0].applied
+    assert (frames.timelines[0].step, frames.timelines[0].applied) == (1, True)
+
+
+def test_what_the_garden_did_not_do_is_not_told_as_applied(clock):
+    """As one that grows by itself in ``advise``: it acts, but not because of the decision."""
+    decision = Decision("i", "r", 1, 1, Action.SEED, Severity.NORMAL, "nominal")
+    recorder, frames, _, garden = make(clock, enforce=False, decision=decision)
+    garden.acts = False
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert [timeline.applied for timeline in frames.timelines] == [False, False]
 
 
 def test_a_garden_without_a_sidecar_is_told_that_nobody_was_asked(clock):
@@ -261,13 +257,14 @@ def test_a_garden_without_a_sidecar_is_told_that_nobody_was_asked(clock):
 
 def test_events_become_log_records_and_part_of_the_step_s_spans(clock):
     recorder, frames, _, _ = make(clock, span_every=0)
-    one_step(recorder, clock)
-    (event,) = frames.events
-    assert event.attributes == {"a": 1, "esper.step": 1}
-    assert event.mark == clock() + recorder.clock.offset
+    for _ in range(3):
+        one_step(recorder, clock)
+    # Told at once, and the spans of the step when its decision has acted.
+    first, second = frames.events
+    assert first.attributes == {"a": 1, "esper.step": 2}
     (timeline,) = frames.timelines
-    assert timeline.events == [event]
-    assert timeline.start_unix_nano < event.mark <= timeline.end_unix_nano
+    assert (timeline.step, timeline.events) == (2, [first])
+    assert second.attributes["esper.step"] == 3
 
 
 @pytest.mark.parametrize("name", ["learn", "finalize", "apply", "take_events"])
@@ -276,11 +273,11 @@ def test_a_garden_that_raises_costs_no_frame(clock, caplog, name):
     recorder, frames, _, _ = make(clock, fails=[name])
     for _ in range(3):
         one_step(recorder, clock)
-    assert [step["step"] for step, _ in frames.taken] == [1, 2, 3]
+    assert frames.column("step") == [1, 2, 3]
     assert len(caplog.records) == 1
-    seeds = {seed_id for _, seeds in frames.taken for seed_id in seeds}
+    seeds = {seed_id for seeds in frames.seeds for seed_id in seeds}
     assert seeds == (set() if name == "finalize" else {"s"})
-    assert ("kasmina.seeds_live" in frames.taken[0][0]) is (name != "finalize")
+    assert ("kasmina.seeds_live" in frames.rows[0]) is (name != "finalize")
 
 
 def test_an_uprooted_garden_says_its_last_words_and_is_forgotten(clock):
@@ -291,26 +288,26 @@ def test_an_uprooted_garden_says_its_last_words_and_is_forgotten(clock):
     calls = len(garden.calls)
     one_step(recorder, clock)
     assert len(garden.calls) == calls
-    assert len(frames.events) == 2
-    assert "kasmina.seeds_live" not in frames.taken[2][0]
-    assert frames.taken[2][0]["kasmina.finalize_ms"] == 0.0
+    assert len(frames.events) == 1
+    assert "kasmina.seeds_live" not in frames.rows[2]
+    assert frames.rows[2]["kasmina.finalize_ms"] == 0.0
 
 
 def test_without_a_garden_nothing_is_said_of_one(clock):
     recorder, frames, sidecar, _ = make(clock, garden=False)
     one_step(recorder, clock)
-    step, seeds = frames.taken[0]
-    assert seeds == {}
+    (step,) = frames.rows
+    assert frames.seeds == [{}]
     assert step["kasmina.finalize_ms"] == 0.0
     assert not {"kasmina.seeds_live", "kasmina.isolation.violations"} & set(step)
-    assert sidecar.asked == [(1, [], None)]
+    assert sidecar.proposed == [(1, [], None)]
 
 
 def test_gated_off_finalize_is_not_told_and_the_seeds_are(clock):
     recorder, frames, _, _ = make(clock, enriched=False)
     one_step(recorder, clock)
-    step, seeds = frames.taken[0]
+    (step,) = frames.rows
     assert "kasmina.finalize_ms" not in step
     assert step["kasmina.seeds_live"] == 1.0
-    assert set(seeds) == {"s"}
+    assert set(frames.seeds[0]) == {"s"}
     assert STEP_SLOT["kasmina.seeds_live"]

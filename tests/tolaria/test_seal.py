@@ -1,8 +1,21 @@
-"""Losses of micro-batches that a device still has to deliver, added up."""
+"""Values of a step on their way into its row: sums of losses, previews, odd optimizers."""
+
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from esper_otel.tolaria.seal import MOST_UNDER_WAY, Sum, plus
+from esper_otel.leyline.frames import present, step_row
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.tolaria.seal import (
+    MOST_UNDER_WAY,
+    Sealer,
+    Sum,
+    Unsealed,
+    plus,
+    put_optimizer,
+)
 
 
 class Late:
@@ -69,3 +82,83 @@ def test_a_device_that_delivers_nothing_takes_no_memory_without_end():
     total = total_of(*[Late() for _ in range(1000)])
     assert len(total._under_way) <= MOST_UNDER_WAY
     assert total.value() is None
+
+
+# --- what a row would hold, before its step is over
+
+NUMBERS = st.floats(-1e6, 1e6, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
+VALUES = st.tuples(st.none() | NUMBERS, st.none() | NUMBERS)
+
+
+def sealed(sealer, loss, norm):
+    row = step_row()
+    row[STEP_SLOT["nonfinite"]] = 0.0
+    assert sealer.seal_now(row, loss, 1, norm, {})
+    return present(STEP_KEYS, row)
+
+
+def previewed(sealer, loss, norm):
+    row = step_row()
+    row[STEP_SLOT["nonfinite"]] = 0.0
+    sealer.preview(row, loss, norm)
+    return present(STEP_KEYS, row)
+
+
+@given(values=st.lists(VALUES, max_size=20), enriched=st.booleans(), times=st.integers(1, 3))
+def test_a_preview_is_the_row_to_come_and_is_not_remembered(values, enriched, times):
+    asked, plain = Sealer(enriched=enriched), Sealer(enriched=enriched)
+    for step, (loss, norm) in enumerate(values):
+        would_be = [previewed(asked, loss, norm) for _ in range(times)]
+        previewed(asked, 123.0, 456.0)  # nor is another one
+        row = sealed(asked, loss, norm)
+        assert would_be == [row] * times
+        assert row == sealed(plain, loss, norm)
+        memories = asked.memory(step, step_row()), plain.memory(step, step_row())
+        assert repr(memories[0]) == repr(memories[1])
+
+
+def test_a_preview_takes_no_turn_of_frames_that_wait_for_a_device():
+    sealer = Sealer(enriched=True)
+    late = Late()
+    waiting = Unsealed(1, 0, step_row(), late, 1, None, {})
+    waiting.row[STEP_SLOT["nonfinite"]] = 0.0
+    assert sealer.take(waiting) == []
+    assert previewed(sealer, 5.0, 2.0)["loss"] == 5.0
+    late.number = 1.0
+    following = Unsealed(2, 0, step_row(), 3.0, 1, None, {})
+    assert sealer.take(following) == [waiting, following]
+    row = present(STEP_KEYS, following.row)
+    assert (row["loss"], row["loss_delta"]) == (3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "factor", "told"),
+    [
+        ([{"lr": 0.1, "momentum": 0.9}], 1.0, {"optimizer_lr": 0.1, "optimizer_momentum": 0.9}),
+        ([{"lr": 0.2}], 0.5, {"optimizer_lr": 0.1}),
+        ([{"lr": 0.1}, {"lr": 0.3}], 0.5, {"optimizer_lr": 0.1}),
+        ([{"lr": 1}], 1.0, {"optimizer_lr": 1.0}),
+        ([{"lr": 0.1}, {"lr": None}], 1.0, {}),
+        ([{"lr": 0.1}, {}], 1.0, {}),
+        (
+            [{"lr": 0.1, "betas": (0.9, 0.99)}, {"lr": 0.1, "betas": None}],
+            1.0,
+            {"optimizer_lr": 0.1, "optimizer_momentum": 0.9},
+        ),
+        ([{"lr": 0.1, "betas": [0.8]}], 1.0, {"optimizer_lr": 0.1, "optimizer_momentum": 0.8}),
+        ([{"lr": 0.1, "betas": ()}], 1.0, {"optimizer_lr": 0.1}),
+        ([{"lr": 0.1, "betas": 0.9}], 1.0, {"optimizer_lr": 0.1}),
+        ([{"lr": math.inf}], 1.0, {"nonfinite": 1.0}),
+        (
+            [{"lr": math.nan, "momentum": 0.9}],
+            1.0,
+            {"nonfinite": 1.0, "optimizer_momentum": 0.9},
+        ),
+        ([], 1.0, {}),
+    ],
+)
+def test_rate_and_momentum_of_groups_as_far_as_they_are_numbers(groups, factor, told):
+    row = step_row()
+    row[STEP_SLOT["nonfinite"]] = 0.0
+    put_optimizer(row, groups, factor)
+    assert present(STEP_KEYS, row) == pytest.approx({"nonfinite": 0.0, **told})

@@ -10,6 +10,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.decisions import Action
 from esper_tamiyo.commands.common import Commands
 
 if TYPE_CHECKING:
@@ -61,7 +62,16 @@ def _describe(name: str, table: Table) -> None:
                 print(f"  {rule.id:24} {rule.severity.value:9} {rule.when}{tail}")
 
 
+def _changes_nothing(rule: Rule) -> bool:
+    """Whether an OPTIMIZER rule leaves the optimizer alone, and does not say that it only
+    holds back seeds."""
+    is_about_it = rule.action is Action.OPTIMIZER and not rule.downgrade
+    return is_about_it and not rule.parameters
+
+
 def _extras(rule: Rule) -> list[str]:
+    from esper_tamiyo.language.parameters import PARAMETERS
+
     of = f" of {rule.of}" if rule.of > rule.persistence else ""
     extras = [
         f"for {rule.persistence}{of}" if rule.persistence > 1 or of else "",
@@ -70,6 +80,10 @@ def _extras(rule: Rule) -> list[str]:
         "enters conservative mode" if rule.conservative else "",
         "only observed" if rule.mode == "observe" else "",
         f"silences {', '.join(rule.silences)}" if rule.silences else "",
-        *(f"{name} {value:g}" for name, value in rule.parameters.items()),
+        *(
+            name if PARAMETERS[name].flag else f"{name} {value:g}"
+            for name, value in rule.parameters.items()
+        ),
+        "no parameters: changes no update" if _changes_nothing(rule) else "",
     ]
     return [extra for extra in extras if extra]

@@ -64,8 +64,9 @@ def _show(report: dict[str, Any]) -> None:
     age = report["last_frame_age_s"]
     seen = "it has seen no step yet" if age is None else f"newest step {age:.1f} s ago"
     print(f"tamiyo {report['pid']}, up {report['uptime_s']:.0f} s; {seen}")
-    for name in ("table", "connections", "answers", "answer_ms"):
-        print(f"{name}: {pairs(report[name])}")
+    for name in ("table", "connections", "answers", "checks", "answer_ms"):
+        if name in report:  # a sidecar of before there were checks has none to tell
+            print(f"{name}: {pairs(report[name])}")
     engine = report["engine"]
     print(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
     for name in ("ingest", "scribe"):

@@ -111,6 +111,7 @@ class Chronicle:
             ],
             "answer_ms": _summary(self._answers),
             "ingest_lag_ms": _summary(self._lag),
+            "checks": dict(self.notebook.checks),
             "missed_steps": self.notebook.missed,
             "scribe": self._scribe_report(),
         }

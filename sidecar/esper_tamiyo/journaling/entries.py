@@ -60,6 +60,8 @@ class Decided(Entry, frozen=True, kw_only=True, tag="decision"):
     ``mode`` is what the trainer does with decisions: ``enforce``, ``advise`` or, where
     none has said so, "". ``asked`` is False when the step came in the stream only.
     ``decided_unix_nano`` is by the sidecar's clock, ``took_ms`` since it saw the step.
+    ``update``: it is about the update of the step, which was not made yet; ``parameters`` say
+    what was decided, and the field report what became of it.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Decided(Entry, frozen=True, kw_only=True, tag="decision"):
     proposal: Proposed | None
     findings: list[Found]
     silenced: list[Silenced]
+    update: bool = False
 
 
 class Changed(Entry, frozen=True, kw_only=True, tag="rule"):
@@ -107,6 +110,12 @@ class Reported(Entry, frozen=True, kw_only=True, tag="field_report"):
     ``before`` and ``after`` are medians over at most ``window`` steps, ``during`` the
     values of the step itself; a metric nobody sent is left out. ``observed`` is how many steps
     after the decision were seen.
+
+    ``lr_scale`` and ``skipped`` are of the update of the step itself, as the trainer made it:
+    the factor of its rates, and whether it was left out. ``scaled_from`` is the first step
+    after it whose update had another factor, None where none had; ``lr_scale_after`` is the
+    factor from there on. None is also what the trainer did not say. ``skipped_after`` counts
+    the updates left out among ``observed``.
     """
 
     decision: str
@@ -123,6 +132,12 @@ class Reported(Entry, frozen=True, kw_only=True, tag="field_report"):
     before: dict[str, float]
     during: dict[str, float]
     after: dict[str, float]
+    update: bool = False
+    lr_scale: float | None = None
+    skipped: bool | None = None
+    scaled_from: int | None = None
+    lr_scale_after: float | None = None
+    skipped_after: int = 0
 
 
 class RuleText(msgspec.Struct, frozen=True):

@@ -7,13 +7,20 @@ the run did afterwards.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.decisions import CONSERVATIVE_MODE, NOMINAL, RANK_OF
+from esper_otel.leyline.decisions import (
+    CONSERVATIVE_MODE,
+    LR_SCALE,
+    MAX_NORM,
+    NOMINAL,
+    RANK_OF,
+    SKIP_STEP,
+)
 from esper_tamiyo.journaling.entries import (
     AnyEntry,
     Changed,
@@ -28,14 +35,17 @@ from esper_tamiyo.journaling.journal import in_words
 from esper_tamiyo.judging.witness import RuleState
 
 LATEST = "latest"
+OF_UPDATE = "/update"
+"""End of the ids of decisions about updates."""
 NEAR = 5
 """Ids offered in place of one that is not there."""
 
 MODES = {
-    "enforce": "The trainer applies decisions.",
-    "advise": "The trainer only reports decisions: nothing was changed in the run.",
-    "": "Whether the trainer applied it is not known.",
+    "enforce": "The trainer is in enforce mode.",
+    "advise": "The trainer is in advise mode: it reports decisions and applies none.",
+    "": "Whether the trainer applies decisions is not known.",
 }
+"""What was applied is told by :func:`applied`, from what updates were made with."""
 
 AGAINST = {
     "baseline": "baseline",
@@ -78,13 +88,13 @@ def tell(entries: Iterable[AnyEntry], wanted: str, run: str = "") -> Story:
     decision: Decided | None = None
     report: Reported | None = None
     tables: dict[str, TableInUse] = {}
-    ids: dict[str, None] = {}
+    ids: dict[str, str] = {}
     ended: int | None = None
     for entry in entries:
         if isinstance(entry, TableInUse):
             tables[entry.version] = entry
         elif isinstance(entry, Decided):
-            ids[entry.id] = None
+            ids[entry.id] = entry.run
             if entry.id == wanted or (wanted == LATEST and run in ("", entry.run)):
                 decision, report, ended = entry, None, None
         elif isinstance(entry, Reported):
@@ -93,7 +103,7 @@ def tell(entries: Iterable[AnyEntry], wanted: str, run: str = "") -> Story:
         elif decision is not None and ended is None and _lets_go(entry, decision):
             ended = entry.step if isinstance(entry, Changed) else None
     if decision is None:
-        raise UnknownDecisionError(_unknown(wanted, run, list(ids)))
+        raise UnknownDecisionError(_unknown(wanted, run, ids))
     table = tables.get(decision.table_version)
     rules = {rule.id: rule for rule in table.rules} if table else {}
     return Story(decision, report, rules, ended)
@@ -104,9 +114,11 @@ def lines(story: Story) -> Iterator[str]:
     decision = story.decision
     about = f" for seed {decision.target_seed}" if decision.target_seed else ""
     yield f"{decision.id}: {decision.action} ({decision.severity}){about}"
+    if decision.update:
+        yield f"about the update of step {decision.step}, before it was made"
     yield f"at {in_words(decision.time_unix_nano)}, by table {decision.table_version}"
     yield from _why(story)
-    yield from _what(decision)
+    yield from _what(story)
     yield from _unheard(story)
     yield from _afterwards(story)
 
@@ -176,7 +188,8 @@ def told_values(values: dict[str, float]) -> Iterator[str]:
         yield f"{'; '.join(told)} (of {metric})"
 
 
-def _what(decision: Decided) -> Iterator[str]:
+def _what(story: Story) -> Iterator[str]:
+    decision = story.decision
     yield ""
     for name, value in decision.parameters.items():
         yield f"{name} {value:g}"
@@ -187,6 +200,48 @@ def _what(decision: Decided) -> Iterator[str]:
     if decision.observed_step > decision.step:
         yield f"It had already seen step {decision.observed_step}."
     yield MODES.get(decision.mode, MODES[""])
+    if decision.parameters:
+        if story.report is None:
+            yield "What its updates were made with has not been seen yet."
+        else:
+            yield from applied(story.report, decision.parameters)
+
+
+def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
+    """What updates were really made with, as far as ``parameters`` asked something of them."""
+    if SKIP_STEP in parameters:
+        yield _left_out(report)
+    if LR_SCALE in parameters:
+        which = "lower" if parameters[LR_SCALE] < 1.0 else "higher"
+        yield _rate_of_update(report, which) if report.update else _rate_since(report, which)
+    if MAX_NORM in parameters:
+        yield "Whether gradients were scaled down to max_norm is not in the telemetry."
+
+
+def _left_out(report: Reported) -> str:
+    if report.skipped is None:
+        return f"Whether the update of step {report.step} was left out is not known."
+    return f"The update of step {report.step} was {'' if report.skipped else 'not '}left out."
+
+
+def _rate_of_update(report: Reported, which: str) -> str:
+    update, scale = f"update of step {report.step}", report.lr_scale
+    if scale is None:
+        return f"Whether the {update} was made with a {which} rate is not known."
+    if scale == 1.0:
+        return f"The {update} was not made with a {which} rate."
+    return f"The {update} was made at {scale:g} times the script's rate."
+
+
+def _rate_since(report: Reported, which: str) -> str:
+    scale, since = report.lr_scale_after, report.scaled_from
+    if scale is None:
+        return f"Whether updates were made with a {which} rate is not known."
+    if since is not None:
+        return f"Updates were made at {scale:g} times the script's rate from step {since} on."
+    if scale == 1.0:
+        return f"No update was made with a {which} rate."
+    return f"Updates were made at {scale:g} times the script's rate, as before."
 
 
 def _unheard(story: Story) -> Iterator[str]:
@@ -248,25 +303,31 @@ def _involved(decision: Decided) -> list[str]:
     return [*found, *(silenced.rule for silenced in decision.silenced)]
 
 
-def _unknown(wanted: str, run: str, ids: list[str]) -> str:
+def _unknown(wanted: str, run: str, ids: dict[str, str]) -> str:
     if not ids:
         return "the journal holds no decision other than CONTINUE yet"
     if wanted == LATEST:
-        runs = sorted({one.rsplit("/", 2)[0] for one in ids})
+        runs = sorted(set(ids.values()))
         return f"the journal holds no decision about run {run}; it knows {_some(runs)}"
     return (
         f"{wanted}: the journal holds no such decision (a CONTINUE is not written down); "
-        f"near it are {_some(_near(wanted, ids))}"
+        f"near it are {_some(_near(wanted, list(ids)))}"
     )
 
 
 def _near(wanted: str, ids: list[str]) -> list[str]:
     """The ids of the same rank with the nearest steps, else those spelt most like it."""
-    run_and_rank, _, step = wanted.rpartition("/")
-    same = [one for one in ids if one.rpartition("/")[0] == run_and_rank]
+    run_and_rank, step = _parts(wanted)
+    same = [one for one in ids if _parts(one)[0] == run_and_rank]
     if same and step.isdecimal():
-        return sorted(same, key=lambda one: abs(int(one.rpartition("/")[2]) - int(step)))[:NEAR]
+        return sorted(same, key=lambda one: abs(int(_parts(one)[1]) - int(step)))[:NEAR]
     return get_close_matches(wanted, ids, NEAR, 0.0)
+
+
+def _parts(decision: str) -> tuple[str, str]:
+    """Run and rank, and the step, of an id."""
+    run_and_rank, _, step = decision.removesuffix(OF_UPDATE).rpartition("/")
+    return run_and_rank, step
 
 
 def _some(names: list[str]) -> str:

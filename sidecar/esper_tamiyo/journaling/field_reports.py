@@ -16,6 +16,10 @@ that got worse makes the report ``worse``; else one that improved makes it ``imp
 else it is ``neutral``. With fewer than half of the steps, or of their values, it is
 ``inconclusive``, unless values went missing because they were not finite, which is
 ``worse``.
+
+A decision need not have been applied. What each update was made with is told by the step
+itself (``lr_scale``, ``update_skipped``), and a report repeats it, of the step that was
+decided about and of those behind it.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ UNSTEADINESS = 2.0
 MAX_RANKS = 1024
 """Ranks whose last steps are kept; beyond it the one not heard of for longest goes."""
 
+MAX_CHECKED = 32
+"""Updates of one rank whose step has not been seen; beyond it the oldest has no report."""
+
 QUIET_S = 60.0
 QUIET_STEPS = 20.0
 """A rank that said nothing for so long, and for so many of its steps, has ended."""
@@ -58,11 +65,16 @@ class Outcome(StrEnum):
 
 
 class Look(NamedTuple):
-    """What a report needs of one step; ``values`` are those of :data:`WATCHED`."""
+    """What a report needs of one step; ``values`` are those of :data:`WATCHED`.
+
+    ``lr_scale`` and ``skipped`` say what its update was made with, None where it did not.
+    """
 
     step: int
     values: tuple[float | None, float | None, float | None]
     nonfinite: float
+    lr_scale: float | None = None
+    skipped: bool | None = None
 
 
 class Due(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"):
@@ -83,30 +95,34 @@ class Due(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"
     before: list[Look]
     during: Look
     after: list[Look]
+    update: bool = False
 
 
 class _Pending(NamedTuple):
-    """A decision whose report is due."""
+    """A decision whose report is due; ``update``: about an update that was not made yet."""
 
     decision: Decision
     rank: int
     mode: str
     during: Look
+    update: bool = False
 
 
 class _Past:
     """The last steps of one rank, and the decisions that wait for more of them.
 
     Both are in the order of their steps; what came before a decision and what came after
-    it is only looked up when its report is due.
+    it is only looked up when its report is due. ``checked`` are decisions about updates of
+    steps that have not been seen yet.
     """
 
-    __slots__ = ("heard_s", "instance", "looks", "pending", "time_unix_nano")
+    __slots__ = ("checked", "heard_s", "instance", "looks", "pending", "time_unix_nano")
 
     def __init__(self, instance: str) -> None:
         self.instance = instance
         self.looks: deque[Look] = deque(maxlen=2 * WINDOW + 1)
         self.pending: deque[_Pending] = deque()
+        self.checked: deque[_Pending] = deque(maxlen=MAX_CHECKED)
         self.heard_s = 0.0
         self.time_unix_nano = 0
 
@@ -126,7 +142,7 @@ class FieldReports:
     @property
     def pending(self) -> int:
         """Decisions whose report is due."""
-        return sum(len(past.pending) for past in self._ranks.values())
+        return sum(len(past.pending) + len(past.checked) for past in self._ranks.values())
 
     def judged(self, frame: StepFrame, now_s: float) -> list[Due]:
         """A step was seen: the reports that it completes."""
@@ -143,7 +159,12 @@ class FieldReports:
         self._ranks.move_to_end(key)
         past.heard_s = now_s
         past.time_unix_nano = frame.time_unix_nano
-        past.looks.append(_look(frame))
+        look = _look(frame)
+        past.looks.append(look)
+        while past.checked and past.checked[0].decision.step <= frame.step:
+            known = past.checked.popleft()
+            is_it = known.decision.step == frame.step
+            past.pending.append(known._replace(during=look) if is_it else known)
         while past.pending and frame.step >= past.pending[0].decision.step + WINDOW:
             reports.append(_due(past, past.pending.popleft()))
         return reports
@@ -157,17 +178,32 @@ class FieldReports:
         past = self._ranks.get((frame.run, frame.rank))
         if past is None or not frame.values:
             return
-        if past.pending and past.pending[-1].decision.step == decision.step:
-            past.pending.pop()
+        if past.pending:
+            last = past.pending[-1]
+            if last.decision.step == decision.step and not last.update:
+                past.pending.pop()
         if decision.action is not Action.CONTINUE:
             past.pending.append(_Pending(decision, frame.rank, mode, _look(frame)))
+
+    def checked(self, decision: Decision, known: StepFrame, mode: str) -> None:
+        """A decision was made about the update of a step that is still to be seen.
+
+        ``known`` is what was known of the step then; how its update was made is not.
+        """
+        past = self._ranks.get((known.run, known.rank))
+        if past is None:
+            return
+        if past.checked and past.checked[-1].decision.step == decision.step:
+            past.checked.pop()
+        look = _look(known)._replace(lr_scale=None, skipped=None)
+        past.checked.append(_Pending(decision, known.rank, mode, look, update=True))
 
     def quiet(self, now_s: float) -> list[Due]:
         """Give up on ranks that have ended, as far as silence can tell."""
         return [
             report
             for past in self._ranks.values()
-            if past.pending and now_s - past.heard_s > _patience_s(past)
+            if (past.pending or past.checked) and now_s - past.heard_s > _patience_s(past)
             for report in _given_up(past, "the run said no more")
         ]
 
@@ -182,10 +218,13 @@ class FieldReports:
 
 def _look(frame: StepFrame) -> Look:
     values = frame.values
+    skipped = values.get("update_skipped")
     return Look(
         frame.step,
         (values.get("loss"), values.get("loss_volatility"), values.get("step_latency_ms")),
         values.get("nonfinite", 0.0),
+        values.get("lr_scale"),
+        None if skipped is None else skipped > 0,
     )
 
 
@@ -195,8 +234,9 @@ def _patience_s(past: _Past) -> float:
 
 
 def _given_up(past: _Past, because: str) -> list[Due]:
-    reports = [_due(past, pending, because) for pending in past.pending]
+    reports = [_due(past, pending, because) for pending in (*past.pending, *past.checked)]
     past.pending.clear()
+    past.checked.clear()
     return reports
 
 
@@ -216,12 +256,14 @@ def _due(past: _Past, pending: _Pending, ended: str = "") -> Due:
         before=[look for look in past.looks if look.step < step][-WINDOW:],
         during=pending.during,
         after=[look for look in past.looks if step < look.step <= step + WINDOW],
+        update=pending.update,
     )
 
 
 def report_of(due: Due) -> Reported:
     """The report: what the medians were, and how the run went on."""
     outcome, because = (Outcome.INCONCLUSIVE, due.ended) if due.ended else _judge(due)
+    scaled_from, scale = _scaled(due)
     return Reported(
         time_unix_nano=due.time_unix_nano,
         decision=due.decision,
@@ -238,7 +280,26 @@ def report_of(due: Due) -> Reported:
         before=_medians(due.before),
         during=_by_key(due.during.values),
         after=_medians(due.after),
+        update=due.update,
+        lr_scale=due.during.lr_scale,
+        skipped=due.during.skipped,
+        scaled_from=scaled_from,
+        lr_scale_after=scale,
+        skipped_after=sum(1 for look in due.after if look.skipped),
     )
+
+
+def _scaled(due: Due) -> tuple[int | None, float | None]:
+    """The first step behind the decision whose update had another factor, and that factor;
+    of the last one where none had, and None where nobody said."""
+    before = due.during.lr_scale
+    told = [(look.step, look.lr_scale) for look in due.after if look.lr_scale is not None]
+    if not told:
+        return None, None
+    for step, scale in told:
+        if scale != (1.0 if before is None else before):
+            return step, scale
+    return None, told[-1][1]
 
 
 def _judge(looks: Due) -> tuple[Outcome, str]:

@@ -10,7 +10,14 @@ import time
 from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
-from esper_otel.leyline.decisions import Action, Decision, Finding, Proposal
+from esper_otel.leyline.decisions import (
+    SKIP_STEP,
+    UNJUDGED,
+    Action,
+    Decision,
+    Finding,
+    Proposal,
+)
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.wire import Hello
 from esper_tamiyo.journaling.entries import (
@@ -37,6 +44,9 @@ MAX_RULES = 4096
 RuleOf = tuple[str, str | None]
 """A rule, and the seed it is about."""
 
+CHECKED = ("unchanged", "smaller", "skipped", "unjudged")
+"""What is decided of an update before it is made."""
+
 HELD = frozenset({RuleState.PENDING, RuleState.FIRING, RuleState.RECOVERING})
 
 
@@ -47,6 +57,7 @@ class _Made(NamedTuple):
     proposal: Proposal | None
     time_unix_nano: int
     took_ns: int
+    update: bool = False
 
 
 class _Rank:
@@ -85,6 +96,8 @@ class Notebook:
         self._trace_every = trace_every
         self.decisions: Counter[tuple[str, str, str]] = Counter()
         """Decisions by (action, severity, reason)."""
+        self.checks: Counter[str] = Counter(dict.fromkeys(CHECKED, 0))
+        """Updates that were checked before they were made, by what was decided."""
         self.missed = 0
         """Steps that lie between two that were seen, and were not seen in their turn."""
         self.dropped = 0
@@ -121,6 +134,13 @@ class Notebook:
         took = time.perf_counter_ns() - self._seen_at
         made = _Made(decision, frame, self._asked, self._proposal, time.time_ns(), took)
         self._hear(made)
+
+    def checked(self, decision: Decision, known: StepFrame, seen_at: int) -> None:
+        """An update was checked before it was made; ``known`` is what was known of its step."""
+        self.checks[_became(decision)] += 1
+        if decision.action is not Action.CONTINUE:
+            took = time.perf_counter_ns() - seen_at
+            self._hear(_Made(decision, known, True, None, time.time_ns(), took, update=True))
 
     def greet(self, hello: Hello) -> None:
         """A trainer has introduced itself, and said what it does with decisions."""
@@ -190,7 +210,10 @@ class Notebook:
     def _decision(self, made: _Made) -> Decided:
         decision, frame = made.decision, made.frame
         rank = self._rank((frame.run, frame.rank))
-        self._reports.decided(decision, frame, rank.mode)
+        if made.update:
+            self._reports.checked(decision, frame, rank.mode)
+        else:
+            self._reports.decided(decision, frame, rank.mode)
         proposal = made.proposal
         return Decided(
             time_unix_nano=frame.time_unix_nano,
@@ -217,6 +240,7 @@ class Notebook:
             else Proposed(proposal.seed_id, proposal.operation),
             findings=[_found(finding, rank) for finding in decision.findings],
             silenced=[Silenced(rule, by, seed) for (rule, seed), by in rank.silenced.items()],
+            update=made.update,
         )
 
     def _change(self, change: RuleChange) -> Changed:
@@ -254,6 +278,15 @@ class Notebook:
             values=change.values,
             silenced_by=change.silenced_by,
         )
+
+
+def _became(decision: Decision) -> str:
+    """Which of :data:`CHECKED` it is."""
+    if decision.reason in UNJUDGED:
+        return "unjudged"
+    if SKIP_STEP in decision.parameters:
+        return "skipped"
+    return "smaller" if decision.parameters else "unchanged"
 
 
 def table_entry(table: Table) -> TableInUse:

@@ -114,10 +114,25 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         _decisions,
     ),
     OwnMetric(
+        "tamiyo.checks",
+        Kind.COUNTER,
+        "{update}",
+        "updates checked before they were made, by what was decided: to make them as they are "
+        "(`unchanged`), `smaller` or not at all (`skipped`), or nothing, as the rank was not "
+        "known (`unjudged`)",
+        ("decided",),
+        _each(
+            "decided",
+            {name: name for name in ("unchanged", "smaller", "skipped", "unjudged")},
+            "checks",
+        ),
+    ),
+    OwnMetric(
         "tamiyo.answer.duration",
         Kind.HISTOGRAM,
         "ms",
-        "from seeing an ask to having answered it, in the process that decides",
+        "from seeing a decision request, or a check, to having answered it, in the process "
+        "that decides",
         distribution="answers",
     ),
     OwnMetric(

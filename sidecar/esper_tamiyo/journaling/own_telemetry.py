@@ -39,6 +39,8 @@ SERVICE = "tamiyo"
 """``service.name`` unless ``OTEL_SERVICE_NAME`` or ``OTEL_RESOURCE_ATTRIBUTES`` says else."""
 
 FINDING_EVENT = "esper.finding"
+CHECK_SPAN = "tamiyo.check"
+"""Of a decision about an update that was not made yet."""
 
 
 def endpoint_of(signal: str) -> str:
@@ -168,7 +170,7 @@ def make_span(provider: TracerProvider, decided: Decided) -> None:
     """The span of a decision, below the trainer's own span of asking for it.
 
     A step that came in the stream only was not asked about: then it is below the span of
-    the step.
+    the step. So is the check of its update, which is another question.
     """
     from opentelemetry.trace import (
         NonRecordingSpan,
@@ -185,14 +187,14 @@ def make_span(provider: TracerProvider, decided: Decided) -> None:
             decided.rank,
             decided.instance,
             decided.step,
-            DECIDE_SPAN if decided.asked else STEP_SPAN,
+            DECIDE_SPAN if decided.asked and not decided.update else STEP_SPAN,
         ),
         is_remote=True,
         trace_flags=TraceFlags(TraceFlags.SAMPLED),
     )
     end = decided.decided_unix_nano
     span = provider.get_tracer(SCOPE).start_span(
-        DECIDE_SPAN,
+        CHECK_SPAN if decided.update else DECIDE_SPAN,
         set_span_in_context(NonRecordingSpan(parent)),
         SpanKind.SERVER,
         attributes=_attributes(decided),
@@ -223,6 +225,8 @@ def _attributes(decided: Decided) -> dict[str, AttributeValue]:
         "esper.decision.table_version": decided.table_version,
         "esper.decision.mode": decided.mode or "unknown",
     }
+    if decided.update:
+        attributes["esper.decision.update"] = True
     if decided.target_seed is not None:
         attributes["esper.decision.target_seed"] = decided.target_seed
     if decided.seed_operation is not None:

@@ -30,6 +30,8 @@ from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule
 from esper_tamiyo.judging.run_state import Moved, RunState
 from esper_tamiyo.judging.survey import Key, survey
+from esper_tamiyo.judging.update_guards import UpdateGuards
+from esper_tamiyo.judging.updates import decide_update
 from esper_tamiyo.judging.witness import RuleChange, Witness
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.table import Rule, Table, conditions
@@ -151,6 +153,41 @@ class Engine:
             self._conclude(state, frame, glanced, is_new=True)
         except Exception:
             self._failed(frame)
+
+    def check(self, frame: StepFrame) -> Decision:
+        """Decide about an update that is not made yet; ``frame`` is what is known of its step.
+
+        Nothing is remembered of it: the step itself is judged by :meth:`observe`, after the
+        update. A rank on the way to another table is still judged by the one before. Where
+        nobody can judge, as the rank is not known, another process's or further on already,
+        it is the CONTINUE that says so. Never raises.
+        """
+        run, step, key = frame.run, frame.step, (frame.run, frame.rank)
+        try:
+            state = self._runs.get(key)
+            if state is None or step <= state.newest:
+                return unanswered(run, step, PROTOCOL_ERROR)
+            if frame.instance and state.instance and frame.instance != state.instance:
+                return unanswered(run, step, PROTOCOL_ERROR)
+            return decide_update(
+                key,
+                step,
+                state.newest,
+                state.would_fire(step, frame.values),
+                conservative=state.conservative,
+                table_version=state.book.table.version,
+            )
+        except Exception:
+            self._failed(frame)
+            return unanswered(run, step, PROTOCOL_ERROR)
+
+    def update_guards(self, key: Key, instance: str) -> UpdateGuards | None:
+        """The bounds that no update of a rank may cross unchecked; None when it is not known,
+        or another process's."""
+        state = self._runs.get(key)
+        if state is None or state.instance != instance:
+            return None
+        return state.update_guards
 
     def tick(self, now_ns: int) -> None:
         """Note the ranks that have sent nothing for too long at ``now_ns``.

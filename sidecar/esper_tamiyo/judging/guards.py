@@ -1,9 +1,12 @@
-"""Bounds that a step must cross before any rule can possibly fire.
+"""Bounds that a step, or an update, must cross before any rule can possibly fire.
 
 A trainer waits for its answer, and nearly every step is healthy. Whether *no* rule can
 be true is one comparison per metric, done in C over the row as it came; only a step that
 crosses a bound is judged before it is answered, any other is judged right after. Guards
 are necessary conditions, never sufficient ones: crossing one proves nothing.
+
+The guards of updates, which go to the trainer, are made of the same parts
+(:mod:`~esper_tamiyo.judging.update_guards`).
 """
 
 from __future__ import annotations
@@ -55,12 +58,13 @@ def plan(table: Table) -> GuardPlan:
     made = GuardPlan({}, {}, [], [])
     for rule in table.rules:
         if not rule.about_seeds and not rule.about_silence:
-            for condition in _needed(rule.when):
-                _guard(made, condition)
+            for condition in needed(rule.when):
+                add_guard(made, condition)
     return made
 
 
-def _guard(made: GuardPlan, condition: Condition) -> None:
+def add_guard(made: GuardPlan, condition: Condition) -> None:
+    """Have ``made`` guard ``condition``."""
     upper, lower = made.upper, made.lower
     metric, number = condition.metric, condition.number
     match condition.operator:
@@ -80,7 +84,7 @@ def _guard(made: GuardPlan, condition: Condition) -> None:
             pass
         case operator:
             made.moving.append(condition)
-            if _is_lower(operator):
+            if is_lower(operator):
                 lower.setdefault(metric, -inf)
             else:
                 upper.setdefault(metric, inf)
@@ -170,18 +174,19 @@ def _placed(
 ) -> list[tuple[int, Bound]]:
     place = {metric: place for place, metric in enumerate(bounds)}
     return [
-        (place[condition.metric], _bound(condition, history))
+        (place[condition.metric], bound_of(condition, history))
         for condition in moving
-        if _is_lower(condition.operator) is lower
+        if is_lower(condition.operator) is lower
     ]
 
 
-def _is_lower(operator: Operator) -> bool:
+def is_lower(operator: Operator) -> bool:
     """Whether values *below* the bound cross it."""
     return FORMS[operator].eases > 0
 
 
-def _bound(condition: Condition, history: History) -> Bound:
+def bound_of(condition: Condition, history: History) -> Bound:
+    """Where the bound of a condition is that follows the run; infinite where it cannot hold."""
     metric, number = condition.metric, condition.number
     if condition.operator is Operator.RUNS_OUT_WITHIN:
         slope = history.slopes[metric]
@@ -194,7 +199,7 @@ def _bound(condition: Condition, history: History) -> Bound:
         return lambda: -inf if last.repeats + 1 >= number else inf
     name = Watch(condition.baseline_of, condition.baseline).name
     reference = history.baselines[name]
-    never = -inf if _is_lower(condition.operator) else inf
+    never = -inf if is_lower(condition.operator) else inf
 
     def bound() -> float:
         median = reference.value
@@ -210,14 +215,17 @@ def _is_due(condition: Condition, history: History) -> bool:
     return bool(last.total) and last.missed + 1 >= condition.number
 
 
-def _needed(when: Condition | Group) -> list[Condition]:
-    """Conditions of which at least one holds whenever ``when`` does."""
+def needed(
+    when: Condition | Group, usable: Callable[[Condition], bool] = lambda condition: True
+) -> list[Condition]:
+    """Conditions of which at least one holds whenever ``when`` does; empty where ``usable``
+    ones do not suffice for that."""
     if isinstance(when, Condition):
-        return [when]
-    needed = [_needed(part) for part in when.parts]
+        return [when] if usable(when) else []
+    found = [needed(part, usable) for part in when.parts]
     if when.combine is Combine.ANY:
-        return [condition for part in needed for condition in part]
-    return min(needed, key=_effort)  # any part of an "all" would do
+        return [condition for part in found for condition in part] if all(found) else []
+    return min(filter(None, found), key=_effort, default=[])  # any part of an "all" would do
 
 
 def _effort(part: list[Condition]) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import Watch, Watched
 from esper_tamiyo.judging.rules import compiled
+from esper_tamiyo.judging.update_guards import update_plan
+from esper_tamiyo.judging.updates import UpdateRules
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
 from esper_tamiyo.language.table import Condition, Table, conditions
@@ -34,6 +36,8 @@ class Rulebook:
         "silences",
         "step_watch",
         "table",
+        "update_plan",
+        "updates",
     )
 
     def __init__(self, table: Table) -> None:
@@ -87,6 +91,9 @@ class Rulebook:
             key for part in framed for key in (part.metric, part.baseline_of) if key
         )
         self.guard_plan = plan(table)
+        self.updates = UpdateRules(table)
+        """By which updates are checked before they are made."""
+        self.update_plan = update_plan(table)
 
 
 def _looked_at(part: Condition) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ Verdict = bool | None
 
 Values = Mapping[str, float]
 Test = Callable[[Values, History], Verdict]
+Tells = Callable[[Condition], bool]
+"""Whether the values at hand can tell of a condition."""
 
 
 class CompiledRule(msgspec.Struct, frozen=True):
@@ -53,15 +55,15 @@ class CompiledRule(msgspec.Struct, frozen=True):
         return Finding(rule.id, action, rule.severity, rule.text, seen, seed_id)
 
 
-def compiled(rule: Rule) -> CompiledRule:
-    """``rule``, ready to run."""
+def compiled(rule: Rule, tells: Tells | None = None) -> CompiledRule:
+    """``rule``, ready to run; with ``tells`` a condition that it refuses is unknown."""
     acts = rule.mode is Mode.ACT
     only_tells = rule.action is Action.CONTINUE and not rule.conservative
     easier = eased(rule.when)
     return CompiledRule(
         rule=rule,
-        test=test_of(rule.when),
-        keeps=None if easier is None else test_of(easier),
+        test=_tested(rule.when, tells),
+        keeps=None if easier is None else _tested(easier, tells),
         weight=(FORCE[rule.action], RANK_OF[rule.severity]),
         window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
         acts=acts,
@@ -116,10 +118,20 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
 
 def test_of(when: Condition | Group) -> Test:
     """The test of a condition or group."""
+    return _tested(when, None)
+
+
+def _tested(when: Condition | Group, tells: Tells | None) -> Test:
     if isinstance(when, Condition):
+        if tells is not None and not tells(when):
+            return _unknown
         return _CONDITIONS[when.operator](when)
-    parts = tuple(test_of(part) for part in when.parts)
+    parts = tuple(_tested(part, tells) for part in when.parts)
     return _every(parts) if when.combine is Combine.ALL else _some(parts)
+
+
+def _unknown(values: Values, history: History) -> Verdict:
+    return None
 
 
 def _every(parts: tuple[Test, ...]) -> Test:

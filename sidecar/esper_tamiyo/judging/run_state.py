@@ -17,6 +17,7 @@ from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
 from esper_tamiyo.judging.silence import Pace
 from esper_tamiyo.judging.standing import Standing
 from esper_tamiyo.judging.subject import Subject
+from esper_tamiyo.judging.update_guards import UpdateGuards
 from esper_tamiyo.judging.witness import RuleState
 
 MAX_GAPS = 64
@@ -28,6 +29,7 @@ MAX_SEEDS = 256
 Fired = tuple[CompiledRule, Finding]
 
 _UNKNOWN, _INACTIVE, _FIRING = RuleState.UNKNOWN, RuleState.INACTIVE, RuleState.FIRING
+_HELD = (RuleState.FIRING, RuleState.RECOVERING)
 
 
 class Moved(NamedTuple):
@@ -66,6 +68,7 @@ class RunState:
         "instance",
         "newest",
         "pace",
+        "update_guards",
     )
 
     def __init__(self, instance: str, book: Rulebook, board: PeerBoard, rank: int) -> None:
@@ -86,6 +89,7 @@ class RunState:
         self._seeds: dict[str, Subject] = {}
         self._live: list[Subject] = []
         self.guards = Guards(book.guard_plan, self._rank.history)
+        self.update_guards = UpdateGuards(book.update_plan, self._rank.history)
         self._active: list[tuple[CompiledRule, Standing, Subject]] = []
         self._moves: list[Moved] = []
         self._undecided = False
@@ -143,6 +147,28 @@ class RunState:
             self._unrest = None
         return self._moves
 
+    def would_fire(self, step: int, values: Values) -> list[Fired]:
+        """The rules that would fire and act on the update of ``step``, if it were as ``values``
+        say; changes nothing.
+
+        Only what the update itself breaks counts: a rule that fired, and is on its way back,
+        acts on the steps until then and not on an update that is within all bounds.
+        """
+        rank = self._rank
+        history, standings = rank.history, rank.standings
+        silenced: set[str] = set()
+        for place, entry in self.book.updates.silencing:
+            if self._would_hold(place, entry, values):
+                silenced.update(entry.rule.silences)
+        fired = []
+        for place, entry in self.book.updates.acting:
+            standing, rule = standings[place], entry.rule
+            if rule.id in silenced or step - standing.fired_at <= rule.cooldown:
+                continue
+            if standing.peek(entry, entry.test(values, history), None) is _FIRING:
+                fired.append((entry, entry.finding(values, history, None)))
+        return fired
+
     def fall_silent(self, place: int, entry: CompiledRule) -> Moved | None:
         """The rule on silence fires; None when it does already."""
         standing = self._rank.standings[place]
@@ -179,6 +205,7 @@ class RunState:
         if not book.judges_seeds:
             self._live = []
         self.guards = Guards(book.guard_plan, self._rank.history)
+        self.update_guards = UpdateGuards(book.update_plan, self._rank.history)
         return lost
 
     def rules(self) -> list[dict[str, str | int]]:
@@ -189,6 +216,25 @@ class RunState:
         if self._unrest is None:
             self._unrest = self._not_at_rest()
         return self._unrest
+
+    def _would_hold(self, place: int, entry: CompiledRule, values: Values) -> bool:
+        """Whether a rule would have fired and not be released; as it stands now, if ``values``
+        cannot tell."""
+        rule, rank = entry.rule, self._rank
+        if not (rule.about_seeds or rule.about_ranks):
+            standing = rank.standings[place]
+            verdict = entry.test(values, rank.history)
+            kept: Verdict = None
+            if standing.active and not verdict and entry.keeps is not None:
+                kept = entry.keeps(values, rank.history)
+            after = standing.peek(entry, verdict, kept)
+            if after is not _UNKNOWN:
+                return after in _HELD
+        subjects = self._live if rule.about_seeds else (rank,)
+        return any(
+            standing.active and standing.state in _HELD
+            for standing in (subject.standings[place] for subject in subjects)
+        )
 
     def _not_at_rest(self) -> list[dict[str, str | int]]:
         return [

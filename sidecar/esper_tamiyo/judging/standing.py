@@ -72,6 +72,12 @@ class Standing:
                 self.hits = self.recent = 0
         return _PENDING if self.hits else _INACTIVE
 
+    def peek(self, entry: CompiledRule, verdict: Verdict, kept: Verdict) -> RuleState:
+        """The state that :meth:`take` would give; changes nothing."""
+        trial = Standing()
+        trial.active, trial.hits, trial.recent = self.active, self.hits, self.recent
+        return trial.take(entry, verdict, kept)
+
     def enter(self, state: RuleState, step: int) -> None:
         """Be in ``state`` from ``step`` on."""
         self.state, self.since = state, step

@@ -1,5 +1,7 @@
 """Finds rules that can never fire, never be heard or never end, or that silence in vain.
 
+Also what is asked of an update by a rule that no update is ever checked by.
+
 Such a table is well-formed and does what it says, so it is not refused; but nobody means
 it. ``tamiyo check`` reports what is found here.
 """
@@ -11,7 +13,9 @@ from itertools import islice, product
 from math import ceil, floor, inf, nextafter
 from typing import NamedTuple
 
+from esper_otel.leyline.decisions import MAX_NORM, SKIP_STEP
 from esper_otel.leyline.metrics import Metric
+from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
 from esper_tamiyo.language.table import (
@@ -24,6 +28,7 @@ from esper_tamiyo.language.table import (
     conditions,
     eased,
 )
+from esper_tamiyo.language.updates import is_guarded
 
 MAX_WAYS = 4096
 """Ways in which one rule may come true that are looked at."""
@@ -82,6 +87,7 @@ def doubts(table: Table) -> list[Doubt]:
         for message in (
             *_never_fires(rule),
             *_never_ends(rule),
+            *_never_asked(rule),
             *(
                 f"silences {name} in vain: that speaks while nothing comes, whatever else fired"
                 for name in rule.silences
@@ -129,6 +135,26 @@ def _never_ends(rule: Rule) -> Iterator[str]:
             f"can never end: {easier.metric} lies {_range(everything)}, so it is "
             f"always {easier.operator.value.replace('_', ' ')} {easier.number:g}, its release"
         )
+
+
+def _never_asked(rule: Rule) -> Iterator[str]:
+    """Whether it asks something of updates that is decided before they are made, when it is
+    only judged after them."""
+    asked = [name for name in (MAX_NORM, SKIP_STEP) if name in rule.parameters]
+    if not asked:
+        return
+    if rule.downgrade or rule.about_seeds or rule.about_ranks:
+        why = (
+            "counts only beside a proposal"
+            if rule.downgrade
+            else f"is about {'seeds' if rule.about_seeds else 'other ranks'}"
+        )
+    elif not any(is_guarded(part) for part in conditions(rule.when)):
+        why = f"has no condition on {', '.join(GUARDED[:-1])} or {GUARDED[-1]}"
+    else:
+        return
+    for name in asked:
+        yield f"asks for {name} in vain: no update is checked by a rule that {why}"
 
 
 def _ways(when: Condition | Group) -> Iterator[tuple[Condition, ...]]:

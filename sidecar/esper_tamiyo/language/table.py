@@ -178,7 +178,7 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
     ] = ()
     parameters: Annotated[
         dict[str, float],
-        Meta(description="of OPTIMIZER: `lr_scale`, times which the learning rate is taken"),
+        Meta(description="what it asks of an update: see [below](#parameters)"),
     ] = {}
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import inf
 
 import yaml
 
@@ -20,6 +21,7 @@ from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, Con
 from esper_tamiyo.language.derived import is_seeds
 from esper_tamiyo.language.nodes import shown
 from esper_tamiyo.language.operators import ON_PEERS
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.rings import rings
 from esper_tamiyo.language.table import (
     ID,
@@ -40,8 +42,6 @@ RESERVED = {NOMINAL, CONSERVATIVE_MODE, NOT_ASKED, *FAILED_OPEN}
 ACTIONS = (Action.CONTINUE, Action.OPTIMIZER, Action.PAUSE)
 TOP_FIELDS = ("version", "baseline", "conservative", "rules")
 RULE_FIELDS = tuple(name for name in Rule.__struct_encode_fields__ if name != "when")
-PARAMETERS = {"lr_scale": (0.0, 10.0)}
-"""Parameters an OPTIMIZER rule may give: more than the first number, at most the second."""
 
 _ID = re.compile(ID)
 _KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS
@@ -259,18 +259,30 @@ class TableReader(ConditionReader):
     def parameters(
         self, node: yaml.Node | None, field: str, action: Action | None
     ) -> dict[str, float]:
-        """What an OPTIMIZER decision asks for."""
+        """What the rule asks of an update."""
         if node is None:
             return {}
-        if action is not None and action is not Action.OPTIMIZER:
-            self.fault(node, field, f"only OPTIMIZER takes parameters, this is {action}")
         parameters = {}
         for name, value in self.mapping(node, field, PARAMETERS).items():
-            number = self.number(value, f"{field}.{name}")
-            low, high = PARAMETERS[name]
-            if number is not None and not low < number <= high:
-                message = f"expected more than {low:g}, at most {high:g}, got {shown(value)}"
-                self.fault(value, f"{field}.{name}", message)
-            elif number is not None:
+            parameter, at = PARAMETERS[name], f"{field}.{name}"
+            if action is not None and action not in parameter.actions:
+                whose = " and ".join(parameter.actions)
+                self.fault(value, at, f"only {whose} may have it, this is {action}")
+            number = self.parameter(value, at, parameter)
+            if number is not None:
                 parameters[name] = number
         return parameters
+
+    def parameter(self, node: yaml.Node, field: str, form: Parameter) -> float | None:
+        """One value of ``parameters``, None when it is none."""
+        if form.flag:
+            if shown(node).lower() == "true":
+                return 1.0
+            self.fault(node, field, f"expected true, got {shown(node)}")
+            return None
+        number = self.number(node, field)
+        if number is not None and not 0.0 < number <= form.most:
+            most = f", at most {form.most:g}" if form.most < inf else ""
+            self.fault(node, field, f"expected more than 0{most}, got {shown(node)}")
+            return None
+        return number

@@ -18,6 +18,7 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_tamiyo.language.documents import BrokenDocumentError, compose, read
 from esper_tamiyo.language.nodes import Fault, NodeReader, shown
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import load, shipped_tables
 from esper_tamiyo.replaying.series import MAX_VALUES, SeriesError, Value, series
@@ -32,7 +33,7 @@ _EXPECTATION_FIELDS = frozenset(
         "action",
         "reason",
         "severity",
-        "lr_scale",
+        *PARAMETERS,
         "seed",
         "operation",
         "findings",
@@ -209,8 +210,11 @@ class _TestReader(NodeReader):
         operation = self.choice(
             fields.get("operation"), f"{field}.operation", tuple(SeedOperation)
         )
-        scale = fields.get("lr_scale")
-        lr_scale = self.number(scale, f"{field}.lr_scale") if scale is not None else None
+        parameters = {
+            name: self.parameter(fields[name], f"{field}.{name}", parameter)
+            for name, parameter in PARAMETERS.items()
+            if name in fields
+        }
         found = fields.get("findings")
         findings = (
             tuple(self.rule(each, at) for at, each in self.entries(found, f"{field}.findings"))
@@ -230,7 +234,7 @@ class _TestReader(NodeReader):
             action=action,
             reason=self.rule(reason, f"{field}.reason") if reason is not None else None,
             severity=severity,
-            lr_scale=lr_scale,
+            parameters=parameters,
             seed=self.text(fields["seed"], f"{field}.seed") if "seed" in fields else None,
             operation=operation,
             findings=findings,
@@ -241,6 +245,11 @@ class _TestReader(NodeReader):
                 else None
             ),
         )
+
+    def parameter(self, node: yaml.Node, field: str, form: Parameter) -> float | None:
+        if form.flag:
+            return 1.0 if self.flag(node, field) else None
+        return self.number(node, field)
 
     def rule(self, node: yaml.Node, field: str) -> str:
         name = self.text(node, field)

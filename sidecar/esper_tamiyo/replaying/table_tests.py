@@ -6,7 +6,7 @@ engine that serves trainers; one step follows the other in every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 
 import msgspec
@@ -69,29 +69,35 @@ class Expectation(msgspec.Struct, frozen=True):
     action: Action
     reason: str | None = None
     severity: Severity | None = None
-    lr_scale: float | None = None
     seed: str | None = None
     operation: SeedOperation | None = None
     findings: tuple[str, ...] | None = None
     conservative: bool | None = None
     silence: bool = False
     """Whether it is about the silence behind the step, and not about the step."""
+    parameters: Mapping[str, float | None] = {}
+    """What must be asked for, by name; None: nothing of that name."""
 
     def difference(self, decision: Decision) -> tuple[str, str] | None:
         """(expected, got) in words, None when ``decision`` is as it should be."""
         found = {finding.rule: None for finding in decision.findings}
+        asked = decision.parameters
         parts = [
             (f"{name} {_shown(wanted)}".strip(), f"{name} {_shown(got)}".strip())
             for name, wanted, got in (
                 ("", self.action, decision.action),
                 ("reason", self.reason, decision.reason),
                 ("severity", self.severity, decision.severity),
-                ("lr_scale", self.lr_scale, decision.parameters.get("lr_scale")),
                 ("seed", self.seed, decision.target_seed),
                 ("operation", self.operation, decision.seed_operation),
                 ("conservative", self.conservative, decision.conservative),
             )
             if wanted is not None and wanted != got
+        ]
+        parts += [
+            (f"{name} {_shown(wanted)}", f"{name} {_shown(asked.get(name))}")
+            for name, wanted in self.parameters.items()
+            if wanted != asked.get(name)
         ]
         if self.findings is not None and set(self.findings) != set(found):
             parts.append((f"findings {_listed(self.findings)}", f"findings {_listed(found)}"))

@@ -11,6 +11,7 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import SEED_SLOT, STEP_SLOT
 from esper_otel.leyline.wire import (
     Ask,
+    Check,
     Hello,
     MessageBuffer,
     ToClient,
@@ -19,9 +20,13 @@ from esper_otel.leyline.wire import (
     decode_to_server,
     encode,
 )
+from esper_tamiyo.judging.update_guards import Announced
 
 MAX_BACKLOG = 256 * 1024
 """Unread answers, in bytes, after which a client is given up."""
+
+ENFORCE = "enforce"
+"""What a trainer says of itself that applies decisions."""
 
 _UNKNOWN = ""
 """Stands for every column that is not in the registry."""
@@ -50,7 +55,14 @@ class Columns:
 class Trainer:
     """Who asks on a connection, and what the places of its rows mean."""
 
-    __slots__ = ("_seed_columns", "_step_columns", "glances", "instance", "key")
+    __slots__ = (
+        "_seed_columns",
+        "_step_columns",
+        "announced",
+        "glances",
+        "instance",
+        "key",
+    )
 
     def __init__(self, hello: Hello) -> None:
         self.key = (hello.run, hello.rank)
@@ -59,6 +71,16 @@ class Trainer:
         self._seed_columns = Columns(hello.seed_columns, SEED_SLOT)
         self.glances = self._step_columns.in_registry_order
         """Whether its rows can be held against guards as they are."""
+        self.announced = Announced() if hello.mode == ENFORCE else None
+        """What it was told of the guards of its updates; None: it makes them as they are."""
+
+    def before_update(self, check: Check) -> StepFrame:
+        """What a check says of its step; raises :class:`WireError` for a row that does not
+        fit."""
+        values = self._step_columns.values(check.values)
+        values["step"] = float(check.step)
+        run, rank = self.key
+        return StepFrame(run, self.instance, rank, check.step, check.time_unix_nano, values)
 
     def frame(self, ask: Ask) -> StepFrame:
         """The frame of an ask; raises :class:`WireError` for rows that do not fit."""

@@ -6,6 +6,7 @@ It begins with ``accelerator.init_trackers(...)`` and ends with ``end_training()
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
@@ -41,6 +42,7 @@ class EsperTracker(GeneralTracker):
         """Called by ``init_trackers``: the training begins."""
         self.training.begin()
         self.training.share_losses()
+        self.training.watch_accelerate(sys.modules["accelerate.accelerator"])
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Called by ``init_trackers`` when it is given a configuration, which is not ours."""

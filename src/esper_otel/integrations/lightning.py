@@ -37,6 +37,14 @@ class EsperCallback(Callback):
         """Training is over."""
         self.training.end()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's checkpoints hold what decisions hold, in ``enforce``."""
+        return self.training.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A checkpoint is loaded, before the training begins."""
+        self.training.restore(state_dict)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Training has failed, or was interrupted."""
         self.training.end()
@@ -45,4 +53,8 @@ class EsperCallback(Callback):
 def callbacks() -> list[Callback]:
     """What every Trainer of this process gets: a callback where it is instrumented."""
     instrumented = process.automatic() is not None and suits("lightning", OLDEST)
-    return [EsperCallback()] if instrumented else []
+    return [_OfEveryTrainer()] if instrumented else []
+
+
+class _OfEveryTrainer(EsperCallback):
+    """Beside one that the script adds itself: Lightning saves one callback of each class."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 from packaging.version import InvalidVersion, Version
 
 from esper_otel import process
@@ -31,6 +34,7 @@ class Training:
         """The run; None before the training begins."""
         self._settings = settings
         self._watch: Any = None
+        self._restored: Mapping[str, Any] | None = None
 
     def begin(self, optimizer: Any = None) -> None:
         """Training begins, and ``optimizer`` sets its steps. Never raises."""
@@ -50,6 +54,9 @@ class Training:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         if optimizer is not None:
             run.prefer(optimizer)
+        if self._restored is not None:
+            run.restore(self._restored)
+            self._restored = None
         if automatic is None:
             import torch
 
@@ -61,7 +68,30 @@ class Training:
             process.tell_ignored(run.settings, self._settings)
 
     def _own_run(self) -> Run:
-        return Run(EsperSettings.from_environment(**process.in_code(self._settings)))
+        return Run(EsperSettings.from_environment(**self._settings))
+
+    def state(self) -> dict[str, Any]:
+        """What the framework's checkpoint is to hold of the run.
+
+        Empty where decisions are not applied: then nothing is held, and the checkpoint is
+        what it would be without us.
+        """
+        run = self.run
+        return run.state_dict() if run is not None and run.responses.enforcing else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`, now or when the training begins. Never raises."""
+        if not state:
+            return
+        if self.run is None:
+            self._restored = state
+        else:
+            self.run.restore(state)
+
+    def watch_accelerate(self, accelerator: Any) -> None:
+        """Put the run into Accelerate's checkpoints, where the hooks on torch are ours."""
+        if self._watch is not None:
+            self._watch.accelerate(accelerator)
 
     @property
     def is_watched(self) -> bool:
@@ -90,6 +120,32 @@ class Training:
                 self.run.close()
             except Exception:
                 log.exception("the run could not be closed")
+
+
+def save_beside(run: Run, folder: Any, rank: int) -> None:
+    """Put what decisions hold into ``folder``, a checkpoint; nothing in ``advise``.
+
+    A file per rank. Raises ``OSError``.
+    """
+    if run.responses.enforcing:
+        _file_in(folder, rank).write_bytes(msgspec.msgpack.encode(run.state_dict()))
+
+
+def load_beside(run: Run, folder: Any, rank: int) -> None:
+    """Go on from what :func:`save_beside` left in ``folder``, if it did. Raises ``OSError``."""
+    file = _file_in(folder, rank)
+    if not (run.responses.enforcing and file.exists()):
+        return
+    try:
+        state = msgspec.msgpack.decode(file.read_bytes(), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        tell_once(f"esper-otel: {file} is not used: {error}")
+    else:
+        run.restore(state)
+
+
+def _file_in(folder: Any, rank: int) -> Path:
+    return Path(folder) / f"esper_otel_{rank}.msgpack"
 
 
 def require(framework: str, oldest: str) -> None:

@@ -24,11 +24,39 @@ class EsperCallback(TrainerCallback):
     def __init__(self, **settings: Any) -> None:
         require("transformers", OLDEST)
         self.training = Training(**settings)
+        self._settings = settings
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer's optimizer sets the run's steps."""
         self.training.begin(kwargs.get("optimizer"))
         self.training.share_losses()
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if saved and state.global_step:  # resumed from a checkpoint
+            self.training.restore(saved["attributes"]["state"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer's checkpoints hold what decisions hold, in ``enforce``."""
+        if control.should_save:
+            self._save(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As after a step."""
+        if control.should_save:
+            self._save(state)
+
+    def _save(self, state: Any) -> None:
+        held = self.training.state()
+        if held and state.stateful_callbacks is not None:
+            settings = {name: str(value) for name, value in self._settings.items()}
+            state.stateful_callbacks[type(self).__name__] = {
+                "args": settings,
+                "attributes": {"state": held},
+            }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> EsperCallback:
+        """Called for ``restore_callback_states_from_checkpoint``."""
+        return cls(**state["args"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training is over. One that raises is closed when the next begins, or at exit."""

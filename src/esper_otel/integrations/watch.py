@@ -30,7 +30,7 @@ from esper_otel.tolaria.batches import samples_in
 from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.gradients import whole_norm, with_gradients
 from esper_otel.tolaria.scalars import CopyTimer
-from esper_otel.tolaria.step_hooks import untraced
+from esper_otel.tolaria.step_hooks import StepHooks
 
 log = logging.getLogger("esper_otel")
 
@@ -50,6 +50,7 @@ class Watch:
         self._thread = 0
         self._steps = 0
         self._backward_depth = 0
+        self._steps_in_backward = False
         self._stepped: Any = None
         self._scaled: tuple[Any, Any] | None = None
         self._clips: deque[tuple[list[int], Any]] = deque(maxlen=MAX_CLIPS)
@@ -95,6 +96,33 @@ class Watch:
 
         if hasattr(accelerator, "Accelerator"):
             self._wrap(accelerator.Accelerator, "backward", backward)
+            self._wrap(accelerator.Accelerator, "save_state", self._save_state)
+            self._wrap(accelerator.Accelerator, "load_state", self._load_state)
+
+    def _save_state(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        """The folder that is saved to is known to Accelerate's own hooks only."""
+        from esper_otel.integrations.training import save_beside
+
+        def save(models: Any, weights: Any, folder: Any) -> None:
+            self._quietly(save_beside, self._run, folder, accelerator.process_index)
+
+        handle = accelerator.register_save_state_pre_hook(save)
+        try:
+            return original(accelerator, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    def _load_state(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        from esper_otel.integrations.training import load_beside
+
+        def load(models: Any, folder: Any) -> None:
+            self._quietly(load_beside, self._run, folder, accelerator.process_index)
+
+        handle = accelerator.register_load_state_pre_hook(load)
+        try:
+            return original(accelerator, *args, **kwargs)
+        finally:
+            handle.remove()
 
     def transformers(self, trainer: Any) -> None:
         """Have every ``transformers.Trainer`` name its optimizer to the run."""
@@ -128,11 +156,8 @@ class Watch:
                 log.warning("a part of the instrumentation could not be taken off: %r", error)
 
     def _hook_optimizers(self) -> None:
-        # torch.optim deletes its attribute of this name; the module is public all the same.
-        hooks = importlib.import_module("torch.optim.optimizer")
-        before = hooks.register_optimizer_step_pre_hook(untraced(self._optimizer_begins))
-        after = hooks.register_optimizer_step_post_hook(untraced(self._optimizer_ended))
-        self._undo += [before.remove, after.remove]
+        hooks = StepHooks(self._optimizer_begins, self._optimizer_ended)
+        self._undo += [handle.remove for handle in hooks.register_for_all()]
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
         original = getattr(owner, name)
@@ -167,14 +192,18 @@ class Watch:
         self._backward_depth += 1
         try:
             self._quietly(self._recorder.backward_begins)
+            if self._steps_in_backward:
+                # Its updates are about to be made, on threads that must not wait for answers.
+                self._quietly(self._recorder.collect)
             result = original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
             stepped, self._stepped = self._stepped, None
         self._quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
         if stepped is not None:
+            self._steps_in_backward = True
             self._thread = get_ident()
-            self._quietly(self._run.optimizer_begins, stepped)
+            self._quietly(self._run.measure, stepped)
             self._quietly(self._end_step, stepped)
         return result
 
@@ -237,6 +266,8 @@ class Watch:
         for clipped, norm in reversed(self._clips):
             if clipped == stepped or sorted(clipped) == sorted(stepped):
                 self._recorder.clipped(self._begin(norm))
+                if getattr(norm, "is_cuda", False):
+                    self._run.norm_on_device(optimizer, norm)
                 break
         self._clips.clear()
 
@@ -285,26 +316,31 @@ class Watch:
 
     # Optimizer hooks.
 
-    def _optimizer_begins(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._quietly(self._begin_if_primary, optimizer, args, kwargs)
+    def _optimizer_begins(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        return self._quietly(self._begin_update, optimizer, args, kwargs)
 
-    def _begin_if_primary(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _begin_update(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         # A seed's optimizer steps within the primary's own step.
-        if self._run.owns(optimizer) or not self._primary.begins(
-            optimizer, self._run.preferred
-        ):
-            return
+        if self._run.owns(optimizer):
+            return None
+        is_primary = self._primary.begins(optimizer, self._run.preferred)
         if self._backward_depth:
             # Optimizers that step within backward, one per parameter: the step of the run
             # ends when backward does, and its loss is known. The thread may be autograd's.
-            self._stepped = optimizer
-            return
+            if is_primary:
+                self._stepped = optimizer
+            self._recorder.other_begins(optimizer, collects=False)
+            return None
+        if not is_primary:
+            self._recorder.other_begins(optimizer, collects=not self._elsewhere)
+            return self._run.with_own_rates(optimizer, args, kwargs)
         self._thread = get_ident()
         if self._clips:
             self._quietly(self._tell_clips, optimizer)
-        self._run.optimizer_begins(optimizer, args, kwargs)
+        return self._run.optimizer_begins(optimizer, args, kwargs)
 
     def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._quietly(self._recorder.updates.end, optimizer)
         if self._backward_depth:
             return
         if self._primary.current is optimizer:
@@ -328,8 +364,9 @@ class Watch:
         """Whether this is another thread than the one that trains, as far as is known."""
         return self._thread not in (0, get_ident())
 
-    def _quietly(self, work: Callable[..., Any], *args: Any) -> None:
+    def _quietly(self, work: Callable[..., Any], *args: Any) -> Any:
         try:
-            work(*args)
+            return work(*args)
         except Exception:
             tell_once("a part of a step could not be recorded")
+            return None

@@ -2,13 +2,14 @@
 
 Planting changes nothing of the host. What is asked of a garden at any time is done at the
 end of a step, where :class:`~esper_otel.tolaria.recorder.Recorder` calls, in this order:
-:meth:`Garden.learn`, :meth:`Garden.finalize`, then the ask, of which :meth:`Garden.asked`
-tells it, then :meth:`Garden.apply`.
+:meth:`Garden.learn`, :meth:`Garden.finalize`, then the request, of which :meth:`Garden.asked`
+tells it, then :meth:`Garden.apply` with the decision about the step before.
 
 An operation is carried out by :meth:`Garden.apply` alone, from the proposal that went with
-the very ask that the decision answers, and the proposal is used up by that. What was not
-done is proposed again from the state of things. So an ask without an answer, or a pause,
-can neither lose an operation nor do one twice.
+the very request that the decision answers, if it can still be done, and the proposal is used
+up by that. While it is under way nothing else is proposed. What was not done is proposed
+again from the state of things. So a request without an answer, or a pause, can neither lose
+an operation nor do one twice.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from esper_otel.kasmina.ground import Ground
 from esper_otel.kasmina.growth import Plateau, Sight, choose
 from esper_otel.kasmina.host import Host, submodules
 from esper_otel.kasmina.kernels import Compiler, KernelFetcher
-from esper_otel.kasmina.lifecycle import GROWING
+from esper_otel.kasmina.lifecycle import GROWING, TARGET
 from esper_otel.kasmina.offer import Offer, Offering
 from esper_otel.kasmina.optimizers import OptimizerFactory, adamw
 from esper_otel.kasmina.plot import Plot
@@ -50,6 +51,7 @@ from esper_otel.kasmina.state import (
     plain,
 )
 from esper_otel.leyline.decisions import (
+    NOT_ASKED,
     Action,
     Decision,
     Proposal,
@@ -58,7 +60,7 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame
-from esper_otel.leyline.stages import Stage, check_transition
+from esper_otel.leyline.stages import TRANSITIONS, Stage, check_transition
 from esper_otel.settings import EsperSettings
 
 log = logging.getLogger("esper_otel")
@@ -186,7 +188,7 @@ class Garden:
             return
         self.planted = False
         self._requests.clear()
-        self._offering.make(None)
+        self._offering.clear()
         for plot in self._plots.values():
             plot.terminate()
         self._host.let_go()
@@ -347,34 +349,52 @@ class Garden:
         place = self._place_to_sow(live)
         # What waits for the end of a pause to be culled must not become something else first.
         staying = [sight for sight in sights if not self._requests.wants_out(sight.seed_id)]
-        proposal = choose(staying, place.seed_id if place else None)
+        proposal = None
+        if not self._offering.is_under_way:
+            proposal = choose(staying, place.seed_id if place else None)
         if proposal is not None:
             self._offering.make(self._offer(proposal, place))
         return GardenFrame(rows, ground.violations, ground.fetch_ms, live, proposal)
 
     def asked(self, step: int) -> None:
-        """The proposal of the newest frame went with the ask about ``step``.
+        """The proposal of the newest frame went with the request about ``step``.
 
         Called with the step just ended where nobody is asked.
         """
         self._offering.went_out(step)
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
-        """Do what ``decision`` says of the proposal that went with its ask.
+        """Do what ``decision`` says of the proposal that went with its request.
 
-        Returns whether anything was done. A decision that is not ``enforced``, and one
-        that nobody gave, neither freezes nor resumes.
+        Returns whether the decision changed anything: what the garden does by itself, because
+        it grows autonomously, is not the decision's doing. A decision that is not
+        ``enforced``, and one that nobody gave, neither freezes nor resumes.
         """
-        offer = self._offering.take()
+        asked = None if decision.reason == NOT_ASKED else decision.step
+        return self._decide(self._offering.answered(asked), decision, enforced)
+
+    def _decide(self, offer: Offer | None, decision: Decision, enforced: bool) -> bool:
         judged = judges(decision, enforced)
         acted = judged and self._consent.follow(decision)
+        granted = judged and decision.action is Action.SEED
         if offer is not None and self._consent.to(offer.proposal, decision, judged):
-            return self._carry_out(offer) or acted
-        if judged and decision.action is Action.SEED:
+            if not self._can_be_done(offer):
+                return acted
+            return (self._carry_out(offer) and granted) or acted
+        if granted:
             target = decision.target_seed
             known = target is not None and self._plot_of(target) is not None
             self._consent.refuse(decision, known)
         return acted
+
+    def _can_be_done(self, offer: Offer) -> bool:
+        """Whether what was proposed a step ago still fits the state of its slot."""
+        proposal, plot = offer.proposal, self._plots[offer.slot]
+        if TARGET[proposal.operation] not in TRANSITIONS[plot.stage]:
+            return False
+        if offer.place is not None:
+            return not (plot in self._requests.plots or self._sowing.was_used(proposal.seed_id))
+        return plot.seed is not None and plot.seed.id == proposal.seed_id
 
     def take_events(self) -> list[Event]:
         """What has happened since last asked."""
@@ -428,7 +448,7 @@ class Garden:
         if proposal.operation is SeedOperation.GERMINATE and place is not None:
             return Offer(proposal, place.plot.name, place)
         plot = self._plot_of(proposal.seed_id)
-        return None if plot is None else Offer(proposal, plot.name)
+        return None if plot is None else Offer(proposal, plot.name, reason=plot.hopeless)
 
     def _carry_out(self, offer: Offer) -> bool:
         """Do what was proposed; whether that went well."""
@@ -438,7 +458,7 @@ class Garden:
                 self._sowing.use(place.seed_id)
                 plot.germinate(place.seed_id, place.blueprint)
             elif proposal.operation is SeedOperation.CULL:
-                plot.cull(plot.hopeless)
+                plot.cull(offer.reason)
             else:
                 plot.advance(proposal.operation)
         except Exception as error:

@@ -74,8 +74,10 @@ class StepTimeline(NamedTuple):
     ``phases`` are (span name, start, end), for example ``train.forward``; all times are
     Unix nanoseconds whose differences are those of a monotonic clock. ``row`` is the
     step's row of values. ``decision`` is None when nobody was asked, ``applied`` whether
-    it changed something in the run. ``events`` happened during the step, their marks
-    Unix nanoseconds.
+    it changed something in the run; its phase ``tamiyo.decide`` may end within the next
+    step. ``events`` happened during the step, their marks Unix nanoseconds. ``update`` is
+    what was decided about the step's own update before it was made, None when it was not
+    checked.
     """
 
     step: int
@@ -86,6 +88,7 @@ class StepTimeline(NamedTuple):
     decision: Decision | None = None
     applied: bool = False
     events: Sequence[Event] = ()
+    update: Decision | None = None
 
     @property
     def spans(self) -> int:

@@ -68,8 +68,8 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "lr_scale",
         "1",
-        "factor by which decisions scaled the learning rates of this step's update; 1 when none "
-        "is applied, always in advise mode",
+        "factor by which decisions scaled the learning rates of this step's update: 1 when "
+        "none is applied, and always in advise mode",
     ),
     Metric(
         "update_skipped",
@@ -108,7 +108,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "kasmina.apply_ms",
         "ms",
-        "applying the decision, 0.0 when there was none; of the same ask as tamiyo_latency_ms",
+        "applying a decision at the end of the step before, 0.0 when there was none",
         gated=True,
     ),
     Metric(

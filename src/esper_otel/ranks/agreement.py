@@ -1,9 +1,10 @@
 """Agreement: one decision for all ranks, applied by each at the end of the same step.
 
-The leader asks about step N and posts the decision with what it proposed; nobody waits for
-it. At the end of step N+1 every rank takes what came of the posts of step N, and applies
-that. By then each rank has been through a backward pass in which all took part, so the
-post has long arrived; whoever is late at that point holds up the training itself.
+The leader asks about step N and, as soon as it has the answer, posts it with what it
+proposed; the others post at the end of step N. At the end of step N+1 every rank takes what
+came of the posts of step N, and applies that. The leader has its answer before the optimizer
+of step N+1 steps, and by then each rank has been through a backward pass in which all took
+part, so whoever is late at that point holds up the training itself.
 
 The wait for it is bounded all the same. After one failure (a rank that died or stands
 still, ranks that differ) the agreement is over for good on every rank that notices: it
@@ -13,7 +14,7 @@ says so once, answers CONTINUE with the reason ``not_agreed``, and seeds stay as
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from esper_otel.leyline.decisions import NOT_AGREED, NOT_ASKED, Decision, unanswered
 from esper_otel.ranks.circle import Circle, CircleError, Sent
@@ -41,6 +42,15 @@ class Shared(Protocol):
         """There will be no agreement any more."""
 
 
+class _Prepared(NamedTuple):
+    """What this rank is to post of a step, as it was at the step's end."""
+
+    step: int
+    digest: int
+    flags: bytes
+    order: Order | None
+
+
 class Agreement:
     """Settles with the other ranks what is decided; see the module.
 
@@ -53,6 +63,7 @@ class Agreement:
         self.holds = True
         """False once it is over."""
         self._run = run
+        self._prepared: _Prepared | None = None
         self._sent: tuple[int, int, int, Sent] | None = None
 
     @property
@@ -60,29 +71,36 @@ class Agreement:
         """Whether this rank asks for all."""
         return self.circle.leads
 
-    def settle(self, step: int, decision: Decision) -> Decision:
-        """Post what this rank knows of ``step``; returns what all have settled before.
+    def answered(self, decision: Decision) -> None:
+        """On the leader: the answer about the step that was settled last. Never raises."""
+        try:
+            self._post(decision)
+        except Exception as error:
+            self._give_up_after(error)
 
-        ``decision`` is the answer about ``step`` on the leader, and without meaning
-        elsewhere. The one returned is about the step before, ``not_asked`` at the first,
+    def settle(self, step: int) -> Decision:
+        """Prepare what this rank posts of ``step``; returns what all have settled before.
+
+        The decision returned is about the step before, ``not_asked`` at the first,
         ``not_agreed`` once the agreement is over. Never raises.
         """
-        if not self.holds:
-            return unanswered(self._run, step, NOT_AGREED)
-        try:
-            settled = self._take()
-            if settled is not None and self.shared is not None:
-                self.shared.heard(settled.flags, settled.word.order)
-            self._post(step, decision)
-        except (CircleError, DisagreementError) as error:
-            self._give_up(str(error))
-            settled = None
-        except Exception as error:
-            self._give_up(repr(error))
-            settled = None
-        if settled is None:
-            return unanswered(self._run, step, NOT_ASKED if self.holds else NOT_AGREED)
-        return settled.word.decision
+        settled: News | None = None
+        if self.holds:
+            try:
+                if self._prepared is not None:  # the leader's question was not even sent
+                    self._post(unanswered(self._run, step - 1, NOT_ASKED))
+                settled = self._take()
+                if settled is not None and self.shared is not None:
+                    self.shared.heard(settled.flags, settled.word.order)
+                self._prepare(step)
+            except Exception as error:
+                self._give_up_after(error)
+                settled = None
+        if settled is not None:
+            return settled.word.decision
+        if self.holds:
+            return unanswered(self._run, step - 1, NOT_ASKED)
+        return unanswered(self._run, step, NOT_AGREED)
 
     def give_up(self, why: str) -> None:
         """End it; ``why`` is told, once."""
@@ -92,7 +110,7 @@ class Agreement:
     def close(self) -> None:
         """The run is over."""
         self.holds = False
-        self._sent = None
+        self._sent = self._prepared = None
         self.circle.leave()
 
     def _take(self) -> News | None:
@@ -102,14 +120,29 @@ class Agreement:
         self._sent = None
         return news(step, digest, flags, sent.wait())
 
-    def _post(self, step: int, decision: Decision) -> None:
+    def _prepare(self, step: int) -> None:
         shared = self.shared
-        flags, digest = (b"", 0) if shared is None else (shared.flags(), shared.digest())
-        word = None
-        if self.leads:
-            word = Word(decision, None if shared is None else shared.order())
+        if shared is None:
+            self._prepared = _Prepared(step, 0, b"", None)
+        else:
+            order = shared.order() if self.leads else None
+            self._prepared = _Prepared(step, shared.digest(), shared.flags(), order)
+        if not self.leads:
+            self._post(None)
+
+    def _post(self, decision: Decision | None) -> None:
+        """``decision`` is the leader's answer, None on the others."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            return
+        step, digest, flags, order = prepared
+        word = None if decision is None else Word(decision, order)
         sent = self.circle.send(post(step, digest, flags, word))
         self._sent = (step, digest, len(flags), sent)
+
+    def _give_up_after(self, error: Exception) -> None:
+        known = isinstance(error, CircleError | DisagreementError)
+        self._give_up(str(error) if known else repr(error))
 
     def _give_up(self, why: str) -> None:
         self.close()

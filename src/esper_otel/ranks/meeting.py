@@ -77,14 +77,19 @@ class Meeting:
         self._circle: Circle | None = None
         self._left = Event()
 
-    def settle(self, step: int, decision: Decision) -> Decision:
+    def answered(self, decision: Decision) -> None:
+        """As :meth:`Agreement.answered`; before the ranks have met it goes nowhere."""
+        if self._agreement is not None:
+            self._agreement.answered(decision)
+
+    def settle(self, step: int) -> Decision:
         """As :meth:`Agreement.settle`; ``not_agreed`` until the ranks have met.
 
         The training thread waits here at most for the outcome of an exchange that all have
         begun, at the one step where all begin.
         """
         if self._agreement is not None:
-            return self._agreement.settle(step, decision)
+            return self._agreement.settle(step)
         self._step = step
         if self._thread is None:
             self._look_for_collectives()
@@ -93,7 +98,7 @@ class Meeting:
             beginning.told.wait(self._timeout_s)
             if beginning.holds and self._circle is not None and not self._left.is_set():
                 self._agreement = Agreement(self._circle, self._run)
-                return self._agreement.settle(step, decision)
+                return self._agreement.settle(step)
         return unanswered(self._run, step, NOT_AGREED)
 
     @property

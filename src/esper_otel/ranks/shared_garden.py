@@ -20,7 +20,7 @@ from torch import nn
 from esper_otel.kasmina.blueprints import Blueprint
 from esper_otel.kasmina.garden import Garden, GardenError
 from esper_otel.kasmina.kernels import Activation, Compilation, Fetch, KernelFetcher
-from esper_otel.kasmina.lifecycle import GROWING, TARGET
+from esper_otel.kasmina.lifecycle import GROWING
 from esper_otel.kasmina.offer import Offer
 from esper_otel.kasmina.plot import IN_A_ROW, Plot
 from esper_otel.kasmina.sowing import Place
@@ -32,7 +32,7 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.frames import GardenFrame
-from esper_otel.leyline.stages import TRANSITIONS, Stage
+from esper_otel.leyline.stages import Stage
 from esper_otel.ranks.agreement import Agreement
 from esper_otel.ranks.circle import CircleError
 from esper_otel.ranks.posts import Order
@@ -108,7 +108,7 @@ class SharedGarden(Garden):
     def finalize(self, step: int, latest: Sequence[float]) -> GardenFrame:
         """As ever, but only the leader proposes, and nothing while an order is under way."""
         frame = super().finalize(step, latest)
-        offer = self._offering.take()
+        offer = self._offering.withdraw()
         if not self._agreement.leads or self._posted or not self._agreement.holds:
             offer = None
         if offer is not None and offer.place is not None and offer.place.plot in self._fallow:
@@ -118,15 +118,13 @@ class SharedGarden(Garden):
 
     def asked(self, step: int) -> None:
         """Tells of the proposal of this step, which is not the one that is settled now."""
-        self._offering.make(self._mine)
-        super().asked(step)
-        self._offering.take()
+        self._offering.tell(self._mine, step)
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
         """Do what was settled about the step before, as every rank does at this step."""
         order, self._order = self._order, None
-        self._offering.make(None if order is None else self._offer_of(order))
-        return super().apply(decision, enforced=enforced)
+        offer = None if order is None else self._offer_of(order)
+        return self._decide(offer, decision, enforced)
 
     # What the agreement calls.
 
@@ -163,7 +161,7 @@ class SharedGarden(Garden):
             offer.proposal,
             offer.slot,
             "" if offer.place is None else offer.place.blueprint,
-            self._plots[offer.slot].hopeless,
+            offer.reason,
         )
 
     def lost(self) -> None:
@@ -223,26 +221,16 @@ class SharedGarden(Garden):
         return bytes(raised)
 
     def _offer_of(self, order: Order) -> Offer | None:
-        """``order`` as this garden's own; None when it cannot be done any more."""
+        """``order`` as an offer of this garden; None when its slot must not be used."""
         plot = self._plots.get(order.slot)
         if plot is None:
             return None
-        proposal = order.proposal
-        if TARGET[proposal.operation] not in TRANSITIONS[plot.stage]:
-            return None
+        proposal, place = order.proposal, None
         if proposal.operation is SeedOperation.GERMINATE:
-            taken = (
-                plot in self._fallow
-                or plot in self._requests.plots
-                or self._sowing.was_used(proposal.seed_id)
-            )
+            if plot in self._fallow:
+                return None
             place = Place(plot, order.blueprint, proposal.seed_id)
-            return None if taken else Offer(proposal, order.slot, place)
-        if plot.seed is None or plot.seed.id != proposal.seed_id:
-            return None
-        if proposal.operation is SeedOperation.CULL:
-            plot.hopeless = order.reason
-        return Offer(proposal, order.slot)
+        return Offer(proposal, order.slot, place, order.reason)
 
 
 class _AgreedFetch(Fetch):

@@ -29,6 +29,7 @@ STEP_ATTRIBUTES = (
     "accuracy",
     "gradient_norm",
     "optimizer_lr",
+    "lr_scale",
     "samples_per_s",
     "nonfinite",
 )
@@ -66,6 +67,9 @@ def tell(timeline: StepTimeline, tracers: Tracers) -> None:
             _tell_decision(span, timeline.decision, end)
             span.set_attribute("esper.decision.applied", timeline.applied)
         span.end(end)
+    if timeline.update is not None:
+        for finding in timeline.update.findings:
+            step.add_event(FINDING_EVENT, _finding_attributes(finding), timeline.end_unix_nano)
     for event in timeline.events:
         step.add_event(event.name, {**event.attributes, "message": event.text}, event.mark)
     step.end(timeline.end_unix_nano)
@@ -78,6 +82,15 @@ def _step_attributes(timeline: StepTimeline) -> dict[str, AttributeValue]:
             value = timeline.row[STEP_SLOT[key]]
             if isfinite(value):
                 attributes[f"esper.{key}"] = value
+    update = timeline.update
+    if update is not None:
+        # Decided before the update was made, and about that one alone.
+        attributes["esper.update.reason"] = update.reason
+        attributes["esper.update.skipped"] = bool(
+            timeline.row and timeline.row[STEP_SLOT["update_skipped"]] == 1.0
+        )
+        for name, value in update.parameters.items():
+            attributes[f"esper.update.parameter.{name}"] = value
     decision = timeline.decision
     if decision is not None:
         # On the step as well: it is the span that people search for.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _LATENCY = STEP_SLOT["step_latency_ms"]
 _LOSS = STEP_SLOT["loss"]
 _NONFINITE = STEP_SLOT["nonfinite"]
+_LR_SCALE = STEP_SLOT["lr_scale"]
+_SKIPPED = STEP_SLOT["update_skipped"]
+_UNJUDGED = STEP_SLOT["unjudged_steps"]
 
 
 class Tally:
@@ -33,6 +36,11 @@ class Tally:
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.nonfinite_steps = 0
+        self.skipped_updates = 0
+        self.unjudged_steps = 0
+        """Steps at which the newest decision request had not been answered."""
+        self.held_unjudged_steps = 0
+        """Those of them at which a decision still scaled the learning rates."""
         self.decisions: Counter[tuple[str, str]] = Counter()
         """How often each (action, reason) was decided; CONTINUE without a finding is not
         counted."""
@@ -51,6 +59,10 @@ class Tally:
         self.last_unix_nano = int(times[-1])
         self.steps += len(rows)
         self.nonfinite_steps += int((rows[:, _NONFINITE] > 0.0).sum())
+        self.skipped_updates += int((rows[:, _SKIPPED] > 0.0).sum())
+        unjudged = rows[:, _UNJUDGED] > 0.0
+        self.unjudged_steps += int(unjudged.sum())
+        self.held_unjudged_steps += int((unjudged & (rows[:, _LR_SCALE] != 1.0)).sum())
         present = ~np.isnan(rows)
         # Steps whose whole time is known, which the first one's is not: their parts add up.
         timed = present & present[:, [_LATENCY]]

@@ -1,4 +1,4 @@
-"""Asking the sidecar, within a deadline, and going on without it when it does not answer."""
+"""Asking the sidecar within a deadline, and continuing without it when it does not answer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import msgspec
 
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import BREAKER_OPEN, Decision, Proposal, unanswered
+from esper_otel.leyline.guards import Guards
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo.breaker import Breaker, State
 from esper_otel.tamiyo.connection import Connection, Failure
@@ -23,16 +24,19 @@ _PATIENCE = 0.95
 """Share of the deadline that is waited: the kernel ends a wait about 0.1 ms late, and to give
 up takes time as well."""
 
+_BREAKER_IS_OPEN = Failure(BREAKER_OPEN, "the circuit breaker is open")
+
 log = logging.getLogger("esper_otel")
 
 
 class TamiyoClient:
     """Asks the sidecar of this host.
 
-    :meth:`ask` waits at most ``deadline_ms`` and never raises. Late, absent or malformed
-    answers give ``CONTINUE`` with the reason ``timeout``, ``unreachable`` or
-    ``protocol_error``; three in a row open the breaker, and while that is open an ask
-    returns at once with the reason ``breaker_open``.
+    :meth:`send` sends a request and returns at once; :meth:`collect` takes its answer, later,
+    and waits only while the deadline, which counts from the sending, has not passed. Neither
+    raises. Late, absent or malformed answers give ``CONTINUE`` with the reason ``timeout``,
+    ``unreachable`` or ``protocol_error``; three in a row open the circuit breaker, and while
+    that is open nothing is sent and the reason is ``breaker_open``.
 
     Whether the sidecar answers again is found out by a thread that lives only while the
     breaker is open: after each cool-down it repeats the ask that failed last. The training
@@ -70,27 +74,36 @@ class TamiyoClient:
         self._run = run
         self._patience_ns = int(_PATIENCE * deadline_ms * 1e6)
         self._request_id = 0
+        self._under_way: wire.Ask | wire.Check | None = None
+        self._until_ns = 0
+        self._failure: Failure | None = None
+        """Why the message under way is not answered, as far as the sending has shown it."""
         self._reported_down = False
         self._closed = threading.Event()
         _clients.add(self)
+
+    @property
+    def guards(self) -> Guards | None:
+        """Bounds that no update may cross unjudged; None before the sidecar has sent any."""
+        return self._connection.guards
 
     @property
     def table_version(self) -> str:
         """Table the sidecar decides by, once it has said so."""
         return self._connection.table_version
 
-    def ask(
+    def send(
         self,
         step: int,
         time_unix_nano: int,
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
-    ) -> Decision:
-        """The decision about ``step``, whose frame is given as registry rows."""
-        if self.breaker.state is not State.CLOSED:
-            return unanswered(self._run, step, BREAKER_OPEN)
-        until_ns = perf_counter_ns() + self._patience_ns
+    ) -> None:
+        """Ask about ``step``, whose frame is given as registry rows; does not wait.
+
+        The answer to an ask before it that was not collected is dropped when it comes.
+        """
         self._request_id = request_id = self._request_id + 1
         message = wire.Ask(
             request_id,
@@ -100,16 +113,66 @@ class TamiyoClient:
             [wire.SeedRow(seed_id, values) for seed_id, values in seeds] if seeds else [],
             proposal,
         )
-        try:
-            decision = self._connection.ask(message, until_ns)
-        except Failure as failure:
+        self._send(message)
+
+    def check(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
+        """What is to become of the update of ``step``, of which ``row`` is known; waits."""
+        self._request_id = request_id = self._request_id + 1
+        self._send(wire.Check(request_id, step, time_unix_nano, row))
+        decision = self.collect()
+        assert decision is not None
+        return decision
+
+    def collect(self) -> Decision | None:
+        """The decision that was asked for last; None when it has been collected."""
+        message, self._under_way = self._under_way, None
+        if message is None:
+            return None
+        failure = self._failure
+        if failure is None:
+            try:
+                answer = self._connection.answer_to(message.request_id, self._until_ns)
+            except Failure as late:
+                failure = late
+            else:
+                return self._answered(answer)
+        self._failure = None
+        if failure.reason != BREAKER_OPEN:
             self._failed(failure, message)
-            return unanswered(self._run, step, failure.reason)
+        return unanswered(self._run, message.step, failure.reason)
+
+    def ask(
+        self,
+        step: int,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+        proposal: Proposal | None = None,
+    ) -> Decision:
+        """:meth:`send`, and wait for the answer: the decision about ``step``."""
+        self.send(step, time_unix_nano, row, seeds, proposal)
+        decision = self.collect()
+        assert decision is not None
+        return decision
+
+    def _send(self, message: wire.Ask | wire.Check) -> None:
+        self._under_way = message
+        self._failure = None
+        if self.breaker.state is not State.CLOSED:
+            self._failure = _BREAKER_IS_OPEN
+            return
+        self._until_ns = perf_counter_ns() + self._patience_ns
+        try:
+            self._connection.send(message)
+        except Failure as failure:
+            self._failure = failure
+
+    def _answered(self, answer: wire.Answer) -> Decision:
         self.breaker.succeeded()
         if self._reported_down:
             self._reported_down = False
-            log.info("Tamiyo answers again at %s", self.path)
-        return decision
+            log.info("esper-otel: Tamiyo answers again at %s", self.path)
+        return answer.decision
 
     def close(self) -> None:
         """End the connection, and the thread if there is one; does not wait for it."""
@@ -120,23 +183,21 @@ class TamiyoClient:
     def forget(self) -> None:
         """Never ask again: in a forked child the parent's connection must not be used."""
         self._connection.close()
+        self._under_way = None
         self.breaker.state = State.OPEN
 
-    def _failed(self, failure: Failure, message: wire.Ask) -> None:
+    def _failed(self, failure: Failure, message: wire.Ask | wire.Check) -> None:
         self.breaker.failed(perf_counter_ns())
         if self.breaker.state is State.CLOSED:
             return
         if not self._reported_down:
             self._reported_down = True
-            log.warning("no decisions from Tamiyo (%s): training goes on without them", failure)
-        # The rows are the caller's: a probe has copies. It proposes nothing, because
-        # nobody would hear that it was granted.
-        probe = msgspec.structs.replace(
-            message,
-            values=message.values[:],
-            seeds=[wire.SeedRow(seed.seed_id, seed.values[:]) for seed in message.seeds],
-            proposal=None,
-        )
+            log.warning(
+                "esper-otel: Tamiyo does not answer (%s); training continues without "
+                "decisions, and reconnects by itself",
+                failure,
+            )
+        probe = _probe_of(message)
         try:
             # threading.Thread.start waits until the thread runs: up to 11 ms, seen here on
             # a busy machine. This returns after 30 µs.
@@ -144,7 +205,7 @@ class TamiyoClient:
         except RuntimeError:  # the system gives no more threads: go on asking, within deadlines
             self.breaker = Breaker()
 
-    def _probe(self, message: wire.Ask) -> None:
+    def _probe(self, message: wire.Ask | wire.Check) -> None:
         """Until an answer comes or the client is closed; runs on a thread of its own.
 
         Whoever trained on while this cools down has newer steps, but a repeated one is
@@ -162,7 +223,8 @@ class TamiyoClient:
             self._request_id += 1
             probe = msgspec.structs.replace(message, request_id=self._request_id)
             try:
-                connection.ask(probe, perf_counter_ns() + self._patience_ns)
+                connection.send(probe)
+                connection.answer_to(probe.request_id, perf_counter_ns() + self._patience_ns)
             except Failure:
                 breaker.failed(perf_counter_ns())
                 continue
@@ -170,6 +232,18 @@ class TamiyoClient:
             if self._closed.is_set():
                 connection.close()
             return
+
+
+def _probe_of(message: wire.Ask | wire.Check) -> wire.Ask | wire.Check:
+    """``message`` with copies of its rows, which are the caller's.
+
+    It proposes nothing, because nobody would hear that it was granted.
+    """
+    copied = msgspec.structs.replace(message, values=message.values[:])
+    if isinstance(copied, wire.Check):
+        return copied
+    seeds = [wire.SeedRow(seed.seed_id, seed.values[:]) for seed in copied.seeds]
+    return msgspec.structs.replace(copied, seeds=seeds, proposal=None)
 
 
 _clients: weakref.WeakSet[TamiyoClient] = weakref.WeakSet()

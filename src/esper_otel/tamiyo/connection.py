@@ -9,7 +9,8 @@ from pathlib import Path
 from time import perf_counter_ns
 
 from esper_otel.leyline import wire
-from esper_otel.leyline.decisions import PROTOCOL_ERROR, TIMEOUT, UNREACHABLE, Decision
+from esper_otel.leyline.decisions import PROTOCOL_ERROR, TIMEOUT, UNREACHABLE
+from esper_otel.leyline.guards import Guards
 
 _RECEIVE = 16 * 1024
 
@@ -33,6 +34,8 @@ class Connection:
         self.path = path
         self.table_version = ""
         """Table the sidecar decides by, once it has said so."""
+        self.guards: Guards | None = None
+        """Bounds that no update may cross unjudged; None before the sidecar has sent any."""
         self._hello = wire.encode(hello)
         self._socket: socket.socket | None = None
         self._poll = select.poll()
@@ -41,23 +44,27 @@ class Connection:
         self._view = memoryview(self._incoming)
         self._buffer = wire.MessageBuffer()
 
-    def ask(self, message: wire.Ask, until_ns: int) -> Decision:
-        """The answer, if it is here by ``until_ns`` of ``perf_counter_ns``.
+    def send(self, message: wire.Ask | wire.Check) -> None:
+        """Send ``message`` without waiting for anything.
 
-        Raises :class:`Failure` and nothing else. After a time-out the connection stays: the
-        late answer is recognised by its id and dropped. Anything else, or a message cut in
-        two, needs a fresh one.
+        Raises :class:`Failure` and nothing else. Anything but a sidecar that does not read,
+        or a message cut in two, needs a fresh connection, which the next call makes.
         """
         try:
             self._send(message)
-            return self._await(message.request_id, until_ns)
-        except Failure as failure:
-            if failure.reason != TIMEOUT or self._unsent or len(self._buffer):
-                self.close()
-            raise
-        except Exception as error:  # whatever it is, the training loop must not see it
-            self.close()
-            raise Failure(PROTOCOL_ERROR, repr(error)) from error
+        except Exception as error:
+            raise self._failure_of(error) from error
+
+    def answer_to(self, request_id: int, until_ns: int) -> wire.Answer:
+        """The answer, if it is here by ``until_ns`` of ``perf_counter_ns``.
+
+        Raises :class:`Failure` and nothing else. After a time-out the connection stays: the
+        late answer is recognised by its id and dropped.
+        """
+        try:
+            return self._await(request_id, until_ns)
+        except Exception as error:
+            raise self._failure_of(error) from error
 
     def close(self) -> None:
         """End it."""
@@ -85,7 +92,15 @@ class Connection:
         self._socket = connection
         return connection
 
-    def _send(self, message: wire.Ask) -> None:
+    def _failure_of(self, error: Exception) -> Failure:
+        """What the client is told of ``error``; the connection is closed unless it is whole."""
+        if not isinstance(error, Failure):  # whatever it is, the training loop must not see it
+            error = Failure(PROTOCOL_ERROR, repr(error))
+        if error.reason != TIMEOUT or self._unsent or len(self._buffer):
+            self.close()
+        return error
+
+    def _send(self, message: wire.Ask | wire.Check) -> None:
         connection = self._socket or self._connect()
         data = self._unsent + wire.encode(message)
         try:
@@ -99,12 +114,17 @@ class Connection:
             raise Failure(TIMEOUT, "the sidecar does not read")
         self._unsent = b""
 
-    def _await(self, request_id: int, until_ns: int) -> Decision:
-        while self._readable(until_ns):
-            decision = self._receive(request_id)
-            if decision is not None:
-                return decision
-        raise Failure(TIMEOUT, "no answer within the deadline")
+    def _await(self, request_id: int, until_ns: int) -> wire.Answer:
+        if self._socket is None:
+            raise Failure(UNREACHABLE, f"{self.path}: the connection was lost")
+        # Without asking whether there is something to read: an answer that is collected a
+        # forward and backward pass later nearly always is.
+        answer = self._receive(request_id)
+        while answer is None:
+            if not self._readable(until_ns):
+                raise Failure(TIMEOUT, "no answer within the deadline")
+            answer = self._receive(request_id)
+        return answer
 
     def _readable(self, until_ns: int) -> bool:
         """Wait for something to read; False when the deadline came first.
@@ -125,7 +145,7 @@ class Connection:
             else:
                 return bool(select.select((connection,), (), (), max(0, left_ns) / 1e9)[0])
 
-    def _receive(self, request_id: int) -> Decision | None:
+    def _receive(self, request_id: int) -> wire.Answer | None:
         """The answer to ``request_id`` if it is here by now; older answers are dropped."""
         assert self._socket is not None
         found = None
@@ -136,8 +156,10 @@ class Connection:
             for body in self._buffer.feed(self._view[:count]):
                 message = wire.decode_to_client(body)
                 if isinstance(message, wire.Answer):
+                    if message.guards is not None:  # also those of an answer that is late
+                        self.guards = Guards(message.guards)
                     if message.request_id == request_id:
-                        found = message.decision
+                        found = message
                 elif isinstance(message, wire.Welcome):
                     self.table_version = message.table_version
                 elif isinstance(message, wire.Refusal):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from esper_otel.leyline.decisions import Decision, Proposal
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame, StepTimeline
+from esper_otel.leyline.guards import Guards
 
 
 class Frames(Protocol):
@@ -29,24 +30,37 @@ class Frames(Protocol):
 
 
 class Asks(Protocol):
-    """Who is asked for a decision."""
+    """Who is asked for a decision. No call raises; only the last two wait, for a deadline."""
 
-    def ask(
+    @property
+    def guards(self) -> Guards | None:
+        """Bounds that no update may cross unjudged, None before any are known."""
+
+    def send(
         self,
         step: int,
         time_unix_nano: int,
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
-    ) -> Decision:
-        """The decision about a step; within a deadline, and never an exception."""
+    ) -> None:
+        """Ask about a step."""
+
+    def collect(self) -> Decision | None:
+        """The decision about it; None when it has been collected."""
+
+    def check(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
+        """What is to become of a step's update, which has not been made yet."""
 
 
 class Settles(Protocol):
     """Who makes one decision of what the ranks of a run are told."""
 
-    def settle(self, step: int, decision: Decision) -> Decision:
-        """Take the answer about ``step``; returns what every rank is to apply now."""
+    def answered(self, decision: Decision) -> None:
+        """On the rank that asks: the answer about the step that was settled last."""
+
+    def settle(self, step: int) -> Decision:
+        """At the end of ``step``; returns what every rank is to apply now."""
 
 
 class Garden(Protocol):
@@ -62,10 +76,13 @@ class Garden(Protocol):
         """End ``step``; ``latest`` is the newest row whose values have all arrived."""
 
     def asked(self, step: int) -> None:
-        """The frame's proposal went with the ask about ``step``, or would have."""
+        """The frame's proposal went with the request about ``step``, or would have."""
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
-        """Do what the decision says of the last proposal; whether anything was done."""
+        """Do what the decision says of the proposal that went with its request.
+
+        Returns whether the decision changed anything: not what the garden did by itself.
+        """
 
     def take_events(self) -> list[Event]:
         """What has happened since last asked."""

@@ -3,56 +3,46 @@
 The recorder is told of events (a batch came, backward began, the optimizer stepped) and
 knows nothing of torch; who tells it is an integration or the explicit API. All its
 methods run on the training thread, so they are short, allocate little, wait for nothing
-but the decision, and never raise.
-
-Time is tiled: every mark ends one phase and begins the next, so that the phases of a
-step and the hook that ended the one before add up to the step.
+but a decision that is late, and never raise.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import nan
 from time import perf_counter_ns
 from typing import Any
 
-from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, unanswered
-from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import GardenFrame, StepTimeline
+from esper_otel.leyline.decisions import (
+    Decision,
+)
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.tolaria.asking import Asking, Taken
 from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.dynamics import WEIGHT
-from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.memory import recalled
 from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
-from esper_otel.tolaria.responses import Optimizer, Responses
-from esper_otel.tolaria.seal import (
-    Reading,
-    Sealer,
-    Unless,
-    Unsealed,
-    Value,
-    plus,
-    put_optimizer,
-)
+from esper_otel.tolaria.responses import Responses
+from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
+from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.tending import Tending, put_garden
+from esper_otel.tolaria.timelines import EndedStep, Timelines
+from esper_otel.tolaria.update_control import UpdateControl
+from esper_otel.tolaria.updates import Optimizer
 
 log = logging.getLogger("esper_otel")
 
-MAX_PHASES = 4096
-"""Phases of one step that are remembered for its spans. Its times count all there were."""
-
 _EMPTY_ROW = [nan] * len(STEP_KEYS)
-_NO_LOSS: tuple[Value | None, int] = None, 0
 
 # Slots as plain integers: a dictionary look-up each would be a tenth of the step's cost.
 _STEP = STEP_SLOT["step"]
 _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
-_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
-_CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
+_LR_SCALE = STEP_SLOT["lr_scale"]
+_SKIPPED = STEP_SLOT["update_skipped"]
+_UNJUDGED = STEP_SLOT["unjudged_steps"]
 _STEP_LATENCY = STEP_SLOT["step_latency_ms"]
 _FORWARD = STEP_SLOT["forward_ms"]
 _BACKWARD = STEP_SLOT["backward_ms"]
@@ -60,49 +50,16 @@ _OPTIMIZER = STEP_SLOT["optimizer_ms"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
 _INPUT_WAIT = STEP_SLOT["input_wait_ms"]
-_H2D = STEP_SLOT["h2d_copy_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
-
-Seeds = Sequence[tuple[str, list[float]]]
-"""Seed ids and their rows."""
-
-REPORTABLE = {
-    key: STEP_SLOT[key]
-    for key in ("accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s")
-}
-"""Keys that a loop may report itself, besides its loss, and their slots."""
 
 
 class Recorder:
     """Follows one training loop; see the module for the manner.
 
-    ``optimizer`` (settable) is whose learning rate is read and, in ``enforce``, scaled.
-    ``device_values`` returns the newest device probes by key. ``client`` None means
-    that nobody is asked.
+    ``optimizer`` (settable) is whose learning rate is recorded. ``device_values`` returns
+    the newest device probes by key. ``client`` None means that nobody is asked. ``waits``:
+    each answer is waited for at the end of its own step, within the deadline.
     """
-
-    # Of the step under way; all made anew by _begin_step. Marks are of perf_counter_ns.
-    _mark: int
-    _begun: int
-    _wait_ns: int
-    _forward_ns: int
-    _backward_ns: int
-    _prepare_ns: int
-    _optimizer_ns: int
-    _optimizing: bool
-    _losses_before: int
-    _outside_ns: int
-    _span_start: int
-    _samples: int
-    _norm: Value | None
-    _loss: Value | None
-    _losses: int
-    _loss_of_another: tuple[Value | None, int]
-    _shares: bool
-    _reported_loss: Value | None
-    _reported_losses: int
-    _reported: dict[int, Value]
-    _phases: list[tuple[str, int, int]]
 
     def __init__(
         self,
@@ -115,263 +72,183 @@ class Recorder:
         device_values: Callable[[], Mapping[str, float]] = dict,
         span_every: int = 50,
         span_slow_factor: float = 2.0,
+        waits: bool = False,
     ) -> None:
         self.optimizer: Optimizer | None = None
         self.step = 0
         """Optimizer steps seen so far."""
-        self._not_asked = unanswered(run, 0, NOT_ASKED)
-        self.decision: Decision = self._not_asked
-        """The newest decision."""
         self.clock = Clock()
         self._frames = frames
         self._responses = responses
-        self._client = client
-        self._agreement: Settles | None = None
+        self._asking = Asking(run, client)
+        self.decision: Decision = self._asking.not_asked
+        """The newest decision."""
+        self._waits = waits
         self._enriched = enriched
         self._device_values = device_values
         self._span_every = span_every
         self._span_slow_factor = span_slow_factor
         self._tending: Tending | None = None
         self._off = False
-        self._told_of_trouble = False
+        self._faults: set[str] = set()
 
         self._sealer = Sealer(enriched=enriched)
-        self._all_shares = False
+        self._timelines = Timelines(frames.timeline, self.clock.offset)
         self._mean_latency_ms = 0.0
-
-        self._fetches = Fetches()
         self._latest: list[float] = _EMPTY_ROW
         self._last_end = 0
-        self._hook_ms = self._tamiyo_ms = self._apply_ms = 0.0
-        self._begin_step(0)
+        self._hook_ms = self._apply_ms = 0.0
+        self._in_hand: Decision | None = None
+        """A decision that seeds have not been told of yet."""
+        self._in_hand_of: EndedStep | None = None
 
-    # What the loop does, in the order in which a step does it.
+        step = self._under_way = StepUnderWay(enriched=enriched)
+        self._control = UpdateControl(
+            step,
+            asking=self._asking,
+            responses=responses,
+            sealer=self._sealer,
+            clock=self.clock,
+        )
+        self.updates = self._control.updates
+        # What the loop does is told to the step under way, without a detour.
+        self.batch_came = step.batch_came
+        self.batches_ended = step.batches_ended
+        self.backward_begins = step.backward_begins
+        self.backward_ends = step.backward_ends
+        self.skipped = step.skipped
+        self.may_be_skipped = step.may_be_skipped
+        self.another_stepped = step.another_stepped
+        self.clipped = step.clipped
+        self.measured = step.measured
+        self.phase = step.phase
+        self.report = step.report
+        self.copied_to_device = step.copied_to_device
+        self.update_skipped = step.update_skipped
+        self.losses_are_shares = step.losses_are_shares
+        self.loss_is_a_share = step.loss_is_a_share
+        self._stages = (
+            self._seeds,
+            self._seal,
+            self._stream,
+            self._ask,
+            self._apply,
+            self._spans,
+        )
 
-    def batch_came(self, asked_for: int, samples: int, source: Source = UNNAMED) -> None:
-        """The loop asked for a batch at mark ``asked_for`` and has it now.
-
-        ``samples`` is its size, 0 when not known; ``source`` says which loader it is from,
-        so that those of a validation loop are never charged to training
-        (:class:`~esper_otel.tolaria.fetches.Fetches`).
-        """
-        now = perf_counter_ns()
-        self._fetches.came(source, asked_for, now, samples, self._mark)
-        self._mark = now
-
-    def batches_ended(self, iterator: int) -> None:
-        """The iterator of that number, of a :class:`Source`, has no more batches."""
-        self._fetches.ended(iterator, perf_counter_ns())
-
-    def backward_begins(self) -> None:
-        """The loop calls backward: what led here since the batch came was forward."""
-        now = perf_counter_ns()
-        if self._fetches.waiting:
-            self._charge_fetches()
-        mark = self._mark or now
-        if self._begun == 0:
-            self._begun = mark
-        self._forward_ns += now - mark
-        phases = self._phases
-        if len(phases) > MAX_PHASES:
-            del phases[: MAX_PHASES // 2]
-        phases.append(("train.forward", mark, now))
-        self._mark = now
-
-    def backward_ends(self, loss: Value | None) -> None:
-        """Backward is done; ``loss`` is what it began from, None when that is no scalar.
-
-        Of the losses that an optimizer's closure computes the first counts: it is that of
-        the parameters the step began with, and what ``step()`` returns.
-        """
-        now = perf_counter_ns()
-        self._backward_ns += now - self._mark
-        self._phases.append(("train.backward", self._mark, now))
-        self._mark = now
-        if loss is None or (self._optimizing and self._losses > self._losses_before):
-            return
-        self._loss = loss if self._loss is None else plus(self._loss, loss)
-        self._losses += 1
-
-    def skipped(self) -> None:
-        """The optimizer did not step (a gradient scaler saw an overflow).
-
-        What was learnt of this attempt is forgotten, its time is that of the next step.
-        """
-        self._norm = self._loss = self._reported_loss = None
-        self._losses = self._reported_losses = 0
-        self._loss_of_another = _NO_LOSS
-        self._reported = {}
-
-    def may_be_skipped(self, skipped: Reading) -> None:
-        """The optimizer has stepped if ``skipped``, which a device has still to tell, is zero.
-
-        If it is not, the step has been counted all the same, but not what it learnt.
-        """
-        if self._norm is not None:
-            self._norm = Unless(self._norm, skipped)
-        loss, parts = self._loss_of_step
-        if loss is not None:
-            self._reported_loss, self._reported_losses = Unless(loss, skipped), parts
-
-    def another_stepped(self) -> None:
-        """An optimizer has stepped whose steps are not the run's (a critic's, say).
-
-        What ``backward`` began from so far was its loss; it is the step's as well only if
-        no other follows, as where one loss trains both.
-        """
-        if self._losses:
-            self._loss_of_another = self._loss, self._losses
-            self._loss, self._losses = None, 0
-
-    @property
-    def _loss_of_step(self) -> tuple[Value | None, int]:
-        """The losses of the step added up, and by what their sum is to be divided."""
-        if self._reported_losses:
-            return self._reported_loss, self._reported_losses
-        loss, losses = (self._loss, self._losses) if self._losses else self._loss_of_another
-        return loss, 1 if self._shares else losses
-
-    def clipped(self, norm: Value) -> None:
-        """Gradients were clipped, and ``norm`` is what their norm was before."""
-        self._norm = norm
+    # Around an optimizer's step.
 
     @property
     def wants_norm(self) -> bool:
-        """Whether nobody has told this step's gradient norm yet."""
-        return self._norm is None
+        """Whether nobody has told this step's gradient norm yet, and it will be recorded."""
+        return self._under_way.norm is None and not self._off
 
-    def optimizer_begins(self, hook_began: int, norm: Value | None) -> None:
-        """The optimizer is about to step; ``norm`` was computed since ``hook_began``."""
-        now = perf_counter_ns()
-        if norm is not None:
-            self._norm = norm
-        if self._fetches.waiting:
-            self._charge_fetches()
-        mark = self._mark
-        if self._backward_ns and hook_began > mark:  # clipping, unscaling
-            self._optimizer_ns += hook_began - mark
-            self._phases.append(("train.optimizer", mark, hook_began))
-        self._prepare_ns += now - hook_began
-        self._phases.append(("tolaria.gradient_norm", hook_began, now))
-        self._optimizing = True
-        self._mark = now
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether an update that is not finite may be left out where nobody can ask in time."""
+        guards = self._asking.guards if self._responses.enforcing else None
+        return guards is not None and guards.skips_nonfinite
 
-    def closure_begins(self) -> None:
-        """The optimizer is about to step, and will call forward and backward itself."""
-        self._optimizing = True
-        self._losses_before = self._losses
+    def optimizer_begins(
+        self, hook_began: int, norm: Value | None, optimizer: Optimizer | None = None
+    ) -> None:
+        """The run's optimizer is about to step; ``norm`` was computed since ``hook_began``.
 
-    def optimizer_ends(self) -> int:
-        """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
-        now = perf_counter_ns()
-        if self._optimizing:
-            self._optimizing = False
-            self._optimizer_ns += now - self._mark
-            self._phases.append(("train.optimizer", self._mark, now))
-        self._mark = now
+        The decision about the step before is taken, and ``optimizer`` steps under it.
+        """
+        step = self._under_way
+        step.optimizer_approaches(hook_began, norm)
+        if self._asking.decides:
+            self._before_update(optimizer, is_primary=True)
+        step.optimizer_begins(hook_began)
+
+    def closure_begins(self, optimizer: Optimizer | None = None) -> None:
+        """As :meth:`optimizer_begins`, for a step that calls forward and backward itself.
+
+        Nothing is known of its loss and gradients, so it is not held against guards.
+        """
+        self._before_update(optimizer)
+        self._under_way.closure_begins()
+
+    def other_begins(self, optimizer: Optimizer, *, collects: bool = True) -> None:
+        """Another optimizer of the loop is about to step, with the same factor.
+
+        ``collects`` False where the thread is not the one that asks.
+        """
+        self._before_update(optimizer, collects=collects)
+
+    def optimizer_ends(self, optimizer: Optimizer | None = None) -> int:
+        """The run's optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
+        now = self._under_way.optimizer_ends()
+        if optimizer is not None:
+            self.updates.end(optimizer)
         return now
 
-    def measured(self, norm: Value | None) -> int:
-        """The norm was computed after :meth:`optimizer_ends`; returns the mark of now."""
-        now = perf_counter_ns()
-        if norm is not None:
-            self._norm = norm
-        self._prepare_ns += now - self._mark
-        self._phases.append(("tolaria.gradient_norm", self._mark, now))
-        self._mark = now
-        return now
-
-    def phase(self, name: str, began: int, ended: int) -> None:
-        """One phase of an explicit loop: ``forward``, ``backward`` or ``optimizer``.
-
-        Raises ``ValueError`` for another name.
-        """
-        took = ended - began
-        if name == "forward":
-            self._forward_ns += took
-        elif name == "backward":
-            self._backward_ns += took
-        elif name == "optimizer":
-            self._optimizer_ns += took
-        else:
-            raise ValueError(f"phase {name!r}: expected forward, backward or optimizer")
-        if self._begun == 0:
-            self._begun = began
-        phases = self._phases
-        if len(phases) > MAX_PHASES:
-            del phases[: MAX_PHASES // 2]
-        phases.append((f"train.{name}", began, ended))
-        self._mark = ended
-
-    def report(self, loss: Value | None, values: Mapping[str, Value]) -> None:
-        """What the loop knows of this step; ``values`` by key, of :data:`REPORTABLE`.
-
-        A reported loss takes the place of those that backward began from.
-        Raises ``ValueError`` for a key that cannot be reported.
-        """
-        for key, value in values.items():
-            slot = REPORTABLE.get(key)
-            if slot is None:
-                raise ValueError(
-                    f"report({key}=…): expected one of {', '.join(sorted(REPORTABLE))}"
-                )
-            if slot == _GRADIENT_NORM:
-                self._norm = value
-            elif self._enriched or slot != _CONFLICT_RATE:
-                self._reported[slot] = value
-        if loss is not None:
-            self._reported_loss = plus(self._reported_loss, loss)
-            self._reported_losses += 1
-
-    def copied_to_device(self, milliseconds: Value) -> None:
-        """How long the step's first host-to-device copy took."""
-        if self._enriched:
-            self._reported[_H2D] = milliseconds
+    def collect(self) -> None:
+        """Take the decision about the step before, if it has not been taken."""
+        taken = self._asking.collect()
+        if taken is not None and not self._off:
+            self._take(taken)
 
     def end_step(self, ended: int = 0) -> None:
         """The step is done: seal its frame, stream it, ask about it, do what was decided.
 
-        ``ended`` is the mark of its end, 0 for now.
+        ``ended`` is the mark of its end, 0 for now. Each stage has a boundary of its own: what
+        raises in one takes nothing from the others.
         """
         if self._off:
-            self._begin_step(0)
+            self._under_way.begin(0, self.step)
             return
-        try:
-            if self._tending is not None:
-                self._let_seeds_learn(self._tending)
-                ended = 0
-            self._end_step(ended or perf_counter_ns())
-        except Exception:
-            if not self._told_of_trouble:
-                self._told_of_trouble = True
-                log.exception("a step could not be recorded; the run goes on")
-            self._begin_step(perf_counter_ns())
+        asking, under_way, tending = self._asking, self._under_way, self._tending
+        # Of a loop whose optimizers nobody watches; before seeds learn, as ranks do all that
+        # they do together in the same order.
+        leftover = asking.collect() if asking.sent else None
+        if tending is not None:
+            self._let_seeds_learn(tending)
+            ended = 0
+        ended = ended or perf_counter_ns()
+        self.step = step = self.step + 1
+        ending = EndedStep(
+            step,
+            ended,
+            self._last_end,
+            under_way.span_start,
+            under_way.phases,
+            _EMPTY_ROW.copy(),
+        )
+        if leftover is not None:
+            ending.taken = (leftover,)
+        self._last_end = ended
+        for stage in self._stages:
+            try:
+                stage(ending)
+            except Exception:
+                self._report_fault(stage.__name__)
+        hook_end = perf_counter_ns()
+        self._control.turn()
+        self._hook_ms = (hook_end - ended) / 1e6
+        self._apply_ms = ending.apply_ns / 1e6
+        under_way.begin(hook_end, step)
 
     def finish(self) -> None:
-        """No step follows: frames that wait for a device go with what has arrived."""
-        for frame in self._sealer.finish():
-            self._frames.frame(frame.time, frame.row, frame.seeds)
+        """No step follows: take the last answer, and frames go with what has arrived."""
+        try:
+            taken = self._asking.collect()
+            if taken is not None:
+                self.decision = taken.decision
+                self._timelines.decided(taken, self.step + 1)
+        finally:
+            self._timelines.finish()
+            for frame in self._sealer.finish():
+                self._frames.frame(frame.time, frame.row, frame.seeds)
 
     def tend(self, garden: Garden | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
         self._tending = None if garden is None else Tending(garden)
 
-    def losses_are_shares(self, shares: bool = True) -> None:
-        """From here on backward begins from shares: a step's loss is their sum, no mean.
-
-        So it is where each micro-batch's loss is divided by their number. False: no longer.
-        """
-        self._all_shares = self._shares = shares
-
-    def loss_is_a_share(self) -> None:
-        """As :meth:`losses_are_shares`, for the step under way."""
-        self._shares = True
-
     def agree(self, agreement: Settles, *, asks: bool) -> None:
         """Apply what all ranks have settled; ``asks``: whether this one asks for them."""
-        self._agreement = agreement
-        if not asks:
-            self._client = None
+        self._asking.agree(agreement, asks=asks)
 
     def state(self) -> dict[str, Any]:
         """What the rows of coming steps depend on: plain data, for :meth:`resume`."""
@@ -395,188 +272,184 @@ class Recorder:
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
         self._off = True
+        self.updates.close()
 
-    # The end of a step.
+    # Before an update.
 
-    def _end_step(self, ended: int) -> None:
-        if self._fetches.waiting:
-            self._charge_fetches()
-        self.step = step = self.step + 1
-        time = self.clock.step_end(ended)
-        row = _EMPTY_ROW.copy()
+    def _before_update(
+        self, optimizer: Optimizer | None, *, is_primary: bool = False, collects: bool = True
+    ) -> None:
+        if self._off:
+            return
+        if collects and self._asking.sent:
+            try:
+                self.collect()
+            except Exception:
+                self._report_fault("collect")
+        if optimizer is not None:
+            try:
+                self._control.begin(optimizer, self.step + 1, is_primary=is_primary)
+            except Exception:
+                self._report_fault("update")
+
+    def _take(self, taken: Taken) -> None:
+        """Do what ``taken`` says of the rate, and of what is paused; seeds follow later."""
+        decision = self.decision = self._in_hand = taken.decision
+        timeline = self._in_hand_of = self._timelines.decided(taken, self.step + 1)
+        scales = self._responses.apply_rate(decision)
+        if timeline is not None:
+            timeline.scales = scales
+        if self._responses.pause(decision) and timeline is not None:
+            timeline.acted = True
+
+    # The stages of a step's end.
+
+    def _seeds(self, ending: EndedStep) -> None:
+        """The garden hears the decision about the step before, and proposes after that."""
+        if self._in_hand is not None:
+            self._let_seeds_act(ending)
+
+    def _seal(self, ending: EndedStep) -> None:
+        step, asking = self._under_way, self._asking
+        if step.fetches.waiting:
+            step.charge_fetches()
+        row, ended = ending.row, ending.ended
         tending = self._tending
-        growing: GardenFrame | None = None
-        finalized = ended
+        finalize_ms = 0.0
         if tending is not None:
-            growing = tending.finalize(step, self._latest)
-            put_garden(row, growing)
+            began = perf_counter_ns()
+            ending.growing = tending.finalize(self.step, self._latest)
+            put_garden(row, ending.growing)
             finalized = perf_counter_ns()
-            self._phases.append(("kasmina.finalize", ended, finalized))
-        row[_STEP] = step
-        row[_HOOK] = self._hook_ms + self._prepare_ns / 1e6
-        row[_TAMIYO] = self._tamiyo_ms
+            step.phases.append(("kasmina.finalize", began, finalized))
+            finalize_ms = (finalized - began) / 1e6
+        row[_STEP] = self.step
+        row[_HOOK] = self._hook_ms + step.prepare_ns / 1e6
+        row[_TAMIYO] = asking.spent_ns / 1e6
+        asking.spent_ns = 0
         row[_NONFINITE] = 0.0
-        since = self._last_end or self._begun or ended
-        latency_ms = (ended - since - self._outside_ns) / 1e6
-        if self._samples and latency_ms > 0.0:
-            row[_SAMPLES_PER_S] = self._samples * 1e3 / latency_ms
+        control = self._control
+        scale = self._responses.lr_scale if control.scale is None else control.scale
+        row[_LR_SCALE] = scale
+        row[_SKIPPED] = 1.0 if control.skipped else 0.0
+        if asking.decides:
+            row[_UNJUDGED] = asking.unjudged
+        since = ending.since = ending.since or step.begun or ended
+        ending.latency_ms = latency_ms = (ended - since - step.outside_ns) / 1e6
+        if step.samples and latency_ms > 0.0:
+            row[_SAMPLES_PER_S] = step.samples * 1e3 / latency_ms
         if self._enriched:
-            self._put_gated(row, latency_ms)
-            row[_FINALIZE] = (finalized - ended) / 1e6
-        loss, parts = self._loss, self._losses
-        if self._reported_losses or self._shares or not parts:
-            loss, parts = self._loss_of_step
-        seeds = growing.seeds if growing is not None else ()
-        usual_ms = self._mean_latency_ms
-        slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
-        newest: tuple[int, int, list[float], Seeds] | None = None
-        if self._sealer.seal_now(row, loss, parts, self._norm, self._reported):
-            newest = (step, time, row, seeds)
+            self._put_gated(row, ending, scale)
+            row[_FINALIZE] = finalize_ms
+
+    def _put_gated(self, row: list[float], ending: EndedStep, scale: float) -> None:
+        step = self._under_way
+        if ending.has_step_before:
+            row[_STEP_LATENCY] = ending.latency_ms
+        if step.forward_ns:
+            row[_FORWARD] = step.forward_ns / 1e6
+        if step.backward_ns:
+            row[_BACKWARD] = step.backward_ns / 1e6
+        if step.optimizer_ns:
+            row[_OPTIMIZER] = step.optimizer_ns / 1e6
+        if step.wait_ns >= 0:
+            row[_INPUT_WAIT] = step.wait_ns / 1e6
+        row[_APPLY] = self._apply_ms
+        if self.optimizer is not None:
+            put_optimizer(row, self.optimizer.param_groups, scale)
+        for key, value in self._device_values().items():
+            row[STEP_SLOT[key]] = value
+
+    def _stream(self, ending: EndedStep) -> None:
+        step, row = self._under_way, ending.row
+        loss, parts = step.loss
+        time = self.clock.step_end(ending.ended)
+        seeds = ending.growing.seeds if ending.growing is not None else ()
+        if self._sealer.seal_now(row, loss, parts, step.norm, step.reported):
+            ending.newest = (self.step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            frame = Unsealed(step, time, row, loss, parts, self._norm, self._reported, seeds)
+            frame = Unsealed(self.step, time, row, loss, parts, step.norm, step.reported, seeds)
             for done in self._sealer.take(frame):
-                newest = (done.step, done.time, done.row, done.seeds)
+                ending.newest = (done.step, done.time, done.row, done.seeds)
                 self._frames.frame(done.time, done.row, done.seeds)
-        if newest is not None:
-            self._latest = newest[2]
+        if ending.newest is not None:
+            self._latest = ending.newest[2]
 
-        client = self._client
-        sealed = perf_counter_ns()
-        agreement = self._agreement
-        decision = self._not_asked
-        if client is not None and newest is not None:
-            if growing is None:
-                decision = client.ask(*newest)
-            else:
-                decision = client.ask(*newest, growing.proposal)
-        if agreement is not None:
-            decision = agreement.settle(step, decision)
-        asked = applied = sealed
-        acted = False
-        if decision is not self._not_asked:
-            asked = perf_counter_ns()
-            acted = self._responses.apply(decision, self.optimizer)
-            applied = perf_counter_ns()
-        events: list[Event] = []
-        if tending is not None:
+    def _ask(self, ending: EndedStep) -> None:
+        asking, newest, tending = self._asking, ending.newest, self._tending
+        ending.update = self._control.decision
+        self._timelines.open(ending)
+        if asking.decides:
+            ending.waits = asking.is_shared
+            if asking.asks and newest is not None:
+                growing = ending.growing
+                asking.send(*newest, None if growing is None else growing.proposal)
+                ending.waits, ending.asked = True, newest[0]
+            settled = None
+            if asking.is_shared:
+                settled = asking.settle(self.step)
+            elif self._waits:
+                settled = asking.collect()
+            if settled is not None:
+                ending.taken = (*ending.taken, settled)
+        if tending is not None and (not asking.asks or newest is not None):
             # A frame whose values are still on a device is asked about later, with the
             # proposal of then.
-            if client is None or newest is not None:
-                tending.asked(newest[0] if newest is not None else step)
-            if tending.apply(decision, enforced=self._responses.enforcing):
-                acted = True
-            applied = perf_counter_ns()
-            events = tending.events(step, self.clock.offset)
-            for event in events:
-                self._frames.event(event)
-            if tending.over:
-                self._tending = None
-        self._tamiyo_ms = (asked - sealed) / 1e6
-        self._apply_ms = (applied - asked) / 1e6
-        self.decision = decision
+            tending.asked(newest[0] if newest is not None else self.step)
 
-        if (
-            slow
-            or decision.action is not Action.CONTINUE
-            or decision.findings
-            or events
-            or (self._span_every and step % self._span_every == 0)
-        ):
-            told = client is not None or agreement is not None
-            if told:
-                self._phases.append(("tamiyo.decide", sealed, asked))
-            if told or tending is not None:
-                self._phases.append(("kasmina.apply", asked, applied))
-            offset = self.clock.offset
-            self._frames.timeline(
-                StepTimeline(
-                    step=step,
-                    start_unix_nano=(self._span_start or since) + offset,
-                    end_unix_nano=applied + offset,
-                    phases=[
-                        (name, began + offset, end + offset)
-                        for name, began, end in self._phases
-                    ],
-                    row=row,
-                    decision=decision if told else None,
-                    applied=acted,
-                    events=events,
-                )
+    def _apply(self, ending: EndedStep) -> None:
+        """Decisions that were taken at the end of this step itself, and by all ranks."""
+        for taken in ending.taken:
+            self._take(taken)
+        if ending.taken or (self._tending is not None and not self._asking.decides):
+            self._let_seeds_act(ending)
+
+    def _let_seeds_act(self, ending: EndedStep) -> None:
+        """Do what the decision in hand says of the garden's proposal."""
+        began = perf_counter_ns()
+        decision, self._in_hand = self._in_hand, None
+        timeline, self._in_hand_of = self._in_hand_of, None
+        tending = self._tending
+        if tending is not None:
+            if decision is None and not self._asking.decides:
+                decision = self._asking.not_asked
+            if decision is not None:
+                acted = tending.apply(decision, enforced=self._responses.enforcing)
+                if acted and timeline is not None:
+                    timeline.acted = True
+        applied = perf_counter_ns()
+        ending.apply_ns += applied - began
+        (timeline or ending).phases.append(("kasmina.apply", began, applied))
+
+    def _spans(self, ending: EndedStep) -> None:
+        if self._tending is not None:
+            self._tell_events(ending, self._tending)
+        latency_ms, usual_ms = ending.latency_ms, self._mean_latency_ms
+        slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
+        if latency_ms == latency_ms:
+            self._mean_latency_ms = (
+                usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
             )
-        self._mean_latency_ms = (
-            usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
-        )
-        self._last_end = ended
-        hook_end = perf_counter_ns()
-        self._hook_ms = (hook_end - ended) / 1e6
-        self._begin_step(hook_end)
+        every = self._span_every
+        ending.wanted = slow or bool(ending.events) or bool(every and self.step % every == 0)
+        control = self._control
+        self._timelines.updated(self.step, control.made, skipped=control.skipped)
+
+    def _tell_events(self, ending: EndedStep, tending: Tending) -> None:
+        ending.events = tending.events(self.step, self.clock.offset)
+        for event in ending.events:
+            self._frames.event(event)
+        if tending.over:
+            self._tending = None
 
     def _let_seeds_learn(self, tending: Tending) -> None:
         """Before the step is measured: this is training, not telling of it."""
         began, ended = tending.learn(self.optimizer)
-        self._optimizer_ns += ended - began
-        self._phases.append(("train.seeds", began, ended))
+        self._under_way.optimizer_ns += ended - began
+        self._under_way.phases.append(("train.seeds", began, ended))
 
-    def _begin_step(self, hook_end: int) -> None:
-        self._span_start = self._mark = hook_end
-        self._begun = 0
-        self._forward_ns = self._backward_ns = self._optimizer_ns = 0
-        self._wait_ns = -1
-        self._prepare_ns = 0
-        self._samples = 0
-        self._optimizing = False
-        self._outside_ns = self._losses_before = 0
-        self._norm = self._loss = self._reported_loss = None
-        self._losses = self._reported_losses = 0
-        self._loss_of_another = _NO_LOSS
-        self._shares = self._all_shares
-        self._reported = {}
-        self._phases = []
-
-    def _charge_fetches(self) -> None:
-        before, since, outside, samples, waits = self._fetches.charge(self.step)
-        phases = self._phases
-        if outside:
-            if before:
-                self._outside_ns += since - before
-            if not phases:
-                self._span_start = since
-        elif before and since > before:
-            # What follows the end of a step is its rest: zero_grad, the scheduler, reading
-            # the loss, which on a device waits for what was begun before.
-            self._optimizer_ns += since - before
-            phases.append(("train.optimizer", before, since))
-        if not waits:
-            # It was an evaluation, and what the step is trained on came on another way.
-            self._mark = max(self._mark, since)
-            return
-        if self._begun == 0:
-            self._begun = since
-        if self._wait_ns < 0:
-            self._wait_ns = 0
-        for asked_for, came in waits:
-            if asked_for > since:  # between two fetches of one step
-                self._forward_ns += asked_for - since
-                phases.append(("train.forward", since, asked_for))
-            self._wait_ns += came - asked_for
-            phases.append(("train.input_wait", asked_for, came))
-            since = came
-        self._samples += samples
-
-    def _put_gated(self, row: list[float], latency_ms: float) -> None:
-        if self._last_end:
-            row[_STEP_LATENCY] = latency_ms
-        if self._forward_ns:
-            row[_FORWARD] = self._forward_ns / 1e6
-        if self._backward_ns:
-            row[_BACKWARD] = self._backward_ns / 1e6
-        if self._optimizer_ns:
-            row[_OPTIMIZER] = self._optimizer_ns / 1e6
-        if self._wait_ns >= 0:
-            row[_INPUT_WAIT] = self._wait_ns / 1e6
-        row[_APPLY] = self._apply_ms
-        if self.optimizer is not None:
-            put_optimizer(row, self.optimizer.param_groups)
-        for key, value in self._device_values().items():
-            row[STEP_SLOT[key]] = value
+    def _report_fault(self, where: str) -> None:
+        if where not in self._faults:
+            self._faults.add(where)
+            log.exception("esper-otel: %r of a step failed; the run goes on", where)

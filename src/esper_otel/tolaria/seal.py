@@ -189,6 +189,14 @@ class Sealer:
         self._loss.moments, self._norm.moments = memory.loss, memory.gradient_norm
         self._last_loss = memory.last_loss
 
+    def preview(self, row: list[float], loss: float | None, norm: float | None) -> None:
+        """Put into ``row`` what sealing would, and remember nothing of it."""
+        before = self._loss.moments, self._norm.moments, self._last_loss
+        try:
+            self._put(row, loss, 1, norm, {})
+        finally:
+            self._loss.moments, self._norm.moments, self._last_loss = before
+
     def seal_now(
         self,
         row: list[float],
@@ -289,32 +297,44 @@ def put(row: list[float], slot: int, number: float) -> bool:
     return False
 
 
-def put_optimizer(row: list[float], groups: list[dict[str, Any]]) -> None:
-    """Mean learning rate and momentum of parameter groups, as far as the host has them."""
+def put_optimizer(row: list[float], groups: list[dict[str, Any]], factor: float) -> None:
+    """Mean learning rate used and momentum of parameter groups, as far as the host has them.
+
+    ``factor`` is what decisions multiplied the script's own rates by. A group may hold
+    anything under these names: what is no number of the host leaves its metric out.
+    """
     if len(groups) == 1:
         group = groups[0]
         rate, momentum = group.get("lr"), group.get("momentum")
         if type(rate) is float and type(momentum) is float and isfinite(rate + momentum):
-            row[_LR], row[_MOMENTUM] = rate, momentum
+            row[_LR], row[_MOMENTUM] = rate * factor, momentum
             return
-    rates = momenta = 0.0
-    known = with_momentum = 0
+    rate = mean_rate(groups)
+    if rate is not None:
+        put(row, _LR, rate * factor)
+    known = [number for group in groups if (number := _momentum_of(group)) is not None]
+    if known:
+        put(row, _MOMENTUM, sum(known) / len(known))
+
+
+def mean_rate(groups: list[dict[str, Any]]) -> float | None:
+    """Mean of the groups' learning rates; None unless all are numbers of the host."""
+    total = 0.0
     for group in groups:
         rate = host_number(group.get("lr"))
-        if rate is not None:
-            rates += rate
-            known += 1
-        momentum = group.get("momentum")
-        if momentum is None and "betas" in group:
-            momentum = group["betas"][0]
-        momentum = host_number(momentum)
-        if momentum is not None:
-            momenta += momentum
-            with_momentum += 1
-    if known and known == len(groups):
-        put(row, _LR, rates / known)
-    if with_momentum:
-        put(row, _MOMENTUM, momenta / with_momentum)
+        if rate is None:
+            return None
+        total += rate
+    return total / len(groups) if groups else None
+
+
+def _momentum_of(group: dict[str, Any]) -> float | None:
+    """``momentum``, or the first of ``betas``."""
+    momentum = group.get("momentum")
+    if momentum is None:
+        betas = group.get("betas")
+        momentum = betas[0] if isinstance(betas, tuple | list) and betas else None
+    return host_number(momentum)
 
 
 def host_number(value: object) -> float | None:
@@ -323,9 +343,12 @@ def host_number(value: object) -> float | None:
         return value
     if isinstance(value, int | float):
         return float(value)
-    if getattr(getattr(value, "device", None), "type", None) == "cpu":
+    if getattr(getattr(value, "device", None), "type", None) != "cpu":
+        return None
+    try:
         return float(value)  # type: ignore[arg-type]
-    return None
+    except (TypeError, ValueError, RuntimeError):  # a vector, for example
+        return None
 
 
 def _arrived(value: Value) -> float | None:

@@ -1,0 +1,241 @@
+"""Bounds that no update may cross unchecked, and which of them a trainer has to be told.
+
+A trainer holds against them what it knows of a step before it makes the update, and only
+asks where one is crossed (:mod:`~esper_tamiyo.judging.updates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import inf, nextafter
+from typing import NamedTuple
+
+import msgspec
+
+from esper_otel.leyline.decisions import SKIP_STEP
+from esper_otel.leyline.wire import Guard
+from esper_tamiyo.judging.guards import (
+    GuardPlan,
+    add_guard,
+    bound_of,
+    is_lower,
+    needed,
+)
+from esper_tamiyo.judging.history import History, Watch
+from esper_tamiyo.judging.rules import times
+from esper_tamiyo.language.operators import ON_BASELINES, Operator
+from esper_tamiyo.language.table import Condition, Rule, Table
+from esper_tamiyo.language.updates import acts_on_updates, is_guarded
+
+
+class Edge(NamedTuple):
+    """One side of what a metric may be.
+
+    ``fixed`` is the nearest fixed bound, infinite without any; ``moving`` are the conditions
+    whose bounds follow the run.
+    """
+
+    metric: str
+    lower: bool
+    fixed: float
+    moving: tuple[Condition, ...]
+
+
+class UpdatePlan(msgspec.Struct, frozen=True):
+    """The guards that updates have by a table; ``skips`` is of the one on ``nonfinite``."""
+
+    edges: tuple[Edge, ...]
+    skips: bool
+
+
+def update_plan(table: Table) -> UpdatePlan:
+    """The bounds one of which is crossed whenever a rule of ``table`` changes an update.
+
+    A rule that may fire while everything in :data:`~esper_otel.leyline.wire.GUARDED` is as
+    usual has no guard: it only counts where an update is checked because of another.
+    """
+    made = GuardPlan({}, {}, [], [])
+    acting = [rule for rule in table.rules if acts_on_updates(rule)]
+    for rule in acting:
+        for condition in needed(rule.when, is_guarded):
+            add_guard(made, condition)
+    edges = tuple(
+        Edge(
+            metric,
+            lower,
+            fixed,
+            _nearest(
+                condition
+                for condition in made.moving
+                if condition.metric == metric and is_lower(condition.operator) is lower
+            ),
+        )
+        for lower, bounds in ((False, made.upper), (True, made.lower))
+        for metric, fixed in bounds.items()
+    )
+    silenced = {name for rule in table.rules for name in rule.silences}
+    return UpdatePlan(edges, any(_skips(rule) for rule in acting if rule.id not in silenced))
+
+
+def _nearest(moving: Iterable[Condition]) -> tuple[Condition, ...]:
+    """``moving``, but of several factors of one baseline the one that is crossed first."""
+    found: dict[object, Condition] = {}
+    for condition in moving:
+        key: object = condition
+        if condition.operator in ON_BASELINES:
+            key = condition.operator, condition.baseline_of, condition.baseline
+            others = [condition, *filter(None, [found.get(key)])]
+            pick = max if is_lower(condition.operator) else min
+            condition = pick(others, key=lambda other: other.number)
+        found[key] = condition
+    return tuple(found.values())
+
+
+def _skips(rule: Rule) -> bool:
+    """Whether any gradient that is not finite has its update left out by ``rule``."""
+    return (
+        SKIP_STEP in rule.parameters
+        and rule.persistence == 1
+        and not rule.cooldown
+        and isinstance(rule.when, Condition)
+        and rule.when.operator is Operator.NONFINITE
+        and rule.when.metric != "loss"
+    )
+
+
+Follow = Callable[[], tuple[float, float]]
+"""Where a bound is now, and how far that is from what is usual."""
+
+
+class UpdateGuards:
+    """The guards of one rank's updates, after what it has been through.
+
+    ``moving`` are the edges that follow the run, by their place in the plan. Those of lower
+    edges are negated: so every value is to be at or below its bound.
+    """
+
+    __slots__ = ("moving", "plan")
+
+    def __init__(self, plan: UpdatePlan, history: History) -> None:
+        self.plan = plan
+        self.moving = [
+            (place, _followed(edge, history))
+            for place, edge in enumerate(plan.edges)
+            if edge.moving
+        ]
+
+
+def _followed(edge: Edge, history: History) -> Follow:
+    """The nearest of an edge's bounds."""
+    if edge.fixed == (-inf if edge.lower else inf) and len(edge.moving) == 1:
+        return _follow(edge.moving[0], history)
+    follows = [_follow(condition, history) for condition in edge.moving]
+    fixed = (-edge.fixed if edge.lower else edge.fixed, 0.0)
+
+    def nearest() -> tuple[float, float]:
+        return min(fixed, *(follow() for follow in follows))
+
+    return nearest
+
+
+def _follow(condition: Condition, history: History) -> Follow:
+    number = condition.number
+    sign = -1.0 if is_lower(condition.operator) else 1.0
+    if condition.operator in ON_BASELINES:
+        name = Watch(condition.baseline_of, condition.baseline).name
+        reference = history.baselines[name]
+
+        def of_baseline() -> tuple[float, float]:
+            median = reference.value
+            if median is None:
+                return inf, 0.0
+            bound = number * median if median >= 0.0 else times(number, median)
+            return sign * bound, abs(bound - median)
+
+        return of_baseline
+    bound = bound_of(condition, history)
+    if condition.operator is Operator.RISES_BY:
+        half = number / 2  # well clear of rounding
+
+        def of_last() -> tuple[float, float]:
+            last = bound()
+            return (inf, 0.0) if last == inf else (nextafter(last + half, -inf), half)
+
+        return of_last
+    return lambda: (sign * bound(), 0.0)
+
+
+SLACK = 0.1
+"""Share of its way from the usual value by which a bound is told nearer to it: of twice the
+usual value, a twentieth of the bound."""
+
+FAR = 0.3
+"""Share by which what was told may lie nearer, before it is told again."""
+
+
+class Announced:
+    """The guards that one trainer was told.
+
+    A bound that follows the run moves a little with every step, and the trainer is not told
+    each time. What it was told has to stay a necessary condition all the same, so it is told
+    a bound that is a little nearer to what is usual than the true one, and another as soon
+    as the true one comes nearer than that. When the true one has moved away it is told as
+    well, though not as soon: until then some updates are checked in vain.
+    """
+
+    __slots__ = ("_plan", "_told")
+
+    def __init__(self) -> None:
+        self._plan: UpdatePlan | None = None
+        self._told: list[float] | None = None
+
+    def news(self, guards: UpdateGuards | None) -> list[Guard] | None:
+        """What the trainer has to be told now; None: what it was told still holds.
+
+        Without ``guards``, as nobody knows its rank, it is told so once.
+        """
+        told = self._told
+        if guards is None:
+            self._told = self._told or []
+            return [] if told is None else None
+        if told is not None and guards.plan is self._plan:
+            for place, follow in guards.moving:
+                bound, way = follow()
+                if not bound - FAR * way <= told[place] <= bound:
+                    break
+            else:
+                return None
+        self._plan = guards.plan
+        self._told = told = _nearer(guards)
+        return _as_sent(guards.plan, told)
+
+
+def _nearer(guards: UpdateGuards) -> list[float]:
+    """The bound of every edge, as it is told; those of lower edges are negated."""
+    told = [-edge.fixed if edge.lower else edge.fixed for edge in guards.plan.edges]
+    for place, follow in guards.moving:
+        bound, way = follow()
+        nearer = bound - SLACK * way
+        told[place] = nearer if nearer == nearer else bound
+    return told
+
+
+def _as_sent(plan: UpdatePlan, told: Sequence[float]) -> list[Guard]:
+    """One guard for each metric that has a bound now."""
+    above: dict[str, float] = {}
+    below: dict[str, float] = {}
+    for edge, bound in zip(plan.edges, told, strict=True):
+        if bound < inf:  # else there is nothing beyond it
+            if edge.lower:
+                below[edge.metric] = -bound
+            else:
+                above[edge.metric] = bound
+    return [
+        Guard(
+            metric,
+            above.get(metric, inf),
+            below.get(metric, -inf),
+            plan.skips and metric == "nonfinite",
+        )
+        for metric in dict.fromkeys((*above, *below))
+    ]

@@ -1,0 +1,45 @@
+"""Guards: bounds, told by the sidecar, that no update may cross unjudged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf
+
+from esper_otel.leyline.wire import GUARDED, Guard
+
+
+class Guards:
+    """The bounds of one rank as the newest answer that had any gave them."""
+
+    __slots__ = ("_bounds", "_nonfinite", "looks_at_rate", "skips_nonfinite")
+
+    def __init__(self, guards: Iterable[Guard]) -> None:
+        known = {guard.metric: guard for guard in guards if guard.metric in GUARDED}
+        nonfinite = known.pop("nonfinite", None)
+        self._nonfinite = nonfinite is not None
+        self.skips_nonfinite = nonfinite is not None and nonfinite.skips
+        """Whether an update may be left out unasked whose values are not finite, where
+        they lie on a device and nobody can wait for them."""
+        self.looks_at_rate = "optimizer_lr" in known
+        no_bound = Guard("", inf, -inf)
+        loss, norm, rate = (known.get(metric, no_bound) for metric in GUARDED[:3])
+        self._bounds = (loss.above, loss.below, norm.above, norm.below, rate.above, rate.below)
+
+    def crossed(
+        self, loss: float | None, gradient_norm: float | None, rate: float | None
+    ) -> bool:
+        """Whether an update with these values is to be judged first; None: not known."""
+        loss_above, loss_below, norm_above, norm_below, rate_above, rate_below = self._bounds
+        if loss is not None:
+            if loss - loss != 0.0:  # NaN or infinite; a third of a call to math.isfinite
+                if self._nonfinite:
+                    return True
+            elif loss > loss_above or loss < loss_below:
+                return True
+        if gradient_norm is not None:
+            if gradient_norm - gradient_norm != 0.0:
+                if self._nonfinite:
+                    return True
+            elif gradient_norm > norm_above or gradient_norm < norm_below:
+                return True
+        return rate is not None and (rate > rate_above or rate < rate_below)

@@ -1,0 +1,321 @@
+"""The step under way: when its phases were, its losses, and what else was learnt of it.
+
+Time is tiled: every mark ends one phase and begins the next, so that the phases of a step
+and the hook that ended the one before add up to the step. Marks are nanoseconds of
+``perf_counter_ns``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter_ns
+
+from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
+from esper_otel.tolaria.seal import Reading, Unless, Value, plus
+
+MAX_PHASES = 4096
+"""Phases of one step that are remembered for its spans. Its times count all there were."""
+
+PHASES = ("forward", "backward", "optimizer")
+"""Phases that an explicit loop may time itself."""
+
+_NO_LOSS: tuple[Value | None, int] = None, 0
+_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
+_CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
+_SKIPPED = STEP_SLOT["update_skipped"]
+_H2D = STEP_SLOT["h2d_copy_ms"]
+
+REPORTABLE = {
+    key: STEP_SLOT[key]
+    for key in ("accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s")
+}
+"""Keys that a loop may report itself, besides its loss, and their slots."""
+
+
+class StepUnderWay:
+    """What the loop has done since the last step ended; :meth:`begin` turns to the next.
+
+    ``enriched`` False leaves out reported values that are gated.
+    """
+
+    # All of these are made anew by begin().
+    mark: int
+    begun: int
+    wait_ns: int
+    forward_ns: int
+    backward_ns: int
+    prepare_ns: int
+    """What this package did between backward and the optimizer's step."""
+    optimizer_ns: int
+    optimizing: bool
+    outside_ns: int
+    """Time of evaluations, which is no step's."""
+    span_start: int
+    samples: int
+    norm: Value | None
+    reported: dict[int, Value]
+    phases: list[tuple[str, int, int]]
+    _losses_before: int
+    _loss: Value | None
+    _losses: int
+    _loss_of_another: tuple[Value | None, int]
+    _shares: bool
+    _reported_loss: Value | None
+    _reported_losses: int
+
+    def __init__(self, *, enriched: bool) -> None:
+        self._enriched = enriched
+        self._all_shares = False
+        self.fetches = Fetches()
+        self._steps = 0
+        self.begin(0, 0)
+
+    def begin(self, mark: int, steps: int) -> None:
+        """The next step begins at ``mark``, after ``steps`` before it."""
+        self._steps = steps
+        self.span_start = self.mark = mark
+        self.begun = 0
+        self.forward_ns = self.backward_ns = self.optimizer_ns = 0
+        self.wait_ns = -1
+        self.prepare_ns = 0
+        self.samples = 0
+        self.optimizing = False
+        self.outside_ns = self._losses_before = 0
+        self.norm = self._loss = self._reported_loss = None
+        self._losses = self._reported_losses = 0
+        self._loss_of_another = _NO_LOSS
+        self._shares = self._all_shares
+        self.reported = {}
+        self.phases = []
+
+    # What the loop does, in the order in which a step does it.
+
+    def batch_came(self, asked_for: int, samples: int, source: Source = UNNAMED) -> None:
+        """The loop asked for a batch at mark ``asked_for`` and has it now.
+
+        ``samples`` is its size, 0 when not known; ``source`` says which loader it is from,
+        so that those of a validation loop are never charged to training
+        (:class:`~esper_otel.tolaria.fetches.Fetches`).
+        """
+        now = perf_counter_ns()
+        self.fetches.came(source, asked_for, now, samples, self.mark)
+        self.mark = now
+
+    def batches_ended(self, iterator: int) -> None:
+        """The iterator of that number, of a :class:`Source`, has no more batches."""
+        self.fetches.ended(iterator, perf_counter_ns())
+
+    def backward_begins(self) -> None:
+        """The loop calls backward: what led here since the batch came was forward."""
+        now = perf_counter_ns()
+        if self.fetches.waiting:
+            self.charge_fetches()
+        mark = self.mark or now
+        if self.begun == 0:
+            self.begun = mark
+        self.forward_ns += now - mark
+        phases = self.phases
+        if len(phases) > MAX_PHASES:
+            del phases[: MAX_PHASES // 2]
+        phases.append(("train.forward", mark, now))
+        self.mark = now
+
+    def backward_ends(self, loss: Value | None) -> None:
+        """Backward is done; ``loss`` is what it began from, None when that is no scalar.
+
+        Of the losses that an optimizer's closure computes the first counts: it is that of
+        the parameters the step began with, and what ``step()`` returns.
+        """
+        now = perf_counter_ns()
+        self.backward_ns += now - self.mark
+        self.phases.append(("train.backward", self.mark, now))
+        self.mark = now
+        if loss is None or (self.optimizing and self._losses > self._losses_before):
+            return
+        self._loss = loss if self._loss is None else plus(self._loss, loss)
+        self._losses += 1
+
+    def skipped(self) -> None:
+        """The optimizer did not step (a gradient scaler saw an overflow).
+
+        What was learnt of this attempt is forgotten, its time is that of the next step.
+        """
+        self.norm = self._loss = self._reported_loss = None
+        self._losses = self._reported_losses = 0
+        self._loss_of_another = _NO_LOSS
+        self.reported = {}
+
+    def may_be_skipped(self, skipped: Reading) -> None:
+        """The optimizer has stepped if ``skipped``, which a device has still to tell, is zero.
+
+        If it is not, the step has been counted all the same, but not what it learnt.
+        """
+        if self.norm is not None:
+            self.norm = Unless(self.norm, skipped)
+        loss, parts = self.loss
+        if loss is not None:
+            self._reported_loss, self._reported_losses = Unless(loss, skipped), parts
+
+    def another_stepped(self) -> None:
+        """An optimizer has stepped whose steps are not the run's (a critic's, say).
+
+        What ``backward`` began from so far was its loss; it is the step's as well only if
+        no other follows, as where one loss trains both.
+        """
+        if self._losses:
+            self._loss_of_another = self._loss, self._losses
+            self._loss, self._losses = None, 0
+
+    @property
+    def loss(self) -> tuple[Value | None, int]:
+        """The losses of the step added up, and by what their sum is to be divided."""
+        if self._reported_losses:
+            return self._reported_loss, self._reported_losses
+        loss, losses = (self._loss, self._losses) if self._losses else self._loss_of_another
+        return loss, 1 if self._shares else losses
+
+    def clipped(self, norm: Value) -> None:
+        """Gradients were clipped, and ``norm`` is what their norm was before."""
+        self.norm = norm
+
+    @property
+    def wants_norm(self) -> bool:
+        """Whether nobody has told this step's gradient norm yet."""
+        return self.norm is None
+
+    def optimizer_approaches(self, hook_began: int, norm: Value | None) -> None:
+        """The optimizer is about to step; ``norm`` was computed since ``hook_began``."""
+        now = perf_counter_ns()
+        if norm is not None:
+            self.norm = norm
+        if self.fetches.waiting:
+            self.charge_fetches()
+        mark = self.mark
+        if self.backward_ns and hook_began > mark:  # clipping, unscaling
+            self.optimizer_ns += hook_began - mark
+            self.phases.append(("train.optimizer", mark, hook_began))
+        self.phases.append(("tolaria.gradient_norm", hook_began, now))
+
+    def optimizer_begins(self, hook_began: int) -> None:
+        """All that was to be done before it has been, since ``hook_began``: it steps now."""
+        now = perf_counter_ns()
+        self.prepare_ns += now - hook_began
+        self.optimizing = True
+        self.mark = now
+
+    def closure_begins(self) -> None:
+        """The optimizer is about to step, and will call forward and backward itself."""
+        self.optimizing = True
+        self._losses_before = self._losses
+
+    def optimizer_ends(self) -> int:
+        """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
+        now = perf_counter_ns()
+        if self.optimizing:
+            self.optimizing = False
+            self.optimizer_ns += now - self.mark
+            self.phases.append(("train.optimizer", self.mark, now))
+        self.mark = now
+        return now
+
+    def measured(self, norm: Value | None) -> int:
+        """The norm was computed after :meth:`optimizer_ends`; returns the mark of now."""
+        now = perf_counter_ns()
+        if norm is not None:
+            self.norm = norm
+        self.prepare_ns += now - self.mark
+        self.phases.append(("tolaria.gradient_norm", self.mark, now))
+        self.mark = now
+        return now
+
+    def phase(self, name: str, began: int, ended: int) -> None:
+        """One phase of an explicit loop: ``forward``, ``backward`` or ``optimizer``.
+
+        ``name`` is one of :data:`PHASES`.
+        """
+        took = ended - began
+        if name == "forward":
+            self.forward_ns += took
+        elif name == "backward":
+            self.backward_ns += took
+        else:
+            self.optimizer_ns += took
+        if self.begun == 0:
+            self.begun = began
+        phases = self.phases
+        if len(phases) > MAX_PHASES:
+            del phases[: MAX_PHASES // 2]
+        phases.append((f"train.{name}", began, ended))
+        self.mark = ended
+
+    def report(self, loss: Value | None, values: Mapping[str, Value]) -> None:
+        """What the loop knows of this step; ``values`` by key, of :data:`REPORTABLE`.
+
+        A reported loss takes the place of those that backward began from.
+        Raises ``ValueError`` for a key that cannot be reported.
+        """
+        for key, value in values.items():
+            slot = REPORTABLE.get(key)
+            if slot is None:
+                raise ValueError(
+                    f"report({key}=…): expected one of {', '.join(sorted(REPORTABLE))}"
+                )
+            if slot == _GRADIENT_NORM:
+                self.norm = value
+            elif self._enriched or slot != _CONFLICT_RATE:
+                self.reported[slot] = value
+        if loss is not None:
+            self._reported_loss = plus(self._reported_loss, loss)
+            self._reported_losses += 1
+
+    def copied_to_device(self, milliseconds: Value) -> None:
+        """How long the step's first host-to-device copy took."""
+        if self._enriched:
+            self.reported[_H2D] = milliseconds
+
+    def update_skipped(self, skipped: Value) -> None:
+        """A device was told to leave this step's update out; ``skipped`` is 1 if it did."""
+        self.reported[_SKIPPED] = skipped
+
+    def losses_are_shares(self, shares: bool = True) -> None:
+        """From here on backward begins from shares: a step's loss is their sum, no mean.
+
+        So it is where each micro-batch's loss is divided by their number. False: no longer.
+        """
+        self._all_shares = self._shares = shares
+
+    def loss_is_a_share(self) -> None:
+        """As :meth:`losses_are_shares`, for the step under way."""
+        self._shares = True
+
+    def charge_fetches(self) -> None:
+        """Give the fetches since the last mark to this step, as far as they are its own."""
+        before, since, outside, samples, waits = self.fetches.charge(self._steps)
+        phases = self.phases
+        if outside:
+            if before:
+                self.outside_ns += since - before
+            if not phases:
+                self.span_start = since
+        elif before and since > before:
+            # What follows the end of a step is its rest: zero_grad, the scheduler, reading
+            # the loss, which on a device waits for what was begun before.
+            self.optimizer_ns += since - before
+            phases.append(("train.optimizer", before, since))
+        if not waits:
+            # It was an evaluation, and what the step is trained on came on another way.
+            self.mark = max(self.mark, since)
+            return
+        if self.begun == 0:
+            self.begun = since
+        if self.wait_ns < 0:
+            self.wait_ns = 0
+        for asked_for, came in waits:
+            if asked_for > since:  # between two fetches of one step
+                self.forward_ns += asked_for - since
+                phases.append(("train.forward", since, asked_for))
+            self.wait_ns += came - asked_for
+            phases.append(("train.input_wait", asked_for, came))
+            since = came
+        self.samples += samples

@@ -1,0 +1,369 @@
+"""Updates that are not made yet: what is decided of them, and that nothing is remembered."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.leyline.decisions import (
+    NOMINAL,
+    PROTOCOL_ERROR,
+    Action,
+    Proposal,
+    SeedOperation,
+)
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table_file import TableSource, load, parse
+from esper_tamiyo.language.updates import TOLD
+from sidecar.frames_made import NUMBERS, frame, runs
+from sidecar.test_engine import engine
+from sidecar.test_glancing import Ledger
+
+PROPOSAL = Proposal("s7", SeedOperation.BLEND)
+
+TABLE = parse(
+    TableSource(
+        "updates",
+        b"""
+version: updates
+baseline: {window: 4, warmup: 2}
+conservative: {clean_steps: 2}
+rules:
+  - {id: low, metric: loss, below: 0.1, for: 2, severity: HIGH, action: OPTIMIZER,
+     parameters: {lr_scale: 0.5}}
+  - {id: jump, metric: loss, above_baseline: 2, cooldown: 3, severity: HIGH, action: PAUSE,
+     conservative: true, parameters: {max_norm: 1}}
+  - {id: often, metric: loss, above: 0.15, release: 0.05, for: 2, of: 3, severity: HIGH,
+     action: OPTIMIZER, parameters: {lr_scale: 0.25, max_norm: 2}}
+  - {id: lost, nonfinite: true, severity: CRITICAL, action: PAUSE, silences: [often],
+     parameters: {skip_step: true}}
+  - {id: gone, metric: gradient_norm, nonfinite: true, severity: HIGH, action: PAUSE,
+     parameters: {max_norm: 1}}
+  - {id: same, metric: optimizer_lr, unchanged_for: 2, severity: WARNING, action: OPTIMIZER,
+     parameters: {lr_scale: 2}}
+  - {id: rise, metric: gradient_norm, rises_by: 0.1, severity: WARNING, action: OPTIMIZER,
+     parameters: {skip_step: true}}
+  - {id: calm, metric: grad_var, below_baseline: 0.5, release: 0.9, severity: HIGH,
+     action: CONTINUE, silences: [same, rise]}
+  - {id: sunk, metric: gradient_norm, below_baseline: 0.5, severity: HIGH, action: OPTIMIZER,
+     parameters: {lr_scale: 3}}
+  - {id: out, metric: loss, runs_out_within: 3, severity: HIGH, action: OPTIMIZER,
+     parameters: {max_norm: 3}}
+  - {id: both, severity: HIGH, action: OPTIMIZER, parameters: {lr_scale: 0.1}, any: [
+      {metric: loss, above_baseline: 3, baseline: highest},
+      {all: [{metric: gradient_norm, above: 1}, {metric: loss_delta, above: 0}]}]}
+  - {id: tried, metric: loss, above: 0, mode: observe, severity: HIGH, action: OPTIMIZER,
+     parameters: {skip_step: true}}
+  - {id: later, metric: loss, above: 0, downgrade: true, severity: HIGH, action: OPTIMIZER,
+     parameters: {lr_scale: 0.5}}
+  - {id: plain, metric: loss, above: 0, severity: CRITICAL, action: PAUSE}
+  - {id: seed, metric: kasmina.seed.alpha, above: 0.5, severity: HIGH, action: OPTIMIZER,
+     parameters: {lr_scale: 0.5}}
+""",
+    )
+)
+TABLES = {"updates": TABLE, "default": load("default"), "prototype": load("prototype")}
+ON_UPDATES = {"low", "jump", "often", "lost", "gone", "same", "rise", "sunk", "out", "both"}
+
+TOLD_VALUES = st.fixed_dictionaries(dict.fromkeys(sorted(TOLD - {"step"}), NUMBERS))
+"""All that a check may tell."""
+
+
+def checks(known=TOLD_VALUES):
+    """What is known of a step before its update: the loss, or the gradients, maybe not."""
+    missing = st.sets(st.sampled_from(["loss", "gradient_norm"]))
+    return st.builds(
+        lambda values, gone: {key: one for key, one in values.items() if key not in gone},
+        known,
+        missing,
+    )
+
+
+@given(
+    runs(),
+    st.lists(st.tuples(st.integers(0, 3), checks()), max_size=30),
+    st.sampled_from(sorted(TABLES)),
+)
+def test_nothing_is_remembered_of_a_check(frames, made, table):
+    books = Ledger(), Ledger()
+    plain, checked = (Engine(TABLES[table], witness=book) for book in books)
+    for place, one in enumerate(frames):
+        proposal = PROPOSAL if place % 3 == 0 else None
+        for ahead, values in made[place : place + 2]:
+            checked.check(frame(one.step + ahead, **values))
+        assert checked.observe(one, proposal) == plain.observe(one, proposal)
+    assert checked.report() == plain.report()
+    assert books[0].told == books[1].told
+
+
+@given(runs(), checks())
+def test_a_check_decides_as_judging_the_step_would(frames, values):
+    """As to the rules that act on updates, where the update itself is beyond their bounds."""
+    checking, judging = Engine(TABLE), Engine(TABLE)
+    for one in frames:
+        one.seeds.clear()
+        checking.observe(one)
+        judging.observe(one)
+    step = frames[-1].step + 1
+    found = checking.check(frame(step, **values)).findings
+    judged = judging.observe(frame(step, **values)).findings
+    firing = {
+        rule["rule"]
+        for rule in judging.report()["runs"][0]["rules"]
+        if rule["state"] == "firing"
+    }
+    assert found == [each for each in judged if each.rule in ON_UPDATES and each.rule in firing]
+
+
+def checked(*rules, before=(1.0,), top="", **values):
+    """The decision about an update, behind steps with these losses."""
+    deciding = engine(*rules, top=top)
+    for step, loss in enumerate(before):
+        deciding.observe(frame(step, loss=loss))
+    return deciding.check(frame(len(before), **values))
+
+
+SKIP = "action: OPTIMIZER, parameters: {skip_step: true}"
+QUARTER = "action: OPTIMIZER, parameters: {lr_scale: 0.25}"
+
+
+def test_nothing_fires():
+    decision = checked(f"metric: loss, above: 2, {SKIP}", loss=2.0)
+    assert (decision.id, decision.action, decision.reason, decision.parameters) == (
+        "run/0/1/update",
+        Action.CONTINUE,
+        NOMINAL,
+        {},
+    )
+    assert (decision.step, decision.observed_step) == (1, 0)
+    assert decision.table_version.startswith("test+")
+
+
+def test_a_finding_says_what_it_saw():
+    decision = checked(
+        f"metric: loss, above_baseline: 2, text: Up., {SKIP}",
+        top="baseline: {window: 2, warmup: 1}",
+        loss=9.0,
+    )
+    (finding,) = decision.findings
+    assert (finding.rule, finding.text) == ("r0", "Up.")
+    assert finding.values == {"loss": 9.0, "baseline(loss)": 1.0}
+    assert decision.parameters == {"skip_step": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rules", "action", "reason", "parameters"),
+    [
+        (("HIGH OPTIMIZER lr_scale: 0.5",), "OPTIMIZER", "r0", {"lr_scale": 0.5}),
+        # to leave it out wins over all, and then nothing else is asked
+        (
+            ("CRITICAL PAUSE max_norm: 1", "WARNING OPTIMIZER skip_step: true"),
+            "OPTIMIZER",
+            "r1",
+            {"skip_step": 1.0},
+        ),
+        (
+            ("WARNING OPTIMIZER skip_step: true", "HIGH PAUSE skip_step: true"),
+            "PAUSE",
+            "r1",
+            {"skip_step": 1.0},
+        ),
+        # of factors that of the strongest rule, of norms the smallest
+        (
+            ("HIGH OPTIMIZER lr_scale: 0.5", "CRITICAL OPTIMIZER lr_scale: 0.75"),
+            "OPTIMIZER",
+            "r1",
+            {"lr_scale": 0.75},
+        ),
+        (
+            ("HIGH OPTIMIZER lr_scale: 0.5", "HIGH OPTIMIZER lr_scale: 0.25"),
+            "OPTIMIZER",
+            "r0",
+            {"lr_scale": 0.5},
+        ),
+        (
+            (
+                "HIGH OPTIMIZER lr_scale: 0.5",
+                "HIGH PAUSE max_norm: 3",
+                "WARNING OPTIMIZER 'max_norm: 2, lr_scale: 0.1'",
+            ),
+            "PAUSE",
+            "r1",
+            {"lr_scale": 0.5, "max_norm": 2.0},
+        ),
+    ],
+)
+def test_of_several_rules(rules, action, reason, parameters):
+    rows = []
+    for rule in rules:
+        severity, what, asked = rule.split(maxsplit=2)
+        rows.append(
+            f"metric: loss, above: 1, severity: {severity}, action: {what}, "
+            f"parameters: {{{asked.strip(chr(39))}}}"
+        )
+    decision = checked(*rows, loss=2.0)
+    assert (decision.action, decision.reason, decision.parameters) == (
+        action,
+        reason,
+        parameters,
+    )
+    assert [finding.rule for finding in decision.findings] == [
+        f"r{place}" for place in range(len(rules))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "before", "fires"),
+    [
+        ("for: 2", (1, 2), True),  # the update would be the second
+        ("for: 2", (2, 1), False),
+        ("for: 3", (1, 2), False),
+        ("for: 2, of: 3", (2, 1), True),
+        ("for: 2, of: 3", (2, 2, 1, 1), False),
+        ("cooldown: 2", (2,), False),
+        ("cooldown: 2", (2, 1), False),
+        ("cooldown: 2", (2, 1, 1), True),
+        ("mode: observe", (1,), False),
+        ("downgrade: true", (1,), False),
+    ],
+)
+def test_persistence_and_cooldown_count_as_usual(rule, before, fires):
+    decision = checked(f"metric: loss, above: 1, {rule}, {SKIP}", before=before, loss=2.0)
+    assert (decision.reason == "r0") is fires
+
+
+def test_a_rule_on_its_way_back_leaves_an_update_alone_that_is_within_its_bounds():
+    rule = f"metric: loss, above: 4, release: 2, {QUARTER}"
+    assert checked(rule, before=(1, 5), loss=3.0).reason == NOMINAL
+    assert checked(rule, before=(1, 5), loss=4.5).reason == "r0"
+
+
+@pytest.mark.parametrize(
+    ("silencer", "before", "silenced"),
+    [
+        ("metric: loss, above: 1", (1,), True),
+        ("metric: loss, above: 3", (1,), False),
+        ("metric: loss, above: 3, release: 1", (4,), True),  # has fired, and still holds
+        ("metric: loss, above: 3, release: 2.5", (4,), False),
+        ("metric: loss, above: 1, for: 2", (1,), False),
+        ("metric: loss, above: 1, mode: observe", (1,), False),
+    ],
+)
+def test_silences_count_as_usual(silencer, before, silenced):
+    decision = checked(
+        f"{silencer}, silences: [r1]",
+        f"metric: loss, above: 1, {SKIP}",
+        before=before,
+        loss=2.0,
+    )
+    assert (decision.reason == NOMINAL) is silenced
+
+
+def test_what_a_check_cannot_tell_silences_as_it_last_did():
+    deciding = engine(
+        "metric: step_latency_ms, above: 9, silences: [r1]", f"metric: loss, above: 1, {SKIP}"
+    )
+    for step, (latency, reason) in enumerate([(5.0, "r1"), (10.0, NOMINAL), (5.0, "r1")]):
+        deciding.observe(frame(step, step_latency_ms=latency, loss=1.0))
+        assert deciding.check(frame(step + 1, loss=2.0)).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("condition", "values"),
+    [
+        # not told, which is neither "not finite" nor "absent for another step"
+        ("metric: accuracy, nonfinite: true", {"nonfinite": 1.0}),
+        ("metric: accuracy, missing_for: 1", {}),
+        ("metric: loss, missing_for: 1", {}),
+        ("metric: step_latency_ms, above: 0", {"step_latency_ms": 9.0}),
+    ],
+)
+def test_what_a_check_does_not_tell_is_unknown(condition, values):
+    deciding = engine(f"{condition}, {SKIP}")
+    deciding.observe(frame(0, accuracy=1.0, loss=1.0))
+    assert deciding.check(frame(1, **values)).reason == NOMINAL
+
+
+@pytest.mark.parametrize("key", ["nonfinite", "loss", "gradient_norm"])
+def test_what_is_not_finite_is_known_before_the_update(key):
+    rule = f"metric: {key}, nonfinite: true, {SKIP}"
+    assert checked(rule, nonfinite=1.0).reason == "r0"
+    assert checked(rule, nonfinite=0.0, loss=1.0, gradient_norm=1.0).reason == NOMINAL
+
+
+def test_where_nobody_can_judge_the_check_says_so():
+    deciding = engine(f"metric: loss, above: 1, {SKIP}")
+    assert deciding.check(frame(0, loss=2.0)).reason == PROTOCOL_ERROR
+    deciding.observe(frame(4, loss=1.0))
+    for one in (
+        frame(4, loss=2.0),  # seen already
+        frame(3, loss=2.0),
+        frame(5, rank=1, loss=2.0),
+        frame(5, run="another", loss=2.0),
+        frame(5, instance="two", loss=2.0),
+    ):
+        decision = deciding.check(one)
+        assert (decision.action, decision.reason) == (Action.CONTINUE, PROTOCOL_ERROR)
+    assert deciding.check(frame(9, loss=2.0)).reason == "r0"
+    assert deciding.check(frame(5, instance="", loss=2.0)).reason == "r0"
+    assert deciding.report()["frames"]["judged"] == 1
+
+
+def test_a_check_never_raises(caplog):
+    deciding = engine(f"metric: loss, above: 1, {SKIP}")
+    deciding.observe(frame(0, loss=1.0))
+    assert deciding.check(frame(1, loss="much")).reason == PROTOCOL_ERROR
+    assert "could not judge step 1" in caplog.text
+    assert deciding.check(frame(1, loss=2.0)).reason == "r0"
+
+
+def test_a_rank_on_its_way_to_another_table_is_checked_by_the_one_before():
+    deciding = engine(f"metric: loss, above: 1, {SKIP}")
+    deciding.observe(frame(0, loss=1.0))
+    before = deciding.table.version
+    deciding.reload(engine(f"metric: loss, above: 9, {SKIP}").table)
+    decision = deciding.check(frame(1, loss=2.0))
+    assert (decision.reason, decision.table_version) == ("r0", before)
+    deciding.observe(frame(1, loss=1.0))
+    assert deciding.check(frame(2, loss=2.0)).reason == NOMINAL
+
+
+def test_conservative_mode_is_told_and_neither_entered_nor_left():
+    deciding = engine(
+        f"metric: loss, above: 1, conservative: true, {SKIP}",
+        top="conservative: {clean_steps: 2}",
+    )
+    deciding.observe(frame(0, loss=1.0))
+    assert not deciding.check(frame(1, loss=2.0)).conservative
+    assert not deciding.observe(frame(1, loss=1.0)).conservative
+    deciding.observe(frame(2, loss=2.0))
+    for step in (3, 3, 3):
+        assert deciding.check(frame(step, loss=1.0)).conservative
+
+
+@pytest.mark.parametrize("norm", [None, 1e4])
+def test_the_default_table_leaves_out_what_would_ruin_the_weights(norm):
+    deciding = Engine(TABLES["default"])
+    for step in range(40):
+        usual = {"loss": 1.0, "gradient_norm": 2.0, "nonfinite": 0.0}
+        assert deciding.check(frame(step, **usual)).action is Action.CONTINUE
+        deciding.observe(frame(step, **usual))
+    bad = {"gradient_norm": norm, "nonfinite": 0.0} if norm else {"nonfinite": 1.0}
+    decision = deciding.check(frame(40, **bad))
+    assert decision.parameters == {"skip_step": 1.0}
+
+
+def test_what_stays_is_for_gradient_explosion():
+    """One update is left out; the next is made, at a quarter of the rate."""
+    deciding = Engine(TABLES["default"])
+    asked = []
+    for step in range(50):
+        values = {"loss": 1.0, "gradient_norm": 2.0 if step < 40 else 1e4, "nonfinite": 0.0}
+        asked.append(deciding.check(frame(step, **values)).parameters)
+        deciding.observe(frame(step, **values))
+    assert asked[40:48] == [
+        {"skip_step": 1.0},
+        {"lr_scale": 0.25},
+        *[{}] * 4,
+        {"skip_step": 1.0},
+        {},
+    ]

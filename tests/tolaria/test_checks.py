@@ -1,0 +1,432 @@
+"""Updates that cross a guard: asked about before they are made, and changed for once."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tolaria.loops import Clock, Late, Optimizer, make, one_step, stop_the_clock
+from tolaria.sidecars import Sidecar, decided
+
+from esper_otel.leyline.decisions import FAILED_OPEN, Action, unanswered
+from esper_otel.leyline.guards import Guards
+from esper_otel.leyline.wire import Guard
+from esper_otel.tolaria.update_control import MOST_SKIPS
+
+INSIDE, OUTSIDE = 1.0, 20.0
+
+EVERYTHING = [
+    Guard("loss", above=10.0, below=0.0),
+    Guard("gradient_norm", above=10.0),
+    Guard("optimizer_lr", above=1.0),
+    Guard("nonfinite", above=0.0),
+]
+
+PREVIEWED = (
+    "loss",
+    "loss_delta",
+    "loss_ewma",
+    "loss_volatility",
+    "gradient_norm",
+    "grad_norm_ewma",
+    "grad_var",
+)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return stop_the_clock(monkeypatch)
+
+
+def guarded(clock, update=None, guards=EVERYTHING, enforce=True, **options):
+    """A recorder whose sidecar has told guards, and answers checks with ``update``."""
+    sidecar = Sidecar(clock, checks_ms=options.pop("checks_ms", 0.0))
+    sidecar.guards = Guards(guards)
+    sidecar.update = update
+    recorder, frames = make(enforce, client=sidecar, **options)
+    return recorder, frames, sidecar
+
+
+class Gradient:
+    """As much of a tensor as is clipped."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def detach(self):
+        return self
+
+    def mul_(self, factor):
+        self.number *= factor
+
+
+class Parameter:
+    def __init__(self, gradient=1.0):
+        self.grad = Gradient(gradient)
+
+
+class Trained(Optimizer):
+    """One parameter; :meth:`train` says what its update saw of rate and gradient."""
+
+    def __init__(self, rate=0.1):
+        self.parameter = Parameter()
+        super().__init__({"lr": rate, "momentum": 0.9, "params": [self.parameter]})
+        self.seen = []
+
+
+def train(recorder, clock, losses, *, norm=2.0):
+    """Steps with these losses; what the update of each saw: its rate and its gradient."""
+    optimizer = recorder.optimizer = Trained()
+    seen = []
+    for loss in losses:
+        optimizer.parameter.grad = own = Gradient(norm)
+        clock.pass_ms(5)
+        recorder.backward_begins()
+        recorder.backward_ends(loss)
+        recorder.optimizer_begins(clock(), norm, optimizer)
+        left = optimizer.parameter.grad
+        seen.append((optimizer.param_groups[0]["lr"], left and left.number))
+        recorder.optimizer_ends(optimizer)
+        recorder.end_step()
+        assert optimizer.parameter.grad is own
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "rate", "asked"),
+    [
+        (1.0, 2.0, 0.1, False),
+        (10.0, 10.0, 1.0, False),
+        (10.1, 2.0, 0.1, True),
+        (-0.1, 2.0, 0.1, True),
+        (1.0, 10.1, 0.1, True),
+        (1.0, 2.0, 1.1, True),
+        (math.nan, 2.0, 0.1, True),
+        (1.0, math.inf, 0.1, True),
+        (math.inf, math.nan, 0.1, True),
+        (None, None, 0.1, False),
+        (None, 11.0, 0.1, True),
+        (1.0, None, 2.0, True),
+    ],
+)
+def test_an_update_is_asked_about_only_when_it_crosses_a_guard(clock, loss, norm, rate, asked):
+    recorder, _, sidecar = guarded(clock)
+    recorder.optimizer = Optimizer({"lr": rate})
+    one_step(recorder, clock, loss=loss, norm=norm)
+    assert len(sidecar.checked) == asked
+
+
+def test_the_rate_that_is_held_against_its_guard_is_the_one_in_force(clock):
+    recorder, _, sidecar = guarded(clock, guards=[Guard("optimizer_lr", above=0.06)])
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert [step for step, _ in sidecar.checked] == [1], "0.1, and then 0.05"
+
+
+@pytest.mark.parametrize("loss", [1.0, math.nan])
+def test_before_any_guard_was_told_nothing_is_asked(clock, loss):
+    recorder, _, sidecar = guarded(clock)
+    sidecar.guards = None
+    one_step(recorder, clock, loss=loss)
+    assert sidecar.checked == []
+
+
+def test_advise_never_checks(clock):
+    recorder, _, sidecar = guarded(clock, decided(1, skip_step=1.0), enforce=False)
+    seen = train(recorder, clock, [OUTSIDE, math.nan])
+    assert sidecar.checked == []
+    assert seen == [(0.1, 2.0)] * 2
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_ranks_that_agree_never_check(clock, asks):
+    class Agreement:
+        def answered(self, decision):
+            pass
+
+        def settle(self, step):
+            return unanswered("r", step, "nominal")
+
+    recorder, _, sidecar = guarded(clock, decided(1, skip_step=1.0))
+    recorder.agree(Agreement(), asks=asks)
+    assert train(recorder, clock, [OUTSIDE, math.nan]) == [(0.1, 2.0)] * 2
+    assert sidecar.checked == []
+
+
+def test_what_is_still_on_a_device_is_not_waited_for(clock):
+    recorder, _, sidecar = guarded(clock, decided(1, skip_step=1.0))
+    late = Late()
+    one_step(recorder, clock, loss=late, norm=late)
+    assert sidecar.checked == []
+
+
+def test_a_step_with_a_closure_is_not_held_against_guards(clock):
+    recorder, _, sidecar = guarded(clock, decided(1, skip_step=1.0))
+    recorder.closure_begins(recorder.optimizer)
+    recorder.backward_begins()
+    recorder.backward_ends(math.nan)
+    recorder.optimizer_ends(recorder.optimizer)
+    recorder.end_step()
+    assert sidecar.checked == []
+
+
+# --- what is asked
+
+
+def untimed(row):
+    return {key: value for key, value in row.items() if not key.endswith("_ms")}
+
+
+NUMBERS = st.floats(-1e6, 1e6, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
+VALUES = st.tuples(st.none() | NUMBERS, st.none() | NUMBERS, st.booleans())
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=20), parts=st.integers(1, 3))
+def test_a_check_holds_what_the_frame_of_its_step_will_hold(values, parts):
+    """And asking it changes no frame: the same loop, in which nothing is asked."""
+    clock = Clock()
+    guards = [Guard("loss", above=-math.inf), Guard("gradient_norm", above=-math.inf)]
+    recorder, frames, sidecar = guarded(clock, guards=[*guards, Guard("nonfinite")])
+    plain, plain_frames, plain_sidecar = guarded(clock, guards=[])
+    for loss, norm, reports in values:
+        for each in (recorder, plain):
+            if reports and loss is not None:
+                each.report(loss, {})
+            for _ in range(parts):
+                each.backward_begins()
+                each.backward_ends(loss)
+            each.optimizer_begins(clock(), norm, each.optimizer)
+            each.optimizer_ends(each.optimizer)
+            each.end_step()
+    assert plain_sidecar.checked == []
+    assert list(map(untimed, plain_frames.rows)) == list(map(untimed, frames.rows))
+    assert len(sidecar.checked) == sum((loss, norm) != (None, None) for loss, norm, _ in values)
+    for step, checked in sidecar.checked:
+        row = frames.rows[step - 1]
+        assert checked["step"] == row["step"] == step
+        for key in (*PREVIEWED, "nonfinite", "optimizer_lr", "optimizer_momentum", "lr_scale"):
+            assert checked.get(key) == row.get(key), key
+        assert set(checked) <= {
+            *PREVIEWED,
+            "step",
+            "nonfinite",
+            "optimizer_lr",
+            "optimizer_momentum",
+            "lr_scale",
+        }
+
+
+def test_a_check_tells_the_factor_in_force_and_the_rate_with_it(clock):
+    recorder, _, sidecar = guarded(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.25)
+    train(recorder, clock, [INSIDE, OUTSIDE])
+    ((_, checked),) = sidecar.checked
+    assert (checked["lr_scale"], checked["optimizer_lr"]) == (0.25, 0.025)
+
+
+def test_without_enrichment_a_check_holds_what_its_frame_will(clock):
+    recorder, frames, sidecar = guarded(clock, enriched=False)
+    train(recorder, clock, [INSIDE, OUTSIDE])
+    ((_, checked),) = sidecar.checked
+    assert checked["loss"] == frames.rows[1]["loss"] == OUTSIDE
+    assert "loss_ewma" not in checked
+
+
+def test_a_check_is_asked_after_the_decision_about_the_step_before_was_taken(clock):
+    recorder, frames, sidecar = guarded(clock)
+    train(recorder, clock, [OUTSIDE] * 5)
+    assert [step for step, _ in sidecar.checked] == [1, 2, 3, 4, 5]
+    assert sidecar.lost == 0
+    assert recorder.decision.step == 4, "what a check is answered is about one update only"
+    assert frames.column("unjudged_steps") == [0.0] * 5
+
+
+def test_the_time_of_a_check_is_time_spent_on_asking(clock):
+    recorder, frames, _ = guarded(clock, checks_ms=0.4)
+    for loss in (INSIDE, OUTSIDE, INSIDE):
+        one_step(recorder, clock, loss=loss, norm_ms=0.5)
+    assert frames.column("tamiyo_latency_ms") == pytest.approx([0.0, 0.4, 0.0])
+    assert frames.column("hook_latency_ms") == pytest.approx([0.5, 0.9, 0.5])
+
+
+# --- what is done
+
+
+@pytest.mark.parametrize(
+    ("parameters", "saw", "told"),
+    [
+        ({}, (0.1, 2.0), {"lr_scale": 1.0, "update_skipped": 0.0, "optimizer_lr": 0.1}),
+        ({"skip_step": 1.0}, (0.1, None), {"lr_scale": 1.0, "update_skipped": 1.0}),
+        ({"lr_scale": 0.5}, (0.05, 2.0), {"lr_scale": 0.5, "optimizer_lr": 0.05}),
+        ({"max_norm": 0.5}, (0.1, 0.5), {"lr_scale": 1.0, "gradient_norm": 2.0}),
+        ({"max_norm": 4.0}, (0.1, 2.0), {"lr_scale": 1.0}),
+        ({"lr_scale": 0.5, "max_norm": 0.5}, (0.05, 0.5), {"lr_scale": 0.5}),
+        ({"lr_scale": 0.001}, (0.001, 2.0), {"lr_scale": 0.01}),
+        ({"skip_step": 0.0}, (0.1, 2.0), {"update_skipped": 0.0}),
+        ({"lr_scale": math.nan, "max_norm": -1.0}, (0.1, 2.0), {"lr_scale": 1.0}),
+    ],
+)
+def test_an_answer_is_about_one_update_only(clock, parameters, saw, told):
+    recorder, frames, _ = guarded(clock, decided(2, **parameters), span_every=1)
+    seen = train(recorder, clock, [INSIDE, OUTSIDE, INSIDE])
+    assert seen[0] == seen[2] == (0.1, 2.0)
+    assert seen[1] == pytest.approx(saw)
+    row = frames.rows[1]
+    assert {key: row[key] for key in told} == pytest.approx(told)
+    for usual in (frames.rows[0], frames.rows[2]):
+        assert (usual["lr_scale"], usual["update_skipped"]) == (1.0, 0.0)
+    assert recorder._responses.lr_scale == 1.0
+
+
+def test_on_top_of_the_factor_in_force_and_within_its_bounds(clock):
+    recorder, frames, sidecar = guarded(clock, decided(2, lr_scale=0.1), minimum=0.1)
+    sidecar.decisions[1] = decided(1, lr_scale=0.2)
+    seen = train(recorder, clock, [INSIDE, OUTSIDE, INSIDE])
+    assert [rate for rate, _ in seen] == pytest.approx([0.1, 0.01, 0.02])
+    assert frames.column("lr_scale") == pytest.approx([1.0, 0.1, 0.2])
+    assert frames.column("optimizer_lr") == pytest.approx([0.1, 0.01, 0.02])
+
+
+def test_what_was_done_to_an_update_is_told_with_its_own_step(clock):
+    answer = decided(2, skip_step=1.0)
+    recorder, frames, _ = guarded(clock, answer, span_every=0)
+    train(recorder, clock, [INSIDE, OUTSIDE, INSIDE, INSIDE])
+    (timeline,) = frames.timelines
+    assert (timeline.step, timeline.update) == (2, answer)
+    assert timeline.decision.reason == "nominal"
+
+
+@pytest.mark.parametrize("reason", sorted(FAILED_OPEN))
+@pytest.mark.parametrize("loss", [OUTSIDE, math.nan])
+def test_without_an_answer_nothing_is_skipped(clock, reason, loss):
+    recorder, frames, sidecar = guarded(clock, lambda step, _: unanswered("r", step, reason))
+    assert train(recorder, clock, [loss] * 3) == [(0.1, 2.0)] * 3
+    assert len(sidecar.checked) == 3
+    assert frames.column("update_skipped") == [0.0] * 3
+
+
+def test_a_pause_may_leave_an_update_out_too(clock):
+    recorder, _, _ = guarded(clock, decided(1, Action.PAUSE, skip_step=1.0))
+    paused = []
+    recorder._responses.on_pause(paused.append)
+    assert train(recorder, clock, [OUTSIDE]) == [(0.1, None)]
+    assert paused == [], "it is about the update, and pauses nothing"
+
+
+def test_an_answer_about_an_update_is_no_clean_step_and_no_cut(clock):
+    recorder, _, sidecar = guarded(
+        clock, lambda step, _: decided(step, lr_scale=0.5), release_steps=3
+    )
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    seen = train(recorder, clock, [INSIDE, *[OUTSIDE] * 3])
+    assert [rate for rate, _ in seen] == pytest.approx([0.1, 0.025, 0.025, 0.025])
+    assert recorder._responses.lr_scale == 0.5
+
+
+def skips(clock, losses, update=None):
+    recorder, frames, _ = guarded(clock, update or decided(1, skip_step=1.0))
+    train(recorder, clock, losses)
+    return [bool(skipped) for skipped in frames.column("update_skipped")]
+
+
+def test_what_stays_outside_for_long_is_the_new_ordinary_state(clock):
+    """Until it has been inside again."""
+    made = skips(clock, [OUTSIDE] * (2 * MOST_SKIPS + 3) + [INSIDE, OUTSIDE])
+    assert made == [True] * MOST_SKIPS + [False] * (MOST_SKIPS + 3) + [False, True]
+
+
+def test_what_is_not_finite_is_always_skipped(clock):
+    assert all(skips(clock, [math.nan] * (3 * MOST_SKIPS)))
+    assert skips(clock, [OUTSIDE] * MOST_SKIPS + [math.nan])[-1]
+
+
+@pytest.mark.parametrize("between", ["inside", "made all the same"])
+def test_only_skips_in_a_row_count(clock, between):
+    """An update that was made ends the row, whether it was asked about or not."""
+
+    def update(step, values):
+        return None if values["loss"] == 2 * OUTSIDE else decided(step, skip_step=1.0)
+
+    made = INSIDE if between == "inside" else 2 * OUTSIDE
+    losses = [*[OUTSIDE] * (MOST_SKIPS - 1), made, *[OUTSIDE] * MOST_SKIPS]
+    assert skips(clock, losses, update) == [loss == OUTSIDE for loss in losses]
+
+
+def test_a_factor_whose_first_update_is_skipped_is_applied_with_the_next(clock):
+    recorder, frames, sidecar = guarded(clock, decided(2, skip_step=1.0), span_every=1)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    seen = train(recorder, clock, [INSIDE, OUTSIDE, INSIDE, INSIDE])
+    recorder.finish()
+    assert [rate for rate, _ in seen][2:] == [0.05, 0.05]
+    assert [each.step for each in frames.timelines if each.applied] == [1]
+
+
+def test_an_attempt_that_overflowed_leaves_nothing_for_the_next(clock):
+    """As a fused optimizer does that a GradScaler has told so: its step is not counted."""
+    recorder, frames, _ = guarded(clock, decided(1, lr_scale=0.5), span_every=1)
+    optimizer = recorder.optimizer
+    recorder.backward_begins()
+    recorder.backward_ends(OUTSIDE)
+    recorder.optimizer_begins(clock(), math.inf, optimizer)
+    recorder.optimizer_ends(optimizer)
+    recorder.skipped()
+    one_step(recorder, clock, loss=INSIDE)
+    one_step(recorder, clock, loss=INSIDE)
+    assert frames.column("lr_scale") == [1.0, 1.0]
+    assert [each.update for each in frames.timelines] == [None]
+
+
+# --- optimizers with odd groups
+
+
+ODD = {
+    "betas is None": ({"lr": 0.1, "betas": None}, {"optimizer_lr": 0.1}),
+    "betas is empty": ({"lr": 0.1, "betas": ()}, {"optimizer_lr": 0.1}),
+    "betas holds none": ({"lr": 0.1, "betas": (None, 0.9)}, {"optimizer_lr": 0.1}),
+    "momentum is text": ({"lr": 0.1, "momentum": "fast"}, {"optimizer_lr": 0.1}),
+    "lr is None": ({"lr": None, "momentum": 0.9}, {"optimizer_momentum": 0.9}),
+    "lr is text": ({"lr": "fast", "momentum": 0.9}, {"optimizer_momentum": 0.9}),
+    "no lr": ({"momentum": 0.9}, {"optimizer_momentum": 0.9}),
+    "nothing": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("enforce", [True, False])
+@pytest.mark.parametrize(("group", "told"), ODD.values(), ids=ODD)
+def test_an_odd_group_loses_nothing_but_its_own_metric(clock, caplog, group, told, enforce):
+    recorder, frames, sidecar = guarded(clock, decided(2, skip_step=1.0), enforce=enforce)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder.optimizer = Optimizer(group)
+    for loss in (INSIDE, OUTSIDE, INSIDE):
+        one_step(recorder, clock, loss=loss)
+    assert not caplog.records
+    assert len(sidecar.asked) == 3
+    assert len(sidecar.checked) == enforce
+    first, second, third = frames.rows
+    for key in ("optimizer_lr", "optimizer_momentum"):
+        assert first.get(key) == told.get(key)
+    assert (first["loss"], second["loss"], third["loss"]) == (INSIDE, OUTSIDE, INSIDE)
+    assert first["nonfinite"] == 0.0
+
+
+@pytest.mark.torch
+def test_a_vector_of_rates_loses_nothing_but_its_own_metric(clock, caplog):
+    torch = pytest.importorskip("torch")
+    recorder, frames, sidecar = guarded(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    rates = torch.tensor([0.1, 0.2])
+    recorder.optimizer = Optimizer({"lr": rates, "momentum": 0.9})
+    used = []
+    for _ in range(3):
+        recorder.backward_ends(INSIDE)
+        recorder.optimizer_begins(clock(), 2.0, recorder.optimizer)
+        used.append(recorder.optimizer.param_groups[0]["lr"].tolist())
+        recorder.optimizer_ends(recorder.optimizer)
+        recorder.end_step()
+    assert not caplog.records
+    assert used[0] == rates.tolist()
+    assert used[1] == used[2] == (rates / 2).tolist(), "and it is scaled as any other"
+    assert "optimizer_lr" not in frames.rows[0]
+    assert frames.column("optimizer_momentum") == [0.9] * 3

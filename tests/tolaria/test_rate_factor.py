@@ -1,0 +1,120 @@
+import itertools
+
+import pytest
+
+from esper_otel.tolaria.rate_factor import RateFactor
+
+
+def rate(release_steps=10, minimum=0.01, maximum=1.0):
+    return RateFactor(minimum=minimum, maximum=maximum, release_steps=release_steps)
+
+
+def test_factors_multiply():
+    subject = rate()
+    assert subject.scale_by(0.5)
+    assert subject.scale_by(0.5)
+    assert subject.value == 0.25
+
+
+@pytest.mark.parametrize(
+    ("factor", "minimum", "maximum", "bound"), [(0.1, 0.05, 1.0, 0.05), (3.0, 0.05, 2.0, 2.0)]
+)
+def test_the_product_of_all_factors_is_bounded(factor, minimum, maximum, bound):
+    subject = rate(minimum=minimum, maximum=maximum)
+    changed = [subject.scale_by(factor) for _ in range(5)]
+    assert subject.value == bound
+    assert not changed[-1], "at its bound a cut changes nothing"
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_factor_that_is_no_positive_number_is_reported_once_and_not_applied(factor, caplog):
+    subject = rate()
+    assert not subject.scale_by(factor)
+    assert not subject.scale_by(factor)
+    assert subject.bounded(factor) == 1.0
+    assert subject.value == 1.0
+    (record,) = caplog.records
+    assert "expected a positive number" in record.getMessage()
+
+
+def test_after_enough_clean_steps_the_rate_is_given_back_to_the_last_bit():
+    subject = rate(release_steps=10)
+    subject.scale_by(0.125)
+    seen = []
+    for _ in range(20):
+        subject.clean_step()
+        seen.append(subject.value)
+    assert seen[:10] == [0.125] * 10, "held while the trouble may come back"
+    assert seen[10:] == sorted(seen[10:]), "then ever closer to the script's own"
+    assert all(b / a < 1.3 for a, b in itertools.pairwise(seen[10:])), "gently"
+    assert subject.value == 1.0
+    assert not subject.held
+
+
+def test_trouble_that_comes_back_is_waited_out_twice_as_long():
+    subject = rate(release_steps=10)
+    subject.scale_by(0.5)
+    for _ in range(15):
+        subject.clean_step()
+    assert subject.value > 0.5, "on its way back"
+    subject.scale_by(0.5)
+    held = subject.value
+    for _ in range(20):
+        subject.clean_step()
+        assert subject.value == held
+    subject.clean_step()
+    assert subject.value > held
+
+
+def test_a_long_calm_forgets_the_doubled_wait():
+    subject = rate(release_steps=5)
+    subject.scale_by(0.5)
+    for _ in range(7):
+        subject.clean_step()
+    subject.scale_by(0.5)  # back already: the wait is 10 now
+    for _ in range(10 + 5 + 10 + 5):
+        subject.clean_step()
+    subject.scale_by(0.5)
+    for _ in range(6):
+        subject.clean_step()
+    assert subject.value > 0.5, "given back from the sixth step on, as the first time"
+
+
+def test_a_single_update_gets_no_more_than_the_bounds_leave_room_for():
+    subject = rate(minimum=0.1)
+    subject.scale_by(0.25)
+    assert subject.bounded(0.5) == 0.5
+    assert subject.value * subject.bounded(0.1) == pytest.approx(0.1)
+    assert subject.bounded(100.0) == 4.0
+    assert subject.value == 0.25, "the factor in force stays as it was"
+
+
+def test_the_state_goes_on_where_it_was():
+    subject, again = rate(), rate()
+    subject.scale_by(0.25)
+    for _ in range(13):
+        subject.clean_step()
+    again.resume(subject.state())
+    for _ in range(40):
+        subject.clean_step()
+        again.clean_step()
+        assert again.value == subject.value
+    assert again.state() == subject.state()
+
+
+WRONG = {
+    "nothing": {},
+    "unknown field": {**rate().state(), "more": 1},
+    "text": {**rate().state(), "factor": "x"},
+    "zero": {**rate().state(), "factor": 0.0},
+    "not finite": {**rate().state(), "return_factor": float("nan")},
+}
+
+
+@pytest.mark.parametrize("state", WRONG.values(), ids=WRONG)
+def test_what_is_no_state_is_refused_and_changes_nothing(state):
+    subject = rate()
+    subject.scale_by(0.5)
+    with pytest.raises(ValueError):  # noqa: PT011  (each kind says something else)
+        subject.resume(state)
+    assert subject.value == 0.5
