@@ -60,7 +60,7 @@ _SLOW = ("step_latency_high", "short_steps_slow", "step_latency_drift")
 _DIVERGES = (*_LOSS, "gradient_explosion", "gradient_spike", "gradient_drift")
 
 RIGHT: dict[str, tuple[str, ...]] = {
-    "lr_times_50": (*_DIVERGES, "learning_rate_jump"),
+    "lr_times_50": (*_DIVERGES, "learning_rate_jump", "learning_rate_too_high"),
     "lr_zero": ("learning_rate_collapse", "optimizer_hint"),
     "momentum_0999": (*_DIVERGES, "momentum_jump"),
     "nan_batch": ("nonfinite_loss",),

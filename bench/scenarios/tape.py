@@ -45,9 +45,7 @@ class Tape:
     def attach(self, run: Run) -> None:
         """Take the place of the client of ``run``, which has none."""
         # A client needs a socket and a server; what is recorded is the same without.
-        asking = run.recorder._asking
-        asking._client = self
-        asking.asks = asking.decides = True
+        run.recorder.ask_of(self)
 
     def send(
         self,

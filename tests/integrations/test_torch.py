@@ -567,3 +567,15 @@ def test_a_disabled_sdk_disables_everything(captured, monkeypatch):
     explicit_loop(run, model, optimizer)
     run.close()
     assert captured.frames == []
+
+
+def test_a_phase_that_there_is_not_is_refused_before_its_block_runs(captured):
+    run = esper_otel.start()
+    ran = []
+    with pytest.raises(ValueError, match="phase 'validation': expected one of forward"):  # noqa: SIM117
+        with run.phase("validation"):
+            ran.append(1)
+    assert ran == []
+    with pytest.raises(RuntimeError, match="the script's own"), run.phase("forward"):
+        raise RuntimeError("the script's own")
+    run.close()

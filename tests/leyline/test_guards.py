@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.leyline.wire import GUARDED, Guard
 from esper_otel.leyline.guards import Guards
+from esper_otel.leyline.wire import GUARDED, Guard
 
 NONFINITE = Guard("nonfinite", above=0.0)
 

@@ -172,6 +172,12 @@ def spikes(step, values, seeds):
         values["gradient_norm"] *= 1e4
 
 
+def too_high(step, values, seeds):
+    if step >= TROUBLE:
+        values["optimizer_lr"] *= 30
+        values["loss"] *= 1.5
+
+
 def calls_slowly(step, values, seeds):
     if step >= TROUBLE:
         took = 0.6 * values["step_latency_ms"]
@@ -190,6 +196,7 @@ TROUBLES = [
     ("gradient_drift", times(4, "gradient_norm"), 16),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
     ("learning_rate_jump", times(50, "optimizer_lr"), 1),
+    ("learning_rate_too_high", too_high, 1),
     ("momentum_jump", instead(optimizer_momentum=0.999), 1),
     ("learning_rate_collapse", times(0, "optimizer_lr"), 5),
     ("nonfinite_loss", is_not_finite, 1),

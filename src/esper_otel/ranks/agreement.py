@@ -43,12 +43,16 @@ class Shared(Protocol):
 
 
 class _Prepared(NamedTuple):
-    """What this rank is to post of a step, as it was at the step's end."""
+    """What this rank is to post of a step, as it was at the step's end.
+
+    ``shared`` is who took part in it: a garden may be planted later.
+    """
 
     step: int
     digest: int
     flags: bytes
     order: Order | None
+    shared: Shared | None
 
 
 class Agreement:
@@ -64,7 +68,7 @@ class Agreement:
         """False once it is over."""
         self._run = run
         self._prepared: _Prepared | None = None
-        self._sent: tuple[int, int, int, Sent] | None = None
+        self._sent: tuple[_Prepared, Sent] | None = None
 
     @property
     def leads(self) -> bool:
@@ -90,8 +94,6 @@ class Agreement:
                 if self._prepared is not None:  # the leader's question was not even sent
                     self._post(unanswered(self._run, step - 1, NOT_ASKED))
                 settled = self._take()
-                if settled is not None and self.shared is not None:
-                    self.shared.heard(settled.flags, settled.word.order)
                 self._prepare(step)
             except Exception as error:
                 self._give_up_after(error)
@@ -114,19 +116,22 @@ class Agreement:
         self.circle.leave()
 
     def _take(self) -> News | None:
+        """What came of the posts of the step before; who took part in it hears of it."""
         if self._sent is None:
             return None
-        step, digest, flags, sent = self._sent
-        self._sent = None
-        return news(step, digest, flags, sent.wait())
+        (prepared, sent), self._sent = self._sent, None
+        settled = news(prepared.step, prepared.digest, len(prepared.flags), sent.wait())
+        if prepared.shared is not None:
+            prepared.shared.heard(settled.flags, settled.word.order)
+        return settled
 
     def _prepare(self, step: int) -> None:
         shared = self.shared
         if shared is None:
-            self._prepared = _Prepared(step, 0, b"", None)
+            self._prepared = _Prepared(step, 0, b"", None, None)
         else:
             order = shared.order() if self.leads else None
-            self._prepared = _Prepared(step, shared.digest(), shared.flags(), order)
+            self._prepared = _Prepared(step, shared.digest(), shared.flags(), order, shared)
         if not self.leads:
             self._post(None)
 
@@ -135,10 +140,9 @@ class Agreement:
         prepared, self._prepared = self._prepared, None
         if prepared is None:
             return
-        step, digest, flags, order = prepared
-        word = None if decision is None else Word(decision, order)
-        sent = self.circle.send(post(step, digest, flags, word))
-        self._sent = (step, digest, len(flags), sent)
+        word = None if decision is None else Word(decision, prepared.order)
+        posted = post(prepared.step, prepared.digest, prepared.flags, word)
+        self._sent = prepared, self.circle.send(posted)
 
     def _give_up_after(self, error: Exception) -> None:
         known = isinstance(error, CircleError | DisagreementError)

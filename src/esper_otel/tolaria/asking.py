@@ -60,12 +60,18 @@ class Asking:
             return None
         return self._client.guards
 
+    def ask_of(self, client: Asks | None) -> None:
+        """Ask ``client`` from here on; None: nobody."""
+        self._client, self.sent = client, 0
+        self.asks = client is not None
+        self.decides = self.asks or self.is_shared
+
     def agree(self, agreement: Settles, *, asks: bool) -> None:
         """From here on take what all ranks have settled; ``asks``: for all of them."""
         self._agreement = agreement
         self.decides = self.is_shared = True
         if not asks:
-            self._client, self.sent, self.asks = None, 0, False
+            self.ask_of(None)
 
     def send(
         self,

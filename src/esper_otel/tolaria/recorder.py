@@ -246,6 +246,10 @@ class Recorder:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
         self._tending = None if garden is None else Tending(garden)
 
+    def ask_of(self, client: Asks | None) -> None:
+        """Ask ``client`` from here on; None: nobody."""
+        self._asking.ask_of(client)
+
     def agree(self, agreement: Settles, *, asks: bool) -> None:
         """Apply what all ranks have settled; ``asks``: whether this one asks for them."""
         self._asking.agree(agreement, asks=asks)
@@ -382,14 +386,16 @@ class Recorder:
         self._timelines.open(ending)
         if asking.decides:
             ending.waits = asking.is_shared
-            if asking.asks and newest is not None:
-                growing = ending.growing
-                asking.send(*newest, None if growing is None else growing.proposal)
-                ending.waits, ending.asked = True, newest[0]
             settled = None
-            if asking.is_shared:
-                settled = asking.settle(self.step)
-            elif self._waits:
+            try:
+                if asking.asks and newest is not None:
+                    growing = ending.growing
+                    asking.send(*newest, None if growing is None else growing.proposal)
+                    ending.waits, ending.asked = True, newest[0]
+            finally:  # ranks do all that they do together, whatever one of them meets
+                if asking.is_shared:
+                    settled = asking.settle(self.step)
+            if self._waits and not asking.is_shared:
                 settled = asking.collect()
             if settled is not None:
                 ending.taken = (*ending.taken, settled)

@@ -35,8 +35,8 @@ class StepHooks:
     def register(self, optimizer: Any) -> list[Any]:
         """On ``optimizer``; returns the handles that take them off."""
         return [
-            optimizer.register_step_pre_hook(_untraced(self._begins)),
-            optimizer.register_step_post_hook(_untraced(self._ended)),
+            optimizer.register_step_pre_hook(untraced(self._begins)),
+            optimizer.register_step_post_hook(untraced(self._ended)),
             self,
         ]
 
@@ -45,8 +45,8 @@ class StepHooks:
         # torch.optim deletes its attribute of this name; the module is public all the same.
         hooks = import_module("torch.optim.optimizer")
         return [
-            hooks.register_optimizer_step_pre_hook(_untraced(self._begins)),
-            hooks.register_optimizer_step_post_hook(_untraced(self._ended)),
+            hooks.register_optimizer_step_pre_hook(untraced(self._begins)),
+            hooks.register_optimizer_step_post_hook(untraced(self._ended)),
             self,
         ]
 
@@ -87,7 +87,7 @@ def _may_nest(cls: type) -> bool:
     return hooked > 1
 
 
-def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, not traced when the step it is on is compiled, but called.
 
     Tracing it would bake its first call into the graph, or fail. Leaving the graph for it

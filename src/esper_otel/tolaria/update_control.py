@@ -56,6 +56,7 @@ class UpdateControl:
         self._sealer = sealer
         self._clock = clock
         self._skips = 0
+        self._told = False
 
     def begin(self, optimizer: Optimizer, number: int, *, is_primary: bool) -> None:
         """``optimizer`` is about to step, in the run's step ``number``.
@@ -71,9 +72,10 @@ class UpdateControl:
             self.decision = None
             try:
                 order = self._order_for(optimizer, number, factor)
-            except Exception:
-                # What is in force is still in force.
-                log.warning("esper-otel: an update could not be checked", exc_info=True)
+            except Exception:  # what is in force is still in force
+                if not self._told:
+                    self._told = True
+                    log.exception("esper-otel: an update could not be checked; it is made")
             norm = self._step.norm
         updates = self.updates
         updates.guard(optimizer)
@@ -117,11 +119,11 @@ class UpdateControl:
         put_optimizer(row, optimizer.param_groups, factor)
         decision = self._asking.check(number, perf_counter_ns() + self._clock.offset, row)
         order = self._responses.order_of(decision)
-        if order.skip and all(each is None or isfinite(each) for each in (loss, norm)):
-            order = order._replace(skip=self._skips < MOST_SKIPS)
-            self._skips += 1
         if not order.skip:
             self._skips = 0
+        elif all(each is None or isfinite(each) for each in (loss, norm)):
+            self._skips += 1
+            order = order._replace(skip=self._skips <= MOST_SKIPS)
         if order != AS_IT_IS:
             self.decision = decision
         return order
