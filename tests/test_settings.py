@@ -52,6 +52,7 @@ VARIABLES = [
     ("ESPER_SPAN_SLOW_FACTOR", "3", "span_slow_factor", 3.0),
     ("ESPER_LR_SCALE_MIN", "0.1", "lr_scale_min", 0.1),
     ("ESPER_LR_SCALE_MAX", "2", "lr_scale_max", 2.0),
+    ("ESPER_WAIT_FOR_DECISIONS", "true", "wait_for_decisions", True),
     ("ESPER_RELEASE_STEPS", "9", "release_steps", 9),
     ("ESPER_PRIMARY_OPTIMIZER", "AdamW", "primary_optimizer", "AdamW"),
     ("ESPER_LOSSES_ARE_SHARES", "true", "losses_are_shares", True),

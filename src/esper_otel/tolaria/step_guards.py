@@ -27,6 +27,8 @@ class StepGuards:
     def __init__(self) -> None:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The wrappers. Not an attribute of theirs: who wraps one copies its attributes."""
         self._undo: list[Callable[[], None]] = []
 
     def watch(self, optimizer: Any, listener: Listener) -> None:
@@ -56,7 +58,7 @@ class StepGuards:
 
     def _wrap_class(self, owner: Any) -> None:
         step = owner.__dict__["step"]
-        if hasattr(step, "_esper_guard") or not callable(step):
+        if step in self._made or not callable(step):
             return
         raised = self._raised
 
@@ -68,7 +70,7 @@ class StepGuards:
                 raised(args[0])
                 raise
 
-        guarded._esper_guard = True  # type: ignore[attr-defined]
+        self._made.add(guarded)
         owner.step = guarded
 
         def restore() -> None:
@@ -79,8 +81,6 @@ class StepGuards:
 
     def _wrap_instance(self, optimizer: Any) -> None:
         step = vars(optimizer)["step"]
-        if hasattr(step, "_esper_guard"):  # made by a scheduler of the guarded class
-            return
         held, raised = weakref.ref(optimizer), self._raised
 
         @functools.wraps(step)

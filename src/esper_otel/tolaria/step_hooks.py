@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from esper_otel.tolaria.step_guards import GUARDS
-
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Those of ``step``, its optimizer first."""
 
 BeforeStep = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Arguments | None]
 """Called with the optimizer and the arguments of its ``step``; may return others for it."""
+
+_HOOKS_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
 AfterStep = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -37,7 +38,6 @@ class StepHooks:
         return [
             optimizer.register_step_pre_hook(untraced(self._begins)),
             optimizer.register_step_post_hook(untraced(self._ended)),
-            self,
         ]
 
     def register_for_all(self) -> list[Any]:
@@ -47,28 +47,17 @@ class StepHooks:
         return [
             hooks.register_optimizer_step_pre_hook(untraced(self._begins)),
             hooks.register_optimizer_step_post_hook(untraced(self._ended)),
-            self,
         ]
-
-    def remove(self) -> None:
-        """The hooks have been taken off."""
-        GUARDS.leave(self)
-
-    def end(self, optimizer: Any) -> None:
-        """A step of ``optimizer`` has raised, so that its hook was not called."""
-        self._depth.pop(id(optimizer), None)
 
     def _begins(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Arguments | None:
         key = id(optimizer)
         depth = self._depth.get(key, 0)
-        if depth and _may_nest(type(optimizer)):
-            GUARDS.watch(optimizer, self)  # one that raises must not stay deep for ever
+        if depth and _is_nested(optimizer):
             self._depth[key] = depth + 1
             return None
-        # Deep and not nested: the step before has raised, of which nobody told.
-        self._depth[key] = 1
+        self._depth[key] = 1  # a step before that raised has left it deep
         return self._before(optimizer, args, kwargs)
 
     def _ended(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -79,12 +68,20 @@ class StepHooks:
             self._after(optimizer, args, kwargs)
 
 
-def _may_nest(cls: type) -> bool:
-    """Whether several classes of ``cls`` have a ``step`` that torch has put hooks around."""
-    hooked = 0
-    for owner in cls.__mro__:
-        hooked += getattr(owner.__dict__.get("step"), "hooked", False) is True
-    return hooked > 1
+def _is_nested(optimizer: Any) -> bool:
+    """Whether this is within a step of ``optimizer`` already, by the frames of torch's hooks.
+
+    Looked at where a step seems to be nested only: it may as well be that the one before has
+    raised, of which torch tells nobody.
+    """
+    steps = 0
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _HOOKS_FILE and frame.f_locals.get("self") is optimizer:
+            steps += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps > 1
 
 
 def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
