@@ -21,20 +21,20 @@ demo: $(READY)  ## train a CNN through an accident, only watched and rescued; th
 	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
-	@$(BIN)/python -m stack build --if-possible
+	@$(BIN)/python -m ops.stack build --if-possible
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-deployed: $(READY)  ## build what the images hold (takes long), and run the stack's tests on it
-	@$(BIN)/python -m stack as-deployed $(BIN)/python -m pytest tests/stack tests/alerts
+	@$(BIN)/python -m ops.stack as-deployed $(BIN)/python -m pytest tests/ops/stack tests/ops/alerts
 
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
-	@$(BIN)/python -m stack build collector
+	@$(BIN)/python -m ops.stack build collector
 
 stack-programs: $(READY)  ## get Collector, Prometheus and Jaeger, each once
-	@$(BIN)/python -m stack build
+	@$(BIN)/python -m ops.stack build
 
 stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="jaeger=16687 …")
-	@$(BIN)/python -m stack up $(if $(PORTS),--port "$(PORTS)")
+	@$(BIN)/python -m ops.stack up $(if $(PORTS),--port "$(PORTS)")
 
 bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULTS.md
 	$(BIN)/python -m bench $(BENCH)
@@ -43,23 +43,13 @@ lint: $(READY)  ## check style, types and generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m esper_otel.leyline.docs --check
-	$(BIN)/python -m esper_otel.settings_docs --check
-	$(BIN)/python -m esper_tamiyo.table_docs --check
-	$(BIN)/python -m esper_tamiyo.journaling.own_metrics --check
-	$(BIN)/python -m dashboards --check
-	$(BIN)/python -m alerts --check
+	$(BIN)/python -m ops.generate --check
 	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python -m esper_otel.leyline.docs
-	$(BIN)/python -m esper_otel.settings_docs
-	$(BIN)/python -m esper_tamiyo.table_docs
-	$(BIN)/python -m esper_tamiyo.journaling.own_metrics
-	$(BIN)/python -m dashboards
-	$(BIN)/python -m alerts
+	$(BIN)/python -m ops.generate
 	$(BIN)/python -m bench.topology
 
 clean:  ## remove the virtual environment and caches

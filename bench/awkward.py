@@ -1,10 +1,10 @@
 """Whether steps are counted as taken and their time adds up, in every loop and way in.
 
-Runs the loops of ``bench/loops.py`` instrumented in code, the same training under each
+Runs the loops of ``testkit/loops.py`` instrumented in code, the same training under each
 framework with and without our callback, a loop that is told of us, and one loop under each
 command that instruments a script. What was counted is read back from the run's recording,
 what was taken the loops say themselves. The latency of each step and the sum of its phases
-are held against a clock of the loop's own (``bench/stopwatch.py``).
+are held against a clock of the loop's own (``testkit/stopwatch.py``).
 
 The worst step has a bar as well as the median one. Between the loop's reading of the clock
 and ours another process may get the processor, so a loop with a step that is off runs again,
@@ -31,14 +31,14 @@ from typing import NamedTuple
 
 import torch
 
-from bench import framework_loops, loops
 from bench.figures import Figure, median, run
-from bench.framework_loops import BATCH, FRAMEWORKS, ROWS
-from bench.loops import AWKWARD, PHASES
-from bench.stopwatch import STOPWATCH, Took
 from esper_otel.integrations.torch import TorchInstrumentor
 from esper_otel.process import start
 from esper_otel.stream import read_frames
+from testkit import framework_loops, loops
+from testkit.framework_loops import BATCH, FRAMEWORKS, ROWS
+from testkit.loops import AWKWARD, PHASES
+from testkit.stopwatch import STOPWATCH, Took
 
 BENCH = "awkward"
 ROOT = Path(__file__).parent.parent
@@ -174,7 +174,7 @@ def told_of_us() -> None:
 
 def commands() -> dict[str, list[str]]:
     """Every command that instruments, and the loop it runs."""
-    loop = ["-m", "bench.loops", "plain"]
+    loop = ["-m", "testkit.loops", "plain"]
     esper, torchrun = str(BIN / "esper-otel"), str(BIN / "torchrun")
     otel = BIN / "opentelemetry-instrument"
     with socket.socket() as probe:
@@ -183,7 +183,7 @@ def commands() -> dict[str, list[str]]:
     one = ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
     return {
         "esper-otel run -m": [esper, "run", *loop],
-        "esper-otel run": [esper, "run", str(ROOT / "bench" / "loops.py"), "plain"],
+        "esper-otel run": [esper, "run", str(ROOT / "testkit" / "loops.py"), "plain"],
         "python -m esper_otel": [sys.executable, "-m", "esper_otel", "run", *loop],
         "opentelemetry-instrument": [str(otel), sys.executable, *loop],
         "esper-otel run torchrun": [esper, "run", "torchrun", *one, *loop],

@@ -32,15 +32,15 @@ import psutil
 import yaml
 
 from bench.figures import Figure, alternate, percentile, run
-from bench.ranks import Rank
-from esper_otel.leyline.docs import prometheus_name
 from esper_otel.leyline.metrics import SEED_KEYS, SEED_METRICS, STEP_METRICS
 from esper_otel.leyline.wire import Latest, LatestRequest, Status, StatusRequest
 from esper_otel.stream.spool import Account
 from esper_tamiyo.serving.asking import reply_to
-from stack.programs import MissingError
-from stack.services import CONFIG
-from stack.whole import Stack, running
+from ops.generate.prometheus_names import prometheus_name
+from ops.stack.programs import MissingError
+from ops.stack.services import CONFIG
+from ops.stack.whole import Stack, running
+from testkit.simulated_ranks import Rank
 
 BENCH = "collector"
 METRICS = 24
@@ -248,7 +248,7 @@ def loaded(stack: Stack) -> Loaded:
     workers = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "bench.ranks", stack.url, "--run", "load"),
+                *(sys.executable, "-m", "testkit.simulated_ranks", stack.url, "--run", "load"),
                 *("--first", str(first), "--count", str(RANKS // PROCESSES)),
                 *("--world-size", str(RANKS), "--metrics", str(METRICS)),
                 *("--seeds", str(SEEDS), "--steps", str(LOAD_STEPS)),

@@ -105,7 +105,7 @@ def _frames(rows: list[list[float]]) -> Frames:
     absent = step_row()[METRICS:]
     for step, row in enumerate(rows):
         ring.put(START_NS + step, row + absent, ())
-    frames = ring.take()
+    frames = ring.drain()
     if frames is None:
         raise AssertionError("the ring is empty")
     return frames

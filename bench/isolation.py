@@ -22,8 +22,8 @@ from bench.figures import Figure, alternate, median, run
 from esper_otel.kasmina import isolation
 from esper_otel.kasmina.blending import Convex
 from esper_otel.kasmina.blueprints import Blueprint, lookup
+from esper_otel.kasmina.hook import SlotHook
 from esper_otel.kasmina.kernels import KernelFetcher
-from esper_otel.kasmina.slot import Slot
 
 BENCH = "isolation"
 SLOTS = 8
@@ -63,18 +63,18 @@ def step(model: nn.Module, given: Tensor) -> Tensor:
 
 
 @contextmanager
-def planted(model: nn.Sequential) -> Iterator[list[Slot]]:
-    """Slots at all convolutions."""
-    slots = [
-        Slot(name, module)
+def planted(model: nn.Sequential) -> Iterator[list[SlotHook]]:
+    """Hooks of slots at all convolutions."""
+    hooks = [
+        SlotHook(name, module)
         for name, module in model.named_modules()
         if type(module) is nn.Conv2d
     ]
     try:
-        yield slots
+        yield hooks
     finally:
-        for slot in slots:
-            slot.uproot()
+        for hook in hooks:
+            hook.uproot()
 
 
 def unequal(a: nn.Module, b: nn.Module, given: Tensor) -> int:
@@ -126,12 +126,12 @@ def dormant() -> list[Figure]:
 
 def isolated() -> list[Figure]:
     model, given = host(), images()
-    with planted(model) as slots:
+    with planted(model) as hooks:
         step(model, given)
-        for number, slot in enumerate(slots):
-            assert slot.activation is not None
-            seed = lookup("bottleneck_conv").build(slot.activation.shape, number)
-            slot.attach(seed, Convex())
+        for number, hook in enumerate(hooks):
+            assert hook.activation is not None
+            seed = lookup("bottleneck_conv").build(hook.activation.shape, number)
+            hook.attach(seed, Convex())
         differing = unequal(model, host(), given)
     return [
         Figure.at_most(
@@ -153,21 +153,21 @@ def leaks() -> list[Figure]:
     model, given = host(), images(samples=4)
     missed = false_alarms = 0
     detach = isolation.cut
-    with planted(model) as slots:
+    with planted(model) as hooks:
         step(model, given)
-        slot = slots[3]
-        assert slot.activation is not None
-        slot.attach(lookup("depthwise_conv").build(slot.activation.shape, 1), Convex())
+        hook = hooks[3]
+        assert hook.activation is not None
+        hook.attach(lookup("depthwise_conv").build(hook.activation.shape, 1), Convex())
         for leak_at in range(LEAKS):
             for number in range(LEAKS):
-                slot.turn(sample=False)
+                hook.start_step(sample=False)
                 isolation.cut = leaky if number == leak_at else detach
                 try:
                     step(model, given)
                 finally:
                     isolation.cut = detach
-                missed += number == leak_at and not slot.leaked
-                false_alarms += number != leak_at and slot.leaked
+                missed += number == leak_at and not hook.leaked
+                false_alarms += number != leak_at and hook.leaked
     return [
         Figure.at_most(
             BENCH, f"leaks not seen on their own step, of {LEAKS}", missed, "leaks", bar=0
@@ -184,20 +184,20 @@ def leaks() -> list[Figure]:
 
 def culled() -> list[Figure]:
     model, given = host(), images()
-    with planted(model) as slots:
+    with planted(model) as hooks:
         step(model, given)
-        slot = slots[3]
-        assert slot.activation is not None
-        slot.attach(lookup("bottleneck_conv").build(slot.activation.shape, 1), Convex())
-        slot.mix(0.5)
+        hook = hooks[3]
+        assert hook.activation is not None
+        hook.attach(lookup("bottleneck_conv").build(hook.activation.shape, 1), Convex())
+        hook.set_alpha(0.5)
         optimizer = torch.optim.SGD(
-            [*model.parameters(), *slot.parameters()], lr=0.01, momentum=0.9
+            [*model.parameters(), *hook.parameters()], lr=0.01, momentum=0.9
         )
         for number in range(5):
             step(model, images(number))
             optimizer.step()
-        kept = [weakref.ref(it) for it in (slot.seed, slot.blend, *slot.parameters())]
-        slot.release()
+        kept = [weakref.ref(it) for it in (hook.seed, hook.blend, *hook.parameters())]
+        hook.release()
         del optimizer
         alone = copy.deepcopy(model)
         differing = unequal(model, alone, given)
@@ -258,24 +258,24 @@ def bad_seed(
     took: list[float] = []
     reasons: list[str] = []
     fetch = None
-    with planted(model) as slots:
-        slot = slots[3]
+    with planted(model) as hooks:
+        hook = hooks[3]
         step(model, given)
         for number in range(STEPS):
             began = perf_counter()
             step(model, given)
             if number == GERMINATES_AT:
-                assert slot.activation is not None
+                assert hook.activation is not None
                 plan = Blueprint("bad", factory, frozenset({4}))
-                fetch = fetcher.request(plan, slot.activation, 1)
-            if fetch is not None and fetch.ready():
+                fetch = fetcher.request(plan, hook.activation, 1)
+            if fetch is not None and fetch.done():
                 if fetch.module is not None:
-                    slot.attach(fetch.module, Convex())
-                    slot.mix(0.5)
+                    hook.attach(fetch.module, Convex())
+                    hook.set_alpha(0.5)
                 reasons.append(fetch.reason)
                 fetch = None
-            reasons.append(slot.fallback)
-            slot.turn(sample=False)
+            reasons.append(hook.fallback)
+            hook.start_step(sample=False)
             took.append((perf_counter() - began) * 1e3)
         differing = unequal(model, host(), given)
     return took, next((reason for reason in reasons if reason), ""), differing

@@ -3,7 +3,7 @@
 Two sidecars, one with its journal and one with `--no-journal`, are asked in turn in short
 blocks, an ask per millisecond as a fast training loop does: about steps at which nothing
 is wrong, and about steps of which every one is a decision that is written down. Then the
-thread time of judging one frame with the notebook and without, entries made included.
+thread time of judging one frame with the decision log and without, entries made included.
 
     python -m bench.journal [--json PATH]
 """
@@ -27,7 +27,7 @@ from esper_otel.leyline.frames import StepFrame, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.leyline.wire import Status, StatusRequest
 from esper_otel.tamiyo.client import TamiyoClient
-from esper_tamiyo.journaling.notebook import Notebook
+from esper_tamiyo.journaling.decision_log import DecisionLog
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 from esper_tamiyo.serving.asking import reply_to
@@ -103,10 +103,10 @@ def lost(path: Path) -> Figure:
 
 
 def judging() -> list[Figure]:
-    """Rows of thread time per frame, with the notebook and without."""
+    """Rows of thread time per frame, with the decision log and without."""
     rows = []
     for name, values in (("nominal", {}), ("decided about", TROUBLE)):
-        kept, bare = Judged(values, Notebook()), Judged(values, None)
+        kept, bare = Judged(values, DecisionLog()), Judged(values, None)
         of_kept, of_bare = alternate(kept.block, bare.block, FRAME_BLOCKS)
         rows.append(
             Figure.report(
@@ -123,9 +123,9 @@ def judging() -> list[Figure]:
 class Judged:
     """An engine that is given one frame after the other, and what that takes."""
 
-    def __init__(self, values: dict[str, float], notebook: Notebook | None) -> None:
-        self._engine = Engine(load("prototype"), witness=notebook)
-        self._notebook = notebook
+    def __init__(self, values: dict[str, float], log: DecisionLog | None) -> None:
+        self._engine = Engine(load("prototype"), observer=log)
+        self._log = log
         self._values = {**FRAME, **values}
         self._step = 0
 
@@ -139,8 +139,8 @@ class Judged:
         began = thread_time_ns()
         for frame in frames:
             self._engine.observe(frame)
-            if self._notebook is not None:
-                self._notebook.write(32, 0.0)
+            if self._log is not None:
+                self._log.make_entries(32, 0.0)
         return (thread_time_ns() - began) / FRAMES_PER_BLOCK / 1e3
 
 

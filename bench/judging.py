@@ -19,7 +19,7 @@ from bench.figures import Figure, alternate, median, percentile, run
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.judging.observer import RuleChange
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableSource, load, parse
 
@@ -66,15 +66,15 @@ def figures() -> list[Figure]:
 
 
 class Listener:
-    """A witness that does nothing: the price of telling."""
+    """An observer that does nothing: the price of telling."""
 
-    def changed(self, change: RuleChange) -> None:
+    def on_rule_change(self, change: RuleChange) -> None:
         """Nothing."""
 
-    def judged(self, frame: StepFrame, decision: Decision) -> None:
+    def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """Nothing."""
 
-    def decided(self, decision: Decision, frame: StepFrame) -> None:
+    def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """Nothing."""
 
 
@@ -82,7 +82,7 @@ def paired(
     ours: Table, other: Table, seeds: int, *, witness: bool = False
 ) -> tuple[list[float], list[float]]:
     """Microseconds per frame by either table, the same frames in blocks in turn."""
-    engines = (Engine(ours, witness=Listener() if witness else None), Engine(other))
+    engines = (Engine(ours, observer=Listener() if witness else None), Engine(other))
     judge, judge_other = (block(engine, seeds) for engine in engines)
     mine, others = alternate(judge, judge_other, BLOCKS)
     return [each for times in mine for each in times], [

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from bench.figures import Figure, percentile, run
-from bench.receiver import ReceiverProcess
 from esper_otel.leyline.frames import step_row
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream, StreamReport, read_frames
+from testkit.receiver import ReceiverProcess
 
 BENCH = "outage"
 STEPS, METRICS, STEP_S = 3000, 24, 0.001

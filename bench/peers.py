@@ -33,8 +33,8 @@ import msgspec
 
 from bench.figures import Figure, median, run
 from bench.peer_tools import Measured
-from bench.receiver import ReceiverProcess
 from bench.training import sidecar
+from testkit.receiver import ReceiverProcess
 
 BENCH = "peers"
 ROOT = Path(__file__).parent.parent

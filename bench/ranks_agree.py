@@ -27,10 +27,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from bench.figures import Figure, run
-from bench.receiver import METRICS, HttpReceiver, Request
 from bench.roundtrip import started
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.receiving.otlp_frames import frames_of
+from testkit.receiver import METRICS, HttpReceiver, Request
 
 BENCH = "ranks_agree"
 BIN = Path(sys.executable).parent

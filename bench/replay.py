@@ -30,8 +30,8 @@ from esper_otel.leyline.otlp_file import framed
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import load
 from esper_tamiyo.replaying.otlp_files import requests
-from esper_tamiyo.replaying.recordings import Recording
-from esper_tamiyo.replaying.replay import Judged, Summary, replay
+from esper_tamiyo.replaying.recordings import RecordedRuns
+from esper_tamiyo.replaying.replay import Judged, ReplaySummary, replay
 
 BENCH = "replay"
 BLOCKS = 7
@@ -42,7 +42,7 @@ def figures() -> list[Figure]:
         folder = Path(name)
         recording = recorded(folder)
         table = load("default")
-        live = Summary()
+        live = ReplaySummary()
         for judged in judged_steps(recording, table):
             live.add(judged)
         files = {
@@ -67,7 +67,7 @@ def figures() -> list[Figure]:
 
 def cpu_of_a_step(recording: Path, table: Table, steps: int) -> list[Figure]:
     """What reading and judging take of it."""
-    frames = list(Recording(recording).steps())
+    frames = list(RecordedRuns(recording).steps())
 
     def judging() -> float:
         began = process_time()
@@ -116,7 +116,7 @@ def as_line(request: ExportMetricsServiceRequest) -> bytes:
 
 def judged_steps(path: Path, table: Table) -> list[Judged]:
     """Every step of a recording, judged."""
-    return [each for each in replay(Recording(path).steps(), table) if each.is_step]
+    return [each for each in replay(RecordedRuns(path).steps(), table) if each.is_step]
 
 
 def timed(path: Path, table: Table, clock: Callable[[], float]) -> float:

@@ -70,7 +70,7 @@ def _request(steps: int, seeds: int) -> list[bytes]:
             for seed in range(seeds)
         ]
         ring.put(START_NS + step * STEP_NS, row, grown)
-    frames = ring.take()
+    frames = ring.drain()
     assert frames is not None
     resource = trainer_resource("run-of-usual-length", "0123456789abcdef", 0, 64)
     encoder = FrameEncoder(serialised_resource(resource))

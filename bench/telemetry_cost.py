@@ -30,13 +30,13 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from bench.figures import Figure, alternate, median, run
-from bench.receiver import METRICS as METRICS_PATH
-from bench.receiver import TRACES as TRACES_PATH
-from bench.receiver import ReceiverProcess
 from esper_otel.leyline.metrics import STEP_METRICS
 from esper_otel.run import Run
 from esper_otel.settings import EsperSettings, Mode
-from esper_otel.tolaria.batches import samples_in
+from esper_otel.tolaria.fetches import samples_in
+from testkit.receiver import METRICS as METRICS_PATH
+from testkit.receiver import TRACES as TRACES_PATH
+from testkit.receiver import ReceiverProcess
 
 BENCH = "telemetry_cost"
 METRICS = 24
@@ -129,7 +129,7 @@ def with_esper(url: str) -> Recording:
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
     os.environ.update(environ)
     run = Run(EsperSettings(mode=Mode.OFF))
-    recorder, begin = run.recorder, run.scalars.begin
+    recorder, begin = run._recorder, run._loop.scalars.read_async
     batch = [torch.zeros(64, 1), torch.zeros(64)]
     loss, norm = torch.tensor(0.5), torch.tensor(1.5)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.1, "momentum": 0.9}])
@@ -138,9 +138,9 @@ def with_esper(url: str) -> Recording:
         recorder.batch_came(perf_counter_ns(), samples_in(batch))
         recorder.backward_begins()
         recorder.backward_ends(begin(loss))
-        recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+        recorder.loop_reported(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
         recorder.optimizer_begins(perf_counter_ns(), begin(norm))
-        run.optimizer_ended(optimizer)
+        run._loop.optimizer_ended(optimizer)
 
     def settle() -> None:
         while run.stream_report.metrics.spooled:

@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from math import ceil
-from pathlib import Path
 
 import msgspec
 
@@ -19,10 +18,10 @@ from bench.collector import LOAD_STEPS
 from bench.collector import RANKS as LOAD_RANKS
 from bench.figures import Figure
 from bench.sizing import METRICS, SEEDS, STEPS_PER_S
-from esper_otel.leyline.generated import bring_up_to_date
 from esper_otel.leyline.metrics import SEED_KEYS
+from ops.generate.files import ROOT, bring_up_to_date, with_section
 
-PAGE = Path(__file__).parent.parent / "docs" / "runbook.md"
+PAGE = ROOT / "docs" / "runbook.md"
 BEGIN, END = "<!-- topology: generated -->", "<!-- topology: end -->"
 
 RANKS = (1, 64, 1024)
@@ -119,9 +118,7 @@ def _row(ranks: int, found: Costs) -> str:
 
 def renewed(page: str, figures: Sequence[Figure]) -> str:
     """``page`` with what today's results make between its two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{section(figures)}\n{END}{after}"
+    return with_section(page, BEGIN, END, section(figures))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

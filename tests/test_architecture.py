@@ -15,6 +15,7 @@ SOURCES = {
 
 MAY_IMPORT = {
     "esper_otel.leyline": {"esper_otel.leyline"},
+    "esper_otel._version": set(),
     "esper_otel.settings": set(),
     "esper_otel.finalization": set(),
     "esper_otel.tolaria": {
@@ -37,7 +38,7 @@ MAY_IMPORT = {
         "esper_otel.settings",
     },
     "esper_otel.stream": {
-        "esper_otel",
+        "esper_otel._version",
         "esper_otel.leyline",
         "esper_otel.settings",
         "esper_otel.stream",
@@ -50,10 +51,10 @@ MAY_IMPORT = {
 OF_THE_SIDECAR = {
     "language": set(),
     "judging": {"language"},
-    "receiving": {"language", "restarts"},
+    "receiving": {"language", "child_process"},
     "replaying": {"language", "judging", "receiving"},
-    "journaling": {"language", "judging", "restarts"},
-    "serving": {"language", "judging", "receiving", "journaling", "restarts"},
+    "journaling": {"language", "judging", "child_process", "release"},
+    "serving": {"language", "judging", "receiving", "journaling", "child_process"},
 }
 """Package of ``esper_tamiyo`` → others of it that it may import; commands import all."""
 
@@ -95,6 +96,13 @@ def test_arrows_within_the_sidecar_point_one_way(package, others):
             if name.startswith("esper_tamiyo."):
                 home = name.split(".")[1]
                 assert home in others | {package}, f"{module}: imports {name}"
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_the_product_does_without_what_serves_the_repository(package):
+    beside = {"bench", "examples", "ops", "testkit", "tests"}
+    for module in modules(package):
+        assert beside.isdisjoint(name.split(".")[0] for name in imported(module)), module
 
 
 def test_only_providers_imports_the_sdk():

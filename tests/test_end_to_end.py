@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.receiver import HttpReceiver
 from esper_otel.stream import read_frames
 from sidecar.running import is_alive, sidecar, until
+from testkit.receiver import HttpReceiver
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from esper_otel.finalization import FinalizingError, Shield
+from esper_otel.finalization import FinalizingError, ShutdownGuard
 
 
 def ends_with(script: str) -> subprocess.CompletedProcess[str]:
@@ -18,7 +18,7 @@ def ends_with(script: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_end_waits_for_who_is_inside() -> None:
-    shield, out = Shield(), threading.Event()
+    shield, out = ShutdownGuard(), threading.Event()
     inside = threading.Event()
 
     def work() -> None:
@@ -38,7 +38,7 @@ def test_the_end_waits_for_who_is_inside() -> None:
 
 
 def test_who_fails_inside_is_out() -> None:
-    shield = Shield()
+    shield = ShutdownGuard()
     with pytest.raises(KeyError, match="why"), shield.held():
         raise KeyError("why")
     assert shield.close(0.0)
@@ -46,10 +46,10 @@ def test_who_fails_inside_is_out() -> None:
 
 IN_A_CHILD = """
     import os, threading
-    from esper_otel.finalization import shielded
+    from esper_otel.finalization import no_shutdown_inside
     inside, out = threading.Event(), threading.Event()
     def work():
-        with shielded():
+        with no_shutdown_inside():
             inside.set()
             out.wait()
     threading.Thread(target=work, daemon=True).start()
@@ -102,14 +102,14 @@ LEFT_EARLY = """
     BEFORE
     from datetime import timedelta
     import torch, torch.distributed as dist
-    from esper_otel.ranks.circle import Circle
+    from esper_otel.ranks.process_group import ProcessGroup
     store, groups = dist.HashStore(), [None, None]
     def make(rank):
         groups[rank] = dist.ProcessGroupGloo(store, rank, 2, timeout=timedelta(seconds=30))
     threads = [threading.Thread(target=make, args=(rank,)) for rank in range(2)]
     for each in threads: each.start()
     for each in threads: each.join()
-    mine, others = Circle(groups[0], 0, 2, 30.0), groups[1]
+    mine, others = ProcessGroup(groups[0], 0, 2, 30.0), groups[1]
     groups.clear()
     class Other:
         # Takes its part only while the interpreter ends, and then leaves time to notice it.

@@ -55,7 +55,7 @@ VARIABLES = [
     ("ESPER_WAIT_FOR_DECISIONS", "true", "wait_for_decisions", True),
     ("ESPER_RELEASE_STEPS", "9", "release_steps", 9),
     ("ESPER_PRIMARY_OPTIMIZER", "AdamW", "primary_optimizer", "AdamW"),
-    ("ESPER_LOSSES_ARE_SHARES", "true", "losses_are_shares", True),
+    ("ESPER_LOSSES_ARE_SHARES", "true", "losses_prescaled", True),
     ("ESPER_SUMMARY", "json", "summary", Summaries.JSON),
     ("ESPER_GROWTH", "autonomous", "growth", Growth.AUTONOMOUS),
     ("ESPER_PLATEAU_STEPS", "20", "plateau_steps", 20),

@@ -13,9 +13,10 @@ import pytest
 from esper_otel.leyline.decisions import Action, Decision, Severity, unanswered
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import Account, StreamReport
-from esper_otel.stream.tally import Tally
-from esper_otel.summary import summary_of
+from esper_otel.stream.drain import RunTotals
+from esper_otel.summary import summary_of, tell_summary
 
 ESPER = str(Path(sys.executable).with_name("esper-otel"))
 
@@ -34,12 +35,12 @@ FORKING = """
 import os, sys, time, esper_otel
 run = esper_otel.start(mode="off", stream_interval_ms=1.0)
 run.step()
-while not run._stream.tally.steps:
+while not run._stream.totals.steps:
     time.sleep(0.001)
 class Agreement:
     def close(self):
         print("left the others", file=sys.stderr)
-run._agreement = Agreement()
+run._sharing.agreement = Agreement()
 if os.fork() == 0:
     sys.exit()
 os.wait()
@@ -56,10 +57,10 @@ def rows(*values):
 
 
 def tally_of(*values):
-    tally = Tally()
+    totals = RunTotals()
     for i, row in enumerate(values):
-        tally.add(np.array([10**9 * (i + 1)]), rows(row))
-    return tally
+        totals.add(np.array([10**9 * (i + 1)]), rows(row))
+    return totals
 
 
 def timeline(decision, applied=False):
@@ -67,12 +68,12 @@ def timeline(decision, applied=False):
 
 
 def test_means_are_over_the_steps_that_had_a_value_and_parts_over_all():
-    tally = tally_of(
+    totals = tally_of(
         {"loss": 4.0, "forward_ms": 2.0},
         {"loss": 2.0, "forward_ms": 4.0, "step_latency_ms": 9.0, "nonfinite": 0.0},
         {"nonfinite": 2.0, "step_latency_ms": 11.0},
     )
-    summary = summary_of("r", 0, tally, StreamReport())
+    summary = summary_of("r", 0, totals, StreamReport())
     assert (summary.steps, summary.seconds) == (3, 2.0)
     assert summary.step_ms == 10.0
     assert summary.phases == {"forward": 2.0}
@@ -82,13 +83,13 @@ def test_means_are_over_the_steps_that_had_a_value_and_parts_over_all():
 
 
 def test_decisions_are_counted_and_what_was_applied_of_them():
-    tally = tally_of({})
+    totals = tally_of({})
     spike = Decision("d", "r", 1, 1, Action.PAUSE, Severity.HIGH, "loss_spike")
     for applied in (True, False, True):
-        tally.note(timeline(spike, applied))
-    tally.note(timeline(unanswered("r", 1, "timeout")))
-    tally.note(timeline(None))
-    summary = summary_of("r", 0, tally, StreamReport())
+        totals.count_decision(timeline(spike, applied))
+    totals.count_decision(timeline(unanswered("r", 1, "timeout")))
+    totals.count_decision(timeline(None))
+    summary = summary_of("r", 0, totals, StreamReport())
     (told,) = summary.decisions
     assert (told.action, told.reason, told.times, told.applied) == ("PAUSE", "loss_spike", 3, 2)
     assert summary.unanswered == ["timeout"]
@@ -97,8 +98,8 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
 
 
 def test_updates_that_decisions_left_out_are_counted():
-    tally = tally_of({"update_skipped": 1.0}, {"update_skipped": 0.0}, {"update_skipped": 1.0})
-    summary = summary_of("r", 0, tally, StreamReport())
+    totals = tally_of({"update_skipped": 1.0}, {"update_skipped": 0.0}, {"update_skipped": 1.0})
+    summary = summary_of("r", 0, totals, StreamReport())
     assert summary.skipped_updates == 2
     assert "updates   2 skipped by decisions" in summary.as_text()
     none = summary_of("r", 0, tally_of({"update_skipped": 0.0}, {}), StreamReport())
@@ -135,11 +136,11 @@ def test_how_long_nobody_judged_and_what_was_held_meanwhile(rows_of, unjudged, h
 
 
 def test_what_was_done_to_an_update_before_it_was_made_is_no_decision_about_the_step():
-    tally = tally_of({})
+    totals = tally_of({})
     update = Decision("d", "r", 1, 1, Action.OPTIMIZER, Severity.HIGH, "gradient_exploding")
-    tally.note(timeline(unanswered("r", 1, "nominal"))._replace(update=update))
-    tally.note(timeline(None)._replace(update=update))
-    assert summary_of("r", 0, tally, StreamReport()).decisions == []
+    totals.count_decision(timeline(unanswered("r", 1, "nominal"))._replace(update=update))
+    totals.count_decision(timeline(None)._replace(update=update))
+    assert summary_of("r", 0, totals, StreamReport()).decisions == []
 
 
 def test_what_was_lost_and_what_waits_is_said():
@@ -152,6 +153,31 @@ def test_what_was_lost_and_what_waits_is_said():
     assert "700 of 1,000 points sent, 100 DROPPED" in text
     assert "esper-otel resend left.otlp" in text
     assert "recorded  all.otlp" in text
+
+
+def test_values_that_a_device_did_not_deliver_are_told():
+    lost = summary_of("r", 0, tally_of({}), StreamReport(), lost_values=1200)
+    assert "  lost      1,200 values could not be read without waiting" in lost.as_text()
+    assert json.loads(lost.as_json())["lost_values"] == 1200
+    none = summary_of("r", 0, tally_of({}), StreamReport())
+    assert "could not be read" not in none.as_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "totals"),
+    [
+        (EsperSettings(rank=1, world_size=2), tally_of({})),
+        (EsperSettings(summary=Summaries.OFF), tally_of({})),
+        (EsperSettings(), None),
+    ],
+    ids=["another rank", "silenced", "nothing recorded"],
+)
+def test_where_there_is_no_summary_the_log_tells_of_them(settings, totals, caplog, capfd):
+    for lost in (0, 3):
+        tell_summary(settings, "r", totals, StreamReport(), lost_values=lost)
+    (told,) = caplog.messages
+    assert told.startswith("esper-otel: 3 values could not be read")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("bad", [inf, -inf])

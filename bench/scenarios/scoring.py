@@ -25,7 +25,7 @@ from bench.scenarios.recordings import Recorded, read
 from bench.scenarios.showing import shows
 from bench.scenarios.suite import RECORDINGS, RIGHT, Scenario
 from esper_otel.leyline.decisions import Action
-from esper_tamiyo.language.table import Mode, Table
+from esper_tamiyo.language.table import RuleMode, Table
 from esper_tamiyo.replaying.replay import Judge
 
 PER_STEPS = 50_000
@@ -98,7 +98,7 @@ def outcome(ranks: list[Recorded], table: Table) -> Outcome:
     """What ``table`` makes of the ranks of one scenario."""
     judge = Judge(table)
     scenario, at = ranks[0].scenario, ranks[0].at
-    counts = {rule.id for rule in table.rules if rule.mode is Mode.ACT}
+    counts = {rule.id for rule in table.rules if rule.mode is RuleMode.ACT}
     right = counts.intersection(RIGHT.get(scenario.kind, ()))
     answered = None
     acted: list[tuple[int, str]] = []

@@ -45,7 +45,7 @@ class Tape:
     def attach(self, run: Run) -> None:
         """Take the place of the client of ``run``, which has none."""
         # A client needs a socket and a server; what is recorded is the same without.
-        run.recorder.ask_of(self)
+        run._recorder.set_client(self)
 
     def send(
         self,
@@ -68,6 +68,8 @@ class Tape:
             time.sleep(max(0.0, comes_at - time.perf_counter()))
         return unanswered(self.name, step, NOT_ASKED)
 
-    def check(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
+    def check(
+        self, step: int, time_unix_nano: int, row: list[float], waited_ns: int = 0
+    ) -> Decision:
         """The update is made as it is: it was never held against a guard."""
         return unanswered(self.name, step, NOT_ASKED)

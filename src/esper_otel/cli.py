@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel import __version__
+from esper_otel._version import __version__
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.settings import EsperSettings, Mode, SettingsError
 
@@ -82,22 +82,10 @@ def _run(options: argparse.Namespace) -> int:
     only_workers = _launches(script)
     if script[0] == "torchrun" and not Path("torchrun").exists():
         script = ["-m", "torch.distributed.run", *script[1:]]
-    # A file called train.py and not a module path: -c and - are Python's own.
-    if not script[0].startswith("-"):
-        path = Path(script[0])
-        if not path.exists():
-            return _refuse(f"run: {path}: no such file")
-        if path.is_dir() and not (path / "__main__.py").exists():
-            return _refuse(f"run: {path}: a folder without __main__.py")
-    environment = dict(os.environ)
-    given = {
-        "ESPER_MODE": "enforce" if options.enforce else options.mode,
-        "ESPER_TAMIYO_SOCKET": options.socket,
-        "ESPER_RECORDING_DIR": options.record,
-        "ESPER_RUN_ID": options.run_id,
-        "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
-    }
-    environment.update({name: value for name, value in given.items() if value is not None})
+    fault = _fault_of(script[0])
+    if fault:
+        return _refuse(f"run: {fault}")
+    environment = {**os.environ, **_variables(options)}
     try:
         EsperSettings.read(environment)
     except SettingsError as error:
@@ -112,6 +100,33 @@ def _launches(script: list[str]) -> bool:
     if script[0] == "-m":
         return script[1] in ("torch.distributed.run", "torch.distributed.launch")
     return Path(script[0]).name == "torchrun"
+
+
+def _fault_of(script: str) -> str:
+    """Why ``script`` cannot be run, empty when it can.
+
+    It is a file called train.py and not a module path: -c and - are Python's own.
+    """
+    if script.startswith("-"):
+        return ""
+    path = Path(script)
+    if not path.exists():
+        return f"{path}: no such file"
+    if path.is_dir() and not (path / "__main__.py").exists():
+        return f"{path}: a folder without __main__.py"
+    return ""
+
+
+def _variables(options: argparse.Namespace) -> dict[str, str]:
+    """The settings that options of the command give, as environment variables."""
+    given = {
+        "ESPER_MODE": "enforce" if options.enforce else options.mode,
+        "ESPER_TAMIYO_SOCKET": options.socket,
+        "ESPER_RECORDING_DIR": options.record,
+        "ESPER_RUN_ID": options.run_id,
+        "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _resend(options: argparse.Namespace) -> int:

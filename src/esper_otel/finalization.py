@@ -4,8 +4,8 @@ Until 3.14 CPython ends a thread that wants the interpreter back after finalizat
 begun by unwinding its stack (``PyThread_exit_thread``). Where that stack has torch's C++ on
 it, which let go of the interpreter, the process dies of SIGABRT ("terminate called without
 an active exception"): a training that went well would end with status 134. So a daemon
-thread calls torch within :func:`shielded`, and the end of the process waits until nobody
-is in there.
+thread calls torch within :func:`no_shutdown_inside`, and the end of the process waits until
+nobody is in there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FinalizingError(RuntimeError):
     """The interpreter is about to end: it is too late to call torch from a thread."""
 
 
-class Shield:
+class ShutdownGuard:
     """Counts who is inside; nobody gets in once it is closed."""
 
     def __init__(self) -> None:
@@ -54,10 +54,10 @@ class Shield:
             return self._changed.wait_for(lambda: self._inside == 0, timeout_s)
 
 
-_shield = Shield()
+_shield = ShutdownGuard()
 
 
-def shielded() -> AbstractContextManager[None]:
+def no_shutdown_inside() -> AbstractContextManager[None]:
     """Within it the interpreter does not end, for :data:`WAIT_S` at most.
 
     Entering it raises :class:`FinalizingError` when it is about to.
@@ -65,7 +65,7 @@ def shielded() -> AbstractContextManager[None]:
     return _shield.held()
 
 
-def keep(thing: object) -> None:
+def leak(thing: object) -> None:
     """Let ``thing`` be there until the process is gone: nothing ever frees it.
 
     A list of this module would be emptied while the interpreter ends, and ``thing`` with it.
@@ -76,7 +76,7 @@ def keep(thing: object) -> None:
 def _anew() -> None:
     """In a forked child there are no threads but its own."""
     global _shield
-    _shield = Shield()
+    _shield = ShutdownGuard()
 
 
 # Made before any run is: what runs do at exit comes first, and then nobody is let in.

@@ -11,7 +11,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from esper_otel.run import Run, tell_once
+from esper_otel.loop import tell_once
+from esper_otel.run import Run
 from esper_otel.settings import EsperSettings, Mode
 
 _started: weakref.WeakSet[Run] = weakref.WeakSet()
@@ -24,7 +25,9 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     ``optimizer`` is the one whose steps are the run's; without one the loop calls
     :meth:`Run.step` itself. ``settings`` are fields of :class:`EsperSettings` and win
     over the environment; raises :class:`SettingsError` for one that cannot be used.
-    Decisions are only reported unless the settings say ``mode="enforce"``.
+    Decisions are only reported unless the settings say ``mode="enforce"``::
+
+        run = esper_otel.start(optimizer, mode="enforce", tamiyo_deadline_ms=5.0)
 
     Called again, as a notebook's cell is, it ends the run before: that of the same
     optimizer, of one that is gone, or of a loop that had none either.
@@ -35,17 +38,17 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     if _automatic is not None:
         tell_ignored(_automatic.settings, settings)
         if optimizer is not None:
-            _automatic.prefer(optimizer)
+            _automatic._loop.prefer(optimizer)
         return _automatic
     wanted = EsperSettings.from_environment(**settings)
-    for before in [run for run in _started if run.gives_way_to(optimizer)]:
+    for before in [run for run in _started if run._loop.gives_way_to(optimizer)]:
         before.close()
     run = Run(wanted)
     _started.add(run)
     if optimizer is not None:
-        run.follow(optimizer)
+        run._loop.record_steps_of(optimizer)
     if run.enabled and wanted.mode is Mode.ENFORCE and "torch" in sys.modules:
-        run.watch_others()
+        run._loop.watch_others()
     return run
 
 
@@ -71,8 +74,7 @@ def start_automatic(**settings: Any) -> Run:
     """The run of a process that is instrumented from outside; at most one at a time."""
     global _automatic
     if _automatic is None:
-        _automatic = Run(EsperSettings.from_environment(**settings))
-        _automatic.outlives_script = True
+        _automatic = Run(EsperSettings.from_environment(**settings), outlives_script=True)
     return _automatic
 
 
@@ -86,7 +88,7 @@ def end_automatic() -> None:
     global _automatic
     run, _automatic = _automatic, None
     if run is not None:
-        run.end()
+        run._end()
 
 
 def _forget_in_child() -> None:

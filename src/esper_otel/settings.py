@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import time
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -18,11 +16,6 @@ from typing import Any
 import msgspec
 
 log = logging.getLogger("esper_otel")
-
-
-def new_run_id() -> str:
-    """A name for a run: readable, sortable, and not from the global random state."""
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 class Mode(StrEnum):
@@ -178,7 +171,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     several: the name of its class, or its place in the order in which they first step, from
     0. Empty: :class:`integrations.primary.Primary` chooses."""
 
-    losses_are_shares: bool = False
+    losses_prescaled: bool = False
     """Whether a script that accumulates gradients has divided each loss by the number of
     micro-batches before ``backward``: then a step's loss is their sum, not their mean.
     Frameworks that do so are known to. Losses that a loop reports are averaged either way."""
@@ -282,24 +275,18 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
                     if field.name not in overrides:
                         names[field.name] = name
                     break
-        for name in overrides:
-            if name not in cls.__struct_fields__:
-                raise SettingsError(f"{name}={overrides[name]!r}: there is no such setting")
         raw.update(overrides)
         settings = cls(**_converted(raw, names))
-        settings.check(names)
+        settings._validate(names)
         return settings
 
     def changed(self, **changes: object) -> EsperSettings:
         """These settings with ``changes``; raises :class:`SettingsError`."""
-        for name in changes:
-            if name not in self.__struct_fields__:
-                raise SettingsError(f"{name}={changes[name]!r}: there is no such setting")
         settings = msgspec.structs.replace(self, **_converted(changes, {}))
-        settings.check()
+        settings._validate()
         return settings
 
-    def check(self, names: Mapping[str, str] | None = None) -> None:
+    def _validate(self, names: Mapping[str, str] | None = None) -> None:
         """Raise :class:`SettingsError` for a value outside its range."""
         for field, low, high in RANGES:
             value = getattr(self, field)
@@ -323,9 +310,17 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _INFINITY = float("inf")
+_FROM_0 = """
+    rank span_every seeds_at_once embargo_steps embargo_s isolation_every loss_rise_max
+    step_rise_max
+"""
+_FROM_1 = """
+    world_size span_slow_factor release_steps plateau_steps training_steps blending_steps
+    shadowing_steps probation_steps patience_steps gradient_ratio_max
+"""
 RANGES: tuple[tuple[str, float, float], ...] = (
-    ("rank", 0, _INFINITY),
-    ("world_size", 1, _INFINITY),
+    *((field, 0, _INFINITY) for field in _FROM_0.split()),
+    *((field, 1, _INFINITY) for field in _FROM_1.split()),
     ("local_rank", -1, _INFINITY),
     ("tamiyo_deadline_ms", 0.1, 60_000),
     ("ranks_timeout_s", 0.1, 3600),
@@ -333,29 +328,14 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("ring_steps", 16, 1 << 22),
     ("spool_mb", 0.01, 65_536),
     ("flush_timeout_s", 0, 600),
-    ("span_every", 0, _INFINITY),
-    ("span_slow_factor", 1, _INFINITY),
     ("lr_scale_min", 0, 1),
     ("lr_scale_max", 1, 1000),
-    ("release_steps", 1, _INFINITY),
-    ("plateau_steps", 1, _INFINITY),
     ("plateau_improvement", 0, 1),
-    ("seeds_at_once", 0, _INFINITY),
-    ("training_steps", 1, _INFINITY),
-    ("blending_steps", 1, _INFINITY),
-    ("shadowing_steps", 1, _INFINITY),
-    ("probation_steps", 1, _INFINITY),
-    ("patience_steps", 1, _INFINITY),
-    ("embargo_steps", 0, _INFINITY),
-    ("embargo_s", 0, _INFINITY),
     ("alpha_temperature", 1e-3, 1000),
-    ("isolation_every", 0, _INFINITY),
     ("kernel_budget_ms", 0.01, 60_000),
-    ("gradient_ratio_max", 1, _INFINITY),
-    ("loss_rise_max", 0, _INFINITY),
     ("loss_fall_min", 0, 1),
-    ("step_rise_max", 0, _INFINITY),
 )
+"""Setting, least and greatest value."""
 
 EXPECTED: dict[type, str] = {
     bool: "true or false",
@@ -373,13 +353,20 @@ EXPECTED: dict[type, str] = {
 _OTHER_VARIABLES = frozenset({"ESPER_CHAINED_PYTHONPATH", "ESPER_ONLY_WORKERS"})
 """Variables of ours that are not settings (``esper-otel run`` hands them to its child)."""
 
+_ALSO_READ = {
+    "rank": ("RANK",),
+    "world_size": ("WORLD_SIZE",),
+    "local_rank": ("LOCAL_RANK",),
+    "losses_prescaled": ("ESPER_LOSSES_ARE_SHARES",),  # as it was called first
+}
+"""Setting → further variables that set it."""
+
 _told: set[str] = set()
 """Variables that this process has warned about."""
 
 
 def _tell_unknown(environ: Mapping[str, str]) -> None:
-    fields = EsperSettings.__struct_fields__
-    known = {name for field in fields for name in variables_of(field)}
+    known = {name for field in EsperSettings.__struct_fields__ for name in variables_of(field)}
     for name in sorted(environ.keys() - known - _OTHER_VARIABLES - _told):
         if name.startswith("ESPER_"):
             _told.add(name)
@@ -388,6 +375,9 @@ def _tell_unknown(environ: Mapping[str, str]) -> None:
 
 def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:
     """``raw`` as the types of the fields; ``names`` says what a mistake is to be called."""
+    for name in raw:
+        if name not in EsperSettings.__struct_fields__:
+            raise SettingsError(f"{name}={raw[name]!r}: there is no such setting")
     values = {}
     for field in msgspec.structs.fields(EsperSettings):
         if field.name not in raw:
@@ -396,10 +386,8 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
         try:
             values[field.name] = msgspec.convert(value, field.type, strict=False)
         except msgspec.ValidationError:
-            source = names.get(field.name, field.name)
-            raise SettingsError(
-                f"{source}={value!r}: expected {EXPECTED[field.type]}"
-            ) from None
+            name = names.get(field.name, field.name)
+            raise SettingsError(f"{name}={value!r}: expected {EXPECTED[field.type]}") from None
     return values
 
 
@@ -408,4 +396,4 @@ def variables_of(field: str) -> tuple[str, ...]:
     if field == "tolaria_step_enrichment_enabled":
         return ("TOLARIA_STEP_ENRICHMENT_ENABLED",)
     own = f"ESPER_{field.upper()}"
-    return (own, field.upper()) if field in ("rank", "world_size", "local_rank") else (own,)
+    return (own, *_ALSO_READ.get(field, ()))

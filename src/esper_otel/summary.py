@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
 
 if TYPE_CHECKING:
-    from esper_otel.stream.tally import Tally
+    from esper_otel.stream.drain import RunTotals
+
+log = logging.getLogger("esper_otel")
+
+_LOST = "values could not be read without waiting for a device, and are left out"
 
 PHASES = {
     "input wait": "input_wait_ms",
@@ -21,7 +28,7 @@ PHASES = {
 """Parts of a step as people call them, and the metrics that measure them."""
 
 
-class Decided(msgspec.Struct, frozen=True):
+class DecisionCount(msgspec.Struct, frozen=True):
     """How often something was decided, and how often that changed the run."""
 
     action: str
@@ -37,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True):
     request had not been answered, and at ``held_unjudged_steps`` of them decisions of before
     still scaled the learning rates; ``unanswered`` says why, as far as the steps that have
     spans show it.
+    ``lost_values`` of losses and gradients could not be read without waiting for a device.
     ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
     that the receiver did not want; ``unsent`` are
@@ -56,11 +64,12 @@ class Summary(msgspec.Struct, frozen=True):
     skipped_updates: int
     unjudged_steps: int
     held_unjudged_steps: int
-    decisions: list[Decided]
+    decisions: list[DecisionCount]
     unanswered: list[str]
     telemetry: dict[str, dict[str, int]]
     unsent: list[str]
     recordings: list[str]
+    lost_values: int = 0
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -82,6 +91,8 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  a step    {self.step_ms:.3g} ms{most}: {split}")
         if self.nonfinite_steps:
             lines.append(f"  values    NaN or infinite in {self.nonfinite_steps:,} steps")
+        if self.lost_values:
+            lines.append(f"  lost      {self.lost_values:,} {_LOST}")
         if self.decisions:
             told = ", ".join(
                 f"{each.action} {each.reason} × {each.times:,}"
@@ -103,7 +114,7 @@ class Summary(msgspec.Struct, frozen=True):
     def _unjudged(self) -> str:
         text = "did not answer"
         if self.unjudged_steps:
-            text += f" for {self.unjudged_steps:,} steps"
+            text += f" for {self.unjudged_steps:,} step{'s' * (self.unjudged_steps != 1)}"
         if self.unanswered:
             text += f" ({', '.join(self.unanswered)})"
         if self.held_unjudged_steps:
@@ -128,39 +139,68 @@ class Summary(msgspec.Struct, frozen=True):
         return "; ".join(told) or "none sent"
 
 
-def summary_of(run: str, rank: int, tally: Tally, report: StreamReport) -> Summary:
+def summary_of(
+    run: str, rank: int, totals: RunTotals, report: StreamReport, *, lost_values: int = 0
+) -> Summary:
     """The summary of a run that is over."""
     phases = {
-        name: took for name, key in PHASES.items() if (took := tally.per_step(key)) is not None
+        name: took for name, key in PHASES.items() if (took := totals.per_step(key)) is not None
     }
     accounts = {"metrics": report.metrics, "traces": report.traces, "logs": report.logs}
     keep = ("produced", "delivered", "spooled", "dropped", "refused")
     return Summary(
         run=run,
         rank=rank,
-        steps=tally.steps,
-        seconds=(tally.last_unix_nano - tally.first_unix_nano) / 1e9,
-        step_ms=tally.per_step("step_latency_ms"),
+        steps=totals.steps,
+        seconds=(totals.last_unix_nano - totals.first_unix_nano) / 1e9,
+        step_ms=totals.per_step("step_latency_ms"),
         phases=phases,
         slowest=max(phases, key=phases.__getitem__) if phases else None,
-        first_loss=tally.first_loss,
-        last_loss=tally.last_loss,
-        nonfinite_steps=tally.nonfinite_steps,
-        skipped_updates=tally.skipped_updates,
-        unjudged_steps=tally.unjudged_steps,
-        held_unjudged_steps=tally.held_unjudged_steps,
+        first_loss=totals.first_loss,
+        last_loss=totals.last_loss,
+        nonfinite_steps=totals.nonfinite_steps,
+        skipped_updates=totals.skipped_updates,
+        unjudged_steps=totals.unjudged_steps,
+        held_unjudged_steps=totals.held_unjudged_steps,
         decisions=[
-            Decided(action, reason, times, tally.applied[action, reason])
-            for (action, reason), times in tally.decisions.most_common()
+            DecisionCount(action, reason, times, totals.applied[action, reason])
+            for (action, reason), times in totals.decisions.most_common()
         ],
-        unanswered=sorted(tally.unanswered),
+        unanswered=sorted(totals.unanswered),
         telemetry={
             signal: {name: getattr(account, name) for name in keep}
             for signal, account in accounts.items()
         },
         unsent=[str(path) for path in report.files],
         recordings=[str(path) for path in report.recordings],
+        lost_values=lost_values,
     )
+
+
+def tell_summary(
+    settings: EsperSettings,
+    run: str,
+    totals: RunTotals | None,
+    report: StreamReport,
+    *,
+    lost_values: int,
+) -> None:
+    """Tell on standard error how a run was, as ``settings`` ask for; rank 0 alone does.
+
+    ``totals`` None: nothing was recorded. ``lost_values``, whose number is in the summary, go
+    to the log where there is none.
+    """
+    wanted = settings.summary is not Summaries.OFF and not settings.rank
+    if totals is None or not totals.steps or not wanted:
+        if lost_values:
+            log.warning("esper-otel: %d %s", lost_values, _LOST)
+        return
+    try:
+        summary = summary_of(run, settings.rank, totals, report, lost_values=lost_values)
+        as_json = settings.summary is Summaries.JSON
+        print(summary.as_json() if as_json else summary.as_text(), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass  # nobody reads any more
 
 
 def _seconds(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from math import isfinite
 
 from bench.judging import frames
-from esper_tamiyo.judging.slope import Slope
+from esper_tamiyo.judging.history import Slope
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.table import conditions
 from esper_tamiyo.language.table_file import load
@@ -23,5 +23,5 @@ def test_every_slope_of_the_default_table_is_worked_out():
     for key in watched:
         slope = Slope(table.baseline.window, table.baseline.warmup)
         for frame in past:
-            slope.push(frame.values[key])
+            slope.add(frame.values[key])
         assert isfinite(slope.left(newest.values[key]))

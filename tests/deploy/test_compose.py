@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dashboards.__main__ import FOLDER
 from esper_otel.settings import EsperSettings
-from stack import recipes, services
+from ops.generate.dashboards.json_files import FOLDER
+from ops.stack import recipes, services
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -118,7 +118,7 @@ NATIVE = {
     },
     "grafana": {
         "/etc/grafana/provisioning": DOCKER / "grafana" / "provisioning",
-        "/etc/esper/dashboards": FOLDER,
+        "/etc/esper/dashboards": ROOT / FOLDER,
     },
     "tamiyo": {},
     "trainer": {},

@@ -25,7 +25,7 @@ class CapturedStream:
     def timeline(self, timeline):
         self.timelines.append(timeline)
 
-    def report(self):
+    def snapshot(self):
         return None
 
     def close(self, timeout_s=None):

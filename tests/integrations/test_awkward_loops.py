@@ -1,6 +1,6 @@
 """Loops as people really write them: steps counted as taken, and time that adds up.
 
-Each loop of ``bench/loops.py`` returns how many steps its optimizer really took. What is
+Each loop of ``testkit/loops.py`` returns how many steps its optimizer really took. What is
 common to all of them is held once for each; what is special about one follows below.
 """
 
@@ -13,7 +13,9 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from bench.loops import (  # noqa: E402
+from esper_otel import process  # noqa: E402
+from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
+from testkit.loops import (  # noqa: E402
     AWKWARD,
     data,
     from_a_thread,
@@ -27,9 +29,7 @@ from bench.loops import (  # noqa: E402
     validation_between,
     validation_between_tensors,
 )
-from bench.stopwatch import STOPWATCH  # noqa: E402
-from esper_otel import process  # noqa: E402
-from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
+from testkit.stopwatch import STOPWATCH  # noqa: E402
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ class OnDevice:
 def test_on_a_device_a_fused_step_counts_but_what_it_skipped_is_not_told(captured, monkeypatch):
     optimizer, losses = fused_model()
     run = process.start(optimizer)
-    monkeypatch.setattr(run.scalars, "begin", OnDevice)
+    monkeypatch.setattr(run._loop.scalars, "read_async", OnDevice)
     fused_steps(run, optimizer, losses)
     run.close()
     assert [f["step"] for f in captured.frames] == [1, 2, 3]
@@ -169,7 +169,7 @@ def test_one_loss_that_two_optimizers_step_by_is_the_steps(instrumented):
 
 @pytest.mark.parametrize(("shares", "loss"), [("false", 2.0), ("true", 8.0)])
 def test_losses_that_were_divided_by_their_number_add_up(captured, monkeypatch, shares, loss):
-    monkeypatch.setenv("ESPER_LOSSES_ARE_SHARES", shares)
+    monkeypatch.setenv("ESPER_LOSSES_PRESCALED", shares)
     TorchInstrumentor().instrument(skip_dep_check=True)
     try:
         model = nn.Linear(4, 1)

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from msgspec import structs  # noqa: E402
 from torch import nn  # noqa: E402
 
-from esper_otel import run as runs  # noqa: E402
+from esper_otel import loop  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.leyline import wire  # noqa: E402
 from integrations.rate_loops import (  # noqa: E402
@@ -48,7 +48,7 @@ def steered(captured, tmp_path, monkeypatch):
     """Instruments the process while it lasts; yields the sidecar that steers it."""
     monkeypatch.setenv("ESPER_SPAN_EVERY", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(loop, "_told", set())
     warnings.simplefilter("ignore")
 
     @contextlib.contextmanager

@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import esper_otel  # noqa: E402
-from bench.framework_loops import BATCH, FRAMEWORKS, ROWS, loader, network  # noqa: E402
-from bench.loops import unaccounted  # noqa: E402
-from esper_otel import run as runs  # noqa: E402
+from esper_otel import loop  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.integrations.training import Training, require  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer  # noqa: E402
+from testkit.framework_loops import BATCH, FRAMEWORKS, ROWS, loader, network  # noqa: E402
+from testkit.loops import unaccounted  # noqa: E402
 
 METRICS = {
     "step",
@@ -175,9 +175,9 @@ def test_a_plain_loop_after_a_frameworks_training_is_counted_too(captured):
         model = network()
         optimizer = torch.optim.Adam(model.parameters())  # outlives its training
         training = Training()
-        training.begin(optimizer)
+        training.start(optimizer)
         train(model, optimizer)
-        training.end()
+        training.stop()
         other = network()
         train(other, torch.optim.Adam(other.parameters()))
     finally:
@@ -200,9 +200,9 @@ def test_a_plain_loop_after_a_frameworks_training_has_its_mean_loss(captured, wa
 
 def test_a_run_that_cannot_be_closed_does_not_reach_the_framework(captured, caplog):
     training = Training()
-    training.begin()
+    training.start()
     captured.close = lambda timeout_s=None: 1 / 0
-    training.end()
+    training.stop()
     captured.close = lambda timeout_s=None: captured
     training.run.close()
     assert [record.message for record in caplog.records] == ["the run could not be closed"]
@@ -244,7 +244,7 @@ def test_one_that_is_too_old_trains_under_zero_code_as_any_loop(
     captured, way, framework, monkeypatch, caplog
 ):
     module = pytest.importorskip(framework)
-    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(loop, "_told", set())
     monkeypatch.setattr(module, "__version__", TOO_OLD[framework])
     for _ in range(2):
         way(framework, True)
@@ -274,7 +274,7 @@ def test_a_framework_of_unknown_version_is_not_refused(monkeypatch):
 def test_a_framework_under_zero_code_tells_nothing_of_settings(
     captured, way, monkeypatch, caplog
 ):
-    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(loop, "_told", set())
     monkeypatch.delenv("ESPER_MODE")  # so that it is not the one that a line in code means
     for watch in (False, True):
         way("transformers", True, watch=watch)
@@ -283,14 +283,14 @@ def test_a_framework_under_zero_code_tells_nothing_of_settings(
 
 
 def test_settings_that_zero_code_does_not_have_are_told_once(captured, monkeypatch, caplog):
-    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(loop, "_told", set())
     TorchInstrumentor().instrument(skip_dep_check=True)
     try:
         for _ in range(2):
             esper_otel.start(mode="enforce", recording_dir="/nowhere", summary="text")
         training = Training(mode="enforce", span_every=7)
-        training.begin()
-        training.end()
+        training.start()
+        training.stop()
         with pytest.raises(SettingsError, match="moode='off': there is no such setting"):
             esper_otel.start(moode="off")
     finally:

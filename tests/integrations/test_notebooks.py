@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench.framework_loops import BATCH, ROWS  # noqa: E402
+from testkit.framework_loops import BATCH, ROWS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks, about one another
 
@@ -13,7 +13,7 @@ SETUP = """
 import torch
 from torch import nn
 import esper_otel
-from bench.framework_loops import dataset, loader, network
+from testkit.framework_loops import dataset, loader, network
 from esper_otel.integrations.torch import TorchInstrumentor
 
 interrupt_at = None

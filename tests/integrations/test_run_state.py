@@ -63,7 +63,7 @@ def begun(captured, **settings):
 def test_a_run_goes_on_with_the_factor_that_was_in_force(captured, sidecar):
     run, optimizer, model = begun(captured, mode="enforce")
     train(run, optimizer, model, 5)
-    assert run.responses.lr_scale == 0.5
+    assert run._responses.lr_scale == 0.5
     file = io.BytesIO()
     torch.save(run.state_dict(), file)
     run.close()

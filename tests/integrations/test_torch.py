@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import esper_otel  # noqa: E402
-from esper_otel import run as runs  # noqa: E402
+from esper_otel import loop  # noqa: E402
 from esper_otel.integrations import watch as watching  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
@@ -387,8 +387,8 @@ def test_a_wrong_setting_raises_from_code_and_warns_from_the_environment(
 
 
 def test_a_failure_of_ours_does_not_reach_the_loop(instrumented, monkeypatch, caplog):
-    monkeypatch.setattr(runs, "gradient_norm", lambda _: 1 / 0)
-    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(loop, "gradient_norm", lambda _: 1 / 0)
+    monkeypatch.setattr(loop, "_told", set())
     with caplog.at_level(logging.WARNING):
         losses, _ = plain_loop(epochs=1)
     assert len(losses) == 3
@@ -425,7 +425,7 @@ class Copies:
         yield
         self.reading = 2.5
 
-    def take(self):
+    def first_copy(self):
         reading, self.reading = self.reading, None
         return reading
 
@@ -544,7 +544,7 @@ class Broken:
 
 def test_whatever_cannot_be_ended_what_was_recorded_is_still_sent(captured, caplog):
     run = esper_otel.start()
-    run._handles, run._agreement = [Broken()], Broken()
+    run._loop._handles, run._sharing.agreement = [Broken()], Broken()
     run.step()
     assert run.close() is captured
     run.step()

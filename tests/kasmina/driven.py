@@ -48,14 +48,14 @@ class AtOnce:
     def request(self, blueprint: Any, activation: Any, seed: int) -> Fetch:
         fetch = Fetch(blueprint.name, 1e9, lambda: 0)
         if self.reason:
-            fetch.settle(None, self.reason, 0.5)
+            fetch.set_result(None, self.reason, 0.5)
         else:
-            fetch.settle(blueprint.build(activation.shape, seed), "", 0.5)
+            fetch.set_result(blueprint.build(activation.shape, seed), "", 0.5)
         return fetch
 
     def compile(self, module: Any, activation: Any) -> Compilation:
         compilation = Compilation()
-        compilation.settle(None, "")
+        compilation.set_result(None, "")
         return compilation
 
     def stop(self, timeout_s: float = 0.0) -> None:
@@ -143,7 +143,7 @@ class Driven:
         garden.learn(self.optimizer)
         self.frame = frame = garden.finalize(self.steps, row)
         self.proposals.append(frame.proposal)
-        garden.asked(self.steps)
+        garden.proposal_sent(self.steps)
         decision = about(self.steps, decide(frame.proposal))
         self.acted = garden.apply(decision, enforced=enforced)
         self.events += garden.take_events()
@@ -174,7 +174,7 @@ class Driven:
         """Go on from a checkpoint, in the order that the documentation gives."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
         self.host.load_state_dict(state["model"])
-        self.garden.follow(self.optimizer)
+        self.garden.set_host_optimizer(self.optimizer)
         self.garden.load_state_dict(state["garden"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["batches"])

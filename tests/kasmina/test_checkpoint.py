@@ -16,17 +16,16 @@ from torch import nn
 from esper_otel import process
 from esper_otel import run as runs
 from esper_otel.kasmina.garden import Garden, GardenError
+from esper_otel.kasmina.hook import ALTERED
 from esper_otel.kasmina.kernels import Fetch
-from esper_otel.kasmina.slot import ALTERED
 from esper_otel.leyline import events
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.frames import present
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
-from esper_otel.tolaria.rate_factor import RateFactor
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import Responses
+from esper_otel.tolaria.responses import RateFactor, Responses
 
 NOT_OF_THE_RUN = "kasmina.seed.last_kernel_latency_ms"
 """Measured with a clock, so no two runs have the same."""
@@ -66,8 +65,8 @@ def lived(driven, steps, decide=agreed):
     weights = [each.detach().clone() for each in driven.host.parameters()]
     weights += [
         each.detach().clone()
-        for plot in driven.garden._plots.values()
-        for each in plot.slot.parameters()
+        for path in driven.garden.slots
+        for each in driven.garden.slot(path).hook.parameters()
     ]
     return seen, weights
 
@@ -201,7 +200,7 @@ def test_a_kernel_on_its_way_is_fetched_again(monkeypatch):
         driven.garden.germinate("1", MLP, "s")
         for _ in range(3):
             driven.step()
-    assert not driven.garden._plots["1"].slot.occupied
+    assert not driven.garden.slot("1").hook.occupied
     resumed = Driven(("1",), settings=QUICK).resume(driven.saved())
     assert resumed.garden.stages == {"s": Stage.GERMINATED}
     resumed.until(lambda: resumed.garden.slots["1"] is Stage.FOSSILIZED)
@@ -237,7 +236,7 @@ def test_seeds_of_after_a_restart_are_those_that_would_have_been():
 
 def test_a_seed_that_is_not_called_any_more_stays_so():
     driven = grown_to(Stage.BLENDING)
-    driven.garden._plots["1"].slot.banned = ALTERED
+    driven.garden.slot("1").hook.banned = ALTERED
     resumed = another(driven).resume(driven.saved())
     assert_same_life(lived(resumed, 5), lived(driven, 5))
     assert "changed its input" in resumed.told(events.CULLED)[0]
@@ -274,8 +273,10 @@ class Recorded(Driven):
             **{**QUICK, "growth": "autonomous", "plateau_steps": 6, "loss_rise_max": 0.5}
         )
         with patch("esper_otel.kasmina.garden.KernelFetcher", AtOnce):
-            self.garden = Garden(self.host, ["1", "3"], settings=settings, memory=self.recorder)
-        self.recorder.tend(self.garden)
+            self.garden = Garden(
+                self.host, ["1", "3"], settings=settings, recorder=self.recorder
+            )
+        self.recorder.attach_garden(self.garden)
 
     def frame(self, time_unix_nano, row, seeds=()):
         values = present(STEP_KEYS, row)
@@ -377,13 +378,13 @@ def test_the_three_lines_of_the_documentation_resume_a_run(monkeypatch):
     run, model, optimizer = a_run(monkeypatch)
     while run.garden.slots["1"] is not Stage.FOSSILIZED:
         train(run, model, optimizer, 3)
-        assert run.recorder.step < 500
+        assert run._recorder.step < 500
     state = {"model": model, "optimizer": optimizer, "garden": run.garden}
     file = io.BytesIO()
     torch.save({name: each.state_dict() for name, each in state.items()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    step = run.recorder.step
+    step = run._recorder.step
     uncut = train(run, model, optimizer, 9)
     run.close()
 
@@ -392,7 +393,7 @@ def test_the_three_lines_of_the_documentation_resume_a_run(monkeypatch):
     run.garden.load_state_dict(saved["garden"])
     optimizer.load_state_dict(saved["optimizer"])
     assert train(run, model, optimizer, 9) == uncut
-    assert run.recorder.step == step + 9
+    assert run._recorder.step == step + 9
     run.close()
 
 
@@ -413,7 +414,7 @@ torch.save({"losses": driven.losses, "weights": weights,
 def test_another_process_goes_on_to_the_bit(tmp_path):
     driven = grown_to(Stage.BLENDING)
     driven.step(idle)
-    assert 0.0 < driven.garden._plots["1"].slot.alpha < 1.0
+    assert 0.0 < driven.garden.slot("1").hook.alpha < 1.0
     (tmp_path / "run.pt").write_bytes(driven.saved())
     driven.losses.clear()
     _, weights = lived(driven, 30)
@@ -492,8 +493,8 @@ def test_a_state_that_does_not_fit_names_what_and_leaves_all_as_it_was(path, val
     else:
         state = value
     driven = Driven(**MADE)
-    driven.garden._memory = Recorded().recorder
-    driven.garden.follow(driven.optimizer)
+    driven.garden._recorder = Recorded().recorder
+    driven.garden.set_host_optimizer(driven.optimizer)
     before = repr(driven.garden.state_dict())
     with pytest.raises(GardenError, match=words):
         driven.garden.load_state_dict(state)
@@ -513,7 +514,7 @@ def test_other_slots_are_not_the_same_garden():
 def test_the_optimizer_s_state_before_the_garden_s_is_told_the_order():
     state = torch.load(io.BytesIO(grown_to(Stage.FOSSILIZED).saved()), weights_only=True)
     driven = Driven(**MADE)
-    driven.garden.follow(driven.optimizer)
+    driven.garden.set_host_optimizer(driven.optimizer)
     with pytest.raises(GardenError, match=r"has 12 parameters, the optimizer 6.*garden\.load"):
         driven.optimizer.load_state_dict(state["optimizer"])
     driven.garden.uproot()
@@ -573,9 +574,9 @@ def test_a_seed_comes_back_to_the_dtype_it_had():
         gardens[0].germinate("1", MLP, "s")
         gardens[0].finalize(1, [float("nan")] * len(STEP_KEYS))
         gardens[0].finalize(2, [float("nan")] * len(STEP_KEYS))
-        slot = gardens[0]._plots["1"].slot
-        slot.seed.double()
+        hook = gardens[0].slot("1").hook
+        hook.seed.double()
         state = gardens[0].state_dict()
         gardens.append(Garden(model, ["1"], settings=EsperSettings().changed(**QUICK)))
     gardens[1].load_state_dict(state)
-    assert {p.dtype for p in gardens[1]._plots["1"].slot.parameters()} == {torch.float64}
+    assert {p.dtype for p in gardens[1].slot("1").hook.parameters()} == {torch.float64}

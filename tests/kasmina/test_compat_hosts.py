@@ -195,13 +195,14 @@ class Life:
         row = step_row()
         row[STEP_SLOT["loss_ewma"]] = float(loss.detach())
         row[STEP_SLOT["gradient_norm"]] = 1.0
-        for plot in garden._plots.values():
-            self.calls.append(plot.slot.calls)
-            self.stages.append(plot.stage)
+        for path in garden.slots:
+            slot = garden.slot(path)
+            self.calls.append(slot.hook.calls)
+            self.stages.append(slot.stage)
         garden.learn(optimizer)
         frame = garden.finalize(step, row)
         self.rows += [dict(enumerate(values)) for _, values in frame.seeds]
-        garden.asked(step)
+        garden.proposal_sent(step)
         garden.apply(about(step, agreed(frame.proposal)), enforced=True)
         self.events += garden.take_events()
 

@@ -68,7 +68,7 @@ def compiled() -> dict[str, Any]:
     compilation = fetcher.compile(module, Activation(SHAPE))
     drawn: list[Any] = []
     looks = 0
-    while not compilation.ready():
+    while not compilation.done():
         drawn += draws(1)
         looks += 1
         time.sleep(0.002)  # the compiler wants a processor, too
@@ -192,20 +192,20 @@ def test_a_child_ends_with_its_trainer() -> None:
 def test_the_garden_tells_what_came_of_it(outcome, passed) -> None:
     compilation = Compilation()
     driven = Driven()
-    fetcher = driven.garden._ground.fetcher
+    fetcher = driven.garden._context.fetcher
     fetcher.compile = lambda module, activation: compilation
     driven.step()
     seed_id = driven.garden.germinate("1", "residual_mlp")
     driven.step()
     driven.step()
-    slot = driven.garden._plots["1"].slot
+    hook = driven.garden.slot("1").hook
     calls: list[Tensor] = []
 
     def call(given: Tensor) -> Tensor:
         calls.append(given)
-        return slot.seed(given)
+        return hook.seed(given)
 
-    compilation.settle(call if passed else None, outcome)
+    compilation.set_result(call if passed else None, outcome)
     for _ in range(3):
         driven.step()
     (event,) = [each for each in driven.events if each.name == events.COMPILED]
@@ -227,5 +227,5 @@ def test_what_is_no_faster_is_not_taken(monkeypatch) -> None:
 def test_the_settings_ask_for_it(asked) -> None:
     garden = Garden(host(), ["1"], settings=EsperSettings(compile_seeds=asked))
     garden.close()
-    compiler = garden._ground.fetcher._compiler
+    compiler = garden._context.fetcher._compiler
     assert compiler is (compile_apart if asked else None)

@@ -3,7 +3,7 @@
 import pytest
 from kasmina.driven import MLP, Driven, idle, said
 
-from esper_otel.kasmina.embargo import Countdown
+from esper_otel.kasmina.lifecycle import Countdown
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.stages import Stage
 

@@ -81,10 +81,10 @@ def test_the_second_try_may_succeed_and_the_event_counts_it(planted):
     assert event.attributes["esper.attempts"] == 2
     assert event.attributes["esper.reason"] == "took longer than 10 ms"
     assert driven.garden.stages == {"s": Stage.GERMINATED}
-    plot = driven.garden._plots["1"]
-    until(lambda: plot.kernel_fetch is not None and plot.kernel_fetch.ready())
+    slot = driven.garden.slot("1")
+    until(lambda: slot.kernel_fetch is not None and slot.kernel_fetch.done())
     driven.step(idle)
-    assert plot.slot.occupied
+    assert slot.hook.occupied
     assert driven.told(events.FALLBACK) == []
 
 
@@ -103,19 +103,19 @@ def test_there_is_no_third(planted):
 def test_what_comes_of_the_first_try_in_the_end_is_thrown_away(planted):
     driven, shop = planted(holds=1)
     late(driven, shop, 1)
-    plot = driven.garden._plots["1"]
-    until(plot.kernel_fetch.ready)
+    slot = driven.garden.slot("1")
+    until(slot.kernel_fetch.done)
     driven.step(idle)
-    module = plot.slot.seed
+    module = slot.hook.seed
     shop.gate.set()
     for _ in range(3):
         driven.step(idle)
-    assert plot.slot.seed is module
+    assert slot.hook.seed is module
 
 
 def test_a_kernel_that_fails_of_itself_is_not_tried_again(planted, monkeypatch):
     driven, _ = planted(holds=0)
-    plot = driven.garden._plots["1"]
+    slot = driven.garden.slot("1")
     driven.garden.cull("s")
     driven.until(lambda: driven.garden.slots["1"] is Stage.DORMANT, idle)
 
@@ -126,7 +126,7 @@ def test_a_kernel_that_fails_of_itself_is_not_tried_again(planted, monkeypatch):
     monkeypatch.setitem(blueprints._registry, "broken", unfit)
     driven.garden.germinate("1", "broken", "t")
     driven.step(idle)
-    until(plot.kernel_fetch.ready)
+    until(slot.kernel_fetch.done)
     driven.step(idle)
     assert "raised RuntimeError: no such thing" in driven.told(events.FALLBACK)[-1]
     assert driven.told(events.RETRIED) == []

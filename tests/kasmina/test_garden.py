@@ -12,10 +12,10 @@ from torch import nn
 
 from esper_otel.kasmina import isolation
 from esper_otel.kasmina.blueprints import UnknownBlueprintError
+from esper_otel.kasmina.context import MAX_EVENTS
 from esper_otel.kasmina.garden import Garden, GardenError
-from esper_otel.kasmina.ground import MAX_EVENTS
 from esper_otel.kasmina.kernels import Fetch
-from esper_otel.kasmina.plot import HARM_IN_A_ROW
+from esper_otel.kasmina.slot import HARM_IN_A_ROW
 from esper_otel.leyline import events
 from esper_otel.leyline.decisions import (
     FAILED_OPEN,
@@ -160,13 +160,13 @@ def test_a_seed_in_isolation_learns_and_the_host_does_not_feel_it():
     bare.train()
     planted.garden.germinate("1", MLP, "s")
     planted.until(lambda: planted.garden.stages.get("s") is Stage.TRAINING)
-    seed = [each.detach().clone() for each in planted.garden._plots["1"].slot.parameters()]
+    seed = [each.detach().clone() for each in planted.garden.slot("1").hook.parameters()]
     for _ in range(20):
         planted.step()
     while bare.steps < planted.steps:
         bare.train()
     assert planted.losses == bare.losses
-    now = list(planted.garden._plots["1"].slot.parameters())
+    now = list(planted.garden.slot("1").hook.parameters())
     assert all(not torch.equal(a, b) for a, b in zip(seed, now, strict=True))
 
 
@@ -378,7 +378,7 @@ def test_statistics_that_raise_leave_their_three_metrics_out_and_all_else_in(mon
     def broken(self):
         raise RuntimeError("statistics are out")
 
-    monkeypatch.setattr(isolation.Tally, "statistics", broken)
+    monkeypatch.setattr(isolation.GradientTally, "statistics", broken)
     for _ in range(3):
         row = driven.step()["s"]
     lost = {f"kasmina.seed.isolation.{name}" for name in ("dot", "host_norm", "seed_norm")}
@@ -497,9 +497,9 @@ def test_what_the_user_asked_for_waits_for_the_end_of_a_pause():
 def test_a_frozen_seed_goes_on_learning():
     driven = grown_to(Stage.BLENDING)
     driven.step(paused())
-    weights = [each.detach().clone() for each in driven.garden._plots["1"].slot.parameters()]
+    weights = [each.detach().clone() for each in driven.garden.slot("1").hook.parameters()]
     driven.step(paused())
-    now = driven.garden._plots["1"].slot.parameters()
+    now = driven.garden.slot("1").hook.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(weights, now, strict=True))
 
 
@@ -548,7 +548,7 @@ def test_a_seed_that_makes_nan_is_left_out_and_culled():
     driven = grown_to(Stage.BLENDING, settings={"blending_steps": 100})
     driven.step()
     with torch.no_grad():
-        for each in driven.garden._plots["1"].slot.parameters():
+        for each in driven.garden.slot("1").hook.parameters():
             each.fill_(float("nan"))
     rows = [driven.step() for _ in range(3)]
     assert rows[0]["s"]["kasmina.seed.fallback_used"] == 1.0
@@ -574,9 +574,9 @@ def test_an_optimizer_that_raises_ends_its_seed_and_not_the_run():
 
 def test_culled_half_blended_nothing_of_it_is_left():
     driven = grown_to(Stage.BLENDING, settings={"blending_steps": 8})
-    driven.until(lambda: driven.garden._plots["1"].slot.alpha >= 0.5)
-    module = weakref.ref(driven.garden._plots["1"].slot.seed)
-    trained = weakref.ref(next(driven.garden._plots["1"].slot.parameters()))
+    driven.until(lambda: driven.garden.slot("1").hook.alpha >= 0.5)
+    module = weakref.ref(driven.garden.slot("1").hook.seed)
+    trained = weakref.ref(next(driven.garden.slot("1").hook.parameters()))
     driven.garden.cull("s")
     assert driven.step() == {}
     alone = host()
@@ -605,7 +605,7 @@ def test_after_a_cull_the_slot_lies_fallow_by_the_clock_of_steps(driven):
 
 def test_a_seed_that_somebody_still_holds_keeps_its_slot_from_being_reset():
     driven = grown_to(Stage.TRAINING)
-    held = driven.garden._plots["1"].slot.seed
+    held = driven.garden.slot("1").hook.seed
     driven.garden.cull("s")
     for _ in range(10):
         driven.step(idle)
@@ -655,23 +655,23 @@ def test_no_thread_outlives_its_garden(end):
 def test_events_nobody_takes_do_not_pile_up():
     driven = Driven()
     for number in range(3000):
-        driven.garden._ground.tell("e", Severity.NORMAL, str(number))
+        driven.garden._context.add_event("e", Severity.NORMAL, str(number))
     taken = driven.garden.take_events()
     assert len(taken) == MAX_EVENTS
     assert taken[-1].text == "2999"
     assert driven.garden.take_events() == []
 
 
-def test_an_isolated_seed_has_a_number_of_lessons_however_long_it_waits():
+def test_an_isolated_seed_trains_a_number_of_steps_however_long_it_waits():
     driven = grown_to(Stage.TRAINING, settings={"training_steps": 4})
-    slot = driven.garden._plots["1"].slot
+    hook = driven.garden.slot("1").hook
     for _ in range(5):
         driven.step(lambda proposal: said(Action.OPTIMIZER))
-    weights = [each.detach().clone() for each in slot.parameters()]
+    weights = [each.detach().clone() for each in hook.parameters()]
     for _ in range(5):
         driven.step(lambda proposal: said(Action.OPTIMIZER))
-    assert all(torch.equal(a, b) for a, b in zip(weights, slot.parameters(), strict=True))
-    assert driven.garden._plots["1"].seed.lessons == 4
+    assert all(torch.equal(a, b) for a, b in zip(weights, hook.parameters(), strict=True))
+    assert driven.garden.slot("1").seed.train_steps == 4
     assert driven.frame.proposal.operation is SeedOperation.BLEND
 
 

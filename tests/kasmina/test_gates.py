@@ -6,7 +6,7 @@ from esper_otel.kasmina.gates import (
     BEFORE,
     PASSED,
     Facts,
-    Failed,
+    GateFailed,
     Limits,
     clean_reset,
     gradient_health,
@@ -64,7 +64,7 @@ def test_a_gate_is_a_function_of_facts_and_limits(gate, facts, reason):
     if reason is None:
         assert verdict is PASSED
     else:
-        assert isinstance(verdict, Failed)
+        assert isinstance(verdict, GateFailed)
         assert reason in str(verdict)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from esper_otel.kasmina import isolation
 from esper_otel.kasmina.isolation import (
+    GradientTally,
     Paths,
-    Tally,
     inner_product,
     isolated_input,
     joint_inputs,
@@ -36,8 +36,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
 
 
-def paths(isolated: bool = True, sampled: bool = True) -> tuple[Tally, Paths]:
-    tally = Tally(sampled)
+def paths(isolated: bool = True, sampled: bool = True) -> tuple[GradientTally, Paths]:
+    tally = GradientTally(sampled)
     return tally, Paths(tally, isolated)
 
 
@@ -102,7 +102,7 @@ def test_gradients_of_gradients_are_the_hosts() -> None:
 # --- leaks
 
 
-def isolated_step(host: Tensor, seed: Tensor, tally: Tally) -> Tensor:
+def isolated_step(host: Tensor, seed: Tensor, tally: GradientTally) -> Tensor:
     both = Paths(tally, isolated=True)
     return straight_through(host, isolated_input(host, both) * seed, both)
 
@@ -110,7 +110,7 @@ def isolated_step(host: Tensor, seed: Tensor, tally: Tally) -> Tensor:
 @pytest.mark.parametrize("sampled", [True, False])
 def test_without_a_leak_nothing_comes_through_the_seeds_path(sampled) -> None:
     host, seed = noise((2, 3), 1).requires_grad_(), noise((2, 3), 2).requires_grad_()
-    tally = Tally(sampled)
+    tally = GradientTally(sampled)
     isolated_step(host, seed, tally).square().sum().backward()
     assert not tally.leaked
     assert torch.equal(host.grad, 2 * host.detach())
@@ -126,7 +126,7 @@ def test_a_leak_is_known_in_the_backward_in_which_it_happens(
     monkeypatch.setattr(isolation, "cut", lambda activation: activation)
     host = noise((2, 3), 1).requires_grad_()
     seed = (scale * noise((2, 3), 2)).requires_grad_()
-    tally = Tally(sampled)
+    tally = GradientTally(sampled)
     loss = isolated_step(host, seed, tally).square().sum()
     assert not tally.leaked
     loss.backward()
@@ -169,7 +169,7 @@ def test_each_path_is_told_apart(dtype) -> None:
 
 def test_calls_of_one_step_count_as_one_long_gradient() -> None:
     host = noise((2, 3), 1).requires_grad_()
-    tally = Tally(sampled=True)
+    tally = GradientTally(sampled=True)
     for scale in (3.0, 4.0):
         for_host, for_seed = joint_inputs(host, Paths(tally, isolated=False))
         (scale * for_host + 2 * scale * for_seed).sum().backward()
@@ -211,7 +211,7 @@ def test_statistics_that_raise_are_left_out_and_the_gradient_is_not(
     monkeypatch.setattr(isolation, "inner_product", raises)
     caplog.set_level(logging.CRITICAL)
     host, seed = noise((2, 3), 1).requires_grad_(), noise((2, 3), 2).requires_grad_()
-    tally = Tally(sampled=True)
+    tally = GradientTally(sampled=True)
     isolated_step(host, seed, tally).square().sum().backward()
     assert tally.statistics() is None
     assert not tally.leaked

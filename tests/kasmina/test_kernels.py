@@ -53,7 +53,7 @@ def fetcher():
 
 def fetched(fetcher: KernelFetcher, blueprint: Blueprint, shape=SHAPE) -> Fetch:
     fetch = fetcher.request(blueprint, Activation(torch.Size(shape)), seed=7)
-    until(fetch.ready)
+    until(fetch.done)
     return fetch
 
 
@@ -78,7 +78,7 @@ def test_every_blueprint_comes_as_it_would_be_built_here(fetcher, name) -> None:
 def test_it_has_the_dtype_of_the_slot(fetcher) -> None:
     activation = Activation(SHAPE, torch.bfloat16)
     fetch = fetcher.request(lookup("residual_mlp"), activation, seed=1)
-    until(fetch.ready)
+    until(fetch.done)
     assert {parameter.dtype for parameter in fetch.module.parameters()} == {torch.bfloat16}
 
 
@@ -209,11 +209,11 @@ def test_what_is_too_slow_is_abandoned_and_its_result_ignored(hanging) -> None:
     fetcher = KernelFetcher(10.0, clock=lambda: now[0])
     factory = hanging()
     fetch = fetcher.request(plan(None, factory=factory), Activation(SHAPE), 1)
-    assert not fetch.ready()
+    assert not fetch.done()
     now[0] = 10_000_000
-    assert not fetch.ready()
+    assert not fetch.done()
     now[0] = 10_000_001
-    assert fetch.ready()
+    assert fetch.done()
     assert fetch.reason == "took longer than 10 ms"
     assert fetch.latency_ms > 10.0
     factory.go_on.set()
@@ -232,7 +232,7 @@ def test_what_came_too_late_is_refused_though_nobody_looked(hanging) -> None:
     now[0] = 11_000_000
     factory.go_on.set()
     fetcher.stop(timeout_s=5)
-    assert fetch.ready()
+    assert fetch.done()
     assert fetch.module is None
     assert fetch.reason in {"took longer than 10 ms", "the fetcher was stopped"}
 
@@ -240,7 +240,7 @@ def test_what_came_too_late_is_refused_though_nobody_looked(hanging) -> None:
 def test_one_that_hangs_does_not_keep_the_next_waiting(fetcher, hanging) -> None:
     slow = fetcher.request(plan(None, factory=hanging()), Activation(SHAPE), 1)
     assert fetched(fetcher, lookup("low_rank")).module is not None
-    assert not slow.ready()
+    assert not slow.done()
 
 
 def test_there_is_a_limit_to_how_many_may_hang(fetcher, hanging) -> None:
@@ -248,7 +248,7 @@ def test_there_is_a_limit_to_how_many_may_hang(fetcher, hanging) -> None:
     for factory in factories:
         fetcher.request(plan(None, factory=factory), Activation(SHAPE), 1)
     refused = fetcher.request(lookup("low_rank"), Activation(SHAPE), 1)
-    assert refused.ready()
+    assert refused.done()
     assert refused.reason == f"{kernels.MOST_WORKERS} others still run"
     factories[0].go_on.set()
     until(lambda: any(not worker.busy for worker in fetcher._workers))
@@ -271,7 +271,7 @@ def test_stopping_gives_up_what_is_under_way_without_waiting_for_it(fetcher, han
     began = time.monotonic()
     fetcher.stop(timeout_s=0.05)
     assert time.monotonic() - began < 5.0
-    assert fetch.ready()
+    assert fetch.done()
     assert fetch.reason == "the fetcher was stopped"
     after = fetcher.request(lookup("low_rank"), Activation(SHAPE), 1)
     assert after.reason == "the fetcher was stopped"
@@ -292,7 +292,7 @@ def test_in_a_forked_child_a_fetch_runs_out_of_its_budget() -> None:
     if child == 0:
         fetch = fetcher.request(lookup("low_rank"), Activation(SHAPE), 1)
         end = time.monotonic() + 10
-        while not fetch.ready() and time.monotonic() < end:
+        while not fetch.done() and time.monotonic() < end:
             time.sleep(0.001)
         os._exit(0 if fetch.reason == "took longer than 50 ms" else 1)
     _, status = os.waitpid(child, 0)
@@ -315,10 +315,10 @@ def test_a_seed_is_compiled_beside_the_training_thread(hanging) -> None:
     fetcher = KernelFetcher(PLENTY_MS, compiler=compiler)
     module = nn.Linear(6, 6)
     compilation = fetcher.compile(module, Activation(SHAPE))
-    assert not compilation.ready()
+    assert not compilation.done()
     assert fetched(fetcher, lookup("low_rank")).module is not None
     wait.go_on.set()
-    until(compilation.ready)
+    until(compilation.done)
     x = torch.ones(1, 6)
     assert torch.equal(compilation.call(x), module(x) + 1)
     assert given == [(4, 6)]
@@ -328,7 +328,7 @@ def test_a_seed_is_compiled_beside_the_training_thread(hanging) -> None:
 def test_a_compiler_that_fails_says_why() -> None:
     fetcher = KernelFetcher(PLENTY_MS, compiler=raises)
     compilation = fetcher.compile(nn.Linear(6, 6), Activation(SHAPE))
-    until(compilation.ready)
+    until(compilation.done)
     assert compilation.call is None
     assert compilation.reason == "raised RuntimeError: broken weights"
     fetcher.stop()
@@ -336,7 +336,7 @@ def test_a_compiler_that_fails_says_why() -> None:
 
 def test_without_a_compiler_a_seed_is_called_as_it_is(fetcher) -> None:
     compilation = fetcher.compile(nn.Linear(6, 6), Activation(SHAPE))
-    assert compilation.ready()
+    assert compilation.done()
     assert compilation.call is None
 
 

@@ -1,7 +1,6 @@
 import pytest
 
-from esper_otel.kasmina.growth import NEXT
-from esper_otel.kasmina.lifecycle import GROWING, TARGET, Lifecycle
+from esper_otel.kasmina.lifecycle import GROWING, NEXT, TARGET, Lifecycle
 from esper_otel.leyline.decisions import SeedOperation
 from esper_otel.leyline.stages import TRANSITIONS, IllegalTransitionError, Stage
 

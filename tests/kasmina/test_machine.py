@@ -12,7 +12,7 @@ from kasmina.driven import AtOnce, Driven, said
 from esper_otel.kasmina import isolation
 from esper_otel.kasmina.garden import GardenError
 from esper_otel.kasmina.lifecycle import TARGET
-from esper_otel.kasmina.plot import IN_A_ROW
+from esper_otel.kasmina.slot import IN_A_ROW
 from esper_otel.leyline import events
 from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Action, SeedOperation
 from esper_otel.leyline.stages import TRANSITIONS, IllegalTransitionError, Stage
@@ -58,6 +58,11 @@ class GardenMachine(RuleBasedStateMachine):
         self.driven.step(lambda proposal: said(Action.CONTINUE))
         self.follow(None, None)
 
+    def slots(self):
+        """Each slot, with its path."""
+        garden = self.driven.garden
+        return [(path, garden.slot(path)) for path in garden.slots]
+
     def end_step(self, decide):
         """One step, and all of its events held against the rules of a life."""
         offered = []
@@ -67,14 +72,14 @@ class GardenMachine(RuleBasedStateMachine):
             return decide(proposal)
 
         was_frozen = self.frozen
-        alphas = {key: plot.slot.alpha for key, plot in self.driven.garden._plots.items()}
+        alphas = {path: slot.hook.alpha for path, slot in self.slots()}
         stages = self.driven.garden.slots
         self.driven.step(answer)
         self.follow(offered[0], decide(offered[0]))
         if was_frozen:
-            for path, plot in self.driven.garden._plots.items():
-                if stages[path] is Stage.BLENDING and plot.stage is Stage.BLENDING:
-                    assert plot.slot.alpha == alphas[path]
+            for path, slot in self.slots():
+                if stages[path] is Stage.BLENDING and slot.stage is Stage.BLENDING:
+                    assert slot.hook.alpha == alphas[path]
 
     def follow(self, proposal, decision):
         moves = Counter()
@@ -190,14 +195,14 @@ class GardenMachine(RuleBasedStateMachine):
 
     @rule(slot=st.sampled_from(SLOTS))
     def user_culls(self, slot):
-        plot = self.driven.garden._plots[slot]
-        if plot.seed is None:
+        seed = self.driven.garden.slot(slot).seed
+        if seed is None:
             return
         try:
-            self.driven.garden.cull(plot.seed.id)
+            self.driven.garden.cull(seed.id)
         except IllegalTransitionError:
             return
-        self.wanted[plot.seed.id, Stage.CULLED] = True
+        self.wanted[seed.id, Stage.CULLED] = True
 
     @rule(loss=st.sampled_from([0.5, 1.0, 50.0, float("nan"), float("inf")]))
     def loss_moves(self, loss):
@@ -205,12 +210,12 @@ class GardenMachine(RuleBasedStateMachine):
 
     @rule(reason=st.sampled_from(["", "took longer than 10 ms"]))
     def kernels_come_or_fail(self, reason):
-        self.driven.garden._ground.fetcher.reason = reason
+        self.driven.garden._context.fetcher.reason = reason
 
     @rule(slot=st.sampled_from(SLOTS))
     def a_seed_breaks(self, slot):
         with torch.no_grad():
-            for parameter in self.driven.garden._plots[slot].slot.parameters():
+            for parameter in self.driven.garden.slot(slot).hook.parameters():
                 parameter.fill_(float("nan"))
 
     @rule(times=st.integers(1, 3))
@@ -257,17 +262,17 @@ class GardenMachine(RuleBasedStateMachine):
 
     @invariant()
     def stages_and_seeds_agree(self):
-        for path, plot in self.driven.garden._plots.items():
-            assert (plot.seed is None) == (plot.stage in EMPTY), path
-            if plot.seed is not None:
-                assert plot.seed.violations_in_a_row < IN_A_ROW
+        for path, slot in self.slots():
+            assert (slot.seed is None) == (slot.stage in EMPTY), path
+            if slot.seed is not None:
+                assert slot.seed.violations_in_a_row < IN_A_ROW
             else:
-                assert not plot.slot.occupied
-                assert plot.slot.alpha == 0.0
-            if plot.stage in (Stage.GERMINATED, Stage.TRAINING):
-                assert plot.slot.alpha == 0.0
-            if plot.stage in (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED):
-                assert plot.slot.alpha == 1.0
+                assert not slot.hook.occupied
+                assert slot.hook.alpha == 0.0
+            if slot.stage in (Stage.GERMINATED, Stage.TRAINING):
+                assert slot.hook.alpha == 0.0
+            if slot.stage in (Stage.SHADOWING, Stage.PROBATIONARY, Stage.FOSSILIZED):
+                assert slot.hook.alpha == 1.0
 
     @invariant()
     def host_stays_sound(self):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from kasmina.driven import Driven, idle
 
-from esper_otel.kasmina import slot as slots
-from esper_otel.kasmina.plot import IN_A_ROW
-from esper_otel.kasmina.seed import MOST_WATCHED, Seed, known
+from esper_otel.kasmina import hook as hooks
+from esper_otel.kasmina.seed import MAX_PENDING, Seed
+from esper_otel.kasmina.slot import IN_A_ROW
 from esper_otel.leyline import events
+from esper_otel.leyline.readings import known
 from esper_otel.leyline.stages import Stage
 
 WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")
@@ -44,7 +45,7 @@ class OnDevice(Driven):
     def __init__(self, monkeypatch, late=1, **settings):
         self.device = Device(late)
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(slots, "_is_known_at_once", lambda value: False)
+        monkeypatch.setattr(hooks, "_is_known_at_once", lambda value: False)
         options = {"blending_steps": 100, "isolation_every": 0, **settings}
         super().__init__(("1",), settings=options, read=self.device.read)
         garden, finalize = self.garden, self.garden.finalize
@@ -86,7 +87,7 @@ class OnDevice(Driven):
 
     def break_seed(self):
         with torch.no_grad():
-            for each in self.garden._plots["1"].slot.parameters():
+            for each in self.garden.slot("1").hook.parameters():
                 each.fill_(float("nan"))
 
 
@@ -109,7 +110,7 @@ def test_a_value_that_is_not_finite_is_told_late_and_ends_the_seed_all_the_same(
     assert flags == [0.0] * late + [1.0] * IN_A_ROW
     assert "not finite" in driven.told(events.FALLBACK)[0]
     assert len(driven.told(events.FALLBACK)) == 1
-    assert driven.garden._plots["1"].seed.faults_in_a_row == IN_A_ROW
+    assert driven.garden.slot("1").seed.faults_in_a_row == IN_A_ROW
     driven.step()
     driven.step()
     assert driven.garden.slots["1"] is Stage.EMBARGOED
@@ -122,11 +123,11 @@ def test_what_never_arrives_is_neither_good_nor_bad(monkeypatch):
     driven.step(idle)
     driven.step(idle)
     driven.device.late = None
-    for _ in range(3 * MOST_WATCHED):
+    for _ in range(3 * MAX_PENDING):
         driven.step(idle)
-    seed = driven.garden._plots["1"].seed
+    seed = driven.garden.slot("1").seed
     assert seed.faults_in_a_row == 1
-    assert len(seed._watched) == MOST_WATCHED
+    assert len(seed._finite_checks) == MAX_PENDING
 
 
 @pytest.mark.parametrize("late", [0, 1, 2, 5])
@@ -136,9 +137,9 @@ def test_statistics_of_every_step_are_told_late_and_not_lost(monkeypatch, late):
         driven.step(idle)
     norm = "kasmina.seed.isolation.seed_norm"
     taken = []
-    statistics = slots.Slot.statistics
+    statistics = hooks.SlotHook.statistics
     monkeypatch.setattr(
-        slots.Slot, "statistics", lambda slot: taken.append(statistics(slot)) or taken[-1]
+        hooks.SlotHook, "statistics", lambda slot: taken.append(statistics(slot)) or taken[-1]
     )
     told = [driven.step(idle)["s"].get(norm) for _ in range(8)]
     assert told[late:] == [each.seed_norm.item() for each in taken[: 8 - late]]
@@ -147,18 +148,18 @@ def test_statistics_of_every_step_are_told_late_and_not_lost(monkeypatch, late):
 
 def test_a_good_value_in_between_begins_the_count_anew(monkeypatch):
     driven = OnDevice(monkeypatch).grown()
-    weights = [each.detach().clone() for each in driven.garden._plots["1"].slot.parameters()]
+    weights = [each.detach().clone() for each in driven.garden.slot("1").hook.parameters()]
     for _ in range(3):
         driven.break_seed()
         driven.step(idle)
         with torch.no_grad():
-            slot = driven.garden._plots["1"].slot
-            for each, good in zip(slot.parameters(), weights, strict=True):
+            hook = driven.garden.slot("1").hook
+            for each, good in zip(hook.parameters(), weights, strict=True):
                 each.copy_(good)
         driven.step(idle)
-        assert driven.garden._plots["1"].seed.faults_in_a_row == 1
+        assert driven.garden.slot("1").seed.faults_in_a_row == 1
     driven.step(idle)
-    assert driven.garden._plots["1"].seed.faults_in_a_row == 0
+    assert driven.garden.slot("1").seed.faults_in_a_row == 0
     assert driven.garden.stages == {"s": Stage.BLENDING}
 
 
@@ -174,9 +175,9 @@ def test_a_checkpoint_asks_again_what_a_device_has_not_said(monkeypatch):
 
 def test_a_reading_that_is_lost_says_nothing():
     seed = Seed("s", "residual_mlp", 0)
-    seed.watch(float("nan"))
-    assert seed.was_unsound() is None
+    seed.add_finite_check(float("nan"))
+    assert seed.saw_nonfinite() is None
     for number, verdict in [(1.0, False), (0.0, True)]:
-        seed.watch(number)
-        assert seed.was_unsound() is verdict
+        seed.add_finite_check(number)
+        assert seed.saw_nonfinite() is verdict
     assert known(Device(None).read(torch.ones(()))) != known(1.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.kasmina.schedules import SCHEDULES, cosine, linear, sigmoid
+from esper_otel.kasmina.blending import SCHEDULES, cosine, linear, sigmoid
 
 STEPS = st.integers(1, 10_000)
 TEMPERATURE = st.floats(1e-3, 1e9)

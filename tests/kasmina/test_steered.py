@@ -10,9 +10,8 @@ from esper_otel.leyline.frames import StepFrame, present
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
-from esper_otel.tolaria.rate_factor import RateFactor
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import Responses
+from esper_otel.tolaria.responses import RateFactor, Responses
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 
@@ -71,7 +70,7 @@ class Steered(Driven):
         )
         with patch("esper_otel.kasmina.garden.KernelFetcher", AtOnce):
             self.garden = Garden(self.host, ["1"], settings=EsperSettings().changed(**QUICK))
-        self.recorder.tend(self.garden)
+        self.recorder.attach_garden(self.garden)
 
     def step(self, loss=1.0):
         self.recorder.backward_begins()

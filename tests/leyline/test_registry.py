@@ -1,13 +1,11 @@
-"""The registry against the contract, and the page that is made from it."""
+"""The registry against the contract."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from esper_otel.leyline import docs
 from esper_otel.leyline.metrics import (
     BY_INSTRUMENT,
     BY_KEY,
@@ -122,67 +120,3 @@ def test_a_metric_is_one_that_opentelemetry_takes(metric: Metric) -> None:
 )
 def test_slots_are_positions(slots: dict[str, int], keys: tuple[str, ...]) -> None:
     assert [keys[slot] for slot in slots.values()] == list(slots)
-
-
-# --- the page
-
-
-@pytest.mark.parametrize(
-    ("key", "name"),
-    [
-        ("loss", "tolaria_loss"),
-        ("hook_latency_ms", "tolaria_hook_latency_ms_milliseconds"),
-        ("kasmina.apply_ms", "kasmina_apply_ms_milliseconds"),
-        ("accuracy", "tolaria_accuracy_ratio"),
-        ("gpu_mem_used_gb", "tolaria_gpu_mem_used_gb_gigabytes"),
-        ("gpu_util_percent", "tolaria_gpu_util_percent"),  # the word is there already
-        ("samples_per_s", "tolaria_samples_per_s_per_second"),
-        ("grad_var", "tolaria_grad_var"),  # {grad}2: braces are no unit
-        ("kasmina.isolation.violations", "kasmina_isolation_violations"),
-        ("kasmina.seed.alpha", "kasmina_seed_alpha_ratio"),
-    ],
-)
-def test_prometheus_name(key: str, name: str) -> None:
-    assert docs.prometheus_name(BY_KEY[key]) == name
-
-
-def test_a_ratio_in_the_middle_of_a_name_moves_to_its_end() -> None:
-    assert docs.prometheus_name(Metric("hit_ratio_now", "1", "")) == "tolaria_hit_now_ratio"
-
-
-def test_no_two_metrics_meet_in_prometheus() -> None:
-    names = [docs.prometheus_name(metric) for metric in BY_KEY.values()]
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in names)
-
-
-def test_the_page_in_the_repository_is_what_the_registry_says() -> None:
-    path = Path(__file__).parents[2] / docs.PAGE
-    assert path.read_text(encoding="utf-8") == docs.page(), (
-        "run python -m esper_otel.leyline.docs"
-    )
-
-
-def test_the_page_names_every_metric_once_with_its_unit() -> None:
-    rows = [line.split(" | ") for line in docs.page().splitlines() if line.startswith("| `")]
-    listed = {row[1].strip("`"): row[2].strip("`") for row in rows if len(row) == 7}
-    assert listed == {metric.key: metric.unit for metric in BY_KEY.values()}
-
-
-def test_the_generator_writes_compares_and_complains(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "docs" / "metrics.md"
-    check = ["--page", str(page), "--check"]
-    assert docs.main(check) == 1
-    assert not page.exists()
-    assert docs.main(["--page", str(page)]) == 0
-    assert docs.main(check) == 0
-    capsys.readouterr()
-    page.write_text(page.read_text() + "an edit by hand\n")
-    assert docs.main(check) == 1
-    assert (
-        "not what the code makes; run python -m esper_otel.leyline.docs"
-        in capsys.readouterr().err
-    )
-    assert page.read_text().endswith("an edit by hand\n"), "--check wrote something"

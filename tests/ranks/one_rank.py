@@ -162,15 +162,15 @@ class Rank:
             if self.scenario.get("absent") != self.rank:
                 self.steps(run)
             if "hears_out" in self.scenario:
-                run._meeting._thread.join(60.0)
+                run._sharing.rendezvous._thread.join(60.0)
         except GardenError as error:
             self.out["refused"] = str(error)
         finally:
             run.close()
         seeds = []
         if run.garden is not None:
-            plots = run.garden._plots.values()
-            seeds = [each for plot in plots for each in plot.slot.parameters()]
+            slots = [run.garden.slot(path) for path in run.garden.slots]
+            seeds = [each for slot in slots for each in slot.hook.parameters()]
         return self.out | {"weights": digest(self.host.parameters()), "seeds": digest(seeds)}
 
     def plant(self, run: Any) -> None:

@@ -17,7 +17,7 @@ STEPS = 8
 BAD = 4
 
 
-class Circle:
+class ProcessGroup:
     """Notes what one rank does together with the others; what comes of it is no matter."""
 
     def __init__(self, leads: bool) -> None:
@@ -40,16 +40,16 @@ class Garden:
 
     planted = True
 
-    def __init__(self, circle: Circle) -> None:
-        self.circle = circle
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
 
     def learn(self, optimizer: object) -> None:
-        self.circle.done.append("average")
+        self.group.done.append("average")
 
     def finalize(self, step: int, latest: object) -> GardenFrame:
         return GardenFrame([], 0.0, 0.0, 0.0)
 
-    def asked(self, step: int) -> None:
+    def proposal_sent(self, step: int) -> None:
         pass
 
     def apply(self, decision: object, *, enforced: bool) -> bool:
@@ -62,25 +62,25 @@ class Garden:
 class Rank:
     def __init__(self, leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
-        self.circle = Circle(leads)
-        self.agreement = Agreement(self.circle, "r")  # type: ignore[arg-type]
+        self.group = ProcessGroup(leads)
+        self.agreement = Agreement(self.group, "r")  # type: ignore[arg-type]
         monkeypatch.setattr(self.agreement, "_take", lambda: None)
         self.sidecar = Sidecar(self.clock)
         self.recorder, _ = make(client=self.sidecar)
-        self.recorder.agree(self.agreement, asks=leads)
-        self.recorder.tend(Garden(self.circle))
+        self.recorder.share_decisions(self.agreement, asks=leads)
+        self.recorder.attach_garden(Garden(self.group))
 
     def step(self, *, watched: bool = True, loss: Any = 1.0) -> None:
         if watched:
             one_step(self.recorder, self.clock, loss=loss)
         else:
-            self.recorder.report(loss, {})
+            self.recorder.loop_reported(loss, {})
             self.recorder.end_step()
 
     def plant(self) -> None:
         """As :meth:`esper_otel.run.Run.plant` does, in an agreement that is there."""
         self.recorder.collect()
-        self.circle.done.append("share what seeds begin with")
+        self.group.done.append("share what seeds begin with")
 
 
 TROUBLES = ["none", "nobody watches its optimizers", "its loss is late", "its request fails"]
@@ -109,7 +109,7 @@ def test_with_a_leader_that_has_trouble_at_a_step_too(monkeypatch, trouble) -> N
         if step in (BAD, BAD + 2):
             leader.plant()
             other.plant()
-    leader.recorder.finish()
-    shortest = min(len(leader.circle.done), len(other.circle.done))
-    assert leader.circle.done[:shortest] == other.circle.done[:shortest]
-    assert leader.circle.done.count("post") == other.circle.done.count("post") == STEPS
+    leader.recorder.flush()
+    shortest = min(len(leader.group.done), len(other.group.done))
+    assert leader.group.done[:shortest] == other.group.done[:shortest]
+    assert leader.group.done.count("post") == other.group.done.count("post") == STEPS

@@ -19,10 +19,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from bench.receiver import METRICS, HttpReceiver
 from esper_otel.leyline.trace_ids import STEP_SPAN
 from esper_otel.settings import EsperSettings
 from sidecar.running import sidecar
+from testkit.receiver import METRICS, HttpReceiver
 
 pytest.importorskip("torch")
 from ranks.four_ranks import (

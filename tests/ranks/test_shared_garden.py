@@ -20,7 +20,7 @@ from esper_otel.settings import EsperSettings
 pytestmark = pytest.mark.torch
 
 
-class Circle:
+class ProcessGroup:
     """Of two ranks that take turns: each hears the greatest of what was sent until then."""
 
     size = 2
@@ -35,12 +35,12 @@ class Circle:
         self._mine.append(data)
         everybody = self._all
 
-        class Sent:
+        class PendingReduce:
             def wait(self) -> bytes:
                 came = [each[number] for each in everybody if len(each) > number]
                 return bytes(max(bytes_) for bytes_ in zip(*came, strict=True))
 
-        return Sent()
+        return PendingReduce()
 
     def average(self, gradients: Any, like: Any) -> Any:
         # Both have the same data.
@@ -55,7 +55,7 @@ class Rank(Driven):
         super().__init__(garden=False)
         self.now = 0.0
         self.answer: Decision | None = None
-        self.agreement = Agreement(Circle(sent, rank), "r")
+        self.agreement = Agreement(ProcessGroup(sent, rank), "r")
         with patch("esper_otel.kasmina.garden.KernelFetcher", AtOnce):
             self.garden = SharedGarden(
                 self.host,
@@ -68,13 +68,13 @@ class Rank(Driven):
     def one_step(self) -> None:
         self.train()
         if self.answer is not None:  # it has come before the optimizer stepped
-            self.agreement.answered(self.answer)
+            self.agreement.submit_answer(self.answer)
         row = step_row()
         row[STEP_SLOT["loss_ewma"]] = row[STEP_SLOT["gradient_norm"]] = 1.0
         garden = self.garden
         garden.learn(self.optimizer)
         self.frame = garden.finalize(self.steps, row)
-        garden.asked(self.steps)
+        garden.proposal_sent(self.steps)
         if self.agreement.leads:
             self.answer = about(self.steps, agreed(self.frame.proposal))
         garden.apply(self.agreement.settle(self.steps), enforced=True)
@@ -84,8 +84,8 @@ class Rank(Driven):
         return self.garden.slots["1"]
 
     @property
-    def plot(self) -> Any:
-        return self.garden._plots["1"]
+    def slot(self) -> Any:
+        return self.garden.slot("1")
 
 
 class Pair:
@@ -116,7 +116,7 @@ def test_a_seed_lives_its_life_on_both() -> None:
     pair = Pair()
     pair.until(Stage.FOSSILIZED)
     assert pair.agrees
-    seeds = [list(each.plot.slot.parameters()) for each in (pair.first, pair.second)]
+    seeds = [list(each.slot.hook.parameters()) for each in (pair.first, pair.second)]
     assert all(map(torch.equal, *seeds))
 
 
@@ -125,7 +125,7 @@ def culled(**settings: Any) -> Pair:
     pair = Pair(**settings)
     pair.until(Stage.BLENDING)
     with torch.no_grad():
-        for each in pair.second.plot.slot.parameters():
+        for each in pair.second.slot.hook.parameters():
             each.fill_(float("nan"))
     pair.until(Stage.EMBARGOED)
     return pair
@@ -151,11 +151,11 @@ def test_a_slot_is_sown_when_it_lies_fallow_on_no_rank() -> None:
 def test_gardens_that_differ_move_no_seed_any_more() -> None:
     pair = Pair(blending_steps=100)
     pair.until(Stage.BLENDING)
-    pair.second.plot.lifecycle.dwelt += 1
+    pair.second.slot.lifecycle.dwelt += 1
     pair.step(2)
     both = pair.first, pair.second
     assert not any(each.agreement.holds for each in both)
-    alphas = [each.plot.slot.alpha for each in both]
+    alphas = [each.slot.hook.alpha for each in both]
     pair.step(20)
-    assert [each.plot.slot.alpha for each in both] == alphas
+    assert [each.slot.hook.alpha for each in both] == alphas
     assert [each.stage for each in both] == [Stage.BLENDING] * 2

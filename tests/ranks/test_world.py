@@ -33,25 +33,25 @@ def worker(monkeypatch, port: int) -> None:
 def named(monkeypatch, settings=OF_TWO) -> str:
     """The run's name in a fresh process."""
     monkeypatch.setattr(world, "_named", 0)
-    return world.placed(settings).run_id
+    return world.with_identity(settings).run_id
 
 
 def test_one_process_names_its_run_itself(caplog) -> None:
     with caplog.at_level(logging.WARNING, "esper_otel"):
-        names = {world.placed(EsperSettings()).run_id for _ in range(3)}
+        names = {world.with_identity(EsperSettings()).run_id for _ in range(3)}
     assert len(names) == 3
     assert not caplog.records
 
 
 def test_a_name_that_is_given_is_taken(agent) -> None:
-    assert world.placed(EsperSettings(world_size=2, run_id="mine")).run_id == "mine"
+    assert world.with_identity(EsperSettings(world_size=2, run_id="mine")).run_id == "mine"
 
 
 def test_torchruns_workers_have_one_name_for_each_of_their_runs(agent, monkeypatch) -> None:
     first = named(monkeypatch)
-    second = world.placed(OF_TWO).run_id
+    second = world.with_identity(OF_TWO).run_id
     assert named(monkeypatch) == first
-    assert world.placed(OF_TWO).run_id == second != first
+    assert world.with_identity(OF_TWO).run_id == second != first
 
 
 def test_workers_that_are_started_again_are_another_run(agent, monkeypatch) -> None:

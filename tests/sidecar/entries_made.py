@@ -11,7 +11,7 @@ from esper_tamiyo.journaling.entries import (
     RuleText,
     TableInUse,
 )
-from esper_tamiyo.judging.witness import RuleState
+from esper_tamiyo.judging.observer import RuleState
 
 AT = 1_790_000_000_000_000_000
 

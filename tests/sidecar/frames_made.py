@@ -39,7 +39,7 @@ def hello_of(frame, columns=STEP_KEYS):
     )
 
 
-def ask_of(frame, proposal=None):
+def set_client(frame, proposal=None):
     """``frame`` as an ask, after a trip over the wire."""
     row = [frame.values.get(key, ABSENT) for key in STEP_KEYS]
     seeds = [

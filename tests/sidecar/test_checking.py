@@ -12,11 +12,11 @@ from esper_otel.leyline.decisions import (
     SeedOperation,
 )
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table import KNOWN_BEFORE_UPDATE
 from esper_tamiyo.language.table_file import TableSource, load, parse
-from esper_tamiyo.language.updates import TOLD
 from sidecar.frames_made import NUMBERS, frame, runs
+from sidecar.test_decide_fast import Ledger
 from sidecar.test_engine import engine
-from sidecar.test_glancing import Ledger
 
 PROPOSAL = Proposal("s7", SeedOperation.BLEND)
 
@@ -34,7 +34,7 @@ rules:
      conservative: true, parameters: {max_norm: 1}}
   - {id: often, metric: loss, above: 0.15, release: 0.05, for: 2, of: 3, severity: HIGH,
      action: OPTIMIZER, parameters: {lr_scale: 0.25, max_norm: 2}}
-  - {id: lost, nonfinite: true, severity: CRITICAL, action: PAUSE, silences: [often],
+  - {id: lost, nonfinite: true, severity: CRITICAL, action: PAUSE, inhibits: [often],
      parameters: {skip_step: true}}
   - {id: gone, metric: gradient_norm, nonfinite: true, severity: HIGH, action: PAUSE,
      parameters: {max_norm: 1}}
@@ -43,7 +43,7 @@ rules:
   - {id: rise, metric: gradient_norm, rises_by: 0.1, severity: WARNING, action: OPTIMIZER,
      parameters: {skip_step: true}}
   - {id: calm, metric: grad_var, below_baseline: 0.5, release: 0.9, severity: HIGH,
-     action: CONTINUE, silences: [same, rise]}
+     action: CONTINUE, inhibits: [same, rise]}
   - {id: sunk, metric: gradient_norm, below_baseline: 0.5, severity: HIGH, action: OPTIMIZER,
      parameters: {lr_scale: 3}}
   - {id: out, metric: loss, runs_out_within: 3, severity: HIGH, action: OPTIMIZER,
@@ -64,7 +64,9 @@ rules:
 TABLES = {"updates": TABLE, "default": load("default"), "prototype": load("prototype")}
 ON_UPDATES = {"low", "jump", "often", "lost", "gone", "same", "rise", "sunk", "out", "both"}
 
-TOLD_VALUES = st.fixed_dictionaries(dict.fromkeys(sorted(TOLD - {"step"}), NUMBERS))
+TOLD_VALUES = st.fixed_dictionaries(
+    dict.fromkeys(sorted(KNOWN_BEFORE_UPDATE - {"step"}), NUMBERS)
+)
 """All that a check may tell."""
 
 
@@ -85,13 +87,13 @@ def checks(known=TOLD_VALUES):
 )
 def test_nothing_is_remembered_of_a_check(frames, made, table):
     books = Ledger(), Ledger()
-    plain, checked = (Engine(TABLES[table], witness=book) for book in books)
+    plain, checked = (Engine(TABLES[table], observer=book) for book in books)
     for place, one in enumerate(frames):
         proposal = PROPOSAL if place % 3 == 0 else None
         for ahead, values in made[place : place + 2]:
             checked.check(frame(one.step + ahead, **values))
         assert checked.observe(one, proposal) == plain.observe(one, proposal)
-    assert checked.report() == plain.report()
+    assert checked.overview() == plain.overview()
     assert books[0].told == books[1].told
 
 
@@ -108,7 +110,7 @@ def test_a_check_decides_as_judging_the_step_would(frames, values):
     judged = judging.observe(frame(step, **values)).findings
     firing = {
         rule["rule"]
-        for rule in judging.report()["runs"][0]["rules"]
+        for rule in judging.overview()["runs"][0]["rules"]
         if rule["state"] == "firing"
     }
     assert found == [each for each in judged if each.rule in ON_UPDATES and each.rule in firing]
@@ -238,7 +240,7 @@ def test_a_rule_on_its_way_back_leaves_an_update_alone_that_is_within_its_bounds
 
 
 @pytest.mark.parametrize(
-    ("silencer", "before", "silenced"),
+    ("inhibitor", "before", "inhibited"),
     [
         ("metric: loss, above: 1", (1,), True),
         ("metric: loss, above: 3", (1,), False),
@@ -248,19 +250,19 @@ def test_a_rule_on_its_way_back_leaves_an_update_alone_that_is_within_its_bounds
         ("metric: loss, above: 1, mode: observe", (1,), False),
     ],
 )
-def test_silences_count_as_usual(silencer, before, silenced):
+def test_inhibitions_count_as_usual(inhibitor, before, inhibited):
     decision = checked(
-        f"{silencer}, silences: [r1]",
+        f"{inhibitor}, inhibits: [r1]",
         f"metric: loss, above: 1, {SKIP}",
         before=before,
         loss=2.0,
     )
-    assert (decision.reason == NOMINAL) is silenced
+    assert (decision.reason == NOMINAL) is inhibited
 
 
-def test_what_a_check_cannot_tell_silences_as_it_last_did():
+def test_what_a_check_cannot_tell_inhibits_as_it_last_did():
     deciding = engine(
-        "metric: step_latency_ms, above: 9, silences: [r1]", f"metric: loss, above: 1, {SKIP}"
+        "metric: step_latency_ms, above: 9, inhibits: [r1]", f"metric: loss, above: 1, {SKIP}"
     )
     for step, (latency, reason) in enumerate([(5.0, "r1"), (10.0, NOMINAL), (5.0, "r1")]):
         deciding.observe(frame(step, step_latency_ms=latency, loss=1.0))
@@ -305,7 +307,7 @@ def test_where_nobody_can_judge_the_check_says_so():
         assert (decision.action, decision.reason) == (Action.CONTINUE, PROTOCOL_ERROR)
     assert deciding.check(frame(9, loss=2.0)).reason == "r0"
     assert deciding.check(frame(5, instance="", loss=2.0)).reason == "r0"
-    assert deciding.report()["frames"]["judged"] == 1
+    assert deciding.overview()["frames"]["judged"] == 1
 
 
 def test_a_check_never_raises(caplog):

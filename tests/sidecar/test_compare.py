@@ -6,7 +6,7 @@ import pytest
 
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from esper_tamiyo.replaying.compare import Comparison
-from esper_tamiyo.replaying.recordings import Recording
+from esper_tamiyo.replaying.recordings import RecordedRuns
 from sidecar.frames_made import frame, otlp_of
 from sidecar.recorded_runs import FORMATS, proposed
 from sidecar.running import tamiyo
@@ -28,11 +28,11 @@ def frames(*losses, **whose):
 
 
 def differences(steps, a, b):
-    """(rank, first, last, A's action, B's) of every stretch."""
+    """(rank, first, last, A's action, B's) of every difference."""
     comparison = Comparison(a, b)
     return [
         (each.rank, each.first_step, each.last_step, str(each.a.action), str(each.b.action))
-        for each in comparison.stretches(steps)
+        for each in comparison.differences(steps)
     ]
 
 
@@ -46,11 +46,11 @@ def differences(steps, a, b):
         ((0, 0, 5), [(0, 3, 3, "PAUSE", "CONTINUE")]),
     ],
 )
-def test_steps_that_differ_alike_are_one_stretch(losses, expected):
+def test_steps_that_differ_alike_are_one_difference(losses, expected):
     assert differences(frames(*losses), table(4), table(8)) == expected
 
 
-def test_ranks_have_stretches_of_their_own():
+def test_ranks_have_differences_of_their_own():
     steps = [
         pair
         for pairs in zip(frames(0, 5, 5, 5), frames(0, 0, 5, 0, rank=1), strict=True)
@@ -62,7 +62,7 @@ def test_ranks_have_stretches_of_their_own():
     ]
 
 
-def test_another_way_to_differ_begins_another_stretch():
+def test_another_way_to_differ_begins_another_difference():
     more = ", parameters: {lr_scale: 0.5}"
     harder, softer = table(4, "OPTIMIZER", more), table(8, "OPTIMIZER")
     assert differences(frames(5, 9), harder, softer) == [
@@ -73,9 +73,9 @@ def test_another_way_to_differ_begins_another_stretch():
 
 def test_the_mode_a_run_is_in_is_part_of_a_decision():
     strict = table(4, more=", conservative: true")
-    stretches = list(Comparison(strict, table(4)).stretches(frames(0, 5, 0)))
-    assert [(each.first_step, each.last_step) for each in stretches] == [(2, 2), (3, 3)]
-    assert [(each.a.conservative, each.b.conservative) for each in stretches] == [
+    differences = list(Comparison(strict, table(4)).differences(frames(0, 5, 0)))
+    assert [(each.first_step, each.last_step) for each in differences] == [(2, 2), (3, 3)]
+    assert [(each.a.conservative, each.b.conservative) for each in differences] == [
         (True, False),
         (True, False),
     ]
@@ -160,8 +160,12 @@ def test_proposals_are_part_of_it(tmp_path):
     path.write_bytes(FORMATS["json"]([proposed((2, "train", "s1")), otlp_of(*steps)]))
     downgrade = table(4, "OPTIMIZER", ", downgrade: true")
     comparison = Comparison(downgrade, load("default"))
-    (stretch,) = comparison.stretches(Recording(path).steps())
-    assert (stretch.first_step, stretch.a.action, stretch.b.action) == (2, "OPTIMIZER", "SEED")
+    (difference,) = comparison.differences(RecordedRuns(path).steps())
+    assert (difference.first_step, difference.a.action, difference.b.action) == (
+        2,
+        "OPTIMIZER",
+        "SEED",
+    )
 
 
 def test_a_silence_that_one_table_minds_is_a_difference():
@@ -172,7 +176,7 @@ def test_a_silence_that_one_table_minds_is_a_difference():
             at = type(made)(made.run, f"p{rank}", rank, step, step * 1_000_000_000, made.values)
             steps.append((at, None))
     comparison = Comparison(load("default"), load("prototype"))
-    (stretch,) = comparison.stretches(steps)
-    assert (stretch.rank, stretch.first_step, stretch.silence) == (1, 20, True)
-    assert (stretch.a.reason, stretch.b) == ("telemetry_quiet", None)
+    (difference,) = comparison.differences(steps)
+    assert (difference.rank, difference.first_step, difference.silence) == (1, 20, True)
+    assert (difference.a.reason, difference.b) == ("telemetry_quiet", None)
     assert (comparison.differing, comparison.silences) == (0, 1)

@@ -12,7 +12,7 @@ import pytest
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.hindsight import ARRIVAL_NS, HINDSIGHT_NS
+from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS
 from esper_tamiyo.language.table_file import load
 
 TABLE = load("default")

@@ -259,7 +259,7 @@ def test_the_second_copy_of_a_step_changes_nothing():
     first = deciding.observe(frame(0, loss=2.0))
     assert deciding.observe(frame(0, loss=2.0)) == first
     assert deciding.observe(frame(1, loss=2.0)).reason == "r0"
-    assert deciding.report()["frames"]["duplicate"] == 1
+    assert deciding.overview()["frames"]["duplicate"] == 1
 
 
 def test_an_ask_about_a_streamed_step_gets_that_step_s_findings_and_its_own_proposal():
@@ -287,7 +287,7 @@ def test_a_late_step_gets_the_latest_findings():
     assert decision.reason == "r0"
     for step in (3, 7, 9, 5):
         deciding.observe(frame(step, loss=0.0))
-    frames = deciding.report()["frames"]
+    frames = deciding.overview()["frames"]
     assert (frames["judged"], frames["late"], frames["duplicate"]) == (2, 3, 2)
     assert deciding.latest("run").step == 9
 
@@ -299,7 +299,7 @@ def test_a_restarted_process_starts_anew_and_its_predecessor_does_not_come_back(
     stale = deciding.observe(frame(101, loss=2.0))
     assert (stale.action, stale.reason) == (Action.CONTINUE, PROTOCOL_ERROR)
     assert deciding.observe(frame(4, instance="two", loss=2.0)).reason == "r0"
-    assert deciding.report()["frames"]["superseded"] == 1
+    assert deciding.overview()["frames"]["superseded"] == 1
 
 
 def test_a_producer_without_an_instance_shares_the_state_of_the_one_with():
@@ -325,7 +325,7 @@ def test_the_rank_not_heard_of_for_longest_is_forgotten():
         deciding.observe(frame(0, run=run))
     assert deciding.latest("b") is None
     assert deciding.latest("a") is not None
-    report = deciding.report()
+    report = deciding.overview()
     assert report["ranks"] == 2
     assert report["frames"]["runs_forgotten"] == 1
 
@@ -334,7 +334,7 @@ def test_a_name_too_long_to_answer_with_is_a_bad_frame():
     deciding = Engine(load("prototype"))
     decision = deciding.observe(frame(0, run="x" * (MAX_NAME + 1)))
     assert decision.reason == PROTOCOL_ERROR
-    assert deciding.report()["frames"]["bad"] == 1
+    assert deciding.overview()["frames"]["bad"] == 1
 
 
 def test_a_frame_that_breaks_a_rule_is_counted_and_the_next_is_judged(caplog):
@@ -343,5 +343,5 @@ def test_a_frame_that_breaks_a_rule_is_counted_and_the_next_is_judged(caplog):
     with caplog.at_level(logging.CRITICAL, "tamiyo"):
         decision = deciding.observe(broken)
     assert (decision.action, decision.reason) == (Action.CONTINUE, PROTOCOL_ERROR)
-    assert deciding.report()["frames"]["bad"] == 1
+    assert deciding.overview()["frames"]["bad"] == 1
     assert deciding.observe(frame(2, loss=2.0)).reason == "r0"

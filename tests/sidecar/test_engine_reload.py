@@ -18,13 +18,13 @@ class Ledger:
     def __init__(self):
         self.changes = []
 
-    def changed(self, change):
+    def on_rule_change(self, change):
         self.changes.append((change.rule, change.step, change.before, change.after))
 
-    def judged(self, frame, decision):
+    def on_frame(self, frame, decision):
         pass
 
-    decided = judged
+    on_decision = on_frame
 
 
 def table(*rules, top="", version="t"):
@@ -110,7 +110,7 @@ def test_conservative_mode_goes_on():
 def test_a_rule_that_is_gone_while_it_fires_is_told():
     ledger = Ledger()
     rule = "id: a, metric: loss, above: 1"
-    engine = Engine(table(rule, KEPT), witness=ledger)
+    engine = Engine(table(rule, KEPT), observer=ledger)
     reasons(engine, [2.0])
     engine.reload(table(KEPT))
     engine.tick(0)  # without a frame of its own, a rank goes over with the clock
@@ -119,7 +119,7 @@ def test_a_rule_that_is_gone_while_it_fires_is_told():
 
 def test_of_many_silent_ranks_some_go_over_with_each_tick():
     ledger = Ledger()
-    engine = Engine(table("id: a, metric: loss, above: 1", KEPT), witness=ledger)
+    engine = Engine(table("id: a, metric: loss, above: 1", KEPT), observer=ledger)
     for rank in range(20):
         engine.observe(StepFrame("r", "i", rank, 0, 1, {"loss": 2.0}))
     engine.reload(table(KEPT))
@@ -142,4 +142,4 @@ def test_the_same_table_again_changes_no_decision(frames, reloads, name):
             report = reloading.reload(TABLES[name])
             assert len(report.kept) == len(steady.table.rules)
         assert reloading.observe(one) == steady.observe(one)
-    assert reloading.report() == steady.report()
+    assert reloading.overview() == steady.overview()

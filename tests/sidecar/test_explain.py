@@ -1,22 +1,27 @@
 """One decision in words, from the journal, with the sidecar up or down."""
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from esper_otel.leyline.decisions import Action, SeedOperation, Severity
-from esper_tamiyo.journaling.entries import Decided, Proposed, Reported, Silenced
-from esper_tamiyo.journaling.explain import (
+from esper_tamiyo.journaling.entries import (
     AGAINST,
+    Decided,
+    Proposed,
+    Reported,
+    Silenced,
+    format_entry,
+    format_values,
+)
+from esper_tamiyo.journaling.explain import (
     UnknownDecisionError,
-    lines,
-    tell,
-    told_values,
+    find_decision,
+    format_story,
 )
 from esper_tamiyo.journaling.journal import Journal
-from esper_tamiyo.journaling.own_metrics import PAGE
-from esper_tamiyo.journaling.telling import line
 from sidecar.entries_made import changed, decided, found, reported, table
 from sidecar.running import tamiyo
 
@@ -50,7 +55,7 @@ JOURNAL = [
 
 
 def test_a_decision_in_words():
-    assert "\n".join(lines(tell(JOURNAL, "run/0/61"))) == (
+    assert "\n".join(format_story(find_decision(JOURNAL, "run/0/61"))) == (
         """\
 run/0/61: PAUSE (HIGH)
 at 2026-09-21T14:13:20.000000Z, by table t-1
@@ -66,7 +71,7 @@ The trainer is in enforce mode.
 
 Not followed, as this was stronger:
   loss_warning (OPTIMIZER, WARNING): loss_warning in words. [loss_delta 2.5 (before 0.1)]
-  grad_variance_high: silenced by loss_spike
+  grad_variance_high: inhibited by loss_spike
   the proposal to blend seed s1
 
 Afterwards (32 of 32 steps): improved
@@ -99,7 +104,9 @@ loss_spike let go at step 70."""
     ],
 )
 def test_what_else_is_said(changes, expected):
-    assert expected in "\n".join(lines(tell([decided(5, **changes)], "run/0/5")))
+    assert expected in "\n".join(
+        format_story(find_decision([decided(5, **changes)], "run/0/5"))
+    )
 
 
 SCALED = {"lr_scale": 0.25}
@@ -162,22 +169,24 @@ def test_applied_is_told_only_of_what_updates_were_made_with(parameters, told, e
     entries = [decided(61, parameters=parameters)]
     if told is not None:
         entries.append(msgspec.structs.replace(reported(61), **told))
-    words = list(lines(tell(entries, "run/0/61")))
+    words = list(format_story(find_decision(entries, "run/0/61")))
     assert expected in words
     assert not any("applies decisions" in line for line in words)
 
 
 def test_a_decision_about_an_update_says_so():
     update = decided(61, id="run/0/61/update", update=True, parameters=SKIPPED)
-    words = list(lines(tell([decided(20), update, decided(61)], "run/0/61/update")))
+    words = list(
+        format_story(find_decision([decided(20), update, decided(61)], "run/0/61/update"))
+    )
     assert words[:2] == [
         "run/0/61/update: PAUSE (HIGH)",
         "about the update of step 61, before it was made",
     ]
     with pytest.raises(UnknownDecisionError, match="near it are run/0/61/update, run/0/20"):
-        tell([decided(20), update], "run/0/60")
+        find_decision([decided(20), update], "run/0/60")
     with pytest.raises(UnknownDecisionError, match=r"it knows run$"):
-        tell([update], "latest", "nobody")
+        find_decision([update], "latest", "nobody")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +224,7 @@ def test_a_decision_about_an_update_says_so():
     ],
 )
 def test_updates_on_one_line(entry, told):
-    assert line(entry).partition("Z  ")[2] == told
+    assert format_entry(entry).partition("Z  ")[2] == told
 
 
 def test_a_journal_of_before_there_were_checks_is_read():
@@ -230,13 +239,13 @@ def test_a_journal_of_before_there_were_checks_is_read():
 
 
 def test_the_latest_is_that_of_the_journal_or_of_a_run():
-    assert tell(JOURNAL, "latest").decision.id == "another/0/7"
-    assert tell(JOURNAL, "latest", "run").decision.id == "run/0/61"
+    assert find_decision(JOURNAL, "latest").decision.id == "another/0/7"
+    assert find_decision(JOURNAL, "latest", "run").decision.id == "run/0/61"
 
 
 def test_of_two_decisions_with_one_id_it_is_the_last():
     again = decided(61, mode="advise")
-    story = tell([*JOURNAL, again], "run/0/61")
+    story = find_decision([*JOURNAL, again], "run/0/61")
     assert story.decision == again
     assert story.report is None
 
@@ -244,8 +253,8 @@ def test_of_two_decisions_with_one_id_it_is_the_last():
 def test_another_seed_that_is_let_go_of_does_not_end_it():
     about_s1 = decided(61, target_seed="s1")
     of_s2, of_s1 = changed(70, seed_id="s2"), changed(80, seed_id="s1")
-    assert tell([about_s1, of_s2], "run/0/61").ended is None
-    assert tell([about_s1, of_s2, of_s1], "run/0/61").ended == 80
+    assert find_decision([about_s1, of_s2], "run/0/61").ended is None
+    assert find_decision([about_s1, of_s2, of_s1], "run/0/61").ended == 80
 
 
 @pytest.mark.parametrize(
@@ -259,15 +268,15 @@ def test_another_seed_that_is_let_go_of_does_not_end_it():
 )
 def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
     with pytest.raises(UnknownDecisionError, match="no such decision") as caught:
-        tell(JOURNAL, wanted)
+        find_decision(JOURNAL, wanted)
     assert near in str(caught.value)
 
 
 def test_nothing_to_explain():
     with pytest.raises(UnknownDecisionError, match="no decision other than CONTINUE yet"):
-        tell([table()], "latest")
+        find_decision([table()], "latest")
     with pytest.raises(UnknownDecisionError, match="about run nobody; it knows another, run"):
-        tell(JOURNAL, "latest", "nobody")
+        find_decision(JOURNAL, "latest", "nobody")
 
 
 def test_values_are_told_with_what_they_were_held_against():
@@ -279,7 +288,7 @@ def test_values_are_told_with_what_they_were_held_against():
         "baseline(loss_volatility)": 0.5,
         "silent(s)": 12.0,
     }
-    assert list(told_values(values)) == [
+    assert list(format_values(values)) == [
         "loss 3 (baseline 0)",
         "step_latency_ms 25 (other ranks 10, 2.5 times that)",
         "silent(s) 12",
@@ -288,7 +297,7 @@ def test_values_are_told_with_what_they_were_held_against():
 
 
 def test_the_journal_is_one_line_each():
-    told = [line(entry).partition("Z  ")[2] for entry in JOURNAL]
+    told = [format_entry(entry).partition("Z  ")[2] for entry in JOURNAL]
     assert told == [
         "decides by table t-1, 3 rules",
         "run/0/20  PAUSE HIGH: loss_spike",
@@ -335,5 +344,5 @@ def test_no_journal_is_a_mistake_not_a_traceback(tmp_path):
 
 
 def test_the_page_names_all_that_a_value_is_held_against():
-    page = PAGE.read_text()
+    page = (Path(__file__).parents[2] / "docs" / "decisions.md").read_text()
     assert [name for name in AGAINST if f"`{name}(key)`" not in page] == []

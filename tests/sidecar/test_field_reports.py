@@ -27,12 +27,12 @@ def followed(before, during, after, at=40, **options):
     reports = FieldReports()
     done = []
     for step in range(at):
-        done += reports.judged(values(step, before), 0.0)
+        done += reports.add_frame(values(step, before), 0.0)
     culprit = values(at, during, **options)
-    done += reports.judged(culprit, 0.0)
-    reports.decided(decision(at), culprit, "enforce")
+    done += reports.add_frame(culprit, 0.0)
+    reports.add_decision(decision(at), culprit, "enforce")
     for step in range(at + 1, at + WINDOW + 1):
-        done += reports.judged(values(step, after, **options), 0.0)
+        done += reports.add_frame(values(step, after, **options), 0.0)
     (due,) = done
     return report_of(due)
 
@@ -70,13 +70,13 @@ def test_a_loss_that_is_not_finite_is_worse_while_it_lasts():
 def test_what_was_out_of_the_ordinary_is_what_the_report_is_about():
     reports = FieldReports()
     for step in range(40):
-        reports.judged(values(step, 0.5), 0.0)
+        reports.add_frame(values(step, 0.5), 0.0)
     slow = values(40, 0.5, latency=50.0)
-    reports.judged(slow, 0.0)
-    reports.decided(decision(40), slow, "advise")
+    reports.add_frame(slow, 0.0)
+    reports.add_decision(decision(40), slow, "advise")
     done = []
     for step in range(41, 73):
-        done += reports.judged(values(step, 0.1, latency=48.0), 0.0)
+        done += reports.add_frame(values(step, 0.1, latency=48.0), 0.0)
     report = report_of(*done)
     assert (report.outcome, report.because) == ("neutral", "step_latency_ms is much the same")
     assert report.mode == "advise"
@@ -92,15 +92,15 @@ def test_the_medians_are_told():
 
 def followed_up_to(reports, at=10):
     for step in range(at + 1):
-        reports.judged(values(step, 0.5), 0.0)
-    reports.decided(decision(at), values(at, 3.0), "enforce")
+        reports.add_frame(values(step, 0.5), 0.0)
+    reports.add_decision(decision(at), values(at, 3.0), "enforce")
 
 
 def test_a_run_that_ends_is_inconclusive_and_says_how():
     ended = FieldReports()
     followed_up_to(ended)
-    assert ended.quiet(QUIET_S) == []
-    report = report_of(*ended.quiet(QUIET_S + 1))
+    assert ended.expire(QUIET_S) == []
+    report = report_of(*ended.expire(QUIET_S + 1))
     assert (report.outcome, report.because) == ("inconclusive", "the run said no more")
     assert ended.pending == 0
 
@@ -110,24 +110,24 @@ def test_a_run_that_ends_is_inconclusive_and_says_how():
 
     replaced = FieldReports()
     followed_up_to(replaced)
-    report = report_of(*replaced.judged(frame(0, instance="two"), 0.0))
+    report = report_of(*replaced.add_frame(frame(0, instance="two"), 0.0))
     assert report.because == "the process was replaced by another"
 
 
 def test_a_slow_run_has_more_time():
     reports = FieldReports()
     for step in range(11):
-        reports.judged(values(step, 0.5, latency=30_000.0), 0.0)
-    reports.decided(decision(10), values(10, 3.0), "enforce")
-    assert reports.quiet(QUIET_S * 5) == []
-    assert len(reports.quiet(20 * 30.0 + 1)) == 1
+        reports.add_frame(values(step, 0.5, latency=30_000.0), 0.0)
+    reports.add_decision(decision(10), values(10, 3.0), "enforce")
+    assert reports.expire(QUIET_S * 5) == []
+    assert len(reports.expire(20 * 30.0 + 1)) == 1
 
 
 def test_steps_that_were_not_seen_are_not_invented():
     reports = FieldReports()
     followed_up_to(reports)
-    reports.judged(values(11, 0.5), 0.0)
-    report = report_of(*reports.judged(values(500, 0.5), 0.0))
+    reports.add_frame(values(11, 0.5), 0.0)
+    report = report_of(*reports.add_frame(values(500, 0.5), 0.0))
     assert (report.outcome, report.observed) == ("inconclusive", 1)
     assert report.because == f"only 1 of {WINDOW} steps were seen"
 
@@ -137,11 +137,11 @@ def test_every_decision_has_its_own_report_and_a_continue_has_none():
     done = []
     for step in range(120):
         seen = values(step, 0.5)
-        done += reports.judged(seen, 0.0)
+        done += reports.add_frame(seen, 0.0)
         if step in (50, 51):
-            reports.decided(decision(step), seen, "enforce")
+            reports.add_decision(decision(step), seen, "enforce")
         else:
-            reports.decided(decision(step, Action.CONTINUE), seen, "enforce")
+            reports.add_decision(decision(step, Action.CONTINUE), seen, "enforce")
     assert [report.step for report in done] == [50, 51]
     assert reports.pending == 0
 
@@ -149,19 +149,19 @@ def test_every_decision_has_its_own_report_and_a_continue_has_none():
 def test_a_silence_behind_a_step_takes_nothing_from_its_report():
     reports = FieldReports()
     culprit = values(0, 1.0)
-    reports.judged(culprit, 0.0)
-    reports.decided(decision(0), culprit, "enforce")
+    reports.add_frame(culprit, 0.0)
+    reports.add_decision(decision(0), culprit, "enforce")
     empty = structs.replace(culprit, values={}, time_unix_nano=99)
-    reports.decided(decision(0, Action.CONTINUE), empty, "enforce")
+    reports.add_decision(decision(0, Action.CONTINUE), empty, "enforce")
     assert reports.pending == 1
-    (due,) = reports.judged(values(WINDOW, 1.0), 0.0)
+    (due,) = reports.add_frame(values(WINDOW, 1.0), 0.0)
     assert (due.decision, due.action) == ("run/0/0", Action.PAUSE)
 
 
 def test_the_last_word_about_a_step_counts():
     reports = FieldReports()
     followed_up_to(reports)
-    reports.decided(decision(10, Action.SEED), values(10, 3.0), "enforce")
+    reports.add_decision(decision(10, Action.SEED), values(10, 3.0), "enforce")
     assert reports.pending == 1
     report = report_of(*reports.close())
     assert report.action is Action.SEED
@@ -180,9 +180,9 @@ def made(scales, skipped=(), at=40):
         told = {} if scale is None else {"lr_scale": scale}
         told["update_skipped"] = float(step in skipped)
         seen = frame(step, loss=1.0, **told)
-        done += reports.judged(seen, 0.0)
+        done += reports.add_frame(seen, 0.0)
         if step == at:
-            reports.decided(decision(at, Action.OPTIMIZER), seen, "enforce")
+            reports.add_decision(decision(at, Action.OPTIMIZER), seen, "enforce")
     return report_of(*done)
 
 
@@ -225,12 +225,12 @@ def test_a_decision_about_an_update_is_reported_with_the_step_it_was_about():
     for step in range(10 + WINDOW + 1):
         if step == 10:
             known = frame(step, loss=9.0, lr_scale=0.25)
-            reports.checked(check(step), known, "enforce")
+            reports.add_check(check(step), known, "enforce")
             assert reports.pending == 1
         seen = frame(step, loss=1.0, lr_scale=1.0, update_skipped=float(step == 10))
-        done += reports.judged(seen, 0.0)
+        done += reports.add_frame(seen, 0.0)
         if step == 10:  # the step itself has a decision of its own
-            reports.decided(decision(step), seen, "enforce")
+            reports.add_decision(decision(step), seen, "enforce")
     of_update, of_step = map(report_of, done)
     assert (of_update.decision, of_update.update) == ("run/0/10/update", True)
     assert (of_update.skipped, of_update.lr_scale) == (True, 1.0)
@@ -239,23 +239,23 @@ def test_a_decision_about_an_update_is_reported_with_the_step_it_was_about():
 
 def test_of_an_update_whose_step_never_came_nothing_is_known():
     reports = FieldReports()
-    reports.judged(values(0, 1.0), 0.0)
-    reports.checked(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")
-    reports.checked(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")  # once more
-    (due,) = reports.quiet(QUIET_S + 1)
+    reports.add_frame(values(0, 1.0), 0.0)
+    reports.add_check(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")
+    reports.add_check(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")  # once more
+    (due,) = reports.expire(QUIET_S + 1)
     report = report_of(due)
     assert (report.outcome, report.lr_scale, report.skipped) == ("inconclusive", None, None)
     assert reports.pending == 0
 
     passed = FieldReports()
-    passed.judged(values(0, 1.0), 0.0)
-    passed.checked(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")
-    passed.judged(values(2, 1.0), 0.0)
-    (report,) = map(report_of, passed.judged(values(40, 1.0), 0.0))
+    passed.add_frame(values(0, 1.0), 0.0)
+    passed.add_check(check(1), frame(1, loss=1.0, lr_scale=0.25), "enforce")
+    passed.add_frame(values(2, 1.0), 0.0)
+    (report,) = map(report_of, passed.add_frame(values(40, 1.0), 0.0))
     assert (report.step, report.lr_scale, report.skipped) == (1, None, None)
 
 
 def test_a_check_of_a_rank_that_is_not_known_has_no_report():
     reports = FieldReports()
-    reports.checked(check(1), frame(1, loss=1.0), "enforce")
+    reports.add_check(check(1), frame(1, loss=1.0), "enforce")
     assert reports.pending == 0

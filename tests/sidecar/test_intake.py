@@ -6,16 +6,16 @@ import msgspec
 import pytest
 
 from esper_tamiyo.receiving import ingest
-from esper_tamiyo.receiving.credentials import Doorkeeper
+from esper_tamiyo.receiving.credentials import BearerAuth
 from esper_tamiyo.receiving.ingest import (
     BusyError,
     Intake,
     MalformedError,
-    StrangerError,
     TooLargeError,
+    UnauthenticatedError,
 )
-from esper_tamiyo.receiving.pipe import Inlet, Kind, Tally
-from esper_tamiyo.receiving.punctuality import MAX_LATER_NS, Punctuality
+from esper_tamiyo.receiving.pipe import IngestCounts, Inlet, MessageKind
+from esper_tamiyo.receiving.staleness import MAX_LATER_NS, StalenessFilter
 from sidecar.frames_made import frame, otlp_of
 
 
@@ -47,9 +47,9 @@ class Pipe:
 
     def told(self, field):
         tallies = (
-            msgspec.msgpack.decode(body, type=Tally)
+            msgspec.msgpack.decode(body, type=IngestCounts)
             for kind, body in self.messages
-            if kind == Kind.TALLY
+            if kind == MessageKind.COUNTS
         )
         return sum(getattr(tally, field) for tally in tallies)
 
@@ -63,7 +63,7 @@ def taken(test, token_file=""):
 
     async def run():
         pipe = Pipe()
-        await test(Intake(pipe, Doorkeeper(token_file)), pipe)
+        await test(Intake(pipe, BearerAuth(token_file)), pipe)
 
     asyncio.run(run())
 
@@ -71,7 +71,7 @@ def taken(test, token_file=""):
 def test_requests_are_taken_in_the_order_they_came():
     async def test(intake, pipe):
         pipe.reads.clear()
-        waiting = [asyncio.create_task(intake.take(request(step))) for step in range(5)]
+        waiting = [asyncio.create_task(intake.ingest(request(step))) for step in range(5)]
         await asyncio.sleep(0)
         assert pipe.steps == []
         pipe.reads.set()
@@ -87,12 +87,12 @@ def test_what_comes_while_too_much_waits_is_refused_and_afterwards_it_is_not(mon
 
     async def test(intake, pipe):
         pipe.reads.clear()
-        waiting = [asyncio.create_task(intake.take(request(step))) for step in range(3)]
+        waiting = [asyncio.create_task(intake.ingest(request(step))) for step in range(3)]
         with pytest.raises(BusyError, match="more requests come in than can be read"):
             await waiting.pop()
         pipe.reads.set()
         await asyncio.gather(*waiting)
-        await intake.take(request(3))
+        await intake.ingest(request(3))
         assert pipe.steps == [0, 1, 3]
         assert (pipe.told("requests"), pipe.told("turned_away_busy")) == (3, 1)
 
@@ -104,12 +104,12 @@ def test_while_the_pipe_is_full_all_are_refused_at_once_not_one_after_the_other(
 
     async def test(intake, pipe):
         pipe.reads.clear()
-        tasks = [intake.take(request(step)) for step in range(40)]
+        tasks = [intake.ingest(request(step)) for step in range(40)]
         refusals = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 15)
         assert {type(refusal) for refusal in refusals} == {BusyError}
         assert pipe.told("turned_away_busy") == 40
         pipe.reads.set()
-        await intake.take(request(99))
+        await intake.ingest(request(99))
         assert pipe.steps == [99], "nothing of what was refused"
 
     taken(test)
@@ -125,8 +125,8 @@ def test_while_the_pipe_is_full_all_are_refused_at_once_not_one_after_the_other(
 def test_what_cannot_be_taken_is_counted_and_holds_nobody_up(data, error, field):
     async def test(intake, pipe):
         with pytest.raises(error):
-            await intake.take(data)
-        await intake.take(request(1))
+            await intake.ingest(data)
+        await intake.ingest(request(1))
         assert (pipe.told(field), pipe.steps) == (1, [1])
 
     taken(test)
@@ -135,8 +135,8 @@ def test_what_cannot_be_taken_is_counted_and_holds_nobody_up(data, error, field)
 def test_a_producer_that_hangs_up_while_it_waits_leaves_its_place():
     async def test(intake, pipe):
         pipe.reads.clear()
-        gone = asyncio.create_task(intake.take(request(1)))
-        stays = asyncio.create_task(intake.take(request(2)))
+        gone = asyncio.create_task(intake.ingest(request(1)))
+        stays = asyncio.create_task(intake.ingest(request(2)))
         await asyncio.sleep(0)
         gone.cancel()
         pipe.reads.set()
@@ -148,12 +148,12 @@ def test_a_producer_that_hangs_up_while_it_waits_leaves_its_place():
 
 def test_what_came_too_late_to_be_decided_on_is_dropped_and_counted(monkeypatch):
     now = 0
-    monkeypatch.setattr(ingest, "Punctuality", lambda: Punctuality(lambda: now))
+    monkeypatch.setattr(ingest, "StalenessFilter", lambda: StalenessFilter(lambda: now))
 
     async def test(intake, pipe):
         nonlocal now
         for step in range(2):
-            assert await intake.take(request(step)) == b""
+            assert await intake.ingest(request(step)) == b""
             now += MAX_LATER_NS + 10
         assert pipe.steps == [0]
         assert (pipe.told("requests"), pipe.told("points_used")) == (2, 2)
@@ -168,7 +168,7 @@ def test_strangers_are_counted(tmp_path):
 
     async def test(intake, pipe):
         intake.admit("Bearer 0123456789abcdef")
-        with pytest.raises(StrangerError, match="Authorization: Bearer"):
+        with pytest.raises(UnauthenticatedError, match="Authorization: Bearer"):
             intake.admit("Bearer guess")
         assert pipe.told("unauthorized") == 1
 

@@ -14,14 +14,14 @@ from esper_tamiyo.journaling.entries import Closed, Gap, Opened
 from esper_tamiyo.journaling.journal import (
     Damage,
     Journal,
+    JournalThread,
     default_folder,
+    encode_entry,
     files_of,
     follow,
-    in_words,
-    line_of,
     read,
+    rfc3339,
 )
-from esper_tamiyo.journaling.journal_keeper import Keeper
 from sidecar.entries_made import AT, changed, decided, reported, table
 from sidecar.running import until
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_read(folder):
 
 
 def test_a_line_is_for_people_and_machines():
-    told = json.loads(line_of(decided(3)))
+    told = json.loads(encode_entry(decided(3)))
     assert list(told)[:3] == ["at", "kind", "time_unix_nano"]
     assert told["at"].endswith("Z")
     assert told["kind"] == "decision"
@@ -57,7 +57,7 @@ def test_a_line_is_for_people_and_machines():
 
 @given(st.integers(-(2**63), 2**64))
 def test_every_time_has_words(time_unix_nano):
-    assert in_words(time_unix_nano).endswith("Z")
+    assert rfc3339(time_unix_nano).endswith("Z")
 
 
 def test_a_full_file_is_followed_by_the_next_and_the_oldest_go(folder):
@@ -151,13 +151,39 @@ def test_following_goes_on_across_files_and_waits_for_whole_lines(folder):
     assert len(files_of(folder)) > 1
     journal.close()
     newest = files_of(folder)[-1]
-    line = line_of(decided(8))
+    line = encode_entry(decided(8))
     with newest.open("ab") as file:
         file.write(line[:20])
         file.flush()
         os.fsync(file.fileno())
         file.write(line[20:])
     assert next(followed) == decided(8)
+
+
+def test_following_goes_on_after_a_rotation_that_removes_the_file(folder):
+    two = 2 * len(encode_entry(decided(1)))
+    journal = Journal(folder, two, max_files=1)
+    journal.append([decided(1)])
+    followed = follow(folder, poll_s=0.0)
+    assert next(followed) == decided(1)
+    for step in range(2, 20, 2):  # one to the end of a file, one to the next
+        journal.append([decided(step)])
+        journal.append([decided(step + 1)])
+        assert len(files_of(folder)) == 1
+        assert list(islice(followed, 2)) == [decided(step), decided(step + 1)]
+    journal.close()
+
+
+def test_following_passes_over_a_file_that_is_gone_when_it_is_to_be_read(folder, monkeypatch):
+    written(folder, [decided(1)])
+    gone = folder / "journal-000000.jsonl"
+    with_it = [[gone, *files_of(folder)]]
+
+    def listed(folder, real=files_of):
+        return with_it.pop() if with_it else real(folder)
+
+    monkeypatch.setattr("esper_tamiyo.journaling.journal.files_of", listed)
+    assert next(follow(folder, poll_s=0.0)) == decided(1)
 
 
 def test_where_it_lies(monkeypatch, tmp_path):
@@ -181,34 +207,36 @@ class Disk:
 
 
 def test_a_journal_that_cannot_be_written_is_told_of_and_tried_again(folder, monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.journaling.journal_keeper.RETRY_S", 0.0)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal.RETRY_S", 0.0)
     disk = Disk(folder)
     disk.broken = True
-    keeper = Keeper(disk.open, folder)
-    keeper.start()
-    keeper.put([table("loss_spike"), decided(1)])
-    until(lambda: keeper.all_lost == 2)
-    assert keeper.error == f"{folder}: read-only file system"
+    thread = JournalThread(disk.open, folder)
+    thread.start()
+    thread.put([table("loss_spike"), decided(1)])
+    until(lambda: thread.all_lost == 2)
+    assert thread.error == f"{folder}: read-only file system"
     disk.broken = False
-    keeper.put([decided(2)])
-    until(lambda: not keeper.error)
-    keeper.close(5.0)
+    thread.put([decided(2)])
+    until(lambda: not thread.error)
+    thread.close(5.0)
     opened, its_table, gap, entry, closed = read(folder)
     assert isinstance(opened, Opened)
     assert its_table == table("loss_spike")
     assert (gap.lost, gap.because) == (2, f"{folder}: read-only file system")
     assert entry == decided(2)
     assert isinstance(closed, Closed)
-    assert keeper.all_lost == 2
+    assert thread.all_lost == 2
 
 
 def test_a_disk_that_stands_still_costs_entries_and_no_time(folder, monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.journaling.journal_keeper.MAX_QUEUE", 2)
-    keeper = Keeper(Disk(folder).open, folder)  # not started: as a disk that never returns
+    monkeypatch.setattr("esper_tamiyo.journaling.journal.MAX_QUEUE", 2)
+    thread = JournalThread(
+        Disk(folder).open, folder
+    )  # not started: as a disk that never returns
     for step in range(5):
-        keeper.put([decided(step)])
-    assert keeper.all_lost == 3
-    keeper.start()
-    keeper.close(5.0)
+        thread.put([decided(step)])
+    assert thread.all_lost == 3
+    thread.start()
+    thread.close(5.0)
     kinds = [type(entry).__name__ for entry in read(folder)]
     assert kinds == ["Opened", "Gap", "Decided", "Decided", "Closed"]

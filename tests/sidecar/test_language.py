@@ -1,12 +1,12 @@
-"""Rules at work in the engine: seeds, ranks, silences, trials, silence, witnesses."""
+"""Rules at work in the engine: seeds, ranks, inhibition, trials, silence, observers."""
 
 import pytest
 from msgspec import structs
 
 from esper_otel.leyline.decisions import NOMINAL, Action, Proposal, SeedOperation
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.silence import FLOOR_NS
-from esper_tamiyo.judging.witness import RuleState
+from esper_tamiyo.judging.liveness import FLOOR_NS
+from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.language.table_file import TableSource, parse
 from sidecar.frames_made import frame
 
@@ -16,20 +16,20 @@ SECOND = 1_000_000_000
 
 
 class Ledger:
-    """A witness that writes all down."""
+    """An observer that writes all down."""
 
     def __init__(self):
         self.changes = []
         self.decisions = []
         self.frames = []
 
-    def changed(self, change):
+    def on_rule_change(self, change):
         self.changes.append(change)
 
-    def judged(self, frame, decision):
+    def on_frame(self, frame, decision):
         self.frames.append((frame.step, decision.reason))
 
-    def decided(self, decision, frame):
+    def on_decision(self, decision, frame):
         self.decisions.append((decision.step, decision.reason))
 
     def told(self, rule):
@@ -75,7 +75,7 @@ def test_seeds_take_turns_while_others_cool_down():
 
 def test_a_seed_that_is_gone_is_unknown_and_begins_anew():
     ledger = Ledger()
-    engine = Engine(table(f"id: a, metric: {ALPHA}, above: 0.5, for: 2"), witness=ledger)
+    engine = Engine(table(f"id: a, metric: {ALPHA}, above: 0.5, for: 2"), observer=ledger)
     for step, seeds in enumerate([alphas(x=0.9), alphas(x=0.9), {}, alphas(x=0.9)]):
         engine.observe(frame(step, seeds))
     assert ledger.told("a") == [
@@ -222,14 +222,14 @@ def test_a_rank_that_began_anew_is_compared_anew():
     assert [bool(findings) for findings in told] == [False] * 7 + [True, False, True]
 
 
-def test_a_rule_silences_lesser_ones_of_the_same_run():
+def test_a_rule_inhibits_lesser_ones_of_the_same_run():
     ledger = Ledger()
     engine = Engine(
         table(
             "id: spike, metric: loss_delta, above: 1, conservative: true",
-            "id: nan, nonfinite: true, silences: [spike], action: OPTIMIZER",
+            "id: nan, nonfinite: true, inhibits: [spike], action: OPTIMIZER",
         ),
-        witness=ledger,
+        observer=ledger,
     )
     both = engine.observe(frame(0, loss_delta=2.0, nonfinite=1.0))
     other = engine.observe(frame(0, run="other", loss_delta=2.0, nonfinite=0.0))
@@ -246,11 +246,11 @@ def test_a_rule_silences_lesser_ones_of_the_same_run():
     assert told == [(0, "unknown", "firing", "nan"), (1, "firing", "firing", "")]
 
 
-def test_a_rule_that_cools_down_still_silences():
+def test_a_rule_that_cools_down_still_inhibits():
     engine = Engine(
         table(
             "id: spike, metric: loss, above: 1",
-            "id: nan, nonfinite: true, cooldown: 9, silences: [spike], severity: CRITICAL",
+            "id: nan, nonfinite: true, cooldown: 9, inhibits: [spike], severity: CRITICAL",
         )
     )
     told = [engine.observe(frame(step, loss=2.0, nonfinite=1.0)).reason for step in range(3)]
@@ -258,11 +258,11 @@ def test_a_rule_that_cools_down_still_silences():
 
 
 def test_a_rule_on_trial_changes_nothing_and_is_told():
-    rule = "metric: loss, above: 1, conservative: true, severity: CRITICAL, silences: [other]"
+    rule = "metric: loss, above: 1, conservative: true, severity: CRITICAL, inhibits: [other]"
     ledger = Ledger()
     engine = Engine(
         table(f"id: trial, mode: observe, {rule}", "id: other, metric: loss, above: 3"),
-        witness=ledger,
+        observer=ledger,
     )
     decision = engine.observe(frame(0, loss=2.0), PROPOSAL)
     assert (decision.action, decision.reason) == (Action.SEED, NOMINAL)
@@ -288,7 +288,7 @@ def timed(step, seconds):
 @pytest.mark.parametrize(("pace", "patience"), [(0.125, 10), (1, 30), (30, 900)])
 def test_a_rank_is_quiet_after_so_many_of_its_own_steps(pace, patience):
     ledger = Ledger()
-    engine = Engine(table(QUIET), witness=ledger)
+    engine = Engine(table(QUIET), observer=ledger)
     for step in range(5):
         engine.observe(timed(step, 1000 + pace * step))
     last = 1000 + 4 * pace
@@ -318,7 +318,7 @@ def test_after_one_step_nobody_knows_how_long_the_next_takes():
 def test_a_silence_is_told_alike_with_a_clock_and_without():
     """So a replay, which has no clock, tells what the live sidecar told."""
     live, replayed = Ledger(), Ledger()
-    ticking, silent = (Engine(table(QUIET), witness=ledger) for ledger in (live, replayed))
+    ticking, silent = (Engine(table(QUIET), observer=ledger) for ledger in (live, replayed))
     for step, second in enumerate([1, 2, 3, 4, 90, 91, 92]):
         for now in range(second):
             ticking.tick(now * SECOND)
@@ -331,20 +331,20 @@ def test_a_silence_is_told_alike_with_a_clock_and_without():
 @pytest.mark.parametrize("trainer_is_off_by", [-86_400, -15, 15])
 def test_a_clock_that_is_wrong_silences_nobody_and_hides_no_silence(trainer_is_off_by):
     ledger = Ledger()
-    engine = Engine(table(QUIET), witness=ledger)
+    engine = Engine(table(QUIET), observer=ledger)
     sent = 100_000 + trainer_is_off_by
     for step in range(20):
         engine.observe(timed(step, sent + step), at_ns=(100_000 + step) * SECOND)
         engine.tick((100_000 + step) * SECOND + SECOND // 2)
-    assert engine.report(100_020 * SECOND)["runs"][0]["state"] == "current"
+    assert engine.overview(100_020 * SECOND)["runs"][0]["state"] == "healthy"
     assert ledger.told("quiet") == []
     engine.tick((100_019 + 30) * SECOND)
     assert engine.latest("run").reason == NOMINAL
     engine.tick((100_019 + 31) * SECOND)
     assert engine.latest("run").reason == "quiet"
     assert ledger.changes[-1].time_unix_nano == (sent + 19 + 30) * SECOND  # as a replay says
-    (run,) = engine.report((100_019 + 31) * SECOND)["runs"]
-    assert (run["state"], run["silent_s"]) == ("unknown", 31.0)
+    (run,) = engine.overview((100_019 + 31) * SECOND)["runs"]
+    assert (run["state"], run["silent_s"]) == ("stale", 31.0)
 
 
 def test_a_long_pause_makes_a_rank_a_little_more_patient_and_not_for_hours():
@@ -359,20 +359,20 @@ def test_a_long_pause_makes_a_rank_a_little_more_patient_and_not_for_hours():
     assert engine.latest("run").reason == "quiet"
 
 
-def test_a_rank_not_heard_of_is_unknown_in_the_report():
+def test_a_rank_not_heard_of_is_stale_in_the_report():
     engine = Engine(table("id: a, metric: loss, above: 1"))
     for step in range(3):
         engine.observe(timed(step, 1000 + step))
 
     def told(seconds):
-        (run,) = engine.report(seconds * SECOND)["runs"]
+        (run,) = engine.overview(seconds * SECOND)["runs"]
         return run["state"], run["silent_s"]
 
-    assert told(1002) == ("current", 0.0)
-    assert told(1000) == ("current", 0.0)  # a clock that is behind
-    assert told(1032) == ("current", 30.0)
-    assert told(1033) == ("unknown", 31.0)
-    assert "state" not in engine.report()["runs"][0]
+    assert told(1002) == ("healthy", 0.0)
+    assert told(1000) == ("healthy", 0.0)  # a clock that is behind
+    assert told(1032) == ("healthy", 30.0)
+    assert told(1033) == ("stale", 31.0)
+    assert "state" not in engine.overview()["runs"][0]
     assert FLOOR_NS == 10 * SECOND
 
 
@@ -388,24 +388,24 @@ def test_a_report_names_the_rules_that_are_not_at_rest():
     )
     for step in range(2):
         engine.observe(frame(step, alphas(x=0.9, y=0.1), loss=2.0))
-    assert engine.report()["runs"][0]["rules"] == [
+    assert engine.overview()["runs"][0]["rules"] == [
         {"rule": "a", "state": "firing", "since_step": 0},
         {"rule": "b", "state": "pending", "since_step": 0},
         {"rule": "e", "state": "firing", "since_step": 0, "seed_id": "x"},
     ]
 
 
-def test_a_report_says_who_silences_a_rule_as_long_as_it_does():
+def test_a_report_says_who_inhibits_a_rule_as_long_as_it_does():
     engine = Engine(
         table(
             "id: spike, metric: loss, above: 1, for: 2",
-            "id: nan, nonfinite: true, silences: [spike]",
+            "id: nan, nonfinite: true, inhibits: [spike]",
         )
     )
 
     def silenced_by(step, loss, nonfinite):
         engine.observe(frame(step, loss=loss, nonfinite=nonfinite))
-        rules = engine.report()["runs"][0]["rules"]
+        rules = engine.overview()["runs"][0]["rules"]
         return [one.get("silenced_by") for one in rules if one["rule"] == "spike"]
 
     assert silenced_by(0, 2.0, 0.0) == [None]
@@ -416,7 +416,7 @@ def test_a_report_says_who_silences_a_rule_as_long_as_it_does():
 
 def test_a_witness_is_told_once_of_each_frame_and_of_each_newest_decision():
     ledger = Ledger()
-    engine = Engine(table("id: a, metric: loss, above: 1, for: 2"), witness=ledger)
+    engine = Engine(table("id: a, metric: loss, above: 1, for: 2"), observer=ledger)
     engine.observe(frame(0, loss=2.0))
     engine.observe(frame(0, loss=2.0))
     engine.observe(frame(0, loss=2.0), PROPOSAL)
@@ -432,12 +432,12 @@ def test_a_witness_is_told_once_of_each_frame_and_of_each_newest_decision():
 
 def test_a_witness_that_fails_disturbs_nothing():
     class Broken:
-        def changed(self, change):
+        def on_rule_change(self, change):
             raise OSError
 
         judged = decided = lambda self, one, other: 1 / 0
 
-    engine = Engine(table("id: a, metric: loss, above: 1"), witness=Broken())
+    engine = Engine(table("id: a, metric: loss, above: 1"), observer=Broken())
     assert engine.observe(frame(0, loss=2.0)).reason == "a"
-    assert engine.report()["witness_failed"] == 2
-    assert engine.report()["frames"]["bad"] == 0
+    assert engine.overview()["witness_failed"] == 2
+    assert engine.overview()["frames"]["bad"] == 0

@@ -11,7 +11,7 @@ import pytest
 
 from esper_otel.leyline.wire import may_steer, peer_uid
 from esper_tamiyo.serving import asking, listening
-from esper_tamiyo.serving.listening import Listener, SocketError
+from esper_tamiyo.serving.listening import DecisionSocket, SocketError
 from sidecar.running import sidecar, tamiyo
 
 NOBODY = 65534
@@ -20,7 +20,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become som
 
 def refusal(path):
     with pytest.raises(SocketError) as caught:
-        Listener(path)
+        DecisionSocket(path)
     return str(caught.value)
 
 
@@ -32,7 +32,7 @@ def test_the_socket_and_every_new_folder_are_private_whatever_the_umask(tmp_path
     path = tmp_path / "run" / "esper" / "t.sock"
     before = os.umask(0)
     try:
-        listener = Listener(path)
+        listener = DecisionSocket(path)
     finally:
         os.umask(before)
     assert mode_of(path) == 0o600
@@ -50,7 +50,7 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path, mode):
         f"{folder}: others may enter it (mode {mode:04o}); expected mode 0700, or a "
         "--socket in a folder that is still to be made"
     )
-    Listener(folder / "made" / "t.sock").close()
+    DecisionSocket(folder / "made" / "t.sock").close()
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_symbolic_link_in_the_folder_s_place_is_refused(tmp_path):
     dangling.symlink_to(tmp_path / "nowhere")
     assert refusal(dangling / "t.sock") == f"{dangling}: is a symbolic link; expected a folder"
     assert not (tmp_path / "nowhere").exists()
-    Listener(link / "made" / "t.sock").close()  # links above it are the system's business
+    DecisionSocket(link / "made" / "t.sock").close()  # links above it are the system's business
 
 
 def test_a_symbolic_link_in_the_socket_s_place_is_refused(tmp_path):
@@ -117,7 +117,7 @@ def test_a_folder_exchanged_between_check_and_bind_is_noticed(tmp_path, monkeypa
 
 def test_a_path_that_was_taken_over_is_left_to_its_new_owner(tmp_path):
     path = tmp_path / "t.sock"
-    listener = Listener(path)
+    listener = DecisionSocket(path)
     path.rename(tmp_path / "moved.sock")
     path.write_text("not ours")
     listener.close()
@@ -134,9 +134,9 @@ def test_the_peer_is_known_by_the_kernel():
 
 
 def test_tools_believe_no_sidecar_of_another_user(tmp_path, monkeypatch):
-    listener = Listener(tmp_path / "t.sock")
+    listener = DecisionSocket(tmp_path / "t.sock")
     monkeypatch.setattr(asking, "may_steer", lambda uid: False)
-    with pytest.raises(asking.SilenceError, match="listened on by another user"):
+    with pytest.raises(asking.NoAnswerError, match="listened on by another user"):
         asking.reply_to(asking.StatusRequest(), tmp_path / "t.sock")
     listener.close()
 

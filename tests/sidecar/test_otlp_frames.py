@@ -3,6 +3,9 @@
 from math import inf, nan
 
 import pytest
+from google.rpc import code_pb2
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from hypothesis import given
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
@@ -12,12 +15,14 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
-from esper_tamiyo.receiving import otlp_replies
+from esper_tamiyo.receiving import ingest
 from esper_tamiyo.receiving.otlp_frames import frames_of
-from esper_tamiyo.receiving.pipe import Inlet, Kind, pack
+from esper_tamiyo.receiving.pipe import Inlet, MessageKind, pack
 from esper_tamiyo.receiving.pipe import frame as frame_of
 from esper_tamiyo.serving.connection import Trainer
-from sidecar.frames_made import add_point, ask_of, frame, hello_of, otlp_of, put, runs
+from sidecar.frames_made import add_point, frame, hello_of, otlp_of, put, runs, set_client
+
+PROTOTYPE = load("prototype")
 
 
 def reaped(request):
@@ -37,15 +42,15 @@ def test_frames_survive_otlp(frames):
 
 @given(runs())
 def test_stream_and_asks_give_the_same_decisions(frames):
-    asked, streamed = Engine(load("prototype")), Engine(load("prototype"))
+    asked, streamed = Engine(PROTOTYPE), Engine(PROTOTYPE)
     through_asks = []
     for one in frames:
         trainer = Trainer(hello_of(one))
-        through_asks.append(asked.observe(trainer.frame(ask_of(one))))
+        through_asks.append(asked.observe(trainer.frame_of_ask(set_client(one))))
     bodies = [
         body
         for kind, body in Inlet().feed(b"".join(map(pack, reaped(otlp_of(*frames)).frames)))
-        if kind == Kind.FRAME
+        if kind == MessageKind.FRAME
     ]
     assert [streamed.observe(frame_of(body)) for body in bodies] == through_asks
     assert streamed.latest("run") == asked.latest("run")
@@ -137,14 +142,10 @@ def test_resources_are_apart():
 
 
 def test_status_bytes_are_google_rpc_status():
-    status_pb2 = pytest.importorskip("google.rpc.status_pb2")
-    error_details_pb2 = pytest.importorskip("google.rpc.error_details_pb2")
     message = "no room, " * 40
-    status = status_pb2.Status.FromString(
-        otlp_replies.status(otlp_replies.UNAVAILABLE, message, retry=True)
-    )
+    status = Status.FromString(ingest.refusal(code_pb2.UNAVAILABLE, message, retry=True))
     assert (status.code, status.message) == (14, message)
-    info = error_details_pb2.RetryInfo()
+    info = RetryInfo()
     assert status.details[0].Unpack(info)
-    assert info.retry_delay.seconds == otlp_replies.RETRY_AFTER_S
-    assert not status_pb2.Status.FromString(otlp_replies.status(3, "x")).details
+    assert info.retry_delay.seconds == ingest.RETRY_AFTER_S
+    assert not Status.FromString(ingest.refusal(3, "x")).details

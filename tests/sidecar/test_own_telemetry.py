@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -14,15 +13,14 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from bench.receiver import METRICS, TRACES, HttpReceiver
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN, span_id, trace_id
-from esper_tamiyo.journaling import own_metrics
 from esper_tamiyo.journaling.entries import Silenced
-from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind
 from esper_tamiyo.journaling.own_telemetry import endpoint_of, make_span
-from esper_tamiyo.receiving.pipe import Tally
+from esper_tamiyo.receiving.pipe import IngestCounts
 from sidecar.entries_made import decided
 from sidecar.running import sidecar, until
+from testkit.receiver import METRICS, TRACES, HttpReceiver
 
 TRAINER = """
 import esper_otel
@@ -220,14 +218,14 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
         "notes",
         "field_reports",
     }
-    assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"current": 1}
+    assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"healthy": 1}
     rules = {(at["rule"], at["state"]): point.as_int for at, point in told["tamiyo.rules"]}
     assert rules[("loss_spike", "firing")] == 1
     requests, used = (
         {at["state"] for at, _ in told[f"tamiyo.ingest.{what}"]}
         for what in ("requests", "points")
     )
-    fates = len(Tally.__struct_fields__)
+    fates = len(IngestCounts.__struct_fields__)
     assert len(requests) + len(used) == fates, "whatever became of a request is told"
     restarted = {at["process"] for at, _ in told["tamiyo.restarts"]}
     assert restarted == {"ingest", "scribe", "table_watch"}
@@ -281,26 +279,19 @@ def test_a_collector_that_is_not_there_holds_up_nothing(tmp_path, environment):
         assert process.wait(10) == 0, "and its end is not held up either"
 
 
-def test_the_page_lists_the_metrics_that_there_are():
-    page = own_metrics.PAGE.read_text()
-    assert own_metrics.renewed(page) == page
-    assert own_metrics.markdown() in page
-
-
 def test_every_metric_is_named_alike():
     names = [metric.name for metric in OWN_METRICS]
     assert len(set(names)) == len(names)
     assert all(name.startswith("tamiyo.") for name in names)
     for metric in OWN_METRICS:
-        assert (metric.kind is Kind.HISTOGRAM) == bool(metric.distribution)
+        assert (metric.kind is InstrumentKind.HISTOGRAM) == bool(metric.distribution)
 
 
 def test_the_decide_process_never_loads_the_sdk():
     code = (
         "import sys, esper_tamiyo.serving.server, esper_tamiyo.commands.serve\n"
-        "import esper_tamiyo.journaling.chronicle\n"
+        "import esper_tamiyo.journaling.reporter\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
-    assert Path(own_metrics.__file__).name == "own_metrics.py"

@@ -17,8 +17,7 @@ from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, framed
 from esper_tamiyo.receiving.otlp_frames import frames_of
 from esper_tamiyo.replaying import otlp_json
-from esper_tamiyo.replaying.assembly import HORIZON_NS, Assembly
-from esper_tamiyo.replaying.recordings import Recording
+from esper_tamiyo.replaying.recordings import HORIZON_NS, Assembly, RecordedRuns
 from sidecar.frames_made import frame, otlp_of, runs
 from sidecar.recorded_runs import FORMATS, as_json, cut, proposed
 
@@ -33,7 +32,7 @@ def at(step, time_s, **values):
 
 def frames_in(path, **options):
     """The frames in a recording, which is to be whole."""
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     frames = [frame for frame, _ in recording.steps(**options)]
     assert recording.problems == []
     return frames
@@ -62,7 +61,7 @@ def test_every_shape_of_a_file_holds_the_same_frames(shape, tmp_path):
 @given(runs(), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.data())
 def test_a_step_that_was_cut_in_two_is_one_frame(frames, sizes, data):
     assembly = Assembly()
-    read = [one for each in cut(frames, cycle(sizes)) for one in assembly.take(each)]
+    read = [one for each in cut(frames, cycle(sizes)) for one in assembly.add_request(each)]
     assert [*read, *assembly.rest()] == [as_read(one) for one in frames]
     assert assembly.tally.unusable == 0
 
@@ -71,7 +70,7 @@ def test_requests_that_come_out_of_order_and_twice_are_put_in_order():
     frames = [at(step, step, loss=float(step)) for step in range(40)]
     parts = [frames[5:10], frames[0:5], frames[0:5], *([one] for one in frames[10:])]
     assembly = Assembly()
-    read = [one for part in parts for one in assembly.take(otlp_of(*part))]
+    read = [one for part in parts for one in assembly.add_request(otlp_of(*part))]
     assert read, "what is older than the horizon does not wait for the end"
     assert [*read, *assembly.rest()] == frames
 
@@ -79,16 +78,16 @@ def test_requests_that_come_out_of_order_and_twice_are_put_in_order():
 def test_what_comes_later_than_the_horizon_comes_late_but_comes():
     late, punctual = at(1, 0, loss=1.0), at(2, 2 * HORIZON_NS / SECOND, loss=1.0)
     assembly = Assembly()
-    assert list(assembly.take(otlp_of(punctual))) == []
-    assert list(assembly.take(otlp_of(late))) == [late]
+    assert list(assembly.add_request(otlp_of(punctual))) == []
+    assert list(assembly.add_request(otlp_of(late))) == [late]
     assert list(assembly.rest()) == [punctual]
 
 
 def test_steps_are_not_held_without_end_whatever_their_times_say(monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.replaying.assembly.MAX_HELD", 3)
+    monkeypatch.setattr("esper_tamiyo.replaying.recordings.MAX_HELD", 3)
     frames = [at(step, 1 + step / 1e6, loss=1.0) for step in range(5)]
     assembly = Assembly()
-    assert list(assembly.take(otlp_of(*frames))) == frames[:2]
+    assert list(assembly.add_request(otlp_of(*frames))) == frames[:2]
     assert list(assembly.rest()) == frames[2:]
 
 
@@ -165,7 +164,7 @@ HELD = {1: None, 2: TRAIN, 3: TRAIN, 4: None, 5: BLEND, 6: BLEND}
 
 
 def proposals_in(path):
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     found = {
         frame.step: proposal and (proposal.seed_id, str(proposal.operation))
         for frame, proposal in recording.steps()
@@ -197,7 +196,7 @@ def test_a_proposal_is_of_one_process(tmp_path):
     frames = [frame(1, instance=instance) for instance in ("one", "two")]
     told = proposed((1, "train", "s1"), instance="two")
     path.write_bytes(FORMATS["json"]([otlp_of(frames[0]), otlp_of(frames[1]), told]))
-    assert [proposal for _, proposal in Recording(path).steps()] == [
+    assert [proposal for _, proposal in RecordedRuns(path).steps()] == [
         None,
         Proposal("s1", SeedOperation.TRAIN),
     ]
@@ -206,7 +205,7 @@ def test_a_proposal_is_of_one_process(tmp_path):
 def test_an_operation_of_a_later_version_is_left_out_and_said(tmp_path):
     path = tmp_path / "run"
     path.write_bytes(FORMATS["json"]([otlp_of(frame(1)), proposed((1, "graft", "s1"))]))
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     assert [proposal for _, proposal in recording.steps()] == [None]
     assert recording.problems == ["a proposal was left out: unknown operation 'graft'"]
 
@@ -225,7 +224,7 @@ def torn(data, shape):
 def test_a_file_that_ends_in_the_middle_is_read_up_to_there(shape, tmp_path):
     path = tmp_path / "recording"
     path.write_bytes(torn(FORMATS[shape](WHOLE), shape))
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     steps = [frame.step for frame, _ in recording.steps()]
     assert steps == list(range(1, 1 + len(steps)))
     if shape != "proto, one zstd frame":  # whose only frame it is
@@ -244,7 +243,7 @@ def test_any_byte_may_be_wrong_and_nothing_raises(tmp_path_factory, data):
     content[place] ^= data.draw(st.integers(1, 255))
     path = tmp_path_factory.mktemp("damaged") / "recording"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     for _ in recording.steps():
         pass
     assert len(recording.problems) <= 1
@@ -254,7 +253,7 @@ def test_a_file_that_is_rotated_while_it_is_damaged_ends_alone(tmp_path):
     whole, damaged = [otlp_of(frame(1))], [otlp_of(frame(2)), otlp_of(frame(3))]
     (tmp_path / "a").write_bytes(FORMATS["proto"](whole))
     (tmp_path / "b").write_bytes(FORMATS["proto"](damaged)[:-1])
-    recording = Recording(tmp_path)
+    recording = RecordedRuns(tmp_path)
     assert [frame.step for frame, _ in recording.steps()] == [1, 2]
     assert len(recording.problems) == 1
 
@@ -277,7 +276,7 @@ def test_a_file_that_is_not_ours_is_named_with_what_was_expected(other, tmp_path
     content, problem = OTHERS[other]
     path = tmp_path / "recording"
     path.write_bytes(content)
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     assert list(recording.steps()) == []
     (told,) = recording.problems
     assert told.startswith(f"{path}: ")
@@ -303,7 +302,7 @@ def test_what_no_request_can_hold_ends_its_file(wrong, tmp_path):
     path = tmp_path / "recording"
     good = FORMATS["json"](WHOLE)
     path.write_bytes(good + OUT_OF_RANGE[wrong] + b"\n" + FORMATS["json"]([otlp_of(frame(7))]))
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     assert [frame.step for frame, _ in recording.steps()] == [1, 2, 3, 4, 5]
     (told,) = recording.problems
     assert told.startswith(f"{path}: byte {len(good):,}: not an OTLP request: ")
@@ -322,7 +321,7 @@ def test_requests_of_other_signals_are_passed_over(tmp_path):
 def test_a_request_behind_an_absurd_size_is_not_waited_for(tmp_path):
     path = tmp_path / "recording"
     path.write_bytes((MAX_MESSAGE + 1).to_bytes(4, "big") + bytes(99))
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     assert list(recording.steps()) == []
     assert "expected the size of a request" in recording.problems[0]
 
@@ -332,7 +331,7 @@ def test_without_zstandard_it_is_said_what_to_install(tmp_path, monkeypatch):
     for place, shape in enumerate(shapes):
         (tmp_path / str(place)).write_bytes(FORMATS[shape](WHOLE))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    recording = Recording(tmp_path)
+    recording = RecordedRuns(tmp_path)
     assert list(recording.steps()) == []
     assert len(recording.problems) == len(shapes)
     assert all("pip install 'esper-otel[zstd]'" in problem for problem in recording.problems)
@@ -348,4 +347,4 @@ def test_a_file_that_cannot_be_read_is_told_beside_those_that_can(tmp_path):
 
 def test_nothing_there_is_an_error_at_once(tmp_path):
     with pytest.raises(FileNotFoundError):
-        Recording(tmp_path / "nowhere")
+        RecordedRuns(tmp_path / "nowhere")

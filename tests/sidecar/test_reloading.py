@@ -11,9 +11,9 @@ import pytest
 from esper_otel.leyline.decisions import Action
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import SHIPPED, load, shipped_tables
-from esper_tamiyo.receiving.pipe import Inlet, Kind, Unusable, pack
+from esper_tamiyo.receiving.pipe import Inlet, MessageKind, Unusable, pack
 from esper_tamiyo.serving import table_watch
-from esper_tamiyo.serving.table_watch import Watch
+from esper_tamiyo.serving.table_watch import FileWatch
 from sidecar.running import is_alive, sidecar, until
 
 RULE = "{{id: {id}, metric: loss_delta, above: {above}, for: 3, severity: HIGH, action: PAUSE}}"
@@ -46,7 +46,7 @@ def replace(path, text):
 def test_a_table_comes_through_the_pipe_as_it_was(name):
     table = load(name)
     ((kind, body),) = Inlet().feed(pack(table))
-    assert kind == Kind.TABLE
+    assert kind == MessageKind.TABLE
     assert msgspec.msgpack.decode(body, type=Table) == table
 
 
@@ -54,7 +54,7 @@ class Looks:
     """A watch that looks as often as it is told, and what it has found."""
 
     def __init__(self, path, version=None):
-        self.watch = Watch(str(path), version or load(str(path)).version)
+        self.watch = FileWatch(str(path), version or load(str(path)).version)
 
     def found(self, looks=2, now=False):
         """The news of so many looks: versions, or messages of tables that are not usable."""
@@ -81,6 +81,19 @@ def test_a_change_is_told_once_it_has_settled_and_once_only(file):
     assert looks.found(1) == []
     assert looks.found(1) == [load(str(file)).version]
     assert looks.found(5) == []
+
+
+def test_what_is_outdated_in_a_table_is_said_once_by_whoever_reads_it_first(file, caplog):
+    also = table_text(also="second").replace("for: 3", "for: 3, silences: [second]", 1)
+    file.write_text(also)
+    version = load(str(file)).version
+    assert len(caplog.messages) == 1
+    watch = FileWatch(str(file), version)
+    assert [watch.look(now=False) for _ in range(3)] == [None] * 3
+    assert len(caplog.messages) == 1
+    file.write_text(also.replace("above: 50.0", "above: 40.0"))
+    assert sum(watch.look(now=False) is not None for _ in range(3)) == 1
+    assert len(caplog.messages) == 2
 
 
 def test_a_file_that_is_still_being_written_is_left_alone(file):

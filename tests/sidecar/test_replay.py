@@ -17,7 +17,7 @@ from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
 from esper_tamiyo.commands.common import plain
 from esper_tamiyo.language.table_file import load, shipped_tables
-from esper_tamiyo.replaying.recordings import Recording
+from esper_tamiyo.replaying.recordings import RecordedRuns
 from esper_tamiyo.replaying.replay import replay
 from sidecar.frames_made import frame, otlp_of
 from sidecar.recorded_runs import FORMATS, cut, proposed
@@ -150,7 +150,7 @@ def live(request, tmp_path_factory):
 
 def replayed(path, table):
     """What a replay decides, by rank and step."""
-    recording = Recording(path)
+    recording = RecordedRuns(path)
     decided = {
         (judged.frame.rank, judged.frame.step): judged.decision
         for judged in replay(recording.steps(), load(table))
@@ -183,7 +183,7 @@ def test_a_replay_gives_exactly_the_decisions_of_the_live_run(live):
 def test_so_does_what_a_collector_wrote_of_it(live, shape, tmp_path):
     """In batches that are cut anywhere, of both ranks, one after the other."""
     table, folder, answers = live
-    frames = [frame for frame, _ in Recording(folder).steps()]
+    frames = [frame for frame, _ in RecordedRuns(folder).steps()]
     told = [
         (step, proposal.operation if proposal else "none", proposal.seed_id if proposal else "")
         for step, proposal in PROPOSALS.items()

@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from esper_otel.leyline.decisions import Action, Proposal, SeedOperation, Severity
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.history import History, Last, RollingMedian, Watch, Watched
+from esper_tamiyo.judging.history import (
+    BaselineKey,
+    History,
+    Last,
+    RollingMedian,
+    Slope,
+    Watched,
+)
 from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rules import test_of as as_test
-from esper_tamiyo.judging.slope import Slope
 from esper_tamiyo.language.operators import BaselineKind, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group
 from esper_tamiyo.language.table_file import load
@@ -26,7 +32,9 @@ UNKNOWN = Condition("accuracy", Operator.ABOVE, 0.0)
 
 def verdict(condition, values, before=(), warmup=3, window=5):
     """The verdict on ``values`` after the frames ``before``."""
-    kinds = [Watch(key, kind) for key in ("loss", "loss_volatility") for kind in BaselineKind]
+    kinds = [
+        BaselineKey(key, kind) for key in ("loss", "loss_volatility") for kind in BaselineKind
+    ]
     history = History(Watched(tuple(kinds), ("loss",), ("loss",), window, warmup))
     for earlier in before:
         history.absorb(earlier)
@@ -155,7 +163,7 @@ def test_a_noisy_line_runs_out_when_it_would(slope, steps, noise):
     start = slope * (67 + steps)
     values = [start - slope * step + slope * noise[step] for step in range(68)]
     for value in values[:-1]:
-        slope_of.push(value)
+        slope_of.add(value)
     left = slope_of.left(values[-1])
     assert left == pytest.approx(steps, rel=0.1, abs=1.0)
 
@@ -215,7 +223,7 @@ def test_what_a_rank_told_before_it_began_anew_counts_no_more():
     for rank, value in enumerate((1.0, 2.0, 9.0)):
         board.post(rank, 1, 0, {"loss": value})
     assert board.others(0, 1, "loss", by_ns=0) == 5.5
-    board.forget(2)
+    board.remove_rank(2)
     board.post(2, 1, 0, {"loss": 4.0})
     assert board.others(0, 1, "loss", by_ns=0) == 3.0
 
@@ -299,7 +307,7 @@ def test_groups_are_three_valued(combine, parts, expected):
 def test_the_rolling_median_is_the_median_of_the_last_values(values, window, warmup):
     rolling = RollingMedian(window, min(warmup, window))
     for count, value in enumerate(values, 1):
-        rolling.push(value)
+        rolling.add(value)
         if count < min(warmup, window):
             assert rolling.value is None
             continue
@@ -312,7 +320,7 @@ def test_the_rolling_median_is_the_median_of_the_last_values(values, window, war
 def test_last_counts_repeats():
     last = Last()
     for value in (1.0, 2.0, 2.0):
-        last.push(value)
+        last.add(value)
     assert (last.value, last.repeats, last.total) == (2.0, 2, 3)
 
 
@@ -436,7 +444,7 @@ def test_a_huge_value_breaks_nothing():
     engine = Engine(load("default"))
     for step in range(70):
         fired(engine, step, {"loss": 1e308 * (-1) ** step, "loss_delta": -1e308})
-    assert engine.report()["frames"]["bad"] == 0
+    assert engine.overview()["frames"]["bad"] == 0
 
 
 @given(
@@ -453,4 +461,4 @@ def test_what_no_line_is_fitted_for_would_not_have_run_out(before, fall, number)
         left = slope.left(value - lowest)
         expected = None if left is None else left <= number
         assert slope.within(value - lowest, number) == expected
-        slope.push(value - lowest)
+        slope.add(value - lowest)

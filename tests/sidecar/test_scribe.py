@@ -13,13 +13,19 @@ from contextlib import suppress
 import pytest
 
 from esper_otel.leyline.decisions import Action
-from esper_tamiyo.journaling import chronicle as chronicle_module
-from esper_tamiyo.journaling.chronicle import Chronicle
+from esper_tamiyo.journaling import reporter as reporter_module
 from esper_tamiyo.journaling.entries import Decided, Gap, Reported
-from esper_tamiyo.journaling.field_reports import Due
-from esper_tamiyo.journaling.health import Health
+from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Damage, files_of, read
-from esper_tamiyo.journaling.notes import Note, Pulse, Standing, notes_in, pack
+from esper_tamiyo.journaling.messages import (
+    Heartbeat,
+    Message,
+    ScribeStatus,
+    decode_messages,
+    pack,
+)
+from esper_tamiyo.journaling.reporter import Reporter
+from esper_tamiyo.journaling.scribe import HealthEndpoint
 from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
@@ -232,14 +238,14 @@ def test_health_says_whether_the_decide_process_beats(tmp_path):
 
 def test_who_does_not_receive_what_it_should_is_alive_and_not_ready():
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        health = Health(listening.detach())
+        health = HealthEndpoint(listening.detach())
     assert health.checks("/livez") == {"deciding": False}
     for ingest, receives in (
         ({"listening": True}, True),
         ({"listening": False}, False),
         (None, True),
     ):
-        health.beat({"ingest": ingest})
+        health.on_heartbeat({"ingest": ingest})
         assert health.checks("/livez") == {"deciding": True}
         assert health.checks("/readyz") == {"deciding": True, "receiving": receives}
     health._server.server_close()
@@ -258,32 +264,35 @@ def test_the_health_port_is_taken(tmp_path):
 class Frozen(ScribeChild):
     """A scribe that never reads: a pipe without a process."""
 
-    def _start(self):
-        self.socket, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.setblocking(False)
+    def _launch(self, arguments, inherited=()):
+        self.pipe, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pipe.setblocking(False)
+        return self.pipe
 
 
 def test_a_full_pipe_loses_whole_messages_and_counts_them():
     scribe = Frozen(Orders())
     scribe.start()
-    with scribe.socket, scribe.other:
+    with scribe.pipe, scribe.other:
         told = 0
-        while scribe.tell([decided(told)]):
+        while scribe.send([decided(told)]):
             told += 1
         assert scribe.lost == 1
-        assert not scribe.tell([decided(0), decided(1)])
+        assert not scribe.send([decided(0), decided(1)])
         assert scribe.lost == 3
         received = []
         for _ in range(told):
-            received += notes_in(scribe.other.recv(1 << 20))
-        assert [note.step for note in received] == list(range(told))
-        pulse = Pulse(beat=1, began_unix_nano=0, report={}, distributions={})
-        notes: list[Note] = [decided(step) for step in range(400)]
-        assert scribe.tell([*notes, pulse]), "too long for one message, so it goes in several"
+            received += decode_messages(scribe.other.recv(1 << 20))
+        assert [message.step for message in received] == list(range(told))
+        heartbeat = Heartbeat(beat=1, began_unix_nano=0, report={}, distributions={})
+        messages: list[Message] = [decided(step) for step in range(400)]
+        assert scribe.send([*messages, heartbeat]), (
+            "too long for one message, so it goes in several"
+        )
         again = []
         while len(again) < 401:
-            again += notes_in(scribe.other.recv(1 << 20))
-        assert again == [*notes, pulse]
+            again += decode_messages(scribe.other.recv(1 << 20))
+        assert again == [*messages, heartbeat]
         assert scribe.lost == 3
 
 
@@ -291,27 +300,27 @@ def test_what_dies_in_the_pipe_is_lost_but_for_what_the_scribe_accounted_for(tmp
     scribe = Frozen(Orders(journal=tmp_path))
     for restarts, (written, lost) in enumerate([(60, 5), (0, 0)]):
         scribe.start()
-        notes: list[Note] = [decided(step) for step in range(100)]
-        pulse = Pulse(beat=1, began_unix_nano=0, report={}, distributions={})
+        messages: list[Message] = [decided(step) for step in range(100)]
+        heartbeat = Heartbeat(beat=1, began_unix_nano=0, report={}, distributions={})
         sample = decided(100, action=Action.CONTINUE)
-        assert scribe.tell([*notes, sample, pulse])
-        scribe.other.send(pack(Standing(written=written, lost=lost)))
+        assert scribe.send([*messages, sample, heartbeat])
+        scribe.other.send(pack(ScribeStatus(written=written, lost=lost)))
         scribe.other.close()
         while scribe.read():
             pass
-        assert (scribe.report()["written"], scribe.report()["lost"]) == (60, 5 + 35 * restarts)
-        scribe.bury()
-        assert scribe.report()["written"] == 60
-        assert scribe.report()["lost"] == 40 + 100 * restarts
+        assert (scribe.status()["written"], scribe.status()["lost"]) == (60, 5 + 35 * restarts)
+        scribe.reap()
+        assert scribe.status()["written"] == 60
+        assert scribe.status()["lost"] == 40 + 100 * restarts
 
 
 def test_without_a_journal_nothing_of_it_is_lost():
     scribe = Frozen(Orders())
     scribe.start()
-    assert scribe.tell([decided(0)])
+    assert scribe.send([decided(0)])
     scribe.other.close()
-    scribe.bury()
-    assert scribe.report()["lost"] == 0
+    scribe.reap()
+    assert scribe.status()["lost"] == 0
 
 
 def test_the_journal_s_files_are_bounded(tmp_path):
@@ -328,9 +337,13 @@ def test_the_journal_s_files_are_bounded(tmp_path):
     assert len(files_of(path.with_suffix(".journal"))) == 2
 
 
-def test_following_the_journal_of_a_running_sidecar(tmp_path):
+def test_following_the_journal_of_a_running_sidecar_across_its_files(tmp_path):
     path = tmp_path / "t.sock"
-    with sidecar(path, "--table", "prototype") as running, running.client() as client:
+    options = ("--journal-file-mb", "0.001", "--journal-files", "1")
+    with (
+        sidecar(path, "--table", "prototype", *options) as running,
+        running.client() as client,
+    ):
         client.hello(run="r")
         client.ask(0, **SPIKE)
         until(lambda: decisions_of(path))
@@ -342,8 +355,13 @@ def test_following_the_journal_of_a_running_sidecar(tmp_path):
         try:
             seen = follower.stdout
             assert until(lambda: "r/0/0  PAUSE HIGH: loss_spike" in seen.readline())
-            client.ask(1, **SPIKE)
-            assert until(lambda: "r/0/1  PAUSE HIGH: loss_spike" in seen.readline())
+            for step in range(1, 6):
+                client.ask(step, **SPIKE)
+                line = f"r/0/{step}  PAUSE HIGH: loss_spike"
+                assert until(lambda line=line: line in seen.readline())
+            assert [each.name for each in files_of(path.with_suffix(".journal"))] > [
+                "journal-000003.jsonl"
+            ]
             follower.send_signal(signal.SIGINT)
             assert follower.wait(10) == 130
         finally:
@@ -353,26 +371,26 @@ def test_following_the_journal_of_a_running_sidecar(tmp_path):
 
 def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(chronicle_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(reporter_module.time, "monotonic", lambda: now[0])
     scribe = Frozen(Orders())
     epoll = select.epoll()
-    chronicle = Chronicle(scribe)
-    chronicle.start(epoll)
-    with scribe.socket, scribe.other, epoll:
+    reporter = Reporter(scribe)
+    reporter.start(epoll)
+    with scribe.pipe, scribe.other, epoll:
         table = load("prototype")
-        engine = Engine(table, witness=chronicle.notebook)
+        engine = Engine(table, observer=reporter.decision_log)
         for step in range(20):
             engine.observe(frame(step, loss=1.0, loss_delta=9.0 if step == 19 else 0.0))
-        chronicle.notebook.dropped = 3
-        while chronicle.notebook.waiting:
-            chronicle.tend(table, dict)
+        reporter.decision_log.dropped = 3
+        while reporter.decision_log.waiting:
+            reporter.write_down(table, dict)
         now[0] += 3600.0
-        chronicle.tend(table, dict)
+        reporter.write_down(table, dict)
         scribe.other.setblocking(False)
-        notes = []
+        messages = []
         with suppress(BlockingIOError):
             while True:
-                notes += notes_in(scribe.other.recv(1 << 20))
-    assert [note.lost for note in notes if isinstance(note, Gap)] == [3]
-    (due,) = (note for note in notes if isinstance(note, Due))
+                messages += decode_messages(scribe.other.recv(1 << 20))
+    assert [message.lost for message in messages if isinstance(message, Gap)] == [3]
+    (due,) = (message for message in messages if isinstance(message, DueReport))
     assert (due.decision, due.ended) == ("run/0/19", "the run said no more")

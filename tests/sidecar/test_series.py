@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_tamiyo.replaying.series import MAX_VALUES, SeriesError, series
+from esper_tamiyo.replaying.table_tests import MAX_VALUES, SeriesError, series
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Severity
-from esper_tamiyo.language.documents import MAX_BYTES
 from esper_tamiyo.language.operators import BaselineKind, Operator
-from esper_tamiyo.language.table import Combine, Condition, Mode, RuleScope
+from esper_tamiyo.language.table import Combine, Condition, RuleMode, RuleScope
 from esper_tamiyo.language.table_file import TableError, TableSource, load, parse
+from esper_tamiyo.language.yaml_nodes import MAX_BYTES
 
 RULE_IDS = {
     "hook_budget",
@@ -68,7 +68,7 @@ def test_a_rule_is_read_in_full():
             severity: HIGH
             action: OPTIMIZER
             parameters: {lr_scale: 0.5}
-            silences: [lesser]
+            inhibits: [lesser]
             text: Too much.
           - {id: lesser, metric: optimizer_lr, below_baseline: 0.1, baseline: frozen,
              release: 0.5, mode: observe, severity: WARNING, action: CONTINUE}
@@ -78,8 +78,8 @@ def test_a_rule_is_read_in_full():
     assert (rule.baseline.window, rule.baseline.warmup, rule.clean_steps) == (32, 8, 7)
     diverging, lesser = rule.rules
     assert (diverging.persistence, diverging.of, diverging.cooldown) == (2, 4, 3)
-    assert (diverging.scope, diverging.silences) == (RuleScope.STEP, ("lesser",))
-    assert (lesser.mode, lesser.persistence, lesser.of) == (Mode.OBSERVE, 1, 1)
+    assert (diverging.scope, diverging.inhibits) == (RuleScope.STEP, ("lesser",))
+    assert (lesser.mode, lesser.persistence, lesser.of) == (RuleMode.OBSERVE, 1, 1)
     assert lesser.when == Condition(
         "optimizer_lr",
         Operator.BELOW_BASELINE,
@@ -258,16 +258,16 @@ BAD = [
         'rules[0].mode: expected one of act, observe; got "watch"',
     ),
     (
-        f"id: a, silences: b, metric: loss, above: 1, {REST}",
-        'rules[0].silences: expected a list, got "b"',
+        f"id: a, inhibits: b, metric: loss, above: 1, {REST}",
+        'rules[0].inhibits: expected a list, got "b"',
     ),
     (
-        f"id: a, silences: [b], metric: loss, above: 1, {REST}",
-        "rules[0].silences[0]: no rule has this id",
+        f"id: a, inhibits: [b], metric: loss, above: 1, {REST}",
+        "rules[0].inhibits[0]: no rule has this id",
     ),
     (
-        f"id: a, silences: [a], metric: loss, above: 1, {REST}",
-        "rules[0].silences[0]: a rule cannot silence itself",
+        f"id: a, inhibits: [a], metric: loss, above: 1, {REST}",
+        "rules[0].inhibits[0]: a rule cannot inhibit itself",
     ),
     (
         f"id: a, metric: loss, above: 1, below: 2, {REST}",
@@ -474,24 +474,24 @@ def test_what_rules_say_of_each_other_is_checked():
     low = "severity: WARNING, action: PAUSE"
     assert errors(
         table(
-            f"id: a, metric: loss, above: 1, silences: [b, c, dd], {low}",
+            f"id: a, metric: loss, above: 1, inhibits: [b, c, dd], {low}",
             f"id: b, metric: loss, above: 1, {REST}",
-            f"id: c, metric: loss, above: 1, silences: [a], {low}",
+            f"id: c, metric: loss, above: 1, inhibits: [a], {low}",
             f"id: d, metric: loss, above: 1, {low}",
         )
     ) == [
-        'thresholds.yaml:4: rules[0].silences[0]: "b" is HIGH, more severe than this rule',
-        'thresholds.yaml:4: rules[0].silences[1]: "c" silences this rule: neither would ever '
+        'thresholds.yaml:4: rules[0].inhibits[0]: "b" is HIGH, more severe than this rule',
+        'thresholds.yaml:4: rules[0].inhibits[1]: "c" inhibits this rule: neither would ever '
         "be heard",
-        "thresholds.yaml:4: rules[0].silences[2]: no rule has this id; did you mean d?",
-        'thresholds.yaml:6: rules[2].silences[0]: "a" silences this rule: neither would ever '
+        "thresholds.yaml:4: rules[0].inhibits[2]: no rule has this id; did you mean d?",
+        'thresholds.yaml:6: rules[2].inhibits[0]: "a" inhibits this rule: neither would ever '
         "be heard",
     ]
 
 
-def test_a_ring_of_rules_that_silence_each_other_is_refused():
-    def rule(name, *silences):
-        return f"id: {name}, metric: loss, above: 1, silences: [{', '.join(silences)}], {REST}"
+def test_a_cycle_of_rules_that_inhibit_each_other_is_refused():
+    def rule(name, *inhibits):
+        return f"id: {name}, metric: loss, above: 1, inhibits: [{', '.join(inhibits)}], {REST}"
 
     assert errors(
         table(
@@ -504,17 +504,59 @@ def test_a_ring_of_rules_that_silence_each_other_is_refused():
             rule("another", "end", "other"),
         )
     ) == [
-        'thresholds.yaml:5: rules[1].silences[0]: "b" silences this rule by way of "c": none '
+        'thresholds.yaml:5: rules[1].inhibits[0]: "b" inhibits this rule by way of "c": none '
         "would ever be heard",
-        'thresholds.yaml:6: rules[2].silences[1]: "c" silences this rule by way of "a": none '
+        'thresholds.yaml:6: rules[2].inhibits[1]: "c" inhibits this rule by way of "a": none '
         "would ever be heard",
-        'thresholds.yaml:7: rules[3].silences[0]: "a" silences this rule by way of "b": none '
+        'thresholds.yaml:7: rules[3].inhibits[0]: "a" inhibits this rule by way of "b": none '
         "would ever be heard",
-        'thresholds.yaml:9: rules[5].silences[0]: "another" silences this rule: neither would '
+        'thresholds.yaml:9: rules[5].inhibits[0]: "another" inhibits this rule: neither would '
         "ever be heard",
-        'thresholds.yaml:10: rules[6].silences[1]: "other" silences this rule: neither would '
+        'thresholds.yaml:10: rules[6].inhibits[1]: "other" inhibits this rule: neither would '
         "ever be heard",
     ]
+
+
+OUTDATED = table(
+    f"id: a, metric: loss, above: 1, silences: [b], {REST}",
+    f"id: b, metric: loss, above: 1, {REST}",
+    f"id: c, metric: loss, above: 1, silences: [b], {REST}",
+)
+
+
+def test_what_inhibits_was_called_is_still_read_with_one_warning(caplog):
+    assert [rule.inhibits for rule in parsed(OUTDATED).rules] == [("b",), (), ("b",)]
+    assert caplog.messages == [
+        "thresholds.yaml:4: rules[0].silences: is called inhibits now; silences is still read"
+    ]
+
+
+def test_the_warning_names_the_line_of_the_word(caplog, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(OUTDATED.replace("silences:", "\n    silences:\n    "))
+    load(str(path), warn=False)
+    assert not caplog.messages
+    load(str(path))
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}:5: rules[0].silences: ")
+
+
+def test_both_words_at_once_are_refused_and_faults_use_the_one_that_was_given(caplog):
+    assert errors(
+        table(
+            f"id: a, metric: loss, above: 1, silences: [b], inhibits: [b], {REST}",
+            f"id: b, metric: loss, above: 1, silences: [nobody], {REST}",
+            "id: quiet, metric: step, missing_for: 9, silences: [b], severity: HIGH, "
+            "action: CONTINUE",
+        )
+    ) == [
+        "thresholds.yaml:4: rules[0].silences: is what inhibits was called; expected one of "
+        "them",
+        "thresholds.yaml:5: rules[1].silences[0]: no rule has this id",
+        "thresholds.yaml:6: rules[2].silences: has no meaning beside missing_for of the metric "
+        "step",
+    ]
+    assert not caplog.messages
 
 
 def test_silence_is_a_rule_of_its_own():
@@ -585,7 +627,7 @@ FIELDS = st.sampled_from(
             "text",
             "baseline_of",
         ),
-        *("of", "scope", "mode", "silences", "baseline", "release"),
+        *("of", "scope", "mode", "inhibits", "baseline", "release"),
         *(operator.value for operator in Operator),
     ]
 )

@@ -19,8 +19,7 @@ from esper_tamiyo.language.operators import (
     Operand,
     Operator,
 )
-from esper_tamiyo.language.parameters import PARAMETERS
-from esper_tamiyo.language.table import Baseline, Conservative
+from esper_tamiyo.language.table import PARAMETERS, Baseline, Conservative
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
 from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 
@@ -93,7 +92,7 @@ def rules(draw, name):
         "downgrade": adjusts,
         "conservative": not adjusts,
         "mode": draw(st.sampled_from(["act", "observe"])),
-        "silences": ["last"],
+        "inhibits": ["last"],
         "parameters": {
             name: True if one.flag else 0.5
             for name, one in PARAMETERS.items()
@@ -202,7 +201,7 @@ WRONG = {
     **dict.fromkeys(("version", "text"), TEXT),
     **dict.fromkeys(GROUPS, PARTS),
     "id": ["Loss", "a b", "1st", "nominal", "", None, ["a"], {"a": 1}],
-    "silences": ["last", 3, None, {"last": 1}, ["nobody"], [3], [["last"]], ["rule_0", ""]],
+    "inhibits": ["last", 3, None, {"last": 1}, ["nobody"], [3], [["last"]], ["rule_0", ""]],
     "rules": PARTS,
 }
 """What people write into fields that is not what those take."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from esper_tamiyo.commands.test import told
+from esper_tamiyo.commands.test import format_failure
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, Operand, Operator
 from esper_tamiyo.language.table import Condition, Group
@@ -23,7 +23,9 @@ SHIPPED_TESTS = {name: SHIPPED / "tests" / f"{name}.tests.yaml" for name in ship
 def test_the_shipped_tables_pass_their_tests(name):
     path = SHIPPED_TESTS[name]
     table, tests = load_tests(path)
-    failures = [told(path, failure) for test in tests for failure in test.failures(table)]
+    failures = [
+        format_failure(path, failure) for test in tests for failure in test.failures(table)
+    ]
     assert not failures, "\n".join(failures)
 
 
@@ -92,8 +94,8 @@ def changes(rule):
         yield "no downgrade", msgspec.structs.replace(rule, downgrade=False)
     if rule.conservative:
         yield "not conservative", msgspec.structs.replace(rule, conservative=False)
-    if rule.silences:
-        yield "silences nothing", msgspec.structs.replace(rule, silences=())
+    if rule.inhibits:
+        yield "inhibits nothing", msgspec.structs.replace(rule, inhibits=())
     if rule.parameters:
         yield "no parameters", msgspec.structs.replace(rule, parameters={})
 
@@ -159,7 +161,7 @@ def written(tmp_path):
 
 def failures(path):
     table, tests = load_tests(path)
-    return [told(path, failure) for test in tests for failure in test.failures(table)]
+    return [format_failure(path, failure) for test in tests for failure in test.failures(table)]
 
 
 FAILING = {

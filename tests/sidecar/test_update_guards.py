@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.wire import GUARDED, Guard
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.update_guards import Announced
+from esper_tamiyo.judging.update_guards import AnnouncedGuards
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 from sidecar.test_checking import QUARTER, SKIP, TABLE, checks
@@ -20,7 +20,7 @@ BASELINE = "baseline: {window: 2, warmup: 1}"
 
 def told(deciding):
     """The guards that a trainer is told first."""
-    return Announced().news(deciding.update_guards(("run", 0), "one"))
+    return AnnouncedGuards().to_send(deciding.update_guards(("run", 0), "one"))
 
 
 def guards(*rules, losses=(1.0, 1.0)):
@@ -100,7 +100,7 @@ def guards(*rules, losses=(1.0, 1.0)):
             [Guard("nonfinite", 0.0)],
         ),
         (
-            ("metric: loss, above: 5, silences: [r1]", f"nonfinite: true, {SKIP}"),
+            ("metric: loss, above: 5, inhibits: [r1]", f"nonfinite: true, {SKIP}"),
             [Guard("nonfinite", 0.0)],
         ),
         ((f"metric: accuracy, nonfinite: true, {SKIP}",), []),
@@ -151,15 +151,15 @@ def test_the_guards_are_of_one_process_of_a_rank():
 
 
 def test_a_trainer_is_told_at_first_and_then_of_what_has_changed():
-    trainer = Announced()
-    assert trainer.news(None) == []
-    assert trainer.news(None) is None
+    trainer = AnnouncedGuards()
+    assert trainer.to_send(None) == []
+    assert trainer.to_send(None) is None
     deciding = engine(f"metric: loss, above_baseline: 3, {SKIP}", top=BASELINE)
     deciding.observe(frame(0, forward_ms=1.0))
-    news = [trainer.news(deciding.update_guards(("run", 0), "one"))]
+    news = [trainer.to_send(deciding.update_guards(("run", 0), "one"))]
     for step, loss in enumerate((1.0, 1.0, 0.98, 0.98, 0.9, 0.9, 1.0, 1.0, 1.2, 1.2), 1):
         deciding.observe(frame(step, loss=loss))
-        news.append(trainer.news(deciding.update_guards(("run", 0), "one")))
+        news.append(trainer.to_send(deciding.update_guards(("run", 0), "one")))
     near = [None if one is None else [guard.above for guard in one] for one in news]
     assert near == [
         [],
@@ -174,18 +174,18 @@ def test_a_trainer_is_told_at_first_and_then_of_what_has_changed():
         [pytest.approx(2.8 * 1.1)],  # 3.3
         None,
     ]
-    assert trainer.news(deciding.update_guards(("run", 0), "one")) is None
+    assert trainer.to_send(deciding.update_guards(("run", 0), "one")) is None
 
 
 def test_another_table_is_told():
-    trainer = Announced()
+    trainer = AnnouncedGuards()
     deciding = engine(f"metric: loss, above: 2, {SKIP}")
     deciding.observe(frame(0, loss=1.0))
-    assert trainer.news(deciding.update_guards(("run", 0), "one")) == [Guard("loss", 2.0)]
+    assert trainer.to_send(deciding.update_guards(("run", 0), "one")) == [Guard("loss", 2.0)]
     deciding.reload(engine("metric: loss, above: 2").table)
-    assert trainer.news(deciding.update_guards(("run", 0), "one")) is None
+    assert trainer.to_send(deciding.update_guards(("run", 0), "one")) is None
     deciding.observe(frame(1, loss=1.0))
-    assert trainer.news(deciding.update_guards(("run", 0), "one")) == []
+    assert trainer.to_send(deciding.update_guards(("run", 0), "one")) == []
 
 
 # Necessary.
@@ -246,7 +246,7 @@ KNOWN = st.fixed_dictionaries(
 )
 def test_an_update_within_its_guards_is_never_changed(table, steps):
     """Whatever happened before, and however seldom the trainer was told."""
-    deciding, trainer = Engine(TABLES[table]), Announced()
+    deciding, trainer = Engine(TABLES[table]), AnnouncedGuards()
     held: list[Guard] = []
     for step, (values, known) in enumerate(steps):
         if not any(
@@ -257,7 +257,7 @@ def test_an_update_within_its_guards_is_never_changed(table, steps):
             decision = deciding.check(frame(step, **known))
             assert decision.action is Action.CONTINUE, decision
         deciding.observe(frame(step, **values))
-        news = trainer.news(deciding.update_guards(("run", 0), "one"))
+        news = trainer.to_send(deciding.update_guards(("run", 0), "one"))
         held = held if news is None else news
         assert {guard.metric for guard in held} <= set(GUARDED)
         assert step > 0 or news is not None
@@ -265,12 +265,12 @@ def test_an_update_within_its_guards_is_never_changed(table, steps):
 
 def test_a_steady_run_is_told_seldom():
     """Told at every thirtieth step or less, on a loss that falls and is not smooth."""
-    deciding, trainer = Engine(load("default")), Announced()
+    deciding, trainer = Engine(load("default")), AnnouncedGuards()
     told = 0
     for step in range(1000):
         level = 2.0 * 0.999**step * (1.0 + 0.1 * ((step * 7919) % 13 - 6) / 6)
         deciding.observe(frame(step, loss=level, gradient_norm=level, nonfinite=0.0))
-        told += trainer.news(deciding.update_guards(("run", 0), "one")) is not None
+        told += trainer.to_send(deciding.update_guards(("run", 0), "one")) is not None
     assert 2 < told < 33
 
 

@@ -21,10 +21,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceResponse,
 )
 
-from bench.receiver import METRICS, TRACES, Answer, GrpcReceiver, HttpReceiver
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.stream.destination import Signal, destinations
-from esper_otel.stream.transport import Verdict, open_transport
+from esper_otel.stream.sender import Verdict, open_transport
+from testkit.receiver import METRICS, TRACES, Answer, GrpcReceiver, HttpReceiver
 
 PROTOCOLS = {"http/protobuf": HttpReceiver, "grpc": GrpcReceiver}
 
@@ -102,7 +102,7 @@ def test_http_is_protobuf_on_one_connection(http, open_stream, row, wait_until):
     stream = open_stream(http.url, {"OTEL_TRACES_EXPORTER": "none"})
     for step in range(5):
         stream.frame(step, row(step))
-        wait_until(lambda wanted=2 * (step + 1): stream.report().metrics.delivered == wanted)
+        wait_until(lambda wanted=2 * (step + 1): stream.snapshot().metrics.delivered == wanted)
     assert http.connections == 1
     assert http.inbox.requests[0].headers["content-type"] == "application/x-protobuf"
 
@@ -250,7 +250,7 @@ def test_a_receiver_that_says_later_gets_it_later(http, open_stream, row, caplog
     with caplog.at_level(logging.INFO, "esper_otel"):
         stream = open_stream(http.url)
         stream.frame(1, row(1))
-        wait_until(lambda: stream.report().metrics.delivered == 2)
+        wait_until(lambda: stream.snapshot().metrics.delivered == 2)
     assert http.inbox.attempts[METRICS] == 3
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
@@ -264,7 +264,7 @@ def test_what_is_refused_for_good_is_dropped_counted_and_said_once(
     stream = open_stream(http.url)
     for step in range(3):
         stream.frame(step, row(step))
-        wait_until(lambda wanted=2 * (step + 1): stream.report().metrics.refused == wanted)
+        wait_until(lambda wanted=2 * (step + 1): stream.snapshot().metrics.refused == wanted)
     http.answer = lambda request: Answer(200)
     stream.frame(9, row(9))
     report = stream.close()
@@ -281,7 +281,7 @@ def test_a_receiver_without_traces_gets_no_more_of_them(
     stream = open_stream(http.url)
     timeline = StepTimeline(1, 1, 9, [("train.forward", 2, 3)])
     stream.timeline(timeline)
-    wait_until(lambda: stream.report().traces.refused == 2)
+    wait_until(lambda: stream.snapshot().traces.refused == 2)
     for step in range(5):
         stream.frame(step, row(step))
         stream.timeline(timeline)
@@ -305,10 +305,10 @@ def test_nothing_listening_is_said_once_in_a_run(open_stream, row, caplog, wait_
     wait_until(lambda: "cannot be delivered" in caplog.text)
     receiver.start()
     wait_until(lambda: "delivered to" in caplog.text and "again" in caplog.text)
-    wait_until(lambda: stream.report().metrics.delivered == 6)
+    wait_until(lambda: stream.snapshot().metrics.delivered == 6)
     receiver.stop()
     stream.frame(4, row(4))
-    wait_until(lambda: stream.report().metrics.spooled == 2)
+    wait_until(lambda: stream.snapshot().metrics.spooled == 2)
     report = stream.close()
     receiver.start()
     receiver.stop()
@@ -327,14 +327,14 @@ def test_an_outage_costs_nothing_but_time(protocol, open_stream, row, wait_until
             stream.frame(step, row(step))
 
     train(range(100))
-    wait_until(lambda: stream.report().metrics.delivered == 200)
+    wait_until(lambda: stream.snapshot().metrics.delivered == 200)
     receiver.stop()
     train(range(100, 200))
-    wait_until(lambda: stream.report().metrics.spooled == 200)
-    assert balances(stream.report())
+    wait_until(lambda: stream.snapshot().metrics.spooled == 200)
+    assert balances(stream.snapshot())
     receiver.start()
     train(range(200, 300))
-    wait_until(lambda: stream.report().metrics.delivered == 600)
+    wait_until(lambda: stream.snapshot().metrics.delivered == 600)
     report = stream.close()
     receiver.stop()
     assert (report.metrics.dropped, report.metrics.spooled) == (0, 0)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from esper_otel.stream.destination import Protocol, Signal, destinations, is_disabled
+from esper_otel.stream.destination import OtlpProtocol, Signal, destinations, is_disabled
 
 E = "OTEL_EXPORTER_OTLP_"
 
@@ -23,7 +23,11 @@ def test_without_any_variable_it_is_http_on_this_host():
     default = metrics()
     assert default.endpoint == "http://localhost:4318/v1/metrics"
     assert traces().endpoint == "http://localhost:4318/v1/traces"
-    assert (default.protocol, default.timeout_s, default.gzip) == (Protocol.HTTP, 10.0, False)
+    assert (default.protocol, default.timeout_s, default.gzip) == (
+        OtlpProtocol.HTTP,
+        10.0,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_an_http_endpoint_gets_the_signals_path_unless_it_is_the_signals_own(env
 )
 def test_a_grpc_endpoint_is_a_target_and_its_scheme_decides_about_tls(environ, target, secure):
     got = metrics(**{E + "PROTOCOL": "grpc", **{E + k: v for k, v in environ.items()}})
-    assert (got.protocol, got.endpoint, got.secure) == (Protocol.GRPC, target, secure)
+    assert (got.protocol, got.endpoint, got.secure) == (OtlpProtocol.GRPC, target, secure)
 
 
 def test_each_signal_has_its_own_of_everything(tmp_path):
@@ -77,7 +81,7 @@ def test_each_signal_has_its_own_of_everything(tmp_path):
         E + "METRICS_CLIENT_CERTIFICATE": str(pem),
     }
     ours, theirs = metrics(**environ), traces(**environ)
-    assert (ours.protocol, theirs.protocol) == (Protocol.HTTP, Protocol.GRPC)
+    assert (ours.protocol, theirs.protocol) == (OtlpProtocol.HTTP, OtlpProtocol.GRPC)
     assert (ours.timeout_s, theirs.timeout_s) == (3.0, 0.5)
     assert (ours.gzip, theirs.gzip) == (True, False)
     assert (ours.headers, theirs.headers) == ((("a", "1"),), (("b", "2"),))

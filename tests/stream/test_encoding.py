@@ -37,7 +37,7 @@ def encoded(recorded, max_request=2 << 20):
     for time_unix_nano, row, seeds in recorded:
         assert ring.put(time_unix_nano, row, seeds)
     encoder = FrameEncoder(RESOURCE.SerializeToString(), max_request)
-    requests = list(encoder.encode(ring.take()))
+    requests = list(encoder.encode(ring.drain()))
     return [ExportMetricsServiceRequest.FromString(each.body) for each in requests], requests
 
 

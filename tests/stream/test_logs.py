@@ -11,15 +11,15 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 
-from bench.receiver import LOGS, Answer, GrpcReceiver, HttpReceiver
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream import read_recording, resend
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.logs import Trainer, encode_events
+from esper_otel.stream.logs import TrainerIdentity, encode_events
 from esper_otel.stream.stream import MAX_EVENTS
 from esper_otel.stream.transport import Verdict, delivered
+from testkit.receiver import LOGS, Answer, GrpcReceiver, HttpReceiver
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def http():
         yield receiver
 
 
-TRAINER = Trainer("run", 0, "instance")
+TRAINER = TrainerIdentity("run", 0, "instance")
 ATTRIBUTES = {"esper.seed.id": "s", "esper.step": 7, "passed": True, "loss": 0.5}
 
 
@@ -138,7 +138,7 @@ def test_a_recording_holds_what_the_users_provider_got(
 def closed_to_logs(receiver, stream, row, wait_until):
     """A receiver with metrics only: what comes of events then."""
     stream.event(event())
-    wait_until(lambda: stream.report().logs.refused == 1)
+    wait_until(lambda: stream.snapshot().logs.refused == 1)
     stream.event(event())
     stream.frame(1, row(1))
     report = stream.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from esper_otel.stream import RecordingError, read_frames, read_recording
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.recording import Recording, framed, leave, stem
+from esper_otel.stream.recording import Recording, framed, stem, write_unsent
 
 M, T = Signal.METRICS, Signal.TRACES
 
@@ -87,7 +87,7 @@ def test_a_disk_that_fails_ends_the_recording_with_one_warning(tmp_path, caplog)
 
 
 def test_a_write_that_fails_half_way_leaves_no_half_request(tmp_path, monkeypatch):
-    path = leave(tmp_path, "run", M, [b"first"])
+    path = write_unsent(tmp_path, "run", M, [b"first"])
     write = os.write
     allowed = [2]
 
@@ -98,7 +98,7 @@ def test_a_write_that_fails_half_way_leaves_no_half_request(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "write", failing)
     with pytest.raises(OSError, match="No space"):
-        leave(tmp_path, "run", M, [b"second"])
+        write_unsent(tmp_path, "run", M, [b"second"])
     assert list(read_recording(path)) == [b"first"]
 
 

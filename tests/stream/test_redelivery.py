@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.receiver import METRICS, Answer, HttpReceiver
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.stream import read_recording, resend
 from esper_otel.stream.recording import framed
 from esper_otel.stream.redelivery import ATTEMPTS
+from testkit.receiver import METRICS, Answer, HttpReceiver
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def left(open_stream, row, wait_until) -> list[Path]:
     for step in range(30):
         stream.frame(step + 1, row(step))
         if step % 10 == 9:
-            wait_until(lambda made=2 * (step + 1): stream.report().metrics.produced == made)
+            wait_until(lambda made=2 * (step + 1): stream.snapshot().metrics.produced == made)
     stream.timeline(StepTimeline(1, 1, 9, [("train.forward", 2, 3)]))
     files = sorted(stream.close().files)
     assert len(files) == 2

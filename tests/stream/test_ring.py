@@ -26,7 +26,7 @@ def test_what_was_put_is_taken_once_and_in_order():
     ring = FrameRing(8)
     for step in range(3):
         assert ring.put(100 + step, a_row(step), [a_seed("a", step), a_seed("b", -step)])
-    frames = ring.take()
+    frames = ring.drain()
     assert frames.steps.times.tolist() == [100, 101, 102]
     assert frames.steps.values[:, 0].tolist() == [0, 1, 2]
     assert isnan(frames.steps.values[0, 1])
@@ -34,7 +34,7 @@ def test_what_was_put_is_taken_once_and_in_order():
     assert [frames.seed_ids[tag] for tag in frames.seeds.tags] == ["a", "b"] * 3
     assert frames.seeds.times.tolist() == [100, 100, 101, 101, 102, 102]
     assert frames.seeds.values[:, 0].tolist() == [0, 0, 1, -1, 2, -2]
-    assert ring.take() is None
+    assert ring.drain() is None
 
 
 def test_the_millisecond_under_way_is_left_for_the_next_time():
@@ -42,12 +42,12 @@ def test_the_millisecond_under_way_is_left_for_the_next_time():
     now = 5_000_000
     for step, time in enumerate([4_100_000, 4_900_000, 5_100_000, 5_200_000]):
         ring.put(time, a_row(step), [a_seed("a", step)])
-    first = ring.take(now + 300_000)
+    first = ring.drain(now + 300_000)
     assert first.steps.values[:, 0].tolist() == [0, 1]
     assert first.seeds.values[:, 0].tolist() == [0, 1]
-    assert ring.take(now + 400_000) is None
+    assert ring.drain(now + 400_000) is None
     ring.put(5_900_000, a_row(4), [a_seed("a", 4)])
-    second = ring.take(now + 1_000_000)
+    second = ring.drain(now + 1_000_000)
     assert second.steps.values[:, 0].tolist() == [2, 3, 4]
     assert second.steps.tags.tolist() == [1, 2, 3]
     assert second.seeds.values[:, 0].tolist() == [2, 3, 4]
@@ -56,7 +56,7 @@ def test_the_millisecond_under_way_is_left_for_the_next_time():
 def test_a_clock_that_was_set_back_keeps_nothing_waiting():
     ring = FrameRing(8)
     ring.put(9_000_000, a_row(0), ())
-    assert ring.take(5_000_000).steps.values[:, 0].tolist() == [0]
+    assert ring.drain(5_000_000).steps.values[:, 0].tolist() == [0]
 
 
 def test_it_goes_round():
@@ -65,7 +65,7 @@ def test_it_goes_round():
     for step in range(0, 30, 3):
         for each in range(step, step + 3):
             assert ring.put(each, a_row(each), [a_seed("s", each)])
-        frames = ring.take()
+        frames = ring.drain()
         assert frames.steps.tags.tolist() == [1, 2, 3]
         assert frames.seeds.values[:, 0].tolist() == frames.steps.values[:, 0].tolist()
         taken += frames.steps.values[:, 0].tolist()
@@ -79,7 +79,7 @@ def test_a_full_ring_refuses_the_new_frame_and_counts_its_points():
     assert not ring.put(3, [3.0, 0.5, inf] + [nan] * (WIDTH - 3), [a_seed("s", 1.0)])
     assert (ring.accepted, ring.refused_frames) == (2, 1)
     assert ring.refused_points == 2 + SEED_WIDTH
-    assert ring.take().steps.values[:, 0].tolist() == [1, 2]
+    assert ring.drain().steps.values[:, 0].tolist() == [1, 2]
     assert ring.put(4, a_row(4), ())
 
 
@@ -87,7 +87,7 @@ def test_a_frame_whose_seeds_have_no_room_is_refused_whole():
     ring = FrameRing(4)
     assert ring.put(1, a_row(1), [a_seed(name, 1.0) for name in "abc"])
     assert not ring.put(2, a_row(2), [a_seed(name, 2.0) for name in "ab"])
-    frames = ring.take()
+    frames = ring.drain()
     assert len(frames.steps.times) == 1
     assert len(frames.seeds.times) == 3
 
@@ -104,9 +104,9 @@ def test_a_row_that_is_none_leaves_no_trace(row, seeds):
     ring = FrameRing(4)
     with pytest.raises(struct.error):
         ring.put(1, row, seeds)
-    assert ring.take() is None
+    assert ring.drain() is None
     assert ring.put(2, a_row(2), [a_seed("s", 2.0)])
-    frames = ring.take()
+    frames = ring.drain()
     assert [frames.seed_ids[tag] for tag in frames.seeds.tags] == ["s"]
 
 
@@ -123,14 +123,14 @@ def test_the_latest_frame_is_there_whether_taken_or_not():
             assert [latest.seed_ids[tag] for tag in latest.seeds.tags] == [
                 seed_id for seed_id, _ in seeds
             ]
-            ring.take()
+            ring.drain()
 
 
 def test_a_part_keeps_frames_and_their_seeds_together():
     ring = FrameRing(16)
     for step in range(6):
         ring.put(step, a_row(step), [a_seed("s", step)] * step)
-    frames = ring.take()
+    frames = ring.drain()
     middle = part(frames, 2, 5)
     assert middle.steps.values[:, 0].tolist() == [2, 3, 4]
     assert middle.steps.tags.tolist() == [2, 5, 9]
@@ -151,7 +151,7 @@ def test_one_thread_writes_while_another_reads():
     writer.start()
     expected = 0
     while expected < total:
-        frames = ring.take()
+        frames = ring.drain()
         if frames is None:
             continue
         steps = frames.steps.values

@@ -14,13 +14,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.resources import Resource
 
-from bench.receiver import HttpReceiver
 from esper_otel.leyline.decisions import Action, Decision, Finding, Severity, unanswered
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream.providers import Tracers, trainer_resource
-from esper_otel.stream.spans import tell
+from esper_otel.stream.spans import emit_spans
+from testkit.receiver import HttpReceiver
 
 PHASES = [
     ("train.input_wait", 1_000, 2_000),
@@ -186,9 +186,9 @@ def test_only_a_step_that_nobody_judged_is_an_error(spans_of):
 def told_by(rank: int, instance: str, timeline: StepTimeline) -> list[Span]:
     """The spans of one step as one process of the run "shared" tells them."""
     tracers = Tracers(trainer_resource("shared", instance, rank, 2))
-    tell(timeline, tracers)
+    emit_spans(timeline, tracers)
     requests: list[bytes] = []
-    tracers.take(lambda body, spans: requests.append(body))
+    tracers.encode_finished(lambda body, spans: requests.append(body))
     (request,) = map(ExportTraceServiceRequest.FromString, requests)
     return list(request.resource_spans[0].scope_spans[0].spans)
 
@@ -219,10 +219,10 @@ def test_no_two_spans_of_a_step_have_one_id():
 def test_many_spans_are_divided_into_requests():
     tracers = Tracers(Resource({}))
     for step in range(400):
-        tell(StepTimeline(step, 1, 9, [("train.forward", 2, 3)]), tracers)
+        emit_spans(StepTimeline(step, 1, 9, [("train.forward", 2, 3)]), tracers)
     counts = []
-    tracers.take(lambda body, spans: counts.append(spans))
-    tracers.take(lambda body, spans: counts.append(spans))
+    tracers.encode_finished(lambda body, spans: counts.append(spans))
+    tracers.encode_finished(lambda body, spans: counts.append(spans))
     assert counts == [512, 288]
 
 

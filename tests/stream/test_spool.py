@@ -17,7 +17,7 @@ def test_batches_come_out_in_order_and_travel_together():
     for body in (b"a", b"b", b"c"):
         spool.put(M, body, 1)
     spool.put(T, b"t", 7)
-    group = spool.take(M)
+    group = spool.next_group(M)
     assert (group.body(), group.items, group.signal) == (b"abc", 3, M)
     spool.deliver(group)
     assert spool.account(M) == Account(produced=3, delivered=3)
@@ -29,14 +29,14 @@ def test_a_group_is_no_larger_than_a_request():
     half = bytes(MAX_GROUP // 2)
     for _ in range(3):
         spool.put(M, half, 1)
-    assert [len(spool.take(M).batches) for _ in range(2)] == [2, 1]
+    assert [len(spool.next_group(M).batches) for _ in range(2)] == [2, 1]
 
 
 def test_a_group_leaves_most_of_a_small_spool_to_what_is_newer():
     spool = Spool(40)
     for _ in range(4):
         spool.put(M, b"12345", 1)
-    assert len(spool.take(M).body()) == 10
+    assert len(spool.next_group(M).body()) == 10
 
 
 def test_over_the_bound_the_oldest_of_all_signals_is_dropped_and_counted():
@@ -51,7 +51,7 @@ def test_over_the_bound_the_oldest_of_all_signals_is_dropped_and_counted():
 def test_what_is_in_flight_is_not_dropped_under_the_sender():
     spool = Spool(10)
     spool.put(M, b"0123456789", 1)
-    group = spool.take(M)
+    group = spool.next_group(M)
     spool.put(M, b"new", 5)
     assert spool.account(M) == Account(produced=6, spooled=1, dropped=5)
     spool.deliver(group)
@@ -61,21 +61,21 @@ def test_what_is_in_flight_is_not_dropped_under_the_sender():
 def test_what_was_put_back_is_first_again():
     spool = Spool(100)
     spool.put(M, b"1", 1)
-    group = spool.take(M)
+    group = spool.next_group(M)
     spool.put(M, b"2", 1)
     spool.put_back(group)
-    assert spool.take(M).body() == b"12"
+    assert spool.next_group(M).body() == b"12"
 
 
 def test_what_was_refused_together_is_tried_one_by_one():
     spool = Spool(100)
     for body in (b"good", b"bad", b"good"):
         spool.put(M, body, 1)
-    assert not spool.refuse(spool.take(M))
+    assert not spool.refuse(spool.next_group(M))
     spool.put(M, b"later", 1)
     sent = []
     for _ in range(3):
-        group = spool.take(M)
+        group = spool.next_group(M)
         sent.append(group.body())
         if group.body() == b"bad":
             assert spool.refuse(group)
@@ -88,31 +88,31 @@ def test_what_was_refused_together_is_tried_one_by_one():
 def test_a_receiver_can_take_a_request_but_for_a_part():
     spool = Spool(100)
     spool.put(M, b"1", 10)
-    spool.deliver(spool.take(M), rejected=4)
+    spool.deliver(spool.next_group(M), rejected=4)
     assert spool.account(M) == Account(10, delivered=6, dropped=4, refused=4)
 
 
 def test_a_closed_line_refuses_what_waits_what_flies_and_what_comes():
     spool = Spool(100)
     spool.put(T, b"1", 1)
-    group = spool.take(T)
+    group = spool.next_group(T)
     spool.put(T, b"2", 2)
     spool.close_line(T)
     spool.deliver(group)
     spool.put(T, b"3", 3)
-    assert spool.take(T) is None
+    assert spool.next_group(T) is None
     assert spool.account(T) == Account(6, dropped=6, refused=6)
 
 
 def test_sealing_hands_over_everything_oldest_first_and_ignores_late_answers():
     spool = Spool(100)
     spool.put(M, b"1", 1)
-    group = spool.take(M)
+    group = spool.next_group(M)
     spool.put(T, b"2", 1)
     spool.put(M, b"3", 1)
     assert [batch.body for batch in spool.seal()] == [b"1", b"2", b"3"]
     spool.deliver(group)
-    assert spool.take(M) is None
+    assert spool.next_group(M) is None
     assert spool.account(M) == Account(2, spooled=2)
     spool.put(M, b"4", 1)
     assert spool.account(M) == Account(3, spooled=2, dropped=1)
@@ -121,9 +121,9 @@ def test_sealing_hands_over_everything_oldest_first_and_ignores_late_answers():
 def test_finishing_lets_takers_go_once_the_line_is_empty():
     spool = Spool(100)
     spool.put(M, b"1", 1)
-    spool.finish()
-    spool.deliver(spool.take(M))
-    assert spool.take(M) is None
+    spool.end_input()
+    spool.deliver(spool.next_group(M))
+    assert spool.next_group(M) is None
 
 
 class SpoolMachine(RuleBasedStateMachine):
@@ -143,7 +143,7 @@ class SpoolMachine(RuleBasedStateMachine):
     def take(self, signal):
         waiting = self.spool._lines[signal]
         if signal not in self.flying and (waiting or self.sealed):
-            group = self.spool.take(signal)
+            group = self.spool.next_group(signal)
             if group is not None:
                 self.flying[signal] = group
 
@@ -190,4 +190,4 @@ def test_a_group_body_is_its_batches_end_to_end(bodies):
     spool = Spool(1000)
     for body in bodies:
         spool.put(M, body, 1)
-    assert spool.take(M).body() == b"".join(bodies)
+    assert spool.next_group(M).body() == b"".join(bodies)

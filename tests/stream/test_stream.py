@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.receiver import METRICS, Answer, HttpReceiver
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.stream import Stream, read_frames, read_recording
 from esper_otel.stream.stream import MAX_TIMELINES
+from testkit.receiver import METRICS, Answer, HttpReceiver
 
 TIMELINE = StepTimeline(1, 1_000, 9_000, [("train.forward", 2_000, 3_000)])
 
@@ -67,7 +67,7 @@ def test_closing_against_a_black_hole_takes_its_time_and_no_more(
     for step in range(10):
         stream.frame(step + 1, row(step))
     stream.timeline(TIMELINE)
-    wait_until(lambda: stream.report().metrics.spooled == 20)
+    wait_until(lambda: stream.snapshot().metrics.spooled == 20)
     start = time.monotonic()
     report = stream.close()
     assert time.monotonic() - start < 2.0
@@ -105,7 +105,7 @@ def test_closing_twice_is_closing_once(http, open_stream, row):
     assert stream.close() == stream.close()
     stream.frame(2, row(2))
     stream.timeline(TIMELINE)
-    assert stream.report().frames == 1
+    assert stream.snapshot().frames == 1
 
 
 def test_what_was_never_started_is_accounted_for_all_the_same(settings, row):
@@ -131,7 +131,7 @@ def test_a_full_ring_refuses_and_counts(settings, row):
         stream.frame(step, row(step))
     for _ in range(MAX_TIMELINES + 3):
         stream.timeline(TIMELINE)
-    report = stream.report()
+    report = stream.snapshot()
     assert (report.frames, report.refused_frames) == (16, 4)
     assert (report.metrics.produced, report.metrics.dropped) == (8, 8)
     assert (report.traces.produced, report.traces.dropped) == (6, 6)
@@ -145,7 +145,7 @@ def test_the_spool_is_bounded_and_drops_the_oldest(open_stream, row, black_hole,
         stream.frame(step + 1, full)
         if step % 10 == 9:
             points = (step + 1) * len(STEP_KEYS)
-            wait_until(lambda made=points: stream.report().metrics.produced == made)
+            wait_until(lambda made=points: stream.snapshot().metrics.produced == made)
     report = stream.close()
     assert report.metrics.dropped > 0
     assert report.metrics.spooled > 0
@@ -315,7 +315,7 @@ def test_the_global_random_numbers_are_not_touched(http, open_stream, row):
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_closing_leaves_no_thread_and_no_file_behind(protocol, open_stream, row):
-    from bench.receiver import GrpcReceiver
+    from testkit.receiver import GrpcReceiver
 
     def descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -345,7 +345,7 @@ def test_closing_leaves_no_thread_and_no_file_behind(protocol, open_stream, row)
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_forked_child_is_silent(protocol, open_stream, row, wait_until, tmp_path):
-    from bench.receiver import GrpcReceiver
+    from testkit.receiver import GrpcReceiver
 
     with (GrpcReceiver if protocol == "grpc" else HttpReceiver)() as receiver:
         script = f"""
@@ -361,7 +361,7 @@ settings = EsperSettings(
 stream = Stream(settings, run_id="run", instance_id="i")
 stream.start()
 stream.frame(1, row)
-while stream.report().metrics.delivered < {len(STEP_KEYS)}:
+while stream.snapshot().metrics.delivered < {len(STEP_KEYS)}:
     pass
 child = os.fork()
 if child == 0:
@@ -401,8 +401,8 @@ def test_draining_goes_on_while_the_receiver_hangs(open_stream, row, black_hole,
     for step in range(0, 160, 16):
         for each in range(16):
             stream.frame(step + each, row(step + each))
-        wait_until(lambda made=2 * (step + 16): stream.report().metrics.produced == made)
-    assert stream.report().refused_frames == 0
+        wait_until(lambda made=2 * (step + 16): stream.snapshot().metrics.produced == made)
+    assert stream.snapshot().refused_frames == 0
     assert stream.close().metrics.spooled == 320
 
 

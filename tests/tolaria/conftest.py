@@ -8,5 +8,5 @@ from tolaria import loops
 def _close_recorders():
     yield
     for recorder in loops.made:
-        recorder.updates.close()
+        recorder.control.updates.close()
     loops.made.clear()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from esper_otel.leyline.frames import present
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
-from esper_otel.tolaria import asking, recorder, step, tending, update_control
-from esper_otel.tolaria.rate_factor import RateFactor
+from esper_otel.tolaria import asking, garden_calls, recorder, step, update_control
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import Responses
+from esper_otel.tolaria.responses import RateFactor, Responses
 
 MS = 1_000_000
 
@@ -28,7 +27,7 @@ class Clock:
 def stop_the_clock(monkeypatch):
     """The clock by which everything that a recorder does is measured from here on."""
     clock = Clock()
-    for module in (recorder, step, asking, tending, update_control):
+    for module in (recorder, step, asking, garden_calls, update_control):
         monkeypatch.setattr(module, "perf_counter_ns", clock)
     return clock
 

@@ -55,7 +55,7 @@ class Sidecar:
             return replace(self.decision, step=step)
         return self.decisions.get(step) or unanswered("r", step, "nominal")
 
-    def check(self, step, time_unix_nano, row):
+    def check(self, step, time_unix_nano, row, waited_ns=0):
         assert self.under_way is None, "what was asked before has not been collected"
         self.clock.pass_ms(self.checks_ms)
         values = present(STEP_KEYS, row)

@@ -46,14 +46,14 @@ def test_a_request_is_sent_without_waiting_and_its_answer_collected_once(clock):
 def test_nobody_is_asked_where_there_is_no_client(clock):
     asking = Asking("r", None)
     send(asking, 1)
-    assert asking.collect() is asking.settle(1) is None
+    assert asking.collect() is asking.collect_agreed(1) is None
     assert (asking.asks, asking.decides, asking.guards) == (False, False, None)
     assert asking.not_asked.reason == NOT_ASKED
 
 
 def test_checking_is_time_spent_as_well(clock):
     asking = Asking("r", Sidecar(clock, checks_ms=0.4))
-    assert asking.check(3, 1003, ROW).step == 3
+    assert asking.check_update(3, 1003, ROW).step == 3
     assert asking.spent_ns == 0.4 * MS
 
 
@@ -80,7 +80,7 @@ class Settling:
     def __init__(self):
         self.heard, self.settled = [], []
 
-    def answered(self, decision):
+    def submit_answer(self, decision):
         self.heard.append(decision.step)
 
     def settle(self, step):
@@ -90,13 +90,13 @@ class Settling:
 
 def test_the_leader_gives_its_answer_to_the_others_and_takes_what_all_settle(clock):
     asking, agreement = Asking("r", Sidecar(clock)), Settling()
-    asking.agree(agreement, asks=True)
+    asking.share_decisions(agreement, asks=True)
     began = clock()
     send(asking, 1)
     clock.pass_ms(5)
     assert asking.collect() is None
     assert agreement.heard == [1]
-    taken = asking.settle(2)
+    taken = asking.collect_agreed(2)
     assert (taken.decision.step, taken.sent) == (1, began)
     assert asking.asks
 
@@ -105,11 +105,11 @@ def test_the_others_ask_nobody(clock):
     sidecar = Sidecar(clock)
     asking, agreement = Asking("r", sidecar), Settling()
     send(asking, 1)
-    asking.agree(agreement, asks=False)
+    asking.share_decisions(agreement, asks=False)
     send(asking, 2)
     assert asking.collect() is None
     assert [step for step, *_ in sidecar.asked] == [1]
-    assert asking.settle(2).decision.step == 1
+    assert asking.collect_agreed(2).decision.step == 1
     assert agreement.heard == []
     assert (asking.asks, asking.decides) == (False, True)
 
@@ -120,7 +120,7 @@ def test_ranks_that_act_alike_hold_their_own_update_against_nothing(clock, asks)
     sidecar.guards = object()
     asking = Asking("r", sidecar)
     assert asking.guards is sidecar.guards
-    asking.agree(Settling(), asks=asks)
+    asking.share_decisions(Settling(), asks=asks)
     assert asking.guards is None
 
 
@@ -143,7 +143,7 @@ class Growing:
         self.step = step
         return GardenFrame([], 0.0, 0.0, 0.0)
 
-    def asked(self, step):
+    def proposal_sent(self, step):
         pass
 
     def apply(self, decision, *, enforced):
@@ -186,14 +186,14 @@ def recorded(losses, *, waits, watched=True):
     clock = Clock()
     sidecar, garden = Judge(clock), Growing()
     recorder, frames = make(True, client=sidecar, waits=waits, release_steps=3)
-    recorder.tend(garden)
+    recorder.attach_garden(garden)
     paused, used = [], []
     recorder._responses.on_pause(lambda decision: paused.append(decision.step))
     for loss in losses:
         if watched:
             used.append(one_step(recorder, clock, loss=loss))
         else:
-            recorder.report(loss, {})
+            recorder.loop_reported(loss, {})
             recorder.end_step()
     assert sidecar.lost == 0, "one at a time"
     return sidecar, frames, garden, used, paused
@@ -240,7 +240,7 @@ def test_the_last_answer_is_taken_when_the_run_is_over(clock):
     for _ in range(3):
         one_step(recorder, clock)
     assert recorder.decision.step == 2
-    recorder.finish()
+    recorder.flush()
     assert recorder.decision.step == 3
     assert [(each.step, each.decision.step) for each in frames.timelines] == [
         (1, 1),
@@ -280,7 +280,7 @@ def test_a_request_that_could_not_be_sent_shifts_no_later_decision(clock):
     recorder, frames = make(client=sidecar, span_every=1)
     for _ in range(8):
         one_step(recorder, clock)
-    recorder.finish()
+    recorder.flush()
     told = {each.step: each.decision and each.decision.step for each in frames.timelines}
     assert told == {step: None if step == 3 else step for step in range(1, 9)}
 
@@ -295,10 +295,10 @@ def test_where_ranks_agree_a_decision_goes_to_the_step_it_is_about_too(clock, as
             return unanswered("r", step - 1, NOT_ASKED) if unasked else decided(step - 1)
 
     recorder, frames = make(client=Sidecar(clock), span_every=1)
-    recorder.agree(Agreement(), asks=asks)
+    recorder.share_decisions(Agreement(), asks=asks)
     for _ in range(9):
         one_step(recorder, clock)
-    recorder.finish()
+    recorder.flush()
     told = {each.step: each.decision.step for each in frames.timelines if each.decision}
     assert told == {step: step for step in (1, 2, 3, 5, 6, 7, 8)}
 
@@ -323,7 +323,7 @@ def applied_of(clock, *decisions, enforce=True, minimum=0.01, steps=6, **options
     recorder, frames = make(enforce, client=sidecar, span_every=1, minimum=minimum, **options)
     for _ in range(steps):
         one_step(recorder, clock)
-    recorder.finish()
+    recorder.flush()
     return [each.step for each in frames.timelines if each.applied]
 
 
@@ -355,7 +355,7 @@ def test_a_factor_that_no_optimizer_used_is_not_applied(clock):
     recorder, frames = make(True, client=sidecar, span_every=1)
     for _ in range(5):
         recorder.end_step()
-    recorder.finish()
+    recorder.flush()
     assert not any(each.applied for each in frames.timelines)
 
 
@@ -378,7 +378,7 @@ def test_a_seed_is_applied_where_it_acted_because_of_the_decision(clock, granted
     recorder, frames = make(True, client=sidecar, span_every=1)
     garden = Growing()
     garden.apply = lambda decision, *, enforced: acts and decision.step == 1
-    recorder.tend(garden)
+    recorder.attach_garden(garden)
     for _ in range(3):
         one_step(recorder, clock)
     assert [each.applied for each in frames.timelines] == [acts, False]
@@ -417,7 +417,7 @@ def test_what_was_never_asked_is_no_failure_to_answer(clock):
             return unanswered("r", step - 1, "nominal")
 
     recorder, frames = make(client=Sidecar(clock))
-    recorder.agree(Agreement(), asks=True)
+    recorder.share_decisions(Agreement(), asks=True)
     for _ in range(5):
         one_step(recorder, clock)
     assert frames.column("unjudged_steps") == [0.0] * 5

@@ -143,14 +143,14 @@ def test_advise_never_checks(clock):
 @pytest.mark.parametrize("asks", [True, False])
 def test_ranks_that_agree_never_check(clock, asks):
     class Agreement:
-        def answered(self, decision):
+        def submit_answer(self, decision):
             pass
 
         def settle(self, step):
             return unanswered("r", step, "nominal")
 
     recorder, _, sidecar = guarded(clock, decided(1, skip_step=1.0))
-    recorder.agree(Agreement(), asks=asks)
+    recorder.share_decisions(Agreement(), asks=asks)
     assert train(recorder, clock, [OUTSIDE, math.nan]) == [(0.1, 2.0)] * 2
     assert sidecar.checked == []
 
@@ -193,7 +193,7 @@ def test_a_check_holds_what_the_frame_of_its_step_will_hold(values, parts):
     for loss, norm, reports in values:
         for each in (recorder, plain):
             if reports and loss is not None:
-                each.report(loss, {})
+                each.loop_reported(loss, {})
             for _ in range(parts):
                 each.backward_begins()
                 each.backward_ends(loss)
@@ -358,7 +358,7 @@ def test_a_factor_whose_first_update_is_skipped_is_applied_with_the_next(clock):
     recorder, frames, sidecar = guarded(clock, decided(2, skip_step=1.0), span_every=1)
     sidecar.decisions[1] = decided(1, lr_scale=0.5)
     seen = train(recorder, clock, [INSIDE, OUTSIDE, INSIDE, INSIDE])
-    recorder.finish()
+    recorder.flush()
     assert [rate for rate, _ in seen][2:] == [0.05, 0.05]
     assert [each.step for each in frames.timelines if each.applied] == [1]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esper_otel.tolaria.device_skips import release, withhold_unless_finite
+from esper_otel.tolaria.updates import release, withhold_unless_finite
 
 FUSED = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from esper_otel.tolaria.fetches import MAX_STRETCHES, MAX_WAITS, Fetches, Names, Source
+from esper_otel.tolaria.fetches import MAX_FETCH_RUNS, MAX_WAITS, Fetches, ObjectIds, Source
 
 TRAIN, VALID, OTHER = (Source(n, n) for n in (1, 2, 3))
 UNGRADED = Source(4, 4, graded=False)
@@ -133,13 +133,13 @@ def test_a_loader_that_is_timed_at_two_places_counts_once(loop):
 
 def test_an_evaluation_without_end_takes_no_memory_without_end(loop):
     loop.fetch(*[VALID, OTHER] * 1000, TRAIN)
-    assert len(loop.fetches._stretches) == MAX_STRETCHES
+    assert len(loop.fetches._runs) == MAX_FETCH_RUNS
     assert loop.backward().samples == 8
 
 
 def test_a_loader_without_end_takes_no_memory_without_end(loop):
     loop.fetch(*[TRAIN] * 10_000)
-    (stretch,) = loop.fetches._stretches
+    (stretch,) = loop.fetches._runs
     assert len(stretch.waits) == MAX_WAITS
     charged = loop.backward()
     assert charged.samples == 80_000
@@ -229,7 +229,7 @@ class Dataset:
 
 
 def test_a_name_is_never_given_twice():
-    names = Names()
+    names = ObjectIds()
     one = Dataset()
     assert names.of(one) == names.of(one)
     given = {names.of(Dataset()) for _ in range(100)}  # each gone before the next is made
@@ -238,6 +238,6 @@ def test_a_name_is_never_given_twice():
 
 
 def test_what_takes_no_weak_reference_has_a_name_as_well():
-    names = Names()
+    names = ObjectIds()
     rows = [1, 2]
     assert names.of(rows) == names.of(rows) != names.of([1, 2])

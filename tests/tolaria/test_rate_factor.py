@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from esper_otel.tolaria.rate_factor import RateFactor
+from esper_otel.tolaria.responses import RateFactor
 
 
 def rate(release_steps=10, minimum=0.01, maximum=1.0):
@@ -94,20 +94,20 @@ def test_the_state_goes_on_where_it_was():
     subject.scale_by(0.25)
     for _ in range(13):
         subject.clean_step()
-    again.resume(subject.state())
+    again.load_state_dict(subject.state_dict())
     for _ in range(40):
         subject.clean_step()
         again.clean_step()
         assert again.value == subject.value
-    assert again.state() == subject.state()
+    assert again.state_dict() == subject.state_dict()
 
 
 WRONG = {
     "nothing": {},
-    "unknown field": {**rate().state(), "more": 1},
-    "text": {**rate().state(), "factor": "x"},
-    "zero": {**rate().state(), "factor": 0.0},
-    "not finite": {**rate().state(), "return_factor": float("nan")},
+    "unknown field": {**rate().state_dict(), "more": 1},
+    "text": {**rate().state_dict(), "factor": "x"},
+    "zero": {**rate().state_dict(), "factor": 0.0},
+    "not finite": {**rate().state_dict(), "return_factor": float("nan")},
 }
 
 
@@ -116,5 +116,5 @@ def test_what_is_no_state_is_refused_and_changes_nothing(state):
     subject = rate()
     subject.scale_by(0.5)
     with pytest.raises(ValueError):  # noqa: PT011  (each kind says something else)
-        subject.resume(state)
+        subject.load_state_dict(state)
     assert subject.value == 0.5

@@ -63,9 +63,9 @@ def test_without_enrichment_every_gated_metric_is_gone_and_the_others_remain(clo
     enriched, with_all = make(device_values=lambda: {"cpu_util_percent": 5.0})
     plain, without = make(enriched=False, device_values=lambda: {"cpu_util_percent": 5.0})
     for recorder in (enriched, plain):
-        recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+        recorder.loop_reported(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
         one_step(recorder, clock)
-        recorder.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+        recorder.loop_reported(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
         one_step(recorder, clock)
     everything = with_all.taken[1][1].keys()
     assert {"accuracy", "grad_conflict_rate", "cpu_util_percent"} <= everything
@@ -110,7 +110,7 @@ def test_the_loss_of_micro_batches_is_their_mean_and_their_samples_add_up(clock)
 
 def test_a_reported_loss_takes_the_place_of_what_backward_saw(clock):
     recorder, frames = make()
-    recorder.report(0.25, {})
+    recorder.loop_reported(0.25, {})
     one_step(recorder, clock, loss=9.0)
     one_step(recorder, clock, loss=9.0)
     assert [values["loss"] for _, values in frames.taken] == [0.25, 9.0]
@@ -237,7 +237,7 @@ def test_what_never_steps_takes_no_memory_without_end(clock):
         clock.pass_ms(1)
         recorder.backward_ends(float(i))
         recorder.phase("forward", clock(), clock())
-        recorder.report(float(i), {"accuracy": 0.5})
+        recorder.loop_reported(float(i), {"accuracy": 0.5})
     assert len(recorder._under_way.phases) <= MAX_PHASES + 4
     assert len(recorder._under_way.reported) == 1
     recorder.end_step()
@@ -257,12 +257,12 @@ def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
         recorder.end_step()
 
     step()
-    recorder.losses_are_shares()
+    recorder.losses_prescaled()
     step()
     step()
-    recorder.losses_are_shares(False)
+    recorder.losses_prescaled(False)
     step()
-    recorder.loss_is_a_share()
+    recorder.loss_prescaled()
     step()
     step()
     assert [values["loss"] for _, values in frames.taken] == [3.0, 9.0, 9.0, 3.0, 9.0, 3.0]
@@ -271,23 +271,23 @@ def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
 def test_frames_that_wait_for_a_device_keep_what_their_losses_were(clock):
     recorder, frames = make()
     late = Late(), Late()
-    recorder.losses_are_shares()
+    recorder.losses_prescaled()
     for loss in late:
         recorder.backward_begins()
         recorder.backward_ends(loss)
     recorder.end_step()
-    recorder.losses_are_shares(False)
+    recorder.losses_prescaled(False)
     late[0].number, late[1].number = 1.0, 2.0
-    recorder.finish()
+    recorder.flush()
     assert frames.taken[0][1]["loss"] == 3.0
 
 
 def test_reported_losses_are_nobodys_shares(clock):
     """A loop reports what it computed; a framework divides what backward begins from."""
     recorder, frames = make()
-    recorder.losses_are_shares()
-    recorder.report(1.0, {})
-    recorder.report(3.0, {})
+    recorder.losses_prescaled()
+    recorder.loop_reported(1.0, {})
+    recorder.loop_reported(3.0, {})
     one_step(recorder, clock, loss=9.0)
     assert frames.taken[0][1]["loss"] == 2.0
 
@@ -317,7 +317,7 @@ def test_a_device_that_never_delivers_costs_its_values_and_no_frame(clock):
     recorder, frames = make()
     for _ in range(20):
         one_step(recorder, clock, loss=Late())
-    recorder.finish()
+    recorder.flush()
     assert [v["step"] for _, v in frames.taken] == list(range(1, 21))
     assert all("loss" not in v and v["nonfinite"] == 0 for _, v in frames.taken)
 
@@ -355,7 +355,7 @@ def test_spans_go_to_every_nth_step_to_slow_ones_and_to_findings(clock):
     for step in range(1, 31):
         one_step(recorder, clock, forward=40.0 if step == 24 else 4.0)
     assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24]
-    recorder.finish()
+    recorder.flush()
     assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24, 30]
     for timeline in frames.timelines:
         assert timeline.decision.step == timeline.step
@@ -406,7 +406,7 @@ def test_the_first_step_of_an_explicit_loop_begins_with_its_first_phase(clock):
 def test_what_cannot_be_reported_is_refused_by_name(clock):
     recorder, _ = make()
     with pytest.raises(ValueError, match="report\\(acuracy=…\\): expected one of accuracy"):
-        recorder.report(None, {"acuracy": 1.0})
+        recorder.loop_reported(None, {"acuracy": 1.0})
 
 
 def test_an_exception_inside_is_told_once_and_reaches_nobody(clock, caplog):
@@ -440,9 +440,9 @@ def test_in_advise_the_factor_is_always_one(clock):
     sidecar.decisions[1] = decided(1, lr_scale=0.5)
     recorder, frames = make(enforce=False, client=sidecar)
     held = {"factor": 0.25, "wait": 10, "clean_steps": 0, "return_factor": 1.0}
-    recorder._responses.rate.resume(held)
+    recorder._responses.rate.load_state_dict(held)
     used = [one_step(recorder, clock) for _ in range(4)]
     assert used == frames.column("optimizer_lr") == [0.1] * 4
     assert frames.column("lr_scale") == [1.0] * 4
-    recorder.finish()
+    recorder.flush()
     assert not any(timeline.applied for timeline in frames.timelines)

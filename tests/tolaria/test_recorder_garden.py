@@ -55,7 +55,7 @@ class Garden:
         row[SEED_SLOT["kasmina.seed.alpha"]] = step / 10
         return GardenFrame([("s", row)], 2.0, 0.5, 1, PROPOSAL)
 
-    def asked(self, step):
+    def proposal_sent(self, step):
         self.asked_about.append(step)
 
     def apply(self, decision, *, enforced):
@@ -77,7 +77,7 @@ def make(clock, *, garden=True, enforce=True, fails=(), decision=None, client=Tr
     recorder, frames = loops.make(enforce, client=sidecar if client else None, **options)
     planted = Garden(clock, fails)
     if garden:
-        recorder.tend(planted)
+        recorder.attach_garden(planted)
     return recorder, frames, sidecar, planted
 
 
@@ -210,14 +210,14 @@ def test_a_recorder_goes_on_from_a_state_and_refuses_what_is_none(clock):
     recorder, frames, _, _ = make(clock, garden=False)
     for loss in (4.0, 2.0, 3.0):
         one_step(recorder, clock, loss=loss)
-    state = recorder.state()
+    state = recorder.state_dict()
     resumed, frames_after, _, garden = make(clock)
-    before = resumed.state()
+    before = resumed.state_dict()
     for wrong in ({}, {**state, "step": "x"}, {**state, "colour": 1}):
         with pytest.raises(ValueError, match=r"`step`|`int`|`colour`"):
-            resumed.resume(wrong)
-    assert repr(resumed.state()) == repr(before)
-    resumed.resume({**state, "latest": {**state["latest"], "of_another_version": 1.0}})
+            resumed.load_state_dict(wrong)
+    assert repr(resumed.state_dict()) == repr(before)
+    resumed.load_state_dict({**state, "latest": {**state["latest"], "of_another_version": 1.0}})
     for each in (recorder, resumed):
         one_step(each, clock, loss=5.0)
     assert garden.latest == [frames.rows[2]]

@@ -9,8 +9,7 @@ from esper_otel.leyline.decisions import (
     Severity,
     unanswered,
 )
-from esper_otel.tolaria.rate_factor import RateFactor
-from esper_otel.tolaria.responses import Responses
+from esper_otel.tolaria.responses import RateFactor, Responses
 from esper_otel.tolaria.updates import AS_IT_IS, UpdateOrder
 
 
@@ -63,18 +62,18 @@ def test_in_advise_nothing_is_applied():
     paused = []
     subject.on_pause(paused.append)
     assert not subject.apply_rate(optimizer(lr_scale=0.5))
-    assert not subject.pause(PAUSE)
+    assert not subject.apply_pause(PAUSE)
     assert subject.order_of(optimizer(skip_step=1.0)) == AS_IT_IS
     assert (subject.lr_scale, paused) == (1.0, [])
 
 
 def test_a_pause_calls_what_has_registered_for_it():
     subject = responses()
-    assert not subject.pause(PAUSE), "nobody has yet"
+    assert not subject.apply_pause(PAUSE), "nobody has yet"
     seen = []
     subject.on_pause(seen.append)
-    assert subject.pause(PAUSE)
-    assert not subject.pause(NOTHING)
+    assert subject.apply_pause(PAUSE)
+    assert not subject.apply_pause(NOTHING)
     assert seen == [PAUSE]
 
 
@@ -83,7 +82,7 @@ def test_a_callback_that_raises_takes_nothing_from_the_others(caplog):
     seen = []
     subject.on_pause(lambda decision: 1 / 0)
     subject.on_pause(seen.append)
-    assert subject.pause(PAUSE)
+    assert subject.apply_pause(PAUSE)
     assert seen == [PAUSE]
     assert "run.on_pause raised" in caplog.text
 

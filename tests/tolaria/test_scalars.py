@@ -1,4 +1,4 @@
-"""Reading numbers from a device without ever waiting for it.
+"""DeviceReading numbers from a device without ever waiting for it.
 
 There is no GPU here: a stand-in for torch keeps the order of what is queued, and fails
 the test when anything is called for which the host would have to wait.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esper_otel.tolaria.scalars import CopyTimer, Reading, ScalarReader
+from esper_otel.tolaria.scalars import CopyTimer, DeviceReading, ScalarReader
 
 
 class Stream:
@@ -162,9 +162,9 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> FakeTorch:
     return fake
 
 
-def begun(reader: ScalarReader, value: object) -> Reading:
-    reading = reader.begin(value)
-    assert isinstance(reading, Reading)
+def begun(reader: ScalarReader, value: object) -> DeviceReading:
+    reading = reader.read_async(value)
+    assert isinstance(reading, DeviceReading)
     return reading
 
 
@@ -176,7 +176,7 @@ def begun(reader: ScalarReader, value: object) -> Reading:
     [(1.5, 1.5), (3, 3.0), (True, 1.0), (np.float32(0.5), 0.5), (np.int64(7), 7.0), (inf, inf)],
 )
 def test_a_number_is_itself(value: object, expected: float) -> None:
-    number = ScalarReader().begin(value)
+    number = ScalarReader().read_async(value)
     assert type(number) is float
     assert number == expected
 
@@ -185,10 +185,10 @@ def test_a_real_tensor_on_the_cpu_is_read_at_once() -> None:
     torch = pytest.importorskip("torch")
     reader = ScalarReader()
     loss = (torch.ones(1, requires_grad=True) * 2.5).sum()
-    assert reader.begin(loss) == 2.5
-    assert reader.begin(torch.tensor([[7]])) == 7.0
-    assert reader.begin(torch.tensor(True)) == 1.0
-    assert isnan(reader.begin(torch.tensor(nan)))
+    assert reader.read_async(loss) == 2.5
+    assert reader.read_async(torch.tensor([[7]])) == 7.0
+    assert reader.read_async(torch.tensor(True)) == 1.0
+    assert isnan(reader.read_async(torch.tensor(nan)))
     assert loss.requires_grad
     assert reader.lost == 0
 
@@ -225,7 +225,7 @@ def test_what_is_no_single_real_number_is_lost_and_never_raises() -> None:
 def test_without_torch_numbers_are_read_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     reader = ScalarReader()
-    assert reader.begin(2) == 2.0
+    assert reader.read_async(2) == 2.0
     assert begun(reader, object()).value() is None
 
 
@@ -337,12 +337,12 @@ def test_the_first_copy_of_a_step_is_timed_by_the_device(torch: FakeTorch) -> No
         torch.stream.work(2.5)
     with timer.copying():
         torch.stream.work(40.0)
-    reading = timer.take()
+    reading = timer.first_copy()
     assert reading is not None
     assert not reading.ready()
     torch.stream.finish()
     assert reading.value() == 2.5
-    assert timer.take() is None, "the next step has copied nothing"
+    assert timer.first_copy() is None, "the next step has copied nothing"
 
 
 def test_steps_may_overlap_on_the_device(torch: FakeTorch) -> None:
@@ -351,7 +351,7 @@ def test_steps_may_overlap_on_the_device(torch: FakeTorch) -> None:
     for milliseconds in (1.0, 2.0, 3.0):
         with timer.copying(device=0):
             torch.stream.work(milliseconds)
-        readings.append(timer.take())
+        readings.append(timer.first_copy())
     torch.stream.finish()
     assert [reading and reading.value() for reading in readings] == [1.0, 2.0, None]
 
@@ -370,7 +370,7 @@ def test_no_copy_is_timed_before_cuda_is_up_or_while_a_graph_is_captured(
         torch.__dict__.update(state)
         with timer.copying():
             pass
-        assert timer.take() is None
+        assert timer.first_copy() is None
         assert torch.stream.queue == []
 
 
@@ -382,7 +382,7 @@ def test_a_timer_whose_events_fail_leaves_the_copy_alone(torch: FakeTorch) -> No
     torch.cuda.current_stream = refuse
     with timer.copying():
         torch.stream.work(1.0)
-    assert timer.take() is None
+    assert timer.first_copy() is None
     assert len(torch.stream.queue) == 1
 
 
@@ -391,4 +391,4 @@ def test_without_torch_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None
     timer = CopyTimer()
     with timer.copying():
         pass
-    assert timer.take() is None
+    assert timer.first_copy() is None

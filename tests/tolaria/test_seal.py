@@ -10,9 +10,9 @@ from esper_otel.leyline.frames import present, step_row
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.seal import (
     MOST_UNDER_WAY,
+    PendingFrame,
     Sealer,
     Sum,
-    Unsealed,
     plus,
     put_optimizer,
 )
@@ -113,20 +113,20 @@ def test_a_preview_is_the_row_to_come_and_is_not_remembered(values, enriched, ti
         row = sealed(asked, loss, norm)
         assert would_be == [row] * times
         assert row == sealed(plain, loss, norm)
-        memories = asked.memory(step, step_row()), plain.memory(step, step_row())
+        memories = asked.state_after(step, step_row()), plain.state_after(step, step_row())
         assert repr(memories[0]) == repr(memories[1])
 
 
 def test_a_preview_takes_no_turn_of_frames_that_wait_for_a_device():
     sealer = Sealer(enriched=True)
     late = Late()
-    waiting = Unsealed(1, 0, step_row(), late, 1, None, {})
+    waiting = PendingFrame(1, 0, step_row(), late, 1, None, {})
     waiting.row[STEP_SLOT["nonfinite"]] = 0.0
-    assert sealer.take(waiting) == []
+    assert sealer.seal_in_order(waiting) == []
     assert previewed(sealer, 5.0, 2.0)["loss"] == 5.0
     late.number = 1.0
-    following = Unsealed(2, 0, step_row(), 3.0, 1, None, {})
-    assert sealer.take(following) == [waiting, following]
+    following = PendingFrame(2, 0, step_row(), 3.0, 1, None, {})
+    assert sealer.seal_in_order(following) == [waiting, following]
     row = present(STEP_KEYS, following.row)
     assert (row["loss"], row["loss_delta"]) == (3.0, 2.0)
 

@@ -9,8 +9,8 @@ from tolaria.sidecars import Sidecar, decided
 from esper_otel.leyline.decisions import Action, Severity
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame, seed_row
+from esper_otel.tolaria.garden_calls import SafeGarden
 from esper_otel.tolaria.step import StepUnderWay
-from esper_otel.tolaria.tending import Tending
 from esper_otel.tolaria.timelines import Timelines
 
 BAD = 4
@@ -36,7 +36,7 @@ class Garden:
         self.finalized.append(step)
         return GardenFrame([("s", seed_row())], 2.0, 0.5, 1.0)
 
-    def asked(self, step):
+    def proposal_sent(self, step):
         self.asked_about.append(step)
 
     def apply(self, decision, *, enforced):
@@ -62,7 +62,7 @@ class Run:
             waits=waits,
             device_values=lambda: self.probes,
         )
-        self.recorder.tend(self.garden)
+        self.recorder.attach_garden(self.garden)
         self.now = False
 
     def break_(self, owner, name):
@@ -90,7 +90,7 @@ class Run:
         self.used = [
             one_step(self.recorder, self.clock, loss=float(step)) for step in range(STEPS)
         ]
-        self.recorder.finish()
+        self.recorder.flush()
         return self
 
 
@@ -98,13 +98,13 @@ ALL = list(range(1, STEPS + 1))
 OTHERS = [step for step in ALL if step != BAD]
 
 STAGES = {
-    "seeds": lambda run: run.break_(Tending, "apply"),
+    "seeds": lambda run: run.break_(SafeGarden, "act_on"),
     "seal, at its beginning": lambda run: run.break_(StepUnderWay, "charge_fetches"),
-    "seal": lambda run: run.break_(Tending, "finalize"),
+    "seal": lambda run: run.break_(SafeGarden, "finalize"),
     "seal, at its end": lambda run: run.break_(run.recorder, "_device_values"),
     "stream": lambda run: run.break_(run.frames, "frame"),
     "ask": lambda run: run.break_(run.sidecar, "send"),
-    "spans": lambda run: run.break_(Timelines, "updated"),
+    "spans": lambda run: run.break_(Timelines, "on_update"),
     "spans, at their beginning": lambda run: run.break_(run.frames, "event"),
 }
 
@@ -231,8 +231,8 @@ def test_what_goes_on_raising_is_told_once_for_each_stage(clock, monkeypatch, ca
     run = Run(clock, monkeypatch)
     for name in ("seal", "stream"):
         STAGES[name](run)
-    run.break_(run.garden, "asked")
-    run.break_(Timelines, "updated")
+    run.break_(run.garden, "proposal_sent")
+    run.break_(Timelines, "on_update")
     end_step = run.recorder.end_step
     run.now = True
     for _ in range(5):
@@ -253,7 +253,7 @@ def test_while_frames_wait_for_a_device_a_fault_costs_one_of_them_at_most(
         run.now = number == BAD
         one_step(run.recorder, run.clock, loss=loss)
     run.now = False
-    run.recorder.finish()
+    run.recorder.flush()
     steps = run.frames.column("step")
     assert steps == sorted(set(steps))
     assert len(steps) == STEPS - 1

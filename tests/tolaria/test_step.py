@@ -4,7 +4,7 @@ import pytest
 from tolaria.loops import MS, Late, stop_the_clock
 
 from esper_otel.tolaria.fetches import Source
-from esper_otel.tolaria.seal import Unless
+from esper_otel.tolaria.seal import ConditionalReading
 from esper_otel.tolaria.step import MAX_PHASES, REPORTABLE, StepUnderWay
 
 
@@ -16,7 +16,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def step(clock):
     step = StepUnderWay(enriched=True)
-    step.begin(clock(), 1)
+    step.start_next(clock(), 1)
     return step
 
 
@@ -90,16 +90,16 @@ def test_a_norm_measured_after_the_step_is_no_part_of_the_optimizers_time(clock,
 )
 def test_losses_add_up(clock, step, losses, shares, expected):
     if shares:
-        step.loss_is_a_share()
+        step.loss_prescaled()
     for loss in losses:
         micro_batch(step, clock, loss)
     assert step.loss == expected
 
 
 def test_a_reported_loss_goes_before_what_backward_saw(clock, step):
-    step.report(3.0, {})
+    step.loop_reported(3.0, {})
     micro_batch(step, clock, 9.0)
-    step.report(5.0, {})
+    step.loop_reported(5.0, {})
     assert step.loss == (8.0, 2)
 
 
@@ -120,7 +120,7 @@ def test_the_loss_of_another_optimizer_is_the_steps_only_when_none_follows(clock
 
 def test_what_a_skipped_attempt_learnt_is_forgotten_and_its_time_is_not(clock, step):
     micro_batch(step, clock, 4.0)
-    step.report(4.0, {"accuracy": 0.5})
+    step.loop_reported(4.0, {"accuracy": 0.5})
     step.clipped(7.0)
     step.skipped()
     assert (step.loss, step.norm, step.reported) == ((None, 0), None, {})
@@ -136,7 +136,7 @@ def test_whether_it_was_skipped_may_be_told_later(clock, step, overflowed, told)
     doubt = Late()
     step.may_be_skipped(doubt)
     loss, parts = step.loss
-    assert isinstance(loss, Unless)
+    assert isinstance(loss, ConditionalReading)
     assert parts == 1
     assert not loss.ready()
     doubt.number = overflowed
@@ -147,7 +147,7 @@ def test_whether_it_was_skipped_may_be_told_later(clock, step, overflowed, told)
 @pytest.mark.parametrize("enriched", [True, False])
 def test_gated_values_are_taken_only_where_they_are_wanted(enriched):
     step = StepUnderWay(enriched=enriched)
-    step.report(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
+    step.loop_reported(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})
     step.copied_to_device(1.5)
     expected = {"accuracy": 0.5, "grad_conflict_rate": 0.25} if enriched else {"accuracy": 0.5}
     slots = {REPORTABLE[key]: value for key, value in expected.items()}
@@ -157,7 +157,7 @@ def test_gated_values_are_taken_only_where_they_are_wanted(enriched):
 
 def test_a_key_that_cannot_be_reported_is_refused(step):
     with pytest.raises(ValueError, match="report\\(speed=…\\): expected one of accuracy"):
-        step.report(1.0, {"speed": 2.0})
+        step.loop_reported(1.0, {"speed": 2.0})
     assert step.loss == (None, 0)
 
 
@@ -185,15 +185,15 @@ def test_phases_of_a_step_that_never_ends_are_bounded_and_its_times_are_not(cloc
 
 def test_nothing_of_a_step_is_left_for_the_next(clock, step):
     fresh = StepUnderWay(enriched=True)
-    fresh.losses_are_shares()
-    step.losses_are_shares()
-    step.loss_is_a_share()
+    fresh.losses_prescaled()
+    step.losses_prescaled()
+    step.loss_prescaled()
     micro_batch(step, clock)
     step.another_stepped()
-    step.report(1.0, {"accuracy": 0.5})
+    step.loop_reported(1.0, {"accuracy": 0.5})
     step.optimizer_approaches(clock(), 2.0)
     step.optimizer_begins(clock())
     step.phase("forward", clock(), clock())
     for each in (step, fresh):
-        each.begin(clock(), 2)
+        each.start_next(clock(), 2)
     assert vars(step) | {"fetches": None} == vars(fresh) | {"fetches": None}

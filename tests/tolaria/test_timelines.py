@@ -1,5 +1,7 @@
 """Timelines: a step's spans wait for its decision, and for the update made with it."""
 
+from typing import NamedTuple
+
 import pytest
 from tolaria.sidecars import decided
 
@@ -18,6 +20,13 @@ class Told(list):
         return [timeline.step for timeline in self]
 
 
+class Outcome(NamedTuple):
+    """What became of a step's updates."""
+
+    made: bool
+    skipped: bool = False
+
+
 @pytest.fixture
 def told():
     return Told()
@@ -31,7 +40,8 @@ def timelines(told):
 def opened(timelines, step, *, waits=True, wanted=True, update=None, asked=None):
     phases = [("train.forward", 10 * step, 10 * step + 4)]
     last_end = 10 * step - 1
-    ended = EndedStep(step, 10 * step + 9, last_end, 10 * step, phases, [float(step)])
+    ended = EndedStep(step, 10 * step + 9, last_end, 10 * step, phases)
+    ended.row = [float(step)]
     ended.wanted, ended.waits, ended.update = wanted, waits, update
     ended.asked = step if asked is None else asked
     timelines.open(ended)
@@ -44,8 +54,8 @@ def nominal(step):
 
 def test_marks_become_unix_times_and_the_decision_a_phase(timelines, told):
     opened(timelines, 1)
-    timelines.decided(nominal(1), 2)
-    timelines.updated(2, False)
+    timelines.on_decision(nominal(1), 2)
+    timelines.on_update(2, Outcome(False))
     (timeline,) = told
     assert (timeline.step, timeline.row) == (1, [1.0])
     assert (timeline.start_unix_nano, timeline.end_unix_nano) == (1010, 1019)
@@ -55,35 +65,35 @@ def test_marks_become_unix_times_and_the_decision_a_phase(timelines, told):
 
 def test_a_step_whose_beginning_nobody_saw_begins_where_the_one_before_ended(timelines, told):
     opened(timelines, 2, waits=False).start = 0
-    timelines.updated(2, False)
+    timelines.on_update(2, Outcome(False))
     assert told[0].start_unix_nano == 1019
 
 
 def test_one_that_waits_for_no_decision_is_told_at_its_own_end(timelines, told):
     opened(timelines, 1, waits=False)
-    timelines.updated(1, False)
+    timelines.on_update(1, Outcome(False))
     assert told.steps == [1]
     assert told[0].decision is None
 
 
 def test_one_that_waits_is_told_when_the_next_update_has_been_made(timelines, told):
     opened(timelines, 1)
-    timelines.updated(1, False)
+    timelines.on_update(1, Outcome(False))
     assert told.steps == []
-    timelines.decided(nominal(1), 2)
+    timelines.on_decision(nominal(1), 2)
     opened(timelines, 2)
     assert told.steps == []
-    timelines.updated(2, False)
+    timelines.on_update(2, Outcome(False))
     assert told.steps == [1]
 
 
 def test_they_are_told_in_the_order_of_their_steps(timelines, told):
     opened(timelines, 1)
     opened(timelines, 2, waits=False)
-    timelines.updated(2, False)
+    timelines.on_update(2, Outcome(False))
     assert told.steps == []
-    timelines.decided(nominal(1), 2)
-    timelines.updated(2, False)
+    timelines.on_decision(nominal(1), 2)
+    timelines.on_update(2, Outcome(False))
     assert told.steps == [1, 2]
 
 
@@ -104,18 +114,18 @@ def test_applied_is_what_changed_an_update_or_acted(
     timelines, told, scales, acted, made, applied
 ):
     opened(timelines, 1)
-    timeline = timelines.decided(Taken(CUT, 0, 0), 2)
+    timeline = timelines.on_decision(Taken(CUT, 0, 0), 2)
     timeline.scales, timeline.acted = scales, acted
-    timelines.updated(2, made)
+    timelines.on_update(2, Outcome(made))
     assert [each.applied for each in told] == [applied]
 
 
 def test_what_a_skipped_update_was_not_made_with_shows_in_the_next(timelines, told):
     opened(timelines, 1)
-    timelines.decided(Taken(CUT, 0, 0), 2).scales = True
-    timelines.updated(2, False, skipped=True)
+    timelines.on_decision(Taken(CUT, 0, 0), 2).scales = True
+    timelines.on_update(2, Outcome(False, skipped=True))
     assert told == []
-    timelines.updated(3, True)
+    timelines.on_update(3, Outcome(True))
     assert [each.applied for each in told] == [True]
 
 
@@ -125,9 +135,9 @@ def test_a_decision_goes_to_the_step_it_is_about(timelines, told, answered):
     opened(timelines, 1)
     opened(timelines, 2)
     if not answered:
-        assert timelines.decided(Taken(unanswered("r", 1, NOT_ASKED), 0, 0), 2) is None
-    assert timelines.decided(nominal(2), 3).step == 2
-    timelines.updated(3, False)
+        assert timelines.on_decision(Taken(unanswered("r", 1, NOT_ASKED), 0, 0), 2) is None
+    assert timelines.on_decision(nominal(2), 3).step == 2
+    timelines.on_update(3, Outcome(False))
     assert [(each.step, each.decision and each.decision.step) for each in told] == [
         (1, None),
         (2, 2),
@@ -136,8 +146,8 @@ def test_a_decision_goes_to_the_step_it_is_about(timelines, told, answered):
 
 def test_where_values_come_late_a_step_asks_about_one_before_it(timelines, told):
     opened(timelines, 3, asked=1)
-    assert timelines.decided(nominal(1), 4).step == 3
-    timelines.updated(4, False)
+    assert timelines.on_decision(nominal(1), 4).step == 3
+    timelines.on_update(4, Outcome(False))
     assert [(each.step, each.decision.step) for each in told] == [(3, 1)]
 
 
@@ -154,8 +164,8 @@ def test_where_values_come_late_a_step_asks_about_one_before_it(timelines, told)
 )
 def test_which_steps_become_spans(timelines, told, wanted, update, decision, expected):
     opened(timelines, 1, wanted=wanted, update=update)
-    timelines.decided(Taken(decision, 0, 0), 2)
-    timelines.updated(2, False)
+    timelines.on_decision(Taken(decision, 0, 0), 2)
+    timelines.on_update(2, Outcome(False))
     assert told.steps == expected
     assert all(each.update is update for each in told)
 
@@ -165,13 +175,13 @@ def test_what_no_decision_comes_for_is_told_without_and_takes_no_memory(timeline
         opened(timelines, step)
     assert told.steps == list(range(1, 11 - MOST_OPEN))
     assert {each.decision for each in told} == {None}
-    timelines.finish()
+    timelines.flush()
     assert told.steps == list(range(1, 11))
-    timelines.finish()
+    timelines.flush()
     assert len(told) == 10
 
 
 def test_a_decision_that_no_step_waits_for_is_left(timelines, told):
-    assert timelines.decided(nominal(1), 2) is None
+    assert timelines.on_decision(nominal(1), 2) is None
     opened(timelines, 1, waits=False)
-    assert timelines.decided(nominal(1), 2) is None
+    assert timelines.on_decision(nominal(1), 2) is None

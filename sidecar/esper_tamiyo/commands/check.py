@@ -1,7 +1,7 @@
 """``tamiyo check``: say what a table does, or what is wrong with it.
 
 Exits with 1 when it is not a table, or when a rule of it can never fire, never be heard
-or never end, or silences in vain; each is named with file and line.
+or never end, or inhibits in vain; each is named with file and line.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def add(commands: Commands) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from esper_tamiyo.language.contradictions import doubts
-    from esper_tamiyo.language.nodes import Fault
+    from esper_tamiyo.language.lint import doubts
     from esper_tamiyo.language.table_file import TableError, locate, read
+    from esper_tamiyo.language.yaml_nodes import Fault
 
     try:
         source = read(options.table)
@@ -70,7 +70,7 @@ def _changes_nothing(rule: Rule) -> bool:
 
 
 def _extras(rule: Rule) -> list[str]:
-    from esper_tamiyo.language.parameters import PARAMETERS
+    from esper_tamiyo.language.table import PARAMETERS
 
     of = f" of {rule.of}" if rule.of > rule.persistence else ""
     extras = [
@@ -79,7 +79,7 @@ def _extras(rule: Rule) -> list[str]:
         "on proposals only" if rule.downgrade else "",
         "enters conservative mode" if rule.conservative else "",
         "only observed" if rule.mode == "observe" else "",
-        f"silences {', '.join(rule.silences)}" if rule.silences else "",
+        f"inhibits {', '.join(rule.inhibits)}" if rule.inhibits else "",
         *(
             name if PARAMETERS[name].flag else f"{name} {value:g}"
             for name, value in rule.parameters.items()

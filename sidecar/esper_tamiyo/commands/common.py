@@ -1,9 +1,10 @@
-"""What several commands share: the socket, its replies, tables, how things are shown."""
+"""What several commands share: the socket and its replies, tables, recordings, output."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from esper_otel.leyline.wire import default_socket_path as default_path
 
 if TYPE_CHECKING:
     from esper_tamiyo.language.table import Table
+    from esper_tamiyo.replaying.recordings import RecordedRuns
 
 
 class CommandError(Exception):
@@ -34,11 +36,11 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
 
 def reply(request: LatestRequest | StatusRequest, path: Path | None) -> object:
     """What the sidecar replies; raises :class:`CommandError` when it does not."""
-    from esper_tamiyo.serving.asking import SilenceError, reply_to
+    from esper_tamiyo.serving.asking import NoAnswerError, reply_to
 
     try:
         return reply_to(request, path or default_path())
-    except SilenceError as error:
+    except NoAnswerError as error:
         raise CommandError(str(error)) from None
 
 
@@ -69,3 +71,36 @@ def plain(decision: object) -> dict[str, Any]:
 def print_json(value: dict[str, Any]) -> None:
     """Print an object for jq and the like."""
     print(json.dumps(value, indent=2))
+
+
+def add_recording(parser: argparse.ArgumentParser) -> None:
+    """Give a command the recording, and ``--run``."""
+    parser.add_argument(
+        "recording",
+        type=Path,
+        help="a file that a run or a Collector's file exporter wrote, or a folder of them",
+    )
+    parser.add_argument("--run", default="", help="default: every run of the recording")
+
+
+def recorded(path: Path) -> RecordedRuns:
+    """The recording at ``path``; raises :class:`CommandError` when there is none."""
+    from esper_tamiyo.replaying.recordings import RecordedRuns
+
+    try:
+        return RecordedRuns(path)
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+
+
+def check_recorded(recording: RecordedRuns, path: Path, run: str, steps: int) -> None:
+    """Say what could not be read; raises :class:`CommandError` when nothing could."""
+    for problem in recording.problems:
+        print(f"tamiyo: warning: {problem}", file=sys.stderr)
+    if steps:
+        return
+    if run and recording.runs:
+        raise CommandError(f"--run {run}: not in {path}, which has {', '.join(recording.runs)}")
+    points = recording.points
+    others = f", only {points.foreign:,} points of other metrics" if points.foreign else ""
+    raise CommandError(f"{path}: there is no step of a training run in it{others}")

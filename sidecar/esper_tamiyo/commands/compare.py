@@ -7,11 +7,17 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from esper_tamiyo.commands.common import CommandError, Commands, table_named
-from esper_tamiyo.commands.recorded import add_recording, recorded, told
+from esper_tamiyo.commands.common import (
+    CommandError,
+    Commands,
+    add_recording,
+    check_recorded,
+    recorded,
+    table_named,
+)
 
 if TYPE_CHECKING:
-    from esper_tamiyo.replaying.compare import Outcome, Stretch
+    from esper_tamiyo.replaying.compare import DecisionEffect, Difference
 
 SAME, DIFFERENT, TROUBLE = 0, 1, 2
 """Exit statuses, those of diff."""
@@ -43,45 +49,45 @@ def _compared(options: argparse.Namespace) -> int:
     tables = [table_named(name) for name in (options.a, options.b)]
     recording = recorded(options.recording)
     comparison = Comparison(*tables)
-    for stretch in comparison.stretches(recording.steps(options.run)):
+    for difference in comparison.differences(recording.steps(options.run)):
         if options.json:
-            print(_json(stretch))
+            print(_json(difference))
         else:
-            _print(stretch, options.a, options.b)
-    told(recording, options.recording, options.run, comparison.steps)
+            _print(difference, options.a, options.b)
+    check_recorded(recording, options.recording, options.run, comparison.steps)
     if not options.json:
         silences = f", and {comparison.silences:,} silences" if comparison.silences else ""
         print(f"{comparison.differing:,} of {comparison.steps:,} steps differ{silences}")
     return DIFFERENT if comparison.differing or comparison.silences else SAME
 
 
-def _print(stretch: Stretch, a: str, b: str) -> None:
-    first, last = stretch.first_step, stretch.last_step
+def _print(difference: Difference, a: str, b: str) -> None:
+    first, last = difference.first_step, difference.last_step
     where = f"step {first}" if first == last else f"steps {first} to {last}"
-    if stretch.silence:
+    if difference.silence:
         where = f"silence behind step {first}"
     width = max(len(a), len(b))
-    print(f"{stretch.run}/{stretch.rank}  {where}")
-    for name, outcome in ((a, stretch.a), (b, stretch.b)):
-        print(f"  {name:{width}}  {said(outcome)}")
+    print(f"{difference.run}/{difference.rank}  {where}")
+    for name, effect in ((a, difference.a), (b, difference.b)):
+        print(f"  {name:{width}}  {format_effect(effect)}")
 
 
-def said(outcome: Outcome | None) -> str:
-    """An outcome for people."""
-    if outcome is None:
+def format_effect(effect: DecisionEffect | None) -> str:
+    """What a decision does, for people."""
+    if effect is None:
         return "nothing"
-    words = [f"{outcome.action} {outcome.severity} {outcome.reason}"]
-    if outcome.seed_operation is not None:
-        words.append(str(outcome.seed_operation))
-    if outcome.target_seed is not None:
-        words.append(f"seed {outcome.target_seed}")
-    words += [f"{name} {value:g}" for name, value in outcome.parameters.items()]
-    if outcome.conservative:
+    words = [f"{effect.action} {effect.severity} {effect.reason}"]
+    if effect.seed_operation is not None:
+        words.append(str(effect.seed_operation))
+    if effect.target_seed is not None:
+        words.append(f"seed {effect.target_seed}")
+    words += [f"{name} {value:g}" for name, value in effect.parameters.items()]
+    if effect.conservative:
         words.append("conservative mode")
     return ", ".join(words)
 
 
-def _json(stretch: Stretch) -> str:
+def _json(difference: Difference) -> str:
     import msgspec
 
-    return json.dumps(msgspec.to_builtins(stretch))
+    return json.dumps(msgspec.to_builtins(difference))

@@ -19,14 +19,19 @@ def add(commands: Commands) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from esper_tamiyo.journaling.explain import UnknownDecisionError, lines, plain, tell
+    from esper_tamiyo.journaling.explain import (
+        UnknownDecisionError,
+        find_decision,
+        format_story,
+        plain,
+    )
 
     try:
-        story = tell(entries_of(options), options.decision, options.run)
+        story = find_decision(entries_of(options), options.decision, options.run)
     except UnknownDecisionError as error:
         raise CommandError(str(error)) from None
     if options.json:
         print_json(plain(story))
     else:
-        print("\n".join(lines(story)))
+        print("\n".join(format_story(story)))
     return 0

@@ -51,15 +51,17 @@ def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator
 
 
 def _journal(options: argparse.Namespace) -> int:
-    from esper_tamiyo.journaling.journal import line_of
-    from esper_tamiyo.journaling.telling import line
+    from esper_tamiyo.journaling.entries import format_entry
+    from esper_tamiyo.journaling.journal import encode_entry
 
     try:
         for entry in entries_of(options, follow=options.follow):
             if options.run and getattr(entry, "run", "") != options.run:
                 continue
-            shown = line_of(entry).decode().rstrip() if options.json else line(entry)
-            print(shown, flush=options.follow)
+            line = (
+                encode_entry(entry).decode().rstrip() if options.json else format_entry(entry)
+            )
+            print(line, flush=options.follow)
     except KeyboardInterrupt:  # how one ends --follow
         return 130
     return 0

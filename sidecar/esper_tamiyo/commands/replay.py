@@ -7,11 +7,17 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from esper_tamiyo.commands.common import Commands, plain, table_named
-from esper_tamiyo.commands.recorded import add_recording, recorded, told
+from esper_tamiyo.commands.common import (
+    Commands,
+    add_recording,
+    check_recorded,
+    plain,
+    recorded,
+    table_named,
+)
 
 if TYPE_CHECKING:
-    from esper_tamiyo.replaying.replay import Judged, Summary
+    from esper_tamiyo.replaying.replay import Judged, ReplaySummary
 
 
 def add(commands: Commands) -> None:
@@ -29,24 +35,24 @@ def add(commands: Commands) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from esper_tamiyo.replaying.replay import Summary, replay
+    from esper_tamiyo.replaying.replay import ReplaySummary, replay
 
     table = table_named(options.table)
     recording = recorded(options.recording)
-    summary = Summary()
+    summary = ReplaySummary()
     start = time.perf_counter()
     for judged in replay(recording.steps(options.run), table):
         summary.add(judged)
         if options.all or not judged.is_nominal:
-            print(json.dumps(_object(judged)) if options.json else line(judged))
+            print(json.dumps(_object(judged)) if options.json else format_decision(judged))
     took_s = time.perf_counter() - start
-    told(recording, options.recording, options.run, summary.steps)
+    check_recorded(recording, options.recording, options.run, summary.steps)
     print_summary = _print_json_summary if options.json else _print_summary
     print_summary(summary, table.version, took_s)
     return 0
 
 
-def line(judged: Judged) -> str:
+def format_decision(judged: Judged) -> str:
     """A decision for people: which, what, and the values behind it."""
     decision = judged.decision
     words = [f"{decision.id}  {decision.action:9} {decision.severity:8} {decision.reason}"]
@@ -77,7 +83,7 @@ def _object(judged: Judged) -> dict[str, Any]:
     return {**plain(judged.decision), **also}
 
 
-def _print_summary(summary: Summary, version: str, took_s: float) -> None:
+def _print_summary(summary: ReplaySummary, version: str, took_s: float) -> None:
     ranks = len(summary.ranks)
     print(
         f"{summary.steps:,} steps of {ranks} rank{'s' * (ranks != 1)}, "
@@ -89,7 +95,7 @@ def _print_summary(summary: Summary, version: str, took_s: float) -> None:
     print(f"replayed in {took_s:,.2f} s: {summary.steps / took_s:,.0f} steps/s{pace}")
 
 
-def _print_json_summary(summary: Summary, version: str, took_s: float) -> None:
+def _print_json_summary(summary: ReplaySummary, version: str, took_s: float) -> None:
     decided = [
         {"action": action, "reason": reason, "steps": count}
         for (action, reason), count in summary.decided.most_common()

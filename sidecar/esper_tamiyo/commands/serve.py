@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import socket
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esper_otel.leyline.wire import default_socket_path as default_path
-from esper_tamiyo.commands import keeping
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
+
+if TYPE_CHECKING:
+    from esper_tamiyo.journaling.reporter import Reporter
 
 
 def add(commands: Commands) -> None:
@@ -24,12 +28,12 @@ def add(commands: Commands) -> None:
     parser.add_argument("--otlp-grpc", default="127.0.0.1:4317", metavar="HOST:PORT")
     parser.add_argument("--otlp-http", default="127.0.0.1:4318", metavar="HOST:PORT")
     parser.add_argument("--no-ingest", action="store_true", help="hear asks only, no OTLP")
-    _add_strangers(parser)
-    keeping.add_options(parser)
+    _add_senders(parser)
+    _add_record(parser)
     parser.set_defaults(command=_serve)
 
 
-def _add_strangers(parser: argparse.ArgumentParser) -> None:
+def _add_senders(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "who may send OTLP",
         "An address that other machines reach needs TLS, a token or --insecure.",
@@ -48,6 +52,59 @@ def _add_strangers(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--insecure", action="store_true", help="anybody may send")
 
 
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    """The options about journal, health and traces."""
+    from esper_tamiyo.journaling.journal import MAX_FILE_MB, MAX_FILES
+
+    group = parser.add_argument_group("what is kept and told of it")
+    group.add_argument(
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="where decisions are written down (default: beside a --socket that was "
+        "chosen, else in $XDG_STATE_HOME/esper/journal)",
+    )
+    group.add_argument("--no-journal", action="store_true", help="write nothing down")
+    group.add_argument(
+        "--journal-file-mb",
+        type=_positive,
+        default=MAX_FILE_MB,
+        metavar="MB",
+        help="size at which a new file is begun (default: %(default)g)",
+    )
+    group.add_argument(
+        "--journal-files",
+        type=_count,
+        default=MAX_FILES,
+        metavar="N",
+        help="files kept, the oldest go (default: %(default)s)",
+    )
+    group.add_argument(
+        "--health", metavar="HOST:PORT", help="answer GET /livez and /readyz there"
+    )
+    group.add_argument(
+        "--trace-every",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="also make a span of the decision about every N-th step that is CONTINUE",
+    )
+
+
+def _positive(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (number := float(text)) < float("inf"):
+            return number
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def _count(text: str) -> int:
+    with suppress(ValueError):
+        if (number := int(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+
+
 def _serve(options: argparse.Namespace) -> int:
     import logging
 
@@ -56,7 +113,7 @@ def _serve(options: argparse.Namespace) -> int:
     from esper_tamiyo.receiving.addresses import AddressError
     from esper_tamiyo.receiving.credentials import Credentials, CredentialsError
     from esper_tamiyo.receiving.ingest_child import IngestChild, IngestError
-    from esper_tamiyo.serving.listening import Listener, SocketError
+    from esper_tamiyo.serving.listening import DecisionSocket, SocketError
     from esper_tamiyo.serving.reloading import Reloading
     from esper_tamiyo.serving.server import Server
 
@@ -65,7 +122,7 @@ def _serve(options: argparse.Namespace) -> int:
         options.tls_cert, options.tls_key, options.tls_client_ca, options.token_file
     )
     try:
-        credentials.check()
+        credentials.validate()
     except CredentialsError as error:
         raise CommandError(str(error)) from None
     addresses = []
@@ -81,16 +138,16 @@ def _serve(options: argparse.Namespace) -> int:
         addresses.append(address)
     table = table_named(options.table)
     ingest = None if options.no_ingest else IngestChild(addresses[0], addresses[1], credentials)
-    health = keeping.health_socket(options)
-    chronicle = keeping.chronicle(options, health)
+    health = _health_socket(options)
+    reporter = _reporter(options, health)
     try:
-        listener = Listener(options.socket or default_path())
-        engine = Engine(table, witness=chronicle.notebook)
+        listener = DecisionSocket(options.socket or default_path())
+        engine = Engine(table, observer=reporter.decision_log)
         Server(
             engine,
             listener,
             ingest,
-            chronicle,
+            reporter,
             Reloading(engine, options.table, watched=options.table not in shipped_tables()),
             lambda: print(
                 _ready_line(listener.path, ingest, table.version, health), flush=True
@@ -114,3 +171,42 @@ def _ready_line(path: Path, ingest: Any, version: str, health: socket.socket | N
         host, port = health.getsockname()[:2]
         words["health"] = str(Address(host, port))
     return " ".join(["tamiyo ready", *(shlex.quote(f"{k}={v}") for k, v in words.items())])
+
+
+def _reporter(options: argparse.Namespace, health: socket.socket | None) -> Reporter:
+    """Keeps the record; without anything to keep or to tell there is no scribe."""
+    from esper_tamiyo.journaling.journal import default_folder
+    from esper_tamiyo.journaling.own_telemetry import endpoint_of
+    from esper_tamiyo.journaling.reporter import Reporter
+    from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
+
+    folder = None if options.no_journal else options.journal or default_folder(options.socket)
+    orders = Orders(
+        journal=None if folder is None else folder.absolute(),
+        journal_bytes=int(options.journal_file_mb * 1e6),
+        journal_files=options.journal_files,
+        health=None if health is None else health.fileno(),
+    )
+    tells = folder or health or endpoint_of("TRACES") or endpoint_of("METRICS")
+    return Reporter(ScribeChild(orders) if tells else None, options.trace_every)
+
+
+def _health_socket(options: argparse.Namespace) -> socket.socket | None:
+    """Where questions after our health are answered, None when nobody is to ask.
+
+    Bound here, so that a mistake ends the start and a scribe that dies keeps the port.
+    Raises :class:`CommandError`.
+    """
+    from esper_tamiyo.receiving.addresses import AddressError
+
+    if options.health is None:
+        return None
+    try:
+        address = Address.parse(options.health)
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        return socket.create_server((address.host, address.port), family=family)
+    except AddressError as error:
+        raise CommandError(f"--health {options.health}: {error}") from None
+    except OSError as error:
+        why = os.strerror(error.errno or 0).lower()  # the error's own text has more
+        raise CommandError(f"--health {options.health}: cannot listen: {why}") from None

@@ -74,8 +74,8 @@ def _show(report: dict[str, Any]) -> None:
     print(f"ranks: {pairs(engine['states'])}")
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
-        unknown = run.get("state") == "unknown"
-        silent = f"; unknown, silent for {run['silent_s']:.0f} s" if unknown else ""
+        stale = run.get("state") == "stale"
+        silent = f"; stale, silent for {run['silent_s']:.0f} s" if stale else ""
         print(
             f"  {run['run']}/{run['rank']}: step {run['newest_step']}, "
             f"{run['action']} ({run['reason']}){mode}{silent}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from esper_tamiyo.commands.common import Commands
 
 if TYPE_CHECKING:
-    from esper_tamiyo.replaying.table_tests import Failure
+    from esper_tamiyo.replaying.table_tests import TableTestFailure
 
 PASSED, FAILED, TROUBLE = 0, 1, 2
 """Exit statuses: 2 when a file cannot be run."""
@@ -41,12 +41,12 @@ def _run(path: Path) -> int:
         failures = test.failures(table)
         failed += bool(failures)
         for failure in failures:
-            print(told(path, failure))
+            print(format_failure(path, failure))
     print(f"{path}: {len(tests) - failed} of {len(tests)} tests passed, table {table.version}")
     return FAILED if failed else PASSED
 
 
-def told(path: Path, failure: Failure) -> str:
+def format_failure(path: Path, failure: TableTestFailure) -> str:
     """A failure for people: where, what, and the values that the table saw."""
     also = f" (and at {failure.more:,} more steps)" if failure.more else ""
     whose = f"rank {failure.rank}, " if failure.rank else ""

@@ -1,4 +1,4 @@
-"""Entries: what the journal holds, one JSON object a line.
+"""Entries: what the journal holds, one JSON object a line, and how each reads on one line.
 
 Field names are stable: ``docs/decisions.md`` lists them, readers ignore fields they do
 not know, and a field is never given another meaning.
@@ -6,10 +6,34 @@ not know, and a field is never given another meaning.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import singledispatch
+
 import msgspec
 
-from esper_otel.leyline.decisions import Action, SeedOperation, Severity
-from esper_tamiyo.judging.witness import RuleState
+from esper_otel.leyline.decisions import SKIP_STEP, Action, SeedOperation, Severity
+from esper_tamiyo.judging.observer import RuleState
+
+_LAST_SECOND = 253_402_300_799.0
+"""The end of the year 9999."""
+
+AGAINST = {
+    "baseline": "baseline",
+    "frozen": "frozen baseline",
+    "lowest": "lowest baseline",
+    "highest": "highest baseline",
+    "peers": "other ranks",
+    "previous": "before",
+    "missing": "missing for",
+    "left": "left",
+}
+"""What a value was held against: as findings name it, and as it is told."""
+
+RATIOS = frozenset({"baseline", "frozen", "lowest", "highest", "peers"})
+
+_OF = re.compile(rf"({'|'.join(AGAINST)})\((.+)\)")
 
 
 class Proposed(msgspec.Struct, frozen=True):
@@ -37,7 +61,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Silenced(msgspec.Struct, frozen=True):
-    """A rule that would have been heard, had not ``by`` silenced it."""
+    """A rule that would have been heard, had not ``by`` inhibited it."""
 
     rule: str
     by: str
@@ -178,3 +202,121 @@ class Gap(Entry, frozen=True, kw_only=True, tag="gap"):
 
 
 AnyEntry = Decided | Changed | Reported | TableInUse | Opened | Closed | Gap
+
+
+# Each as people read it.
+
+
+def format_entry(entry: AnyEntry) -> str:
+    """One line for people: when, and what."""
+    return f"{rfc3339(entry.time_unix_nano)}  {_told(entry)}"
+
+
+@singledispatch
+def _told(entry: object) -> str:
+    raise TypeError(f"{type(entry).__name__} is no entry of the journal")
+
+
+@_told.register
+def _(entry: Decided) -> str:
+    extras = [f"{name} {value:g}" for name, value in entry.parameters.items()]
+    if entry.seed_operation is not None:
+        extras.append(f"{entry.seed_operation} of seed {entry.target_seed}")
+    if entry.conservative:
+        extras.append("conservative")
+    if entry.update:
+        return f"{entry.id}  {_of_update(entry)}"
+    tail = f" ({', '.join(extras)})" if extras else ""
+    return f"{entry.id}  {entry.action} {entry.severity}: {entry.reason}{tail}"
+
+
+def _of_update(entry: Decided) -> str:
+    """What was decided of an update; what became of it is for the field report to say."""
+    if SKIP_STEP in entry.parameters:
+        asked = "to be left out"
+    else:
+        with_ = " and ".join(f"{name} {value:g}" for name, value in entry.parameters.items())
+        asked = f"to be made with {with_}"
+    what = f"update of step {entry.step} {asked}"
+    return f"{what}: {entry.reason} ({entry.action}, {entry.severity})"
+
+
+@_told.register
+def _(entry: Changed) -> str:
+    seed = f" of seed {entry.seed_id}" if entry.seed_id else ""
+    silenced = f", inhibited by {entry.silenced_by}" if entry.silenced_by else ""
+    seen = ", ".join(format_values(entry.values))
+    return (
+        f"{entry.run}/{entry.rank}/{entry.step}  {entry.rule}{seed}: "
+        f"{entry.before} → {entry.after}{silenced}" + (f"  [{seen}]" if seen else "")
+    )
+
+
+@_told.register
+def _(entry: Reported) -> str:
+    why = f" ({entry.because})" if entry.because else ""
+    made = "".join(f"; {words}" for words in _made(entry))
+    return f"{entry.decision}  afterwards, {entry.observed} steps: {entry.outcome}{why}{made}"
+
+
+def _made(entry: Reported) -> Iterator[str]:
+    """What is out of the ordinary in how updates were made."""
+    if entry.skipped:
+        yield f"update of step {entry.step} left out"
+    elif entry.update and entry.lr_scale is not None and entry.lr_scale != 1.0:
+        yield f"update of step {entry.step} made at {entry.lr_scale:g} times the script's rate"
+    if entry.scaled_from is not None:
+        yield (
+            f"updates made at {entry.lr_scale_after:g} times the script's rate from step "
+            f"{entry.scaled_from} on"
+        )
+    if entry.skipped_after:
+        yield f"{entry.skipped_after} later updates left out"
+
+
+@_told.register
+def _(entry: TableInUse) -> str:
+    return f"decides by table {entry.version}, {len(entry.rules)} rules"
+
+
+@_told.register
+def _(entry: Opened) -> str:
+    return f"the journal is opened by process {entry.pid}, release {entry.release}"
+
+
+@_told.register
+def _(entry: Closed) -> str:
+    return f"the journal is closed by process {entry.pid}"
+
+
+@_told.register
+def _(entry: Gap) -> str:
+    return f"{entry.lost} entries are missing here: {entry.because}"
+
+
+def format_values(values: dict[str, float]) -> Iterator[str]:
+    """Values, each with what it was held against."""
+    against: dict[str, list[str]] = {}
+    shown = []
+    for key, value in values.items():
+        match = _OF.fullmatch(key)
+        if match is None:
+            shown.append(key)
+            continue
+        what, metric = match[1], match[2]
+        text = f"{AGAINST[what]} {value:.4g}"
+        if what in RATIOS and value > 0 and metric in values:
+            text += f", {values[metric] / value:.3g} times that"
+        against.setdefault(metric, []).append(text)
+    for key in shown:
+        told = against.pop(key, None)
+        yield f"{key} {values[key]:.4g}" + (f" ({'; '.join(told)})" if told else "")
+    for metric, told in against.items():
+        yield f"{'; '.join(told)} (of {metric})"
+
+
+def rfc3339(time_unix_nano: int) -> str:
+    """RFC 3339, in UTC; the nearest time there is a name for, whatever a producer sent."""
+    seconds = min(max(time_unix_nano, 0) / 1e9, _LAST_SECOND)
+    at = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+    return at.replace("+00:00", "Z")

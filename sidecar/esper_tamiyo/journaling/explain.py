@@ -6,7 +6,6 @@ the run did afterwards.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -29,10 +28,11 @@ from esper_tamiyo.journaling.entries import (
     Reported,
     RuleText,
     TableInUse,
+    format_values,
+    rfc3339,
 )
 from esper_tamiyo.journaling.field_reports import WATCHED
-from esper_tamiyo.journaling.journal import in_words
-from esper_tamiyo.judging.witness import RuleState
+from esper_tamiyo.judging.observer import RuleState
 
 LATEST = "latest"
 OF_UPDATE = "/update"
@@ -46,22 +46,6 @@ MODES = {
     "": "Whether the trainer applies decisions is not known.",
 }
 """What was applied is told by :func:`applied`, from what updates were made with."""
-
-AGAINST = {
-    "baseline": "baseline",
-    "frozen": "frozen baseline",
-    "lowest": "lowest baseline",
-    "highest": "highest baseline",
-    "peers": "other ranks",
-    "previous": "before",
-    "missing": "missing for",
-    "left": "left",
-}
-"""What a value was held against: as findings name it, and as it is told."""
-
-RATIOS = frozenset({"baseline", "frozen", "lowest", "highest", "peers"})
-
-_OF = re.compile(rf"({'|'.join(AGAINST)})\((.+)\)")
 
 
 class UnknownDecisionError(Exception):
@@ -79,44 +63,72 @@ class Story(NamedTuple):
     """The step at which the rule that decided let go, None when it was not seen to."""
 
 
-def tell(entries: Iterable[AnyEntry], wanted: str, run: str = "") -> Story:
+def find_decision(entries: Iterable[AnyEntry], wanted: str, run: str = "") -> Story:
     """The story of the decision with the id ``wanted``, or of the latest (of ``run``).
 
     Of several with one id (a step asked about twice, a restarted run) it is the last.
     Raises :class:`UnknownDecisionError`.
     """
-    decision: Decided | None = None
-    report: Reported | None = None
-    tables: dict[str, TableInUse] = {}
-    ids: dict[str, str] = {}
-    ended: int | None = None
+    search = _Search(wanted, run)
     for entry in entries:
+        search.see(entry)
+    return search.story()
+
+
+class _Search:
+    """What of the entries seen so far belongs to the decision that is looked for."""
+
+    def __init__(self, wanted: str, run: str) -> None:
+        self._wanted = wanted
+        self._run = run
+        self._decision: Decided | None = None
+        self._report: Reported | None = None
+        self._ended: int | None = None
+        self._tables: dict[str, TableInUse] = {}
+        self._run_of: dict[str, str] = {}
+        """By id, of every decision."""
+
+    def see(self, entry: AnyEntry) -> None:
+        """The next entry of the journal."""
         if isinstance(entry, TableInUse):
-            tables[entry.version] = entry
+            self._tables[entry.version] = entry
         elif isinstance(entry, Decided):
-            ids[entry.id] = entry.run
-            if entry.id == wanted or (wanted == LATEST and run in ("", entry.run)):
-                decision, report, ended = entry, None, None
-        elif isinstance(entry, Reported):
-            if decision is not None and entry.decision == decision.id:
-                report = entry
-        elif decision is not None and ended is None and _lets_go(entry, decision):
-            ended = entry.step if isinstance(entry, Changed) else None
-    if decision is None:
-        raise UnknownDecisionError(_unknown(wanted, run, ids))
-    table = tables.get(decision.table_version)
-    rules = {rule.id: rule for rule in table.rules} if table else {}
-    return Story(decision, report, rules, ended)
+            self._run_of[entry.id] = entry.run
+            if self._is_wanted(entry):
+                self._decision, self._report, self._ended = entry, None, None
+        elif self._decision is not None:
+            self._see_what_followed(entry, self._decision)
+
+    def story(self) -> Story:
+        """Raises :class:`UnknownDecisionError` when there was no such decision."""
+        decision = self._decision
+        if decision is None:
+            raise UnknownDecisionError(_unknown(self._wanted, self._run, self._run_of))
+        table = self._tables.get(decision.table_version)
+        rules = {rule.id: rule for rule in table.rules} if table else {}
+        return Story(decision, self._report, rules, self._ended)
+
+    def _is_wanted(self, entry: Decided) -> bool:
+        if self._wanted == LATEST and self._run in ("", entry.run):
+            return True
+        return entry.id == self._wanted
+
+    def _see_what_followed(self, entry: AnyEntry, decision: Decided) -> None:
+        if isinstance(entry, Reported):
+            if entry.decision == decision.id:
+                self._report = entry
+        elif isinstance(entry, Changed) and self._ended is None and _lets_go(entry, decision):
+            self._ended = entry.step
 
 
-def lines(story: Story) -> Iterator[str]:
+def format_story(story: Story) -> Iterator[str]:
     """The story for people."""
     decision = story.decision
     about = f" for seed {decision.target_seed}" if decision.target_seed else ""
     yield f"{decision.id}: {decision.action} ({decision.severity}){about}"
     if decision.update:
         yield f"about the update of step {decision.step}, before it was made"
-    yield f"at {in_words(decision.time_unix_nano)}, by table {decision.table_version}"
+    yield f"at {rfc3339(decision.time_unix_nano)}, by table {decision.table_version}"
     yield from _why(story)
     yield from _what(story)
     yield from _unheard(story)
@@ -157,7 +169,7 @@ def _why(story: Story) -> Iterator[str]:
 def _evidence(found: Found, rule: RuleText | None) -> Iterator[str]:
     if rule is not None:
         yield f"  it asks for: {rule.when}"
-    for line in told_values(found.values):
+    for line in format_values(found.values):
         yield f"  it saw: {line}"
     if found.seed_id is not None:
         yield f"  about seed {found.seed_id}"
@@ -165,27 +177,6 @@ def _evidence(found: Found, rule: RuleText | None) -> Iterator[str]:
         yield f"  it held since step {found.pending_since}"
     if found.firing_since is not None:
         yield f"  firing since step {found.firing_since}"
-
-
-def told_values(values: dict[str, float]) -> Iterator[str]:
-    """Values, each with what it was held against."""
-    against: dict[str, list[str]] = {}
-    shown = []
-    for key, value in values.items():
-        match = _OF.fullmatch(key)
-        if match is None:
-            shown.append(key)
-            continue
-        what, metric = match[1], match[2]
-        text = f"{AGAINST[what]} {value:.4g}"
-        if what in RATIOS and value > 0 and metric in values:
-            text += f", {values[metric] / value:.3g} times that"
-        against.setdefault(metric, []).append(text)
-    for key in shown:
-        told = against.pop(key, None)
-        yield f"{key} {values[key]:.4g}" + (f" ({'; '.join(told)})" if told else "")
-    for metric, told in against.items():
-        yield f"{'; '.join(told)} (of {metric})"
 
 
 def _what(story: Story) -> Iterator[str]:
@@ -249,11 +240,13 @@ def _unheard(story: Story) -> Iterator[str]:
     unheard = []
     lower = [found for found in decision.findings if found.rule != decision.reason]
     for found in sorted(lower, key=lambda found: -RANK_OF[found.severity]):
-        seen = ", ".join(told_values(found.values))
+        seen = ", ".join(format_values(found.values))
         unheard.append(
             f"{found.rule} ({found.action}, {found.severity}): {found.text} [{seen}]"
         )
-    unheard += [f"{silenced.rule}: silenced by {silenced.by}" for silenced in decision.silenced]
+    unheard += [
+        f"{silenced.rule}: inhibited by {silenced.by}" for silenced in decision.silenced
+    ]
     proposal = decision.proposal
     if proposal is not None and decision.seed_operation is None:
         unheard.append(f"the proposal to {proposal.operation} seed {proposal.seed_id}")
@@ -288,10 +281,10 @@ def _afterwards(story: Story) -> Iterator[str]:
         yield f"{story.decision.reason} let go at step {story.ended}."
 
 
-def _lets_go(entry: AnyEntry, decision: Decided) -> bool:
+def _lets_go(entry: Changed, decision: Decided) -> bool:
+    """Whether the rule that decided ends with it."""
     return (
-        isinstance(entry, Changed)
-        and (entry.run, entry.rank, entry.rule, entry.seed_id)
+        (entry.run, entry.rank, entry.rule, entry.seed_id)
         == (decision.run, decision.rank, decision.reason, decision.target_seed)
         and entry.step > decision.step
         and entry.after is RuleState.INACTIVE

@@ -1,7 +1,7 @@
 """Field reports: what a run did after a decision.
 
 A report says what happened *after*, which need not be *because*: there is no second run
-to compare with. It compares three looks at the loss, its volatility and the step time:
+to compare with. It compares three samples at the loss, its volatility and the step time:
 
 - *before*: the median over the :data:`WINDOW` steps up to the decision,
 - *during*: the step that was decided about,
@@ -55,7 +55,7 @@ QUIET_STEPS = 20.0
 """A rank that said nothing for so long, and for so many of its steps, has ended."""
 
 
-class Outcome(StrEnum):
+class RunOutcome(StrEnum):
     """How the run went on."""
 
     IMPROVED = "improved"
@@ -64,7 +64,7 @@ class Outcome(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
-class Look(NamedTuple):
+class StepSample(NamedTuple):
     """What a report needs of one step; ``values`` are those of :data:`WATCHED`.
 
     ``lr_scale`` and ``skipped`` say what its update was made with, None where it did not.
@@ -77,7 +77,7 @@ class Look(NamedTuple):
     skipped: bool | None = None
 
 
-class Due(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"):
+class DueReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"):
     """All that a report is made of, by :func:`report_of`.
 
     ``ended`` says why no more steps will be seen, "" when all have been.
@@ -92,9 +92,9 @@ class Due(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"
     reason: str
     mode: str
     ended: str
-    before: list[Look]
-    during: Look
-    after: list[Look]
+    before: list[StepSample]
+    during: StepSample
+    after: list[StepSample]
     update: bool = False
 
 
@@ -104,11 +104,11 @@ class _Pending(NamedTuple):
     decision: Decision
     rank: int
     mode: str
-    during: Look
+    during: StepSample
     update: bool = False
 
 
-class _Past:
+class _RankWindow:
     """The last steps of one rank, and the decisions that wait for more of them.
 
     Both are in the order of their steps; what came before a decision and what came after
@@ -116,11 +116,11 @@ class _Past:
     steps that have not been seen yet.
     """
 
-    __slots__ = ("checked", "heard_s", "instance", "looks", "pending", "time_unix_nano")
+    __slots__ = ("checked", "heard_s", "instance", "pending", "samples", "time_unix_nano")
 
     def __init__(self, instance: str) -> None:
         self.instance = instance
-        self.looks: deque[Look] = deque(maxlen=2 * WINDOW + 1)
+        self.samples: deque[StepSample] = deque(maxlen=2 * WINDOW + 1)
         self.pending: deque[_Pending] = deque()
         self.checked: deque[_Pending] = deque(maxlen=MAX_CHECKED)
         self.heard_s = 0.0
@@ -137,39 +137,39 @@ class FieldReports:
     """
 
     def __init__(self) -> None:
-        self._ranks: OrderedDict[tuple[str, int], _Past] = OrderedDict()
+        self._ranks: OrderedDict[tuple[str, int], _RankWindow] = OrderedDict()
 
     @property
     def pending(self) -> int:
         """Decisions whose report is due."""
         return sum(len(past.pending) + len(past.checked) for past in self._ranks.values())
 
-    def judged(self, frame: StepFrame, now_s: float) -> list[Due]:
+    def add_frame(self, frame: StepFrame, now_s: float) -> list[DueReport]:
         """A step was seen: the reports that it completes."""
         key = (frame.run, frame.rank)
         past = self._ranks.get(key)
-        reports: list[Due] = []
+        reports: list[DueReport] = []
         if past is None or (frame.instance and past.instance != frame.instance):
             if past is not None:
                 reports = _given_up(past, "the process was replaced by another")
-            past = self._ranks[key] = _Past(frame.instance)
+            past = self._ranks[key] = _RankWindow(frame.instance)
             if len(self._ranks) > MAX_RANKS:
                 _, forgotten = self._ranks.popitem(last=False)
                 reports += _given_up(forgotten, "the run was forgotten")
         self._ranks.move_to_end(key)
         past.heard_s = now_s
         past.time_unix_nano = frame.time_unix_nano
-        look = _look(frame)
-        past.looks.append(look)
+        sample = _sample(frame)
+        past.samples.append(sample)
         while past.checked and past.checked[0].decision.step <= frame.step:
             known = past.checked.popleft()
             is_it = known.decision.step == frame.step
-            past.pending.append(known._replace(during=look) if is_it else known)
+            past.pending.append(known._replace(during=sample) if is_it else known)
         while past.pending and frame.step >= past.pending[0].decision.step + WINDOW:
             reports.append(_due(past, past.pending.popleft()))
         return reports
 
-    def decided(self, decision: Decision, frame: StepFrame, mode: str) -> None:
+    def add_decision(self, decision: Decision, frame: StepFrame, mode: str) -> None:
         """A decision was made about ``frame``; a later one about the same step replaces it.
 
         One about a silence, whose frame is empty, has the id of the last step's own and says
@@ -183,9 +183,9 @@ class FieldReports:
             if last.decision.step == decision.step and not last.update:
                 past.pending.pop()
         if decision.action is not Action.CONTINUE:
-            past.pending.append(_Pending(decision, frame.rank, mode, _look(frame)))
+            past.pending.append(_Pending(decision, frame.rank, mode, _sample(frame)))
 
-    def checked(self, decision: Decision, known: StepFrame, mode: str) -> None:
+    def add_check(self, decision: Decision, known: StepFrame, mode: str) -> None:
         """A decision was made about the update of a step that is still to be seen.
 
         ``known`` is what was known of the step then; how its update was made is not.
@@ -195,10 +195,10 @@ class FieldReports:
             return
         if past.checked and past.checked[-1].decision.step == decision.step:
             past.checked.pop()
-        look = _look(known)._replace(lr_scale=None, skipped=None)
-        past.checked.append(_Pending(decision, known.rank, mode, look, update=True))
+        sample = _sample(known)._replace(lr_scale=None, skipped=None)
+        past.checked.append(_Pending(decision, known.rank, mode, sample, update=True))
 
-    def quiet(self, now_s: float) -> list[Due]:
+    def expire(self, now_s: float) -> list[DueReport]:
         """Give up on ranks that have ended, as far as silence can tell."""
         return [
             report
@@ -207,7 +207,7 @@ class FieldReports:
             for report in _given_up(past, "the run said no more")
         ]
 
-    def close(self) -> list[Due]:
+    def close(self) -> list[DueReport]:
         """Give up on all: nobody will see what the runs do next."""
         return [
             report
@@ -216,10 +216,10 @@ class FieldReports:
         ]
 
 
-def _look(frame: StepFrame) -> Look:
+def _sample(frame: StepFrame) -> StepSample:
     values = frame.values
     skipped = values.get("update_skipped")
-    return Look(
+    return StepSample(
         frame.step,
         (values.get("loss"), values.get("loss_volatility"), values.get("step_latency_ms")),
         values.get("nonfinite", 0.0),
@@ -228,22 +228,22 @@ def _look(frame: StepFrame) -> Look:
     )
 
 
-def _patience_s(past: _Past) -> float:
-    step_ms = past.looks[-1].values[2]
+def _patience_s(past: _RankWindow) -> float:
+    step_ms = past.samples[-1].values[2]
     return max(QUIET_S, QUIET_STEPS * (step_ms or 0.0) / 1e3)
 
 
-def _given_up(past: _Past, because: str) -> list[Due]:
+def _given_up(past: _RankWindow, because: str) -> list[DueReport]:
     reports = [_due(past, pending, because) for pending in (*past.pending, *past.checked)]
     past.pending.clear()
     past.checked.clear()
     return reports
 
 
-def _due(past: _Past, pending: _Pending, ended: str = "") -> Due:
+def _due(past: _RankWindow, pending: _Pending, ended: str = "") -> DueReport:
     decision = pending.decision
     step = decision.step
-    return Due(
+    return DueReport(
         time_unix_nano=past.time_unix_nano,
         decision=decision.id,
         run=decision.run,
@@ -253,16 +253,16 @@ def _due(past: _Past, pending: _Pending, ended: str = "") -> Due:
         reason=decision.reason,
         mode=pending.mode,
         ended=ended,
-        before=[look for look in past.looks if look.step < step][-WINDOW:],
+        before=[sample for sample in past.samples if sample.step < step][-WINDOW:],
         during=pending.during,
-        after=[look for look in past.looks if step < look.step <= step + WINDOW],
+        after=[sample for sample in past.samples if step < sample.step <= step + WINDOW],
         update=pending.update,
     )
 
 
-def report_of(due: Due) -> Reported:
+def report_of(due: DueReport) -> Reported:
     """The report: what the medians were, and how the run went on."""
-    outcome, because = (Outcome.INCONCLUSIVE, due.ended) if due.ended else _judge(due)
+    outcome, because = (RunOutcome.INCONCLUSIVE, due.ended) if due.ended else _judge(due)
     scaled_from, scale = _scaled(due)
     return Reported(
         time_unix_nano=due.time_unix_nano,
@@ -285,15 +285,17 @@ def report_of(due: Due) -> Reported:
         skipped=due.during.skipped,
         scaled_from=scaled_from,
         lr_scale_after=scale,
-        skipped_after=sum(1 for look in due.after if look.skipped),
+        skipped_after=sum(1 for sample in due.after if sample.skipped),
     )
 
 
-def _scaled(due: Due) -> tuple[int | None, float | None]:
+def _scaled(due: DueReport) -> tuple[int | None, float | None]:
     """The first step behind the decision whose update had another factor, and that factor;
     of the last one where none had, and None where nobody said."""
     before = due.during.lr_scale
-    told = [(look.step, look.lr_scale) for look in due.after if look.lr_scale is not None]
+    told = [
+        (sample.step, sample.lr_scale) for sample in due.after if sample.lr_scale is not None
+    ]
     if not told:
         return None, None
     for step, scale in told:
@@ -302,66 +304,86 @@ def _scaled(due: Due) -> tuple[int | None, float | None]:
     return None, told[-1][1]
 
 
-def _judge(looks: Due) -> tuple[Outcome, str]:
+def _judge(due: DueReport) -> tuple[RunOutcome, str]:
     """The outcome and, in words, what it rests on."""
-    if 2 * len(looks.after) < WINDOW:
-        return Outcome.INCONCLUSIVE, f"only {len(looks.after)} of {WINDOW} steps were seen"
+    if 2 * len(due.after) < WINDOW:
+        return RunOutcome.INCONCLUSIVE, f"only {len(due.after)} of {WINDOW} steps were seen"
     known = []
     for place, key in enumerate(WATCHED):
-        verdict = _verdict(looks, place)
+        verdict = _verdict(due, place)
         if verdict is not None:
             known.append((key, verdict))
     subjects = [each for each in known if each[1].unusual] or known
-    for outcome in (Outcome.WORSE, Outcome.IMPROVED, Outcome.INCONCLUSIVE, Outcome.NEUTRAL):
+    for outcome in (
+        RunOutcome.WORSE,
+        RunOutcome.IMPROVED,
+        RunOutcome.INCONCLUSIVE,
+        RunOutcome.NEUTRAL,
+    ):
         whys = [f"{key} {told.why}" for key, told in subjects if told.outcome is outcome]
         if whys:
             return outcome, "; ".join(whys)
-    return Outcome.INCONCLUSIVE, "none of the values it looks at was there"
+    return RunOutcome.INCONCLUSIVE, "none of the values it looks at was there"
 
 
 class _Verdict(NamedTuple):
     """What became of one metric; ``unusual``: it had left the ordinary at the decision."""
 
-    outcome: Outcome
+    outcome: RunOutcome
     unusual: bool
     why: str
 
 
-def _verdict(looks: Due, place: int) -> _Verdict | None:
-    before = _values(looks.before, place)
+def _verdict(due: DueReport, place: int) -> _Verdict | None:
+    """What became of one of :data:`WATCHED`; None where nobody knows what it was before."""
+    before = _values(due.before, place)
     if not before:
         return None
     usual = median(before)
-    spread = median(abs(value - usual) for value in before)
-    tolerance = max(TOLERANCE * abs(usual), UNSTEADINESS * spread)
-    then = looks.during.values[place]
-    gone = then is None and looks.during.nonfinite > 0
+    tolerance = _tolerance(before, usual)
+    then = due.during.values[place]
+    gone = then is None and due.during.nonfinite > 0
     unusual = gone or (then is not None and abs(then - usual) > tolerance)
-    values = _values(looks.after, place)
-    if 2 * len(values) < len(looks.after):
-        if any(look.nonfinite for look in looks.after):
-            return _Verdict(Outcome.WORSE, True, "is not finite any more")
-        return _Verdict(Outcome.INCONCLUSIVE, unusual, "was missing afterwards")
+    values = _values(due.after, place)
+    if 2 * len(values) < len(due.after):
+        return _missing(due.after, unusual)
     after = median(values)
-    if unusual and after <= usual + tolerance and (then is None or then > usual):
-        return _Verdict(Outcome.IMPROVED, True, "is back to what it was")
-    if gone:
-        return _Verdict(Outcome.WORSE, True, "is finite again, and higher than it was")
     reference = then if unusual and then is not None else usual
+    if (gone or reference > usual) and after <= usual + tolerance:
+        return _Verdict(RunOutcome.IMPROVED, True, "is back to what it was")
+    if gone:
+        return _Verdict(RunOutcome.WORSE, True, "is finite again, and higher than it was")
+    return _compared(after, reference, tolerance, unusual)
+
+
+def _tolerance(before: list[float], usual: float) -> float:
+    """By how much a value differs from what is usual before that counts."""
+    spread = median(abs(value - usual) for value in before)
+    return max(TOLERANCE * abs(usual), UNSTEADINESS * spread)
+
+
+def _missing(after: list[StepSample], unusual: bool) -> _Verdict:
+    """Of a metric that was not there at most steps behind the decision."""
+    if any(sample.nonfinite for sample in after):
+        return _Verdict(RunOutcome.WORSE, True, "is not finite any more")
+    return _Verdict(RunOutcome.INCONCLUSIVE, unusual, "was missing afterwards")
+
+
+def _compared(after: float, reference: float, tolerance: float, unusual: bool) -> _Verdict:
     tolerance = max(tolerance, TOLERANCE * abs(reference))
     if after < reference - tolerance:
-        return _Verdict(Outcome.IMPROVED, unusual, "is lower")
+        return _Verdict(RunOutcome.IMPROVED, unusual, "is lower")
     if after > reference + tolerance:
-        return _Verdict(Outcome.WORSE, unusual, "is higher")
-    return _Verdict(Outcome.NEUTRAL, unusual, "is much the same")
+        return _Verdict(RunOutcome.WORSE, unusual, "is higher")
+    return _Verdict(RunOutcome.NEUTRAL, unusual, "is much the same")
 
 
-def _values(looks: list[Look], place: int) -> list[float]:
-    return [value for look in looks if (value := look.values[place]) is not None]
+def _values(samples: list[StepSample], place: int) -> list[float]:
+    return [value for sample in samples if (value := sample.values[place]) is not None]
 
 
-def _medians(looks: list[Look]) -> dict[str, float]:
-    values = [_values(looks, place) for place in range(len(WATCHED))]
+def _medians(samples: list[StepSample]) -> dict[str, float]:
+    values = [_values(samples, place) for place in range(len(WATCHED))]
     return {key: median(of) for key, of in zip(WATCHED, values, strict=True) if of}
 
 

@@ -1,32 +1,41 @@
-"""The journal: what was decided and why, in files that people and machines can read.
+"""The journal: decisions and their reasons, in files that people and machines can read.
 
 A folder of ``journal-000001.jsonl``, ``journal-000002.jsonl``, …; the highest number is
 being written, the lowest go when there are too many. A line is complete when its newline
 is there; what a kill has cut short is recognised when it is read. Nothing is ever renamed
 or changed, so a reader needs no lock.
+
+A thread writes it, so that a slow disk holds up nothing else: it is given entries through
+a bounded queue, writes them at once, has the disk keep them about once a second, and tries
+again when the journal cannot be written.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import queue
 import re
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from esper_otel.leyline.wire import default_socket_path
-from esper_tamiyo.journaling.entries import AnyEntry, TableInUse
+from esper_tamiyo import release
+from esper_tamiyo.journaling.entries import AnyEntry, Closed, Gap, Opened, TableInUse, rfc3339
 
 MAX_FILE_MB = 8.0
 MAX_FILES = 8
 
-_LAST_SECOND = 253_402_300_799.0
-"""The end of the year 9999."""
+SYNC_S = 1.0
+RETRY_S = 5.0
+MAX_QUEUE = 1024
+"""Lists of entries that wait for the disk; beyond it they are dropped, and counted."""
 
 _NAME = re.compile(r"journal-(\d{6,})\.jsonl")
 _encoder = msgspec.json.Encoder()
@@ -97,8 +106,8 @@ class Journal:
             if isinstance(entry, TableInUse):
                 self._table = entry
         if self._size >= self._max_bytes:
-            self._turn_the_page()
-        self._write(b"".join(map(line_of, entries)))
+            self._rotate()
+        self._write(b"".join(map(encode_entry, entries)))
 
     def sync(self) -> None:
         """Have what was written outlive a power cut."""
@@ -136,7 +145,7 @@ class Journal:
             self._dirty = True
             rest = rest[count:]
 
-    def _turn_the_page(self) -> None:
+    def _rotate(self) -> None:
         self.sync()
         old, self._number = self._file, self._number + 1
         try:
@@ -146,22 +155,124 @@ class Journal:
             raise
         os.close(old)
         if self._table is not None:
-            self._write(line_of(self._table))  # so that each file explains itself
+            self._write(encode_entry(self._table))  # so that each file explains itself
         for path in files_of(self.folder)[: -self._max_files]:
             path.unlink(missing_ok=True)
 
 
-def line_of(entry: AnyEntry) -> bytes:
+class JournalThread:
+    """Owns a :class:`Journal` and the thread that writes to it.
+
+    ``opening`` opens the journal and may raise ``OSError``, as everything of a journal.
+    """
+
+    def __init__(self, opening: Callable[[], Journal], folder: Path) -> None:
+        self.error = ""
+        """Why the journal cannot be written, "" while it can."""
+        self.written = 0
+        self.lost = 0
+        self._opening = opening
+        self._folder = folder
+        self._journal: Journal | None = None
+        self._table: TableInUse | None = None
+        self._accounted = 0
+        self._retry_at = 0.0
+        self._queue: queue.Queue[list[AnyEntry] | None] = queue.Queue(MAX_QUEUE)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    def start(self) -> None:
+        """Open the journal and write from now on."""
+        self._thread.start()
+
+    def put(self, entries: list[AnyEntry]) -> None:
+        """Have ``entries`` written; never waits."""
+        try:
+            self._queue.put_nowait(entries)
+        except queue.Full:
+            self._dropped += len(entries)
+
+    def close(self, timeout_s: float) -> None:
+        """Write what is queued and stop, within a time."""
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=timeout_s)
+        self._thread.join(timeout_s)
+
+    @property
+    def all_lost(self) -> int:
+        """Entries that were given and are not in the journal."""
+        return self.lost + self._dropped
+
+    def _run(self) -> None:
+        self._attempt([])
+        sync_at = time.monotonic() + SYNC_S
+        while True:
+            try:
+                entries = self._queue.get(timeout=max(0.0, sync_at - time.monotonic()))
+            except queue.Empty:
+                entries = []
+            if entries is None:
+                break
+            self._attempt(entries)
+            if time.monotonic() >= sync_at:
+                sync_at = time.monotonic() + SYNC_S
+                self._sync()
+        self._attempt([Closed(time_unix_nano=time.time_ns(), pid=os.getpid())])
+        if self._journal is not None:
+            with suppress(OSError):
+                self._journal.close()
+
+    def _attempt(self, entries: list[AnyEntry]) -> None:
+        """Write ``entries``, or count them as lost."""
+        self._table = next((e for e in entries if isinstance(e, TableInUse)), self._table)
+        try:
+            if self._journal is None:
+                if time.monotonic() < self._retry_at:
+                    self.lost += len(entries)
+                    return
+                self._journal = self._open_journal()
+            self._journal.append(self._with_gap(entries))
+        except OSError as error:
+            self._failed(error)
+            self.lost += len(entries)
+        else:
+            self.written += len(entries)
+            self._accounted = self.all_lost
+            self.error = ""
+
+    def _open_journal(self) -> Journal:
+        journal = self._opening()
+        opened = Opened(time_unix_nano=time.time_ns(), pid=os.getpid(), release=release())
+        journal.append([opened, *([self._table] if self._table else [])])
+        return journal
+
+    def _with_gap(self, entries: list[AnyEntry]) -> list[AnyEntry]:
+        lost = self.all_lost - self._accounted
+        if not lost:
+            return entries
+        because = self.error or "the disk did not keep up"
+        return [Gap(time_unix_nano=time.time_ns(), lost=lost, because=because), *entries]
+
+    def _sync(self) -> None:
+        try:
+            if self._journal is not None:
+                self._journal.sync()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.error = f"{self._folder}: {(error.strerror or str(error)).lower()}"
+        self._retry_at = time.monotonic() + RETRY_S
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            with suppress(OSError):
+                journal.close()
+
+
+def encode_entry(entry: AnyEntry) -> bytes:
     """One line; ``at`` comes first, in words, and is told again in nanoseconds."""
-    head = b'{"at":"%s",' % in_words(entry.time_unix_nano).encode()
+    head = b'{"at":"%s",' % rfc3339(entry.time_unix_nano).encode()
     return head + _encoder.encode(entry)[1:] + b"\n"
-
-
-def in_words(time_unix_nano: int) -> str:
-    """RFC 3339, in UTC; the nearest time there is a name for, whatever a producer sent."""
-    seconds = min(max(time_unix_nano, 0) / 1e9, _LAST_SECOND)
-    at = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
-    return at.replace("+00:00", "Z")
 
 
 def read(folder: Path) -> Iterator[AnyEntry | Damage]:
@@ -179,30 +290,31 @@ def read(folder: Path) -> Iterator[AnyEntry | Damage]:
 
 
 def follow(folder: Path, poll_s: float = 0.2) -> Iterator[AnyEntry | Damage]:
-    """As :func:`read`, and then what is written from there on, for ever."""
-    path: Path | None = None
-    offset = lines = 0
+    """As :func:`read`, and then what is written from there on, for ever.
+
+    A file is held open until it is read to its end, so that its entries are not missed when
+    it is rotated away meanwhile.
+    """
+    number = 0
     while True:
-        files = files_of(folder)
-        current = next(
-            (file for file in files if path is None or _number(file) >= _number(path)), None
-        )
-        if current is not None:
-            if current != path:
-                path, offset, lines = current, 0, 0
-            is_newest = current == files[-1]
-            with current.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-            whole = data if not is_newest else data[: data.rfind(b"\n") + 1]
-            yield from _entries(path, whole.splitlines(keepends=True), lines + 1)
-            offset += len(whole)
-            lines += whole.count(b"\n")
-            if not is_newest:
-                path = files[files.index(current) + 1]
-                offset = lines = 0
-                continue
-        time.sleep(poll_s)
+        path = next((each for each in files_of(folder) if _number(each) >= number), None)
+        if path is None:
+            time.sleep(poll_s)
+            continue
+        number = _number(path)
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            rest, lines = b"", 0
+            is_followed = False
+            while not is_followed:
+                is_followed = any(_number(each) > number for each in files_of(folder))
+                data = rest + file.read()
+                whole = data if is_followed else data[: data.rfind(b"\n") + 1]
+                yield from _entries(path, whole.splitlines(keepends=True), lines + 1)
+                rest = data[len(whole) :]
+                lines += whole.count(b"\n")
+                if not is_followed:
+                    time.sleep(poll_s)
+        number += 1
 
 
 def _entries(path: Path, lines: list[bytes], first_line: int) -> Iterator[AnyEntry | Damage]:

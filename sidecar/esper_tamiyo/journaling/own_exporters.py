@@ -24,7 +24,7 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.trace.export import SpanExporter
 
-from esper_tamiyo.journaling.notes import Distribution
+from esper_tamiyo.journaling.messages import Distribution
 from esper_tamiyo.journaling.own_metrics import OwnMetric
 
 Adding = Callable[[MetricsData], list[Metric]]

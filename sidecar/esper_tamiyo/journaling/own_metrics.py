@@ -1,26 +1,21 @@
 """Tamiyo's own metrics: the one table they are made, exported and documented from.
 
 Values are read from the report of ``tamiyo status``, in which counts run from the start
-of the decide process. ``python -m esper_tamiyo.journaling.own_metrics`` writes the table of
-``docs/decisions.md`` anew; with ``--check`` it says whether that is due.
+of the decide process. The table in ``docs/decisions.md`` is made from this one.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from esper_otel.leyline.generated import bring_up_to_date
 
 Report = Mapping[str, Any]
 Values = Iterable[tuple[float, dict[str, str]]]
 """Values with their attributes."""
 
 
-class Kind(StrEnum):
+class InstrumentKind(StrEnum):
     """What sort of instrument."""
 
     COUNTER = "counter"
@@ -31,11 +26,11 @@ class Kind(StrEnum):
 class OwnMetric(NamedTuple):
     """One metric: ``read`` finds its values in a report.
 
-    A histogram has no ``read``; ``distribution`` is its name in the pulse.
+    A histogram has no ``read``; ``distribution`` is its name in the heartbeat.
     """
 
     name: str
-    kind: Kind
+    kind: InstrumentKind
     unit: str
     meaning: str
     attributes: tuple[str, ...] = ()
@@ -107,7 +102,7 @@ def _rules(report: Report) -> Values:
 OWN_METRICS: tuple[OwnMetric, ...] = (
     OwnMetric(
         "tamiyo.decisions",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{decision}",
         "decisions made; `rule` is the rule that won, `nominal` or `conservative_mode`",
         ("action", "severity", "rule"),
@@ -115,7 +110,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.checks",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{update}",
         "updates checked before they were made, by what was decided: to make them as they are "
         "(`unchanged`), `smaller` or not at all (`skipped`), or nothing, as the rank was not "
@@ -129,7 +124,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.answer.duration",
-        Kind.HISTOGRAM,
+        InstrumentKind.HISTOGRAM,
         "ms",
         "from seeing a decision request, or a check, to having answered it, in the process "
         "that decides",
@@ -137,14 +132,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.ingest.lag",
-        Kind.HISTOGRAM,
+        InstrumentKind.HISTOGRAM,
         "ms",
         "from a streamed step's own time to its evaluation, by the wall clocks of both",
         distribution="lag",
     ),
     OwnMetric(
         "tamiyo.frames",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{frame}",
         "step frames that came: judged, seen before (`duplicate`), older than the newest "
         "and never seen (`late`), of a replaced process (`superseded`), unreadable (`bad`)",
@@ -158,14 +153,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.frames.missed",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{frame}",
         "steps passed over: not there when a newer one was judged (some may come late)",
         read=_one("missed_steps"),
     ),
     OwnMetric(
         "tamiyo.ingest.points",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{point}",
         "data points of requests that were accepted: used, of other instruments "
         "(`foreign`), of ours and unusable, or of steps that came too late (`old`)",
@@ -183,7 +178,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.ingest.requests",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{request}",
         "OTLP requests: accepted, or refused and why",
         ("state",),
@@ -201,7 +196,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.queue.depth",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "{item}",
         "what waits: streamed frames, notes for the journal, field reports to come",
         ("queue",),
@@ -209,7 +204,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.journal.entries",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{entry}",
         "entries for the journal: `written`, or `lost` because it could not be written",
         ("state",),
@@ -217,14 +212,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.connections",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "{connection}",
         "open connections of the decision socket",
         read=_one("connections", "open"),
     ),
     OwnMetric(
         "tamiyo.runs",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "{rank}",
         "ranks, by whether they are still heard of",
         ("state",),
@@ -232,7 +227,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.rules",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "{subject}",
         "ranks, or seeds, for which a rule is pending, firing or recovering; or `unknown`: it "
         "was when the rank was last heard of",
@@ -241,14 +236,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.conservative",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "{rank}",
         "ranks that are in conservative mode",
         read=_one("engine", "conservative"),
     ),
     OwnMetric(
         "tamiyo.restarts",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{restart}",
         "how often a process of the sidecar had to be started again",
         ("process",),
@@ -264,7 +259,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.table.info",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "1",
         "always 1; `version` names the table in use, whose hash changes with its content",
         ("version",),
@@ -272,14 +267,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.table.loaded",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "s",
         "when the table in use was loaded, in Unix time",
         read=_one("table", "loaded_at"),
     ),
     OwnMetric(
         "tamiyo.table.reloads",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{reload}",
         "tables read while serving, and taken in place of another or refused",
         ("state",),
@@ -287,50 +282,16 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
     ),
     OwnMetric(
         "tamiyo.uptime",
-        Kind.GAUGE,
+        InstrumentKind.GAUGE,
         "s",
         "how long the sidecar has been serving",
         read=_one("uptime_s"),
     ),
     OwnMetric(
         "tamiyo.heartbeat",
-        Kind.COUNTER,
+        InstrumentKind.COUNTER,
         "{beat}",
         "rises about once a second while the process that decides turns its loop",
         read=_one("beat"),
     ),
 )
-
-PAGE = Path(__file__).parents[3] / "docs" / "decisions.md"
-BEGIN, END = "<!-- own metrics: generated -->", "<!-- own metrics: end -->"
-
-
-def markdown() -> str:
-    """The table for people."""
-    lines = [
-        "| metric | kind | unit | attributes | meaning |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for metric in OWN_METRICS:
-        names = ", ".join(f"`{name}`" for name in metric.attributes)
-        cells = (f"`{metric.name}`", metric.kind, f"`{metric.unit}`", names, metric.meaning)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def renewed(page: str) -> str:
-    """``page`` with the table of today between its two marks."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{markdown()}\n{END}{tail}"
-
-
-def main(argv: list[str]) -> int:
-    """Write the page anew, or check that this is not needed."""
-    command = "python -m esper_tamiyo.journaling.own_metrics"
-    fresh = renewed(PAGE.read_text(encoding="utf-8"))
-    return bring_up_to_date({PAGE: fresh}, command, check="--check" in argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,17 +12,20 @@ nothing of it was sent.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN, span_id, trace_id
+from esper_tamiyo import release
 from esper_tamiyo.journaling.entries import Decided, Found
-from esper_tamiyo.journaling.notes import Pulse
-from esper_tamiyo.journaling.own_metrics import OWN_METRICS, Kind, OwnMetric
-from esper_tamiyo.journaling.own_receiver import is_ours
+from esper_tamiyo.journaling.messages import Heartbeat
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind, OwnMetric
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
@@ -42,6 +45,10 @@ FINDING_EVENT = "esper.finding"
 CHECK_SPAN = "tamiyo.check"
 """Of a decision about an update that was not made yet."""
 
+Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+LOOPBACK = (ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1"))
+
 
 def endpoint_of(signal: str) -> str:
     """Where a signal goes: "" for nowhere, as no variable names an endpoint."""
@@ -53,33 +60,88 @@ def endpoint_of(signal: str) -> str:
     return own or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
 
 
+def is_ours(endpoint: str, receivers: Iterable[str]) -> bool:
+    """Whether what is sent to ``endpoint`` arrives at one of ``receivers``, each an IP
+    address with its port.
+
+    A name other than localhost is not looked up, as that may wait on a network.
+    """
+    host, port = _host_and_port(endpoint)
+    if port is None:
+        return False
+    return any(
+        own_port == port and any(_arrives(address, own) for address in _addresses(host))
+        for own, own_port in map(_host_and_port, receivers)
+    )
+
+
+def _host_and_port(place: str) -> tuple[str, int | None]:
+    """Those of a URL, or of an address without a scheme; port None when it has none."""
+    parts = urlsplit(place if "//" in place else f"//{place}")
+    try:
+        return parts.hostname or "", parts.port
+    except ValueError:
+        return "", None
+
+
+def _addresses(host: str) -> Sequence[Ip]:
+    """Where a connection to ``host`` may go, as far as its name tells."""
+    if host == "localhost":
+        return LOOPBACK
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return ()
+    return LOOPBACK if address.is_unspecified else (address,)
+
+
+def _arrives(address: Ip, own: str) -> bool:
+    """Whether who listens at ``own`` is reached at ``address``."""
+    listening = ipaddress.ip_address(own)
+    if not listening.is_unspecified:
+        return address == listening
+    # The wildcard of IPv6 takes IPv4 as well.
+    return address.version <= listening.version and _is_of_this_machine(address)
+
+
+def _is_of_this_machine(address: Ip) -> bool:
+    """Whether one could listen there: the system only lets an address of its own be bound."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
 class OwnTelemetry:
-    """Begins with the first pulse, which says where the sidecar itself listens."""
+    """Begins with the first heartbeat, which says where the sidecar itself listens."""
 
     def __init__(self) -> None:
         self.endpoints: list[str] = []
         """Where it is sent, one entry per signal."""
-        self._pulse: Pulse | None = None
+        self._heartbeat: Heartbeat | None = None
         self._tracers: TracerProvider | None = None
         self._meters: MeterProvider | None = None
         self._waiting: list[Decided] = []
 
-    def beat(self, pulse: Pulse) -> None:
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         """The newest state of everything the metrics tell."""
-        is_first = self._pulse is None
-        self._pulse = pulse
+        is_first = self._heartbeat is None
+        self._heartbeat = heartbeat
         if is_first:
             try:
-                self._begin(pulse)
+                self._set_up(heartbeat)
             except Exception as error:
                 log.warning("Tamiyo's own telemetry is off: %s", error)
         for decided in self._waiting:
-            self.tell(decided)
+            self.export_decision(decided)
         self._waiting = []
 
-    def tell(self, decided: Decided) -> None:
+    def export_decision(self, decided: Decided) -> None:
         """Make the span of a decision."""
-        if self._pulse is None:
+        if self._heartbeat is None:
             self._waiting.append(decided)
         elif self._tracers is not None:
             make_span(self._tracers, decided)
@@ -93,8 +155,8 @@ class OwnTelemetry:
         for end in ends:
             end.join(timeout_s)
 
-    def _begin(self, pulse: Pulse) -> None:
-        ingest = pulse.report.get("ingest") or {}
+    def _set_up(self, heartbeat: Heartbeat) -> None:
+        ingest = heartbeat.report.get("ingest") or {}
         ours = [str(ingest[name]) for name in ("otlp_grpc", "otlp_http") if name in ingest]
         traces, metrics = (
             "" if is_ours(endpoint, ours) else endpoint
@@ -103,7 +165,7 @@ class OwnTelemetry:
         self.endpoints = [each for each in (traces, metrics) if each]
         if not self.endpoints:
             return
-        resource = resource_of(pulse.report.get("pid"))
+        resource = resource_of(heartbeat.report.get("pid"))
         if traces:
             self._tracers = _tracer_provider(resource)
         if metrics:
@@ -120,8 +182,8 @@ class OwnTelemetry:
         meter = provider.get_meter(SCOPE)
         for metric in OWN_METRICS:
             make = {
-                Kind.COUNTER: meter.create_observable_counter,
-                Kind.GAUGE: meter.create_observable_gauge,
+                InstrumentKind.COUNTER: meter.create_observable_counter,
+                InstrumentKind.GAUGE: meter.create_observable_gauge,
             }.get(metric.kind)
             if make is not None:
                 make(metric.name, [self._reading(metric)], metric.unit, metric.meaning)
@@ -131,33 +193,33 @@ class OwnTelemetry:
         from opentelemetry.metrics import Observation
 
         def observe(options: CallbackOptions) -> Iterable[Observation]:
-            pulse = self._pulse
-            if pulse is None:
+            heartbeat = self._heartbeat
+            if heartbeat is None:
                 return []
-            report = {**pulse.report, "beat": pulse.beat}
+            report = {**heartbeat.report, "beat": heartbeat.beat}
             return [Observation(value, told) for value, told in metric.read(report)]
 
         return observe
 
     def _histograms(self, data: MetricsData) -> list[Metric]:
-        """The histograms of the newest pulse, for the time that ``data`` is of."""
+        """The histograms of the newest heartbeat, for the time that ``data`` is of."""
         from esper_tamiyo.journaling.own_exporters import histogram
 
-        pulse = self._pulse
-        if pulse is None:
+        heartbeat = self._heartbeat
+        if heartbeat is None:
             return []
         return [
-            histogram(metric, pulse.distributions[metric.distribution], pulse.began_unix_nano)
+            histogram(
+                metric, heartbeat.distributions[metric.distribution], heartbeat.began_unix_nano
+            )
             for metric in OWN_METRICS
-            if metric.kind is Kind.HISTOGRAM
+            if metric.kind is InstrumentKind.HISTOGRAM
         ]
 
 
 def resource_of(pid: object) -> Resource:
     """Who produces this telemetry."""
     from opentelemetry.sdk.resources import Resource
-
-    from esper_tamiyo.journaling.release import release
 
     resource = Resource.create({"service.version": release(), "process.pid": str(pid)})
     name = str(resource.attributes.get("service.name", ""))

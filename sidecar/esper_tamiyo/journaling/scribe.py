@@ -1,37 +1,44 @@
 """The scribe process: journal, health endpoint and Tamiyo's own OpenTelemetry.
 
 A process of its own, because files, the OTel SDK and whoever asks after our health may
-take their time, and the process that decides may not. It is told notes through a pipe and
-ends when the pipe does, so it cannot outlive the decide process, however that dies; what
-the pipe still holds is written first.
+take their time, and the process that decides may not. It is sent messages through a pipe
+and ends when the pipe does, so it cannot outlive the decide process, however that dies;
+what the pipe still holds is written first.
+
+The health endpoint is what an orchestrator asks, over plain HTTP: ``GET /livez`` is 200
+while the decide process beats, ``GET /readyz`` while it also hears what it should hear;
+otherwise 503. Both answer with JSON that names each check. Nothing of a run is told, so the
+endpoint may be reachable from other machines: a kubelet is one.
 
 Run as ``python -m esper_tamiyo.journaling.scribe FD ORDERS``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import msgspec
 
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
-from esper_tamiyo.journaling.field_reports import Due, report_of
-from esper_tamiyo.journaling.health import Health
-from esper_tamiyo.journaling.journal import Journal
-from esper_tamiyo.journaling.journal_keeper import Keeper
-from esper_tamiyo.journaling.notes import (
-    Note,
-    Pulse,
-    Standing,
+from esper_tamiyo.journaling.field_reports import DueReport, report_of
+from esper_tamiyo.journaling.journal import Journal, JournalThread
+from esper_tamiyo.journaling.messages import (
+    Heartbeat,
+    Message,
+    ScribeStatus,
+    decode_messages,
     is_for_journal,
-    notes_in,
     pack,
 )
 from esper_tamiyo.journaling.own_telemetry import OwnTelemetry
@@ -39,31 +46,109 @@ from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE, Orders
 
 log = logging.getLogger("tamiyo")
 
-STANDING_S = 1.0
+STATUS_S = 1.0
 NICE = 5
 """The decide process answers a waiting trainer; this one may come second."""
 
 JOURNAL_END_S = 1.0
 TELEMETRY_END_S = 0.7
 
+STALE_AFTER_S = 3.0
+"""A decide process that has not beaten for so long is not alive: three beats."""
+
+REQUEST_TIMEOUT_S = 5.0
+
+
+class HealthEndpoint:
+    """Answers at an already listening socket, from the newest heartbeat."""
+
+    def __init__(self, fd: int) -> None:
+        self._server = _HealthServer(socket.socket(fileno=fd), self)
+        self._report: dict[str, Any] = {}
+        self._beat_at: float | None = None
+
+    def start(self) -> None:
+        """Answer from now on, on threads of their own."""
+        threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
+
+    def on_heartbeat(self, report: dict[str, Any]) -> None:
+        """The decide process is alive, and this is how it is."""
+        self._report = report
+        self._beat_at = time.monotonic()
+
+    def checks(self, path: str) -> dict[str, bool] | None:
+        """What ``path`` asks for, each True or False; None for a path that is none."""
+        alive = self._beat_at is not None and time.monotonic() - self._beat_at < STALE_AFTER_S
+        if path == "/livez":
+            return {"deciding": alive}
+        if path != "/readyz":
+            return None
+        ingest = self._report.get("ingest")
+        return {
+            "deciding": alive,
+            "receiving": alive and (ingest is None or bool(ingest["listening"])),
+        }
+
+
+class _HealthServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, listening: socket.socket, health: HealthEndpoint) -> None:
+        address = listening.getsockname()
+        super().__init__(address[:2], _HealthHandler, bind_and_activate=False)
+        self.socket.close()  # the one that the base class made
+        self.socket = listening
+        self.health = health
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is nobody's trouble."""
+
+
+class _HealthHandler(BaseHTTPRequestHandler):
+    server: _HealthServer
+    timeout = REQUEST_TIMEOUT_S
+    protocol_version = "HTTP/1.1"
+    server_version = "tamiyo"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answer one question."""
+        checks = self.server.health.checks(self.path.partition("?")[0])
+        if checks is None:
+            self._reply(404, {"error": "expected /livez or /readyz"})
+            return
+        good = all(checks.values())
+        self._reply(200 if good else 503, {"status": "ok" if good else "failing", **checks})
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """A probe every second is not worth a line."""
+
+    def _reply(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode() + b"\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
 
 class Scribe:
-    """Does what the orders say with every note that comes."""
+    """Does what the orders say with every message that comes."""
 
     def __init__(self, pipe: socket.socket, orders: Orders) -> None:
         self._pipe = pipe
-        self._keeper: Keeper | None = None
+        self._journal: JournalThread | None = None
         if orders.journal is not None:
             folder, size, count = orders.journal, orders.journal_bytes, orders.journal_files
-            self._keeper = Keeper(lambda: Journal(folder, size, count), folder)
-        self._health = None if orders.health is None else Health(orders.health)
+            self._journal = JournalThread(lambda: Journal(folder, size, count), folder)
+        self._health = None if orders.health is None else HealthEndpoint(orders.health)
         self._telemetry = OwnTelemetry()
-        self._said: Standing | None = None
+        self._said: ScribeStatus | None = None
 
     def run(self) -> None:
-        """Take notes until the pipe ends."""
-        if self._keeper is not None:
-            self._keeper.start()
+        """Take messages until the pipe ends."""
+        if self._journal is not None:
+            self._journal.start()
         if self._health is not None:
             self._health.start()
         poll = select.poll()
@@ -71,9 +156,9 @@ class Scribe:
         due = 0.0
         while True:
             now = time.monotonic()
-            if now >= due or self._is_news():
-                due = now + STANDING_S
-                self._say_standing()
+            if now >= due or self._has_new_error():
+                due = now + STATUS_S
+                self._send_status()
             if poll.poll(max(0.0, due - now) * 1e3):
                 try:
                     data = self._pipe.recv(MAX_MESSAGE)
@@ -83,41 +168,43 @@ class Scribe:
                     continue
                 if not data:
                     break
-                self._heed(data)
-        if self._keeper is not None:
-            self._keeper.close(JOURNAL_END_S)
+                self._handle(data)
+        if self._journal is not None:
+            self._journal.close(JOURNAL_END_S)
         self._telemetry.close(TELEMETRY_END_S)
 
-    def _heed(self, data: bytes) -> None:
+    def _handle(self, data: bytes) -> None:
         try:
-            notes: list[Note] = notes_in(data)
+            messages: list[Message] = decode_messages(data)
         except msgspec.MsgspecError as error:  # only a fault of ours can bring it about
             log.warning("the scribe was told what it cannot read: %s", error)
             return
         entries: list[AnyEntry] = []
-        for note in notes:
-            if isinstance(note, Pulse):
+        for message in messages:
+            if isinstance(message, Heartbeat):
                 if self._health is not None:
-                    self._health.beat(note.report)
-                self._telemetry.beat(note)
+                    self._health.on_heartbeat(message.report)
+                self._telemetry.on_heartbeat(message)
                 continue
-            if isinstance(note, Decided):
-                self._telemetry.tell(note)
-            if is_for_journal(note):
-                entries.append(report_of(note) if isinstance(note, Due) else note)
-        if entries and self._keeper is not None:
-            self._keeper.put(entries)
+            if isinstance(message, Decided):
+                self._telemetry.export_decision(message)
+            if is_for_journal(message):
+                entries.append(
+                    report_of(message) if isinstance(message, DueReport) else message
+                )
+        if entries and self._journal is not None:
+            self._journal.put(entries)
 
-    def _is_news(self) -> bool:
-        error = self._keeper.error if self._keeper is not None else ""
+    def _has_new_error(self) -> bool:
+        error = self._journal.error if self._journal is not None else ""
         return self._said is None or error != self._said.error
 
-    def _say_standing(self) -> None:
-        keeper = self._keeper
-        self._said = Standing(
-            written=keeper.written if keeper else 0,
-            lost=keeper.all_lost if keeper else 0,
-            error=keeper.error if keeper else "",
+    def _send_status(self) -> None:
+        journal = self._journal
+        self._said = ScribeStatus(
+            written=journal.written if journal else 0,
+            lost=journal.all_lost if journal else 0,
+            error=journal.error if journal else "",
             exports=self._telemetry.endpoints,
         )
         with suppress(OSError):  # nobody reads: it is not for us to wait

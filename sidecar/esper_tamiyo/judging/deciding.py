@@ -1,4 +1,4 @@
-"""From findings to one decision: force, severity, the proposal and conservative mode."""
+"""From the rules that fired to one decision, after a step or before an update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
     FORCE,
+    LR_SCALE,
+    MAX_NORM,
     NOMINAL,
+    SKIP_STEP,
     Action,
     Decision,
     Finding,
@@ -17,12 +20,15 @@ from esper_otel.leyline.decisions import (
 )
 from esper_tamiyo.judging.rules import CompiledRule
 
+Fired = tuple[CompiledRule, Finding]
+"""A rule that fired, and what it saw."""
+
 
 def decide(
     key: tuple[str, int],
     step: int,
     newest: int,
-    fired: Sequence[tuple[CompiledRule, Finding]],
+    fired: Sequence[Fired],
     proposal: Proposal | None,
     *,
     conservative: bool,
@@ -70,5 +76,58 @@ def decide(
     )
 
 
-def _weight(fired: tuple[CompiledRule, Finding]) -> tuple[int, int]:
+def decide_update(
+    key: tuple[str, int],
+    step: int,
+    newest: int,
+    fired: Sequence[Fired],
+    *,
+    conservative: bool,
+    table_version: str,
+) -> Decision:
+    """The decision about the update of ``step``, which is not made yet.
+
+    To leave it out wins over all. Else the strongest rule with a factor scales its rates,
+    and the smallest norm of all holds its gradients.
+    """
+    action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
+    parameters: dict[str, float] = {}
+    if fired:
+        skipping = _asking_for(SKIP_STEP, fired)
+        winner = max(skipping or fired, key=_weight)[0].rule
+        action, severity, reason = winner.action, winner.severity, winner.id
+        parameters = {SKIP_STEP: 1.0} if skipping else _bounded(fired)
+    run, rank = key
+    return Decision(
+        f"{run}/{rank}/{step}/update",
+        run,
+        step,
+        newest,
+        action,
+        severity,
+        reason,
+        [finding for _, finding in fired],
+        parameters=parameters,
+        conservative=conservative,
+        table_version=table_version,
+    )
+
+
+def _bounded(fired: Sequence[Fired]) -> dict[str, float]:
+    """By how much an update is made smaller."""
+    parameters = {}
+    scaling = _asking_for(LR_SCALE, fired)
+    if scaling:
+        parameters[LR_SCALE] = max(scaling, key=_weight)[0].rule.parameters[LR_SCALE]
+    norms = [entry.rule.parameters[MAX_NORM] for entry, _ in _asking_for(MAX_NORM, fired)]
+    if norms:
+        parameters[MAX_NORM] = min(norms)
+    return parameters
+
+
+def _asking_for(parameter: str, fired: Sequence[Fired]) -> list[Fired]:
+    return [each for each in fired if parameter in each[0].rule.parameters]
+
+
+def _weight(fired: Fired) -> tuple[int, int]:
     return fired[0].weight

@@ -12,8 +12,6 @@ import logging
 from collections import OrderedDict
 from typing import Any
 
-import msgspec
-
 from esper_otel.leyline.decisions import (
     PROTOCOL_ERROR,
     Decision,
@@ -24,17 +22,17 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask
-from esper_tamiyo.judging.deciding import decide
+from esper_tamiyo.judging.deciding import Fired, decide, decide_update
+from esper_tamiyo.judging.liveness import Key, overview
+from esper_tamiyo.judging.observer import EngineObserver
 from esper_tamiyo.judging.peers import PeerBoard
-from esper_tamiyo.judging.rulebook import Rulebook
+from esper_tamiyo.judging.rule_status import RuleTransition
+from esper_tamiyo.judging.rulebook import ReloadReport, Rulebook, difference, earlier_places
 from esper_tamiyo.judging.rules import CompiledRule
-from esper_tamiyo.judging.run_state import Moved, RunState
-from esper_tamiyo.judging.survey import Key, survey
+from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.update_guards import UpdateGuards
-from esper_tamiyo.judging.updates import decide_update
-from esper_tamiyo.judging.witness import RuleChange, Witness
 from esper_tamiyo.language.operators import Operator
-from esper_tamiyo.language.table import Rule, Table, conditions
+from esper_tamiyo.language.table import Table, conditions
 
 log = logging.getLogger("tamiyo")
 
@@ -47,25 +45,8 @@ MAX_NAME = 256
 MAX_RETIRED = 1024
 """Instances remembered as replaced, so that their late frames do not bring them back."""
 
-ADOPTED_AT_ONCE = 8
+SWITCHED_AT_ONCE = 8
 """Ranks that go over to another table in one tick, when they send nothing themselves."""
-
-
-class ReloadReport(msgspec.Struct, frozen=True):
-    """What another table changed; rules by id, in the order of their tables.
-
-    ``kept`` rules are the same in every field and went on as if nothing had happened;
-    ``changed``, ``added`` and ``removed`` ones began anew, or ended. ``baselines_kept`` is
-    false when the new table's baselines span other windows: then they warm up again.
-    """
-
-    before: str
-    version: str
-    kept: tuple[str, ...]
-    changed: tuple[str, ...]
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    baselines_kept: bool
 
 
 class Engine:
@@ -76,16 +57,16 @@ class Engine:
     """
 
     def __init__(
-        self, table: Table, max_runs: int = MAX_RUNS, witness: Witness | None = None
+        self, table: Table, max_runs: int = MAX_RUNS, observer: EngineObserver | None = None
     ) -> None:
-        """``witness`` is told of every change and decision; it cannot disturb them."""
+        """``observer`` is told of every change and decision; it cannot disturb them."""
         self._book = Rulebook(table)
         self._max_runs = max_runs
-        self._witness = witness
+        self._observer = observer
         self._runs: OrderedDict[Key, RunState] = OrderedDict()
         self._boards: dict[str, PeerBoard] = {}
         self._retired: OrderedDict[tuple[str, int, str], None] = OrderedDict()
-        self._witness_failed = 0
+        self._observer_failed = 0
         self._counts = {
             "judged": 0,
             "duplicate": 0,
@@ -113,15 +94,15 @@ class Engine:
             heard_ns = frame.time_unix_nano if at_ns is None else at_ns
             return self._observe(frame, proposal, heard_ns)
         except Exception:
-            self._failed(frame)
+            self._count_failure(frame)
             return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
-    def glance(self, key: Key, instance: str, ask: Ask) -> Decision | None:
-        """The decision :meth:`observe` is going to give, when that can be told at once.
+    def decide_fast(self, key: Key, instance: str, ask: Ask) -> Decision | None:
+        """The decision that :meth:`observe` would give, where no rule can fire; else None.
 
-        ``ask.values`` must be in registry order. None when a rule might fire, or when
-        anything else is out of the ordinary. Changes no state: once the answer is on its
-        way the frame has to be given to :meth:`settle`, which takes ``observe``'s place.
+        ``ask.values`` must be in registry order. None also when anything else is out of the
+        ordinary. Changes no state: once the answer is on its way the frame has to be given
+        to :meth:`commit`, which takes ``observe``'s place.
         """
         state = self._runs.get(key)
         step = ask.step
@@ -141,8 +122,8 @@ class Engine:
             return None
         return self._decision(state, key, step, ask.proposal, step, [])
 
-    def settle(self, frame: StepFrame, glanced: Decision, at_ns: int | None = None) -> None:
-        """Remember a frame that :meth:`glance` has decided about. Never raises."""
+    def commit(self, frame: StepFrame, decision: Decision, at_ns: int | None = None) -> None:
+        """Remember a frame that :meth:`decide_fast` has decided about. Never raises."""
         try:
             key = (frame.run, frame.rank)
             state = self._runs[key]
@@ -150,9 +131,9 @@ class Engine:
             if state.book is not self._book:
                 self._catch_up(state, key)
             self._judge(state, key, frame, frame.time_unix_nano if at_ns is None else at_ns)
-            self._conclude(state, frame, glanced, is_new=True)
+            self._conclude(state, frame, decision, is_new=True)
         except Exception:
-            self._failed(frame)
+            self._count_failure(frame)
 
     def check(self, frame: StepFrame) -> Decision:
         """Decide about an update that is not made yet; ``frame`` is what is known of its step.
@@ -178,7 +159,7 @@ class Engine:
                 table_version=state.book.table.version,
             )
         except Exception:
-            self._failed(frame)
+            self._count_failure(frame)
             return unanswered(run, step, PROTOCOL_ERROR)
 
     def update_guards(self, key: Key, instance: str) -> UpdateGuards | None:
@@ -197,14 +178,14 @@ class Engine:
         found by the frame that ended it, with the same instants.
         """
         try:
-            behind = ADOPTED_AT_ONCE
+            behind = SWITCHED_AT_ONCE
             for key, state in self._runs.items():
                 if state.book is not self._book:
                     behind -= 1
                     if behind < 0:
                         continue
                     self._catch_up(state, key)
-                self._listen(state, key, now_ns - state.pace.heard_ns)
+                self._find_silence(state, key, now_ns - state.pace.heard_ns)
         except Exception:
             log.exception("could not look for silent ranks")
 
@@ -216,27 +197,14 @@ class Engine:
         or within a few ticks: all of them at once would keep an ask waiting.
         """
         before = self._book.table
-        places = _places(before, table)
         self._book = Rulebook(table)
-        old = {rule.id for rule in before.rules}
-        kept_at = dict(zip((rule.id for rule in table.rules), places, strict=True))
-        return ReloadReport(
-            before=before.version,
-            version=table.version,
-            kept=tuple(name for name, place in kept_at.items() if place is not None),
-            changed=tuple(
-                name for name, place in kept_at.items() if place is None and name in old
-            ),
-            added=tuple(name for name in kept_at if name not in old),
-            removed=tuple(name for name in old if name not in kept_at),
-            baselines_kept=table.baseline == before.baseline,
-        )
+        return difference(before, table)
 
     def note_bad_frame(self) -> None:
         """Count a frame that could not even be read."""
         self._counts["bad"] += 1
 
-    def _failed(self, frame: StepFrame) -> None:
+    def _count_failure(self, frame: StepFrame) -> None:
         self.note_bad_frame()
         log.exception("could not judge step %s of run %.80r", frame.step, frame.run)
 
@@ -247,17 +215,17 @@ class Engine:
         state = self._runs.get((run, rank))
         return state.decision if state else None
 
-    def report(self, now_ns: int | None = None) -> dict[str, Any]:
+    def overview(self, now_ns: int | None = None) -> dict[str, Any]:
         """What it has seen, as plain data: counts, and some of the ranks.
 
-        With ``now_ns``, by the clock of :meth:`tick`, each rank's ``state`` says whether it
-        was heard of lately (``current``) or nobody can say how it is doing (``unknown``).
+        With ``now_ns``, by the clock of :meth:`tick`, each rank's ``state`` is a
+        :class:`~esper_tamiyo.judging.liveness.RankState`.
         """
         return {
             "frames": dict(self._counts),
             "ranks": len(self._runs),
-            "witness_failed": self._witness_failed,
-            **survey(reversed(self._runs.items()), now_ns),
+            "witness_failed": self._observer_failed,
+            **overview(reversed(self._runs.items()), now_ns),
         }
 
     def _observe(self, frame: StepFrame, proposal: Proposal | None, at_ns: int) -> Decision:
@@ -285,69 +253,57 @@ class Engine:
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""
-        lost = state.adopt(self._book, _places(state.book.table, self._book.table))
-        self._tell_moves(key, state.newest, state.time_unix_nano, lost)
+        lost = state.switch_table(
+            self._book, earlier_places(state.book.table, self._book.table)
+        )
+        self._notify(key, state.newest, state.time_unix_nano, lost)
 
     def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:
         self._counts["judged"] += 1
-        self._listen(state, key, frame.time_unix_nano - state.time_unix_nano)
-        moves = state.judge(frame, at_ns)
-        if moves:
-            self._tell_moves(key, frame.step, frame.time_unix_nano, moves)
+        self._find_silence(state, key, frame.time_unix_nano - state.time_unix_nano)
+        transitions = state.judge(frame, at_ns)
+        if transitions:
+            self._notify(key, frame.step, frame.time_unix_nano, transitions)
 
     def _conclude(
         self, state: RunState, frame: StepFrame, decision: Decision, *, is_new: bool
     ) -> None:
         state.decision = decision
-        witness = self._witness
-        if witness is None:
+        observer = self._observer
+        if observer is None:
             return
         try:
             if is_new:
-                witness.judged(frame, decision)
-            witness.decided(decision, frame)
+                observer.on_frame(frame, decision)
+            observer.on_decision(decision, frame)
         except Exception:
-            self._witness_failed += 1
+            self._observer_failed += 1
 
-    def _tell_moves(self, key: Key, step: int, time_ns: int, moves: list[Moved]) -> None:
-        witness = self._witness
-        if witness is None:
+    def _notify(
+        self, key: Key, step: int, time_ns: int, transitions: list[RuleTransition]
+    ) -> None:
+        observer = self._observer
+        if observer is None:
             return
-        for moved in moves:
-            rule = moved.entry.rule
+        for transition in transitions:
             try:
-                witness.changed(
-                    RuleChange(
-                        run=key[0],
-                        rank=key[1],
-                        step=step,
-                        time_unix_nano=time_ns,
-                        rule=rule.id,
-                        severity=rule.severity,
-                        seed_id=moved.seed_id,
-                        before=moved.before,
-                        after=moved.after,
-                        since_step=moved.since_step,
-                        values=moved.values,
-                        silenced_by=moved.silenced_by,
-                    )
-                )
+                observer.on_rule_change(transition.as_change(*key, step, time_ns))
             except Exception:
-                self._witness_failed += 1
+                self._observer_failed += 1
 
-    def _listen(self, state: RunState, key: Key, silent_ns: int) -> None:
+    def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> None:
         """Let the rules on silence fire whose patience ended within ``silent_ns``."""
         for place, entry in self._book.silence:
             steps = _patience(entry)
             ended = state.pace.silent_since(silent_ns, steps)
             if ended is None:
                 continue
-            moved = state.fall_silent(place, entry)
-            if moved is None:
+            transition = state.fall_silent(place, entry)
+            if transition is None:
                 continue
             silent_s = (ended - state.time_unix_nano) / 1e9
             seen = {"step": float(state.newest), "silent(s)": silent_s}
-            self._tell_moves(key, state.newest, ended, [moved._replace(values=seen)])
+            self._notify(key, state.newest, ended, [transition._replace(values=seen)])
             rule = entry.rule
             finding = Finding(rule.id, rule.action, rule.severity, rule.text, seen)
             decision = self._decision(
@@ -376,7 +332,7 @@ class Engine:
         if board is None:
             board = self._boards[run] = PeerBoard()
         if before is not None:
-            board.forget(rank)
+            board.remove_rank(rank)
             self._retired[(run, rank, before.instance)] = None
             if len(self._retired) > MAX_RETIRED:
                 self._retired.popitem(last=False)
@@ -397,7 +353,7 @@ class Engine:
         step: int,
         proposal: Proposal | None,
         newest: int,
-        fired: list[tuple[CompiledRule, Finding]],
+        fired: list[Fired],
     ) -> Decision:
         return decide(
             key,
@@ -408,17 +364,6 @@ class Engine:
             conservative=state.conservative,
             table_version=self._book.table.version,
         )
-
-
-def _places(before: Table, after: Table) -> list[int | None]:
-    """Where each rule of ``after`` was in ``before``, None for what is new or different."""
-    old: dict[str, tuple[int, Rule]] = {
-        rule.id: (place, rule) for place, rule in enumerate(before.rules)
-    }
-    return [
-        old[rule.id][0] if rule.id in old and old[rule.id][1] == rule else None
-        for rule in after.rules
-    ]
 
 
 def _patience(entry: CompiledRule) -> float:

@@ -18,7 +18,7 @@ from operator import gt, itemgetter, lt
 import msgspec
 
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_tamiyo.judging.history import History, Watch
+from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
 from esper_tamiyo.language.operators import FORMS, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
@@ -90,7 +90,7 @@ def add_guard(made: GuardPlan, condition: Condition) -> None:
                 upper.setdefault(metric, inf)
 
 
-class Guards:
+class AskGuards:
     """The guards of one rank, after what it has been through."""
 
     __slots__ = (
@@ -118,7 +118,7 @@ class Guards:
         self._moving_lower = _placed(plan.lower, plan.moving, history, lower=True)
         self._missing = plan.missing
         self._due: list[int] = []
-        self.follow()
+        self.move_bounds()
 
     def crossed(self, row: Sequence[float]) -> bool:
         """Whether a rule might be true of a row in registry order; NaN crosses nothing."""
@@ -130,11 +130,11 @@ class Guards:
             return True
         return any(row[slot] != row[slot] for slot in self._due)
 
-    def fall_behind(self) -> None:
-        """Not to be trusted before :meth:`follow`; spares it where nobody would look."""
+    def mark_stale(self) -> None:
+        """Not to be trusted before :meth:`move_bounds`; spares it where nobody would look."""
         self._stale = True
 
-    def follow(self) -> None:
+    def move_bounds(self) -> None:
         """Move the bounds that depend on the past."""
         self._stale = False
         upper = self._upper = self._fixed_upper.copy()
@@ -197,7 +197,7 @@ def bound_of(condition: Condition, history: History) -> Bound:
     if condition.operator is Operator.UNCHANGED_FOR:
         last = history.lasts[metric]
         return lambda: -inf if last.repeats + 1 >= number else inf
-    name = Watch(condition.baseline_of, condition.baseline).name
+    name = BaselineKey(condition.baseline_of, condition.baseline).name
     reference = history.baselines[name]
     never = -inf if is_lower(condition.operator) else inf
 

@@ -1,4 +1,4 @@
-"""What a rank, or one of its seeds, looked like before.
+"""What a rank, or one of its seeds, looked like before: baselines, last values, slopes.
 
 Pure bookkeeping, filled after each frame was judged, so that no value is ever held
 against a baseline it is part of itself.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 import msgspec
 
-from esper_tamiyo.judging.slope import Slope
 from esper_tamiyo.language.operators import BaselineKind
+
+_MARGIN = 1.0 + 1e-9
+"""For rounding: what is this near to the bound is worked out."""
 
 
 class RollingMedian:
@@ -29,7 +32,7 @@ class RollingMedian:
         self._ordered: list[float] = []
         self.value: float | None = None
 
-    def push(self, value: float) -> None:
+    def add(self, value: float) -> None:
         """Take in a finite observation; the oldest leaves when the window is full."""
         ordered = self._ordered
         if len(ordered) == self._window:
@@ -59,13 +62,13 @@ class FrozenMedian:
         self._rolling = RollingMedian(window, window)
         self.value: float | None = None
 
-    def push(self, value: float) -> None:
+    def add(self, value: float) -> None:
         """Take in a finite observation, if it is still one of the first."""
         if self._skip:
             self._skip -= 1
         elif self._missing:
             self._missing -= 1
-            self._rolling.push(value)
+            self._rolling.add(value)
             self.value = self._rolling.value
 
 
@@ -79,7 +82,7 @@ class Extreme:
         self._better = better
         self.value: float | None = None
 
-    def push(self, value: float) -> None:
+    def add(self, value: float) -> None:
         """Look at the rolling median after it took in ``value``."""
         median = self._rolling.value
         if median is not None:
@@ -98,7 +101,7 @@ class Last:
         self.total = 0
         self.missed = 0
 
-    def push(self, value: float) -> None:
+    def add(self, value: float) -> None:
         """Take in an observation."""
         self.repeats = self.repeats + 1 if value == self.value else 1
         self.total += 1
@@ -106,10 +109,81 @@ class Last:
         self.value = value
 
 
+class Slope:
+    """Steps until a falling value reaches zero, by least squares over the last ``window``.
+
+    The first ``warmup`` observations are left out: a run takes most of its memory in its
+    first steps, and that slope says nothing of the next. The line is fitted to the whole
+    window and to its newer half, and the more hopeful of the two counts, so that a single
+    fall long over is not taken for a slope.
+    """
+
+    __slots__ = ("_skip", "_values", "_window")
+
+    def __init__(self, window: int, warmup: int) -> None:
+        self._skip = warmup
+        self._window = window
+        self._values: deque[float] = deque(maxlen=window)
+
+    def add(self, value: float) -> None:
+        """Take in a finite observation."""
+        if self._skip:
+            self._skip -= 1
+        else:
+            self._values.append(value)
+
+    def within(self, value: float, number: float) -> bool | None:
+        """Whether :meth:`left` of ``value`` is ``number`` or less; None as there.
+
+        A line through numbers that lie in a range of R falls by 1.5 n R / (n² - 1) a step at
+        most (one half of the n at the top of it, then the other at its bottom). Where even
+        that leaves more, which is nearly always, no line is fitted.
+        """
+        values = self._values
+        count = len(values)
+        if count < self._window:
+            return None
+        if value >= values[0]:
+            return False
+        steepest = 1.5 * (count + 1) * (max(values) - min(value, min(values)))
+        if value * (count * (count + 2)) > _MARGIN * number * steepest:
+            return False
+        left = self.left(value)
+        return None if left is None else left <= number
+
+    @property
+    def oldest(self) -> float | None:
+        """The value that the newest must be below to be falling; None before it counts."""
+        return self._values[0] if len(self._values) == self._window else None
+
+    def left(self, value: float) -> float | None:
+        """Observations from ``value``, the newest, until zero; infinite when it does not
+        fall, None while there are too few to say."""
+        oldest = self.oldest
+        if oldest is None:
+            return None
+        if value >= oldest:
+            return inf
+        values = [*self._values, value]
+        newer = values[len(values) // 2 :]
+        return max(_until_zero(values), _until_zero(newer))
+
+
+def _until_zero(values: Sequence[float]) -> float:
+    """Ordinary least squares of ``values`` on 0, 1, 2, …, from the last one on."""
+    count = len(values)
+    middle = (count - 1) / 2
+    mean = sum(values) / count
+    rise = sum((place - middle) * (value - mean) for place, value in enumerate(values))
+    spread = count * (count * count - 1) / 12  # the sum of squares of (place - middle)
+    slope = rise / spread
+    return max(values[-1], 0.0) / -slope if slope < 0.0 else inf
+
+
 Reference = RollingMedian | FrozenMedian | Extreme
 
 
-class Watch(NamedTuple):
+class BaselineKey(NamedTuple):
     """One baseline: whose, and which past of it."""
 
     metric: str
@@ -128,7 +202,7 @@ class Watched(msgspec.Struct, frozen=True):
     Before an extreme among ``baselines`` comes the rolling median that it is one of.
     """
 
-    baselines: tuple[Watch, ...] = ()
+    baselines: tuple[BaselineKey, ...] = ()
     lasts: tuple[str, ...] = ()
     slopes: tuple[str, ...] = ()
     window: int = 64
@@ -169,8 +243,8 @@ class History:
             key: (before.lasts.get(key) if before else None) or Last() for key in watched.lasts
         }
         self._pushes = [
-            *((watch.metric, baselines[watch.name].push) for watch in watched.baselines),
-            *((key, slope.push) for key, slope in slopes.items()),
+            *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
+            *((key, slope.add) for key, slope in slopes.items()),
         ]
         self._own_lasts = list(lasts.items())
         self.baselines: Mapping[str, Reference] = baselines
@@ -192,18 +266,18 @@ class History:
         for key, last in self._own_lasts:
             value = get(key)
             if value is not None:
-                last.push(value)
+                last.add(value)
             else:
                 last.missed += 1
 
 
 def _reference(
-    watch: Watch, spans: tuple[int, int], made: Mapping[str, Reference]
+    watch: BaselineKey, spans: tuple[int, int], made: Mapping[str, Reference]
 ) -> Reference:
     if watch.kind is BaselineKind.ROLLING:
         return RollingMedian(*spans)
     if watch.kind is BaselineKind.FROZEN:
         return FrozenMedian(*spans)
-    rolling = made[Watch(watch.metric, BaselineKind.ROLLING).name]
+    rolling = made[BaselineKey(watch.metric, BaselineKind.ROLLING).name]
     assert isinstance(rolling, RollingMedian)
     return Extreme(rolling, min if watch.kind is BaselineKind.LOWEST else max)

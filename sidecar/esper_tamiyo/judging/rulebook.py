@@ -1,19 +1,50 @@
-"""A table made ready to run, once for all ranks that are judged by it."""
+"""A table made ready to run, once for all ranks that are judged by it.
+
+And what another table changes: rules that are the same go on as if nothing had happened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from esper_tamiyo.judging.guards import plan
-from esper_tamiyo.judging.history import Watch, Watched
+from esper_tamiyo.judging.history import BaselineKey, Watched
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.judging.update_guards import update_plan
-from esper_tamiyo.judging.updates import UpdateRules
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
-from esper_tamiyo.language.table import Condition, Table, conditions
+from esper_tamiyo.language.table import (
+    Condition,
+    Rule,
+    Table,
+    acts_on_updates,
+    conditions,
+    is_known_before_update,
+)
 
 _ON_LASTS = (Operator.RISES_BY, Operator.UNCHANGED_FOR, Operator.MISSING_FOR)
+
+
+class UpdateRules:
+    """The rules of a table by which updates are checked, each with its place in the table.
+
+    ``acting`` act on updates; ``inhibiting`` are those that inhibit one of them.
+    """
+
+    __slots__ = ("acting", "inhibiting")
+
+    def __init__(self, table: Table) -> None:
+        acting = {rule.id for rule in table.rules if acts_on_updates(rule)}
+        placed = [
+            (place, compiled(rule, is_known_before_update))
+            for place, rule in enumerate(table.rules)
+        ]
+        self.acting = tuple(one for one in placed if one[1].rule.id in acting)
+        self.inhibiting = tuple(
+            one for one in placed if one[1].acts and not acting.isdisjoint(one[1].rule.inhibits)
+        )
 
 
 class Rulebook:
@@ -23,6 +54,7 @@ class Rulebook:
         "clean_steps",
         "derived",
         "guard_plan",
+        "inhibits",
         "judged",
         "judges_seeds",
         "mixes",
@@ -33,7 +65,6 @@ class Rulebook:
         "rules",
         "seed_watch",
         "silence",
-        "silences",
         "step_watch",
         "table",
         "update_plan",
@@ -44,41 +75,49 @@ class Rulebook:
         self.table = table
         self.clean_steps = table.clean_steps
         self.rules = tuple(compiled(rule) for rule in table.rules)
+        self.inhibits = any(entry.rule.inhibits and entry.acts for entry in self.rules)
+        self._sort_rules()
+        self._watch_steps()
+        self._watch_peers()
+        self.guard_plan = plan(table)
+        self.updates = UpdateRules(table)
+        """By which updates are checked before they are made."""
+        self.update_plan = update_plan(table)
+
+    def _sort_rules(self) -> None:
+        """Tell the rules apart by what they are about."""
+        placed = tuple(enumerate(self.rules))
         self.judged = tuple(
             (place, entry, not entry.rule.about_seeds and not entry.rule.about_ranks)
-            for place, entry in enumerate(self.rules)
+            for place, entry in placed
             if not entry.rule.about_silence
         )
         """The rules that a frame is held against: place in the table, rule, and whether it
         is about the step alone, neither about seeds nor about other ranks."""
-        self.ranks = tuple(
-            (place, entry) for place, entry in enumerate(self.rules) if entry.rule.about_ranks
-        )
+        self.ranks = tuple(one for one in placed if one[1].rule.about_ranks)
         """The rules that compare ranks."""
-        self.silence = tuple(
-            (place, entry) for place, entry in enumerate(self.rules) if entry.rule.about_silence
-        )
+        self.silence = tuple(one for one in placed if one[1].rule.about_silence)
         """The rules on ranks that send nothing."""
-        self.judges_seeds = any(rule.about_seeds for rule in table.rules)
+        of_seeds = [entry.rule for entry in self.rules if entry.rule.about_seeds]
+        self.judges_seeds = bool(of_seeds)
         self.mixes = any(
-            not is_seeds(part.metric)
-            for rule in table.rules
-            if rule.about_seeds
-            for part in conditions(rule.when)
+            not is_seeds(part.metric) for rule in of_seeds for part in conditions(rule.when)
         )
         """Whether a rule about seeds looks at values of the step as well."""
-        self.silences = any(entry.rule.silences and entry.acts for entry in self.rules)
-        framed = [
-            condition
-            for _, entry, _ in self.judged
-            for condition in conditions(entry.rule.when)
-        ]
-        self.step_watch = watched(table, framed, of_seeds=False)
-        self.seed_watch = watched(table, framed, of_seeds=True)
-        compared = [
-            condition for _, entry in self.ranks for condition in conditions(entry.rule.when)
-        ]
-        self.rank_watch = watched(table, compared, of_seeds=False)
+
+    def _watch_steps(self) -> None:
+        """What frames have to be remembered for."""
+        framed = [part for _, entry, _ in self.judged for part in conditions(entry.rule.when)]
+        self.step_watch = watched(self.table, framed, of_seeds=False)
+        self.seed_watch = watched(self.table, framed, of_seeds=True)
+        self.derived = needed(
+            key for part in framed for key in (part.metric, part.baseline_of) if key
+        )
+
+    def _watch_peers(self) -> None:
+        """What ranks are compared by."""
+        compared = [part for _, entry in self.ranks for part in conditions(entry.rule.when)]
+        self.rank_watch = watched(self.table, compared, of_seeds=False)
         self.rank_keys = frozenset(
             key for part in compared for key in ("step", *_looked_at(part))
         )
@@ -87,13 +126,6 @@ class Rulebook:
             {part.metric: None for part in compared if part.operator in ON_PEERS}
         )
         """What they compare."""
-        self.derived = needed(
-            key for part in framed for key in (part.metric, part.baseline_of) if key
-        )
-        self.guard_plan = plan(table)
-        self.updates = UpdateRules(table)
-        """By which updates are checked before they are made."""
-        self.update_plan = update_plan(table)
 
 
 def _looked_at(part: Condition) -> tuple[str, ...]:
@@ -105,14 +137,14 @@ def _looked_at(part: Condition) -> tuple[str, ...]:
 
 def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Watched:
     """The metrics of seeds, or of steps, whose past ``framed`` conditions need."""
-    baselines: dict[Watch, None] = {}
+    baselines: dict[BaselineKey, None] = {}
     lasts: dict[str, None] = {}
     slopes: dict[str, None] = {}
     for part in framed:
         if part.operator in ON_BASELINES:
             if part.baseline in (BaselineKind.LOWEST, BaselineKind.HIGHEST):
-                baselines[Watch(part.baseline_of, BaselineKind.ROLLING)] = None
-            baselines[Watch(part.baseline_of, part.baseline)] = None
+                baselines[BaselineKey(part.baseline_of, BaselineKind.ROLLING)] = None
+            baselines[BaselineKey(part.baseline_of, part.baseline)] = None
         elif part.operator in _ON_LASTS:
             lasts[part.metric] = None
         elif part.operator is Operator.RUNS_OUT_WITHIN:
@@ -128,3 +160,47 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
         window=table.baseline.window,
         warmup=table.baseline.warmup,
     )
+
+
+class ReloadReport(msgspec.Struct, frozen=True):
+    """What another table changed; rules by id, in the order of their tables.
+
+    ``kept`` rules are the same in every field and went on as if nothing had happened;
+    ``changed``, ``added`` and ``removed`` ones began anew, or ended. ``baselines_kept`` is
+    false when the new table's baselines span other windows: then they warm up again.
+    """
+
+    before: str
+    version: str
+    kept: tuple[str, ...]
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    baselines_kept: bool
+
+
+def difference(before: Table, after: Table) -> ReloadReport:
+    """What ``after`` changes when it takes the place of ``before``."""
+    old = dict.fromkeys(rule.id for rule in before.rules)
+    ids = [rule.id for rule in after.rules]
+    kept_at = dict(zip(ids, earlier_places(before, after), strict=True))
+    return ReloadReport(
+        before=before.version,
+        version=after.version,
+        kept=tuple(name for name, place in kept_at.items() if place is not None),
+        changed=tuple(name for name, place in kept_at.items() if place is None and name in old),
+        added=tuple(name for name in kept_at if name not in old),
+        removed=tuple(name for name in old if name not in kept_at),
+        baselines_kept=after.baseline == before.baseline,
+    )
+
+
+def earlier_places(before: Table, after: Table) -> list[int | None]:
+    """Where each rule of ``after`` was in ``before``, None for what is new or different."""
+    old: dict[str, tuple[int, Rule]] = {
+        rule.id: (place, rule) for place, rule in enumerate(before.rules)
+    }
+    return [
+        old[rule.id][0] if rule.id in old and old[rule.id][1] == rule else None
+        for rule in after.rules
+    ]

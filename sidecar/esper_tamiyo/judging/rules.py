@@ -12,17 +12,25 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
-from esper_tamiyo.judging.history import History, Watch
+from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.language.operators import Operator
-from esper_tamiyo.language.table import Combine, Condition, Group, Mode, Rule, conditions, eased
+from esper_tamiyo.language.table import (
+    Combine,
+    Condition,
+    Group,
+    Rule,
+    RuleMode,
+    conditions,
+    eased,
+)
 
 Verdict = bool | None
 """None is unknown."""
 
 Values = Mapping[str, float]
 Test = Callable[[Values, History], Verdict]
-Tells = Callable[[Condition], bool]
-"""Whether the values at hand can tell of a condition."""
+IsKnown = Callable[[Condition], bool]
+"""Whether the values at hand suffice for a condition."""
 
 
 class CompiledRule(msgspec.Struct, frozen=True):
@@ -55,15 +63,15 @@ class CompiledRule(msgspec.Struct, frozen=True):
         return Finding(rule.id, action, rule.severity, rule.text, seen, seed_id)
 
 
-def compiled(rule: Rule, tells: Tells | None = None) -> CompiledRule:
-    """``rule``, ready to run; with ``tells`` a condition that it refuses is unknown."""
-    acts = rule.mode is Mode.ACT
+def compiled(rule: Rule, is_known: IsKnown | None = None) -> CompiledRule:
+    """``rule``, ready to run; with ``is_known`` a condition that it refuses is unknown."""
+    acts = rule.mode is RuleMode.ACT
     only_tells = rule.action is Action.CONTINUE and not rule.conservative
     easier = eased(rule.when)
     return CompiledRule(
         rule=rule,
-        test=_tested(rule.when, tells),
-        keeps=None if easier is None else _tested(easier, tells),
+        test=_tested(rule.when, is_known),
+        keeps=None if easier is None else _tested(easier, is_known),
         weight=(FORCE[rule.action], RANK_OF[rule.severity]),
         window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
         acts=acts,
@@ -91,7 +99,7 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
                     seen["step"] = values["step"]
             case Operator.ABOVE_BASELINE | Operator.BELOW_BASELINE:
                 value = values.get(key)
-                named = Watch(condition.baseline_of, condition.baseline).name
+                named = BaselineKey(condition.baseline_of, condition.baseline).name
                 against = history.baselines[named].value
             case Operator.RISES_BY:
                 value, against = values.get(key), history.lasts[key].value
@@ -121,12 +129,12 @@ def test_of(when: Condition | Group) -> Test:
     return _tested(when, None)
 
 
-def _tested(when: Condition | Group, tells: Tells | None) -> Test:
+def _tested(when: Condition | Group, is_known: IsKnown | None) -> Test:
     if isinstance(when, Condition):
-        if tells is not None and not tells(when):
+        if is_known is not None and not is_known(when):
             return _unknown
         return _CONDITIONS[when.operator](when)
-    parts = tuple(_tested(part, tells) for part in when.parts)
+    parts = tuple(_tested(part, is_known) for part in when.parts)
     return _every(parts) if when.combine is Combine.ALL else _some(parts)
 
 
@@ -210,7 +218,7 @@ def _on_baseline(condition: Condition) -> Test:
     """Unknown in warm-up; of a baseline below zero see :func:`times`."""
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_BASELINE
-    name = Watch(condition.baseline_of, condition.baseline).name
+    name = BaselineKey(condition.baseline_of, condition.baseline).name
 
     def test(values: Values, history: History) -> Verdict:
         value = values.get(metric)

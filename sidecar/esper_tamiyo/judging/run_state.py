@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import NamedTuple
 
-from esper_otel.leyline.decisions import Decision, Finding
+from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.judging.guards import Guards
-from esper_tamiyo.judging.hindsight import Hindsight
+from esper_tamiyo.judging.deciding import Fired
+from esper_tamiyo.judging.guards import AskGuards
 from esper_tamiyo.judging.history import History
-from esper_tamiyo.judging.peers import PeerBoard
+from esper_tamiyo.judging.liveness import StepPace
+from esper_tamiyo.judging.observer import RuleState
+from esper_tamiyo.judging.peers import PeerBoard, PeerComparison
+from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget, RuleTransition
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
-from esper_tamiyo.judging.silence import Pace
-from esper_tamiyo.judging.standing import Standing
-from esper_tamiyo.judging.subject import Subject
 from esper_tamiyo.judging.update_guards import UpdateGuards
-from esper_tamiyo.judging.witness import RuleState
 
 MAX_GAPS = 64
 """Stretches of missing steps remembered, to tell a late frame from a second copy."""
@@ -26,22 +24,8 @@ MAX_GAPS = 64
 MAX_SEEDS = 256
 """Seeds whose past is kept once they are no longer in the frames."""
 
-Fired = tuple[CompiledRule, Finding]
-
 _UNKNOWN, _INACTIVE, _FIRING = RuleState.UNKNOWN, RuleState.INACTIVE, RuleState.FIRING
 _HELD = (RuleState.FIRING, RuleState.RECOVERING)
-
-
-class Moved(NamedTuple):
-    """A rule's state changed, or who silences it; becomes a ``RuleChange``."""
-
-    entry: CompiledRule
-    seed_id: str | None
-    before: RuleState
-    after: RuleState
-    since_step: int
-    values: dict[str, float]
-    silenced_by: str
 
 
 class RunState:
@@ -49,12 +33,12 @@ class RunState:
 
     __slots__ = (
         "_active",
+        "_comparison",
         "_gaps",
-        "_hindsight",
         "_live",
-        "_moves",
         "_rank",
         "_seeds",
+        "_transitions",
         "_undecided",
         "_unrest",
         "acting",
@@ -75,7 +59,7 @@ class RunState:
         self.instance = instance
         self.newest = -1
         self.first = -1
-        self.pace = Pace()
+        self.pace = StepPace()
         self.conservative = False
         self.clean_steps = 0
         self.acting = False
@@ -84,14 +68,14 @@ class RunState:
         self.decision: Decision | None = None
         self.book = book
         self._gaps: deque[tuple[int, int]] = deque(maxlen=MAX_GAPS)
-        self._rank = Subject(None, len(book.rules), History(book.step_watch))
-        self._hindsight = Hindsight(board, rank, book.rank_watch)
-        self._seeds: dict[str, Subject] = {}
-        self._live: list[Subject] = []
-        self.guards = Guards(book.guard_plan, self._rank.history)
+        self._rank = RuleTarget(None, len(book.rules), History(book.step_watch))
+        self._comparison = PeerComparison(board, rank, book.rank_watch)
+        self._seeds: dict[str, RuleTarget] = {}
+        self._live: list[RuleTarget] = []
+        self.guards = AskGuards(book.guard_plan, self._rank.history)
         self.update_guards = UpdateGuards(book.update_plan, self._rank.history)
-        self._active: list[tuple[CompiledRule, Standing, Subject]] = []
-        self._moves: list[Moved] = []
+        self._active: list[tuple[CompiledRule, RuleStatus, RuleTarget]] = []
+        self._transitions: list[RuleTransition] = []
         self._undecided = False
         self._unrest: list[dict[str, str | int]] | None = None
 
@@ -111,41 +95,15 @@ class RunState:
                 return False
         return True
 
-    def judge(self, frame: StepFrame, at_ns: int) -> list[Moved]:
+    def judge(self, frame: StepFrame, at_ns: int) -> list[RuleTransition]:
         """Hold a frame newer than all before it against the rules, then remember it."""
-        self._advance(frame, at_ns)
-        rank = self._rank
-        rank.values = values = frame.values
-        history = rank.history
-        book = self.book
-        company = bool(book.ranks) and self._hindsight.in_company(frame.time_unix_nano, history)
-        if book.judges_seeds and (frame.seeds or self._live):
-            self._see_seeds(frame)
-        standings = rank.standings
-        for place, entry, plain in book.judged:
-            if plain or not (company or entry.rule.about_seeds):
-                verdict = entry.test(values, history)
-                standing = standings[place]
-                if verdict is not standing.idle:
-                    self._weigh(entry, standing, rank, verdict)
-            elif entry.rule.about_seeds:
-                for seed in self._live:
-                    verdict = entry.test(seed.values, seed.history)
-                    standing = seed.standings[place]
-                    if verdict is not standing.idle:
-                        self._weigh(entry, standing, seed, verdict)
-            else:
-                self._include(entry, standings[place], self._hindsight.subject)
-        for place, entry in book.silence:
-            self._move(entry, standings[place], rank, _INACTIVE)
+        in_company = self._observe(frame, at_ns)
+        self._transition(in_company)
         self._act()
-        self._absorb(frame)
-        if book.ranks:
-            self._hindsight.tell(frame, book.rank_keys)
-            self._look_back(frame.time_unix_nano)
-        if self._moves:
+        self._remember(frame)
+        if self._transitions:
             self._unrest = None
-        return self._moves
+        return self._transitions
 
     def would_fire(self, step: int, values: Values) -> list[Fired]:
         """The rules that would fire and act on the update of ``step``, if it were as ``values``
@@ -155,31 +113,31 @@ class RunState:
         acts on the steps until then and not on an update that is within all bounds.
         """
         rank = self._rank
-        history, standings = rank.history, rank.standings
-        silenced: set[str] = set()
-        for place, entry in self.book.updates.silencing:
+        history, statuses = rank.history, rank.statuses
+        inhibited: set[str] = set()
+        for place, entry in self.book.updates.inhibiting:
             if self._would_hold(place, entry, values):
-                silenced.update(entry.rule.silences)
+                inhibited.update(entry.rule.inhibits)
         fired = []
         for place, entry in self.book.updates.acting:
-            standing, rule = standings[place], entry.rule
-            if rule.id in silenced or step - standing.fired_at <= rule.cooldown:
+            status, rule = statuses[place], entry.rule
+            if rule.id in inhibited or step - status.fired_at <= rule.cooldown:
                 continue
-            if standing.peek(entry, entry.test(values, history), None) is _FIRING:
+            if status.peek(entry, entry.test(values, history), None) is _FIRING:
                 fired.append((entry, entry.finding(values, history, None)))
         return fired
 
-    def fall_silent(self, place: int, entry: CompiledRule) -> Moved | None:
+    def fall_silent(self, place: int, entry: CompiledRule) -> RuleTransition | None:
         """The rule on silence fires; None when it does already."""
-        standing = self._rank.standings[place]
-        if standing.state is _FIRING:
+        status = self._rank.statuses[place]
+        if status.state is _FIRING:
             return None
-        moved = Moved(entry, None, standing.state, _FIRING, standing.since, {}, "")
-        standing.enter(_FIRING, self.newest)
+        transition = RuleTransition(entry, None, status.state, _FIRING, status.since, {}, "")
+        status.enter(_FIRING, self.newest)
         self._unrest = None
-        return moved
+        return transition
 
-    def adopt(self, book: Rulebook, places: list[int | None]) -> list[Moved]:
+    def switch_table(self, book: Rulebook, places: list[int | None]) -> list[RuleTransition]:
         """Go on under another table.
 
         ``places`` says for each of its rules where the same rule was before, None for what
@@ -187,24 +145,21 @@ class RunState:
         """
         kept = {place for place in places if place is not None}
         lost = [
-            Moved(entry, subject.seed_id, standing.state, _UNKNOWN, standing.since, {}, "")
-            for subject in (self._rank, *self._live)
-            for place, (entry, standing) in enumerate(
-                zip(self.book.rules, subject.standings, strict=True)
-            )
-            if place not in kept and standing.state not in (_UNKNOWN, _INACTIVE)
+            transition
+            for target in (self._rank, *self._live)
+            for transition in target.lost(self.book.rules, kept)
         ]
         self.book = book
         self._unrest = None
         before = self._rank.history
         self._rank.rearrange(places, History(book.step_watch, before=before))
-        self._hindsight.adopt(book.rank_watch)
+        self._comparison.switch_table(book.rank_watch)
         for seed in self._seeds.values():
             past = History(book.seed_watch, self._rank.history, before=seed.history)
             seed.rearrange(places, past)
         if not book.judges_seeds:
             self._live = []
-        self.guards = Guards(book.guard_plan, self._rank.history)
+        self.guards = AskGuards(book.guard_plan, self._rank.history)
         self.update_guards = UpdateGuards(book.update_plan, self._rank.history)
         return lost
 
@@ -214,7 +169,11 @@ class RunState:
         Looked for once after a change: a report asks every rank, and an ask may wait.
         """
         if self._unrest is None:
-            self._unrest = self._not_at_rest()
+            self._unrest = [
+                told
+                for target in (self._rank, *self._live)
+                for told in target.unrest(self.book.rules)
+            ]
         return self._unrest
 
     def _would_hold(self, place: int, entry: CompiledRule, values: Values) -> bool:
@@ -222,35 +181,51 @@ class RunState:
         cannot tell."""
         rule, rank = entry.rule, self._rank
         if not (rule.about_seeds or rule.about_ranks):
-            standing = rank.standings[place]
+            status = rank.statuses[place]
             verdict = entry.test(values, rank.history)
-            kept: Verdict = None
-            if standing.active and not verdict and entry.keeps is not None:
-                kept = entry.keeps(values, rank.history)
-            after = standing.peek(entry, verdict, kept)
+            kept = status.kept(entry, verdict, values, rank.history)
+            after = status.peek(entry, verdict, kept)
             if after is not _UNKNOWN:
                 return after in _HELD
-        subjects = self._live if rule.about_seeds else (rank,)
+        targets = self._live if rule.about_seeds else (rank,)
         return any(
-            standing.active and standing.state in _HELD
-            for standing in (subject.standings[place] for subject in subjects)
+            status.active and status.state in _HELD
+            for status in (target.statuses[place] for target in targets)
         )
 
-    def _not_at_rest(self) -> list[dict[str, str | int]]:
-        return [
-            {
-                "rule": entry.rule.id,
-                "state": standing.state.value,
-                "since_step": standing.since,
-                **({} if subject.seed_id is None else {"seed_id": subject.seed_id}),
-                **({"silenced_by": standing.silenced_by} if standing.silenced_by else {}),
-            }
-            for subject in (self._rank, *self._live)
-            for entry, standing in zip(self.book.rules, subject.standings, strict=True)
-            if standing.active or standing.state not in (_UNKNOWN, _INACTIVE)
-        ]
+    def _observe(self, frame: StepFrame, at_ns: int) -> bool:
+        """Take in what a frame says, to be judged; whether there are other ranks."""
+        self._begin_step(frame, at_ns)
+        rank, book = self._rank, self.book
+        rank.values = frame.values
+        ended_ns = frame.time_unix_nano
+        in_company = bool(book.ranks) and self._comparison.in_company(ended_ns, rank.history)
+        if book.judges_seeds and (frame.seeds or self._live):
+            self._see_seeds(frame)
+        return in_company
 
-    def _advance(self, frame: StepFrame, at_ns: int) -> None:
+    def _transition(self, in_company: bool) -> None:
+        """Bring every rule from one state to the next."""
+        rank, book = self._rank, self.book
+        values, history, statuses = rank.values, rank.history, rank.statuses
+        for place, entry, plain in book.judged:
+            if plain or not (in_company or entry.rule.about_seeds):
+                verdict = entry.test(values, history)
+                status = statuses[place]
+                if verdict is not status.idle:
+                    self._judge_rule(entry, status, rank, verdict)
+            elif entry.rule.about_seeds:
+                for seed in self._live:
+                    verdict = entry.test(seed.values, seed.history)
+                    status = seed.statuses[place]
+                    if verdict is not status.idle:
+                        self._judge_rule(entry, status, seed, verdict)
+            else:
+                self._include(entry, statuses[place], self._comparison.target)
+        for place, entry in book.silence:
+            self._enter(entry, statuses[place], rank, _INACTIVE)
+
+    def _begin_step(self, frame: StepFrame, at_ns: int) -> None:
         """First of all, so that a frame that breaks a rule is not judged twice."""
         if self.first < 0:
             self.first = frame.step
@@ -260,7 +235,7 @@ class RunState:
         self.newest = frame.step
         self.fired = []
         self._active = []
-        self._moves = []
+        self._transitions = []
         self._undecided = False
 
     def _see_seeds(self, frame: StepFrame) -> None:
@@ -268,9 +243,9 @@ class RunState:
         seeds = frame.seeds
         for seed in self._live:
             if seed.seed_id not in seeds:
-                for entry, standing in zip(self.book.rules, seed.standings, strict=True):
-                    standing.reset()
-                    self._move(entry, standing, seed, _UNKNOWN)
+                for entry, status in zip(self.book.rules, seed.statuses, strict=True):
+                    status.reset()
+                    self._enter(entry, status, seed, _UNKNOWN)
         if [seed.seed_id for seed in self._live] != list(seeds):
             self._unrest = None
         live = []
@@ -278,7 +253,7 @@ class RunState:
             known = self._seeds.get(seed_id)
             if known is None:
                 past = History(self.book.seed_watch, self._rank.history)
-                known = self._seeds[seed_id] = Subject(seed_id, len(self.book.rules), past)
+                known = self._seeds[seed_id] = RuleTarget(seed_id, len(self.book.rules), past)
             known.values = self._of_seed(frame.values, own)
             live.append(known)
         self._live = live
@@ -296,73 +271,76 @@ class RunState:
 
     def _look_back(self, time_ns: int) -> None:
         """Compare the steps that all ranks have told by now; it counts from the next on."""
-        hindsight, standings = self._hindsight, self._rank.standings
-        for waiting in hindsight.due(time_ns):
-            hindsight.compare(waiting, self.book.peer_keys, time_ns)
-            subject = hindsight.subject
+        comparison, statuses = self._comparison, self._rank.statuses
+        for waiting in comparison.due(time_ns):
+            comparison.compare(waiting, self.book.peer_keys, time_ns)
+            target = comparison.target
             for place, entry in self.book.ranks:
-                standing = standings[place]
-                verdict = entry.test(subject.values, subject.history)
-                if verdict is not standing.idle:
-                    self._observe(entry, standing, subject, verdict)
-                    self.acting = self.acting or standing.active
+                status = statuses[place]
+                verdict = entry.test(target.values, target.history)
+                if verdict is not status.idle:
+                    self._advance_rule(entry, status, target, verdict)
+                    self.acting = self.acting or status.active
 
-    def _weigh(
-        self, entry: CompiledRule, standing: Standing, subject: Subject, verdict: Verdict
+    def _judge_rule(
+        self, entry: CompiledRule, status: RuleStatus, target: RuleTarget, verdict: Verdict
     ) -> None:
-        self._observe(entry, standing, subject, verdict)
-        self._include(entry, standing, subject)
+        self._advance_rule(entry, status, target, verdict)
+        self._include(entry, status, target)
 
-    def _observe(
-        self, entry: CompiledRule, standing: Standing, subject: Subject, verdict: Verdict
+    def _advance_rule(
+        self, entry: CompiledRule, status: RuleStatus, target: RuleTarget, verdict: Verdict
     ) -> None:
         """One more observation of one rule."""
-        kept: Verdict = None
-        if standing.active and not verdict and entry.keeps is not None:
-            kept = entry.keeps(subject.values, subject.history)
-        self._move(entry, standing, subject, standing.take(entry, verdict, kept))
-        if not standing.active:
-            standing.silenced_by = ""
+        kept = status.kept(entry, verdict, target.values, target.history)
+        self._enter(entry, status, target, status.advance(entry, verdict, kept))
+        if not status.active:
+            status.silenced_by = ""
 
-    def _include(self, entry: CompiledRule, standing: Standing, subject: Subject) -> None:
+    def _include(self, entry: CompiledRule, status: RuleStatus, target: RuleTarget) -> None:
         """Have a rule that has fired, and was not released, count at this step."""
-        if not standing.active:
+        if not status.active:
             return
-        if standing.state is _UNKNOWN:
+        if status.state is _UNKNOWN:
             self._undecided = self._undecided or entry.is_trouble
         else:
-            self._active.append((entry, standing, subject))
+            self._active.append((entry, status, target))
 
-    def _move(
-        self, entry: CompiledRule, standing: Standing, subject: Subject, after: RuleState
+    def _enter(
+        self, entry: CompiledRule, status: RuleStatus, target: RuleTarget, after: RuleState
     ) -> None:
-        before = standing.state
-        if after is before:
+        if after is status.state:
             return
-        seen = entry.seen(subject.values, subject.history)
-        since = standing.since
-        self._moves.append(Moved(entry, subject.seed_id, before, after, since, seen, ""))
-        standing.enter(after, self.newest)
+        self._add_transition(entry, status, target, after)
+        status.enter(after, self.newest)
+
+    def _add_transition(
+        self, entry: CompiledRule, status: RuleStatus, target: RuleTarget, after: RuleState
+    ) -> None:
+        seed_id, seen = target.seed_id, entry.seen(target.values, target.history)
+        self._transitions.append(
+            RuleTransition(entry, seed_id, status.state, after, status.since, seen, "")
+        )
 
     def _act(self) -> None:
         """From the rules that have fired to findings and conservative mode."""
         active = self._active
         self.acting = bool(active) or self._undecided
-        silenced = self._silence() if active and self.book.silences else {}
+        inhibited = self._inhibit() if active and self.book.inhibits else {}
         clean, enters = True, False
         step = self.newest
         named: CompiledRule | None = None
-        for entry, standing, subject in active:
+        for entry, status, target in active:
             clean = clean and not entry.is_trouble
             rule = entry.rule
-            if rule.id in silenced or step - standing.fired_at <= rule.cooldown:
+            if rule.id in inhibited or step - status.fired_at <= rule.cooldown:
                 continue
             if entry is named:  # of several seeds the first; its cool-down gives others a turn
                 continue
             named = entry
-            standing.fired_at = step
+            status.fired_at = step
             enters = enters or (rule.conservative and entry.acts)
-            finding = entry.finding(subject.values, subject.history, subject.seed_id)
+            finding = entry.finding(target.values, target.history, target.seed_id)
             self.fired.append((entry, finding))
         if enters:
             self.conservative = True
@@ -373,42 +351,41 @@ class RunState:
         if self.clean_steps >= self.book.clean_steps:
             self.conservative = False
 
-    def _silence(self) -> dict[str, str]:
-        """Silenced rules and who silences them; a change of that is told as well."""
+    def _inhibit(self) -> dict[str, str]:
+        """Inhibited rules and who inhibits them; a change of that is told as well."""
         by = {
-            silenced: entry.rule.id
+            name: entry.rule.id
             for entry, _, _ in reversed(self._active)
             if entry.acts
-            for silenced in entry.rule.silences
+            for name in entry.rule.inhibits
         }
-        told = {(moved.entry.rule.id, moved.seed_id) for moved in self._moves}
-        for entry, standing, subject in self._active:
-            silencer = by.get(entry.rule.id, "")
-            if standing.silenced_by == silencer:
-                continue
-            standing.silenced_by = silencer
-            if (entry.rule.id, subject.seed_id) not in told:
-                seen = entry.seen(subject.values, subject.history)
-                state, since = standing.state, standing.since
-                self._moves.append(Moved(entry, subject.seed_id, state, state, since, seen, ""))
-        silenced = {
-            (entry.rule.id, subject.seed_id): standing.silenced_by
-            for entry, standing, subject in self._active
-        }
-        self._moves = [
-            moved._replace(silenced_by=silenced.get((moved.entry.rule.id, moved.seed_id), ""))
-            for moved in self._moves
+        told = {transition.whose for transition in self._transitions}
+        inhibited = {}
+        for entry, status, target in self._active:
+            whose, inhibitor = (entry.rule.id, target.seed_id), by.get(entry.rule.id, "")
+            if status.silenced_by != inhibitor:
+                status.silenced_by = inhibitor
+                if whose not in told:
+                    self._add_transition(entry, status, target, status.state)
+            inhibited[whose] = inhibitor
+        self._transitions = [
+            transition._replace(silenced_by=inhibited.get(transition.whose, ""))
+            for transition in self._transitions
         ]
         return by
 
-    def _absorb(self, frame: StepFrame) -> None:
+    def _remember(self, frame: StepFrame) -> None:
+        """Make a frame part of the past, and compare what the other ranks have told by now."""
         self._rank.history.absorb(frame.values)
         for seed in self._live:
             seed.history.absorb(seed.values)
-        if self._live:  # the next step has seeds as well, and is not glanced at
-            self.guards.fall_behind()
+        if self._live:  # the next step has seeds as well, and is not decided fast
+            self.guards.mark_stale()
         else:
-            self.guards.follow()
+            self.guards.move_bounds()
         if len(self._seeds) > MAX_SEEDS:
             live = {seed.seed_id for seed in self._live}
             self._seeds = {key: seed for key, seed in self._seeds.items() if key in live}
+        if self.book.ranks:
+            self._comparison.record(frame, self.book.rank_keys)
+            self._look_back(frame.time_unix_nano)

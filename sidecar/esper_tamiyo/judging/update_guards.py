@@ -1,7 +1,7 @@
 """Bounds that no update may cross unchecked, and which of them a trainer has to be told.
 
 A trainer holds against them what it knows of a step before it makes the update, and only
-asks where one is crossed (:mod:`~esper_tamiyo.judging.updates`).
+asks where one is crossed (:meth:`~esper_tamiyo.judging.engine.Engine.check`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from esper_tamiyo.judging.guards import (
     is_lower,
     needed,
 )
-from esper_tamiyo.judging.history import History, Watch
+from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
 from esper_tamiyo.language.operators import ON_BASELINES, Operator
-from esper_tamiyo.language.table import Condition, Rule, Table
-from esper_tamiyo.language.updates import acts_on_updates, is_guarded
+from esper_tamiyo.language.table import Condition, Rule, Table, acts_on_updates, is_guarded
 
 
 class Edge(NamedTuple):
@@ -73,8 +72,8 @@ def update_plan(table: Table) -> UpdatePlan:
         for lower, bounds in ((False, made.upper), (True, made.lower))
         for metric, fixed in bounds.items()
     )
-    silenced = {name for rule in table.rules for name in rule.silences}
-    return UpdatePlan(edges, any(_skips(rule) for rule in acting if rule.id not in silenced))
+    inhibited = {name for rule in table.rules for name in rule.inhibits}
+    return UpdatePlan(edges, any(_skips(rule) for rule in acting if rule.id not in inhibited))
 
 
 def _nearest(moving: Iterable[Condition]) -> tuple[Condition, ...]:
@@ -103,7 +102,7 @@ def _skips(rule: Rule) -> bool:
     )
 
 
-Follow = Callable[[], tuple[float, float]]
+MovingBound = Callable[[], tuple[float, float]]
 """Where a bound is now, and how far that is from what is usual."""
 
 
@@ -119,30 +118,30 @@ class UpdateGuards:
     def __init__(self, plan: UpdatePlan, history: History) -> None:
         self.plan = plan
         self.moving = [
-            (place, _followed(edge, history))
+            (place, _nearest_bound(edge, history))
             for place, edge in enumerate(plan.edges)
             if edge.moving
         ]
 
 
-def _followed(edge: Edge, history: History) -> Follow:
+def _nearest_bound(edge: Edge, history: History) -> MovingBound:
     """The nearest of an edge's bounds."""
     if edge.fixed == (-inf if edge.lower else inf) and len(edge.moving) == 1:
-        return _follow(edge.moving[0], history)
-    follows = [_follow(condition, history) for condition in edge.moving]
+        return _moving_bound(edge.moving[0], history)
+    moving = [_moving_bound(condition, history) for condition in edge.moving]
     fixed = (-edge.fixed if edge.lower else edge.fixed, 0.0)
 
     def nearest() -> tuple[float, float]:
-        return min(fixed, *(follow() for follow in follows))
+        return min(fixed, *(bound() for bound in moving))
 
     return nearest
 
 
-def _follow(condition: Condition, history: History) -> Follow:
+def _moving_bound(condition: Condition, history: History) -> MovingBound:
     number = condition.number
     sign = -1.0 if is_lower(condition.operator) else 1.0
     if condition.operator in ON_BASELINES:
-        name = Watch(condition.baseline_of, condition.baseline).name
+        name = BaselineKey(condition.baseline_of, condition.baseline).name
         reference = history.baselines[name]
 
         def of_baseline() -> tuple[float, float]:
@@ -173,7 +172,7 @@ FAR = 0.3
 """Share by which what was told may lie nearer, before it is told again."""
 
 
-class Announced:
+class AnnouncedGuards:
     """The guards that one trainer was told.
 
     A bound that follows the run moves a little with every step, and the trainer is not told
@@ -189,7 +188,7 @@ class Announced:
         self._plan: UpdatePlan | None = None
         self._told: list[float] | None = None
 
-    def news(self, guards: UpdateGuards | None) -> list[Guard] | None:
+    def to_send(self, guards: UpdateGuards | None) -> list[Guard] | None:
         """What the trainer has to be told now; None: what it was told still holds.
 
         Without ``guards``, as nobody knows its rank, it is told so once.
@@ -199,8 +198,8 @@ class Announced:
             self._told = self._told or []
             return [] if told is None else None
         if told is not None and guards.plan is self._plan:
-            for place, follow in guards.moving:
-                bound, way = follow()
+            for place, moving in guards.moving:
+                bound, way = moving()
                 if not bound - FAR * way <= told[place] <= bound:
                     break
             else:
@@ -213,8 +212,8 @@ class Announced:
 def _nearer(guards: UpdateGuards) -> list[float]:
     """The bound of every edge, as it is told; those of lower edges are negated."""
     told = [-edge.fixed if edge.lower else edge.fixed for edge in guards.plan.edges]
-    for place, follow in guards.moving:
-        bound, way = follow()
+    for place, moving in guards.moving:
+        bound, way = moving()
         nearer = bound - SLACK * way
         told[place] = nearer if nearer == nearer else bound
     return told

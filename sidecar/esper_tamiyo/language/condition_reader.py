@@ -5,7 +5,6 @@ from __future__ import annotations
 import yaml
 
 from esper_tamiyo.language.derived import KNOWN, is_seeds
-from esper_tamiyo.language.nodes import NodeReader, shown
 from esper_tamiyo.language.operators import (
     FORMS,
     ON_BASELINES,
@@ -23,6 +22,7 @@ from esper_tamiyo.language.table import (
     conditions,
     is_silence,
 )
+from esper_tamiyo.language.yaml_nodes import NodeReader, shown
 
 OPERATORS = frozenset(operator.value for operator in Operator)
 GROUPS = frozenset(combine.value for combine in Combine)
@@ -46,29 +46,34 @@ class ConditionReader(NodeReader):
         if inline:
             return self.condition(node, fields, field)
         combine = groups[0]
-        where = f"{field}.{combine}"
+        return self.group(combine, fields[combine], f"{field}.{combine}", depth)
+
+    def group(self, combine: Combine, node: yaml.Node, field: str, depth: int) -> Group | None:
+        """The group of conditions in a list, None when it lies too deep."""
         if depth == 2:
-            self.fault(fields[combine], where, "expected conditions: groups nest once")
+            self.fault(node, field, "expected conditions: groups nest once")
             return None
-        parts: list[Condition | Group] = []
-        entries = self.entries(fields[combine], where)
-        if not entries and isinstance(fields[combine], yaml.SequenceNode):
-            self.fault(fields[combine], where, "expected at least one condition")
-        for at, entry in entries:
-            inner = self.mapping(entry, at, CONDITION_FIELDS | GROUPS)
-            if isinstance(entry, yaml.MappingNode):
-                part = self.when(entry, inner, at, depth + 1)
-                if part is not None and is_silence(part):
-                    message = "missing_for of the metric step stands alone: no frame tells it"
-                    self.fault(entry, at, message)
-                parts += [part] if part is not None else []
-        group = Group(combine, tuple(parts))
-        peers = any(part.operator in ON_PEERS for part in conditions(group))
-        seeds = any(is_seeds(part.metric) for part in conditions(group))
-        if seeds and peers:
-            message = "one rule cannot compare ranks and look at seeds"
-            self.fault(fields[combine], where, message)
+        entries = self.entries(node, field)
+        if not entries and isinstance(node, yaml.SequenceNode):
+            self.fault(node, field, "expected at least one condition")
+        parts = [self.part(entry, at, depth + 1) for at, entry in entries]
+        group = Group(combine, tuple(part for part in parts if part is not None))
+        looks_at = list(conditions(group))
+        seeds = any(is_seeds(part.metric) for part in looks_at)
+        if seeds and any(part.operator in ON_PEERS for part in looks_at):
+            self.fault(node, field, "one rule cannot compare ranks and look at seeds")
         return group
+
+    def part(self, node: yaml.Node, field: str, depth: int) -> Condition | Group | None:
+        """One part of a group, None when it is none."""
+        fields = self.mapping(node, field, CONDITION_FIELDS | GROUPS)
+        if not isinstance(node, yaml.MappingNode):
+            return None
+        part = self.when(node, fields, field, depth)
+        if part is not None and is_silence(part):
+            message = "missing_for of the metric step stands alone: no frame tells it"
+            self.fault(node, field, message)
+        return part
 
     def condition(
         self, node: yaml.Node, fields: dict[str, yaml.Node], field: str

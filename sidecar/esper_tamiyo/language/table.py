@@ -2,21 +2,22 @@
 
 A table is plain data. :mod:`~esper_tamiyo.language.table_file` makes one from YAML and
 refuses what is wrong with it, :mod:`~esper_tamiyo.judging.rules` turns it into something
-that runs. Bounds and
-meanings of the fields stand here once: the reader, the JSON Schema and the reference page
-(:mod:`esper_tamiyo.table_docs`) take them from these classes.
+that runs. Bounds and meanings of the fields and parameters stand here once: the reader, the
+JSON Schema and the reference page (:mod:`ops.generate.table_page`) are made from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any, get_type_hints
+from math import inf
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from esper_otel.leyline.decisions import Action, Severity
+from esper_otel.leyline.decisions import LR_SCALE, MAX_NORM, SKIP_STEP, Action, Severity
+from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
 
 MAX_COUNT = 1 << 31
@@ -25,6 +26,15 @@ MAX_OF = 1024
 """Largest ``of``: a bit for each observation is kept, per rule and rank or seed."""
 
 ID = r"[a-z][a-z0-9_]*"
+
+KNOWN_BEFORE_UPDATE = frozenset(
+    {
+        *("step", "loss", "gradient_norm", "optimizer_lr", "optimizer_momentum", "lr_scale"),
+        *("nonfinite", "loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma"),
+        "grad_var",
+    }
+)
+"""Metrics whose values are known of a step before its update: those that a check can have."""
 
 
 class Condition(msgspec.Struct, frozen=True, tag=True):
@@ -98,6 +108,41 @@ class Group(msgspec.Struct, frozen=True, tag=True):
         )
 
 
+class Parameter(NamedTuple):
+    """What a rule may ask of an update: what it means, whose it may be, and its values.
+
+    A number is more than 0 and at most ``most``. A ``flag`` is ``true`` in a table and 1.0 in
+    a decision.
+    """
+
+    meaning: str
+    actions: tuple[Action, ...]
+    most: float = inf
+    flag: bool = False
+
+
+PARAMETERS: dict[str, Parameter] = {
+    LR_SCALE: Parameter(
+        "the learning rates of the optimizer are taken times this factor: for the update at "
+        "hand when the rule fires before it, and from the next update on when the rule fires "
+        "after a step",
+        (Action.OPTIMIZER,),
+        most=10.0,
+    ),
+    MAX_NORM: Parameter(
+        "before the update its gradients are scaled down to this norm, all of them together, "
+        "if theirs is larger",
+        (Action.OPTIMIZER, Action.PAUSE),
+    ),
+    SKIP_STEP: Parameter(
+        "the update is left out; the step counts as one of the loop and not of the optimizer",
+        (Action.OPTIMIZER, Action.PAUSE),
+        flag=True,
+    ),
+}
+"""By the name they have in tables and decisions."""
+
+
 class RuleScope(StrEnum):
     """Whose condition a rule is: it has a state of its own for each."""
 
@@ -106,7 +151,7 @@ class RuleScope(StrEnum):
     RANK = "rank"
 
 
-class Mode(StrEnum):
+class RuleMode(StrEnum):
     """Whether a rule's action counts."""
 
     ACT = "act"
@@ -163,13 +208,13 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         bool, Meta(description="enter conservative mode, in which no seed operation is granted")
     ] = False
     mode: Annotated[
-        Mode,
+        RuleMode,
         Meta(
             description="`observe` tries a rule out: its states and findings are told, with "
             "the action CONTINUE, and it changes no decision, mode or other rule"
         ),
-    ] = Mode.ACT
-    silences: Annotated[
+    ] = RuleMode.ACT
+    inhibits: Annotated[
         tuple[str, ...],
         Meta(
             description="ids of rules, no more severe than this one, that neither act nor are "
@@ -261,6 +306,39 @@ def is_silence(when: Condition | Group) -> bool:
     return any(
         part.operator is Operator.MISSING_FOR and part.metric == "step"
         for part in conditions(when)
+    )
+
+
+def is_known_before_update(condition: Condition) -> bool:
+    """Whether an update can be held against a condition before it is made.
+
+    What a check lacks may yet come with the step: that is neither missing for another frame
+    nor, unless it is the loss or the norm of the gradients, the value that was not finite.
+    """
+    if condition.operator is Operator.MISSING_FOR:
+        return False
+    if condition.operator is Operator.NONFINITE:
+        return condition.metric in ("nonfinite", "loss", "gradient_norm")
+    return condition.metric in KNOWN_BEFORE_UPDATE
+
+
+def is_guarded(condition: Condition) -> bool:
+    """Whether ``condition`` cannot hold unless a value that a trainer guards is beyond a
+    bound."""
+    is_counted = condition.operator is Operator.NONFINITE
+    return is_known_before_update(condition) and (is_counted or condition.metric in GUARDED)
+
+
+def acts_on_updates(rule: Rule) -> bool:
+    """Whether ``rule`` can change an update that is not made yet.
+
+    Rules about seeds or other ranks are left to the steps, as is what only counts beside a
+    proposal.
+    """
+    return (
+        bool(rule.parameters)
+        and rule.mode is RuleMode.ACT
+        and not (rule.downgrade or rule.about_seeds or rule.about_ranks or rule.about_silence)
     )
 
 

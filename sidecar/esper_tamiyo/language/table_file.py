@@ -7,14 +7,20 @@ tags, and ``010`` or ``1e3`` mean what a person means by them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from esper_tamiyo.language import documents
-from esper_tamiyo.language.documents import BrokenDocumentError
-from esper_tamiyo.language.nodes import Fault
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_reader import TableReader
+from esper_tamiyo.language.yaml_nodes import (
+    BrokenDocumentError,
+    Fault,
+    compose_document,
+    read_document,
+)
+
+log = logging.getLogger("tamiyo")
 
 SHIPPED = Path(__file__).parents[1] / "tables"
 
@@ -46,9 +52,12 @@ class Located(NamedTuple):
     lines: dict[str, int]
 
 
-def load(name: str) -> Table:
-    """The table of that name, or else in that file; raises :class:`TableError`."""
-    return parse(read(name))
+def load(name: str, warn: bool = True) -> Table:
+    """The table of that name, or else in that file; raises :class:`TableError`.
+
+    ``warn``: say in the log when it uses a word that has been replaced.
+    """
+    return locate(read(name), warn).table
 
 
 def read(name: str) -> TableSource:
@@ -58,7 +67,7 @@ def read(name: str) -> TableSource:
     """
     path = SHIPPED / f"{name}.yaml" if name in shipped_tables() else Path(name)
     try:
-        return TableSource(str(path), documents.read(path))
+        return TableSource(str(path), read_document(path))
     except BrokenDocumentError as error:
         hint = f"expected a file, or one of {', '.join(shipped_tables())}"
         raise TableError(str(path), [Fault(0, "", f"{error}; {hint}")]) from None
@@ -69,14 +78,16 @@ def parse(source: TableSource) -> Table:
     return locate(source).table
 
 
-def locate(source: TableSource) -> Located:
-    """As :func:`parse`, with the lines of the rules."""
+def locate(source: TableSource, warn: bool = True) -> Located:
+    """As :func:`parse`, with the lines of the rules; ``warn`` as for :func:`load`."""
     try:
-        root = documents.compose(source.data, "table")
+        root = compose_document(source.data, "table")
     except BrokenDocumentError as error:
         raise TableError(source.name, [error.fault]) from None
     reader = TableReader()
     table = reader.table(root, hashlib.sha256(source.data).hexdigest()[:8])
     if reader.faults:
         raise TableError(source.name, reader.faults)
+    if warn and reader.outdated:
+        log.warning("%s", reader.outdated[0].at(source.name))
     return Located(table, reader.lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 
 import yaml
@@ -19,32 +19,39 @@ from esper_otel.leyline.decisions import (
 )
 from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, ConditionReader
 from esper_tamiyo.language.derived import is_seeds
-from esper_tamiyo.language.nodes import shown
 from esper_tamiyo.language.operators import ON_PEERS
-from esper_tamiyo.language.parameters import PARAMETERS, Parameter
-from esper_tamiyo.language.rings import rings
 from esper_tamiyo.language.table import (
     ID,
+    PARAMETERS,
     Baseline,
     Condition,
     Conservative,
     Group,
-    Mode,
+    Parameter,
     Rule,
+    RuleMode,
     RuleScope,
     Table,
     conditions,
     is_silence,
     span,
 )
+from esper_tamiyo.language.yaml_nodes import Fault, shown
 
 RESERVED = {NOMINAL, CONSERVATIVE_MODE, NOT_ASKED, *FAILED_OPEN}
 ACTIONS = (Action.CONTINUE, Action.OPTIMIZER, Action.PAUSE)
 TOP_FIELDS = ("version", "baseline", "conservative", "rules")
+OUTDATED = "silences"
+"""What ``inhibits`` was called. It is still read."""
+
 RULE_FIELDS = tuple(name for name in Rule.__struct_encode_fields__ if name != "when")
 
 _ID = re.compile(ID)
-_KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS
+_MEANINGLESS_IN_SILENCE = (
+    *("for", "of", "cooldown", "downgrade", "conservative"),
+    *("inhibits", OUTDATED),
+)
+_KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS | {OUTDATED}
 
 
 class TableReader(ConditionReader):
@@ -54,6 +61,8 @@ class TableReader(ConditionReader):
         super().__init__()
         self.lines: dict[str, int] = {}
         """The line that each rule's id stands on."""
+        self.outdated: list[Fault] = []
+        """Where the table says :data:`OUTDATED`: no fault, but worth a word."""
 
     def table(self, root: yaml.Node, content: str) -> Table:
         """The table; ``content`` names what is in the file."""
@@ -100,16 +109,16 @@ class TableReader(ConditionReader):
         if not entries and isinstance(node, yaml.SequenceNode):
             self.fault(node, "rules", "expected at least one rule")
         rules: list[Rule] = []
-        silences: list[tuple[Rule, str, yaml.Node]] = []
+        inhibits: list[tuple[Rule, str, yaml.Node]] = []
         for field, entry in entries:
-            rule = self.rule(entry, field, silences)
+            rule = self.rule(entry, field, inhibits)
             if rule is not None:
                 rules.append(rule)
-        self.check_silences(rules, silences)
+        self.check_inhibits(rules, inhibits)
         return tuple(rules)
 
     def rule(
-        self, node: yaml.Node, field: str, silences: list[tuple[Rule, str, yaml.Node]]
+        self, node: yaml.Node, field: str, inhibits: list[tuple[Rule, str, yaml.Node]]
     ) -> Rule | None:
         """The rule, None when it lacks too much to be one."""
         fields = self.mapping(node, field, _KNOWN_RULE_FIELDS)
@@ -135,9 +144,10 @@ class TableReader(ConditionReader):
         persistence, of = self.persistence(fields, field)
         low, high = span(Rule, "cooldown")
         cooldown = self.whole(fields.get("cooldown"), f"{field}.cooldown", low, high, 0)
-        mode = self.choice(fields.get("mode"), f"{field}.mode", Mode) or Mode.ACT
+        mode = self.choice(fields.get("mode"), f"{field}.mode", RuleMode) or RuleMode.ACT
         text = self.text(fields.get("text"), f"{field}.text") if "text" in fields else ""
-        silenced = self.ids(fields.get("silences"), f"{field}.silences")
+        word = self.word_for_inhibits(node, fields, field)
+        inhibited = self.ids(fields.get(word), f"{field}.{word}")
         if when is None or action is None or severity is None:
             return None
         if is_silence(when):
@@ -155,11 +165,25 @@ class TableReader(ConditionReader):
             downgrade=downgrade,
             conservative=conservative,
             mode=mode,
-            silences=tuple(name for _, name, _ in silenced),
+            inhibits=tuple(name for _, name, _ in inhibited),
             parameters=parameters,
         )
-        silences += [(rule, at, entry) for at, _, entry in silenced]
+        inhibits += [(rule, at, entry) for at, _, entry in inhibited]
         return rule
+
+    def word_for_inhibits(
+        self, node: yaml.MappingNode, fields: Mapping[str, yaml.Node], field: str
+    ) -> str:
+        """``inhibits``, or what it was called where a rule says that."""
+        if OUTDATED not in fields:
+            return "inhibits"
+        key = next(key for key, _ in node.value if key.value == OUTDATED)
+        if "inhibits" in fields:
+            message = "is what inhibits was called; expected one of them"
+            self.fault(key, f"{field}.{OUTDATED}", message)
+        message = f"is called inhibits now; {OUTDATED} is still read"
+        self.outdated.append(Fault(key.start_mark.line + 1, f"{field}.{OUTDATED}", message))
+        return OUTDATED
 
     def rule_id(self, node: yaml.Node | None, field: str) -> str:
         """The id, which no other rule of the table may have."""
@@ -222,19 +246,19 @@ class TableReader(ConditionReader):
         if action is not Action.CONTINUE:
             message = f"expected CONTINUE: nobody asks for a silent rank; got {action}"
             self.fault(fields["action"], f"{field}.action", message)
-        for name in ("for", "of", "cooldown", "downgrade", "conservative", "silences"):
+        for name in _MEANINGLESS_IN_SILENCE:
             if name in fields:
                 message = "has no meaning beside missing_for of the metric step"
                 self.fault(fields[name], f"{field}.{name}", message)
 
-    def check_silences(
-        self, rules: list[Rule], silences: list[tuple[Rule, str, yaml.Node]]
+    def check_inhibits(
+        self, rules: list[Rule], inhibits: list[tuple[Rule, str, yaml.Node]]
     ) -> None:
-        """Silenced rules exist, are no more severe, and do not silence in turn, not even
+        """Inhibited rules exist, are no more severe, and do not inhibit in turn, not even
         by way of others."""
         by_id = {rule.id: rule for rule in rules}
-        silenced: dict[str, dict[str, tuple[str, yaml.Node]]] = {name: {} for name in by_id}
-        for rule, field, node in silences:
+        inhibited: dict[str, dict[str, tuple[str, yaml.Node]]] = {name: {} for name in by_id}
+        for rule, field, node in inhibits:
             name = str(node.value).strip()
             other = by_id.get(name)
             if other is None:
@@ -242,18 +266,18 @@ class TableReader(ConditionReader):
                     message = f"no rule has this id{self.meant(name, by_id)}"
                     self.fault(node, field, message)
             elif other is rule:
-                self.fault(node, field, "a rule cannot silence itself")
+                self.fault(node, field, "a rule cannot inhibit itself")
             elif RANK_OF[other.severity] > RANK_OF[rule.severity]:
                 message = f'"{name}" is {other.severity}, more severe than this rule'
                 self.fault(node, field, message)
             else:
-                silenced[rule.id][name] = field, node
-        for ring in rings(silenced):
-            for place, rule_id in enumerate(ring):
-                before, name = ring[place - 1], ring[(place + 1) % len(ring)]
-                field, node = silenced[rule_id][name]
+                inhibited[rule.id][name] = field, node
+        for cycle in cycles(inhibited):
+            for place, rule_id in enumerate(cycle):
+                before, name = cycle[place - 1], cycle[(place + 1) % len(cycle)]
+                field, node = inhibited[rule_id][name]
                 way = ": neither" if before == name else f' by way of "{before}": none'
-                message = f'"{name}" silences this rule{way} would ever be heard'
+                message = f'"{name}" inhibits this rule{way} would ever be heard'
                 self.fault(node, field, message)
 
     def parameters(
@@ -286,3 +310,25 @@ class TableReader(ConditionReader):
             self.fault(node, field, f"expected more than 0{most}, got {shown(node)}")
             return None
         return number
+
+
+def cycles(inhibited: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
+    """Rules that inhibit each other all the way round, so that none is ever heard: their ids.
+
+    Each rule of a cycle inhibits the next of the list, the last one the first. Where cycles
+    share a rule at least one of them is found, and the rest once that is gone.
+    """
+    done: set[str] = set()
+    for first in inhibited:
+        path = {} if first in done else {first: iter(inhibited[first])}
+        while path:
+            rule, rest = next(reversed(path.items()))
+            name = next(rest, None)
+            if name is None:
+                done.add(rule)
+                del path[rule]
+            elif name in path:
+                ids = list(path)
+                yield ids[ids.index(name) :]
+            elif name not in done:
+                path[name] = iter(inhibited[name])

@@ -36,7 +36,7 @@ class Credentials(msgspec.Struct, frozen=True):
     tls_client_ca: str = ""
     token_file: str = ""
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raises :class:`CredentialsError` for files that do not belong together or fail."""
         if bool(self.tls_cert) != bool(self.tls_key):
             given, missing = ("--tls-cert", "--tls-key")[:: 1 if self.tls_cert else -1]
@@ -107,7 +107,7 @@ class Credentials(msgspec.Struct, frozen=True):
         return ""
 
 
-class Doorkeeper:
+class BearerAuth:
     """Holds the ``Authorization`` of a request against the token file.
 
     The file is looked at again now and then, so a token can be replaced (a Kubernetes

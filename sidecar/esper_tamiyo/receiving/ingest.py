@@ -24,17 +24,23 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach the user by 
 import grpc
 import msgspec
 from aiohttp import web
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
+from google.rpc import code_pb2
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsPartialSuccess,
     ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
 )
 
-from esper_tamiyo.receiving import otlp_replies
 from esper_tamiyo.receiving.addresses import Address, bind_refusal
-from esper_tamiyo.receiving.credentials import Credentials, CredentialsError, Doorkeeper
+from esper_tamiyo.receiving.credentials import BearerAuth, Credentials, CredentialsError
 from esper_tamiyo.receiving.otlp_frames import frames_of
-from esper_tamiyo.receiving.pipe import Failed, Ready, Tally, pack
-from esper_tamiyo.receiving.punctuality import Punctuality
+from esper_tamiyo.receiving.pipe import IngestCounts, Ready, StartFailed, pack
+from esper_tamiyo.receiving.staleness import StalenessFilter
 
 MAX_REQUEST = 4 << 20
 """Largest request after decompression, in bytes."""
@@ -47,6 +53,9 @@ MAX_HELD = 16 << 20
 
 PATIENCE_S = 1.0
 """Longest that a request waits for its turn and the pipe before it is turned away."""
+
+RETRY_AFTER_S = 1
+"""When a producer that was turned away may come again."""
 
 STOP_GRACE_S = 0.3
 NICE = 10
@@ -69,7 +78,7 @@ class BusyError(Exception):
     """More comes in than can be taken; the producer should come again later."""
 
 
-class StrangerError(Exception):
+class UnauthenticatedError(Exception):
     """The request does not carry the token."""
 
 
@@ -84,24 +93,29 @@ class Intake:
     of it is noticed here, and refused with words, instead of growing in memory.
     """
 
-    def __init__(self, pipe: asyncio.StreamWriter, doorkeeper: Doorkeeper) -> None:
+    def __init__(self, pipe: asyncio.StreamWriter, auth: BearerAuth) -> None:
         self._pipe = pipe
         pipe.transport.set_write_buffer_limits(high=PIPE_BACKLOG)
-        self._doorkeeper = doorkeeper
+        self._auth = auth
         self._turn = asyncio.Lock()
         self._held = 0
-        self._punctuality = Punctuality()
+        self._staleness = StalenessFilter()
 
     def admit(self, authorization: str | bytes | None) -> None:
-        """Raise :class:`StrangerError` for a request without the token, if there is one."""
-        if not self._doorkeeper.admits(authorization):
-            self.count(Tally(unauthorized=1))
-            raise StrangerError("expected the header `Authorization: Bearer` and the token")
+        """Raise :class:`UnauthenticatedError` for a request without the token.
 
-    async def take(self, data: bytes) -> bytes:
+        Where there is no token to carry, none is asked for.
+        """
+        if not self._auth.admits(authorization):
+            self.count(IngestCounts(unauthorized=1))
+            raise UnauthenticatedError(
+                "expected the header `Authorization: Bearer` and the token"
+            )
+
+    async def ingest(self, data: bytes) -> bytes:
         """Hand the frames of a request on; returns the bytes of the OTLP response."""
         if len(data) > MAX_REQUEST:
-            self.count(Tally(too_large=1))
+            self.count(IngestCounts(too_large=1))
             raise TooLargeError(f"a request may have {MAX_REQUEST} bytes, this has {len(data)}")
         if self._held + len(data) > MAX_HELD:
             raise self._busy("more requests come in than can be read")
@@ -115,20 +129,20 @@ class Intake:
         finally:
             self._held -= len(data)
 
-    def count(self, tally: Tally) -> None:
+    def count(self, counts: IngestCounts) -> None:
         """Tell the decide process what came in."""
-        self._pipe.write(pack(tally))
+        self._pipe.write(pack(counts))
 
     def _hand_on(self, data: bytes) -> bytes:
         try:
             request = ExportMetricsServiceRequest.FromString(data)
         except DecodeError as error:
-            self.count(Tally(malformed=1))
+            self.count(IngestCounts(malformed=1))
             raise MalformedError(f"not an ExportMetricsServiceRequest: {error}") from None
-        harvest = frames_of(request, self._punctuality.is_old)
+        harvest = frames_of(request, self._staleness.is_old)
         self._pipe.writelines([pack(frame) for frame in harvest.frames])
         self.count(
-            Tally(
+            IngestCounts(
                 requests=1,
                 points_used=harvest.used,
                 points_foreign=harvest.foreign,
@@ -136,10 +150,10 @@ class Intake:
                 points_old=harvest.old,
             )
         )
-        return otlp_replies.success(harvest.unusable)
+        return success(harvest.unusable)
 
     def _busy(self, why: str) -> BusyError:
-        self.count(Tally(turned_away_busy=1))
+        self.count(IngestCounts(turned_away_busy=1))
         return BusyError(f"{why}; come again later")
 
 
@@ -170,8 +184,8 @@ class HttpReceiver:
     async def _export(self, request: web.Request) -> web.Response:
         try:
             self._intake.admit(request.headers.get("Authorization"))
-        except StrangerError as error:
-            problem = _problem(401, str(error), otlp_replies.UNAUTHENTICATED)
+        except UnauthenticatedError as error:
+            problem = _problem(401, str(error), code_pb2.UNAUTHENTICATED)
             problem.headers["WWW-Authenticate"] = "Bearer"
             return problem
         if request.content_type != PROTOBUF:
@@ -182,15 +196,15 @@ class HttpReceiver:
         try:
             body = await request.read()
             data = inflated(body) if encoding == "gzip" else body
-            answer = await self._intake.take(data)
+            answer = await self._intake.ingest(data)
         except (web.HTTPRequestEntityTooLarge, TooLargeError):
             return _problem(413, f"a request may have {MAX_REQUEST} bytes after decompression")
         except MalformedError as error:
             return _problem(400, str(error))
         except BusyError as error:
-            refusal = otlp_replies.status(otlp_replies.UNAVAILABLE, str(error), retry=True)
-            retry = {"Retry-After": str(otlp_replies.RETRY_AFTER_S)}
-            return web.Response(status=503, body=refusal, content_type=PROTOBUF, headers=retry)
+            body = refusal(code_pb2.UNAVAILABLE, str(error), retry=True)
+            retry = {"Retry-After": str(RETRY_AFTER_S)}
+            return web.Response(status=503, body=body, content_type=PROTOBUF, headers=retry)
         return web.Response(body=answer, content_type=PROTOBUF)
 
 
@@ -232,16 +246,41 @@ class GrpcReceiver:
         sent = dict(context.invocation_metadata() or ())
         try:
             self._intake.admit(sent.get("authorization"))
-            return await self._intake.take(data)
-        except StrangerError as error:
+            return await self._intake.ingest(data)
+        except UnauthenticatedError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         except (MalformedError, TooLargeError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except BusyError as error:
-            details = otlp_replies.status(otlp_replies.UNAVAILABLE, str(error), retry=True)
+            details = refusal(code_pb2.UNAVAILABLE, str(error), retry=True)
             context.set_trailing_metadata((("grpc-status-details-bin", details),))
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         raise AssertionError("abort raises")
+
+
+def success(unusable: int) -> bytes:
+    """An ``ExportMetricsServiceResponse`` that tells of points we could not use."""
+    if not unusable:
+        return b""
+    partial = ExportMetricsPartialSuccess(
+        rejected_data_points=unusable,
+        error_message=(
+            f"{unusable} points of Tolaria or Kasmina without a number, a seed_id, "
+            "or a tolaria.step of the same resource and time"
+        ),
+    )
+    return ExportMetricsServiceResponse(partial_success=partial).SerializeToString()
+
+
+def refusal(code: int, message: str, retry: bool = False) -> bytes:
+    """A ``google.rpc.Status``; with ``retry`` it says when to come again."""
+    status = Status(code=code, message=message)
+    if retry:
+        detail = AnyMessage()
+        detail.Pack(RetryInfo(retry_delay=Duration(seconds=RETRY_AFTER_S)))
+        status.details.append(detail)
+    encoded: bytes = status.SerializeToString()
+    return encoded
 
 
 def inflated(body: bytes) -> bytes:
@@ -256,10 +295,8 @@ def inflated(body: bytes) -> bytes:
     return data
 
 
-def _problem(
-    status: int, message: str, code: int = otlp_replies.INVALID_ARGUMENT
-) -> web.Response:
-    body = otlp_replies.status(code, message)
+def _problem(status: int, message: str, code: int = code_pb2.INVALID_ARGUMENT) -> web.Response:
+    body = refusal(code, message)
     return web.Response(status=status, body=body, content_type=PROTOBUF)
 
 
@@ -269,7 +306,7 @@ async def serve(
     """Receive until the pipe ends."""
     reader, writer = await asyncio.open_connection(sock=pipe)
     try:
-        intake = Intake(writer, Doorkeeper(credentials.token_file))
+        intake = Intake(writer, BearerAuth(credentials.token_file))
         grpc_receiver, http_receiver = GrpcReceiver(intake), HttpReceiver(intake)
         grpc_at = await _listen(grpc_receiver, grpc_at, credentials, "--otlp-grpc")
         http_at = await _listen(http_receiver, http_at, credentials, "--otlp-http")
@@ -297,7 +334,7 @@ async def _listen(
 
 
 async def _give_up(writer: asyncio.StreamWriter, message: str) -> NoReturn:
-    writer.write(pack(Failed(message)))
+    writer.write(pack(StartFailed(message)))
     await writer.drain()
     writer.close()
     await writer.wait_closed()

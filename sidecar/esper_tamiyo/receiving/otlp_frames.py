@@ -73,7 +73,7 @@ class Moment:
         self.points += other.points
         self.nonfinite += other.nonfinite
 
-    def frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
+    def step_frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
         """The step it was, None when no point says which."""
         step = self.values.get("step")
         if step is None or not 0 <= step < MAX_STEP or step != int(step):
@@ -105,7 +105,7 @@ def frames_of(
         whose = identity_of(group)
         frames = []
         for time_unix_nano, moment in moments_of(group, harvest).items():
-            frame = moment.frame(whose, time_unix_nano)
+            frame = moment.step_frame(whose, time_unix_nano)
             if frame is None:
                 harvest.unusable += moment.points
                 continue

@@ -16,13 +16,13 @@ from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.language.table import Table
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a body is."""
 
     FRAME = 0
     READY = 1
     FAILED = 2
-    TALLY = 3
+    COUNTS = 3
     TABLE = 4
     UNUSABLE = 5
 
@@ -34,7 +34,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True):
     http: str
 
 
-class Failed(msgspec.Struct, frozen=True, array_like=True):
+class StartFailed(msgspec.Struct, frozen=True, array_like=True):
     """The ingest process cannot start, and why."""
 
     message: str
@@ -46,8 +46,8 @@ class Unusable(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class Tally(msgspec.Struct, array_like=True):
-    """What came in since the last tally.
+class IngestCounts(msgspec.Struct, array_like=True):
+    """What came in since it was last told.
 
     Every data point of a request that could be read is one of used, foreign, unusable and
     old. Of requests that were turned away nothing was taken.
@@ -68,17 +68,17 @@ _HEAD = struct.Struct("<IB")
 _encoder = msgspec.msgpack.Encoder()
 _frame_decoder = msgspec.msgpack.Decoder(StepFrame)
 
-_KINDS: dict[type, Kind] = {
-    StepFrame: Kind.FRAME,
-    Ready: Kind.READY,
-    Failed: Kind.FAILED,
-    Tally: Kind.TALLY,
-    Table: Kind.TABLE,
-    Unusable: Kind.UNUSABLE,
+_KINDS: dict[type, MessageKind] = {
+    StepFrame: MessageKind.FRAME,
+    Ready: MessageKind.READY,
+    StartFailed: MessageKind.FAILED,
+    IngestCounts: MessageKind.COUNTS,
+    Table: MessageKind.TABLE,
+    Unusable: MessageKind.UNUSABLE,
 }
 
 
-def pack(message: StepFrame | Ready | Failed | Tally | Table | Unusable) -> bytes:
+def pack(message: StepFrame | Ready | StartFailed | IngestCounts | Table | Unusable) -> bytes:
     """The bytes of one message."""
     body = _encoder.encode(message)
     return _HEAD.pack(len(body), _KINDS[type(message)]) + body

@@ -11,7 +11,7 @@ from esper_tamiyo.language.table import Table
 from esper_tamiyo.replaying.replay import Judge, Judged, Steps, once
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class DecisionEffect(msgspec.Struct, frozen=True):
     """What of a decision reaches the run; the rest of it says why."""
 
     action: Action
@@ -23,9 +23,9 @@ class Outcome(msgspec.Struct, frozen=True):
     conservative: bool
 
 
-def outcome(decision: Decision) -> Outcome:
+def effect_of(decision: Decision) -> DecisionEffect:
     """The part of a decision that two tables are compared by."""
-    return Outcome(
+    return DecisionEffect(
         decision.action,
         decision.severity,
         decision.reason,
@@ -36,10 +36,10 @@ def outcome(decision: Decision) -> Outcome:
     )
 
 
-class Stretch(msgspec.Struct):
+class Difference(msgspec.Struct):
     """Steps of one rank, none between them left out, that differ in the same way.
 
-    Or its silence behind a step, which only one of the tables minds: then the outcome of
+    Or its silence behind a step, which only one of the tables minds: then the effect of
     the other is None.
     """
 
@@ -49,8 +49,8 @@ class Stretch(msgspec.Struct):
     last_step: int
     steps: int
     silence: bool
-    a: Outcome | None
-    b: Outcome | None
+    a: DecisionEffect | None
+    b: DecisionEffect | None
 
 
 class Comparison:
@@ -61,13 +61,13 @@ class Comparison:
         self.differing = 0
         self.silences = 0
         self._a, self._b = Judge(a), Judge(b)
-        self._open: dict[tuple[str, int], Stretch] = {}
+        self._open: dict[tuple[str, int], Difference] = {}
 
-    def stretches(self, steps: Steps) -> Iterator[Stretch]:
-        """The stretches in which the tables differ, each as soon as it has ended."""
+    def differences(self, steps: Steps) -> Iterator[Difference]:
+        """Where the tables decide differently, each difference as soon as it has ended."""
         for frame, proposal in once(steps):
-            a = _outcomes(self._a.judge(frame, proposal))
-            b = _outcomes(self._b.judge(frame, proposal))
+            a = _effects(self._a.judge(frame, proposal))
+            b = _effects(self._b.judge(frame, proposal))
             for place in dict.fromkeys((*a, *b)):
                 run, rank, step, is_step = place
                 pair = a.get(place), b.get(place)
@@ -75,13 +75,13 @@ class Comparison:
                     yield from self._step(run, rank, step, *pair)
                 elif pair[0] != pair[1]:
                     self.silences += 1
-                    yield Stretch(run, rank, step, step, 0, True, *pair)
+                    yield Difference(run, rank, step, step, 0, True, *pair)
         yield from self._open.values()
 
     def _step(
-        self, run: str, rank: int, step: int, a: Outcome | None, b: Outcome | None
-    ) -> Iterator[Stretch]:
-        """The stretch that ends before this step, if one does."""
+        self, run: str, rank: int, step: int, a: DecisionEffect | None, b: DecisionEffect | None
+    ) -> Iterator[Difference]:
+        """The difference that ends before this step, if one does."""
         self.steps += 1
         self.differing += a != b
         before = self._open.get((run, rank))
@@ -92,13 +92,13 @@ class Comparison:
         if before is not None:
             yield self._open.pop((run, rank))
         if a != b:
-            self._open[run, rank] = Stretch(run, rank, step, step, 1, False, a, b)
+            self._open[run, rank] = Difference(run, rank, step, step, 1, False, a, b)
 
 
-def _outcomes(decided: list[Judged]) -> dict[tuple[str, int, int, bool], Outcome]:
+def _effects(decided: list[Judged]) -> dict[tuple[str, int, int, bool], DecisionEffect]:
     """By run, rank, step and whether it is about the step."""
     return {
-        (judged.frame.run, judged.frame.rank, judged.frame.step, judged.is_step): outcome(
+        (judged.frame.run, judged.frame.rank, judged.frame.step, judged.is_step): effect_of(
             judged.decision
         )
         for judged in decided

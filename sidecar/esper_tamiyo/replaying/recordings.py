@@ -6,6 +6,7 @@ they may look like): one for each rank and signal, or a Collector's, rotated or 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
 from heapq import heapify, heappop, heappush
@@ -16,20 +17,37 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
-from esper_otel.leyline.decisions import Proposal
+from esper_otel.leyline.decisions import Proposal, SeedOperation
+from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.otlp_file import RecordingError
-from esper_tamiyo.receiving.otlp_frames import Harvest
-from esper_tamiyo.replaying.assembly import Assembly
+from esper_tamiyo.receiving.otlp_frames import (
+    Harvest,
+    Identity,
+    Moment,
+    identity_of,
+    moments_of,
+    text_of,
+)
 from esper_tamiyo.replaying.decompression import ZstdMissingError
 from esper_tamiyo.replaying.otlp_files import Kind, requests
-from esper_tamiyo.replaying.proposals import Proposals
 
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"
 """Endings of our own files, which say what is in them."""
 
+OPERATION_ATTRIBUTE = "esper.operation"
+STEP_ATTRIBUTE = "esper.step"
 
-class Recording:
+HORIZON_NS = 10_000_000_000
+"""More than senders and Collectors wait before they send what they have."""
+
+FOREVER = 1 << 64
+
+MAX_HELD = 100_000
+"""Steps held at most, whatever their times say."""
+
+
+class RecordedRuns:
     """One recorded run, or several. ``problems`` are known once it was read to the end."""
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +67,7 @@ class Recording:
         assembly = Assembly()
         self.points = assembly.tally
         for request in self._in_order():
-            yield from self._with_proposals(assembly.take(request), run)
+            yield from self._with_proposals(assembly.add_request(request), run)
         yield from self._with_proposals(assembly.rest(), run)
         for operation in sorted(self.proposals.unknown):
             self.problems.append(f"a proposal was left out: unknown operation {operation!r}")
@@ -72,7 +90,7 @@ class Recording:
             # What is wrong with any other file is told when its metrics are read.
             told = self._problems_of if path.name.endswith(LOGS) else _silently
             for request in told(found, path):
-                self.proposals.take(request)
+                self.proposals.add_records(request)
 
     def _in_order(self) -> Iterator[ExportMetricsServiceRequest]:
         """The requests of all files by their time; a file is open only while it has to be."""
@@ -104,6 +122,109 @@ class Recording:
             self.problems.append(f"{path}: {error}")
         except OSError as error:
             self.problems.append(f"{path}: {error.strerror or error}")
+
+
+class Assembly:
+    """Takes requests, gives frames in the order in which they happened.
+
+    A Collector cuts requests where it likes, also inside a step, and writes one rank after
+    the other. So steps are held until the recording is :data:`HORIZON_NS` past them: by then
+    what belongs to a step has joined it, and the ranks can go in order of time, as they did
+    when each of them asked. ``tally`` counts the points of all requests.
+    """
+
+    def __init__(self, horizon_ns: int = HORIZON_NS) -> None:
+        self.tally = Harvest([])
+        self._horizon_ns = horizon_ns
+        self._held: dict[Identity, dict[int, Moment]] = {}
+        self._due: list[tuple[int, Identity]] = []
+        self._past = 0
+
+    def add_request(self, request: ExportMetricsServiceRequest) -> Iterator[StepFrame]:
+        """The frames that are complete now, by their time."""
+        times: list[int] = []
+        for group in request.resource_metrics:
+            whose = identity_of(group)
+            held = self._held.setdefault(whose, {})
+            for time_unix_nano, moment in moments_of(group, self.tally).items():
+                times.append(time_unix_nano)
+                known = held.get(time_unix_nano)
+                if known is not None:
+                    known.join(moment)
+                    continue
+                held[time_unix_nano] = moment
+                heappush(self._due, (time_unix_nano, whose))
+        if times:
+            # The oldest and not the newest of them: a request may hold much of one rank.
+            self._past = max(self._past, min(times) - self._horizon_ns)
+        yield from self._until(self._past)
+
+    def rest(self) -> Iterator[StepFrame]:
+        """The frames that are left when no more requests come."""
+        yield from self._until(FOREVER)
+
+    def _until(self, time_unix_nano: int) -> Iterator[StepFrame]:
+        due = self._due
+        while due and (due[0][0] <= time_unix_nano or len(due) > MAX_HELD):
+            time, whose = heappop(due)
+            moment = self._held[whose].pop(time)
+            frame = moment.step_frame(whose, time)
+            if frame is None:
+                self.tally.unusable += moment.points
+                continue
+            self.tally.used += moment.points
+            yield frame
+
+
+class Proposals:
+    """Seed operations that a garden proposed, as a run's log records tell them.
+
+    A trainer tells when what it proposes changes: the event of step S holds from S on, the
+    ask of S included, until the next such event of the same process. ``none`` withdraws.
+    """
+
+    def __init__(self) -> None:
+        self.unknown: set[str] = set()
+        """Operations that this version does not know; their steps count as unproposed."""
+        self._told: dict[Identity, dict[int, Proposal | None]] = {}
+        self._steps: dict[Identity, list[int]] = {}
+
+    def add_records(self, request: ExportLogsServiceRequest) -> None:
+        """Remember the proposals among the records of a request."""
+        for group in request.resource_logs:
+            for scope in group.scope_logs:
+                for record in scope.log_records:
+                    if record.event_name != PROPOSED:
+                        continue
+                    step = text_of(record.attributes, STEP_ATTRIBUTE)
+                    if not (step.isascii() and step.isdecimal()):
+                        continue
+                    operation = text_of(record.attributes, OPERATION_ATTRIBUTE)
+                    seed_id = text_of(record.attributes, SEED_ID_ATTRIBUTE)
+                    told = self._told.setdefault(identity_of(group), {})
+                    told[int(step)] = self._proposal(operation, seed_id)
+        self._steps.clear()
+
+    def at(self, frame: StepFrame) -> Proposal | None:
+        """What went with the ask about ``frame``."""
+        whose = Identity(frame.run, frame.rank, frame.instance)
+        told = self._told.get(whose)
+        if told is None:
+            return None
+        steps = self._steps.get(whose)
+        if steps is None:
+            steps = self._steps[whose] = sorted(told)
+        place = bisect_right(steps, frame.step)
+        return told[steps[place - 1]] if place else None
+
+    def _proposal(self, operation: str, seed_id: str) -> Proposal | None:
+        if operation == NO_OPERATION:
+            return None
+        try:
+            return Proposal(seed_id, SeedOperation(operation))
+        except ValueError:
+            self.unknown.add(operation)
+            return None
 
 
 def _silently(found: Iterator[Kind], path: Path) -> Iterator[Kind]:

@@ -16,7 +16,7 @@ import msgspec
 from esper_otel.leyline.decisions import NOMINAL, Action, Decision, Proposal
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.witness import RuleChange
+from esper_tamiyo.judging.observer import RuleChange
 from esper_tamiyo.language.table import Table
 
 Steps = Iterable[tuple[StepFrame, Proposal | None]]
@@ -46,8 +46,8 @@ class Judge:
     """One engine over recorded steps."""
 
     def __init__(self, table: Table) -> None:
-        self._notes = _Notes()
-        self._engine = Engine(table, witness=self._notes)
+        self._collector = _DecisionCollector()
+        self._engine = Engine(table, observer=self._collector)
         self._tick_at = 0
 
     def judge(self, frame: StepFrame, proposal: Proposal | None) -> list[Judged]:
@@ -59,26 +59,26 @@ class Judge:
             self._tick_at = frame.time_unix_nano + TICK_NS
             self._engine.tick(frame.time_unix_nano)
         self._engine.observe(frame, proposal)
-        return self._notes.take()
+        return self._collector.pop_all()
 
 
-class _Notes:
-    """A witness that remembers what was decided."""
+class _DecisionCollector:
+    """An observer that remembers what was decided."""
 
     def __init__(self) -> None:
         self._decided: list[Judged] = []
 
-    def take(self) -> list[Judged]:
+    def pop_all(self) -> list[Judged]:
         decided, self._decided = self._decided, []
         return decided
 
-    def changed(self, change: RuleChange) -> None:
+    def on_rule_change(self, change: RuleChange) -> None:
         """Not of interest."""
 
-    def judged(self, frame: StepFrame, decision: Decision) -> None:
-        """Told once more by :meth:`decided`."""
+    def on_frame(self, frame: StepFrame, decision: Decision) -> None:
+        """Comes once more to :meth:`on_decision`."""
 
-    def decided(self, decision: Decision, frame: StepFrame) -> None:
+    def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         self._decided.append(Judged(frame, decision))
 
 
@@ -99,7 +99,7 @@ def replay(steps: Steps, table: Table) -> Iterator[Judged]:
         yield from judge.judge(frame, proposal)
 
 
-class Summary(msgspec.Struct):
+class ReplaySummary(msgspec.Struct):
     """What a replay came to: steps, whose, over how long, and what was decided."""
 
     steps: int = 0

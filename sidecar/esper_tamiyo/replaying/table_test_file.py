@@ -16,13 +16,26 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
-from esper_tamiyo.language.documents import BrokenDocumentError, compose, read
-from esper_tamiyo.language.nodes import Fault, NodeReader, shown
-from esper_tamiyo.language.parameters import PARAMETERS, Parameter
-from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table import PARAMETERS, Parameter, Table
 from esper_tamiyo.language.table_file import load, shipped_tables
-from esper_tamiyo.replaying.series import MAX_VALUES, SeriesError, Value, series
-from esper_tamiyo.replaying.table_tests import FIRST_STEP, Expectation, Rank, TableTest
+from esper_tamiyo.language.yaml_nodes import (
+    BrokenDocumentError,
+    Fault,
+    NodeReader,
+    compose_document,
+    read_document,
+    shown,
+)
+from esper_tamiyo.replaying.table_tests import (
+    FIRST_STEP,
+    MAX_VALUES,
+    Expectation,
+    Rank,
+    SeriesError,
+    TableTest,
+    Value,
+    series,
+)
 
 _RANK_FIELDS = frozenset({"metrics", "seeds", "proposals", "lost"})
 _TEST_FIELDS = _RANK_FIELDS | {"name", "ranks", "step_ms", "expect", "nothing_else"}
@@ -60,7 +73,7 @@ def load_tests(path: Path) -> tuple[Table, list[TableTest]]:
     used.
     """
     try:
-        root = compose(read(path), "file of tests")
+        root = compose_document(read_document(path), "file of tests")
     except BrokenDocumentError as error:
         raise TableTestError(str(path), [error.fault]) from None
     reader = _TestReader()

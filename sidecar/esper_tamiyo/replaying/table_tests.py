@@ -6,6 +6,7 @@ engine that serves trainers; one step follows the other in every rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 
@@ -15,13 +16,71 @@ from esper_otel.leyline.decisions import Action, Decision, Proposal, SeedOperati
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.replaying.replay import Judge, Judged
-from esper_tamiyo.replaying.series import Value
 
 RUN = "test"
 FIRST_STEP = 1
 """Trainers count from 1."""
 
 START_NS = 1_000_000_000_000_000_000
+
+Value = float | None
+"""None is no value."""
+
+MAX_VALUES = 100_000
+"""In one series; a test is something that a person reads."""
+
+_FINITE = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_WORD = re.compile(
+    rf"(?:(_)|({_FINITE}|[+-]?inf|nan)(?:([+-])({_FINITE}))?)(?:x(\d{{1,9}}))?",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+class SeriesError(ValueError):
+    """A word that is none of the notation's."""
+
+
+def series(text: str) -> list[Value]:
+    """The values that ``text`` stands for; raises :class:`SeriesError`.
+
+    Words separated by blanks, each one or more values of a metric, step by step:
+
+    ======== ================================================================
+    ``4``    the value
+    ``4x20`` the value twenty times
+    ``1+2x3`` ``1 3 5``: three values that rise by 2; ``1-2x3`` falls
+    ``_``    no value; ``_x5`` none five times
+    ``nan``  a value that was measured and is not finite, also ``inf``, ``-inf``
+    ======== ================================================================
+
+    The notation is promtool's but for one thing: ``xN`` is always N values, where promtool's
+    ``4x20`` is twenty-one.
+    """
+    values: list[Value] = []
+    for word in text.split():
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise SeriesError(
+                f"expected values like 4, 4x20, 1+0.5x10, _ or nan; got {word[:60]!r}"
+            )
+        gap, start, sign, slope, times = match.groups()
+        if slope and not times:
+            raise SeriesError(
+                f"{word!r} does not say how often: expected {word}x10 or the like"
+            )
+        count = int(times or 1)
+        if not 0 < count <= MAX_VALUES - len(values):
+            raise SeriesError(f"{word!r} makes {count:,} values; expected 1 to {MAX_VALUES:,}")
+        if gap:
+            values += [None] * count
+        else:
+            rise = float(slope or 0) * (-1 if sign == "-" else 1)
+            values += _ramp(float(start), rise, count)
+    return values
+
+
+def _ramp(start: float, rise: float, count: int) -> Iterator[float]:
+    return (start + place * rise for place in range(count))
 
 
 class Rank(msgspec.Struct, frozen=True):
@@ -38,7 +97,7 @@ class Rank(msgspec.Struct, frozen=True):
         whose = (self.metrics, *self.seeds.values())
         return max((len(series) for metrics in whose for series in metrics.values()), default=0)
 
-    def frame(self, rank: int, step: int, step_ns: int) -> StepFrame | None:
+    def frame_at(self, rank: int, step: int, step_ns: int) -> StepFrame | None:
         """The frame of one step, None when it is lost or there is none."""
         if step in self.lost or step > self.steps:
             return None
@@ -107,7 +166,7 @@ class Expectation(msgspec.Struct, frozen=True):
         return expected, got
 
 
-class Failure(msgspec.Struct):
+class TableTestFailure(msgspec.Struct):
     """One thing that went otherwise, at ``step`` and ``more`` steps behind it.
 
     ``judged`` is None when nothing was decided where something should have been.
@@ -133,13 +192,13 @@ class TableTest(msgspec.Struct, frozen=True):
     step_ms: float = 100.0
     nothing_else: bool = True
 
-    def failures(self, table: Table) -> list[Failure]:
+    def failures(self, table: Table) -> list[TableTestFailure]:
         """Where ``table`` decides otherwise, empty when it does not."""
         judge = Judge(table)
         wanted = {
             (one.rank, step, one.silence): one for one in self.expected for step in one.steps
         }
-        found: list[Failure] = []
+        found: list[TableTestFailure] = []
         for number, frame in self._frames():
             proposal = self.ranks[number].proposals.get(frame.step)
             for judged in judge.judge(frame, proposal):
@@ -151,7 +210,7 @@ class TableTest(msgspec.Struct, frozen=True):
             _note(found, self._undecided(expectation, step))
         return found
 
-    def _failure(self, judged: Judged, wanted: Expectation | None) -> Failure | None:
+    def _failure(self, judged: Judged, wanted: Expectation | None) -> TableTestFailure | None:
         frame, decision = judged
         if wanted is not None:
             difference = wanted.difference(decision)
@@ -162,12 +221,12 @@ class TableTest(msgspec.Struct, frozen=True):
         if difference is None:
             return None
         line = self.line if wanted is None else wanted.line
-        return Failure(line, self.name, frame.rank, frame.step, *difference, judged)
+        return TableTestFailure(line, self.name, frame.rank, frame.step, *difference, judged)
 
-    def _undecided(self, wanted: Expectation, step: int) -> Failure:
+    def _undecided(self, wanted: Expectation, step: int) -> TableTestFailure:
         """Of a silence that nobody found; every step gets a decision."""
         expected = f"silence behind it: {wanted.action}"
-        return Failure(wanted.line, self.name, wanted.rank, step, expected, "nothing")
+        return TableTestFailure(wanted.line, self.name, wanted.rank, step, expected, "nothing")
 
     def _frames(self) -> Iterator[tuple[int, StepFrame]]:
         """Step by step, every rank's, in the order in which they happened."""
@@ -175,12 +234,12 @@ class TableTest(msgspec.Struct, frozen=True):
         last = max((rank.steps for rank in self.ranks.values()), default=0)
         for step in range(FIRST_STEP, last + 1):
             for number in sorted(self.ranks):
-                frame = self.ranks[number].frame(number, step, step_ns)
+                frame = self.ranks[number].frame_at(number, step, step_ns)
                 if frame is not None:
                     yield number, frame
 
 
-def _note(found: list[Failure], failure: Failure) -> None:
+def _note(found: list[TableTestFailure], failure: TableTestFailure) -> None:
     """Add a failure, or count it to the same one of the steps before."""
     for before in found:
         if (before.line, before.rank, before.expected, before.got) == (

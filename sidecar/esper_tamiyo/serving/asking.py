@@ -22,31 +22,31 @@ from esper_otel.leyline.wire import (
 PATIENCE_S = 2.0
 
 
-class SilenceError(Exception):
+class NoAnswerError(Exception):
     """Nobody answered at the socket; the text says which one and why."""
 
 
 def reply_to(request: LatestRequest | StatusRequest, path: Path) -> ToClient:
-    """What the sidecar at ``path`` replies; raises :class:`SilenceError`."""
+    """What the sidecar at ``path`` replies; raises :class:`NoAnswerError`."""
     try:
         check_socket_path(path)
     except ValueError as error:
-        raise SilenceError(str(error)) from None
+        raise NoAnswerError(str(error)) from None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(PATIENCE_S)
         try:
             connection.connect(os.fspath(path))
             if not may_steer(uid := peer_uid(connection)):  # it could make up any answer
-                raise SilenceError(f"{path}: listened on by another user ({uid})")
+                raise NoAnswerError(f"{path}: listened on by another user ({uid})")
             connection.sendall(encode(request))
             return _one_message(connection)
         except TimeoutError:
-            raise SilenceError(f"{path}: no answer within {PATIENCE_S:g} s") from None
+            raise NoAnswerError(f"{path}: no answer within {PATIENCE_S:g} s") from None
         except (FileNotFoundError, ConnectionRefusedError):
             message = f"{path}: no sidecar listens there; start one with `tamiyo serve`"
-            raise SilenceError(message) from None
+            raise NoAnswerError(message) from None
         except (OSError, WireError) as error:
-            raise SilenceError(f"{path}: {error}") from None
+            raise NoAnswerError(f"{path}: {error}") from None
 
 
 def _one_message(connection: socket.socket) -> ToClient:

@@ -20,7 +20,7 @@ from esper_otel.leyline.wire import (
     decode_to_server,
     encode,
 )
-from esper_tamiyo.judging.update_guards import Announced
+from esper_tamiyo.judging.update_guards import AnnouncedGuards
 
 MAX_BACKLOG = 256 * 1024
 """Unread answers, in bytes, after which a client is given up."""
@@ -59,7 +59,7 @@ class Trainer:
         "_seed_columns",
         "_step_columns",
         "announced",
-        "glances",
+        "in_registry_order",
         "instance",
         "key",
     )
@@ -69,12 +69,12 @@ class Trainer:
         self.instance = hello.instance
         self._step_columns = Columns(hello.step_columns, STEP_SLOT)
         self._seed_columns = Columns(hello.seed_columns, SEED_SLOT)
-        self.glances = self._step_columns.in_registry_order
+        self.in_registry_order = self._step_columns.in_registry_order
         """Whether its rows can be held against guards as they are."""
-        self.announced = Announced() if hello.mode == ENFORCE else None
+        self.announced = AnnouncedGuards() if hello.mode == ENFORCE else None
         """What it was told of the guards of its updates; None: it makes them as they are."""
 
-    def before_update(self, check: Check) -> StepFrame:
+    def frame_of_check(self, check: Check) -> StepFrame:
         """What a check says of its step; raises :class:`WireError` for a row that does not
         fit."""
         values = self._step_columns.values(check.values)
@@ -82,7 +82,7 @@ class Trainer:
         run, rank = self.key
         return StepFrame(run, self.instance, rank, check.step, check.time_unix_nano, values)
 
-    def frame(self, ask: Ask) -> StepFrame:
+    def frame_of_ask(self, ask: Ask) -> StepFrame:
         """The frame of an ask; raises :class:`WireError` for rows that do not fit."""
         values = self._step_columns.values(ask.values)
         values["step"] = float(ask.step)
@@ -95,7 +95,7 @@ class Trainer:
         return StepFrame(run, self.instance, rank, ask.step, ask.time_unix_nano, values, seeds)
 
 
-class Connection:
+class ClientConnection:
     """A client's socket with what it has not yet sent and not yet read."""
 
     __slots__ = ("_incoming", "_outgoing", "_socket", "fd", "trainer")

@@ -1,4 +1,4 @@
-"""The decision socket's place in the file system, and who may knock.
+"""The decision socket's place in the file system, and who may connect.
 
 A message here can steer a run, so there are three fences. The folder is ours alone and is
 held open by descriptor while the socket is made, so that nobody can put another in its
@@ -27,7 +27,7 @@ class SocketError(Exception):
     """The decision socket cannot be had; the text says which one and why."""
 
 
-class Listener:
+class DecisionSocket:
     """A listening Unix socket that takes its name away when it closes."""
 
     def __init__(self, path: Path) -> None:

@@ -10,17 +10,18 @@ of the table in use. A byte that comes down the pipe means: look now.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, load
 from esper_tamiyo.receiving.pipe import Unusable, pack
+from esper_tamiyo.serving.latency import never_preempt
 
 LOOK_EVERY_S = 0.4
 """A change is taken once two looks in a row saw the same: editors write in pieces, and
@@ -44,23 +45,23 @@ def signature(name: str) -> Signature | None:
     return (found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev)
 
 
-def read(name: str) -> Table | Unusable:
-    """The table, or what is wrong with it."""
+def read(name: str, warn: bool = True) -> Table | Unusable:
+    """The table, or what is wrong with it; ``warn`` as for ``load``."""
     try:
-        return load(name)
+        return load(name, warn)
     except TableError as error:
         return Unusable(str(error))
     except Exception as error:  # the watch must outlive whatever a file can hold
         return Unusable(f"{name}: {error!r}")
 
 
-class Watch:
+class FileWatch:
     """One file, and which states of it have been dealt with. Pure but for the file."""
 
     def __init__(self, name: str, version: str) -> None:
         self._name = name
         self._last = signature(name)
-        found = read(name)
+        found = read(name, warn=False)  # who serves it has read it as well
         # It may have changed before we looked: then this state is news like any other.
         told = isinstance(found, Table) and found.version == version
         self._taken = self._last if told else _NEVER
@@ -78,7 +79,7 @@ class Watch:
         return None
 
 
-def serve(pipe: socket.socket, watch: Watch) -> None:
+def serve(pipe: socket.socket, watch: FileWatch) -> None:
     """Look until the pipe ends."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
@@ -96,11 +97,11 @@ def main() -> None:
     fd, name, version = sys.argv[1:4]
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(format="tamiyo: %(message)s", level=logging.WARNING)
     os.nice(NICE)
-    with suppress(OSError):  # never takes the core from whom it finds there
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    never_preempt()
     try:
-        serve(socket.socket(fileno=int(fd)), Watch(name, version))
+        serve(socket.socket(fileno=int(fd)), FileWatch(name, version))
     except OSError:  # the decide process is gone
         sys.exit(1)
 

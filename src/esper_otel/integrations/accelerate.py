@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
-from esper_otel.integrations.training import Training, require
+from esper_otel.integrations.training import Training, require, watch_accelerate
 
 OLDEST = "1.0"
 
@@ -40,13 +40,14 @@ class EsperTracker(GeneralTracker):
 
     def start(self) -> None:
         """Called by ``init_trackers``: the training begins."""
-        self.training.begin()
+        self.training.start()
         self.training.share_losses()
-        self.training.watch_accelerate(sys.modules["accelerate.accelerator"])
+        if self.training.watch is not None:  # the hooks on torch are ours
+            watch_accelerate(self.training.watch, sys.modules["accelerate.accelerator"])
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Called by ``init_trackers`` when it is given a configuration, which is not ours."""
-        if not self.training.is_watched:
+        if self.training.watch is None:
             self.start()  # older versions do not call that
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -54,4 +55,4 @@ class EsperTracker(GeneralTracker):
 
     def finish(self) -> None:
         """Called by ``end_training``."""
-        self.training.end()
+        self.training.stop()

@@ -29,17 +29,17 @@ class EsperCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first optimizer's steps are the run's."""
-        self.training.begin(next(iter(trainer.optimizers), None))
+        self.training.start(next(iter(trainer.optimizers), None))
         if trainer.accumulate_grad_batches > 1:
             self.training.share_losses()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Training is over."""
-        self.training.end()
+        self.training.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's checkpoints hold what decisions hold, in ``enforce``."""
-        return self.training.state()
+        return self.training.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A checkpoint is loaded, before the training begins."""
@@ -47,7 +47,7 @@ class EsperCallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Training has failed, or was interrupted."""
-        self.training.end()
+        self.training.stop()
 
 
 def callbacks() -> list[Callback]:

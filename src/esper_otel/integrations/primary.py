@@ -74,3 +74,26 @@ class Primary:
             return True
         self._others += 1
         return self._others > 2 * self._most_others + PATIENCE
+
+
+class Trained:
+    """What the run's optimizer trains: tells one training from another that follows it.
+
+    A new optimizer over a parameter of the one before goes on with the same training, as
+    where layers are unfrozen; over others, or where those of before are gone, another begins.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: weakref.ref[Any] | None = None
+        self._parameter: weakref.ref[Any] | None = None
+
+    def begins_another(self, optimizer: Any) -> bool:
+        """``optimizer`` sets the run's steps now; whether that is another training."""
+        before = self._optimizer
+        if before is not None and before() is optimizer:
+            return False
+        parameter = None if self._parameter is None else self._parameter()
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        self._optimizer = weakref.ref(optimizer)
+        self._parameter = weakref.ref(parameters[0]) if parameters else None
+        return before is not None and not any(each is parameter for each in parameters)

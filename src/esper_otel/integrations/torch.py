@@ -75,9 +75,13 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
             cls._watch = Watch(module, process.start_automatic(**cls._settings))
         elif name == "accelerate.accelerator" and watch is not None:
-            watch.accelerate(module)
+            from esper_otel.integrations.training import watch_accelerate
+
+            watch_accelerate(watch, module)
         elif name == "transformers.trainer" and watch is not None:
-            watch.transformers(module)
+            from esper_otel.integrations.transformers import watch_transformers
+
+            watch_transformers(watch, module)
 
     def _uninstrument(self, **kwargs: Any) -> None:
         cls = type(self)

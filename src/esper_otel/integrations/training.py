@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 from packaging.version import InvalidVersion, Version
 
 from esper_otel import process
-from esper_otel.run import Run, tell_once
+from esper_otel.loop import tell_once
+from esper_otel.run import Run
 from esper_otel.settings import EsperSettings, SettingsError
+
+if TYPE_CHECKING:
+    from esper_otel.integrations.watch import Watch
 
 log = logging.getLogger("esper_otel")
 
@@ -33,36 +37,37 @@ class Training:
         self.run: Run | None = None
         """The run; None before the training begins."""
         self._settings = settings
-        self._watch: Any = None
+        self.watch: Watch | None = None
+        """The hooks on torch that are its own; None before and after, and where others are."""
         self._restored: Mapping[str, Any] | None = None
 
-    def begin(self, optimizer: Any = None) -> None:
+    def start(self, optimizer: Any = None) -> None:
         """Training begins, and ``optimizer`` sets its steps. Never raises."""
         try:
-            self._begin(optimizer)
+            self._start(optimizer)
         except Exception:
             log.exception("the training could not be watched; it goes on without")
 
-    def _begin(self, optimizer: Any) -> None:
+    def _start(self, optimizer: Any) -> None:
         before = Training._watching
         if before is not None:
             # It was interrupted, of which not every framework tells; what it has left on
             # torch would record this training as well.
-            before.end()
+            before.stop()
         automatic = process.automatic()
         self.run = run = self._own_run() if automatic is None else automatic
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         if optimizer is not None:
-            run.prefer(optimizer)
+            run._loop.prefer(optimizer)
         if self._restored is not None:
-            run.restore(self._restored)
+            run._restore(self._restored)
             self._restored = None
         if automatic is None:
             import torch
 
             from esper_otel.integrations.watch import Watch
 
-            self._watch = Watch(torch, run)
+            self.watch = Watch(torch, run)
             Training._watching = self
         elif self._settings:
             process.tell_ignored(run.settings, self._settings)
@@ -70,50 +75,40 @@ class Training:
     def _own_run(self) -> Run:
         return Run(EsperSettings.from_environment(**self._settings))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What the framework's checkpoint is to hold of the run.
 
         Empty where decisions are not applied: then nothing is held, and the checkpoint is
         what it would be without us.
         """
         run = self.run
-        return run.state_dict() if run is not None and run.responses.enforcing else {}
+        return run.state_dict() if run is not None and run.enforcing else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`, now or when the training begins. Never raises."""
+        """Go on from :meth:`state_dict`, now or when the training begins. Never raises."""
         if not state:
             return
         if self.run is None:
             self._restored = state
         else:
-            self.run.restore(state)
-
-    def watch_accelerate(self, accelerator: Any) -> None:
-        """Put the run into Accelerate's checkpoints, where the hooks on torch are ours."""
-        if self._watch is not None:
-            self._watch.accelerate(accelerator)
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether it has hooks of its own on torch: it has begun, and not ended."""
-        return self._watch is not None
+            self.run._restore(state)
 
     def share_losses(self) -> None:
         """The framework divides each loss by the number of micro-batches in a step."""
         if self.run is not None:
-            self.run.recorder.losses_are_shares()
+            self.run._loop.recorder.losses_prescaled()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Training is over, well or not: send what is unsent, and take everything off.
 
         Never raises.
         """
         if self.run is not None:
-            self.run.prefer(None)
-            self.run.recorder.losses_are_shares(self.run.settings.losses_are_shares)
+            self.run._loop.prefer(None)
+            self.run._loop.recorder.losses_prescaled(self.run.settings.losses_prescaled)
         if Training._watching is self:
             Training._watching = None
-        watch, self._watch = self._watch, None
+        watch, self.watch = self.watch, None
         if watch is not None and self.run is not None:
             watch.undo()
             try:
@@ -122,26 +117,68 @@ class Training:
                 log.exception("the run could not be closed")
 
 
+def watch_accelerate(watch: Watch, accelerator: Any) -> None:
+    """Have ``watch`` see the losses and the checkpoints of Accelerate as well.
+
+    ``accelerator`` is its module ``accelerate.accelerator``, which was just imported. Not
+    beside its callback, so as to need nothing of Accelerate but that module.
+    """
+
+    def backward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        # It divides the loss by the number of micro-batches before tensors see it.
+        watch.quietly(watch.run._loop.recorder.loss_prescaled)
+        return original(*args, **kwargs)
+
+    # The folder that is saved to is known to Accelerate's own hooks only.
+
+    def save_state(original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        def save(models: Any, weights: Any, folder: Any) -> None:
+            watch.quietly(save_beside, watch.run, folder, accelerator.process_index)
+
+        handle = accelerator.register_save_state_pre_hook(save)
+        return _until_returned(handle, original, accelerator, *args, **kwargs)
+
+    def load_state(original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        def load(models: Any, folder: Any) -> None:
+            watch.quietly(load_beside, watch.run, folder, accelerator.process_index)
+
+        handle = accelerator.register_load_state_pre_hook(load)
+        return _until_returned(handle, original, accelerator, *args, **kwargs)
+
+    if hasattr(accelerator, "Accelerator"):
+        watch.wrap(accelerator.Accelerator, "backward", backward)
+        watch.wrap(accelerator.Accelerator, "save_state", save_state)
+        watch.wrap(accelerator.Accelerator, "load_state", load_state)
+
+
+def _until_returned(handle: Any, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """What ``call`` returns; the hook of ``handle`` is there until then."""
+    try:
+        return call(*args, **kwargs)
+    finally:
+        handle.remove()
+
+
 def save_beside(run: Run, folder: Any, rank: int) -> None:
     """Put what decisions hold into ``folder``, a checkpoint; nothing in ``advise``.
 
     A file per rank. Raises ``OSError``.
     """
-    if run.responses.enforcing:
+    if run.enforcing:
         _file_in(folder, rank).write_bytes(msgspec.msgpack.encode(run.state_dict()))
 
 
 def load_beside(run: Run, folder: Any, rank: int) -> None:
     """Go on from what :func:`save_beside` left in ``folder``, if it did. Raises ``OSError``."""
     file = _file_in(folder, rank)
-    if not (run.responses.enforcing and file.exists()):
+    if not (run.enforcing and file.exists()):
         return
     try:
         state = msgspec.msgpack.decode(file.read_bytes(), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         tell_once(f"esper-otel: {file} is not used: {error}")
     else:
-        run.restore(state)
+        run._restore(state)
 
 
 def _file_in(folder: Any, rank: int) -> Path:

@@ -5,11 +5,14 @@ Under ``esper-otel run`` every Trainer has it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from esper_otel.integrations.training import Training, require
+from esper_otel.integrations.training import Training, require, suits
+
+if TYPE_CHECKING:
+    from esper_otel.integrations.watch import Watch
 
 OLDEST = "4.46"
 
@@ -28,7 +31,7 @@ class EsperCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer's optimizer sets the run's steps."""
-        self.training.begin(kwargs.get("optimizer"))
+        self.training.start(kwargs.get("optimizer"))
         self.training.share_losses()
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if saved and state.global_step:  # resumed from a checkpoint
@@ -45,7 +48,7 @@ class EsperCallback(TrainerCallback):
             self._save(state)
 
     def _save(self, state: Any) -> None:
-        held = self.training.state()
+        held = self.training.state_dict()
         if held and state.stateful_callbacks is not None:
             settings = {name: str(value) for name, value in self._settings.items()}
             state.stateful_callbacks[type(self).__name__] = {
@@ -60,11 +63,32 @@ class EsperCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training is over. One that raises is closed when the next begins, or at exit."""
-        self.training.end()
+        self.training.stop()
 
     @classmethod
     def abandon(cls, trainer: Any) -> None:
         """The training of ``trainer`` has raised."""
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, cls):
-                callback.training.end()
+                callback.training.stop()
+
+
+def watch_transformers(watch: Watch, trainer: Any) -> None:
+    """Have every ``transformers.Trainer`` name its optimizer to the run of ``watch``.
+
+    ``trainer`` is the module ``transformers.trainer``, which was just imported.
+    """
+    callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
+    if not isinstance(callbacks, list) or not suits("transformers", OLDEST):
+        return
+
+    def train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(trainer, *args, **kwargs)
+        except BaseException:  # of which callbacks are not told
+            watch.quietly(EsperCallback.abandon, trainer)
+            raise
+
+    callbacks.append(EsperCallback)
+    watch.at_undo(lambda: callbacks.remove(EsperCallback))
+    watch.wrap(trainer.Trainer, "train", train)

@@ -7,7 +7,7 @@ steps it skips), the fetch of a DataLoader's iterator, ``os._exit`` (which would
 is unsent with it) and, with CUDA, ``Tensor.to`` and ``Tensor.cuda``. :meth:`Watch.undo`
 puts the very objects back.
 
-A wrapper does its own work within :meth:`Watch._quietly`: what the user called behaves,
+A wrapper does its own work within :meth:`Watch.quietly`: what the user called behaves,
 returns and raises as ever. What happens on other threads than the one that trains, a
 prefetcher's fetches for example, is not the loop's time and is not counted.
 """
@@ -24,10 +24,10 @@ from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
 
-from esper_otel.integrations.primary import Primary
-from esper_otel.run import Run, tell_once
-from esper_otel.tolaria.batches import samples_in
-from esper_otel.tolaria.fetches import Source
+from esper_otel.integrations.primary import Primary, Trained
+from esper_otel.loop import tell_once
+from esper_otel.run import Run
+from esper_otel.tolaria.fetches import Source, samples_in
 from esper_otel.tolaria.gradients import whole_norm, with_gradients
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import StepHooks
@@ -42,11 +42,13 @@ class Watch:
     """The hooks and wrappers on one torch, and how to take them off."""
 
     def __init__(self, torch: Any, run: Run) -> None:
-        self._run = run
-        self._recorder = run.recorder
-        self._begin = run.scalars.begin
+        self.run = run
+        self._loop = run._loop
+        self._recorder = run._loop.recorder
+        self._begin = run._loop.scalars.read_async
         self._is_graded: Callable[[], bool] = torch.is_grad_enabled
         self._primary = Primary(run.settings.primary_optimizer)
+        self._trained = Trained()
         self._thread = 0
         self._steps = 0
         self._backward_depth = 0
@@ -67,84 +69,24 @@ class Watch:
 
     def _put_on(self, torch: Any) -> None:
         self._hook_optimizers()
-        self._wrap(torch.Tensor, "backward", self._backward)
-        self._wrap(torch.autograd, "backward", self._backward)
-        clip = self._wrap(torch.nn.utils, "clip_grad_norm_", self._clip)
+        self.wrap(torch.Tensor, "backward", self._backward)
+        self.wrap(torch.autograd, "backward", self._backward)
+        clip = self.wrap(torch.nn.utils, "clip_grad_norm_", self._clip)
         self._put(torch.nn.utils.clip_grad, "clip_grad_norm_", clip)
-        self._wrap(torch.amp.GradScaler, "scale", self._scale)
-        self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
-        self._wrap(os, "_exit", functools.partial(self._exit, os.getpid()))
+        self.wrap(torch.amp.GradScaler, "scale", self._scale)
+        self.wrap(torch.amp.GradScaler, "step", self._scaler_step)
+        self.wrap(os, "_exit", functools.partial(self._exit, os.getpid()))
         if torch.cuda.is_available():
-            self._wrap(torch.Tensor, "to", self._to_device)
-            self._wrap(torch.Tensor, "cuda", self._to_device)
+            self.wrap(torch.Tensor, "to", self._to_device)
+            self.wrap(torch.Tensor, "cuda", self._to_device)
         loaders = importlib.import_module("torch.utils.data.dataloader")
         iterators = getattr(loaders, "_BaseDataLoaderIter", None)
         if hasattr(iterators, "__next__"):
             # The class and not DataLoader.__iter__: what iter(loader) returns, and when
             # its workers start, stay as they are.
-            self._wrap(iterators, "__next__", self._fetch)
+            self.wrap(iterators, "__next__", self._fetch)
         else:
             log.warning("this torch has no _BaseDataLoaderIter: input_wait_ms is left out")
-
-    def accelerate(self, accelerator: Any) -> None:
-        """Watch Accelerate as well, whose ``accelerate.accelerator`` was just imported."""
-
-        def backward(original: Any, *args: Any, **kwargs: Any) -> Any:
-            # It divides the loss by the number of micro-batches before tensors see it.
-            self._quietly(self._recorder.loss_is_a_share)
-            return original(*args, **kwargs)
-
-        if hasattr(accelerator, "Accelerator"):
-            self._wrap(accelerator.Accelerator, "backward", backward)
-            self._wrap(accelerator.Accelerator, "save_state", self._save_state)
-            self._wrap(accelerator.Accelerator, "load_state", self._load_state)
-
-    def _save_state(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
-        """The folder that is saved to is known to Accelerate's own hooks only."""
-        from esper_otel.integrations.training import save_beside
-
-        def save(models: Any, weights: Any, folder: Any) -> None:
-            self._quietly(save_beside, self._run, folder, accelerator.process_index)
-
-        handle = accelerator.register_save_state_pre_hook(save)
-        try:
-            return original(accelerator, *args, **kwargs)
-        finally:
-            handle.remove()
-
-    def _load_state(self, original: Any, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
-        from esper_otel.integrations.training import load_beside
-
-        def load(models: Any, folder: Any) -> None:
-            self._quietly(load_beside, self._run, folder, accelerator.process_index)
-
-        handle = accelerator.register_load_state_pre_hook(load)
-        try:
-            return original(accelerator, *args, **kwargs)
-        finally:
-            handle.remove()
-
-    def transformers(self, trainer: Any) -> None:
-        """Have every ``transformers.Trainer`` name its optimizer to the run."""
-        callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
-        if not isinstance(callbacks, list):
-            return
-        from esper_otel.integrations.training import suits
-        from esper_otel.integrations.transformers import OLDEST, EsperCallback
-
-        if not suits("transformers", OLDEST):
-            return
-
-        def train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return original(trainer, *args, **kwargs)
-            except BaseException:  # of which callbacks are not told
-                self._quietly(EsperCallback.abandon, trainer)
-                raise
-
-        callbacks.append(EsperCallback)
-        self._undo.append(lambda: callbacks.remove(EsperCallback))
-        self._wrap(trainer.Trainer, "train", train)
 
     def undo(self) -> None:
         """Take everything off, in the opposite order. Never raises."""
@@ -159,7 +101,15 @@ class Watch:
         hooks = StepHooks(self._optimizer_begins, self._optimizer_ended)
         self._undo += [handle.remove for handle in hooks.register_for_all()]
 
-    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
+    def at_undo(self, call: Callable[[], None]) -> None:
+        """Have ``call`` take something off as well."""
+        self._undo.append(call)
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
+        """Call ``owner.name`` by way of ``around`` from now on, which gets the original first.
+
+        Returns what stands there now.
+        """
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -191,20 +141,20 @@ class Watch:
             return original(*args, **kwargs)
         self._backward_depth += 1
         try:
-            self._quietly(self._recorder.backward_begins)
+            self.quietly(self._recorder.backward_begins)
             if self._steps_in_backward:
                 # Its updates are about to be made, on threads that must not wait for answers.
-                self._quietly(self._recorder.collect)
+                self.quietly(self._recorder.collect)
             result = original(*args, **kwargs)
         finally:
             self._backward_depth -= 1
             stepped, self._stepped = self._stepped, None
-        self._quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
+        self.quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
         if stepped is not None:
             self._steps_in_backward = True
             self._thread = get_ident()
-            self._quietly(self._run.measure, stepped)
-            self._quietly(self._end_step, stepped)
+            self.quietly(self._loop.measure, stepped)
+            self.quietly(self._end_step, stepped)
         return result
 
     def _take_loss(self, tensor: Any) -> None:
@@ -228,15 +178,15 @@ class Watch:
         steps = self._steps
         result = original(scaler, optimizer, *args, **kwargs)
         if not self._primary.may_be(optimizer):
-            self._quietly(self._another_ended, optimizer)
+            self.quietly(self._another_ended, optimizer)
         elif steps == self._steps:
             self._clips.clear()
-            self._quietly(self._recorder.skipped)
+            self.quietly(self._recorder.skipped)
         return result
 
     def _exit(self, pid: int, original: Any, *args: Any, **kwargs: Any) -> None:
         if os.getpid() == pid:  # and not a child that was forked
-            self._quietly(self._run.end)
+            self.quietly(self.run._end)
         original(*args, **kwargs)
 
     def _clip(
@@ -247,7 +197,7 @@ class Watch:
         norm = original(parameters, max_norm, *args, **kwargs)
         norm_type = args[0] if args else kwargs.get("norm_type", 2.0)
         if norm_type == 2.0 and not self._elsewhere:
-            self._quietly(self._take_norm, parameters, norm)
+            self.quietly(self._take_norm, parameters, norm)
         return norm
 
     def _take_norm(self, parameters: Any, norm: Any) -> None:
@@ -267,7 +217,7 @@ class Watch:
             if clipped == stepped or sorted(clipped) == sorted(stepped):
                 self._recorder.clipped(self._begin(norm))
                 if getattr(norm, "is_cuda", False):
-                    self._run.norm_on_device(optimizer, norm)
+                    self._loop.norm_on_device(optimizer, norm)
                 break
         self._clips.clear()
 
@@ -280,12 +230,12 @@ class Watch:
         if result.device.type == "cuda":
             self._copied = True
         else:
-            self._copies.take()
+            self._copies.first_copy()
         return result
 
     def _tell_copy(self) -> None:
         self._copied = False
-        reading = self._copies.take()
+        reading = self._copies.first_copy()
         if reading is not None:
             self._recorder.copied_to_device(reading)
 
@@ -295,15 +245,15 @@ class Watch:
             batch = original(iterator)
         except StopIteration:
             if not self._elsewhere:
-                self._quietly(self._batches_ended, iterator)
+                self.quietly(self._batches_ended, iterator)
             raise
         if self._elsewhere:
             return batch
-        self._quietly(self._batch_came, iterator, asked_for, batch)
+        self.quietly(self._batch_came, iterator, asked_for, batch)
         return batch
 
     def _batch_came(self, iterator: Any, asked_for: int, batch: Any) -> None:
-        number = self._run.names.of
+        number = self._loop.object_ids.of
         source = Source(
             number(iterator),
             number(getattr(iterator, "_dataset", iterator)),
@@ -312,59 +262,62 @@ class Watch:
         self._recorder.batch_came(asked_for, samples_in(batch), source)
 
     def _batches_ended(self, iterator: Any) -> None:
-        self._recorder.batches_ended(self._run.names.of(iterator))
+        self._recorder.batches_ended(self._loop.object_ids.of(iterator))
 
     # Optimizer hooks.
 
-    def _optimizer_begins(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        return self._quietly(self._begin_update, optimizer, args, kwargs)
+    def _optimizer_begins(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.quietly(self._begin_update, optimizer, args, kwargs)
 
-    def _begin_update(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+    def _begin_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # A seed's optimizer steps within the primary's own step.
-        if self._run.owns(optimizer):
-            return None
-        is_primary = self._primary.begins(optimizer, self._run.preferred)
+        if self._loop.is_seed_optimizer(optimizer):
+            return
+        is_primary = self._primary.begins(optimizer, self._loop.preferred)
         if self._backward_depth:
             # Optimizers that step within backward, one per parameter: the step of the run
             # ends when backward does, and its loss is known. The thread may be autograd's.
             if is_primary:
                 self._stepped = optimizer
-            self._recorder.other_begins(optimizer, collects=False)
-            return None
+            self._recorder.before_update(optimizer, collects=False)
+            return
         if not is_primary:
-            self._recorder.other_begins(optimizer, collects=not self._elsewhere)
-            return self._run.with_own_rates(optimizer, args, kwargs)
+            self._recorder.before_update(optimizer, collects=not self._elsewhere)
+            return
         self._thread = get_ident()
+        if self._trained.begins_another(optimizer):
+            self._recorder.forget_decisions()
         if self._clips:
-            self._quietly(self._tell_clips, optimizer)
-        return self._run.optimizer_begins(optimizer, args, kwargs)
+            self.quietly(self._tell_clips, optimizer)
+        self._loop.optimizer_begins(optimizer, args, kwargs)
 
     def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._quietly(self._recorder.updates.end, optimizer)
+        self.quietly(self._recorder.control.updates.put_back, optimizer)
         if self._backward_depth:
             return
         if self._primary.current is optimizer:
-            self._quietly(self._end_step, optimizer, args, kwargs)
+            self.quietly(self._end_step, optimizer, args, kwargs)
         else:
-            self._quietly(self._another_ended, optimizer)
+            self.quietly(self._another_ended, optimizer)
 
     def _another_ended(self, optimizer: Any) -> None:
-        if not (self._elsewhere or self._run.owns(optimizer)):
+        if not (self._elsewhere or self._loop.is_seed_optimizer(optimizer)):
             self._recorder.another_stepped()
 
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
         self._steps += 1
         if self._clips:  # by a closure, within the step
-            self._quietly(self._tell_clips, optimizer)
-        self._quietly(self._tell_copy)
-        self._run.optimizer_ended(optimizer, args, kwargs or {})
+            self.quietly(self._tell_clips, optimizer)
+        self.quietly(self._tell_copy)
+        self._loop.optimizer_ended(optimizer, args, kwargs or {})
 
     @property
     def _elsewhere(self) -> bool:
         """Whether this is another thread than the one that trains, as far as is known."""
         return self._thread not in (0, get_ident())
 
-    def _quietly(self, work: Callable[..., Any], *args: Any) -> Any:
+    def quietly(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What ``work`` returns; None when it raises, which is told once."""
         try:
             return work(*args)
         except Exception:

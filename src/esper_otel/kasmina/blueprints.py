@@ -198,7 +198,7 @@ def _origin(factory: Factory) -> tuple[str, str]:
     return factory.__module__, factory.__qualname__
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """The activation plus what ``change`` makes of it."""
 
     def __init__(self, change: nn.Module) -> None:
@@ -274,7 +274,7 @@ class SqueezeExcite(nn.Module):
 @blueprint("residual_mlp", ranks=(2, 3), about="two layers, twice as wide between")
 def _residual_mlp(shape: torch.Size) -> nn.Module:
     channels = shape[-1]
-    return Residual(
+    return ResidualBlock(
         nn.Sequential(
             nn.LayerNorm(channels),
             nn.Linear(channels, 2 * channels),
@@ -289,7 +289,7 @@ def _bottleneck_conv(shape: torch.Size) -> nn.Module:
     """He et al., "Deep Residual Learning" (2016), arXiv 1512.03385; without batch norm."""
     channels = shape[1]
     narrow = max(channels // 2, 4)
-    return Residual(
+    return ResidualBlock(
         nn.Sequential(
             nn.GroupNorm(1, channels),
             nn.Conv2d(channels, narrow, 1),
@@ -305,7 +305,7 @@ def _bottleneck_conv(shape: torch.Size) -> nn.Module:
 def _depthwise_conv(shape: torch.Size) -> nn.Module:
     """Chollet, "Xception" (2017), arXiv 1610.02357."""
     channels = shape[1]
-    return Residual(
+    return ResidualBlock(
         nn.Sequential(
             nn.GroupNorm(1, channels),
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
@@ -328,9 +328,11 @@ def _low_rank(shape: torch.Size) -> nn.Module:
     down: nn.Module
     if len(shape) == 4:
         down = nn.Conv2d(channels, rank, 1, bias=False)
-        return Residual(nn.Sequential(down, _beginning_small(nn.Conv2d(rank, channels, 1))))
+        return ResidualBlock(
+            nn.Sequential(down, _beginning_small(nn.Conv2d(rank, channels, 1)))
+        )
     down = nn.Linear(channels, rank, bias=False)
-    return Residual(nn.Sequential(down, _beginning_small(nn.Linear(rank, channels))))
+    return ResidualBlock(nn.Sequential(down, _beginning_small(nn.Linear(rank, channels))))
 
 
 @blueprint("self_attention", ranks=(3, 4), about="all tokens, or pixels, see one another")
@@ -338,7 +340,7 @@ def _self_attention(shape: torch.Size) -> nn.Module:
     channels = shape[channel_dim(len(shape))]
     heads = next(heads for heads in (4, 2, 1) if channels % heads == 0)
     attention = SelfAttention(channels, heads)
-    return Residual(attention if len(shape) == 3 else OverPixels(attention))
+    return ResidualBlock(attention if len(shape) == 3 else OverPixels(attention))
 
 
 def _beginning_small(layer: nn.Linear | nn.Conv2d) -> nn.Module:

@@ -8,41 +8,38 @@ use, as in torch's state dicts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from esper_otel.kasmina import optimizers
-from esper_otel.kasmina.blending import BLENDS, Blend
+from esper_otel.kasmina.blending import BLENDS, SCHEDULES, AlphaSchedule, Blend
 from esper_otel.kasmina.blueprints import UnknownBlueprintError, lookup
-from esper_otel.kasmina.errors import GardenError
-from esper_otel.kasmina.ground import Ground
+from esper_otel.kasmina.context import GardenContext
+from esper_otel.kasmina.hook import SlotHook
+from esper_otel.kasmina.host import JoinedParameters, learning_rate_of, position_of
 from esper_otel.kasmina.kernels import Activation
-from esper_otel.kasmina.lifecycle import GROWING
-from esper_otel.kasmina.schedules import SCHEDULES, Course
-from esper_otel.kasmina.seed import Seed, known
-from esper_otel.kasmina.slot import Slot
+from esper_otel.kasmina.lifecycle import GROWING, GardenError
+from esper_otel.kasmina.seed import Seed
 from esper_otel.kasmina.state import (
     ActivationState,
     KernelState,
-    PlotState,
-    RequestState,
     SeedState,
+    SlotState,
 )
-from esper_otel.leyline.decisions import SeedOperation
+from esper_otel.leyline.readings import known
 from esper_otel.leyline.stages import Stage
 
 Device = Callable[[str], torch.device]
 """Where a slot's seed belongs now, from where it was."""
 
 
-class Regrown(NamedTuple):
+class RestoredSlot(NamedTuple):
     """A slot as its state says, built and ready to be put in its place."""
 
-    state: PlotState
+    state: SlotState
     stage: Stage
     activation: Activation | None = None
     seed: Seed | None = None
@@ -50,14 +47,14 @@ class Regrown(NamedTuple):
     blend: Blend | None = None
     alpha: float = 0.0
     banned: str = ""
-    back: optimizers.Return | None = None
+    joined: JoinedParameters | None = None
     """Where it stands in the host's optimizer."""
 
 
 _PLAIN = tuple(
     name
     for name in SeedState.__struct_fields__
-    if name not in ("course", "sane", "norm", "kernel")
+    if name not in ("alpha_schedule", "params_finite", "norm", "kernel")
 )
 """Fields of a seed that are as they are in its state."""
 
@@ -72,25 +69,41 @@ def activation_state(activation: Activation | None) -> ActivationState | None:
     )
 
 
-def seed_state(seed: Seed, slot: Slot, host: Optimizer | None) -> SeedState:
-    """A seed and what ``slot`` has of it; ``host`` is the optimizer it has joined, if any."""
-    course = seed.course
+def seed_state(seed: Seed, hook: SlotHook, host: Optimizer | None) -> SeedState:
+    """A seed and what ``hook`` has of it; ``host`` is the optimizer it has joined, if any."""
+    schedule = seed.alpha_schedule
     return SeedState(
         **{name: getattr(seed, name) for name in _PLAIN},
-        course=None if course is None else (course.schedule, course.steps, course.temperature),
-        sane=known(seed.sane),
+        alpha_schedule=None
+        if schedule is None
+        else (schedule.curve, schedule.steps, schedule.temperature),
+        params_finite=known(seed.params_finite),
         norm=seed.norm,
-        kernel=_kernel_state(seed, slot, host),
+        kernel=_kernel_state(seed, hook, host),
     )
 
 
-def regrow(path: str, state: PlotState, ground: Ground, device: Device) -> Regrown:
+def restore_slots(
+    paths: Collection[str],
+    states: Mapping[str, SlotState],
+    context: GardenContext,
+    device_of: Callable[[str], Device],
+) -> dict[str, RestoredSlot]:
+    """Build what ``states`` say of the slots ``paths``; raises :class:`GardenError`."""
+    if set(states) != set(paths):
+        raise GardenError(f"state: slots {', '.join(states)}: expected {', '.join(paths)}")
+    return {path: _restore_slot(path, states[path], context, device_of(path)) for path in paths}
+
+
+def _restore_slot(
+    path: str, state: SlotState, context: GardenContext, device: Device
+) -> RestoredSlot:
     """Build what ``state`` says of the slot ``path``; nothing that exists is changed.
 
     Modules are built in the calling thread. Raises :class:`GardenError`.
     """
     try:
-        return _regrow(state, ground, device)
+        return _restore(state, context, device)
     except UnknownBlueprintError as error:
         raise GardenError(f"state of slot {path!r}: {error}") from None
     # A factory, an optimizer and load_state_dict raise what they like.
@@ -100,37 +113,25 @@ def regrow(path: str, state: PlotState, ground: Ground, device: Device) -> Regro
         raise GardenError(f"state of slot {path!r}{whose}: {text}") from error
 
 
-def blueprint_of(request: RequestState) -> str:
-    """The blueprint a request is about, empty for a cull; :class:`GardenError` for neither."""
-    if request.operation == SeedOperation.CULL:
-        return ""
-    if request.operation != SeedOperation.GERMINATE:
-        raise GardenError(f"state: request {request.operation!r}: expected germinate or cull")
-    try:
-        return lookup(request.blueprint).name
-    except UnknownBlueprintError as error:
-        raise GardenError(f"state: request for slot {request.slot!r}: {error}") from None
-
-
-def _kernel_state(seed: Seed, slot: Slot, host: Optimizer | None) -> KernelState | None:
-    module, blend, optimizer = slot.seed, slot.blend, seed.optimizer
+def _kernel_state(seed: Seed, hook: SlotHook, host: Optimizer | None) -> KernelState | None:
+    module, blend, optimizer = hook.seed, hook.blend, seed.optimizer
     if module is None or blend is None:
         return None
     state = KernelState(
         blending=blend.name,
-        alpha=slot.alpha,
-        banned=slot.banned,
+        alpha=hook.alpha,
+        banned=hook.banned,
         weights=module.state_dict(),
         blend_weights=blend.state_dict(),
         optimizer=None if optimizer is None else optimizer.state_dict(),
         joined=None,
     )
     if host is not None:
-        state.group, state.at, state.joined = optimizers.standing(host, slot.parameters())
+        state.group, state.at, state.joined = position_of(host, hook.parameters())
     return state
 
 
-def _regrow(state: PlotState, ground: Ground, device: Device) -> Regrown:
+def _restore(state: SlotState, context: GardenContext, device: Device) -> RestoredSlot:
     stage = Stage.__members__.get(state.stage)
     if stage is None or stage in (Stage.UNKNOWN, Stage.CULLED, Stage.TERMINATED):
         raise ValueError(f"stage={state.stage!r}: expected one that a slot can stay in")
@@ -139,7 +140,7 @@ def _regrow(state: PlotState, ground: Ground, device: Device) -> Regrown:
     if lives is (state.seed is None):
         raise ValueError(f"stage={state.stage}: expected {'a' if lives else 'no'} seed")
     if state.seed is None:
-        return Regrown(state, stage, activation)
+        return RestoredSlot(state, stage, activation)
     if activation is None:
         raise ValueError("activation=None: expected that of its seed")
     seed = _seed(state.seed)
@@ -148,10 +149,10 @@ def _regrow(state: PlotState, ground: Ground, device: Device) -> Regrown:
     if kernel is None:
         if stage is not Stage.GERMINATED:
             raise ValueError(f"kernel=None: expected one in stage {stage.name}")
-        return Regrown(state, stage, activation, seed)
+        return RestoredSlot(state, stage, activation, seed)
     if not 0.0 <= kernel.alpha <= 1.0:
         raise ValueError(f"alpha={kernel.alpha!r}: expected 0 to 1")
-    module = blueprint.build(activation.shape, seed.origin)
+    module = blueprint.build(activation.shape, seed.rng_seed)
     module.to(activation.device, _dtype_of(kernel.weights, activation.dtype))
     module.load_state_dict(kernel.weights)
     make_blend = BLENDS.get(kernel.blending)
@@ -163,11 +164,11 @@ def _regrow(state: PlotState, ground: Ground, device: Device) -> Regrown:
     parameters = [*module.parameters(), *blend.parameters()]
     if kernel.optimizer is not None:
         trained = [each for each in parameters if each.requires_grad]
-        rate = optimizers.rate_of(ground.host())
-        seed.optimizer = ground.make_optimizer(trained, rate)
+        rate = learning_rate_of(context.host_optimizer())
+        seed.optimizer = context.make_optimizer(trained, rate)
         # An optimizer keeps the very tensors it is given.
         seed.optimizer.load_state_dict(copy.deepcopy(kernel.optimizer))
-    return Regrown(
+    return RestoredSlot(
         state,
         stage,
         activation,
@@ -176,32 +177,32 @@ def _regrow(state: PlotState, ground: Ground, device: Device) -> Regrown:
         blend,
         kernel.alpha,
         kernel.banned,
-        _back(kernel, parameters),
+        _joined(kernel, parameters),
     )
 
 
-def _back(kernel: KernelState, parameters: list[nn.Parameter]) -> optimizers.Return | None:
+def _joined(kernel: KernelState, parameters: list[nn.Parameter]) -> JoinedParameters | None:
     if kernel.joined is None:
         return None
     if not all(0 <= index < len(parameters) for index in kernel.joined):
         raise ValueError(f"joined={kernel.joined}: expected numbers below {len(parameters)}")
-    back = [parameters[index] for index in kernel.joined]
-    return optimizers.Return(kernel.group, kernel.at, back)
+    joined = [parameters[index] for index in kernel.joined]
+    return JoinedParameters(kernel.group, kernel.at, joined)
 
 
 def _seed(state: SeedState) -> Seed:
-    seed = Seed(state.id, state.blueprint, state.origin)
+    seed = Seed(state.id, state.blueprint, state.rng_seed)
     for name in _PLAIN:
         setattr(seed, name, getattr(state, name))
     seed.gates = dict(state.gates)
-    seed.sane, seed.norm = state.sane, state.norm
-    if state.course is not None:
-        seed.course = Course(*state.course)
-        if seed.course.schedule not in SCHEDULES:
+    seed.params_finite, seed.norm = state.params_finite, state.norm
+    if state.alpha_schedule is not None:
+        schedule = seed.alpha_schedule = AlphaSchedule(*state.alpha_schedule)
+        if schedule.curve not in SCHEDULES:
             raise ValueError(
-                f"schedule={seed.course.schedule!r}: expected one of {', '.join(SCHEDULES)}"
+                f"schedule={schedule.curve!r}: expected one of {', '.join(SCHEDULES)}"
             )
-        seed.course.alpha(0)
+        schedule.alpha(0)
     return seed
 
 

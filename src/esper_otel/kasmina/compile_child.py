@@ -25,7 +25,7 @@ MODULE, FORWARD, BACKWARD, PLAN = "module.pt", "forward.pt2", "backward.pt2", "p
 
 
 def compile_in(folder: Path) -> None:
-    """Do it; raises whatever cannot be compiled."""
+    """Compile the module in ``folder``; raises whatever keeps it from being compiled."""
     module, given = torch.load(folder / MODULE, weights_only=False)
     names = [name for name, _ in module.named_parameters()]
     primals = [each.detach().requires_grad_() for each in module.parameters()]

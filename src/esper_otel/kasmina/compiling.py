@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from esper_otel.kasmina import compile_child as child
+from esper_otel.kasmina.compile_child import BACKWARD, FORWARD, MODULE, PLAN
 from esper_otel.kasmina.kernels import CompileError
 
 LONGEST_S = 600.0
 """After which a compilation is given up."""
 
-COMMAND = ["-m", child.__name__]
+COMMAND = ["-m", "esper_otel.kasmina.compile_child"]
 """What the other process is to run; the folder comes behind it."""
 
 TOLERANCE = 1e-3
@@ -105,12 +105,12 @@ class _Code:
     """Machine code of forward and backward."""
 
     def __init__(self, folder: Path) -> None:
-        plan = json.loads((folder / child.PLAN).read_text())
+        plan = json.loads((folder / PLAN).read_text())
         self._backward_wants: list[tuple[str, int]] = [
             (kind, place) for kind, place in plan["backward"]
         ]
-        self._forward = _loaded(folder / child.FORWARD)
-        self._backward = _loaded(folder / child.BACKWARD)
+        self._forward = _loaded(folder / FORWARD)
+        self._backward = _loaded(folder / BACKWARD)
 
     def forward(self, primals: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output, and what backward wants besides the primals."""
@@ -147,7 +147,7 @@ class _Compiled(Function):
 
 def _run_child(module: nn.Module, example: Tensor, folder: Path) -> None:
     try:
-        torch.save((module, example), folder / child.MODULE)
+        torch.save((module, example), folder / MODULE)
     except Exception as error:
         raise CompileError(f"it cannot be handed to another process: {error}") from None
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

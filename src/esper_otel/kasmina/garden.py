@@ -2,8 +2,9 @@
 
 Planting changes nothing of the host. What is asked of a garden at any time is done at the
 end of a step, where :class:`~esper_otel.tolaria.recorder.Recorder` calls, in this order:
-:meth:`Garden.learn`, :meth:`Garden.finalize`, then the request, of which :meth:`Garden.asked`
-tells it, then :meth:`Garden.apply` with the decision about the step before.
+:meth:`Garden.learn`, :meth:`Garden.finalize`, then the request, of which
+:meth:`Garden.proposal_sent` tells it, then :meth:`Garden.apply` with the decision about the
+step before.
 
 An operation is carried out by :meth:`Garden.apply` alone, from the proposal that went with
 the very request that the decision answers, if it can still be done, and the proposal is used
@@ -19,70 +20,35 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import nan
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from esper_otel.kasmina import checkpoint
+from esper_otel.kasmina.approval import Approval, is_authoritative
 from esper_otel.kasmina.blueprints import lookup, registered
+from esper_otel.kasmina.checkpoint import restore_slots
 from esper_otel.kasmina.compiling import compile_apart
-from esper_otel.kasmina.consent import Consent, judges
-from esper_otel.kasmina.errors import GardenError
-from esper_otel.kasmina.ground import Ground
-from esper_otel.kasmina.growth import Plateau, Sight, choose
-from esper_otel.kasmina.host import Host, submodules
+from esper_otel.kasmina.context import GardenContext
+from esper_otel.kasmina.hook import SlotHook
+from esper_otel.kasmina.host import Host, OptimizerFactory, SeedGradScaler, adamw, submodules
 from esper_otel.kasmina.kernels import Compiler, KernelFetcher
-from esper_otel.kasmina.lifecycle import GROWING, TARGET
-from esper_otel.kasmina.offer import Offer, Offering
-from esper_otel.kasmina.optimizers import OptimizerFactory, adamw
-from esper_otel.kasmina.plot import Plot
-from esper_otel.kasmina.requests import Request, Requests, requests_of
-from esper_otel.kasmina.scaling import Scaling
+from esper_otel.kasmina.lifecycle import GROWING, GardenError, SeedView
+from esper_otel.kasmina.planning import PlannedOperation, Planner, parse_requests
 from esper_otel.kasmina.seed import Read, read_cpu
 from esper_otel.kasmina.slot import Slot
-from esper_otel.kasmina.sowing import Place, Sowing
-from esper_otel.kasmina.state import (
-    VERSION,
-    GardenState,
-    PauseState,
-    PlateauState,
-    parsed,
-    plain,
-)
-from esper_otel.leyline.decisions import (
-    NOT_ASKED,
-    Action,
-    Decision,
-    Proposal,
-    SeedOperation,
-    Severity,
-)
+from esper_otel.kasmina.state import VERSION, GardenState, Stateful, parsed, plain
+from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, Severity
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame
-from esper_otel.leyline.stages import TRANSITIONS, Stage, check_transition
+from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
 
 log = logging.getLogger("esper_otel")
 
-CHANGES_THE_NETWORK = frozenset(
-    {SeedOperation.GERMINATE, SeedOperation.CULL, SeedOperation.FOSSILIZE}
-)
-"""Operations after which a plateau has to show anew."""
-
-_GONE = GardenFrame([], nan, nan, nan)
+_UPROOTED = GardenFrame([], nan, nan, nan)
 
 __all__ = ["Garden", "GardenError"]
-
-
-class Memory(Protocol):
-    """What a recorder remembers of the run, as far as a garden's decisions depend on it."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain data for :meth:`resume`."""
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; ``ValueError`` for what is no such state, and then as before."""
 
 
 class Garden:
@@ -94,8 +60,8 @@ class Garden:
     from a device; by default only the CPU's are read. ``compiler`` makes seeds faster, off
     the training thread; by default :func:`~esper_otel.kasmina.compiling.compile_apart` where
     the settings ask for that. ``scaler`` is the ``GradScaler`` that scales the host's loss,
-    if one does. ``clock`` (monotonic seconds) is that of embargoes; ``memory``
-    goes with the garden's state.
+    if one does. ``clock`` (monotonic seconds) is that of embargoes; what ``recorder``
+    remembers of the run goes with the garden's state.
 
     Raises :class:`GardenError` for a path that names no submodule or is named twice, and
     ``KeyError`` for a blueprint that is not registered. Nothing raises later but what is
@@ -115,7 +81,7 @@ class Garden:
         compiler: Compiler | None = None,
         scaler: Any = None,
         clock: Callable[[], float] = monotonic,
-        memory: Memory | None = None,
+        recorder: Stateful | None = None,
     ) -> None:
         settings = EsperSettings() if settings is None else settings
         if compiler is None and settings.compile_seeds:
@@ -127,48 +93,37 @@ class Garden:
         """Whether the run that it grew in is over, or it has been uprooted."""
         known = [lookup(name) for name in (registered() if blueprints is None else blueprints)]
         self._host = Host(model, optimizer)
-        self._ground = Ground(
+        self._context = GardenContext(
             settings,
-            host=self._host.optimizer,
+            host_optimizer=self._host.optimizer,
             fetcher=KernelFetcher(settings.kernel_budget_ms, compiler=compiler),
             make_optimizer=make_optimizer,
             read=read_cpu if read is None else read,
             clock=clock,
         )
         # Who drops a garden without a word must not be left with its threads.
-        weakref.finalize(self, self._ground.fetcher.stop, 0.0).atexit = False
-        self._memory = memory
-        self._scaling = None if scaler is None else Scaling(scaler, self._forget_gradients)
-        self._plots = {path: Plot(Slot(path, module), self._ground) for path, module in modules}
-        self._plateau = Plateau(settings.plateau_steps, settings.plateau_improvement)
-        self._offering = Offering(self._ground)
-        self._requests = Requests(self._plots.values())
-        self._sowing = Sowing(self._plots.values(), known)
-        self._consent = Consent(self._ground)
+        weakref.finalize(self, self._context.fetcher.stop, 0.0).atexit = False
+        self._recorder = recorder
+        self._scaler = (
+            None if scaler is None else SeedGradScaler(scaler, self._forget_gradients)
+        )
+        self._slots = {
+            path: Slot(SlotHook(path, each), self._context) for path, each in modules
+        }
+        self._planner = Planner(self._slots, known, self._context)
+        self._approval = Approval(self._context)
         self._step = 0
 
     # What a user calls.
 
     def germinate(self, slot: str, blueprint: str, seed_id: str | None = None) -> str:
-        """Sow a seed at the end of this step; returns its id.
+        """Let a seed germinate at the end of this step; returns its id.
 
         Raises :class:`GardenError` for a slot that is not the garden's or has a seed, and
         an id that was used before, ``KeyError`` for an unknown blueprint, and
         ``IllegalTransitionError`` while the slot lies fallow.
         """
-        plot = self._plot(slot)
-        lookup(blueprint)
-        held = self._requests.seed_for(plot) if plot.seed is None else plot.seed.id
-        if held is not None:
-            raise GardenError(f"slot {slot!r}: expected an empty one, it has seed {held!r}")
-        check_transition(plot.stage, Stage.GERMINATED)
-        if seed_id is None:
-            seed_id = self._sowing.fresh_id(plot)
-        elif not seed_id or self._sowing.was_used(seed_id):
-            raise GardenError(f"seed_id={seed_id!r}: expected one that was not used before")
-        self._sowing.use(seed_id)
-        self._requests.add(Request(SeedOperation.GERMINATE, plot, seed_id, blueprint))
-        return seed_id
+        return self._planner.request_germination(self.slot(slot), blueprint, seed_id)
 
     def cull(self, seed_id: str) -> None:
         """Remove a seed at the end of this step.
@@ -176,55 +131,58 @@ class Garden:
         Raises :class:`GardenError` for a seed that is not here, and
         ``IllegalTransitionError`` for one that is part of the network by now.
         """
-        plot = self._plot_of(seed_id)
-        if plot is None:
-            raise GardenError(f"seed_id={seed_id!r}: expected one of {', '.join(self.stages)}")
-        check_transition(plot.stage, Stage.CULLED)
-        self._requests.add(Request(SeedOperation.CULL, plot, seed_id))
+        self._planner.request_cull(seed_id)
 
     def uproot(self) -> None:
         """Take everything out, fossils as well: the host is what it was before planting."""
         if not self.planted:
             return
         self.planted = False
-        self._requests.clear()
-        self._offering.clear()
-        for plot in self._plots.values():
-            plot.terminate()
-        self._host.let_go()
+        self._planner.requests.clear()
+        self._planner.pending.clear()
+        for slot in self._slots.values():
+            slot.terminate()
+        self._host.release_optimizer()
         self.close()
 
     def close(self) -> None:
         """The run is over: seeds stay as they are, and no kernel is fetched any more."""
         self.closed = True
-        self._ground.fetcher.stop()
-        if self._scaling is not None:
-            self._scaling.let_go()
+        self._context.fetcher.stop()
+        if self._scaler is not None:
+            self._scaler.detach()
+
+    def slot(self, path: str) -> Slot:
+        """The slot at submodule ``path``; raises :class:`GardenError` where there is none."""
+        slot = self._slots.get(path)
+        if slot is None:
+            raise GardenError(f"slot {path!r}: expected one of {', '.join(self._slots)}")
+        return slot
 
     @property
     def stages(self) -> dict[str, Stage]:
         """Stage of every seed that is here, by its id."""
-        return {plot.seed.id: plot.stage for plot in self._plots.values() if plot.seed}
+        return {slot.seed.id: slot.stage for slot in self._slots.values() if slot.seed}
 
     @property
     def slots(self) -> dict[str, Stage]:
         """Stage of every slot, by its path."""
-        return {path: plot.stage for path, plot in self._plots.items()}
+        return {path: slot.stage for path, slot in self._slots.items()}
 
     @property
     def parameters(self) -> int:
         """How many parameters the seeds add to the host's, those in isolation included."""
         return sum(
             parameter.numel()
-            for plot in self._plots.values()
-            for parameter in plot.slot.parameters()
+            for slot in self._slots.values()
+            for parameter in slot.hook.parameters()
         )
 
-    def owns(self, optimizer: object) -> bool:
+    def is_seed_optimizer(self, optimizer: object) -> bool:
         """Whether ``optimizer`` is one of a seed: its steps are not the run's."""
         return any(
-            plot.seed is not None and plot.seed.optimizer is optimizer
-            for plot in self._plots.values()
+            slot.seed is not None and slot.seed.optimizer is optimizer
+            for slot in self._slots.values()
         )
 
     # A restart.
@@ -237,23 +195,23 @@ class Garden:
         :class:`GardenError` when the garden was uprooted.
         """
         self._expect_planted()
-        ground, pause, memory = self._ground, self._consent.pause, self._memory
+        context, planner, recorder = self._context, self._planner, self._recorder
         state = GardenState(
             version=VERSION,
             step=self._step,
-            root=ground.root,
-            slots={path: plot.state() for path, plot in self._plots.items()},
-            ids=sorted(self._sowing.ids),
-            plateau=PlateauState(best=self._plateau.best, waited=self._plateau.waited),
-            pause=PauseState(everything=pause.everything, seeds=sorted(pause.seeds)),
-            requests=self._requests.state(),
-            weather=ground.weather(),
-            recorder=None if memory is None else memory.state(),
+            rng_root=context.rng_root,
+            slots={path: slot.state() for path, slot in self._slots.items()},
+            ids=sorted(planner.placement.used_ids),
+            plateau=context.plateau.state,
+            freeze=self._approval.freeze.state,
+            requests=planner.requests.states,
+            signals=context.signals(),
+            recorder=None if recorder is None else recorder.state_dict(),
         )
         return plain(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Be the garden that :meth:`state_dict` was called of.
+        """Restore what :meth:`state_dict` returned, of this garden or one like it.
 
         Called after the model is on its device and before ``optimizer.load_state_dict``,
         which needs the groups of the fossils that joined the optimizer. The garden has the
@@ -263,105 +221,90 @@ class Garden:
         and leaves garden and optimizer as they were.
         """
         self._expect_planted()
-        busy = [path for path, plot in self._plots.items() if plot.stage is not Stage.DORMANT]
-        busy += [plot.name for plot in self._requests.plots]
+        context, planner = self._context, self._planner
+        busy = [path for path, slot in self._slots.items() if slot.stage is not Stage.DORMANT]
+        busy += [slot.name for slot in planner.requests.slots]
         if busy:
             raise GardenError(
                 f"slot {busy[0]!r} is in use: expected a garden in which nothing grows yet; "
                 "uproot() it and plant another"
             )
         new = parsed(state)
-        if set(new.slots) != set(self._plots):
-            raise GardenError(
-                f"state: slots {', '.join(new.slots)}: expected {', '.join(self._plots)}"
-            )
-        ground = self._ground
-        regrown = {
-            plot: checkpoint.regrow(path, new.slots[path], ground, self._host.device_of(path))
-            for path, plot in self._plots.items()
-        }
-        requests = requests_of(new.requests, self._plot)
-        take_back = self._host.take_back(
-            each.back for each in regrown.values() if each.back is not None
+        restored = restore_slots(self._slots, new.slots, context, self._host.device_of)
+        requests = parse_requests(new.requests, self.slot)
+        rejoin = self._host.prepare_rejoin(
+            each.joined for each in restored.values() if each.joined is not None
         )
-        if self._memory is not None and new.recorder is not None:
+        if self._recorder is not None and new.recorder is not None:
             try:
-                self._memory.resume(new.recorder)
+                self._recorder.load_state_dict(new.recorder)
             except ValueError as error:
                 raise GardenError(f"state: recorder: {error}") from None
         # From here on nothing fails.
-        take_back()
-        ground.resume(new.weather, new.root)
-        for plot, each in regrown.items():
-            plot.resume(each)
+        rejoin()
+        context.rng_root = new.rng_root
+        context.load_signals(new.signals)
+        context.plateau.load_state(new.plateau)
+        for path, each in restored.items():
+            self._slots[path].restore_from(each)
         self._step = new.step
-        for plot in self._plots.values():
-            plot.slot.turn(self._samples_next)
-        self._plateau.best, self._plateau.waited = new.plateau.best, new.plateau.waited
-        self._consent.pause.resume(new.pause.everything, new.pause.seeds)
-        self._sowing.resume(new.ids)
+        for slot in self._slots.values():
+            slot.hook.start_step(self._samples_next)
+        self._approval.freeze.load_state(new.freeze)
+        planner.placement.used_ids = set(new.ids)
         for request in requests:
-            self._requests.add(request)
+            planner.requests.add(request)
 
     # What the recorder calls, once per step each.
 
-    def follow(self, optimizer: Optimizer) -> None:
+    def set_host_optimizer(self, optimizer: Optimizer) -> None:
         """Fossils join ``optimizer``, unless another was named when the garden was planted."""
-        self._host.follow(optimizer)
+        self._host.set_optimizer(optimizer)
 
     def learn(self, optimizer: Optimizer | None) -> None:
         """The host's ``optimizer`` has stepped: so do those of the seeds."""
         if optimizer is not None:
-            self.follow(optimizer)
-        if self._scaling is not None:
-            self._scaling.unscale(optimizer, self._trained())
-        for plot in self._plots.values():
+            self.set_host_optimizer(optimizer)
+        if self._scaler is not None:
+            self._scaler.unscale(optimizer, self._trained())
+        for slot in self._slots.values():
             try:
-                plot.learn()
+                slot.step_optimizer()
             except Exception as error:
-                self._failed(plot, "a step of its optimizer", error)
+                self._failed(slot, "a step of its optimizer", error)
 
     def finalize(self, step: int, latest: Sequence[float]) -> GardenFrame:
         """End ``step``: look after every seed, and say how each is doing."""
         if not self.planted:
-            return _GONE
-        self._offering.make(None)
+            return _UPROOTED
+        context, planner = self._context, self._planner
+        planner.pending.set(None)
         self._step += 1
-        ground = self._ground
-        ground.look_at(latest)
-        self._plateau.update(ground.loss)
-        self._requests.carry_out(self._is_frozen, self._plateau.restart)
+        context.update_signals(latest)
+        planner.requests.carry_out(self._is_frozen, context.plateau.restart)
         sample = self._samples_next
         rows: list[tuple[str, list[float]]] = []
-        sights: list[Sight] = []
-        for plot in self._plots.values():
+        growing: list[SeedView] = []
+        for slot in self._slots.values():
             try:
-                row = self._tend(plot, sample)
-                if row is None or plot.seed is None:
+                row = self._end_step(slot, sample)
+                if row is None or slot.seed is None:
                     continue
-                if plot.stage in GROWING:
-                    sights.append(plot.sight(self._is_frozen(plot)))
+                if slot.stage in GROWING:
+                    growing.append(slot.view(self._is_frozen(slot)))
             except Exception as error:
-                self._failed(plot, "the end of a step", error)
+                self._failed(slot, "the end of a step", error)
                 continue
-            rows.append((plot.seed.id, row))
-        live = len(sights)
-        place = self._place_to_sow(live)
-        # What waits for the end of a pause to be culled must not become something else first.
-        staying = [sight for sight in sights if not self._requests.wants_out(sight.seed_id)]
-        proposal = None
-        if not self._offering.is_under_way:
-            proposal = choose(staying, place.seed_id if place else None)
-        if proposal is not None:
-            self._offering.make(self._offer(proposal, place))
-        return GardenFrame(rows, ground.violations, ground.fetch_ms, live, proposal)
+            rows.append((slot.seed.id, row))
+        proposal = planner.propose(growing)
+        return GardenFrame(rows, context.violations, context.fetch_ms, len(growing), proposal)
 
-    def asked(self, step: int) -> None:
+    def proposal_sent(self, step: int) -> None:
         """The proposal of the newest frame went with the request about ``step``.
 
         Called with the step just ended where nobody is asked.
         """
-        self._offering.went_out(step)
+        self._planner.pending.mark_sent(step)
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
         """Do what ``decision`` says of the proposal that went with its request.
@@ -371,48 +314,45 @@ class Garden:
         ``enforced``, and one that nobody gave, neither freezes nor resumes.
         """
         asked = None if decision.reason == NOT_ASKED else decision.step
-        return self._decide(self._offering.answered(asked), decision, enforced)
-
-    def _decide(self, offer: Offer | None, decision: Decision, enforced: bool) -> bool:
-        judged = judges(decision, enforced)
-        acted = judged and self._consent.follow(decision)
-        granted = judged and decision.action is Action.SEED
-        if offer is not None and self._consent.to(offer.proposal, decision, judged):
-            if not self._can_be_done(offer):
-                return acted
-            return (self._carry_out(offer) and granted) or acted
-        if granted:
-            target = decision.target_seed
-            known = target is not None and self._plot_of(target) is not None
-            self._consent.refuse(decision, known)
-        return acted
-
-    def _can_be_done(self, offer: Offer) -> bool:
-        """Whether what was proposed a step ago still fits the state of its slot."""
-        proposal, plot = offer.proposal, self._plots[offer.slot]
-        if TARGET[proposal.operation] not in TRANSITIONS[plot.stage]:
-            return False
-        if offer.place is not None:
-            return not (plot in self._requests.plots or self._sowing.was_used(proposal.seed_id))
-        return plot.seed is not None and plot.seed.id == proposal.seed_id
+        return self._decide(self._planner.pending.pop(asked), decision, enforced)
 
     def take_events(self) -> list[Event]:
         """What has happened since last asked."""
-        waiting = self._ground.events
-        if not waiting:
-            return []
-        taken = list(waiting)
-        waiting.clear()
-        return taken
+        return self._context.take_events()
 
     # Parts of them.
 
+    def _decide(
+        self, planned: PlannedOperation | None, decision: Decision, enforced: bool
+    ) -> bool:
+        authoritative, approval = is_authoritative(decision, enforced), self._approval
+        acted = authoritative and approval.update_freeze(decision)
+        granted = authoritative and decision.action is Action.SEED
+        if planned is not None and approval.allows(planned.proposal, decision, authoritative):
+            if not self._planner.is_feasible(planned):
+                return acted
+            return (self._carry_out(planned) and granted) or acted
+        if granted:
+            target = decision.target_seed
+            known = target is not None and self._planner.slot_of(target) is not None
+            approval.report_refusal(decision, known)
+        return acted
+
+    def _carry_out(self, planned: PlannedOperation) -> bool:
+        """Do what was proposed; whether that went well."""
+        try:
+            self._planner.carry_out(planned)
+        except Exception as error:
+            operation = planned.proposal.operation
+            self._failed(self._slots[planned.slot], operation.value, error)
+            return False
+        return True
+
     def _trained(self) -> list[list[nn.Parameter]]:
         """What the optimizer of each seed trains, for those that have one."""
+        seeds = (slot.seed for slot in self._slots.values())
         return [
-            [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for plot in self._plots.values()
-            if plot.seed is not None and (optimizer := plot.seed.optimizer) is not None
+            seed.trained for seed in seeds if seed is not None and seed.optimizer is not None
         ]
 
     def _forget_gradients(self) -> None:
@@ -420,80 +360,38 @@ class Garden:
             for parameter in parameters:
                 parameter.grad = None
 
-    def _tend(self, plot: Plot, sample: bool) -> list[float] | None:
-        row = plot.tend(self._is_frozen(plot), sample)
-        if plot.breaker_open:
+    def _end_step(self, slot: Slot, sample: bool) -> list[float] | None:
+        row = slot.end_step(self._is_frozen(slot), sample)
+        if slot.breaker_open:
             # Not a matter of growth: a pause must not keep a leak in place.
-            self._remove(plot, "its breaker opened: it violated its isolation", Severity.HIGH)
+            self._remove(slot, "its breaker opened: it violated its isolation", Severity.HIGH)
             return None
-        plot.tell_if_unused()
+        slot.report_if_unused()
         return row
 
     @property
     def _samples_next(self) -> bool:
         """Whether the next step takes isolation statistics."""
-        every = self._ground.settings.isolation_every
+        every = self._context.settings.isolation_every
         return bool(every) and (self._step + 1) % every == 0
 
-    def _is_frozen(self, plot: Plot) -> bool:
-        return self._consent.pause.holds(None if plot.seed is None else plot.seed.id)
+    def _is_frozen(self, slot: Slot) -> bool:
+        return self._approval.freeze.covers(None if slot.seed is None else slot.seed.id)
 
-    def _place_to_sow(self, live: int) -> Place | None:
-        """Where a seed would be sown now, None when it is not the time."""
-        if not self._plateau.reached or live >= self._ground.settings.seeds_at_once:
-            return None
-        return self._sowing.next(self._requests.plots)
-
-    def _offer(self, proposal: Proposal, place: Place | None) -> Offer | None:
-        if proposal.operation is SeedOperation.GERMINATE and place is not None:
-            return Offer(proposal, place.plot.name, place)
-        plot = self._plot_of(proposal.seed_id)
-        return None if plot is None else Offer(proposal, plot.name, reason=plot.hopeless)
-
-    def _carry_out(self, offer: Offer) -> bool:
-        """Do what was proposed; whether that went well."""
-        proposal, place, plot = offer.proposal, offer.place, self._plots[offer.slot]
-        try:
-            if place is not None:
-                self._sowing.use(place.seed_id)
-                plot.germinate(place.seed_id, place.blueprint)
-            elif proposal.operation is SeedOperation.CULL:
-                plot.cull(offer.reason)
-            else:
-                plot.advance(proposal.operation)
-        except Exception as error:
-            self._failed(plot, proposal.operation.value, error)
-            return False
-        if proposal.operation in CHANGES_THE_NETWORK:
-            self._plateau.restart()
-        return True
-
-    def _failed(self, plot: Plot, what: str, error: Exception) -> None:
+    def _failed(self, slot: Slot, what: str, error: Exception) -> None:
         """Something of a seed raised: it goes, and the run goes on."""
-        plot.tell_fault(what, error)
+        slot.report_fault(what, error)
         log.debug("the fault", exc_info=error)
         try:
-            if plot.stage in GROWING:
-                self._remove(plot, f"{what} raised {type(error).__name__}", Severity.HIGH)
+            if slot.stage in GROWING:
+                self._remove(slot, f"{what} raised {type(error).__name__}", Severity.HIGH)
         except Exception:
             log.exception("a seed that failed could not be culled")
 
-    def _remove(self, plot: Plot, reason: str, severity: Severity) -> None:
+    def _remove(self, slot: Slot, reason: str, severity: Severity) -> None:
         """A seed has to go that nobody decides about."""
-        plot.cull(reason, severity)
+        slot.cull(reason, severity)
 
     def _expect_planted(self) -> None:
         if not self.planted:
             raise GardenError("the garden was uprooted: expected one that is planted")
-
-    def _plot(self, path: str) -> Plot:
-        plot = self._plots.get(path)
-        if plot is None:
-            raise GardenError(f"slot {path!r}: expected one of {', '.join(self._plots)}")
-        return plot
-
-    def _plot_of(self, seed_id: str) -> Plot | None:
-        for plot in self._plots.values():
-            if plot.seed is not None and plot.seed.id == seed_id:
-                return plot
-        return None

@@ -1,6 +1,6 @@
 """Gates G0 to G5: may this seed go on? Functions of (facts, limits), and nothing else.
 
-A gate gives :data:`PASSED` or a :class:`Failed` with its reason in words. What is not
+A gate gives :data:`PASSED` or a :class:`GateFailed` with its reason in words. What is not
 known does not pass: unknown is not healthy.
 """
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 from esper_otel.leyline.decisions import SeedOperation
 
 
-class Passed(NamedTuple):
+class GatePassed(NamedTuple):
     """The gate is open."""
 
 
-class Failed(NamedTuple):
+class GateFailed(NamedTuple):
     """The gate is shut, and why; ``detail`` has the numbers, which change at every step."""
 
     reason: str
@@ -27,8 +27,8 @@ class Failed(NamedTuple):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-Verdict = Passed | Failed
-PASSED = Passed()
+Verdict = GatePassed | GateFailed
+PASSED = GatePassed()
 
 
 class Facts(NamedTuple):
@@ -77,46 +77,46 @@ Gate = Callable[[Facts, Limits], Verdict]
 def sanity(facts: Facts, limits: Limits) -> Verdict:
     """G0: the blueprint gave a module, and its parameters are finite."""
     if facts.trouble:
-        return Failed(facts.trouble)
+        return GateFailed(facts.trouble)
     if not facts.attached:
-        return Failed("the kernel is not there yet")
-    return PASSED if facts.finite else Failed("its parameters are not all finite")
+        return GateFailed("the kernel is not there yet")
+    return PASSED if facts.finite else GateFailed("its parameters are not all finite")
 
 
 def gradient_health(facts: Facts, limits: Limits) -> Verdict:
     """G1: gradients reach the seed, and are neither nothing nor overwhelming."""
     norm, host = facts.seed_norm, facts.host_norm
     if norm != norm:
-        return Failed("its gradient norm is not known")
+        return GateFailed("its gradient norm is not known")
     if not isfinite(norm):
-        return Failed("its gradient is not finite")
+        return GateFailed("its gradient is not finite")
     if norm == 0.0:
-        return Failed("no gradient reaches it")
+        return GateFailed("no gradient reaches it")
     if not host > 0.0:
         return PASSED  # nothing to hold it against
     ratio = norm / host
     if ratio > limits.gradient_ratio:
-        return Failed("its gradient explodes", f"{ratio:.3g} times the host's")
+        return GateFailed("its gradient explodes", f"{ratio:.3g} times the host's")
     if ratio * limits.gradient_ratio < 1.0:
-        return Failed("its gradient vanishes", f"{ratio:.3g} times the host's")
+        return GateFailed("its gradient vanishes", f"{ratio:.3g} times the host's")
     return PASSED
 
 
 def stability(facts: Facts, limits: Limits) -> Verdict:
     """G2: a call of the kernel stays within its budget."""
     if facts.trouble:
-        return Failed(facts.trouble)
+        return GateFailed(facts.trouble)
     if facts.kernel_ms != facts.kernel_ms:
-        return Failed("its kernel has not been called yet")
+        return GateFailed("its kernel has not been called yet")
     if facts.kernel_ms > limits.kernel_ms:
         took = f"{facts.kernel_ms:.3g} ms of {limits.kernel_ms:g} ms"
-        return Failed("its kernel exceeds its budget", took)
+        return GateFailed("its kernel exceeds its budget", took)
     return PASSED
 
 
 def interface(facts: Facts, limits: Limits) -> Verdict:
     """G3: what comes out has the shape of what goes in."""
-    return PASSED if facts.fits else Failed("its output does not fit the slot")
+    return PASSED if facts.fits else GateFailed("its output does not fit the slot")
 
 
 def loss_impact(facts: Facts, limits: Limits) -> Verdict:
@@ -124,9 +124,9 @@ def loss_impact(facts: Facts, limits: Limits) -> Verdict:
     if facts.loss_before != facts.loss_before:
         return PASSED  # it has not, or nobody knows what the loss was
     if facts.loss != facts.loss:
-        return Failed("the loss is not known")
+        return GateFailed("the loss is not known")
     if facts.loss > _raised(facts.loss_before, limits.loss_rise):
-        return Failed("the loss rose", f"{facts.loss_before:.4g}, now {facts.loss:.4g}")
+        return GateFailed("the loss rose", f"{facts.loss_before:.4g}, now {facts.loss:.4g}")
     return PASSED
 
 
@@ -135,26 +135,26 @@ def system_impact(facts: Facts, limits: Limits) -> Verdict:
     # A latency that is not known, as when enriched metrics are off, is no objection.
     if facts.step_ms > facts.step_ms_before * (1.0 + limits.step_rise):
         took = f"{facts.step_ms_before:.3g} ms, now {facts.step_ms:.3g} ms"
-        return Failed("steps take too long", took)
+        return GateFailed("steps take too long", took)
     return loss_impact(facts, limits)
 
 
 def usefulness(facts: Facts, limits: Limits) -> Verdict:
     """G4 again, before a seed stays for good: the loss has fallen since it joined."""
     verdict = system_impact(facts, limits)
-    if isinstance(verdict, Failed):
+    if isinstance(verdict, GateFailed):
         return verdict
     if facts.loss_before != facts.loss_before:
-        return Failed("the loss before it joined is not known")
+        return GateFailed("the loss before it joined is not known")
     if facts.loss > _raised(facts.loss_before, -limits.loss_fall):
         change = f"loss {facts.loss_before:.4g}, now {facts.loss:.4g}"
-        return Failed("it does not help", change)
+        return GateFailed("it does not help", change)
     return PASSED
 
 
 def clean_reset(facts: Facts, limits: Limits) -> Verdict:
     """G5: nothing of the culled seed is left."""
-    return PASSED if not facts.remnants else Failed("the culled seed is still held")
+    return PASSED if not facts.remnants else GateFailed("the culled seed is still held")
 
 
 BEFORE: dict[SeedOperation, tuple[tuple[str, Gate], ...]] = {

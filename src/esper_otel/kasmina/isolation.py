@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
     seed_norm: Tensor
 
 
-class Tally:
+class GradientTally:
     """What all calls of one slot in one step had come back.
 
     ``sampled``: whether statistics are wanted of this step; a leak is noted either way.
@@ -82,7 +82,7 @@ class Paths:
 
     __slots__ = ("_host", "_isolated", "_seed", "_tally", "finite")
 
-    def __init__(self, tally: Tally, isolated: bool) -> None:
+    def __init__(self, tally: GradientTally, isolated: bool) -> None:
         self.finite: Tensor | None = None
         """On a device: whether the seed's output was finite, see :meth:`seed_came`."""
         self._tally = tally

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esper_otel.finalization import FinalizingError, shielded
+from esper_otel.finalization import FinalizingError, no_shutdown_inside
 from esper_otel.kasmina.blueprints import Blueprint, PrivateRandomness, lookup
 
 log = logging.getLogger("esper_otel")
@@ -71,7 +71,7 @@ class MisfitError(ValueError):
 class Fetch:
     """One module on its way; see :class:`KernelFetcher`.
 
-    ``ready()`` turns true once, and from then on nothing changes: either ``module`` is
+    ``done()`` turns true once, and from then on nothing changes: either ``module`` is
     there, or ``reason`` says why it is not.
     """
 
@@ -87,32 +87,32 @@ class Fetch:
         self._clock = clock
         self._began = clock()
         self._lock = threading.Lock()
-        self._settled = False
+        self._done = False
 
-    def ready(self) -> bool:
+    def done(self) -> bool:
         """Whether it came or is given up; never waits for the work."""
-        if self._settled:
+        if self._done:
             return True
         waited_ms = (self._clock() - self._began) / 1e6
         if waited_ms > self._budget_ms:
-            self.settle(None, "", waited_ms)
-        return self._settled
+            self.set_result(None, "", waited_ms)
+        return self._done
 
     def abandon(self, reason: str) -> None:
-        """Give it up; nothing happens when it was settled before."""
-        self.settle(None, reason, (self._clock() - self._began) / 1e6)
+        """Give it up; nothing happens when it is done."""
+        self.set_result(None, reason, (self._clock() - self._began) / 1e6)
 
-    def settle(self, module: nn.Module | None, reason: str, latency_ms: float) -> None:
-        """What came of it; only the first word counts."""
+    def set_result(self, module: nn.Module | None, reason: str, latency_ms: float) -> None:
+        """Note what came of it; only the first call counts."""
         # Held for these assignments only.
         with self._lock:
-            if self._settled:
+            if self._done:
                 return
             if latency_ms > self._budget_ms and not reason:
                 module, reason = None, f"took longer than {self._budget_ms:g} ms"
                 self.late = True
             self.module, self.reason, self.latency_ms = module, reason, latency_ms
-            self._settled = True
+            self._done = True
 
 
 class Compilation:
@@ -124,16 +124,16 @@ class Compilation:
     def __init__(self) -> None:
         self.call: Callable[[Tensor], Tensor] | None = None
         self.reason = ""
-        self._settled = False
+        self._done = False
 
-    def ready(self) -> bool:
+    def done(self) -> bool:
         """Whether it came or failed; never waits."""
-        return self._settled
+        return self._done
 
-    def settle(self, call: Callable[[Tensor], Tensor] | None, reason: str) -> None:
-        """What came of it."""
+    def set_result(self, call: Callable[[Tensor], Tensor] | None, reason: str) -> None:
+        """Note what came of it."""
         self.call, self.reason = call, reason
-        self._settled = True
+        self._done = True
 
 
 class KernelFetcher:
@@ -167,14 +167,14 @@ class KernelFetcher:
     def request(self, blueprint: Blueprint, activation: Activation, seed: int) -> Fetch:
         """Start to build ``blueprint`` for ``activation``; parameters come from ``seed``.
 
-        Returns at once, and never raises: a fetch that cannot start is settled already.
+        Returns at once, and never raises: a fetch that cannot start is done already.
         """
         fetch = Fetch(blueprint.name, self._budget_ms, self._clock)
         worker = None if self._stopped else self._idle_worker()
         if worker is None:
             fetch.abandon(STOPPED if self._stopped else f"{MOST_WORKERS} others still run")
             return fetch
-        self._under_way = [other for other in self._under_way if not other.ready()]
+        self._under_way = [other for other in self._under_way if not other.done()]
         self._under_way.append(fetch)
         worker.do(lambda: self._build(fetch, blueprint, activation, seed))
         return fetch
@@ -186,7 +186,7 @@ class KernelFetcher:
         worker = None if self._stopped or compiler is None else self._idle_worker()
         if worker is None or compiler is None:
             why = STOPPED if self._stopped else f"{MOST_WORKERS} others still run"
-            compilation.settle(None, "" if compiler is None else why)
+            compilation.set_result(None, "" if compiler is None else why)
             return compilation
         worker.do(lambda: _compile(compilation, compiler, module, activation))
         return compilation
@@ -229,7 +229,7 @@ class KernelFetcher:
             reason = str(error)
         except Exception as error:
             reason = f"raised {type(error).__name__}: {error}"
-        fetch.settle(module, reason, (self._clock() - began) / 1e6)
+        fetch.set_result(module, reason, (self._clock() - began) / 1e6)
 
 
 class _Worker:
@@ -253,7 +253,7 @@ class _Worker:
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             try:
-                with shielded():
+                with no_shutdown_inside():
                     work()
                     # Or what it was about lives until the next one comes.
                     del work
@@ -268,11 +268,11 @@ def _compile(
     try:
         call = compiler(module, _example(activation, activation.shape[0]))
     except CompileError as error:
-        compilation.settle(None, str(error))
+        compilation.set_result(None, str(error))
     except Exception as error:
-        compilation.settle(None, f"raised {type(error).__name__}: {error}")
+        compilation.set_result(None, f"raised {type(error).__name__}: {error}")
     else:
-        compilation.settle(call, "")
+        compilation.set_result(call, "")
 
 
 def _warm_up(done: threading.Event) -> None:

@@ -1,9 +1,13 @@
-"""A slot's life: which stage, and for how long."""
+"""Lifecycle: the stage of a slot, how long it has been in it, and what comes next."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from esper_otel.leyline.decisions import SeedOperation
 from esper_otel.leyline.stages import Stage, check_transition
+from esper_otel.settings import EsperSettings
 
 TARGET: dict[SeedOperation, Stage] = {
     SeedOperation.GERMINATE: Stage.GERMINATED,
@@ -16,6 +20,15 @@ TARGET: dict[SeedOperation, Stage] = {
 }
 """Stage that each operation leads to."""
 
+NEXT: dict[Stage, SeedOperation] = {
+    Stage.GERMINATED: SeedOperation.TRAIN,
+    Stage.TRAINING: SeedOperation.BLEND,
+    Stage.BLENDING: SeedOperation.SHADOW,
+    Stage.SHADOWING: SeedOperation.PROBATE,
+    Stage.PROBATIONARY: SeedOperation.FOSSILIZE,
+}
+"""The operation that leads a growing seed on from each stage."""
+
 GROWING = frozenset(
     {Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.SHADOWING, Stage.PROBATIONARY}
 )
@@ -23,6 +36,10 @@ GROWING = frozenset(
 
 ISOLATED = frozenset({Stage.GERMINATED, Stage.TRAINING})
 """Stages in which the host must not feel the seed."""
+
+
+class GardenError(ValueError):
+    """Something a garden was asked for that cannot be; says what was expected."""
 
 
 class Lifecycle:
@@ -54,3 +71,59 @@ class Lifecycle:
 
     def __repr__(self) -> str:
         return f"Lifecycle({self.stage.name}, dwelt={self.dwelt})"
+
+
+def min_dwell(stage: Stage, settings: EsperSettings) -> int:
+    """Steps that a seed stays in ``stage`` at least."""
+    if stage is Stage.TRAINING:
+        return settings.training_steps
+    if stage is Stage.BLENDING:
+        return settings.blending_steps
+    if stage is Stage.SHADOWING:
+        return settings.shadowing_steps
+    if stage is Stage.PROBATIONARY:
+        return settings.probation_steps
+    return 0
+
+
+class SeedView(NamedTuple):
+    """What there is to know of a growing seed to choose the next operation.
+
+    ``next_operation`` comes next in its life, ``is_ready`` says whether it has dwelt and
+    every gate before that is open, ``cull_reason`` why it should be culled (empty: it
+    should not).
+    """
+
+    seed_id: str
+    next_operation: SeedOperation | None
+    is_ready: bool
+    cull_reason: str
+    is_frozen: bool
+
+
+class Countdown:
+    """Seconds of an embargo that have to pass between steps, those of a pause not counted.
+
+    ``clock`` gives monotonic seconds. What is left is kept, and no mark of an end: after
+    a restart the clock is another one.
+    """
+
+    __slots__ = ("_clock", "_mark", "left")
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self.left = max(seconds, 0.0)
+        """Seconds still to pass, as of the newest :meth:`tick`."""
+        self._clock = clock
+        self._mark = clock()
+
+    def tick(self, frozen: bool) -> None:
+        """Take note of the time since the last call, unless it was a pause."""
+        now = self._clock()
+        if not frozen:
+            self.left = max(self.left - (now - self._mark), 0.0)
+        self._mark = now
+
+    @property
+    def over(self) -> bool:
+        """Whether all of it has passed."""
+        return self.left == 0.0

@@ -1,4 +1,4 @@
-"""A seed: one small network from germination to its end, and what it tells of itself."""
+"""Seed: what is known of one small network, from germination to its end."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from math import nan
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper_otel.kasmina.blending import AlphaSchedule
 from esper_otel.kasmina.isolation import Statistics
-from esper_otel.kasmina.schedules import Course
 from esper_otel.leyline.frames import ABSENT, seed_row
 from esper_otel.leyline.metrics import SEED_SLOT
+from esper_otel.leyline.readings import Value, delivered
 from esper_otel.leyline.stages import Stage
 
 _STAGE = SEED_SLOT["kasmina.seed.stage"]
@@ -31,20 +31,9 @@ _SEED_NORM = SEED_SLOT["kasmina.seed.isolation.seed_norm"]
 _STATISTICS = (_DOT, _HOST_NORM, _SEED_NORM)
 
 
-class Reading(Protocol):
-    """A number that a device still has to deliver."""
-
-    def ready(self) -> bool:
-        """Whether it has arrived; never waits for it."""
-
-    def value(self) -> float | None:
-        """The number; None when it has been lost or is not here yet."""
-
-
-MOST_WATCHED = 8
+MAX_PENDING = 8
 """Steps of which a device may still have something to say; beyond it the oldest are let go."""
 
-Value = float | Reading
 Read = Callable[[Tensor], Value]
 """Begins to read a 0-d tensor, without waiting for a device."""
 
@@ -52,52 +41,52 @@ Read = Callable[[Tensor], Value]
 class Seed:
     """What a garden knows of one seed; the slot has its module.
 
-    ``origin`` is the number its parameters are made from, so that the same run makes the
+    ``rng_seed`` is the number its parameters are made from, so that the same run makes the
     same seeds.
     """
 
     __slots__ = (
+        "_finite_checks",
         "_measuring",
         "_norm",
         "_pending",
         "_row",
-        "_watched",
+        "alpha_schedule",
         "alpha_steps",
         "attempts",
         "blueprint",
-        "course",
         "faults_in_a_row",
         "gates",
         "harmful_steps",
         "id",
         "kernel_ms",
-        "lessons",
         "loss_before",
         "optimizer",
-        "origin",
-        "sane",
+        "params_finite",
+        "rng_seed",
         "shut_steps",
         "step_ms_before",
+        "train_steps",
         "trouble",
         "violations",
         "violations_in_a_row",
     )
 
-    def __init__(self, seed_id: str, blueprint: str, origin: int) -> None:
+    def __init__(self, seed_id: str, blueprint: str, rng_seed: int) -> None:
         self.id = seed_id
         self.blueprint = blueprint
-        self.origin = origin
+        self.rng_seed = rng_seed
         self.optimizer: Optimizer | None = None
         self.attempts = 1
         """Times its kernel was asked for."""
-        self.course: Course | None = None
+        self.alpha_schedule: AlphaSchedule | None = None
         """How its alpha rises, from when it begins to blend."""
         self.alpha_steps = 0
         self.violations = 0
         self.violations_in_a_row = 0
         self.faults_in_a_row = 0
         """Steps in a row in which identity took the place of its kernel."""
-        self.sane: Value = nan
+        self.params_finite: Value = nan
         """1.0 when all its parameters were finite as they came, 0.0 when they were not."""
         self.trouble = ""
         """Why its kernel never came; empty when it did or still may."""
@@ -107,15 +96,15 @@ class Seed:
         self.loss_before = nan
         self.step_ms_before = nan
         self.gates: dict[str, str] = {}
-        """Gate → why it is shut, empty when open; as last told."""
-        self.lessons = 0
+        """Gate → why it is shut, empty when open; as last reported."""
+        self.train_steps = 0
         """Steps of its optimizer so far."""
         self.harmful_steps = 0
         """Steps in a row in which the loss was higher than a joining seed may make it."""
         self.shut_steps = 0
         """Steps in a row in which a gate has kept it from going on."""
-        self._pending: deque[list[Value]] = deque(maxlen=MOST_WATCHED)
-        self._watched: deque[Value] = deque(maxlen=MOST_WATCHED)
+        self._pending: deque[list[Value]] = deque(maxlen=MAX_PENDING)
+        self._finite_checks: deque[Value] = deque(maxlen=MAX_PENDING)
         self._row = seed_row()
 
     @property
@@ -128,7 +117,7 @@ class Seed:
     def norm(self, norm: float) -> None:
         self._norm, self._measuring = norm, None
 
-    def learn(self, measure: Read | None, *, hold: bool) -> None:
+    def step_optimizer(self, measure: Read | None, *, hold: bool) -> None:
         """One step of its optimizer, unless it is on ``hold``; its gradients go.
 
         With ``measure`` the gradient norm is read first, unless one is still on its way:
@@ -150,26 +139,46 @@ class Seed:
                 self._measuring = measure(norm_of(gradients))
         if not hold:
             optimizer.step()
-            self.lessons += 1
+            self.train_steps += 1
         optimizer.zero_grad(set_to_none=True)
 
-    def told(self, statistics: Statistics, read: Read) -> None:
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What its optimizer trains."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
+
+    @property
+    def is_fully_blended(self) -> bool:
+        """Whether its alpha has come to the end of its schedule, or has none."""
+        schedule = self.alpha_schedule
+        return schedule is None or self.alpha_steps >= schedule.steps
+
+    def next_alpha(self) -> float | None:
+        """Go one step on in its schedule; returns the new alpha, None at the end."""
+        schedule = self.alpha_schedule
+        if schedule is None or self.is_fully_blended:
+            return None
+        self.alpha_steps += 1
+        return schedule.alpha(self.alpha_steps)
+
+    def add_statistics(self, statistics: Statistics, read: Read) -> None:
         """Begin to read the isolation statistics of the step."""
         self._pending.append([read(each) for each in statistics])
 
-    def watch(self, finite: Value) -> None:
-        """Whether its outputs of this step were finite is known to a device only, so far."""
-        self._watched.append(finite)
+    def add_finite_check(self, finite: Value) -> None:
+        """Note whether its outputs of this step were finite, which a device may have to say."""
+        self._finite_checks.append(finite)
 
-    def was_unsound(self) -> bool | None:
+    def saw_nonfinite(self) -> bool | None:
         """Whether an output that a device has judged by now was not finite.
 
         None when nothing has arrived since last asked. Waits for nothing, so on a device
         it tells of a step before this one.
         """
         found: bool | None = None
-        while self._watched and (number := _number(self._watched[0])) is not None:
-            self._watched.popleft()
+        while self._finite_checks and (number := delivered(self._finite_checks[0])) is not None:
+            self._finite_checks.popleft()
             if number == number:
                 found = bool(found) or number == 0.0
         return found
@@ -186,15 +195,15 @@ class Seed:
         row[_FALLBACK] = float(fell_back)
         if self._pending:
             self._put_statistics(row)
-            told = row[:]
+            reported = row[:]
             row[_DOT] = row[_HOST_NORM] = row[_SEED_NORM] = ABSENT
-            return told
+            return reported
         return row[:]
 
     def _take_norm(self) -> bool:
         """Take the norm if it has arrived; whether none is on its way now."""
         if self._measuring is not None:
-            number = _number(self._measuring)
+            number = delivered(self._measuring)
             if number is None:
                 return False
             self._norm, self._measuring = number, None
@@ -203,7 +212,7 @@ class Seed:
     def _put_statistics(self, row: list[float]) -> None:
         """All three of the newest step that have arrived, and once only."""
         while self._pending:
-            numbers = [_number(value) for value in self._pending[0]]
+            numbers = [delivered(value) for value in self._pending[0]]
             if None in numbers:
                 return
             self._pending.popleft()
@@ -224,30 +233,12 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
     return norm
 
 
-def origin_of(seed_id: str, root: int) -> int:
-    """A number for a seed, the same in every run whose garden has the same ``root``."""
-    return (zlib.crc32(seed_id.encode()) ^ root) & 0x7FFF_FFFF
+def rng_seed_of(seed_id: str, rng_root: int) -> int:
+    """A number for a seed, the same in every run whose garden has the same ``rng_root``."""
+    return (zlib.crc32(seed_id.encode()) ^ rng_root) & 0x7FFF_FFFF
 
 
-def finite(parameters: list[nn.Parameter]) -> Tensor:
+def all_finite(parameters: list[nn.Parameter]) -> Tensor:
     """Whether all elements of all ``parameters`` are finite, 0-d, on their device."""
     with torch.no_grad():
         return torch.stack([torch.isfinite(each).all() for each in parameters]).all()
-
-
-def known(value: Value) -> float:
-    """A number, NaN while a device has not delivered it or has lost it."""
-    if isinstance(value, float):
-        return value
-    number = value.value()
-    return nan if number is None else number
-
-
-def _number(value: Value) -> float | None:
-    """The number; NaN where it was lost, None while it is on its way."""
-    if isinstance(value, float):
-        return value
-    if not value.ready():
-        return None
-    number = value.value()
-    return nan if number is None else number

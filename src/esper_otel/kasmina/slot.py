@@ -1,356 +1,397 @@
-"""A slot: the place in a host where a seed grows, the output of one of its submodules.
-
-The slot is a forward hook and nothing else: the seed's module lives outside the host's
-tree, so the host's ``state_dict``, parameters and modules are what they were. The hook is
-there while a seed is, and for the first call, to see what comes out; a dormant slot has
-none, because one hook that does nothing takes about 10 µs of a step, eight of them 1 % of
-a step of 7 ms.
-"""
+"""Slot: one submodule of the host where seeds grow, its stage, and the seed in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from time import perf_counter_ns
-from typing import Any
+import weakref
 
-import torch
-from torch import Tensor, nn
-from torch.utils import checkpoint
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from esper_otel.kasmina.blending import Blend
-from esper_otel.kasmina.isolation import (
-    Paths,
-    Statistics,
-    Tally,
-    isolated_input,
-    joint_inputs,
-    straight_through,
+from esper_otel.kasmina.checkpoint import RestoredSlot, activation_state, seed_state
+from esper_otel.kasmina.context import GardenContext, SlotEvents
+from esper_otel.kasmina.gates import BEFORE, PASSED, Facts, GateFailed, clean_reset, loss_impact
+from esper_otel.kasmina.hook import SlotHook
+from esper_otel.kasmina.host import join, leave
+from esper_otel.kasmina.kernels import NOT_FINITE, Fetch
+from esper_otel.kasmina.lifecycle import (
+    GROWING,
+    ISOLATED,
+    NEXT,
+    TARGET,
+    Countdown,
+    Lifecycle,
+    SeedView,
+    min_dwell,
 )
-from esper_otel.kasmina.kernels import NOT_FINITE, Activation, misfit
+from esper_otel.kasmina.loading import KernelLoader
+from esper_otel.kasmina.seed import Seed, rng_seed_of
+from esper_otel.kasmina.state import SlotState
+from esper_otel.leyline import events
+from esper_otel.leyline.decisions import SeedOperation, Severity
+from esper_otel.leyline.readings import known
+from esper_otel.leyline.stages import Stage, check_transition
+from esper_otel.settings import Fossils
 
-ALTERED = "changed its input"
-"""Reason when a seed worked in place on what it was given; it is not called again."""
+IN_A_ROW = 3
+"""Violations, or fallbacks, one step after the other, that end a seed."""
 
-_ENOUGH: tuple[type[Exception], ...] = tuple(
-    filter(None, [getattr(checkpoint, "_StopRecomputationError", None)])
-)
-"""How gradient checkpointing ends a forward that it computes again, out of any operation,
-once backward has what it needs: no failure of the seed that was called last."""
+HARM_IN_A_ROW = 20
+"""Steps, one after the other, in which a seed that joins may make the loss too high. The
+loss is a weighted mean over about five steps: fewer would cull for a bad batch."""
 
 
 class Slot:
-    """One slot of a host, and the seed that is in it.
+    """One slot and its life. Methods are called between steps, on the training thread.
 
-    ``module`` is the submodule called ``name``. The methods that change what a forward
-    does are called between steps. Nothing the hook does raises: a seed that fails, or
-    whose output cannot stand in the activation's place, is left out of that forward, and
-    ``fallback`` says why.
+    ``hook`` is what the host has of it.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self.activation: Activation | None = None
-        """What comes out of the module, from its first call on."""
-        self.trouble = ""
-        """Why no seed can live here; empty when one can, or before the first call."""
-        self.calls = 0
-        """Calls of the seed in this step."""
-        self.latency_ms = 0.0
-        """The newest call of the seed on the host's side, in milliseconds."""
-        self.fallback = ""
-        """Why a call in this step went on without the seed; empty when none did."""
-        self._module = module
-        self._seed: nn.Module | None = None
-        self._call: Callable[[Tensor], Any] | None = None
-        self._blend: Blend | None = None
-        self._isolated = True
-        self._alpha = 0.0
-        self.banned = ""
-        """Why the seed is not called any more; empty while it is."""
-        self._finite: Tensor | None = None
-        self._tally = Tally(sampled=False)
-        self._hook = _Hook(self)
-        self._handle: RemovableHandle | None = None
-        # The module's own, or None: then somebody gave it another one, which stays.
-        self._forward = None if "forward" in module.__dict__ else module.forward
-        self._listen()
-
-    # What is in it.
+    def __init__(self, hook: SlotHook, context: GardenContext) -> None:
+        self.hook = hook
+        self.lifecycle = Lifecycle()
+        self.seed: Seed | None = None
+        self.cull_reason = ""
+        """Why the seed should be culled; empty when it should not, as last seen."""
+        self.germinated = 0
+        """Seeds germinated here so far."""
+        self._context = context
+        self._joined: list[nn.Parameter] = []
+        self._culled_module: weakref.ref[nn.Module] | None = None
+        self._embargo = Countdown(0.0, context.clock)
+        self._events = SlotEvents(hook.name, context)
+        self._loader = KernelLoader(hook, context, self._events)
 
     @property
-    def called(self) -> bool:
-        """Whether its module was ever called."""
-        return self.activation is not None or self.trouble != ""
+    def stage(self) -> Stage:
+        """Where in its life the slot is."""
+        return self.lifecycle.stage
 
     @property
-    def occupied(self) -> bool:
-        """Whether a seed is in it."""
-        return self._seed is not None
+    def name(self) -> str:
+        """Path of its module in the host."""
+        return self.hook.name
 
     @property
-    def alpha(self) -> float:
-        """How much of the seed there is in the output, 0.0 while it is isolated."""
-        return self._alpha
+    def kernel_fetch(self) -> Fetch | None:
+        """The fetch of its seed's kernel, while that is on its way."""
+        return self._loader.fetch
 
-    @property
-    def seed(self) -> nn.Module | None:
-        """The seed's module."""
-        return self._seed
+    # Operations.
 
-    @property
-    def blend(self) -> Blend | None:
-        """How it joins the host."""
-        return self._blend
+    def germinate(self, seed_id: str, blueprint: str) -> None:
+        """Put a seed here: its kernel is fetched from now on."""
+        if self.hook.activation is None:
+            raise ValueError(f"slot {self.name!r} has not been called yet")
+        check_transition(self.stage, Stage.GERMINATED)
+        context = self._context
+        self.seed = seed = Seed(seed_id, blueprint, rng_seed_of(seed_id, context.rng_root))
+        seed.step_ms_before = context.step_ms
+        self.germinated += 1
+        self._events.seed_changed()
+        self._loader.request(seed)
+        self._move(Stage.GERMINATED, "germinated")
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What there is to train: of the seed and of its blend."""
-        for module in (self._seed, self._blend):
-            if module is not None:
-                yield from module.parameters()
+    def advance(self, operation: SeedOperation) -> None:
+        """Lead the seed on; raises ``IllegalTransitionError`` where that is not next."""
+        seed, context = self._live(), self._context
+        target = TARGET[operation]
+        check_transition(self.stage, target)
+        if target is Stage.BLENDING:
+            seed.loss_before = context.loss
+            seed.alpha_schedule = context.alpha_schedule
+            self.hook.set_alpha(seed.alpha_schedule.alpha(0))
+        elif target is Stage.FOSSILIZED:
+            self._fossilize(seed)
+        self._move(target, operation.value)
 
-    def attach(self, seed: nn.Module, blend: Blend) -> None:
-        """Put a seed in, isolated. Raises ``ValueError`` when there is one already."""
-        if self._seed is not None:
-            raise ValueError(f"slot {self.name!r}: expected it empty, it has a seed")
-        self._seed = self._call = seed
-        self._blend = blend
-        if self.activation is not None:
-            blend.to(self.activation.device, self.activation.dtype)
-        self.latency_ms = 0.0
-        self.isolate()
-        self.turn(sample=False)
-        self._listen()
+    def cull(self, reason: str, severity: Severity = Severity.WARNING) -> None:
+        """Remove the seed and all that is its own, from the next forward on."""
+        seed = self._live()
+        check_transition(self.stage, Stage.CULLED)
+        module = self.hook.seed
+        self._culled_module = None if module is None else weakref.ref(module)
+        self._move(Stage.CULLED, reason)
+        text = f"{seed.id} was culled: {reason}"
+        self._events.add(seed, events.CULLED, severity, text, reason=reason)
+        self._clear()
+        self._move(Stage.EMBARGOED, "culled")
+        self._embargo = Countdown(self._context.settings.embargo_s, self._context.clock)
 
-    def isolate(self) -> None:
-        """Keep the seed from the host: it learns, and the host does not feel it."""
-        self._isolated = True
-        self._alpha = 0.0
+    def terminate(self) -> None:
+        """End the slot's life, whatever is in it; the host is then what it was."""
+        if self.stage in GROWING:
+            self.cull("uprooted", Severity.NORMAL)
+        if self.stage is Stage.EMBARGOED:
+            self._move(Stage.RESETTING, "uprooted")
+        if self.stage is Stage.RESETTING:
+            self._move(Stage.DORMANT, "uprooted")
+        if self.stage is not Stage.TERMINATED:
+            self._move(Stage.TERMINATED, "uprooted")
+        host = self._context.host_optimizer()
+        if host is not None and self._joined:
+            leave(host, self._joined)
+        self._clear()
+        self.hook.uproot()
 
-    def mix(self, alpha: float) -> None:
-        """Let the seed be ``alpha`` of the output. Raises ``ValueError`` outside [0, 1]."""
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"slot {self.name!r}: alpha={alpha!r}: expected 0 to 1")
-        self._isolated = False
-        self._alpha = float(alpha)
+    # Before and after a restart.
 
-    def call_by(self, call: Callable[[Tensor], Any]) -> None:
-        """Call the seed by this from now on, for example compiled; its parameters stay."""
-        if self._seed is not None:
-            self._call = call
+    def state(self) -> SlotState:
+        """All that :meth:`restore_from` needs, as of the end of the newest step."""
+        hook, seed, reported = self.hook, self.seed, self._events
+        host = self._context.host_optimizer() if self._joined else None
+        return SlotState(
+            stage=self.stage.name,
+            dwelt=self.lifecycle.dwelt,
+            germinated=self.germinated,
+            embargo_s=self._embargo.left,
+            activation=activation_state(hook.activation),
+            seed=None if seed is None else seed_state(seed, hook, host),
+            reported_unused=reported.unused,
+            reported_fallback=reported.fallback,
+            reported_faults=sorted(reported.faults),
+        )
 
-    def release(self) -> None:
-        """Take the seed out; nothing of it is kept."""
-        self._seed = self._call = self._blend = self._finite = None
-        self.banned = ""
-        if self.called:
-            self._unlisten()
-        self.isolate()
-        self.turn(sample=False)
+    def restore_from(self, restored: RestoredSlot) -> None:
+        """Take over stage, seed and module of ``restored``; the slot must be dormant.
 
-    def uproot(self) -> None:
-        """Take the seed out and the hook off: the host is what it was."""
-        self.release()
-        self._unlisten()
-        self._hook.slot = None
-
-    # Between two steps.
-
-    def turn(self, sample: bool) -> None:
-        """A step begins; ``sample``: take isolation statistics in it."""
-        self._tally = Tally(sample)
-        self._finite = None
-        self.calls = 0
-        self.fallback = ""
-
-    @property
-    def leaked(self) -> bool:
-        """Whether the isolated seed's gradient reached the host in this step."""
-        return self._tally.leaked
-
-    def statistics(self) -> Statistics | None:
-        """What came back in this step; None when it was not sampled or had no backward."""
-        return self._tally.statistics()
-
-    @property
-    def finite(self) -> Tensor | None:
-        """Whether all of this step's outputs of the seed were finite, still on the device.
-
-        None on the CPU, where a value that is not finite is a ``fallback`` at once, and
-        when there was no call.
+        The fetch of a kernel that was under way begins anew.
         """
-        return self._finite
-
-    # The hook, and what it does.
-
-    def _listen(self) -> None:
-        if self._handle is not None:
+        state, seed, context, hook = restored.state, restored.seed, self._context, self.hook
+        self.lifecycle = Lifecycle(restored.stage, state.dwelt)
+        self.germinated = state.germinated
+        self._embargo = Countdown(state.embargo_s, context.clock)
+        reported = self._events
+        reported.unused, reported.fallback = state.reported_unused, state.reported_fallback
+        reported.faults = set(state.reported_faults)
+        hook.activation = restored.activation
+        self.seed = seed
+        if seed is None:
             return
-        self._handle = self._module.register_forward_hook(self._hook)
-        # torch.compile does not look whether hooks have come or gone, but it does look
-        # whether a module has a forward of its own. This one is what the module's class
-        # has anyway: a sign to look again, and the same one each time, so that a host is
-        # compiled once without and once with a seed.
-        if self._forward is not None:
-            self._module.forward = self._forward
-
-    def _unlisten(self) -> None:
-        if self._handle is None:
+        if restored.module is None or restored.blend is None:
+            if not seed.trouble:
+                self._loader.request(seed)
             return
-        self._handle.remove()
-        self._handle = None
-        own = self._module.__dict__.get("forward")
-        if own is not None and own is self._forward:
-            del self._module.forward
+        hook.attach(restored.module, restored.blend)
+        hook.banned = restored.banned
+        if seed.kernel_ms == seed.kernel_ms:
+            hook.latency_ms = seed.kernel_ms
+        if restored.stage not in ISOLATED:
+            hook.set_alpha(restored.alpha)
+        if seed.params_finite != seed.params_finite:  # a device had not said it yet
+            self._loader.check_finite(seed)
+        self._joined = list(hook.parameters()) if restored.joined is not None else []
+        self._loader.compile(restored.module)
 
-    def _pass(self, module: nn.Module, output: Any) -> Any:
-        """What takes the place of ``output``; None when it stays."""
-        host = _first_tensor(output)
-        if self.activation is None:
-            self._observe(host, output)
-        if self._seed is None:
-            self._unlisten()
-            return None
-        if host is None or self.banned:
-            self.fallback = self.banned or "the slot returned no tensor"
-            return None
-        if self._isolated:
-            # Nobody learns in evaluation, so an isolated seed has no part in it.
-            if not (module.training and torch.is_grad_enabled()):
-                return None
-        elif self._alpha == 0.0:
-            return None
-        try:
-            joined = self._join(module, host)
-        except _ENOUGH:
-            raise
-        except Exception as error:
-            self.fallback = f"raised {type(error).__name__}: {error}"
-            return None
-        return None if joined is None else _with_first(output, joined)
+    # Each step.
 
-    def _observe(self, host: Tensor | None, output: Any) -> None:
-        if host is None:
-            self.trouble = (
-                f"slot {self.name!r} returns a {type(output).__name__}: "
-                "expected a tensor, or a tuple or list that begins with one"
-            )
-        elif not host.is_floating_point():
-            self.trouble = f"slot {self.name!r} returns {host.dtype}: expected floating point"
-        elif host.dim() < 2:
-            self.trouble = (
-                f"slot {self.name!r} returns shape {tuple(host.shape)}: "
-                "expected a batch and at least one dimension more"
+    def step_optimizer(self) -> None:
+        """The host's optimizer has stepped: so does the seed's, and its gradients go."""
+        seed = self.seed
+        if seed is None:
+            return
+        if self._joined:
+            # model.zero_grad() does not know of them.
+            for parameter in self._joined:
+                parameter.grad = None
+        elif seed.optimizer is not None:
+            training_steps = self._context.settings.training_steps
+            # Isolated, it is told where to go and never how far: its output changes no
+            # loss. So it gets a number of steps, however long it has to wait then.
+            hold = self.stage in ISOLATED and seed.train_steps >= training_steps
+            # Gate G1 is asked at the end of this step, if it is the last of the dwell.
+            training = self.stage is Stage.TRAINING
+            measures = training and self.lifecycle.dwelt + 1 >= training_steps
+            seed.step_optimizer(self._context.read if measures else None, hold=hold)
+
+    def end_step(self, frozen: bool, sample: bool) -> list[float] | None:
+        """End a step: look at what happened, go on where nothing is asked for that.
+
+        Returns the seed's row, None when there is none. ``sample``: the next step takes
+        isolation statistics.
+        """
+        lifecycle, seed = self.lifecycle, self.seed
+        if seed is None:
+            if lifecycle.stage is not Stage.DORMANT:
+                self._count_embargo(frozen)
+            return None
+        hook = self.hook
+        self._loader.poll(seed)
+        fell_back = bool(seed.trouble)
+        if hook.calls or hook.fallback:
+            fell_back = self._check_calls(seed) or fell_back
+        if not frozen:
+            lifecycle.pass_step()
+            if lifecycle.stage is Stage.BLENDING and (alpha := seed.next_alpha()) is not None:
+                hook.set_alpha(alpha)
+        hook.start_step(sample)
+        return seed.row(lifecycle.stage, hook.alpha, hook.occupied, fell_back)
+
+    def view(self, frozen: bool) -> SeedView:
+        """What there is to know of the seed to choose the next operation."""
+        seed = self._live()
+        operation = NEXT.get(self.stage)
+        reason = self._cull_reason(seed)
+        ready = False
+        there = self.kernel_fetch is None
+        if not reason and operation is not None and self._has_dwelt and there:
+            ready = self._gates_open(seed, operation)
+            if not frozen:
+                seed.shut_steps = 0 if ready else seed.shut_steps + 1
+        if not reason and seed.shut_steps > self._context.settings.patience_steps:
+            reason = next((why for why in seed.gates.values() if why), "")
+        self.cull_reason = reason
+        return SeedView(seed.id, operation, ready, reason, frozen)
+
+    def report_if_unused(self) -> None:
+        """Report once that nothing can grow here."""
+        hook = self.hook
+        if hook.activation is None or hook.trouble:
+            why = hook.trouble or f"slot {self.name!r} was not called in a whole step"
+            self._events.slot_unused(self.seed, why)
+
+    def report_fault(self, what: str, error: Exception) -> None:
+        """Report, once per seed, that something of this slot raised."""
+        self._events.fault_raised(self.seed, what, error)
+
+    @property
+    def breaker_open(self) -> bool:
+        """Whether the seed has to go at once: it keeps reaching the host it must not."""
+        return self.seed is not None and self.seed.violations_in_a_row >= IN_A_ROW
+
+    # Parts of them.
+
+    @property
+    def _has_dwelt(self) -> bool:
+        seed = self.seed
+        if seed is not None and self.stage is Stage.BLENDING and not seed.is_fully_blended:
+            return False
+        return self.lifecycle.dwelt >= min_dwell(self.stage, self._context.settings)
+
+    def _live(self) -> Seed:
+        if self.seed is None:
+            raise ValueError(f"slot {self.name!r} has no seed")
+        return self.seed
+
+    def _check_calls(self, seed: Seed) -> bool:
+        """Look at what the hook saw in this step; returns whether identity took its place."""
+        hook, context = self.hook, self._context
+        seed.kernel_ms = hook.latency_ms
+        self._loader.poll_compiled(seed)
+        failed = self._failure(seed)
+        if failed:
+            seed.faults_in_a_row += 1
+            self._events.fell_back(seed, failed)
+        elif failed is not None:
+            seed.faults_in_a_row = 0
+        if hook.leaked:
+            seed.violations += 1
+            seed.violations_in_a_row += 1
+            context.violations += 1
+            text = f"{seed.id} must be isolated and reached the host's gradients"
+            self._events.add(
+                seed, events.VIOLATION, Severity.HIGH, text, violations=seed.violations
             )
         else:
-            self.trouble = ""
-            self.activation = Activation(host.shape, _parameter_dtype(host), host.device)
+            seed.violations_in_a_row = 0
+        try:
+            statistics = hook.statistics()
+            if statistics is not None:
+                seed.add_statistics(statistics, context.read)
+        except Exception as error:
+            self.report_fault("isolation statistics", error)
+        return bool(failed)
+
+    def _failure(self, seed: Seed) -> str | None:
+        """Why identity took the seed's place; empty: it did not, None: nobody knows yet.
+
+        On a device a value that is not finite is known a step late or more, and until then
+        nothing is.
+        """
+        hook = self.hook
+        finite = hook.finite
+        if finite is not None:
+            seed.add_finite_check(self._context.read(finite.float()))
+        unsound = seed.saw_nonfinite()
+        if hook.fallback:
+            return hook.fallback
+        if unsound:
+            return NOT_FINITE
+        return None if unsound is None and finite is not None else ""
+
+    def _gates_open(self, seed: Seed, operation: SeedOperation) -> bool:
+        facts, limits = self._facts(seed), self._context.limits
+        is_open = True
+        for name, gate in BEFORE[operation]:
+            verdict = gate(facts, limits)
+            is_open = is_open and verdict is PASSED
+            self._events.gate_checked(seed, f"{name} before {operation.value}", verdict)
+        return is_open
+
+    def _facts(self, seed: Seed) -> Facts:
+        context = self._context
+        return Facts(
+            attached=self.hook.occupied,
+            trouble=seed.trouble or self.hook.fallback,
+            finite=known(seed.params_finite) == 1.0,
+            fits=self.hook.occupied and not self.hook.fallback,
+            seed_norm=seed.norm,
+            host_norm=context.host_norm,
+            kernel_ms=seed.kernel_ms,
+            loss=context.loss,
+            loss_before=seed.loss_before,
+            step_ms=context.step_ms,
+            step_ms_before=seed.step_ms_before,
+        )
+
+    def _cull_reason(self, seed: Seed) -> str:
+        if seed.trouble:
+            return seed.trouble
+        if seed.faults_in_a_row >= IN_A_ROW:
+            return f"its kernel failed {IN_A_ROW} steps in a row: {self._events.fallback}"
+        if self.stage in ISOLATED:
+            return ""
+        context = self._context
+        verdict = loss_impact(self._facts(seed), context.limits)
+        seed.harmful_steps = 0 if verdict is PASSED else seed.harmful_steps + 1
+        return str(verdict) if seed.harmful_steps >= HARM_IN_A_ROW else ""
+
+    def _fossilize(self, seed: Seed) -> None:
+        context = self._context
+        host = context.host_optimizer()
+        if context.settings.fossils is Fossils.STAY or host is None or seed.optimizer is None:
             return
+        join(host, seed.optimizer)
+        self._joined = list(self.hook.parameters())
+        seed.optimizer = None
 
-    def _join(self, module: nn.Module, host: Tensor) -> Any:
-        """The activation with the seed's part in it; None when it could take no part."""
-        seed, call, blend = self._seed, self._call, self._blend
-        assert seed is not None
-        assert call is not None
-        assert blend is not None
-        self._follow(seed, blend, module, host)
-        paths = Paths(self._tally, self._isolated)
-        given, kept = host, host
-        if self._isolated:
-            given = isolated_input(host, paths)
-        elif torch.is_grad_enabled():
-            kept, given = joint_inputs(host, paths)
-        version = None if host.is_inference() else host._version
-
-        began = perf_counter_ns()
-        made = call(given)
-        self.latency_ms = (perf_counter_ns() - began) / 1e6
-        self.calls += 1
-
-        if version is not None and host._version != version:
-            self.banned = self.fallback = ALTERED
-            return None
-        if isinstance(made, Tensor) and made.is_floating_point() and _autocasts(host):
-            made = made.to(host.dtype)
-        reason = misfit(made, host)
-        if reason:
-            self.fallback = reason
-            return None
-        # A sum shows every NaN and infinity, and is one pass that writes nothing.
-        finite = torch.isfinite(made.detach().sum(dtype=torch.float32))
-        at_once = _is_known_at_once(finite)
-        if not at_once:
-            self._finite = finite if self._finite is None else self._finite & finite
-        elif not bool(finite):
-            self.fallback = NOT_FINITE
-            return None
-        if self._isolated:
-            return straight_through(host, made, paths)
-        if at_once:
-            return blend(kept, made, self._alpha)
-        # The device knows, and chooses; nobody waits for what it found.
-        paths.finite = finite
-        made = torch.where(finite, made, host.detach())
-        return torch.where(finite, blend(kept, made, self._alpha), host)
-
-    def _follow(self, seed: nn.Module, blend: Blend, module: nn.Module, host: Tensor) -> None:
-        """Let the seed be where the host is: its mode, its device, its dtype."""
-        if seed.training != module.training:
-            seed.train(module.training)
-        first = next(self.parameters(), None)
-        if first is None:
+    def _count_embargo(self, frozen: bool) -> None:
+        lifecycle, embargo = self.lifecycle, self._embargo
+        embargo.tick(frozen)
+        if frozen:
             return
-        if first.device != host.device or first.dtype != _parameter_dtype(host):
-            seed.to(host.device, _parameter_dtype(host))
-            blend.to(host.device, _parameter_dtype(host))
+        lifecycle.pass_step()
+        if lifecycle.stage is Stage.EMBARGOED:
+            if lifecycle.dwelt < self._context.settings.embargo_steps or not embargo.over:
+                return
+            self._move(Stage.RESETTING, "the embargo is over")
+        if lifecycle.stage is not Stage.RESETTING:
+            return
+        culled = None if self._culled_module is None else self._culled_module()
+        held = self.hook.occupied or culled is not None
+        verdict = clean_reset(Facts(remnants=held), self._context.limits)
+        if isinstance(verdict, GateFailed):
+            if lifecycle.dwelt == 1:
+                self._events.add(None, events.GATE, Severity.WARNING, verdict.reason, gate="G5")
+            return
+        self._culled_module = None
+        self._move(Stage.DORMANT, "G5 passed")
 
+    def _clear(self) -> None:
+        self.hook.release()
+        self._loader.cancel()
+        self.seed = None
+        self.cull_reason = ""
+        self._joined = []
 
-class _Hook:
-    """The forward hook. A copied or pickled host takes along one that does nothing."""
-
-    def __init__(self, slot: Slot | None) -> None:
-        self.slot = slot
-
-    # What a seed does is its own affair: Dynamo neither traces it nor guards on it.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        return None if self.slot is None else self.slot._pass(module, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return _Hook, (None,)
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0]
-    return None
-
-
-def _with_first(output: Any, tensor: Tensor) -> Any:
-    """``output`` with ``tensor`` in the first place, of the same type."""
-    if isinstance(output, Tensor):
-        return tensor
-    if isinstance(output, list):
-        return [tensor, *output[1:]]
-    if hasattr(output, "_make"):
-        return output._make((tensor, *output[1:]))
-    return (tensor, *output[1:])
-
-
-def _is_known_at_once(value: Tensor) -> bool:
-    """Whether reading ``value`` waits for no device."""
-    return value.device.type == "cpu"
-
-
-def _autocasts(host: Tensor) -> bool:
-    return torch.is_autocast_enabled(host.device.type)
-
-
-def _parameter_dtype(host: Tensor) -> torch.dtype:
-    """In which dtype a seed for this activation keeps its parameters."""
-    return torch.float32 if _autocasts(host) else host.dtype
+    def _move(self, target: Stage, why: str) -> None:
+        left = self.lifecycle.move(target)
+        self._events.stage_changed(self.seed, left, target, why)

@@ -2,19 +2,31 @@
 
 It is plain: dictionaries, lists, numbers, text and tensors, as
 ``torch.load(weights_only=True)`` takes them. It goes out by :func:`plain` and comes in,
-checked, by :func:`parsed`.
+checked, by :func:`parsed`. Where a field is called otherwise in there than here, ``rename``
+says how.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import msgspec
 
-from esper_otel.kasmina.errors import GardenError
+from esper_otel.kasmina.lifecycle import GardenError
 
 VERSION = 1
 """Of the state's fields and their meaning."""
+
+
+class Stateful(Protocol):
+    """A recorder, as far as what it remembers of the run has a part in a garden's decisions."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for :meth:`load_state_dict`."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over ``state``; ``ValueError`` for what is none, and then nothing changes."""
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -47,43 +59,59 @@ class KernelState(_State):
     at: int = -1
 
 
-class SeedState(_State):
+class SeedState(
+    _State,
+    rename={
+        "rng_seed": "origin",
+        "alpha_schedule": "course",
+        "params_finite": "sane",
+        "train_steps": "lessons",
+    },
+):
     """All of a :class:`~esper_otel.kasmina.seed.Seed`; without ``kernel`` and ``trouble``
     its kernel is on its way."""
 
     id: str
     blueprint: str
-    origin: int
+    rng_seed: int
     alpha_steps: int
-    course: tuple[str, int, float] | None
+    alpha_schedule: tuple[str, int, float] | None
     violations: int
     violations_in_a_row: int
     faults_in_a_row: int
-    sane: float
+    params_finite: float
     trouble: str
     kernel_ms: float
     norm: float
     loss_before: float
     step_ms_before: float
     gates: dict[str, str]
-    lessons: int
+    train_steps: int
     harmful_steps: int
     shut_steps: int
     kernel: KernelState | None
 
 
-class PlotState(_State):
+class SlotState(
+    _State,
+    rename={
+        "germinated": "sown",
+        "reported_unused": "told_unused",
+        "reported_fallback": "told_fallback",
+        "reported_faults": "told_faults",
+    },
+):
     """A slot; ``embargo_s`` is what is left of the embargo by the clock."""
 
     stage: str
     dwelt: int
-    sown: int
+    germinated: int
     embargo_s: float
     activation: ActivationState | None
     seed: SeedState | None
-    told_unused: bool
-    told_fallback: str
-    told_faults: list[str]
+    reported_unused: bool
+    reported_fallback: str
+    reported_faults: list[str]
 
 
 class PlateauState(_State):
@@ -93,8 +121,8 @@ class PlateauState(_State):
     waited: int
 
 
-class PauseState(_State):
-    """What a decision keeps as it is."""
+class FreezeState(_State):
+    """What a decision has frozen."""
 
     everything: bool
     seeds: list[str]
@@ -109,7 +137,7 @@ class RequestState(_State):
     blueprint: str
 
 
-class WeatherState(_State):
+class RunSignals(_State):
     """How the run was doing."""
 
     loss: float
@@ -119,24 +147,24 @@ class WeatherState(_State):
     violations: int
 
 
-class GardenState(_State):
+class GardenState(_State, rename={"rng_root": "root", "freeze": "pause", "signals": "weather"}):
     """A garden: ``recorder`` is what its recorder remembers of the run's dynamics."""
 
     version: int
     step: int
-    root: int
-    slots: dict[str, PlotState]
+    rng_root: int
+    slots: dict[str, SlotState]
     ids: list[str]
     plateau: PlateauState
-    pause: PauseState
+    freeze: FreezeState
     requests: list[RequestState]
-    weather: WeatherState
+    signals: RunSignals
     recorder: dict[str, Any] | None
 
 
 def plain(state: GardenState) -> dict[str, Any]:
     """``state`` without structs."""
-    return {name: _plain(getattr(state, name)) for name in state.__struct_fields__}
+    return _fields(state)
 
 
 def parsed(state: object) -> GardenState:
@@ -154,9 +182,14 @@ def parsed(state: object) -> GardenState:
         raise GardenError(f"state: {error}") from None
 
 
+def _fields(state: _State) -> dict[str, Any]:
+    names = zip(state.__struct_fields__, state.__struct_encode_fields__, strict=True)
+    return {outside: _plain(getattr(state, name)) for name, outside in names}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, _State):
-        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+        return _fields(value)
     # Not a subclass: what a module's state_dict() returns has attributes of its own.
     if type(value) is dict:
         return {key: _plain(item) for key, item in value.items()}

@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 
 Scope = Literal["step", "seed"]
 
+WEIGHT = 0.2
+"""Weight of the newest observation in every weighted statistic of the registry."""
+
 
 class Metric(NamedTuple):
     """One row of the registry.

@@ -21,9 +21,8 @@ from esper_otel.kasmina.blueprints import Blueprint
 from esper_otel.kasmina.garden import Garden, GardenError
 from esper_otel.kasmina.kernels import Activation, Compilation, Fetch, KernelFetcher
 from esper_otel.kasmina.lifecycle import GROWING
-from esper_otel.kasmina.offer import Offer
-from esper_otel.kasmina.plot import IN_A_ROW, Plot
-from esper_otel.kasmina.sowing import Place
+from esper_otel.kasmina.planning import Candidate, PlannedOperation
+from esper_otel.kasmina.slot import IN_A_ROW, Slot
 from esper_otel.leyline.decisions import (
     NOT_AGREED,
     Action,
@@ -33,9 +32,8 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.frames import GardenFrame
 from esper_otel.leyline.stages import Stage
-from esper_otel.ranks.agreement import Agreement
-from esper_otel.ranks.circle import CircleError
-from esper_otel.ranks.posts import Order
+from esper_otel.ranks.agreement import Agreement, SeedCommand
+from esper_otel.ranks.process_group import ProcessGroupError
 from esper_otel.settings import EsperSettings, Fossils
 
 ELSEWHERE = "it failed on another rank"
@@ -44,7 +42,7 @@ ELSEWHERE = "it failed on another rank"
 _FLAGS = 7
 _FETCHES, _WAITS, _FAILED, _LATE, _DOOMED, _TROUBLED, _FALLOW = range(_FLAGS)
 """Of each slot: its kernel is fetched; it has not come; it failed; it was late; the seed
-must go at once; the seed does not work; the slot must not be sown."""
+must go at once; the seed does not work; nothing may germinate in the slot."""
 
 
 class SharedGarden(Garden):
@@ -66,7 +64,7 @@ class SharedGarden(Garden):
             if parameter.device.type != "cpu":
                 raise GardenError(
                     f"the model is on {parameter.device} and the run has "
-                    f"{agreement.circle.size} ranks: expected one on the CPU, where the "
+                    f"{agreement.group.size} ranks: expected one on the CPU, where the "
                     "gradients of seeds can be averaged without waiting for a device"
                 )
         settings = EsperSettings() if settings is None else settings
@@ -74,13 +72,13 @@ class SharedGarden(Garden):
             model, slots, settings=settings.changed(fossils=Fossils.STAY), **options
         )
         self._agreement = agreement
-        self._ground.fetcher = _AgreedFetcher(self._ground.fetcher)
-        self._doomed: dict[Plot, str] = {}
-        self._fallow: set[Plot] = set()
-        self._mine: Offer | None = None
+        self._context.fetcher = _AgreedFetcher(self._context.fetcher)
+        self._doomed: dict[Slot, str] = {}
+        self._fallow: set[Slot] = set()
+        self._mine: PlannedOperation | None = None
         self._posted = False
-        self._order: Order | None = None
-        self._share_root(list(self._plots))
+        self._command: SeedCommand | None = None
+        self._share_root(list(self._slots))
         agreement.shared = self
 
     # What the recorder calls.
@@ -91,10 +89,10 @@ class SharedGarden(Garden):
         agreement = self._agreement
         if parameters and agreement.holds:
             try:
-                means = agreement.circle.average(
+                means = agreement.group.average(
                     [parameter.grad for parameter in parameters], parameters
                 )
-            except CircleError as error:
+            except ProcessGroupError as error:
                 agreement.give_up(str(error))
             else:
                 for parameter, mean in zip(parameters, means, strict=True):
@@ -106,131 +104,132 @@ class SharedGarden(Garden):
         self._forget_gradients()
 
     def finalize(self, step: int, latest: Sequence[float]) -> GardenFrame:
-        """As ever, but only the leader proposes, and nothing while an order is under way."""
+        """As ever, but only the leader proposes, and nothing while a command is under way."""
         frame = super().finalize(step, latest)
-        offer = self._offering.withdraw()
+        planned = self._planner.pending.withdraw()
         if not self._agreement.leads or self._posted or not self._agreement.holds:
-            offer = None
-        if offer is not None and offer.place is not None and offer.place.plot in self._fallow:
-            offer = None
-        self._mine = offer
-        return frame._replace(proposal=None if offer is None else offer.proposal)
+            planned = None
+        candidate = None if planned is None else planned.candidate
+        if candidate is not None and candidate.slot in self._fallow:
+            planned = None
+        self._mine = planned
+        return frame._replace(proposal=None if planned is None else planned.proposal)
 
-    def asked(self, step: int) -> None:
+    def proposal_sent(self, step: int) -> None:
         """Tells of the proposal of this step, which is not the one that is settled now."""
-        self._offering.tell(self._mine, step)
+        self._planner.pending.announce(self._mine, step)
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
         """Do what was settled about the step before, as every rank does at this step."""
-        order, self._order = self._order, None
-        offer = None if order is None else self._offer_of(order)
-        return self._decide(offer, decision, enforced)
+        command, self._command = self._command, None
+        planned = None if command is None else self._planned(command)
+        return self._decide(planned, decision, enforced)
 
     # What the agreement calls.
 
-    def heard(self, flags: bytes, order: Order | None) -> None:
-        """What came of the posts of the step before."""
-        self._order = order
+    def on_round(self, flags: bytes, command: SeedCommand | None) -> None:
+        """What came of what was posted of the step before."""
+        self._command = command
         self._posted = False
-        for number, plot in enumerate(self._plots.values()):
+        for number, slot in enumerate(self._slots.values()):
             raised = flags[number * _FLAGS : (number + 1) * _FLAGS]
-            self._hear(plot, raised)
+            self._hear(slot, raised)
 
     def flags(self) -> bytes:
         """What the other ranks must know of this one's slots."""
-        return b"".join(map(self._flags_of, self._plots.values()))
+        return b"".join(map(self._flags_of, self._slots.values()))
 
     def digest(self) -> int:
         """Of all that must be alike on all ranks."""
         # Slots that lie fallow do so by a clock of their own.
         alike = [
-            (plot.seed.id, plot.stage, plot.lifecycle.dwelt, plot.seed.alpha_steps)
-            if plot.seed is not None
+            (slot.seed.id, slot.stage, slot.lifecycle.dwelt, slot.seed.alpha_steps)
+            if slot.seed is not None
             else ()
-            for plot in self._plots.values()
+            for slot in self._slots.values()
         ]
-        return crc32(repr((alike, self._consent.pause.everything)).encode())
+        return crc32(repr((alike, self._approval.freeze.everything)).encode())
 
-    def order(self) -> Order | None:
+    def command(self) -> SeedCommand | None:
         """What this rank, the leader, has proposed in this step."""
-        offer = self._mine
-        if offer is None:
+        planned = self._mine
+        if planned is None:
             return None
         self._posted = True
-        return Order(
-            offer.proposal,
-            offer.slot,
-            "" if offer.place is None else offer.place.blueprint,
-            offer.reason,
+        return SeedCommand(
+            planned.proposal,
+            planned.slot,
+            "" if planned.candidate is None else planned.candidate.blueprint,
+            planned.reason,
         )
 
-    def lost(self) -> None:
+    def on_agreement_lost(self) -> None:
         """Freeze: alone, this rank must not become another than those it trains with."""
-        self._order = self._mine = None
-        self._consent.follow(
+        self._command = self._mine = None
+        self._approval.update_freeze(
             Decision("", "", self._step, -1, Action.PAUSE, Severity.HIGH, NOT_AGREED)
         )
 
     # Parts of them.
 
-    def _remove(self, plot: Plot, reason: str, severity: Severity) -> None:
+    def _remove(self, slot: Slot, reason: str, severity: Severity) -> None:
         """Not now, but when all ranks do."""
-        self._doomed[plot] = reason
+        self._doomed[slot] = reason
 
     def _share_root(self, paths: list[str]) -> None:
         """Take the leader's number for parameters; and see that all have the same slots."""
-        circle, ground = self._agreement.circle, self._ground
+        group, context = self._agreement.group, self._context
         slots = crc32("\0".join(paths).encode()).to_bytes(4, "little")
-        root = (ground.root & (2**64 - 1)).to_bytes(8, "little")
+        root = (context.rng_root & (2**64 - 1)).to_bytes(8, "little")
         sent = slots + bytes(255 - each for each in slots)
-        sent += root if circle.leads else bytes(8)
+        sent += root if group.leads else bytes(8)
         try:
-            heard = circle.send(sent).wait()
-        except CircleError as error:
+            heard = group.send(sent).wait()
+        except ProcessGroupError as error:
             raise GardenError(f"not all ranks have planted a garden: {error}") from None
         if heard[:8] != sent[:8]:
             raise GardenError(
                 f"slots {', '.join(paths)}: expected the same on all ranks, in the same order"
             )
-        ground.root = int.from_bytes(heard[8:], "little")
+        context.rng_root = int.from_bytes(heard[8:], "little")
 
-    def _hear(self, plot: Plot, raised: bytes) -> None:
-        fetch, seed = plot.kernel_fetch, plot.seed
+    def _hear(self, slot: Slot, raised: bytes) -> None:
+        fetch, seed = slot.kernel_fetch, slot.seed
         if raised[_FETCHES] and isinstance(fetch, _AgreedFetch) and not raised[_WAITS]:
             fetch.agree(failed=bool(raised[_FAILED]), late=bool(raised[_LATE]))
         if raised[_DOOMED]:
-            reason = self._doomed.pop(plot, ELSEWHERE)
-            if plot.stage in GROWING:
-                plot.cull(reason, Severity.HIGH)
+            reason = self._doomed.pop(slot, ELSEWHERE)
+            if slot.stage in GROWING:
+                slot.cull(reason, Severity.HIGH)
         elif raised[_TROUBLED] and seed is not None and not seed.trouble:
             seed.trouble = ELSEWHERE
-        (self._fallow.add if raised[_FALLOW] else self._fallow.discard)(plot)
+        (self._fallow.add if raised[_FALLOW] else self._fallow.discard)(slot)
 
-    def _flags_of(self, plot: Plot) -> bytes:
+    def _flags_of(self, slot: Slot) -> bytes:
         raised = bytearray(_FLAGS)
-        fetch, seed = plot.kernel_fetch, plot.seed
-        if isinstance(fetch, _AgreedFetch) and not fetch.ready():
+        fetch, seed = slot.kernel_fetch, slot.seed
+        if isinstance(fetch, _AgreedFetch) and not fetch.done():
             raised[_FETCHES] = 1
-            raised[_WAITS] = not fetch.here.ready()
-            if fetch.here.ready() and fetch.here.module is None:
+            raised[_WAITS] = not fetch.here.done()
+            if fetch.here.done() and fetch.here.module is None:
                 raised[_LATE if fetch.here.late else _FAILED] = 1
-        raised[_DOOMED] = plot in self._doomed
+        raised[_DOOMED] = slot in self._doomed
         if seed is not None:
             raised[_TROUBLED] = bool(seed.trouble) or seed.faults_in_a_row >= IN_A_ROW
-        raised[_FALLOW] = plot.stage not in (Stage.DORMANT, *GROWING)
+        raised[_FALLOW] = slot.stage not in (Stage.DORMANT, *GROWING)
         return bytes(raised)
 
-    def _offer_of(self, order: Order) -> Offer | None:
-        """``order`` as an offer of this garden; None when its slot must not be used."""
-        plot = self._plots.get(order.slot)
-        if plot is None:
+    def _planned(self, command: SeedCommand) -> PlannedOperation | None:
+        """``command`` as an operation of this garden; None when its slot must not be used."""
+        slot = self._slots.get(command.slot)
+        if slot is None:
             return None
-        proposal, place = order.proposal, None
+        proposal, candidate = command.proposal, None
         if proposal.operation is SeedOperation.GERMINATE:
-            if plot in self._fallow:
+            if slot in self._fallow:
                 return None
-            place = Place(plot, order.blueprint, proposal.seed_id)
-        return Offer(proposal, order.slot, place, order.reason)
+            candidate = Candidate(slot, command.blueprint, proposal.seed_id)
+        return PlannedOperation(proposal, command.slot, candidate, command.reason)
 
 
 class _AgreedFetch(Fetch):
@@ -246,7 +245,7 @@ class _AgreedFetch(Fetch):
         self.late = late and not failed
         whole = not failed and not late
         reason = "" if whole else here.reason or ELSEWHERE
-        self.settle(here.module if whole else None, reason, here.latency_ms)
+        self.set_result(here.module if whole else None, reason, here.latency_ms)
 
 
 class _AgreedFetcher(KernelFetcher):

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
 from typing import Any, cast
 
-from esper_otel.finalization import FinalizingError, shielded
-from esper_otel.settings import EsperSettings, new_run_id
+from esper_otel.finalization import FinalizingError, no_shutdown_inside
+from esper_otel.settings import EsperSettings
 
 log = logging.getLogger("esper_otel")
 
@@ -29,6 +31,11 @@ nobody waits for another rank."""
 
 _named = 0
 """Runs of this process so far; the ranks begin them in the same order."""
+
+
+def new_run_id() -> str:
+    """A name for a run: readable, sortable, and not from the global random state."""
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 def is_shared() -> bool:
@@ -42,7 +49,7 @@ def attempt() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def placed(settings: EsperSettings) -> EsperSettings:
+def with_identity(settings: EsperSettings) -> EsperSettings:
     """``settings`` with rank, size and name of the run; never raises.
 
     Without several ranks, or where they cannot agree on a name, it is this process's own;
@@ -92,7 +99,7 @@ def _agreed(key: str, name: str, dist: Any) -> str:
             return error
 
     def write_down() -> None:
-        with suppress(FinalizingError), shielded():
+        with suppress(FinalizingError), no_shutdown_inside():
             held.append(answer())
 
     if dist is None:

@@ -5,8 +5,7 @@ Importing this package is cheap; what sending needs is loaded by :meth:`Stream.s
 
 from esper_otel.leyline.otlp_file import RecordingError
 from esper_otel.stream.destination import is_disabled
-from esper_otel.stream.playback import read_frames
-from esper_otel.stream.recording import read_recording
+from esper_otel.stream.recording import read_frames, read_recording
 from esper_otel.stream.redelivery import FileReport, ResendReport, resend
 from esper_otel.stream.spool import Account
 from esper_otel.stream.stream import Stream, StreamReport

@@ -29,7 +29,7 @@ class Signal(StrEnum):
     LOGS = "logs"
 
 
-class Protocol(StrEnum):
+class OtlpProtocol(StrEnum):
     """How OTLP travels."""
 
     HTTP = "http/protobuf"
@@ -44,7 +44,7 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     signal: Signal
-    protocol: Protocol
+    protocol: OtlpProtocol
     endpoint: str
     headers: tuple[tuple[str, str], ...] = ()
     timeout_s: float = 10.0
@@ -126,10 +126,12 @@ class _Variables:
 
 
 def _destination(signal: Signal, variables: _Variables) -> Destination:
-    protocol = variables.choose("PROTOCOL", Protocol.HTTP, "http/protobuf or grpc", _protocol)
+    protocol = variables.choose(
+        "PROTOCOL", OtlpProtocol.HTTP, "http/protobuf or grpc", _protocol
+    )
     endpoint, secure = (
         _grpc_target(variables)
-        if protocol is Protocol.GRPC
+        if protocol is OtlpProtocol.GRPC
         else (_http_url(signal, variables), False)
     )
     return Destination(
@@ -148,8 +150,8 @@ def _destination(signal: Signal, variables: _Variables) -> Destination:
     )
 
 
-def _protocol(value: str) -> Protocol | None:
-    return Protocol(value.lower()) if value.lower() in list(Protocol) else None
+def _protocol(value: str) -> OtlpProtocol | None:
+    return OtlpProtocol(value.lower()) if value.lower() in list(OtlpProtocol) else None
 
 
 def _seconds(value: str) -> float | None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
 
-from esper_otel import __version__
+from esper_otel._version import __version__
 from esper_otel.leyline.metrics import SEED_ID, SEED_METRICS, STEP_METRICS, Metric
 from esper_otel.stream.ring import Frames, Rows, chosen, part, points
 

@@ -14,7 +14,7 @@ from math import isfinite
 
 from opentelemetry.metrics import CallbackOptions, Observation, get_meter
 
-from esper_otel import __version__
+from esper_otel._version import __version__
 from esper_otel.leyline.metrics import SEED_ID, SEED_METRICS, STEP_METRICS
 from esper_otel.stream.encoding import SCOPE
 from esper_otel.stream.ring import FrameRing
@@ -36,7 +36,7 @@ class _Shown:
 _shown = _Shown()
 
 
-def show(ring: FrameRing) -> None:
+def register(ring: FrameRing) -> None:
     """Report the latest frame of ``ring`` from now on; gauges are made once a process."""
     with _shown.lock:
         _shown.ring = ring
@@ -54,7 +54,7 @@ def show(ring: FrameRing) -> None:
             )
 
 
-def hide(ring: FrameRing) -> None:
+def unregister(ring: FrameRing) -> None:
     """Report nothing more of ``ring``."""
     # Without the lock: a forked child calls this, and the lock may be held there forever.
     if _shown.ring is ring:

@@ -23,7 +23,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from esper_otel import __version__
+from esper_otel._version import __version__
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import Attribute, Event
 from esper_otel.leyline.trace_ids import STEP_SPAN, span_id, trace_id
@@ -38,7 +38,7 @@ _SEVERITIES: dict[Severity, SeverityNumber.ValueType] = {
 }
 
 
-class Trainer(NamedTuple):
+class TrainerIdentity(NamedTuple):
     """Whose events these are, as far as the ids of its traces follow from it."""
 
     run: str
@@ -54,7 +54,7 @@ class Trainer(NamedTuple):
         return trace_id(run, step), span_id(run, rank, instance, step, STEP_SPAN)
 
 
-def encode_events(events: Sequence[Event], resource: bytes, trainer: Trainer) -> bytes:
+def encode_events(events: Sequence[Event], resource: bytes, trainer: TrainerIdentity) -> bytes:
     """One export request with a record per event; ``resource`` is serialised already.
 
     The events' marks must be Unix nanoseconds by now.
@@ -69,7 +69,7 @@ def encode_events(events: Sequence[Event], resource: bytes, trainer: Trainer) ->
     return request.SerializeToString()
 
 
-def emit_events(events: Sequence[Event], logger: api.Logger, trainer: Trainer) -> None:
+def emit_events(events: Sequence[Event], logger: api.Logger, trainer: TrainerIdentity) -> None:
     """The same records through a logger; the events' marks are Unix nanoseconds."""
     observed = time.time_ns()
     for event in events:
@@ -94,7 +94,7 @@ def _context(trace: int, span: int) -> Context:
     return set_span_in_context(parent, Context())
 
 
-def _record(event: Event, observed_unix_nano: int, trainer: Trainer) -> LogRecord:
+def _record(event: Event, observed_unix_nano: int, trainer: TrainerIdentity) -> LogRecord:
     record = LogRecord(
         time_unix_nano=event.mark,
         observed_time_unix_nano=observed_unix_nano,

@@ -11,7 +11,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from esper_otel.stream.destination import Destination, Signal
-from esper_otel.stream.transport import USER_AGENT, Outcome, Verdict, delivered, plain
+from esper_otel.stream.transport import USER_AGENT, SendResult, Verdict, delivered, plain
 
 _EXPORT = {
     Signal.METRICS: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
@@ -54,7 +54,7 @@ class GrpcTransport:
             response_deserializer=None,
         )
 
-    def send(self, body: bytes, timeout_s: float) -> Outcome:
+    def send(self, body: bytes, timeout_s: float) -> SendResult:
         """One Export call."""
         try:
             answer = self._export(body, timeout=timeout_s, metadata=self._headers)
@@ -62,7 +62,7 @@ class GrpcTransport:
             return _judge_call(error)
         except ValueError as error:
             # The channel was closed under the call: the run is over.
-            return Outcome(Verdict.UNREACHABLE, plain(error))
+            return SendResult(Verdict.UNREACHABLE, plain(error))
         return delivered(self._signal, answer)
 
     def close(self) -> None:
@@ -70,18 +70,18 @@ class GrpcTransport:
         self._channel.close()
 
 
-def _judge_call(error: grpc.RpcError) -> Outcome:
+def _judge_call(error: grpc.RpcError) -> SendResult:
     code = error.code().name
     reason = f"{code}: {error.details()}"
     after = _retry_info(error.trailing_metadata() or ())
     if code == "UNIMPLEMENTED":
-        return Outcome(Verdict.UNSUPPORTED, reason)
+        return SendResult(Verdict.UNSUPPORTED, reason)
     if code == "UNAVAILABLE" and after is None:
-        return Outcome(Verdict.UNREACHABLE, reason)
+        return SendResult(Verdict.UNREACHABLE, reason)
     # A receiver that is exhausted for good says so by not saying when.
     if code in _GRPC_RETRYABLE or (code == "RESOURCE_EXHAUSTED" and after is not None):
-        return Outcome(Verdict.RETRY, reason, retry_after_s=after)
-    return Outcome(Verdict.REFUSED, reason)
+        return SendResult(Verdict.RETRY, reason, retry_after_s=after)
+    return SendResult(Verdict.REFUSED, reason)
 
 
 def _retry_info(metadata: Any) -> float | None:

@@ -25,7 +25,7 @@ from esper_otel.stream.destination import Destination
 from esper_otel.stream.transport import (
     MAX_ANSWER,
     USER_AGENT,
-    Outcome,
+    SendResult,
     Verdict,
     delivered,
     plain,
@@ -53,7 +53,7 @@ class HttpTransport:
         }
         self._connection = self._open(url, _tls(destination) if url.scheme == "https" else None)
 
-    def send(self, body: bytes, timeout_s: float) -> Outcome:
+    def send(self, body: bytes, timeout_s: float) -> SendResult:
         """POST one request; the answer is read up to 64 KiB."""
         # Level 1: what repeats in a batch are whole names, which the fastest level finds.
         data = gzip.compress(body, 1) if self._gzip else body
@@ -62,14 +62,14 @@ class HttpTransport:
             self._connect(timeout_s)
         except (OSError, HTTPException) as error:
             connection.close()
-            return Outcome(Verdict.UNREACHABLE, plain(error))
+            return SendResult(Verdict.UNREACHABLE, plain(error))
         try:
             connection.request("POST", self._target, data, self._headers)
             response = connection.getresponse()
             answer = response.read(MAX_ANSWER)
         except (OSError, HTTPException) as error:
             connection.close()
-            return Outcome(Verdict.RETRY, plain(error))
+            return SendResult(Verdict.RETRY, plain(error))
         if not response.isclosed():
             # More than anybody needs to say; the rest would be read as the next answer.
             connection.close()
@@ -93,17 +93,17 @@ class HttpTransport:
         else:
             connection.sock.settimeout(timeout_s)
 
-    def _judge(self, response: HTTPResponse, answer: bytes) -> Outcome:
+    def _judge(self, response: HTTPResponse, answer: bytes) -> SendResult:
         status = response.status
         if 200 <= status < 300:
             return delivered(self._signal, answer)
         reason = f"HTTP {status} {response.reason}".rstrip()
         if status in (429, 502, 503, 504):
             after = _retry_after(response.headers.get("Retry-After", ""))
-            return Outcome(Verdict.RETRY, reason, retry_after_s=after)
+            return SendResult(Verdict.RETRY, reason, retry_after_s=after)
         if status in (404, 501):
-            return Outcome(Verdict.UNSUPPORTED, reason)
-        return Outcome(Verdict.REFUSED, reason)
+            return SendResult(Verdict.UNSUPPORTED, reason)
+        return SendResult(Verdict.REFUSED, reason)
 
     def _open(self, url: SplitResult, tls: ssl.SSLContext | None) -> HTTPConnection:
         """A connection to the receiver, or to the proxy on the way to it; not yet made."""

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import Tracer as SdkTracer
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanContext
 
-from esper_otel import __version__
+from esper_otel._version import __version__
 from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID, WORLD_SIZE
 from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream.encoding import SCOPE
@@ -104,7 +104,7 @@ class Tracers:
 
     A global SDK ``TracerProvider`` is looked for every time, since a script may set one
     after the stream began. Spans of our own provider are collected here, for
-    :meth:`take` to encode.
+    :meth:`encode_finished` to encode.
     """
 
     def __init__(self, resource: Resource) -> None:
@@ -133,7 +133,7 @@ class Tracers:
             tracer.id_generator = self.ids
         return tracer
 
-    def take(self, put: Callable[[bytes, int], None]) -> None:
+    def encode_finished(self, put: Callable[[bytes, int], None]) -> None:
         """Hand the finished spans of our own provider to ``put`` as (request, spans)."""
         spans, self._finished.spans = self._finished.spans, []
         for start in range(0, len(spans), SPANS_PER_REQUEST):

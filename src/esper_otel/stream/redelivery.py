@@ -15,8 +15,8 @@ import msgspec
 from esper_otel.leyline.otlp_file import RecordingError, framed
 from esper_otel.stream.destination import Destination, Signal, destinations
 from esper_otel.stream.recording import read_recording, signal_of
-from esper_otel.stream.sender import Backoff
-from esper_otel.stream.transport import Outcome, Transport, Verdict, open_transport
+from esper_otel.stream.sender import Backoff, open_transport
+from esper_otel.stream.transport import SendResult, Transport, Verdict
 
 ATTEMPTS = 5
 """For one request, before its file is given up for now."""
@@ -132,7 +132,7 @@ def _send(
     destination: Destination,
     transport: Transport,
     sleep: Callable[[float], None],
-) -> Outcome:
+) -> SendResult:
     """Send one request, again while that makes sense."""
     backoff = Backoff()
     outcome = transport.send(body, destination.timeout_s)

@@ -126,7 +126,7 @@ class FrameRing:
         steps.written = written + 1
         return True
 
-    def take(self, now_ns: int | None = None) -> Frames | None:
+    def drain(self, now_ns: int | None = None) -> Frames | None:
         """Every frame written since the last call, None when there is none.
 
         With ``now_ns``, the Unix time, the frames of the millisecond that is under way stay

@@ -1,4 +1,4 @@
-"""Sender: the thread that delivers one signal, and its patience.
+"""Sender: the thread that delivers one signal, by which transport, and its patience.
 
 Sending never holds back draining: whatever a receiver does to this thread, batches wait
 in the spool. Delivery is at least once: a batch whose answer did not come is sent again.
@@ -13,15 +13,26 @@ import threading
 import time
 from collections.abc import Callable
 
-from esper_otel.stream.destination import Destination, Signal
-from esper_otel.stream.spool import Group, Spool
-from esper_otel.stream.transport import Outcome, Transport, Verdict, open_transport
+from esper_otel.stream.destination import Destination, OtlpProtocol, Signal
+from esper_otel.stream.spool import BatchGroup, Spool
+from esper_otel.stream.transport import SendResult, Transport, Verdict
 
 log = logging.getLogger("esper_otel")
 
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 """Short, so that a receiver that comes back is found soon."""
+
+
+def open_transport(destination: Destination) -> Transport:
+    """The transport that ``destination`` asks for; connects at the first request."""
+    if destination.protocol is OtlpProtocol.GRPC:
+        from esper_otel.stream.over_grpc import GrpcTransport
+
+        return GrpcTransport(destination)
+    from esper_otel.stream.over_http import HttpTransport
+
+    return HttpTransport(destination)
 
 
 class Backoff:
@@ -54,7 +65,7 @@ class Outage:
         self._down: set[Signal] = set()
         self._told = False
 
-    def begin(self, destination: Destination, reason: str) -> None:
+    def went_down(self, destination: Destination, reason: str) -> None:
         """A request of this signal could not be delivered now."""
         with self._lock:
             self._down.add(destination.signal)
@@ -68,7 +79,7 @@ class Outage:
             self._kept,
         )
 
-    def end(self, destination: Destination) -> None:
+    def came_back(self, destination: Destination) -> None:
         """A request of this signal was delivered."""
         with self._lock:
             was_down = destination.signal in self._down
@@ -103,7 +114,7 @@ class Sender:
         """Start the thread."""
         self._thread.start()
 
-    def finish(self, deadline: float) -> None:
+    def finish_by(self, deadline: float) -> None:
         """Send what waits until ``deadline`` (of :func:`time.monotonic`), then stop."""
         self._deadline = deadline
         self._finishing.set()
@@ -115,7 +126,7 @@ class Sender:
 
     def _run(self) -> None:
         signal = self._destination.signal
-        while (group := self._spool.take(signal)) is not None:
+        while (group := self._spool.next_group(signal)) is not None:
             timeout_s = min(self._destination.timeout_s, self._deadline - time.monotonic())
             if timeout_s <= 0:
                 self._spool.put_back(group)
@@ -123,15 +134,15 @@ class Sender:
             if not self._settle(group, self._send(group, timeout_s)):
                 return
 
-    def _send(self, group: Group, timeout_s: float) -> Outcome:
+    def _send(self, group: BatchGroup, timeout_s: float) -> SendResult:
         try:
             return self._transport.send(group.body(), timeout_s)
         except Exception as error:
             # A transport that raises has a fault of its own; what it carried is kept.
             log.debug("sending failed", exc_info=True)
-            return Outcome(Verdict.RETRY, f"{type(error).__name__}: {error}")
+            return SendResult(Verdict.RETRY, f"{type(error).__name__}: {error}")
 
-    def _settle(self, group: Group, outcome: Outcome) -> bool:
+    def _settle(self, group: BatchGroup, outcome: SendResult) -> bool:
         """Account for ``group``, pause where that is due; False to stop sending."""
         match outcome.verdict:
             case Verdict.DELIVERED:
@@ -144,14 +155,14 @@ class Sender:
                 return self._try_later(group, outcome)
         return True
 
-    def _delivered(self, group: Group, outcome: Outcome) -> None:
+    def _delivered(self, group: BatchGroup, outcome: SendResult) -> None:
         self._spool.deliver(group, outcome.rejected)
         self._backoff.reset()
-        self._outage.end(self._destination)
+        self._outage.came_back(self._destination)
         if outcome.rejected:
             self._warn_refused(f"{outcome.rejected} items", outcome.reason)
 
-    def _refuse(self, group: Group, outcome: Outcome) -> None:
+    def _refuse(self, group: BatchGroup, outcome: SendResult) -> None:
         self._backoff.reset()
         if self._spool.refuse(group):
             self._warn_refused("a request", outcome.reason)
@@ -167,7 +178,7 @@ class Sender:
                 reason,
             )
 
-    def _unsupported(self, group: Group, outcome: Outcome) -> bool:
+    def _unsupported(self, group: BatchGroup, outcome: SendResult) -> bool:
         """No such endpoint: only without metrics is a run not whole."""
         signal = self._destination.signal
         if signal is Signal.METRICS:
@@ -177,9 +188,9 @@ class Sender:
         log.info("%s takes no %s (%s)", self._destination.endpoint, signal, outcome.reason)
         return False
 
-    def _try_later(self, group: Group, outcome: Outcome) -> bool:
+    def _try_later(self, group: BatchGroup, outcome: SendResult) -> bool:
         self._spool.put_back(group)
-        self._outage.begin(self._destination, outcome.reason)
+        self._outage.went_down(self._destination, outcome.reason)
         if self._finishing.is_set() and outcome.verdict is Verdict.UNREACHABLE:
             # Nobody is there: waiting for the deadline would only hold up the exit.
             return False

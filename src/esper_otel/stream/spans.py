@@ -36,7 +36,7 @@ STEP_ATTRIBUTES = (
 """Metrics of the step that its span carries, as ``esper.`` + key."""
 
 
-def tell(timeline: StepTimeline, tracers: Tracers) -> None:
+def emit_spans(timeline: StepTimeline, tracers: Tracers) -> None:
     """Make the spans of one step, each with its own start and end."""
     from opentelemetry.context import Context
     from opentelemetry.trace import SpanKind, set_span_in_context

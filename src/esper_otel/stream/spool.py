@@ -46,7 +46,7 @@ class Batch(msgspec.Struct, eq=False):
     alone: bool = False
 
 
-class Group(msgspec.Struct, eq=False):
+class BatchGroup(msgspec.Struct, eq=False):
     """Batches on their way in one request.
 
     Serialised protobuf messages laid end to end are the message of both, so batches need
@@ -86,7 +86,7 @@ class Spool:
         self._bytes = 0
         self._numbered = 0
         self._lines: dict[Signal, deque[Batch]] = {signal: deque() for signal in Signal}
-        self._in_flight: dict[Signal, Group | None] = dict.fromkeys(Signal)
+        self._in_flight: dict[Signal, BatchGroup | None] = dict.fromkeys(Signal)
         self._accounts = dict.fromkeys(Signal, Account())
         self._closed: set[Signal] = set()
         self._phase = _Phase.OPEN
@@ -111,7 +111,7 @@ class Spool:
                 pass
             self._changed[signal].notify_all()
 
-    def take(self, signal: Signal) -> Group | None:
+    def next_group(self, signal: Signal) -> BatchGroup | None:
         """The oldest batches of ``signal`` for one request; waits for some.
 
         None when there will be none any more. Every group taken must be settled by one of
@@ -123,7 +123,7 @@ class Spool:
                 self._changed[signal].wait()
             if not line or self._phase is _Phase.SEALED:
                 return None
-            group = Group([line.popleft()])
+            group = BatchGroup([line.popleft()])
             size = len(group.batches[0].body)
             while line and not (line[0].alone or group.batches[0].alone):
                 size += len(line[0].body)
@@ -133,7 +133,7 @@ class Spool:
             self._in_flight[signal] = group
             return group
 
-    def deliver(self, group: Group, rejected: int = 0) -> None:
+    def deliver(self, group: BatchGroup, rejected: int = 0) -> None:
         """``group`` was taken by the receiver but for ``rejected`` of its items."""
         with self._lock:
             if self._settle(group):
@@ -147,7 +147,7 @@ class Spool:
                     refused=rejected,
                 )
 
-    def refuse(self, group: Group) -> bool:
+    def refuse(self, group: BatchGroup) -> bool:
         """The receiver will never take ``group``; False when its parts get another try.
 
         One bad batch should not take its neighbours along, nor a limit on the size of
@@ -163,7 +163,7 @@ class Spool:
                 self._drop(group.batches, refused=True)
             return True
 
-    def put_back(self, group: Group) -> None:
+    def put_back(self, group: BatchGroup) -> None:
         """``group`` was not taken now; it is first in line again."""
         with self._lock:
             if self._settle(group):
@@ -189,8 +189,8 @@ class Spool:
         """Whether ``signal`` has no receiver."""
         return signal in self._closed
 
-    def finish(self) -> None:
-        """No more batches come: :meth:`take` stops waiting for them."""
+    def end_input(self) -> None:
+        """No more batches come: :meth:`next_group` stops waiting for them."""
         with self._lock:
             self._phase = _Phase.FINISHING
             self._wake_all()
@@ -212,12 +212,12 @@ class Spool:
             self._wake_all()
             return sorted(batches, key=lambda batch: batch.number)
 
-    def lose(self, signal: Signal, items: int) -> None:
+    def drop_spooled(self, signal: Signal, items: int) -> None:
         """``items`` that were spooled could not be kept."""
         with self._lock:
             self._count(signal, spooled=-items, dropped=items)
 
-    def never_made(self, signal: Signal, items: int) -> None:
+    def drop_unencoded(self, signal: Signal, items: int) -> None:
         """``items`` were due, but no batch could be made of them."""
         with self._lock:
             self._count(signal, produced=items, dropped=items)
@@ -231,7 +231,7 @@ class Spool:
         for changed in self._changed.values():
             changed.notify_all()
 
-    def _settle(self, group: Group) -> bool:
+    def _settle(self, group: BatchGroup) -> bool:
         """End the flight of ``group``; False when the spool was sealed meanwhile."""
         if self._in_flight[group.signal] is not group:
             return False

@@ -22,15 +22,14 @@ import msgspec
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.settings import EsperSettings
-from esper_otel.stream import recording as files
 from esper_otel.stream.destination import Signal, destinations
+from esper_otel.stream.recording import Recording, stem, write_unsent
 from esper_otel.stream.spool import Account, Batch, Spool
 
 if TYPE_CHECKING:
-    from esper_otel.stream.drain import Drain
+    from esper_otel.stream.drain import Drain, RunTotals
     from esper_otel.stream.ring import SeedRows
     from esper_otel.stream.sender import Sender
-    from esper_otel.stream.tally import Tally
 
 log = logging.getLogger("esper_otel")
 
@@ -86,12 +85,12 @@ class Stream:
         self._events: deque[Event] = deque()
         self._refused_events = 0
         self._spool = Spool(int(settings.spool_mb * 1e6))
-        self._recording: files.Recording | None = None
-        self.tally: Tally | None = None
+        self._recording: Recording | None = None
+        self.totals: RunTotals | None = None
         """What the run was like so far; None when nothing is recorded."""
         self._drain: Drain | None = None
         self._senders: dict[Signal, Sender] = {}
-        self._hide: Callable[[], None] | None = None
+        self._unregister: Callable[[], None] | None = None
         self._files: tuple[Path, ...] = ()
         self._on = True
         self._faulted = False
@@ -145,7 +144,7 @@ class Stream:
         else:
             self._refused_events += 1
 
-    def report(self) -> StreamReport:
+    def snapshot(self) -> StreamReport:
         """What became of everything handed over so far."""
         ring, recording = self._ring, self._recording
         lost_points, lost_spans = ring.refused_points, self._refused_spans
@@ -169,37 +168,36 @@ class Stream:
         if os.getpid() != self._pid:
             return StreamReport()
         if self._closed:
-            return self.report()
+            return self.snapshot()
         self._closed = True
         self._on = False
         budget_s = self._settings.flush_timeout_s if timeout_s is None else timeout_s
         end = time.monotonic() + budget_s
         # The last part of the time is for writing what could not be sent.
         deadline = end - min(0.2 * budget_s, 0.25)
-        if self._hide is not None:
-            self._hide()
+        if self._unregister is not None:
+            self._unregister()
         if self._drain is not None and not self._drain.stop(deadline - time.monotonic()):
             log.warning("telemetry of the last steps could not be written in time")
-        self._spool.finish()
+        self._spool.end_input()
         for sender in self._senders.values():
-            sender.finish(deadline)
+            sender.finish_by(deadline)
         for sender in self._senders.values():
             sender.join()
         self._abandon_ring()
         self._leave(self._spool.seal(), end)
-        return self.report()
+        return self.snapshot()
 
     def _start(self) -> None:
-        from esper_otel.stream import gauges
-        from esper_otel.stream.drain import Drain
-        from esper_otel.stream.logs import Trainer
+        from esper_otel.stream.drain import Drain, RunTotals
+        from esper_otel.stream.gauges import register, unregister
+        from esper_otel.stream.logs import TrainerIdentity
         from esper_otel.stream.providers import (
             Tracers,
             serialised_resource,
             trainer_resource,
         )
         from esper_otel.stream.sender import Outage, Sender
-        from esper_otel.stream.tally import Tally
 
         settings = self._settings
         resource = trainer_resource(
@@ -214,8 +212,8 @@ class Stream:
             f"left in {settings.spool_path}"
         )
         if settings.recording_dir:
-            self._recording = files.Recording(
-                Path(settings.recording_dir), files.stem(self._run_id, settings.rank)
+            self._recording = Recording(
+                Path(settings.recording_dir), stem(self._run_id, settings.rank)
             )
         for destination in destinations(self._environ).values():
             try:
@@ -228,38 +226,38 @@ class Stream:
                     destination.endpoint,
                     error,
                 )
-        self.tally = Tally()
+        self.totals = RunTotals()
         self._drain = Drain(
             ring=self._ring,
             timelines=self._timelines,
             events=self._events,
             resource=serialised_resource(resource),
-            trainer=Trainer(self._run_id, settings.rank, self._instance_id),
+            trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
             tracers=Tracers(resource),
             spool=self._spool,
             recording=self._recording,
-            tally=self.tally,
+            totals=self.totals,
             sent=frozenset(self._senders),
             interval_s=settings.stream_interval_ms / 1e3,
         )
         self._drain.start()
         for sender in self._senders.values():
             sender.start()
-        gauges.show(self._ring)
-        self._hide = lambda: gauges.hide(self._ring)
+        register(self._ring)
+        self._unregister = lambda: unregister(self._ring)
 
     def _abandon_ring(self) -> None:
         """Count what nobody will turn into OTLP any more."""
         from esper_otel.stream.ring import points
 
-        frames = self._ring.take()
+        frames = self._ring.drain()
         if frames is not None:
-            self._spool.never_made(Signal.METRICS, points(frames))
+            self._spool.drop_unencoded(Signal.METRICS, points(frames))
         spans = sum(timeline.spans for timeline in self._timelines)
         if spans:
-            self._spool.never_made(Signal.TRACES, spans)
+            self._spool.drop_unencoded(Signal.TRACES, spans)
         if self._events:
-            self._spool.never_made(Signal.LOGS, len(self._events))
+            self._spool.drop_unencoded(Signal.LOGS, len(self._events))
 
     def _leave(self, batches: list[Batch], end: float) -> None:
         """Write what is unsent to files, on a thread so that a dead disk holds up nobody."""
@@ -280,7 +278,7 @@ class Stream:
         for signal in Signal:
             items = sum(batch.items for batch in batches if batch.signal is signal)
             if items and signal not in left:
-                self._spool.lose(signal, items)
+                self._spool.drop_spooled(signal, items)
         if left:
             log.warning(
                 "unsent telemetry is left in files; deliver it with: esper-otel resend %s",
@@ -289,13 +287,13 @@ class Stream:
 
     def _write_files(self, batches: list[Batch], left: dict[Signal, Path]) -> None:
         folder = self._settings.spool_path
-        stem = files.stem(self._run_id, self._settings.rank, self._pid)
+        name = stem(self._run_id, self._settings.rank, self._pid)
         for signal in Signal:
             bodies = [batch.body for batch in batches if batch.signal is signal]
             if not bodies:
                 continue
             try:
-                left[signal] = files.leave(folder, stem, signal, bodies)
+                left[signal] = write_unsent(folder, name, signal, bodies)
             except OSError as error:
                 log.warning("unsent %s are lost, %s: %s", signal, folder, error)
 
@@ -309,8 +307,8 @@ class Stream:
     def _silence(self) -> None:
         """In a forked child: the run belongs to the parent."""
         self._on = False
-        if self._hide is not None:
-            self._hide()
+        if self._unregister is not None:
+            self._unregister()
 
 
 def _with_lost(account: Account, lost: int) -> Account:

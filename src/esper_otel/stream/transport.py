@@ -14,9 +14,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from esper_otel import __version__
-from esper_otel.stream import destination as where
-from esper_otel.stream.destination import Destination, Signal
+from esper_otel._version import __version__
+from esper_otel.stream.destination import Signal
 
 USER_AGENT = f"esper-otel/{__version__}"
 
@@ -41,7 +40,7 @@ class Verdict(Enum):
     """Never, for this signal: the receiver has no such endpoint."""
 
 
-class Outcome(NamedTuple):
+class SendResult(NamedTuple):
     """Verdict on one request, with what the receiver said about it.
 
     ``rejected`` is the number of points or spans that a receiver left out of a delivered
@@ -57,28 +56,17 @@ class Outcome(NamedTuple):
 class Transport(Protocol):
     """Sends requests of one signal, one at a time. Never raises for the network's faults."""
 
-    def send(self, body: bytes, timeout_s: float) -> Outcome:
+    def send(self, body: bytes, timeout_s: float) -> SendResult:
         """Send one serialised request and wait for its answer."""
 
     def close(self) -> None:
         """Let go of connections, and of a call in flight where that is possible."""
 
 
-def open_transport(destination: Destination) -> Transport:
-    """The transport that ``destination`` asks for; connects at the first request."""
-    if destination.protocol is where.Protocol.GRPC:
-        from esper_otel.stream.over_grpc import GrpcTransport
-
-        return GrpcTransport(destination)
-    from esper_otel.stream.over_http import HttpTransport
-
-    return HttpTransport(destination)
-
-
-def delivered(signal: Signal, answer: bytes) -> Outcome:
+def delivered(signal: Signal, answer: bytes) -> SendResult:
     """A request that was taken, perhaps without some of its points or spans."""
     if not answer:
-        return Outcome(Verdict.DELIVERED)
+        return SendResult(Verdict.DELIVERED)
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
     from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
@@ -99,8 +87,8 @@ def delivered(signal: Signal, answer: bytes) -> Outcome:
             reason = traces.partial_success.error_message
     except DecodeError:
         # 2xx was said; a body that is no protobuf does not take it back.
-        return Outcome(Verdict.DELIVERED)
-    return Outcome(Verdict.DELIVERED, reason, rejected)
+        return SendResult(Verdict.DELIVERED)
+    return SendResult(Verdict.DELIVERED, reason, rejected)
 
 
 def plain(error: BaseException) -> str:

@@ -18,13 +18,13 @@ from esper_otel.leyline.decisions import BREAKER_OPEN, Decision, Proposal, unans
 from esper_otel.leyline.guards import Guards
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo.breaker import Breaker, State
-from esper_otel.tamiyo.connection import Connection, Failure
+from esper_otel.tamiyo.connection import Connection, RequestFailure
 
 _PATIENCE = 0.95
 """Share of the deadline that is waited: the kernel ends a wait about 0.1 ms late, and to give
 up takes time as well."""
 
-_BREAKER_IS_OPEN = Failure(BREAKER_OPEN, "the circuit breaker is open")
+_BREAKER_IS_OPEN = RequestFailure(BREAKER_OPEN, "the circuit breaker is open")
 
 log = logging.getLogger("esper_otel")
 
@@ -76,7 +76,7 @@ class TamiyoClient:
         self._request_id = 0
         self._under_way: wire.Ask | wire.Check | None = None
         self._until_ns = 0
-        self._failure: Failure | None = None
+        self._failure: RequestFailure | None = None
         """Why the message under way is not answered, as far as the sending has shown it."""
         self._reported_down = False
         self._closed = threading.Event()
@@ -115,10 +115,16 @@ class TamiyoClient:
         )
         self._send(message)
 
-    def check(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
-        """What is to become of the update of ``step``, of which ``row`` is known; waits."""
+    def check(
+        self, step: int, time_unix_nano: int, row: list[float], waited_ns: int = 0
+    ) -> Decision:
+        """What is to become of the update of ``step``, of which ``row`` is known; waits.
+
+        The deadline is shorter by what the same step has ``waited_ns`` before.
+        """
         self._request_id = request_id = self._request_id + 1
         self._send(wire.Check(request_id, step, time_unix_nano, row))
+        self._until_ns -= waited_ns
         decision = self.collect()
         assert decision is not None
         return decision
@@ -132,7 +138,7 @@ class TamiyoClient:
         if failure is None:
             try:
                 answer = self._connection.answer_to(message.request_id, self._until_ns)
-            except Failure as late:
+            except RequestFailure as late:
                 failure = late
             else:
                 return self._answered(answer)
@@ -164,7 +170,7 @@ class TamiyoClient:
         self._until_ns = perf_counter_ns() + self._patience_ns
         try:
             self._connection.send(message)
-        except Failure as failure:
+        except RequestFailure as failure:
             self._failure = failure
 
     def _answered(self, answer: wire.Answer) -> Decision:
@@ -180,13 +186,13 @@ class TamiyoClient:
         if self.breaker.state is State.CLOSED:
             self._connection.close()
 
-    def forget(self) -> None:
+    def disable(self) -> None:
         """Never ask again: in a forked child the parent's connection must not be used."""
         self._connection.close()
         self._under_way = None
         self.breaker.state = State.OPEN
 
-    def _failed(self, failure: Failure, message: wire.Ask | wire.Check) -> None:
+    def _failed(self, failure: RequestFailure, message: wire.Ask | wire.Check) -> None:
         self.breaker.failed(perf_counter_ns())
         if self.breaker.state is State.CLOSED:
             return
@@ -225,7 +231,7 @@ class TamiyoClient:
             try:
                 connection.send(probe)
                 connection.answer_to(probe.request_id, perf_counter_ns() + self._patience_ns)
-            except Failure:
+            except RequestFailure:
                 breaker.failed(perf_counter_ns())
                 continue
             breaker.succeeded()  # from here on all of it is the asking thread's
@@ -251,7 +257,7 @@ _clients: weakref.WeakSet[TamiyoClient] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for client in list(_clients):
-        client.forget()
+        client.disable()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -18,7 +18,7 @@ _MAX_SELECT = 1024
 """select takes no descriptor from this on (FD_SETSIZE)."""
 
 
-class Failure(Exception):  # noqa: N818  (not an error of anybody's: it never leaves the client)
+class RequestFailure(Exception):  # noqa: N818  (not an error of anybody's: it never leaves the client)
     """No decision; ``reason`` is the one the ask will give."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -47,8 +47,8 @@ class Connection:
     def send(self, message: wire.Ask | wire.Check) -> None:
         """Send ``message`` without waiting for anything.
 
-        Raises :class:`Failure` and nothing else. Anything but a sidecar that does not read,
-        or a message cut in two, needs a fresh connection, which the next call makes.
+        Raises :class:`RequestFailure` and nothing else. Anything but a sidecar that does not
+        read, or a message cut in two, needs a fresh connection, which the next call makes.
         """
         try:
             self._send(message)
@@ -58,8 +58,8 @@ class Connection:
     def answer_to(self, request_id: int, until_ns: int) -> wire.Answer:
         """The answer, if it is here by ``until_ns`` of ``perf_counter_ns``.
 
-        Raises :class:`Failure` and nothing else. After a time-out the connection stays: the
-        late answer is recognised by its id and dropped.
+        Raises :class:`RequestFailure` and nothing else. After a time-out the connection stays:
+        the late answer is recognised by its id and dropped.
         """
         try:
             return self._await(request_id, until_ns)
@@ -81,10 +81,12 @@ class Connection:
             uid = wire.peer_uid(connection)
         except OSError as error:
             connection.close()
-            raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
+            raise RequestFailure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
         if not wire.may_steer(uid):
             connection.close()
-            raise Failure(UNREACHABLE, f"{self.path}: listened on by another user ({uid})")
+            raise RequestFailure(
+                UNREACHABLE, f"{self.path}: listened on by another user ({uid})"
+            )
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._buffer = wire.MessageBuffer()
@@ -92,10 +94,12 @@ class Connection:
         self._socket = connection
         return connection
 
-    def _failure_of(self, error: Exception) -> Failure:
+    def _failure_of(self, error: Exception) -> RequestFailure:
         """What the client is told of ``error``; the connection is closed unless it is whole."""
-        if not isinstance(error, Failure):  # whatever it is, the training loop must not see it
-            error = Failure(PROTOCOL_ERROR, repr(error))
+        if not isinstance(
+            error, RequestFailure
+        ):  # whatever it is, the training loop must not see it
+            error = RequestFailure(PROTOCOL_ERROR, repr(error))
         if error.reason != TIMEOUT or self._unsent or len(self._buffer):
             self.close()
         return error
@@ -106,23 +110,23 @@ class Connection:
         try:
             sent = connection.send(data)
         except BlockingIOError:
-            raise Failure(TIMEOUT, "the sidecar does not read") from None
+            raise RequestFailure(TIMEOUT, "the sidecar does not read") from None
         except OSError as error:
-            raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
+            raise RequestFailure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
         if sent < len(data):
             self.close()
-            raise Failure(TIMEOUT, "the sidecar does not read")
+            raise RequestFailure(TIMEOUT, "the sidecar does not read")
         self._unsent = b""
 
     def _await(self, request_id: int, until_ns: int) -> wire.Answer:
         if self._socket is None:
-            raise Failure(UNREACHABLE, f"{self.path}: the connection was lost")
+            raise RequestFailure(UNREACHABLE, f"{self.path}: the connection was lost")
         # Without asking whether there is something to read: an answer that is collected a
         # forward and backward pass later nearly always is.
         answer = self._receive(request_id)
         while answer is None:
             if not self._readable(until_ns):
-                raise Failure(TIMEOUT, "no answer within the deadline")
+                raise RequestFailure(TIMEOUT, "no answer within the deadline")
             answer = self._receive(request_id)
         return answer
 
@@ -152,7 +156,7 @@ class Connection:
         try:
             count = self._socket.recv_into(self._incoming)
             if not count:
-                raise Failure(UNREACHABLE, "the sidecar closed the connection")
+                raise RequestFailure(UNREACHABLE, "the sidecar closed the connection")
             for body in self._buffer.feed(self._view[:count]):
                 message = wire.decode_to_client(body)
                 if isinstance(message, wire.Answer):
@@ -163,11 +167,13 @@ class Connection:
                 elif isinstance(message, wire.Welcome):
                     self.table_version = message.table_version
                 elif isinstance(message, wire.Refusal):
-                    raise Failure(PROTOCOL_ERROR, f"the sidecar refused: {message.message}")
+                    raise RequestFailure(
+                        PROTOCOL_ERROR, f"the sidecar refused: {message.message}"
+                    )
         except BlockingIOError:
             return None
         except OSError as error:
-            raise Failure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
+            raise RequestFailure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
         except wire.WireError as error:
-            raise Failure(PROTOCOL_ERROR, str(error)) from None
+            raise RequestFailure(PROTOCOL_ERROR, str(error)) from None
         return found

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Decision, Proposal, unanswered
 from esper_otel.leyline.guards import Guards
-from esper_otel.tolaria.ports import Asks, Settles
+from esper_otel.tolaria.ports import DecisionAgreement, DecisionClient
 
 
 class Taken(NamedTuple):
@@ -30,7 +30,7 @@ class Asking:
     ``client`` None means that nobody is asked.
     """
 
-    def __init__(self, run: str, client: Asks | None) -> None:
+    def __init__(self, run: str, client: DecisionClient | None) -> None:
         self.spent_ns = 0
         """Time of the training thread, in nanoseconds, since it was set to 0 last."""
         self.unjudged = 0
@@ -44,10 +44,12 @@ class Asking:
         self.is_shared = False
         """Whether decisions are those that all ranks have settled."""
         self._client = client
-        self._agreement: Settles | None = None
+        self._agreement: DecisionAgreement | None = None
         self.sent = 0
         """Mark of the sending of what is under way, 0: nothing is."""
         self._settled_from = 0
+        self._waited_ns = 0
+        """For the newest answer."""
 
     @property
     def guards(self) -> Guards | None:
@@ -60,18 +62,18 @@ class Asking:
             return None
         return self._client.guards
 
-    def ask_of(self, client: Asks | None) -> None:
+    def set_client(self, client: DecisionClient | None) -> None:
         """Ask ``client`` from here on; None: nobody."""
         self._client, self.sent = client, 0
         self.asks = client is not None
         self.decides = self.asks or self.is_shared
 
-    def agree(self, agreement: Settles, *, asks: bool) -> None:
+    def share_decisions(self, agreement: DecisionAgreement, *, asks: bool) -> None:
         """From here on take what all ranks have settled; ``asks``: for all of them."""
         self._agreement = agreement
         self.decides = self.is_shared = True
         if not asks:
-            self.ask_of(None)
+            self.set_client(None)
 
     def send(
         self,
@@ -106,15 +108,16 @@ class Asking:
         decision = client.collect()
         agreement = self._agreement
         if decision is not None and agreement is not None:
-            agreement.answered(decision)
+            agreement.submit_answer(decision)
             self._settled_from, decision = sent, None
         ended = perf_counter_ns()
-        self.spent_ns += ended - began
+        self._waited_ns = ended - began
+        self.spent_ns += self._waited_ns
         if decision is None:
             return None
         return self._count(Taken(decision, sent, ended))
 
-    def settle(self, step: int) -> Taken | None:
+    def collect_agreed(self, step: int) -> Taken | None:
         """Where ranks agree, at the end of ``step``: what all of them are to apply now."""
         agreement = self._agreement
         if agreement is None:
@@ -123,18 +126,18 @@ class Asking:
         decision = agreement.settle(step)
         if self.asks and not self.sent:
             # All ranks do what they do together in the same order: nothing is to come later.
-            agreement.answered(unanswered(self._run, step, NOT_ASKED))
+            agreement.submit_answer(unanswered(self._run, step, NOT_ASKED))
         ended = perf_counter_ns()
         self.spent_ns += ended - began
         sent, self._settled_from = self._settled_from or began, 0
         return self._count(Taken(decision, sent, ended))
 
-    def check(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
+    def check_update(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
         """What is to become of the update of ``step``; waits, within the deadline."""
         client = self._client
         assert client is not None
         began = perf_counter_ns()
-        decision = client.check(step, time_unix_nano, row)
+        decision = client.check(step, time_unix_nano, row, self._waited_ns)
         self.spent_ns += perf_counter_ns() - began
         return decision
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
-from esper_otel.finalization import FinalizingError, shielded
+from esper_otel.finalization import FinalizingError, no_shutdown_inside
 
 log = logging.getLogger("esper_otel")
 
@@ -112,7 +112,7 @@ class DeviceSampler:
         if not self._stop.is_set():
             self._sample = (began, values)
 
-    def forget(self) -> None:
+    def disable(self) -> None:
         """Have no values and no thread: in a forked child there is none."""
         self._enabled = False
         self._thread = None
@@ -121,7 +121,7 @@ class DeviceSampler:
     def _run(self) -> None:
         while True:
             try:
-                with shielded():
+                with no_shutdown_inside():
                     self.sample()
             except FinalizingError:
                 return
@@ -250,7 +250,7 @@ _samplers: weakref.WeakSet[DeviceSampler] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for sampler in _samplers:
-        sampler.forget()
+        sampler.disable()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

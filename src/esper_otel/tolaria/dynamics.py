@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from math import nan, sqrt
 
-WEIGHT = 0.2
-"""Weight of the newest observation in every weighted statistic of the registry."""
+from esper_otel.leyline.metrics import WEIGHT
 
 
 class WeightedStatistics:

@@ -1,34 +1,45 @@
 """Fetches: which of the batches a loop got are trained on, and what waiting for them cost.
 
 A loop fetches for training and for evaluating, and only ``backward`` tells which was which,
-later. Then the fetches of the iterators that the step before was made of are the step's. At
-the first step of an epoch none of them is known: then it is the newest iterator, and any other
-over another dataset that gave as many batches (loaders that are zipped). What was asked for
-while no gradients were recorded does not count then, nor, where datasets of the step before
-are among them, do others. What was fetched before the step's first batch was an evaluation
-between two steps.
+later. Then the fetches before it belong
 
-It was nothing but an evaluation where gradients were recorded for none of it: such a loop
-trains on what no loader gives it, or had its batch before. An iterator that goes on from one
-step to the next is trained on all the same.
+======================================================== =====================================
+to the step                                              when
+======================================================== =====================================
+those of iterators that the step before was made of      there are any
+else those of the newest iterator, and of any other over no iterator is known, as at the first
+another dataset that gave as many batches (loaders that  step of an epoch; those asked for while
+are zipped)                                              no gradients were recorded do not
+                                                         count, nor, where datasets of the step
+                                                         before are among them, do others
+none                                                     gradients were recorded for none of
+                                                         them: it was an evaluation, of a loop
+                                                         that trains on what no loader gives it
+                                                         or had its batch before
+all the same                                             their iterator goes on from one step
+                                                         to the next
+======================================================== =====================================
+
+and what was fetched before the step's first batch was an evaluation between two steps. How many
+samples a batch has is found here as well (:func:`samples_in`).
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-MAX_STRETCHES = 64
-"""Stretches of fetches from one iterator that are remembered until ``backward``."""
+MAX_FETCH_RUNS = 64
+"""Runs of fetches from one iterator that are remembered until ``backward``."""
 
 MAX_WAITS = 64
-"""Waits of a stretch that are told apart; older ones are told as one."""
+"""Waits of such a run that are told apart; older ones are told as one."""
 
 
 class Source(NamedTuple):
-    """Where a batch came from, in numbers that :class:`Names` gives.
+    """Where a batch came from, in numbers that :class:`ObjectIds` gives.
 
     ``graded``: gradients were recorded when it was asked for, as no evaluation has it that
     runs under ``torch.no_grad``.
@@ -53,7 +64,7 @@ it is known. A plain tuple, for one is made at every step.
 """
 
 
-class _Stretch:
+class _FetchRun:
     """Fetches from one iterator, with none from another between them."""
 
     __slots__ = ("_newest", "samples", "source", "waits")
@@ -88,7 +99,7 @@ class Fetches:
         "_ended",
         "_evaluated",
         "_evaluated_at",
-        "_stretches",
+        "_runs",
         "_trained",
         "waiting",
     )
@@ -103,7 +114,7 @@ class Fetches:
         self._evaluated_at = 0
         # What most steps have is one fetch, and no work should be made of it.
         self._alone: tuple[Source, int, int, int] | None = None
-        self._stretches: list[_Stretch] = []
+        self._runs: list[_FetchRun] = []
 
     def came(self, source: Source, asked_for: int, now: int, samples: int, mark: int) -> None:
         """A batch of ``samples`` came; the loop was at ``mark`` before the first of them."""
@@ -112,18 +123,18 @@ class Fetches:
             self._before = mark
             self._alone = source, asked_for, now, samples
             return
-        stretches = self._stretches
+        runs = self._runs
         if self._alone is not None:
             first, self._alone = self._alone, None
             self._append(*first)
-        if asked_for <= stretches[-1].waits[-1][0]:
+        if asked_for <= runs[-1].waits[-1][0]:
             self._drop_newest()  # it lies in this one: a loader that is timed at two places
         self._append(source, asked_for, now, samples)
 
     def ended(self, iterator: int, now: int) -> None:
         """The iterator of that number was asked for a batch and had none left."""
         if self.waiting:
-            newest = self._alone[0] if self._alone is not None else self._stretches[-1].source
+            newest = self._alone[0] if self._alone is not None else self._runs[-1].source
             if newest.iterator == iterator:
                 self._ended = now
 
@@ -137,19 +148,19 @@ class Fetches:
                     return self._before, max(now, self._ended), True, 0, ()
                 self._trained = {source}
             return self._before, asked_for, False, samples, ((asked_for, now),)
-        stretches, self._stretches = self._stretches, []
-        now = stretches[-1].waits[-1][1]
-        if self._is_evaluation({each.source for each in stretches}, now, step):
+        runs, self._runs = self._runs, []
+        now = runs[-1].waits[-1][1]
+        if self._is_evaluation({each.source for each in runs}, now, step):
             return self._before, max(now, self._ended), True, 0, ()
         first = 0
-        if len(stretches) > 1:
-            trained = self._trained_of(stretches)
-            first = next(i for i, each in enumerate(stretches) if each.source in trained)
+        if len(runs) > 1:
+            trained = self._trained_of(runs)
+            first = next(i for i, each in enumerate(runs) if each.source in trained)
             # What is fetched behind the first batch of a step is the step's as well.
-            stretches = stretches[first:]
-        self._trained = {each.source for each in stretches}
-        waits = [wait for each in stretches for wait in each.waits]
-        samples = sum(each.samples for each in stretches)
+            runs = runs[first:]
+        self._trained = {each.source for each in runs}
+        waits = [wait for each in runs for wait in each.waits]
+        samples = sum(each.samples for each in runs)
         return self._before, waits[0][0], first > 0, samples, waits
 
     def _is_evaluation(self, sources: Set[Source], now: int, step: int) -> bool:
@@ -166,22 +177,22 @@ class Fetches:
         return not goes_on
 
     def _append(self, source: Source, asked_for: int, now: int, samples: int) -> None:
-        stretches = self._stretches
-        if not stretches or stretches[-1].source != source:
-            stretches.append(_Stretch(source))
-            if len(stretches) > MAX_STRETCHES:
-                del stretches[0]
-        stretches[-1].append(asked_for, now, samples)
+        runs = self._runs
+        if not runs or runs[-1].source != source:
+            runs.append(_FetchRun(source))
+            if len(runs) > MAX_FETCH_RUNS:
+                del runs[0]
+        runs[-1].append(asked_for, now, samples)
 
     def _drop_newest(self) -> None:
-        newest = self._stretches[-1]
+        newest = self._runs[-1]
         newest.drop_newest()
         if not newest.waits:
-            self._stretches.pop()
+            self._runs.pop()
 
-    def _trained_of(self, stretches: list[_Stretch]) -> set[Source]:
+    def _trained_of(self, runs: list[_FetchRun]) -> set[Source]:
         counts: dict[Source, int] = {}  # the newest first
-        for each in reversed(stretches):
+        for each in reversed(runs):
             counts[each.source] = counts.get(each.source, 0) + len(each.waits)
         known = self._trained & counts.keys()
         if known:
@@ -197,7 +208,7 @@ class Fetches:
         }
 
 
-class Names:
+class ObjectIds:
     """Numbers for objects. None is given twice, as an ``id`` is once its owner is gone."""
 
     def __init__(self) -> None:
@@ -213,3 +224,33 @@ class Names:
         except TypeError:  # a list, or something that cannot be hashed
             return -id(thing)
         return number
+
+
+_DEEPEST = 4
+
+
+def samples_in(batch: object, depth: int = 0) -> int:
+    """Length of the first dimension of the first tensor in ``batch``, 0 when it has none.
+
+    Looks into mappings, sequences and objects of the kind Hugging Face collators make
+    (a mapping by behaviour), to a depth of four. Anything with a ``shape`` is a tensor.
+    """
+    if type(batch) is list and batch:  # what a DataLoader collates
+        shape = getattr(batch[0], "shape", None)
+        if shape:
+            return int(shape[0])
+    shape = getattr(batch, "shape", None)
+    if shape is not None:
+        return int(shape[0]) if len(shape) else 0
+    if depth == _DEEPEST:
+        return 0
+    parts: object = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, list | tuple):
+        parts = batch
+    for part in parts:  # type: ignore[attr-defined]
+        samples = samples_in(part, depth + 1)
+        if samples:
+            return samples
+    return 0

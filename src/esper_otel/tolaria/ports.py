@@ -11,7 +11,7 @@ from esper_otel.leyline.frames import GardenFrame, StepTimeline
 from esper_otel.leyline.guards import Guards
 
 
-class Frames(Protocol):
+class FrameSink(Protocol):
     """Where finished frames go; neither call may block or raise."""
 
     def frame(
@@ -29,7 +29,7 @@ class Frames(Protocol):
         """Take something that happened to a seed, its mark a Unix time."""
 
 
-class Asks(Protocol):
+class DecisionClient(Protocol):
     """Who is asked for a decision. No call raises; only the last two wait, for a deadline."""
 
     @property
@@ -49,21 +49,26 @@ class Asks(Protocol):
     def collect(self) -> Decision | None:
         """The decision about it; None when it has been collected."""
 
-    def check(self, step: int, time_unix_nano: int, row: list[float]) -> Decision:
-        """What is to become of a step's update, which has not been made yet."""
+    def check(
+        self, step: int, time_unix_nano: int, row: list[float], waited_ns: int = 0
+    ) -> Decision:
+        """What is to become of a step's update, which has not been made yet.
+
+        ``waited_ns``: how much of the deadline is used up.
+        """
 
 
-class Settles(Protocol):
+class DecisionAgreement(Protocol):
     """Who makes one decision of what the ranks of a run are told."""
 
-    def answered(self, decision: Decision) -> None:
+    def submit_answer(self, decision: Decision) -> None:
         """On the rank that asks: the answer about the step that was settled last."""
 
     def settle(self, step: int) -> Decision:
         """At the end of ``step``; returns what every rank is to apply now."""
 
 
-class Garden(Protocol):
+class GardenPort(Protocol):
     """As much of :class:`esper_otel.kasmina.garden.Garden` as a recorder calls."""
 
     planted: bool
@@ -75,7 +80,7 @@ class Garden(Protocol):
     def finalize(self, step: int, latest: Sequence[float]) -> GardenFrame:
         """End ``step``; ``latest`` is the newest row whose values have all arrived."""
 
-    def asked(self, step: int) -> None:
+    def proposal_sent(self, step: int) -> None:
         """The frame's proposal went with the request about ``step``, or would have."""
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:

@@ -10,30 +10,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from math import nan
 from time import perf_counter_ns
 from typing import Any
 
-from esper_otel.leyline.decisions import (
-    Decision,
-)
-from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.frames import step_row
+from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking, Taken
-from esper_otel.tolaria.clock import Clock
-from esper_otel.tolaria.dynamics import WEIGHT
-from esper_otel.tolaria.memory import recalled
-from esper_otel.tolaria.ports import Asks, Frames, Garden, Settles
+from esper_otel.tolaria.garden_calls import SafeGarden
+from esper_otel.tolaria.ports import DecisionClient, FrameSink, GardenPort
 from esper_otel.tolaria.responses import Responses
-from esper_otel.tolaria.seal import Sealer, Unsealed, Value, put_optimizer
+from esper_otel.tolaria.seal import PendingFrame, Sealer, parse_state, put_optimizer
 from esper_otel.tolaria.step import StepUnderWay
-from esper_otel.tolaria.tending import Tending, put_garden
-from esper_otel.tolaria.timelines import EndedStep, Timelines
-from esper_otel.tolaria.update_control import UpdateControl
+from esper_otel.tolaria.timelines import Clock, EndedStep, Timelines
+from esper_otel.tolaria.update_control import Measure, UpdateControl
 from esper_otel.tolaria.updates import Optimizer
 
 log = logging.getLogger("esper_otel")
-
-_EMPTY_ROW = [nan] * len(STEP_KEYS)
 
 # Slots as plain integers: a dictionary look-up each would be a tenth of the step's cost.
 _STEP = STEP_SLOT["step"]
@@ -43,13 +37,8 @@ _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
 _LR_SCALE = STEP_SLOT["lr_scale"]
 _SKIPPED = STEP_SLOT["update_skipped"]
 _UNJUDGED = STEP_SLOT["unjudged_steps"]
-_STEP_LATENCY = STEP_SLOT["step_latency_ms"]
-_FORWARD = STEP_SLOT["forward_ms"]
-_BACKWARD = STEP_SLOT["backward_ms"]
-_OPTIMIZER = STEP_SLOT["optimizer_ms"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
-_INPUT_WAIT = STEP_SLOT["input_wait_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
 
@@ -63,11 +52,11 @@ class Recorder:
 
     def __init__(
         self,
-        frames: Frames,
+        frames: FrameSink,
         *,
         run: str,
         responses: Responses,
-        client: Asks | None = None,
+        client: DecisionClient | None = None,
         enriched: bool = True,
         device_values: Callable[[], Mapping[str, float]] = dict,
         span_every: int = 50,
@@ -86,32 +75,35 @@ class Recorder:
         self._waits = waits
         self._enriched = enriched
         self._device_values = device_values
-        self._span_every = span_every
-        self._span_slow_factor = span_slow_factor
-        self._tending: Tending | None = None
+        self._garden: SafeGarden | None = None
         self._off = False
         self._faults: set[str] = set()
 
         self._sealer = Sealer(enriched=enriched)
-        self._timelines = Timelines(frames.timeline, self.clock.offset)
-        self._mean_latency_ms = 0.0
-        self._latest: list[float] = _EMPTY_ROW
+        self._timelines = Timelines(
+            frames.timeline, self.clock.offset, every=span_every, slow_factor=span_slow_factor
+        )
+        self._latest = step_row()
         self._last_end = 0
         self._hook_ms = self._apply_ms = 0.0
         self._in_hand: Decision | None = None
         """A decision that seeds have not been told of yet."""
         self._in_hand_of: EndedStep | None = None
+        self._backwards_asked = 0
+        """Times that backward had been called when the newest request was sent."""
 
         step = self._under_way = StepUnderWay(enriched=enriched)
-        self._control = UpdateControl(
+        self.control = UpdateControl(
             step,
             asking=self._asking,
             responses=responses,
             sealer=self._sealer,
             clock=self.clock,
         )
-        self.updates = self._control.updates
-        # What the loop does is told to the step under way, without a detour.
+        # Who decides is told to the asking, what the loop does to the step under way, both
+        # without a detour.
+        self.set_client = self._asking.set_client
+        self.share_decisions = self._asking.share_decisions
         self.batch_came = step.batch_came
         self.batches_ended = step.batches_ended
         self.backward_begins = step.backward_begins
@@ -122,19 +114,13 @@ class Recorder:
         self.clipped = step.clipped
         self.measured = step.measured
         self.phase = step.phase
-        self.report = step.report
+        self.loop_reported = step.loop_reported
         self.copied_to_device = step.copied_to_device
         self.update_skipped = step.update_skipped
-        self.losses_are_shares = step.losses_are_shares
-        self.loss_is_a_share = step.loss_is_a_share
-        self._stages = (
-            self._seeds,
-            self._seal,
-            self._stream,
-            self._ask,
-            self._apply,
-            self._spans,
-        )
+        self.losses_prescaled = step.losses_prescaled
+        self.loss_prescaled = step.loss_prescaled
+        stages = self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans
+        self._stages = stages
 
     # Around an optimizer's step.
 
@@ -142,12 +128,6 @@ class Recorder:
     def wants_norm(self) -> bool:
         """Whether nobody has told this step's gradient norm yet, and it will be recorded."""
         return self._under_way.norm is None and not self._off
-
-    @property
-    def skips_nonfinite(self) -> bool:
-        """Whether an update that is not finite may be left out where nobody can ask in time."""
-        guards = self._asking.guards if self._responses.enforcing else None
-        return guards is not None and guards.skips_nonfinite
 
     def optimizer_begins(
         self, hook_began: int, norm: Value | None, optimizer: Optimizer | None = None
@@ -159,35 +139,30 @@ class Recorder:
         step = self._under_way
         step.optimizer_approaches(hook_began, norm)
         if self._asking.decides:
-            self._before_update(optimizer, is_primary=True)
+            self.before_update(optimizer, is_primary=True)
         step.optimizer_begins(hook_began)
 
-    def closure_begins(self, optimizer: Optimizer | None = None) -> None:
+    def closure_begins(
+        self, optimizer: Optimizer | None = None, measure: Measure | None = None
+    ) -> None:
         """As :meth:`optimizer_begins`, for a step that calls forward and backward itself.
 
-        Nothing is known of its loss and gradients, so it is not held against guards.
+        ``measure`` gives the gradient norm once they have been called.
         """
-        self._before_update(optimizer)
+        if self._asking.decides:
+            self.before_update(optimizer, is_primary=measure is not None, measure=measure)
         self._under_way.closure_begins()
-
-    def other_begins(self, optimizer: Optimizer, *, collects: bool = True) -> None:
-        """Another optimizer of the loop is about to step, with the same factor.
-
-        ``collects`` False where the thread is not the one that asks.
-        """
-        self._before_update(optimizer, collects=collects)
 
     def optimizer_ends(self, optimizer: Optimizer | None = None) -> int:
         """The run's optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
         now = self._under_way.optimizer_ends()
         if optimizer is not None:
-            self.updates.end(optimizer)
+            self.control.updates.put_back(optimizer)
         return now
 
     def collect(self) -> None:
         """Take the decision about the step before, if it has not been taken."""
-        taken = self._asking.collect()
-        if taken is not None and not self._off:
+        if (taken := self._asking.collect()) is not None and not self._off:
             self._take(taken)
 
     def end_step(self, ended: int = 0) -> None:
@@ -197,25 +172,19 @@ class Recorder:
         raises in one takes nothing from the others.
         """
         if self._off:
-            self._under_way.begin(0, self.step)
+            self._under_way.start_next(0, self.step)
             return
-        asking, under_way, tending = self._asking, self._under_way, self._tending
+        asking, under_way, garden = self._asking, self._under_way, self._garden
         # Of a loop whose optimizers nobody watches; before seeds learn, as ranks do all that
         # they do together in the same order.
         leftover = asking.collect() if asking.sent else None
-        if tending is not None:
-            self._let_seeds_learn(tending)
+        if garden is not None:
+            # Before the step is measured: this is training, not telling of it.
+            garden.train_seeds(self.optimizer, under_way)
             ended = 0
         ended = ended or perf_counter_ns()
         self.step = step = self.step + 1
-        ending = EndedStep(
-            step,
-            ended,
-            self._last_end,
-            under_way.span_start,
-            under_way.phases,
-            _EMPTY_ROW.copy(),
-        )
+        ending = EndedStep(step, ended, self._last_end, under_way.span_start, under_way.phases)
         if leftover is not None:
             ending.taken = (leftover,)
         self._last_end = ended
@@ -225,85 +194,87 @@ class Recorder:
             except Exception:
                 self._report_fault(stage.__name__)
         hook_end = perf_counter_ns()
-        self._control.turn()
+        self.control.start_next()
         self._hook_ms = (hook_end - ended) / 1e6
         self._apply_ms = ending.apply_ns / 1e6
-        under_way.begin(hook_end, step)
+        under_way.start_next(hook_end, step)
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """No step follows: take the last answer, and frames go with what has arrived."""
         try:
-            taken = self._asking.collect()
-            if taken is not None:
+            if (taken := self._asking.collect()) is not None:
                 self.decision = taken.decision
-                self._timelines.decided(taken, self.step + 1)
+                self._timelines.on_decision(taken, self.step + 1)
         finally:
-            self._timelines.finish()
-            for frame in self._sealer.finish():
+            self._timelines.flush()
+            for frame in self._sealer.flush():
                 self._frames.frame(frame.time, frame.row, frame.seeds)
 
-    def tend(self, garden: Garden | None) -> None:
+    def forget_decisions(self) -> None:
+        """Another training begins: what decisions held of the one before is no matter of it."""
+        self._responses.rate.reset()
+
+    def attach_garden(self, garden: GardenPort | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
-        self._tending = None if garden is None else Tending(garden)
+        self._garden = None if garden is None else SafeGarden(garden)
 
-    def ask_of(self, client: Asks | None) -> None:
-        """Ask ``client`` from here on; None: nobody."""
-        self._asking.ask_of(client)
+    def state_dict(self) -> dict[str, Any]:
+        """What the rows of coming steps depend on: plain data, for :meth:`load_state_dict`."""
+        return self._sealer.state_after(self.step, self._latest).plain()
 
-    def agree(self, agreement: Settles, *, asks: bool) -> None:
-        """Apply what all ranks have settled; ``asks``: whether this one asks for them."""
-        self._asking.agree(agreement, asks=asks)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave, in this process or in one before it.
 
-    def state(self) -> dict[str, Any]:
-        """What the rows of coming steps depend on: plain data, for :meth:`resume`."""
-        return self._sealer.memory(self.step, self._latest).plain()
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state` was called, in this process or in one before it.
-
-        Steps are counted on from there, but never twice the same: a run that goes back to
-        a checkpoint counts on from where it is. Raises ``ValueError`` for what is no such
-        state, and changes nothing then.
+        Steps are counted on, but never twice the same: a run that goes back to a checkpoint
+        counts on from where it is. ``ValueError`` for what is no such state changes nothing.
         """
-        memory = recalled(state)
-        self.step = max(self.step, memory.step)
-        self._latest = row = _EMPTY_ROW.copy()
-        for key, value in memory.latest.items():
-            if key in STEP_SLOT:
-                row[STEP_SLOT[key]] = value
-        self._sealer.recall(memory)
+        parsed = parse_state(state)
+        self.step = max(self.step, parsed.step)
+        self._latest = parsed.row()
+        self._sealer.load_state(parsed)
 
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
         self._off = True
-        self.updates.close()
+        self.control.updates.close()
 
-    # Before an update.
-
-    def _before_update(
-        self, optimizer: Optimizer | None, *, is_primary: bool = False, collects: bool = True
+    def before_update(
+        self,
+        optimizer: Optimizer | None,
+        *,
+        is_primary: bool = False,
+        collects: bool = True,
+        measure: Measure | None = None,
     ) -> None:
+        """Any optimizer of the loop is about to step, with the factor in force.
+
+        ``collects`` False where the thread is not the one that asks. One that steps right
+        behind the run's own does not wait for the answer about that very step.
+        """
         if self._off:
             return
-        if collects and self._asking.sent:
+        moved_on = is_primary or self._under_way.backwards != self._backwards_asked
+        if collects and moved_on and self._asking.sent:
             try:
                 self.collect()
             except Exception:
                 self._report_fault("collect")
         if optimizer is not None:
             try:
-                self._control.begin(optimizer, self.step + 1, is_primary=is_primary)
+                self.control.before_update(
+                    optimizer, self.step + 1, is_primary=is_primary, measure=measure
+                )
             except Exception:
                 self._report_fault("update")
 
     def _take(self, taken: Taken) -> None:
         """Do what ``taken`` says of the rate, and of what is paused; seeds follow later."""
         decision = self.decision = self._in_hand = taken.decision
-        timeline = self._in_hand_of = self._timelines.decided(taken, self.step + 1)
+        timeline = self._in_hand_of = self._timelines.on_decision(taken, self.step + 1)
         scales = self._responses.apply_rate(decision)
         if timeline is not None:
             timeline.scales = scales
-        if self._responses.pause(decision) and timeline is not None:
+        if self._responses.apply_pause(decision) and timeline is not None:
             timeline.acted = True
 
     # The stages of a step's end.
@@ -318,22 +289,17 @@ class Recorder:
         if step.fetches.waiting:
             step.charge_fetches()
         row, ended = ending.row, ending.ended
-        tending = self._tending
+        garden = self._garden
         finalize_ms = 0.0
-        if tending is not None:
-            began = perf_counter_ns()
-            ending.growing = tending.finalize(self.step, self._latest)
-            put_garden(row, ending.growing)
-            finalized = perf_counter_ns()
-            step.phases.append(("kasmina.finalize", began, finalized))
-            finalize_ms = (finalized - began) / 1e6
+        if garden is not None:
+            ending.growing, finalize_ms = garden.put_frame(row, self.step, self._latest, step)
         row[_STEP] = self.step
         row[_HOOK] = self._hook_ms + step.prepare_ns / 1e6
         row[_TAMIYO] = asking.spent_ns / 1e6
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
-        control = self._control
-        scale = self._responses.lr_scale if control.scale is None else control.scale
+        control = self.control
+        scale = self._responses.lr_scale if control.scale is None else control.used_scale
         row[_LR_SCALE] = scale
         row[_SKIPPED] = 1.0 if control.skipped else 0.0
         if asking.decides:
@@ -342,23 +308,10 @@ class Recorder:
         ending.latency_ms = latency_ms = (ended - since - step.outside_ns) / 1e6
         if step.samples and latency_ms > 0.0:
             row[_SAMPLES_PER_S] = step.samples * 1e3 / latency_ms
-        if self._enriched:
-            self._put_gated(row, ending, scale)
-            row[_FINALIZE] = finalize_ms
-
-    def _put_gated(self, row: list[float], ending: EndedStep, scale: float) -> None:
-        step = self._under_way
-        if ending.has_step_before:
-            row[_STEP_LATENCY] = ending.latency_ms
-        if step.forward_ns:
-            row[_FORWARD] = step.forward_ns / 1e6
-        if step.backward_ns:
-            row[_BACKWARD] = step.backward_ns / 1e6
-        if step.optimizer_ns:
-            row[_OPTIMIZER] = step.optimizer_ns / 1e6
-        if step.wait_ns >= 0:
-            row[_INPUT_WAIT] = step.wait_ns / 1e6
-        row[_APPLY] = self._apply_ms
+        if not self._enriched:
+            return
+        step.put_times(row, latency_ms if ending.has_step_before else None)
+        row[_APPLY], row[_FINALIZE] = self._apply_ms, finalize_ms
         if self.optimizer is not None:
             put_optimizer(row, self.optimizer.param_groups, scale)
         for key, value in self._device_values().items():
@@ -373,16 +326,18 @@ class Recorder:
             ending.newest = (self.step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            frame = Unsealed(self.step, time, row, loss, parts, step.norm, step.reported, seeds)
-            for done in self._sealer.take(frame):
+            frame = PendingFrame(
+                self.step, time, row, loss, parts, step.norm, step.reported, seeds
+            )
+            for done in self._sealer.seal_in_order(frame):
                 ending.newest = (done.step, done.time, done.row, done.seeds)
                 self._frames.frame(done.time, done.row, done.seeds)
         if ending.newest is not None:
             self._latest = ending.newest[2]
 
     def _ask(self, ending: EndedStep) -> None:
-        asking, newest, tending = self._asking, ending.newest, self._tending
-        ending.update = self._control.decision
+        asking, newest, garden = self._asking, ending.newest, self._garden
+        ending.update = self.control.decision
         self._timelines.open(ending)
         if asking.decides:
             ending.waits = asking.is_shared
@@ -392,23 +347,23 @@ class Recorder:
                     growing = ending.growing
                     asking.send(*newest, None if growing is None else growing.proposal)
                     ending.waits, ending.asked = True, newest[0]
+                    self._backwards_asked = self._under_way.backwards
             finally:  # ranks do all that they do together, whatever one of them meets
                 if asking.is_shared:
-                    settled = asking.settle(self.step)
+                    settled = asking.collect_agreed(self.step)
             if self._waits and not asking.is_shared:
                 settled = asking.collect()
             if settled is not None:
                 ending.taken = (*ending.taken, settled)
-        if tending is not None and (not asking.asks or newest is not None):
-            # A frame whose values are still on a device is asked about later, with the
-            # proposal of then.
-            tending.asked(newest[0] if newest is not None else self.step)
+        if garden is not None and (not asking.asks or newest is not None):
+            # A frame that waits for a device is asked about later, with the proposal of then.
+            garden.proposal_sent(newest[0] if newest is not None else self.step)
 
     def _apply(self, ending: EndedStep) -> None:
         """Decisions that were taken at the end of this step itself, and by all ranks."""
         for taken in ending.taken:
             self._take(taken)
-        if ending.taken or (self._tending is not None and not self._asking.decides):
+        if ending.taken or (self._garden is not None and not self._asking.decides):
             self._let_seeds_act(ending)
 
     def _let_seeds_act(self, ending: EndedStep) -> None:
@@ -416,12 +371,12 @@ class Recorder:
         began = perf_counter_ns()
         decision, self._in_hand = self._in_hand, None
         timeline, self._in_hand_of = self._in_hand_of, None
-        tending = self._tending
-        if tending is not None:
+        garden = self._garden
+        if garden is not None:
             if decision is None and not self._asking.decides:
                 decision = self._asking.not_asked
             if decision is not None:
-                acted = tending.apply(decision, enforced=self._responses.enforcing)
+                acted = garden.act_on(decision, enforced=self._responses.enforcing)
                 if acted and timeline is not None:
                     timeline.acted = True
         applied = perf_counter_ns()
@@ -429,31 +384,15 @@ class Recorder:
         (timeline or ending).phases.append(("kasmina.apply", began, applied))
 
     def _spans(self, ending: EndedStep) -> None:
-        if self._tending is not None:
-            self._tell_events(ending, self._tending)
-        latency_ms, usual_ms = ending.latency_ms, self._mean_latency_ms
-        slow = latency_ms > self._span_slow_factor * usual_ms > 0.0
-        if latency_ms == latency_ms:
-            self._mean_latency_ms = (
-                usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
-            )
-        every = self._span_every
-        ending.wanted = slow or bool(ending.events) or bool(every and self.step % every == 0)
-        control = self._control
-        self._timelines.updated(self.step, control.made, skipped=control.skipped)
-
-    def _tell_events(self, ending: EndedStep, tending: Tending) -> None:
-        ending.events = tending.events(self.step, self.clock.offset)
-        for event in ending.events:
-            self._frames.event(event)
-        if tending.over:
-            self._tending = None
-
-    def _let_seeds_learn(self, tending: Tending) -> None:
-        """Before the step is measured: this is training, not telling of it."""
-        began, ended = tending.learn(self.optimizer)
-        self._under_way.optimizer_ns += ended - began
-        self._under_way.phases.append(("train.seeds", began, ended))
+        garden = self._garden
+        if garden is not None:
+            ending.events = garden.events(self.step, self.clock.offset)
+            for event in ending.events:
+                self._frames.event(event)
+            if garden.over:
+                self._garden = None
+        self._timelines.choose(ending)
+        self._timelines.on_update(self.step, self.control)
 
     def _report_fault(self, where: str) -> None:
         if where not in self._faults:

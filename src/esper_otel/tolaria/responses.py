@@ -1,10 +1,17 @@
-"""What a decision does to the run: the one place where anything is applied."""
+"""Responses: what a decision does to the run, in the one place where anything is applied.
+
+What it does to the learning rates is one number, :class:`RateFactor`, that is given back in
+time.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite
+from typing import Any
+
+import msgspec
 
 from esper_otel.leyline.decisions import (
     LR_SCALE,
@@ -14,10 +21,143 @@ from esper_otel.leyline.decisions import (
     Action,
     Decision,
 )
-from esper_otel.tolaria.rate_factor import RateFactor
 from esper_otel.tolaria.updates import AS_IT_IS, UpdateOrder
 
 log = logging.getLogger("esper_otel")
+
+
+class RateState(msgspec.Struct, forbid_unknown_fields=True):
+    """What a :class:`RateFactor` needs to go on after a restart; counts are steps."""
+
+    factor: float
+    wait: int
+    clean_steps: int
+    return_factor: float
+
+
+SMALLEST = 1e-9
+"""A factor of zero could not be given back."""
+
+
+class RateFactor:
+    """One number for all learning rates of a run: 1.0 when they are the script's own.
+
+    Each ``lr_scale`` multiplies it; the product of all of them stays within
+    ``[minimum, maximum]``. After ``release_steps`` clean steps it is given back
+    geometrically over as many more. Trouble that comes back meanwhile, or just after,
+    doubles the wait, as a circuit breaker's cool-down does: a cause that never goes away
+    is tried again ever more rarely. A step is clean when the sidecar has judged it and
+    asked for no cut; an unjudged step changes nothing here.
+    """
+
+    LONGEST_WAIT = 16
+    """Times ``release_steps`` that the wait may grow to."""
+
+    def __init__(self, *, minimum: float, maximum: float, release_steps: int) -> None:
+        self.value = 1.0
+        """The factor in force."""
+        self._minimum = max(minimum, SMALLEST)
+        self._maximum = maximum
+        self._release_steps = release_steps
+        self._wait = release_steps
+        self._clean_steps = 0
+        self._return_factor = 1.0
+        self._at_rest = True
+        self._told = False
+
+    def scale_by(self, factor: float) -> bool:
+        """Multiply by ``factor``, within the bounds; whether that changed anything.
+
+        What is no positive, finite number is reported once and not applied.
+        """
+        if not self._is_usable(factor):
+            return False
+        if self._clean_steps > self._wait:
+            self._wait = min(2 * self._wait, self.LONGEST_WAIT * self._release_steps)
+        self._clean_steps = 0
+        before = self.value
+        self.value = self._within_bounds(before * factor)
+        self._at_rest = self._at_rest and self.value == 1.0
+        return self.value != before
+
+    def clean_step(self) -> None:
+        """The sidecar has judged a step and asked for no cut: after enough, give back."""
+        if self._at_rest:
+            return
+        self._clean_steps += 1
+        past = self._clean_steps - self._wait
+        if past <= 0:
+            return
+        if past == 1:
+            self._return_factor = (1.0 / self.value) ** (1.0 / self._release_steps)
+        if past < self._release_steps:
+            self.value = self._within_bounds(self.value * self._return_factor)
+        elif past == self._release_steps:
+            self.value = 1.0
+        elif past > self._wait + self._release_steps:
+            # As long again with the script's own rate: whatever it was, it is over.
+            self._at_rest = True
+            self._wait, self._clean_steps = self._release_steps, 0
+
+    def bounded(self, factor: float) -> float:
+        """As much of ``factor``, meant for one update, as the bounds leave room for."""
+        if not self._is_usable(factor):
+            return 1.0
+        return self._within_bounds(self.value * factor) / self.value
+
+    def reset(self) -> None:
+        """As it was at the beginning: the rates are the script's own."""
+        self.value = self._return_factor = 1.0
+        self._wait, self._clean_steps, self._at_rest = self._release_steps, 0, True
+
+    @property
+    def held(self) -> bool:
+        """Whether the rates are not the script's own."""
+        return self.value != 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for :meth:`load_state_dict`."""
+        state = RateState(self.value, self._wait, self._clean_steps, self._return_factor)
+        return msgspec.structs.asdict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up ``state``.
+
+        Raises ``ValueError`` for what is no such state, and changes nothing then.
+        """
+        try:
+            new = msgspec.convert(dict(state), RateState)
+        except (TypeError, msgspec.ValidationError) as error:
+            raise ValueError(f"rate: {error}") from None
+        for name in ("factor", "return_factor"):
+            number = getattr(new, name)
+            if not (isfinite(number) and number > 0.0):
+                raise ValueError(f"{name}={number!r}: expected a positive number")
+        longest = self.LONGEST_WAIT * self._release_steps
+        if not (1 <= new.wait <= longest and new.clean_steps >= 0):
+            raise ValueError(
+                f"wait={new.wait}, clean_steps={new.clean_steps}: expected 1 to {longest}, and "
+                "0 or more"
+            )
+        self.value = self._within_bounds(new.factor)
+        self._wait, self._clean_steps = new.wait, new.clean_steps
+        self._return_factor = new.return_factor
+        self._at_rest = self.value == 1.0 and not new.clean_steps
+
+    def _within_bounds(self, factor: float) -> float:
+        return min(self._maximum, max(self._minimum, factor))
+
+    def _is_usable(self, factor: float) -> bool:
+        if isfinite(factor) and factor > 0.0:
+            return True
+        if not self._told:
+            self._told = True
+            log.warning(
+                "esper-otel: a decision has lr_scale=%r, expected a positive number; "
+                "it is not applied",
+                factor,
+            )
+        return False
 
 
 class Responses:
@@ -66,7 +206,7 @@ class Responses:
             self.rate.bounded(scale), max_norm, skip=parameters.get(SKIP_STEP) == 1.0
         )
 
-    def pause(self, decision: Decision) -> bool:
+    def apply_pause(self, decision: Decision) -> bool:
         """Call what is registered for a PAUSE, each on its own; whether any was called."""
         if not self._enforce or decision.action is not Action.PAUSE:
             return False

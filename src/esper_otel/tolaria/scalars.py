@@ -21,7 +21,7 @@ SLOTS = 64
 """Readings per device that may be on their way: a run-ahead of many steps."""
 
 
-class Reading:
+class DeviceReading:
     """One number from a device; see :class:`ScalarReader`."""
 
     __slots__ = ("_slot", "_value")
@@ -65,7 +65,7 @@ class _Slot:
         self.fetch = fetch
         self.target = target
         self.start = start
-        self.reading: Reading | None = None
+        self.reading: DeviceReading | None = None
 
 
 class _Pool:
@@ -77,7 +77,7 @@ class _Pool:
         self._slots = slots
         self._next = 0
 
-    def take(self) -> _Slot | None:
+    def acquire(self) -> _Slot | None:
         """The slot that has been in use for longest, None while its copy is not done."""
         slot = self._slots[self._next]
         if slot.reading is not None and not slot.reading.ready():
@@ -100,7 +100,7 @@ class ScalarReader:
         self._pools: dict[int, _Pool] = {}
         self._plain: type | None = None
 
-    def begin(self, value: object) -> float | Reading:
+    def read_async(self, value: object) -> float | DeviceReading:
         """``value`` if it is a number or lies on the CPU, else a reading of it under way.
 
         What is no single real number, lies on a kind of device that cannot be read
@@ -116,16 +116,16 @@ class ScalarReader:
                     return number
             if isinstance(value, Real):
                 return float(value)
-            slot = self._begin(value)
+            slot = self._start_copy(value)
         except Exception:
             slot = None
         if isinstance(slot, float):
             return slot
         if slot is None:
             self.lost += 1
-        return Reading(slot)
+        return DeviceReading(slot)
 
-    def _begin(self, value: Any) -> float | _Slot | None:
+    def _start_copy(self, value: Any) -> float | _Slot | None:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(value, torch.Tensor):
             return None
@@ -142,7 +142,7 @@ class ScalarReader:
         pool = self._pools.get(device)
         if pool is None:
             pool = self._pools[device] = self._make_pool(torch)
-        slot = pool.take()
+        slot = pool.acquire()
         if slot is not None:
             # To float64 on the device: a copy that changes the type would be waited for
             # if the CPU had to do it.
@@ -164,7 +164,7 @@ class ScalarReader:
 class CopyTimer:
     """Times the first host-to-device copy of each step, in milliseconds of the device.
 
-    Put :meth:`copying` around every copy that may be the first; :meth:`take`, once per
+    Put :meth:`copying` around every copy that may be the first; :meth:`first_copy`, once per
     step, gives the reading of the step's first one and turns to the next step. Without
     CUDA both do nothing.
     """
@@ -172,7 +172,7 @@ class CopyTimer:
     def __init__(self, slots: int = SLOTS) -> None:
         self._size = slots
         self._pools: dict[int, _Pool] = {}
-        self._reading: Reading | None = None
+        self._reading: DeviceReading | None = None
 
     @contextmanager
     def copying(self, device: int | None = None) -> Iterator[None]:
@@ -189,7 +189,7 @@ class CopyTimer:
             if slot is not None:
                 self._mark_end(slot, device)
 
-    def take(self) -> Reading | None:
+    def first_copy(self) -> DeviceReading | None:
         """The reading of this step's first copy, None when it had none."""
         reading, self._reading = self._reading, None
         return reading
@@ -203,7 +203,7 @@ class CopyTimer:
         pool = self._pools.get(index)
         if pool is None:
             pool = self._pools[index] = self._make_pool(torch)
-        slot = pool.take()
+        slot = pool.acquire()
         if slot is not None:
             slot.start.record(torch.cuda.current_stream(index))
         return slot
@@ -211,9 +211,9 @@ class CopyTimer:
     def _mark_end(self, slot: _Slot, device: int | None) -> None:
         try:
             slot.arrived.record(sys.modules["torch"].cuda.current_stream(device))
-            self._reading = Reading(slot)
+            self._reading = DeviceReading(slot)
         except Exception:
-            self._reading = Reading()
+            self._reading = DeviceReading()
 
     def _make_pool(self, torch: Any) -> _Pool:
         events = [

@@ -1,7 +1,8 @@
 """Sealing: a step's values go into its row, in the order of steps, when all have arrived.
 
 On the CPU every value is there at once. A value on a device arrives later; its frame
-waits for it, and so do those behind it, because statistics follow the order of steps.
+waits for it, and so do those behind it, because statistics follow the order of steps. What the
+rows of coming steps depend on goes into a checkpoint (:class:`RecorderState`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
-from typing import Any, Protocol
+from typing import Any
 
-from esper_otel.leyline.frames import present
+import msgspec
+
+from esper_otel.leyline.frames import present, step_row
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.leyline.readings import Reading, Value, arrived
 from esper_otel.tolaria.dynamics import WeightedStatistics
-from esper_otel.tolaria.memory import Memory
 
 DEEPEST_WAIT = 8
 """Frames that may wait for a device. Beyond it the oldest goes without what is missing."""
@@ -34,21 +37,7 @@ _MOMENTUM = STEP_SLOT["optimizer_momentum"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
 
-class Reading(Protocol):
-    """A number that a device still has to deliver."""
-
-    def ready(self) -> bool:
-        """Whether it has arrived; never waits for it."""
-
-    def value(self) -> float | None:
-        """The number; None when it has been lost or is not here yet."""
-
-
-Value = float | Reading
-"""A number, or one that a device still has to deliver."""
-
-
-class Unless:
+class ConditionalReading:
     """A value that is to be told, unless ``doubt`` arrives and is not zero."""
 
     __slots__ = ("_doubt", "_value")
@@ -64,7 +53,7 @@ class Unless:
 
     def value(self) -> float | None:
         """The number; None when it is not to be told, has been lost or is not here yet."""
-        return None if self._doubt.value() else _arrived(self._value)
+        return None if self._doubt.value() else arrived(self._value)
 
 
 class Sum:
@@ -118,7 +107,7 @@ def plus(total: Value | None, loss: Value) -> Value:
     return total
 
 
-class Unsealed:
+class PendingFrame:
     """A frame and the values that are still to be put into its row.
 
     ``loss`` is the sum over the step's micro-batches and ``parts`` what makes a mean of it,
@@ -148,12 +137,46 @@ class Unsealed:
         self.others = others
         self.seeds = seeds
 
-    def ready(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every value has arrived."""
         for value in (self.loss, self.norm, *self.others.values()):
             if value is not None and not isinstance(value, float) and not value.ready():
                 return False
         return True
+
+
+class RecorderState(msgspec.Struct, forbid_unknown_fields=True):
+    """Of a recorder: the last ``step``, the ``latest`` whole row by key, and statistics.
+
+    ``loss`` and ``gradient_norm`` are weighted mean and variance, NaN before the first
+    value; ``last_loss`` is that of the step before, NaN when it had none.
+    """
+
+    step: int
+    latest: dict[str, float]
+    loss: tuple[float, float]
+    gradient_norm: tuple[float, float]
+    last_loss: float
+
+    def row(self) -> list[float]:
+        """The latest row, in registry order; keys that are no metrics any more are left out."""
+        row = step_row()
+        for key, value in self.latest.items():
+            if key in STEP_SLOT:
+                row[STEP_SLOT[key]] = value
+        return row
+
+    def plain(self) -> dict[str, Any]:
+        """As numbers, text, lists and dictionaries."""
+        return {name: getattr(self, name) for name in self.__struct_fields__}
+
+
+def parse_state(state: Mapping[str, Any]) -> RecorderState:
+    """The state that ``plain`` was called of; ``ValueError`` for anything else."""
+    try:
+        return msgspec.convert(dict(state), RecorderState)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
 
 
 class Sealer:
@@ -169,14 +192,14 @@ class Sealer:
         self._loss = WeightedStatistics()
         self._norm = WeightedStatistics()
         self._last_loss = nan
-        self._waiting: deque[Unsealed] = deque()
+        self._waiting: deque[PendingFrame] = deque()
 
-    def memory(self, step: int, latest: Sequence[float]) -> Memory:
+    def state_after(self, step: int, latest: Sequence[float]) -> RecorderState:
         """What coming rows depend on, after ``step``, whose newest whole row is ``latest``.
 
         Values that a device has not delivered yet are not in it.
         """
-        return Memory(
+        return RecorderState(
             step,
             present(STEP_KEYS, latest),
             self._loss.moments,
@@ -184,10 +207,10 @@ class Sealer:
             self._last_loss,
         )
 
-    def recall(self, memory: Memory) -> None:
-        """Go on from there."""
-        self._loss.moments, self._norm.moments = memory.loss, memory.gradient_norm
-        self._last_loss = memory.last_loss
+    def load_state(self, state: RecorderState) -> None:
+        """Statistics go on from ``state``."""
+        self._loss.moments, self._norm.moments = state.loss, state.gradient_norm
+        self._last_loss = state.last_loss
 
     def preview(self, row: list[float], loss: float | None, norm: float | None) -> None:
         """Put into ``row`` what sealing would, and remember nothing of it."""
@@ -216,17 +239,17 @@ class Sealer:
         self._put(row, loss, parts, norm, others)
         return True
 
-    def take(self, frame: Unsealed) -> list[Unsealed]:
+    def seal_in_order(self, frame: PendingFrame) -> list[PendingFrame]:
         """Take a step's frame; returns those that are sealed by now, oldest first."""
         waiting = self._waiting
         waiting.append(frame)
         sealed = []
-        while waiting and (waiting[0].ready() or len(waiting) > DEEPEST_WAIT):
+        while waiting and (waiting[0].is_complete() or len(waiting) > DEEPEST_WAIT):
             sealed.append(waiting.popleft())
             self._seal(sealed[-1])
         return sealed
 
-    def finish(self) -> list[Unsealed]:
+    def flush(self) -> list[PendingFrame]:
         """No step follows: what waits is sealed with what has arrived."""
         sealed = list(self._waiting)
         self._waiting.clear()
@@ -234,17 +257,17 @@ class Sealer:
             self._seal(frame)
         return sealed
 
-    def _seal(self, frame: Unsealed) -> None:
+    def _seal(self, frame: PendingFrame) -> None:
         """With what has arrived; a loss is missing when one of its micro-batches is."""
         self._put(
             frame.row,
-            None if frame.loss is None else _arrived(frame.loss),
+            None if frame.loss is None else arrived(frame.loss),
             frame.parts,
-            None if frame.norm is None else _arrived(frame.norm),
+            None if frame.norm is None else arrived(frame.norm),
             {
                 slot: number
                 for slot, value in frame.others.items()
-                if (number := _arrived(value)) is not None
+                if (number := arrived(value)) is not None
             },
         )
 
@@ -346,10 +369,6 @@ def host_number(value: object) -> float | None:
     if getattr(getattr(value, "device", None), "type", None) != "cpu":
         return None
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value.detach())  # type: ignore[attr-defined]
     except (TypeError, ValueError, RuntimeError):  # a vector, for example
         return None
-
-
-def _arrived(value: Value) -> float | None:
-    return value if isinstance(value, float) else value.value()

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from time import perf_counter_ns
 
 from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.leyline.readings import Reading, Value
 from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
-from esper_otel.tolaria.seal import Reading, Unless, Value, plus
+from esper_otel.tolaria.seal import ConditionalReading, plus
 
 MAX_PHASES = 4096
 """Phases of one step that are remembered for its spans. Its times count all there were."""
@@ -25,6 +26,11 @@ _GRADIENT_NORM = STEP_SLOT["gradient_norm"]
 _CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
 _SKIPPED = STEP_SLOT["update_skipped"]
 _H2D = STEP_SLOT["h2d_copy_ms"]
+_STEP_LATENCY = STEP_SLOT["step_latency_ms"]
+_FORWARD = STEP_SLOT["forward_ms"]
+_BACKWARD = STEP_SLOT["backward_ms"]
+_OPTIMIZER = STEP_SLOT["optimizer_ms"]
+_INPUT_WAIT = STEP_SLOT["input_wait_ms"]
 
 REPORTABLE = {
     key: STEP_SLOT[key]
@@ -34,12 +40,12 @@ REPORTABLE = {
 
 
 class StepUnderWay:
-    """What the loop has done since the last step ended; :meth:`begin` turns to the next.
+    """What the loop has done since the last step ended; :meth:`start_next` turns to the next.
 
     ``enriched`` False leaves out reported values that are gated.
     """
 
-    # All of these are made anew by begin().
+    # All of these are made anew by start_next().
     mark: int
     begun: int
     wait_ns: int
@@ -69,9 +75,11 @@ class StepUnderWay:
         self._all_shares = False
         self.fetches = Fetches()
         self._steps = 0
-        self.begin(0, 0)
+        self.backwards = 0
+        """Times that backward was called, in all steps."""
+        self.start_next(0, 0)
 
-    def begin(self, mark: int, steps: int) -> None:
+    def start_next(self, mark: int, steps: int) -> None:
         """The next step begins at ``mark``, after ``steps`` before it."""
         self._steps = steps
         self.span_start = self.mark = mark
@@ -109,6 +117,7 @@ class StepUnderWay:
     def backward_begins(self) -> None:
         """The loop calls backward: what led here since the batch came was forward."""
         now = perf_counter_ns()
+        self.backwards += 1
         if self.fetches.waiting:
             self.charge_fetches()
         mark = self.mark or now
@@ -152,10 +161,13 @@ class StepUnderWay:
         If it is not, the step has been counted all the same, but not what it learnt.
         """
         if self.norm is not None:
-            self.norm = Unless(self.norm, skipped)
+            self.norm = ConditionalReading(self.norm, skipped)
         loss, parts = self.loss
         if loss is not None:
-            self._reported_loss, self._reported_losses = Unless(loss, skipped), parts
+            self._reported_loss, self._reported_losses = (
+                ConditionalReading(loss, skipped),
+                parts,
+            )
 
     def another_stepped(self) -> None:
         """An optimizer has stepped whose steps are not the run's (a critic's, say).
@@ -249,7 +261,7 @@ class StepUnderWay:
         phases.append((f"train.{name}", began, ended))
         self.mark = ended
 
-    def report(self, loss: Value | None, values: Mapping[str, Value]) -> None:
+    def loop_reported(self, loss: Value | None, values: Mapping[str, Value]) -> None:
         """What the loop knows of this step; ``values`` by key, of :data:`REPORTABLE`.
 
         A reported loss takes the place of those that backward began from.
@@ -278,15 +290,15 @@ class StepUnderWay:
         """A device was told to leave this step's update out; ``skipped`` is 1 if it did."""
         self.reported[_SKIPPED] = skipped
 
-    def losses_are_shares(self, shares: bool = True) -> None:
+    def losses_prescaled(self, shares: bool = True) -> None:
         """From here on backward begins from shares: a step's loss is their sum, no mean.
 
         So it is where each micro-batch's loss is divided by their number. False: no longer.
         """
         self._all_shares = self._shares = shares
 
-    def loss_is_a_share(self) -> None:
-        """As :meth:`losses_are_shares`, for the step under way."""
+    def loss_prescaled(self) -> None:
+        """As :meth:`losses_prescaled`, for the step under way."""
         self._shares = True
 
     def charge_fetches(self) -> None:
@@ -319,3 +331,19 @@ class StepUnderWay:
             phases.append(("train.input_wait", asked_for, came))
             since = came
         self.samples += samples
+
+    def put_times(self, row: list[float], latency_ms: float | None) -> None:
+        """Put the times of the step into ``row``, as far as it had the phases.
+
+        ``latency_ms`` is that of the whole step, None where no step was before it.
+        """
+        if latency_ms is not None:
+            row[_STEP_LATENCY] = latency_ms
+        if self.forward_ns:
+            row[_FORWARD] = self.forward_ns / 1e6
+        if self.backward_ns:
+            row[_BACKWARD] = self.backward_ns / 1e6
+        if self.optimizer_ns:
+            row[_OPTIMIZER] = self.optimizer_ns / 1e6
+        if self.wait_ns >= 0:
+            row[_INPUT_WAIT] = self.wait_ns / 1e6

@@ -1,21 +1,27 @@
 """Steps that have ended, and their timelines: complete once the decision about them has acted.
 
 The decision about a step is taken while the next one is under way, and whether an update was
-made with it is known only after that update. Until then a step's timeline stays open.
+made with it is known only after that update. Until then a step's timeline stays open. Its
+marks are of a monotonic clock; :class:`Clock` makes Unix times of them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from math import nan
+from math import inf, nan
+from time import perf_counter_ns, time_ns
+from typing import Protocol
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import GardenFrame, StepTimeline
+from esper_otel.leyline.frames import GardenFrame, StepTimeline, step_row
+from esper_otel.leyline.metrics import WEIGHT
 from esper_otel.tolaria.asking import Taken
 
-MOST_OPEN = 4
+_EMPTY_ROW = step_row()
+
+MOST_OPEN = 64
 """Timelines that may be open; the oldest then goes without its decision."""
 
 Seeds = Sequence[tuple[str, list[float]]]
@@ -23,6 +29,32 @@ Seeds = Sequence[tuple[str, list[float]]]
 
 Newest = tuple[int, int, list[float], Seeds]
 """The newest step whose values have all arrived: step, Unix time, row, seeds."""
+
+
+class Clock:
+    """Maps ``perf_counter_ns`` marks to Unix nanoseconds by one anchor taken at its making.
+
+    One anchor and not one per mark: durations between two times are then monotonic
+    durations, whatever is done to the wall clock meanwhile. ``offset`` added to a mark is
+    its Unix time.
+    """
+
+    __slots__ = ("_last_end", "offset")
+
+    def __init__(self) -> None:
+        self.offset = time_ns() - perf_counter_ns()
+        self._last_end = 0
+
+    def step_end(self, mark: int) -> int:
+        """Unix time of a step's end: later than every one before it.
+
+        Two steps with one time would be one point to a backend.
+        """
+        end = mark + self.offset
+        if end <= self._last_end:
+            end = self._last_end + 1
+        self._last_end = end
+        return end
 
 
 class EndedStep:
@@ -63,7 +95,6 @@ class EndedStep:
         last_end: int,
         start: int,
         phases: list[tuple[str, int, int]],
-        row: list[float],
     ) -> None:
         self.step = step
         self.ended = ended
@@ -72,7 +103,7 @@ class EndedStep:
         self.has_step_before = last_end > 0
         self.start = start
         self.phases = phases
-        self.row = row
+        self.row = _EMPTY_ROW.copy()
         self.latency_ms = nan
         self.growing: GardenFrame | None = None
         self.newest: Newest | None = None
@@ -97,15 +128,38 @@ class EndedStep:
         """Whether it becomes spans whatever is decided."""
 
 
+class UpdateOutcome(Protocol):
+    """What became of the updates of a step."""
+
+    skipped: bool
+    """Whether the run's own was left out."""
+
+    @property
+    def made(self) -> bool:
+        """Whether any was made with the factor in force."""
+
+
 class Timelines:
     """The open timelines of a run, in the order of their steps.
 
-    ``put`` takes each that becomes spans; ``offset`` makes Unix times of marks.
+    ``put`` takes each that becomes spans: every ``every``-th, those that took ``slow_factor``
+    times as long as usual, and those in which something happened. ``offset`` makes Unix times
+    of marks.
     """
 
-    def __init__(self, put: Callable[[StepTimeline], None], offset: int) -> None:
+    def __init__(
+        self,
+        put: Callable[[StepTimeline], None],
+        offset: int,
+        *,
+        every: int = 0,
+        slow_factor: float = inf,
+    ) -> None:
         self._put = put
         self._offset = offset
+        self._every = every
+        self._slow_factor = slow_factor
+        self._usual_ms = 0.0
         self._open: deque[EndedStep] = deque()
 
     def open(self, ended: EndedStep) -> None:
@@ -114,7 +168,18 @@ class Timelines:
         if len(self._open) > MOST_OPEN:
             self._close(self._open.popleft())
 
-    def decided(self, taken: Taken, first_update: int) -> EndedStep | None:
+    def choose(self, ended: EndedStep) -> None:
+        """Decide whether ``ended`` has spans whatever is decided about it."""
+        latency_ms, usual_ms = ended.latency_ms, self._usual_ms
+        slow = latency_ms > self._slow_factor * usual_ms > 0.0
+        if latency_ms == latency_ms:
+            self._usual_ms = (
+                usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
+            )
+        every = self._every
+        ended.wanted = slow or bool(ended.events) or bool(every and ended.step % every == 0)
+
+    def on_decision(self, taken: Taken, first_update: int) -> EndedStep | None:
         """A decision has come; returns the step that waits for it, None when none does.
 
         ``first_update`` is the first step whose update is made under it. Steps before that
@@ -135,21 +200,23 @@ class Timelines:
         ended.phases.append(("tamiyo.decide", taken.sent, taken.taken))
         return ended
 
-    def updated(self, step: int, made: bool, *, skipped: bool = False) -> None:
-        """``step`` is over; ``made``: an update was made with the factor in force.
+    def on_update(self, step: int, outcome: UpdateOutcome) -> None:
+        """``step`` is over, and so are its updates, with that ``outcome``.
 
-        Where its update was ``skipped``, what a decision did to the factor shows in the next.
+        Where its update was skipped, what a decision did to the factor shows in the next.
         """
         waiting = self._open
         while waiting and not waiting[0].waits and waiting[0].first_update <= step:
-            if waiting[0].scales and skipped:
-                return
-            ended = waiting.popleft()
-            if ended.scales and made:
-                ended.acted = True
+            ended = waiting[0]
+            if ended.scales:
+                if outcome.skipped:
+                    return
+                if outcome.made:
+                    ended.acted = True
+            waiting.popleft()
             self._close(ended)
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """The run is over."""
         while self._open:
             self._close(self._open.popleft())
@@ -172,8 +239,14 @@ class Timelines:
                 ],
                 row=ended.row,
                 decision=decision,
-                applied=ended.acted,
+                applied=ended.acted or _was_done_before(ended),
                 events=ended.events,
                 update=ended.update,
             )
         )
+
+
+def _was_done_before(ended: EndedStep) -> bool:
+    """Whether the decision was done to the step's own update, before that was made."""
+    update, decision = ended.update, ended.decision
+    return update is not None and decision is not None and update.reason == decision.reason

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from math import isfinite, nan
 from time import perf_counter_ns
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking
-from esper_otel.tolaria.clock import Clock
 from esper_otel.tolaria.responses import Responses
 from esper_otel.tolaria.seal import Sealer, mean_rate, put_optimizer
 from esper_otel.tolaria.step import StepUnderWay
+from esper_otel.tolaria.timelines import Clock
 from esper_otel.tolaria.updates import AS_IT_IS, Optimizer, UpdateOrder, Updates
 
 log = logging.getLogger("esper_otel")
@@ -21,13 +23,16 @@ MOST_SKIPS = 16
 """Updates in a row that may be left out although their values are finite: what stays so for
 longer is the run's new ordinary state, and a run that makes no update learns nothing."""
 
+Measure = Callable[[], Value | None]
+"""Gives the gradient norm once a closure has called backward; None: it is not known."""
+
 _STEP = STEP_SLOT["step"]
 _LR_SCALE = STEP_SLOT["lr_scale"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
 
 class UpdateControl:
-    """What becomes of the updates of the step under way; :meth:`turn` goes on to the next.
+    """What becomes of the updates of a step; :meth:`start_next` goes on to the next one.
 
     In ``enforce`` only: in ``advise`` no update is held against anything, or changed.
     """
@@ -46,8 +51,6 @@ class UpdateControl:
         """Factor that the run's own update was made with, None when it was not seen."""
         self.skipped = False
         """Whether that was left out."""
-        self.made = False
-        """Whether any update was made with the factor in force."""
         self.decision: Decision | None = None
         """What was decided about the run's own update, None where nothing was."""
         self._step = step
@@ -55,50 +58,93 @@ class UpdateControl:
         self._responses = responses
         self._sealer = sealer
         self._clock = clock
+        self._factor = 1.0
         self._skips = 0
+        self._skipped_at: int | None = None
+        """How many times backward was called when an update was left out last; None: it was
+        made."""
         self._told = False
 
-    def begin(self, optimizer: Optimizer, number: int, *, is_primary: bool) -> None:
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether an update that is not finite may be left out where nobody can ask in time."""
+        guards = self._asking.guards if self._responses.enforcing else None
+        return guards is not None and guards.skips_nonfinite
+
+    def before_update(
+        self,
+        optimizer: Optimizer,
+        number: int,
+        *,
+        is_primary: bool,
+        measure: Measure | None = None,
+    ) -> None:
         """``optimizer`` is about to step, in the run's step ``number``.
 
         That of a ``primary`` optimizer is the run's own update: its values are known, and are
-        asked about when they cross a guard.
+        asked about when they cross a guard. Where a closure is still to compute them,
+        ``measure`` gives the gradient norm once it has. What is left out of the run's own
+        update is left out of those of the loop's other optimizers that follow it.
         """
         if not self._responses.enforcing:
             return
-        factor = self._responses.lr_scale
-        order, norm = AS_IT_IS, None
-        if is_primary:
-            self.decision = None
-            try:
-                order = self._order_for(optimizer, number, factor)
-            except Exception:  # what is in force is still in force
-                if not self._told:
-                    self._told = True
-                    log.exception("esper-otel: an update could not be checked; it is made")
-            norm = self._step.norm
+        factor = self._factor = self._responses.lr_scale
         updates = self.updates
-        updates.guard(optimizer)
-        try:
-            scaled = updates.begin(
-                optimizer, factor, order, norm if type(norm) is float else None
-            )
-        except Exception:
-            updates.end(optimizer)  # half of it would be worse than nothing
-            raise
-        # A factor of 1.0 needs no scaling to be what an update is made with.
-        self.made = self.made or scaled or (factor == 1.0 and not order.skip)
-        if is_primary:
-            self.scale, self.skipped = factor * order.lr_scale, order.skip
+        if not is_primary:
+            skips = self._skipped_at == self._step.backwards
+            updates.prepare(optimizer, factor, UpdateOrder(skip=True) if skips else AS_IT_IS)
+            return
+        self.decision = None
+        if measure is not None:
+            self.scale, self._skipped_at = factor, None
 
-    def turn(self) -> None:
+            def judge() -> UpdateOrder:
+                norm = measure()
+                if norm is not None:
+                    self._step.norm = norm
+                return self._judged(optimizer, number, factor)
+
+            updates.prepare(optimizer, factor, AS_IT_IS, judge)
+            return
+        updates.prepare(optimizer, factor, self._judged(optimizer, number, factor))
+
+    @property
+    def made(self) -> bool:
+        """Whether an update was made with the factor in force.
+
+        A factor of 1.0 needs no scaling to be that.
+        """
+        seen = self.scale is not None and not self.skipped
+        return self.updates.scaled or (seen and self._factor == 1.0)
+
+    @property
+    def used_scale(self) -> float:
+        """The factor in the rate of the run's own update: 1.0 where it has no rate to scale."""
+        scale = 1.0 if self.scale is None else self.scale
+        return scale if self.updates.scaled or self.skipped else 1.0
+
+    def start_next(self) -> None:
         """The step is over."""
-        self.scale, self.skipped, self.made, self.decision = None, False, False, None
+        self.scale, self.skipped, self.decision = None, False, None
+        self.updates.scaled = False
+
+    def _judged(self, optimizer: Optimizer, number: int, factor: float) -> UpdateOrder:
+        """What is to be done to the run's own update."""
+        order = AS_IT_IS
+        try:
+            order = self._order_for(optimizer, number, factor)
+        except Exception:  # what is in force is still in force
+            if not self._told:
+                self._told = True
+                log.exception("esper-otel: an update could not be checked; it is made")
+        self.scale, self.skipped = factor * order.lr_scale, order.skip
+        self._skipped_at = self._step.backwards if order.skip else None
+        return order
 
     def _order_for(self, optimizer: Optimizer, number: int, factor: float) -> UpdateOrder:
         guards = self._asking.guards
-        if guards is None:
-            return AS_IT_IS
+        if guards is None or self._asking.unjudged:
+            return AS_IT_IS  # who did not answer just now is not waited for once more
         step = self._step
         total, parts = step.loss
         loss = total / parts if type(total) is float and parts else None
@@ -117,11 +163,13 @@ class UpdateControl:
         row[_LR_SCALE] = factor
         self._sealer.preview(row, loss, norm)
         put_optimizer(row, optimizer.param_groups, factor)
-        decision = self._asking.check(number, perf_counter_ns() + self._clock.offset, row)
+        decision = self._asking.check_update(
+            number, perf_counter_ns() + self._clock.offset, row
+        )
         order = self._responses.order_of(decision)
         if not order.skip:
             self._skips = 0
-        elif all(each is None or isfinite(each) for each in (loss, norm)):
+        elif isfinite(norm if norm is not None else loss if loss is not None else nan):
             self._skips += 1
             order = order._replace(skip=self._skips <= MOST_SKIPS)
         if order != AS_IT_IS:

@@ -1,5 +1,0 @@
-"""The Grafana dashboards, as code: ``python -m dashboards`` writes them.
-
-Panels are made from the registry and from Tamiyo's table of its own metrics, so names, units
-and stages cannot part from what is sent.
-"""

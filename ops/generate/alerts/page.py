@@ -1,0 +1,96 @@
+"""``docs/alerts.md``: which alerts there are, and which rules are none and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper_tamiyo.language.table import Table
+from ops.generate.alerts.alert import RUNBOOK, Alert
+from ops.generate.alerts.from_table import Translation
+from ops.generate.alerts.promql import PAST_S
+from ops.generate.files import COMMAND
+
+
+def page(table: Table, made: Translation, about_health: Sequence[Alert]) -> str:
+    """The whole page, as Markdown."""
+    texts = {rule.id: rule.text for rule in table.rules}
+    untranslated = [
+        f"| {_link(rule)} | {texts[rule]} | {why} |" for rule, why in made.untranslated.items()
+    ]
+    return _TEMPLATE.format(
+        command=COMMAND,
+        version=table.version.partition("+")[0],
+        longest_s=f"{PAST_S / table.baseline.warmup:g}",
+        said=_table(made.alerts),
+        untranslated="\n".join(
+            ["| rule | says | why not |", "| --- | --- | --- |", *untranslated]
+        ),
+        health=_table(about_health),
+        runbook=Path(RUNBOOK).name,
+    )
+
+
+def _table(alerts: Sequence[Alert]) -> str:
+    rows = ["| alert | severity | for | summary |", "| --- | --- | --- | --- |"]
+    rows += [
+        f"| [{alert.name}]({Path(RUNBOOK).name}#{alert.anchor}) | {alert.severity} | "
+        f"{alert.for_} | {alert.summary.replace('{{ $labels.', '`').replace(' }}', '`')} |"
+        for alert in alerts
+    ]
+    return "\n".join(rows)
+
+
+def _link(rule: str) -> str:
+    return f"[{rule}]({Path(RUNBOOK).name}#{rule})"
+
+
+_TEMPLATE = """\
+<!-- Made by {command} from Tamiyo's default table; edits here are lost. -->
+
+# Alerts
+
+Tamiyo judges every step and answers within the step. Prometheus judges four times a minute
+what it was sent; its alerts are for people, and they work where no Tamiyo runs. They are in
+[`docker/prometheus/rules`](../docker/prometheus/rules), made from the default table by
+`{command}`; what to do about each stands in [the runbook]({runbook}).
+
+The `runbook_url` of an alert is relative to this repository.
+
+## How a table's rule is said in PromQL
+
+A table counts observations, PromQL knows times. So the two agree about trouble that lasts,
+and may differ about a single step:
+
+- a rule that one observation is enough for (`for: 1`) looks at the most extreme value of the
+  last minute, so nothing is missed between two evaluations, and stays for five minutes;
+- a rule that wants several looks at the median of the last minute, for a minute;
+- parts of `all` are true within the same minute, not necessarily at the same step;
+- a rolling baseline is the median of the last ten minutes and counts after as many
+  observations as the table's warm-up, so a rule that wants one says nothing of a run whose
+  steps take longer than {longest_s} s; the lowest or highest ever are those of the last day;
+- what is to last for a minute must be told each minute: of longer steps at most those rules
+  speak that have `0s` in the table below;
+- the peers of a rank are all ranks of its run, itself included;
+- `unchanged_for` is an hour without a change and with so many observations: never wrong, and
+  late for fast steps;
+- a rank is missing when it has told nothing for a minute and others of its run are so many
+  steps ahead of it, for a day at most; it may come back as another process. Whether a run of
+  one rank has ended or fallen silent nobody can see from outside;
+- `release` and `cooldown` have no counterpart; Tamiyo's do.
+
+## Rules that alert
+
+{said}
+
+## Rules that do not
+
+What they find is in `tamiyo_decisions_total` when it decides, and `TamiyoDecided` tells of
+the grave ones.
+
+{untranslated}
+
+## About those who watch
+
+{health}
+"""

@@ -1,0 +1,242 @@
+"""Conditions of a threshold table as PromQL, or the reason why they have none.
+
+A table counts observations, PromQL knows times:
+
+- A rule that one observation is enough for looks at the most extreme value of the last
+  minute. A rule that wants several looks at the minute's median, which holds for most of it.
+- The parts of ``all`` are then true within the same minute, not at the same step.
+- A rolling baseline is the median of the last ten minutes, recorded once a minute.
+- A rank is missing by the steps that others of its run are ahead of it, not by its own time.
+- ``unchanged_for`` is sound and late: nothing changed for an hour with so many observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
+from esper_tamiyo.language.derived import DERIVED, KNOWN
+from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
+from ops.generate.prometheus_names import label_name, prometheus_name
+
+PAST_S = 600
+RECENT, SINCE, PAST, EVER, LONG = "1m", "2m", f"{PAST_S // 60}m", "1d", "1h"
+"""What "now", "since before", a rolling baseline, "ever" and "for long" are in PromQL."""
+
+RUN = label_name(RUN_ID)
+RANK_KEYS = (RUN, label_name(RANK), "instance")
+WHOEVER_KEYS = RANK_KEYS[:2]
+"""A rank, whichever process it is by now."""
+
+MAY_BE_NEGATIVE = frozenset({"loss", "loss_ewma", "loss_delta"})
+"""Of a baseline below zero "so many times" is seen from the baseline, as in tables."""
+
+SEED_KEYS = (*RANK_KEYS, label_name(SEED_ID))
+
+_SIGNS = {
+    Operator.ABOVE: ">",
+    Operator.AT_LEAST: ">=",
+    Operator.BELOW: "<",
+    Operator.AT_MOST: "<=",
+    Operator.ABOVE_BASELINE: ">",
+    Operator.BELOW_BASELINE: "<",
+    Operator.ABOVE_PEERS: ">",
+    Operator.BELOW_PEERS: "<",
+}
+
+
+class UntranslatableError(Exception):
+    """Why a condition, and the rule it is part of, has no PromQL."""
+
+
+class Expression(msgspec.Struct, frozen=True):
+    """An expression, and whether its series are of seeds (else of ranks)."""
+
+    text: str
+    of_seeds: bool
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The labels by which its series are told apart."""
+        return SEED_KEYS if self.of_seeds else RANK_KEYS
+
+
+class Recording(msgspec.Struct, frozen=True):
+    """A series that Prometheus is to make of others."""
+
+    record: str
+    expr: str
+
+
+class Translator:
+    """Translates conditions, and keeps what has to be recorded for them."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        self.recordings: dict[str, Recording] = {}
+        self._warmup = baseline.warmup
+
+    def translate(self, rule: Rule) -> Expression:
+        """What is true while ``rule`` fires; raises :class:`UntranslatableError`."""
+        if rule.downgrade:
+            raise UntranslatableError(
+                "it counts only while a seed operation is proposed, which no metric tells"
+            )
+        return self._when(rule.when, rule.persistence > 1)
+
+    def _when(self, when: Condition | Group, lasting: bool) -> Expression:
+        if isinstance(when, Condition):
+            return self._condition(when, lasting)
+        parts = [self._when(part, lasting) for part in when.parts]
+        # What tells seeds apart first: labels of the left side are those of the alert.
+        first, *others = sorted(parts, key=lambda part: not part.of_seeds)
+        if when.combine is Combine.ANY and any(o.of_seeds != first.of_seeds for o in others):
+            raise UntranslatableError("`any` of what is a seed's and what is a rank's")
+        joint = "and" if when.combine is Combine.ALL else "or"
+        text = f"({first.text})"
+        for other in others:
+            text += f"\n  {joint} {_on(other.keys)} ({other.text})"
+        return Expression(text, first.of_seeds)
+
+    def _condition(self, condition: Condition, lasting: bool) -> Expression:
+        own: dict[Operator, Callable[[Condition], str]] = {
+            Operator.RISES_BY: self._rises,
+            Operator.UNCHANGED_FOR: self._unchanged,
+            Operator.RUNS_OUT_WITHIN: self._runs_out,
+            Operator.NONFINITE: self._nonfinite,
+            Operator.MISSING_FOR: self._missing,
+        }
+        if condition.operator in own:
+            text = own[condition.operator](condition)
+        else:
+            text = self._comparison(condition, lasting)
+        return Expression(text, _of_seeds(condition.metric))
+
+    def _comparison(self, condition: Condition, lasting: bool) -> str:
+        sign, operator, number = (
+            _SIGNS[condition.operator],
+            condition.operator,
+            condition.number,
+        )
+        now = self._now(condition.metric, sign, lasting)
+        if operator in (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE):
+            return f"{now} {sign} {self._baseline(condition)}"
+        if operator in (Operator.ABOVE_PEERS, Operator.BELOW_PEERS):
+            peers = f"quantile by ({RUN}) (0.5, {now})"
+            several = f"(count by ({RUN}) ({now}) > 1)"
+            return (
+                f"{now} {sign} on({RUN}) group_left () ({number:g} * {peers})"
+                f" and on({RUN}) {several}"
+            )
+        return f"{now} {sign} {number:g}"
+
+    def _now(self, key: str, sign: str, lasting: bool) -> str:
+        series = self._series(key)
+        if lasting:
+            return f"quantile_over_time(0.5, {series}[{RECENT}])"
+        return f"{'max' if sign[0] == '>' else 'min'}_over_time({series}[{RECENT}])"
+
+    def _baseline(self, condition: Condition) -> str:
+        key = condition.baseline_of or condition.metric
+        series = self._series(key)
+        name = f"{series if ':' in series else f'esper:{series}'}:median{PAST}"
+        self._record(
+            name,
+            f"quantile_over_time(0.5, {series}[{PAST}])"
+            f" and count_over_time({series}[{PAST}]) >= {self._warmup}",
+        )
+        match condition.baseline:
+            case BaselineKind.ROLLING:
+                base = name
+            case BaselineKind.LOWEST:
+                base = f"min_over_time({name}[{EVER}])"
+            case BaselineKind.HIGHEST:
+                base = f"max_over_time({name}[{EVER}])"
+            case BaselineKind.FROZEN:
+                raise UntranslatableError(
+                    "its baseline is of the run's beginning, which moves out of every range "
+                    "that PromQL can look at"
+                )
+        bound = f"({condition.number:g} * {base})"
+        if key in MAY_BE_NEGATIVE:
+            bound = f"({base} + {condition.number - 1:g} * abs({base}))"
+        if _of_seeds(condition.metric) and not _of_seeds(key):
+            return f"{_on(RANK_KEYS)} group_left () {bound}"
+        return f"{_on(SEED_KEYS if _of_seeds(key) else RANK_KEYS)} {bound}"
+
+    def _rises(self, condition: Condition) -> str:
+        series = self._series(condition.metric)
+        # A range has no sample at its left end in Prometheus 3, so that two of one minute,
+        # one after the other, do not show what rose between them.
+        risen = f"max_over_time({series}[{RECENT}]) - min_over_time({series}[{SINCE}])"
+        return f"{risen} >= {condition.number:g}"
+
+    def _unchanged(self, condition: Condition) -> str:
+        series = self._series(condition.metric)
+        return (
+            f"changes({series}[{LONG}]) == 0"
+            f" and count_over_time({series}[{LONG}]) >= {condition.number:g}"
+        )
+
+    def _runs_out(self, condition: Condition) -> str:
+        series = self._series(condition.metric)
+        step_s = f"({self._series('step_latency_ms')} / 1000)"
+        slope = f"(deriv({series}[{PAST}]) < 0)"
+        left = f"{condition.number:g} * {slope} * {_on(RANK_KEYS)} {step_s}"
+        return f"{series} + {_on(RANK_KEYS)} ({left}) <= 0"
+
+    def _nonfinite(self, condition: Condition) -> str:
+        if condition.metric != "nonfinite":
+            raise UntranslatableError("which of the values was not finite is not told")
+        return f"max_over_time({self._series('nonfinite')}[{RECENT}]) > 0"
+
+    def _missing(self, condition: Condition) -> str:
+        if condition.metric != "step":
+            raise UntranslatableError(
+                "how many steps a value has been absent cannot be counted"
+            )
+        series = self._series("step")
+        newest = f"esper:{series}:newest"
+        whoever = ", ".join(WHOEVER_KEYS)
+        self._record(newest, f"max by ({whoever}) (last_over_time({series}[{RECENT}]))")
+        # A run that has ended is quiet as well: then there is nobody to be behind of.
+        run = f"max by ({RUN}) (last_over_time({newest}[{PAST}]))"
+        behind = f"{run} - on({RUN}) group_right () last_over_time({newest}[{EVER}])"
+        return (
+            f"({behind} >= {condition.number:g})"
+            f" unless {_on(WHOEVER_KEYS)} count_over_time({series}[{RECENT}])"
+        )
+
+    def _series(self, key: str) -> str:
+        metric = KNOWN[key]
+        if key not in {row.metric.key for row in DERIVED}:
+            return prometheus_name(metric)
+        name = f"esper:{label_name(metric.instrument)}"
+        self._record(name, _DERIVATIONS[key])
+        return name
+
+    def _record(self, name: str, expr: str) -> None:
+        self.recordings[name] = Recording(name, expr)
+
+
+def _of_seeds(key: str) -> bool:
+    return KNOWN[key].scope == "seed"
+
+
+def _on(keys: tuple[str, ...]) -> str:
+    return f"on({', '.join(keys)})"
+
+
+def _name(key: str) -> str:
+    return prometheus_name(KNOWN[key])
+
+
+_DERIVATIONS = {
+    "kasmina.seed.isolation.cosine": (
+        f"{_name('kasmina.seed.isolation.dot')} / ({_name('kasmina.seed.isolation.host_norm')}"
+        f" * {_name('kasmina.seed.isolation.seed_norm')} > 0)"
+    )
+}
+"""What Tamiyo works out (``esper_tamiyo.language.derived``), worked out by Prometheus."""

@@ -1,0 +1,62 @@
+"""Makes docker/prometheus/rules and docs/alerts.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from esper_tamiyo.language.table_file import load
+from ops.generate.alerts import health
+from ops.generate.alerts.from_table import Translation, translated
+from ops.generate.alerts.page import page
+from ops.generate.files import COMMAND
+
+RULES = Path("docker/prometheus/rules")
+PAGE = Path("docs/alerts.md")
+HEAD = f"# Made by {COMMAND}; edits here are lost.\n"
+
+
+def files(table_name: str = "default") -> dict[Path, str]:
+    """What is written, by its place in the repository."""
+    table = load(table_name)
+    from_table = translated(table)
+    return {
+        RULES / "table.yaml": _text(table_groups(from_table)),
+        RULES / "health.yaml": _text(health_groups()),
+        PAGE: page(table, from_table, [*health.tamiyo(), *health.collector()]),
+    }
+
+
+def table_groups(made: Translation) -> list[dict[str, object]]:
+    """What is recorded once a minute, and what alerts of it."""
+    recordings = [{"record": one.record, "expr": one.expr} for one in made.recordings]
+    return [
+        {"name": "esper-baselines", "interval": "1m", "rules": recordings},
+        {"name": "esper-table", "rules": [alert.written() for alert in made.alerts]},
+    ]
+
+
+def health_groups() -> list[dict[str, object]]:
+    """The alerts about those who watch."""
+    return [
+        {"name": "esper-tamiyo", "rules": [alert.written() for alert in health.tamiyo()]},
+        {"name": "esper-collector", "rules": [alert.written() for alert in health.collector()]},
+    ]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Expressions of several lines stay lines."""
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _string)
+
+
+def _text(groups: Sequence[Mapping[str, object]]) -> str:
+    return HEAD + yaml.dump({"groups": list(groups)}, Dumper=_Dumper, sort_keys=False, width=96)

@@ -1,0 +1,112 @@
+"""*Seeds*: what each small network inside the host is doing, and to whom."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from ops.generate.dashboards.panels import (
+    BY_RANK,
+    BY_SEED,
+    Line,
+    PanelBuilder,
+    board,
+    lines,
+    number,
+    stage_names,
+    states,
+)
+from ops.generate.dashboards.queries import COSINE, last, mean, most, of
+
+
+def seeds() -> Dashboard:
+    """The dashboard."""
+    made = board(
+        "esper-seeds",
+        "esper / Seeds",
+        "Stages, blending and isolation of every seed.",
+        seeds=True,
+    )
+    for panel in _panels():
+        made = made.with_panel(panel)
+    return made
+
+
+def _panels() -> list[PanelBuilder]:
+    return [
+        number("Seeds alive", "none", f"max({of('kasmina.seeds_live')})", width=6),
+        number(
+            "Isolation violations",
+            "none",
+            f"max({of('kasmina.isolation.violations')})",
+            "Of all seeds of a rank, since the run began. Anything but 0 is a defect.",
+            width=6,
+        ),
+        number(
+            "Kernels replaced by identity",
+            "none",
+            f"sum({of('kasmina.seed.fallback_used')})",
+            width=6,
+        ),
+        number(
+            "Last fetch of a kernel", "ms", f"max({of('kasmina.kernel_fetch_ms')})", width=6
+        ),
+        states("Stages", [Line(last("kasmina.seed.stage"), BY_SEED)], stage_names()),
+        lines(
+            "Alpha",
+            "percentunit",
+            [Line(mean("kasmina.seed.alpha"), BY_SEED)],
+            "How much of the seed the host gets to see.",
+        )
+        .min(0)
+        .max(1),
+        lines("Steps of blending", "none", [Line(last("kasmina.seed.alpha_steps"), BY_SEED)]),
+        lines(
+            "Isolation: cosine of host and seed",
+            "short",
+            [Line(COSINE, BY_SEED)],
+            "Of what comes back through each at the slot's input: -1 when they pull in "
+            "opposite directions. Without a point while a norm is zero.",
+        )
+        .min(-1)
+        .max(1),
+        lines(
+            "Isolation: norms",
+            "short",
+            [
+                Line(mean("kasmina.seed.isolation.host_norm"), f"host, {BY_SEED}"),
+                Line(mean("kasmina.seed.isolation.seed_norm"), f"seed, {BY_SEED}"),
+            ],
+            "While a seed must be isolated the second is 0.",
+        ),
+        lines(
+            "Isolation: inner product",
+            "short",
+            [Line(mean("kasmina.seed.isolation.dot"), BY_SEED)],
+        ),
+        lines(
+            "Isolation violations",
+            "none",
+            [
+                Line(last("kasmina.seed.isolation_violations"), BY_SEED),
+                Line(last("kasmina.isolation.violations"), f"all, {BY_RANK}"),
+            ],
+            "Running counts.",
+        ),
+        lines(
+            "Kernel latency",
+            "ms",
+            [Line(most("kasmina.seed.last_kernel_latency_ms"), BY_SEED)],
+        ),
+        states(
+            "Kernel attached",
+            [Line(last("kasmina.seed.kernel_attached"), BY_SEED)],
+            {0: ("no", "#6e7687"), 1: ("attached", "green")},
+            width=8,
+        ),
+        states(
+            "Identity in place of the kernel",
+            [Line(last("kasmina.seed.fallback_used"), BY_SEED)],
+            {0: ("no", "green"), 1: ("identity", "red")},
+            width=8,
+        ),
+    ]

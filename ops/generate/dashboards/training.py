@@ -1,0 +1,239 @@
+"""*Training*: how a run is doing, and where the time of its steps goes."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.models import common, dashboard
+
+from ops.generate.dashboards.panels import (
+    BY_RANK,
+    Line,
+    PanelBuilder,
+    board,
+    lines,
+    number,
+    stacked,
+    to_trace,
+    unit_of,
+)
+from ops.generate.dashboards.queries import (
+    OTHER,
+    PHASES,
+    SLOW_FACTOR,
+    SLOW_SPAN,
+    SLOW_STEPS,
+    last,
+    mean,
+    most,
+    of,
+    over_ranks,
+    total,
+)
+
+
+def training() -> Dashboard:
+    """The dashboard."""
+    made = board(
+        "esper-training",
+        "esper / Training",
+        "Loss, gradients and the time of steps, per rank, at every step.",
+    )
+    for panel in (*_head(), *_learning()):
+        made = made.with_panel(panel)
+    made = made.with_row(Row("Where the time goes"))
+    for panel in _time():
+        made = made.with_panel(panel)
+    made = made.with_row(Row("Devices"))
+    for panel in _devices():
+        made = made.with_panel(panel)
+    return made
+
+
+def _head() -> list[PanelBuilder]:
+    return [
+        number("Step", "none", f"max({of('step')})"),
+        number("Loss", "none", f"avg({of('loss')})", "Mean over the chosen ranks."),
+        number(
+            "Accuracy", "percentunit", f"avg({of('accuracy')})", "Where the loop reports it."
+        ),
+        number("Samples per second", "short", f"sum({of('samples_per_s')})", "Of all ranks."),
+        number("Step time", "ms", f"avg({of('step_latency_ms')})"),
+        number(
+            "Values that were not finite",
+            "none",
+            f"sum(sum_over_time({of('nonfinite')}[$__range]))",
+            "NaN or infinite, in the time shown. They are in no curve.",
+        ),
+    ]
+
+
+def _learning() -> list[PanelBuilder]:
+    band = (
+        lines(
+            "Loss and its band",
+            "short",
+            [
+                Line(mean("loss"), BY_RANK),
+                Line(over_ranks("loss_ewma"), "weighted mean"),
+                Line(_edge("+"), "upper"),
+                Line(_edge("-"), "lower"),
+            ],
+            "The band is the weighted mean and two weighted standard deviations to each side, "
+            "of the chosen ranks.",
+            width=12,
+        )
+        .override_by_name("upper", _band("lower"))
+        .override_by_name("lower", _band(None))
+        .override_by_name(
+            "weighted mean", [dashboard.DynamicConfigValue("custom.lineWidth", 3)]
+        )
+    )
+    return [
+        band,
+        lines(
+            "Gradient norm",
+            "short",
+            [
+                Line(most("gradient_norm"), BY_RANK),
+                Line(over_ranks("grad_norm_ewma"), "weighted mean"),
+            ],
+            "Before clipping; the largest that a pixel spans.",
+            width=12,
+        ),
+        lines("Change of the loss", "short", [Line(most("loss_delta"), BY_RANK)]),
+        lines(
+            "Unsteadiness",
+            "short",
+            [
+                Line(over_ranks("loss_volatility"), "of the loss: standard deviation"),
+                Line(over_ranks("grad_var"), "of the gradient norm: variance"),
+            ],
+        ),
+        lines(
+            "Conflicting gradient sources",
+            "percentunit",
+            [Line(mean("grad_conflict_rate"), BY_RANK)],
+            "Of the pairs that were compared; with two sources or more.",
+        ),
+        lines(
+            "Learning rate",
+            "sci",
+            [Line(mean("optimizer_lr"), BY_RANK)],
+            "The rate that updates used: the script's own times the factor.",
+        ),
+        lines(
+            "Learning rate factor",
+            "short",
+            [Line(mean("lr_scale"), BY_RANK)],
+            "What decisions scale the script's own rate by: 1 when none is applied, and always "
+            "in `advise` mode.",
+        ),
+        lines(
+            "Skipped updates",
+            "none",
+            [Line(total("update_skipped"), BY_RANK)],
+            "Updates left out by decisions, counted over what a pixel spans.",
+        ),
+        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)], width=12),
+        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)], width=12),
+    ]
+
+
+def _time() -> list[PanelBuilder]:
+    phases = [Line(over_ranks(key), name) for name, key in PHASES.items()]
+    slow = (
+        lines(
+            "Slow steps",
+            "ms",
+            [Line(SLOW_STEPS, BY_RANK)],
+            f"Steps that took more than {SLOW_FACTOR} times the median of {SLOW_SPAN}. A click "
+            "on one looks in Jaeger for steps that took as long. Traced is what a trainer "
+            "finds slow: a step that takes several times (ESPER_SPAN_SLOW_FACTOR) the weighted "
+            "mean of those just before it. Slow steps that come again and again raise that "
+            "mean, and need not be traced.",
+        )
+        .draw_style(common.GraphDrawStyle.POINTS)
+        .point_size(7)
+        .data_links([to_trace()])
+    )
+    waiting = f"{mean('input_wait_ms')} / {mean('step_latency_ms')}"
+    return [
+        stacked(
+            "Step time by phase",
+            "ms",
+            [*phases, Line(OTHER, "other")],
+            "Mean over the chosen ranks. `esper` is what this package did on the training "
+            "thread, decision requests included.",
+            width=12,
+        ),
+        lines(
+            "Step time by rank",
+            "ms",
+            [Line(most("step_latency_ms"), BY_RANK)],
+            "The slowest step that a pixel spans.",
+            width=12,
+        ),
+        slow,
+        lines(
+            "Share of the step spent waiting for input",
+            "percentunit",
+            [Line(waiting, BY_RANK)],
+        ),
+        lines("Samples per second", "short", [Line(mean("samples_per_s"), BY_RANK)]),
+        lines(
+            "What watching costs",
+            "ms",
+            [
+                Line(over_ranks("hook_latency_ms"), "this package, of that"),
+                Line(over_ranks("tamiyo_latency_ms"), "decision requests"),
+                Line(over_ranks("kasmina.apply_ms"), "applying decisions"),
+                Line(over_ranks("kasmina.finalize_ms"), "seeds"),
+            ],
+        ),
+        lines(
+            "Host to device",
+            unit_of("h2d_copy_ms"),
+            [Line(mean("h2d_copy_ms"), BY_RANK)],
+            "The first copy of a step; CUDA only.",
+        ),
+        lines(
+            "Steps", "none", [Line(last("step"), BY_RANK)], "Ranks that fall behind fan out."
+        ),
+    ]
+
+
+def _devices() -> list[PanelBuilder]:
+    return [
+        lines(
+            "Utilisation",
+            "percent",
+            [
+                Line(mean("cpu_util_percent"), f"CPU, {BY_RANK}"),
+                Line(mean("gpu_util_percent"), f"GPU, {BY_RANK}"),
+            ],
+            width=12,
+        ),
+        lines(
+            "Device memory",
+            unit_of("gpu_mem_used_gb"),
+            [
+                Line(mean("gpu_mem_used_gb"), f"used, {BY_RANK}"),
+                Line(mean("gpu_mem_free_gb"), f"free, {BY_RANK}"),
+            ],
+            "CUDA only.",
+            width=12,
+        ),
+    ]
+
+
+def _edge(sign: str) -> str:
+    return f"{over_ranks('loss_ewma')} {sign} 2 * {over_ranks('loss_volatility')}"
+
+
+def _band(down_to: str | None) -> list[dashboard.DynamicConfigValue]:
+    values: list[tuple[str, object]] = [("custom.lineWidth", 0), ("custom.fillOpacity", 12)]
+    if down_to is None:
+        values[1] = ("custom.fillOpacity", 0)
+    else:
+        values.append(("custom.fillBelowTo", down_to))
+    return [dashboard.DynamicConfigValue(name, value) for name, value in values]

@@ -1,0 +1,137 @@
+"""Makes ``docs/settings.md`` from :mod:`esper_otel.settings`.
+
+What a field is for is said once, beside the field.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from math import isinf
+from pathlib import Path
+
+import msgspec
+
+from esper_otel import settings
+from esper_otel.settings import EsperSettings
+from ops.generate.files import COMMAND
+
+PAGE = Path("docs/settings.md")
+
+OF_SEEDS = "growth"
+"""The first of the fields that only a garden needs."""
+
+
+def files() -> dict[Path, str]:
+    """What is written, by its place in the repository."""
+    return {PAGE: page()}
+
+
+def page() -> str:
+    """The whole page, as Markdown."""
+    rows = list(_rows())
+    first = next(place for place, row in enumerate(rows) if row[0] == OF_SEEDS)
+    return _TEMPLATE.format(
+        command=COMMAND,
+        run=_table(row[1:] for row in rows[:first]),
+        seeds=_table(row[1:] for row in rows[first:]),
+    )
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    """Field, variables, default, what it may be, what it is for."""
+    said = _said()
+    ranges = {field: (low, high) for field, low, high in settings.RANGES}
+    for field in msgspec.structs.fields(EsperSettings):
+        kind = field.type
+        meaning = said[EsperSettings.__name__, field.name]
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
+            expected = ", ".join(f"`{each.value}`" for each in kind)
+            each = [
+                f"`{one.value}`: {about}"
+                for one in kind
+                if (about := said[kind.__name__, one.name])
+            ]
+            meaning = " ".join([meaning or inspect.getdoc(kind) or "", *each])
+        else:
+            expected = _within(settings.EXPECTED[kind], *ranges.get(field.name, (None, None)))
+        variables = ", ".join(f"`{name}`" for name in settings.variables_of(field.name))
+        yield field.name, variables, _default(field.default), expected, _plain(meaning)
+
+
+def _said() -> dict[tuple[str, str], str]:
+    """What stands under each field of each class, by their names; empty where nothing does."""
+    said = {}
+    for found in ast.parse(inspect.getsource(settings)).body:
+        if not isinstance(found, ast.ClassDef):
+            continue
+        for node, after in zip(found.body, [*found.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign):
+                name = ast.unparse(node.target)
+            elif isinstance(node, ast.Assign):
+                name = ast.unparse(node.targets[0])
+            else:
+                continue
+            text = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = inspect.cleandoc(str(after.value.value))
+            said[found.name, name] = " ".join(text.split())
+    return said
+
+
+def _within(expected: str, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return expected
+    if isinf(high):
+        return f"{expected} from {low:.15g} on"
+    return f"{expected} from {low:.15g} to {high:.15g}"
+
+
+def _default(value: object) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, StrEnum):
+        return f"`{value.value}`"
+    return f"`{value:g}`" if isinstance(value, int | float) else f"`{value}`" if value else ""
+
+
+def _plain(text: str) -> str:
+    """Without the roles of docstrings, which Markdown does not know."""
+    return re.sub(r":\w+:`([^`]*)`", r"`\1`", text).replace("``", "`")
+
+
+def _table(rows: Iterator[tuple[str, ...]]) -> str:
+    head = [("variable", "default", "expected", "meaning"), ("---",) * 4]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (*head, *rows))
+
+
+_TEMPLATE = """\
+<!-- Made by {command} from the settings; edits here are lost. -->
+
+# Settings
+
+Of the training process. Each is an environment variable, and a keyword argument of the
+lower-case name (without `ESPER_`) to `esper_otel.start`, `TorchInstrumentor().instrument`
+and, those about seeds, `run.plant`. A value that cannot be used ends `esper-otel run` before
+the script begins, with the variable, its value and what was expected; a variable that begins
+with `ESPER_` and is none of these is warned about.
+
+Where telemetry goes is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OTLP_ENDPOINT`,
+`_METRICS_ENDPOINT`, `_TRACES_ENDPOINT`, `_PROTOCOL`, `_HEADERS`, `_TIMEOUT`, `_COMPRESSION`,
+`_CERTIFICATE`, `_CLIENT_KEY`, `_CLIENT_CERTIFICATE`, `_INSECURE`, and `OTEL_SERVICE_NAME`,
+`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SDK_DISABLED`. What the sidecar can be told is in
+`tamiyo serve --help`.
+
+## Of a run
+
+{run}
+
+## Of seeds
+
+They need a garden ([growing seeds](kasmina.md)).
+
+{seeds}
+"""

@@ -1,0 +1,151 @@
+"""The reporter: what the decide process does to keep a record, when nobody waits for it.
+
+It puts the decision log, the scribe process and a heartbeat once a second together, so that
+the server has one thing to call at the end of each turn.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+from esper_tamiyo.journaling.decision_log import DecisionLog, table_entry
+from esper_tamiyo.journaling.entries import Gap
+from esper_tamiyo.journaling.messages import ANSWER_MS, LAG_MS, Heartbeat, Histogram
+from esper_tamiyo.journaling.scribe_child import ScribeChild
+from esper_tamiyo.language.table import Table
+
+HEARTBEAT_S = 0.95
+"""A little less than the tick that wakes the loop, or every other one would pass by."""
+WRITTEN_PER_TURN = 32
+"""Things of the decision log that are written between two looks for asks: about 0.2 ms."""
+
+
+class Reporter:
+    """Keeps the record of one decide process."""
+
+    def __init__(self, scribe: ScribeChild | None, trace_every: int = 0) -> None:
+        """``scribe`` None: nothing is written, only counted."""
+        self.decision_log = DecisionLog(trace_every)
+        self._answers = Histogram(ANSWER_MS)
+        self._lag = Histogram(LAG_MS)
+        self._scribe = scribe
+        self._began_unix_nano = time.time_ns()
+        self._beat = 0
+        self._heartbeat_at = 0.0
+        self._table: Table | None = None
+        self._accounted = 0
+
+    def start(self, epoll: select.epoll) -> None:
+        """Start the scribe; ``epoll`` tells when it has something to say."""
+        if self._scribe is not None:
+            self._scribe.watch(epoll)
+            self._scribe.start()
+
+    def is_scribe(self, fd: int) -> bool:
+        """Whether an event of ``fd`` is for :meth:`read_scribe`."""
+        return self._scribe is not None and self._scribe.has_pipe(fd)
+
+    def read_scribe(self) -> None:
+        """The scribe has said something, or is gone."""
+        if self._scribe is not None and not self._scribe.read():
+            self._scribe.reap()
+
+    def record_answer(self, seen_at: int) -> None:
+        """An ask that was seen at a mark of ``perf_counter_ns`` has been answered."""
+        self._answers.add((time.perf_counter_ns() - seen_at) / 1e6)
+
+    def record_lag(self, time_unix_nano: int) -> None:
+        """A streamed step that ended at ``time_unix_nano`` has been evaluated."""
+        self._lag.add(max(0, time.time_ns() - time_unix_nano) / 1e6)
+
+    def due_in(self) -> float | None:
+        """Seconds until there is something to write down; None: not before the heartbeat.
+
+        The heartbeat goes with the server's tick.
+        """
+        if self.decision_log.waiting:
+            return 0.0
+        return None if self._scribe is None else self._scribe.due_in()
+
+    def write_down(self, table: Table, status: Callable[[], dict[str, Any]]) -> None:
+        """Write down some of what was heard; once a second say how things are."""
+        now_s = time.monotonic()
+        log = self.decision_log
+        entries = log.make_entries(WRITTEN_PER_TURN, now_s) if log.waiting else []
+        scribe = self._scribe
+        if scribe is None:
+            return
+        if scribe.due_in() == 0.0:
+            scribe.start()
+            self._table = None  # whoever writes now has to be told
+        if table is not self._table and scribe.pipe is not None:
+            self._table = table if scribe.send([table_entry(table)]) else None
+        if entries:
+            scribe.send([*entries])
+        if now_s >= self._heartbeat_at:
+            self._heartbeat_at = now_s + HEARTBEAT_S
+            self._send_gap(scribe)
+            scribe.send([*log.expire(now_s), self._heartbeat(status())])
+
+    def close(self) -> None:
+        """Write down the rest and let the scribe end."""
+        scribe = self._scribe
+        if scribe is not None:
+            scribe.send([*self.decision_log.close()])
+            self._send_gap(scribe)
+            scribe.close()
+
+    def status(self) -> dict[str, Any]:
+        """Its part of ``tamiyo status``: what was decided, and how fast."""
+        decisions = self.decision_log.decisions
+        return {
+            "decisions": [
+                {"action": action, "severity": severity, "rule": rule, "count": count}
+                for (action, severity, rule), count in sorted(decisions.items())
+            ],
+            "answer_ms": _summary(self._answers),
+            "ingest_lag_ms": _summary(self._lag),
+            "checks": dict(self.decision_log.checks),
+            "missed_steps": self.decision_log.missed,
+            "scribe": self._scribe_status(),
+        }
+
+    def _scribe_status(self) -> dict[str, Any] | None:
+        if self._scribe is None:
+            return None
+        return {
+            **self._scribe.status(),
+            "notes_waiting": self.decision_log.waiting,
+            "field_reports_pending": self.decision_log.reports_pending,
+        }
+
+    def _send_gap(self, scribe: ScribeChild) -> None:
+        """What was lost since this was last said, to be said where it is missing."""
+        lost = scribe.lost + self.decision_log.dropped - self._accounted
+        gap = Gap(
+            time_unix_nano=time.time_ns(),
+            lost=lost,
+            because="at most so many: the scribe ended, was away or did not keep up",
+        )
+        if lost and scribe.send([gap]):
+            self._accounted += lost
+
+    def _heartbeat(self, status: dict[str, Any]) -> Heartbeat:
+        self._beat += 1
+        return Heartbeat(
+            beat=self._beat,
+            began_unix_nano=self._began_unix_nano,
+            report=status,
+            distributions={
+                "answers": self._answers.snapshot(),
+                "lag": self._lag.snapshot(),
+            },
+        )
+
+
+def _summary(values: Histogram) -> dict[str, float | None]:
+    """Bounds that half, and 99 of 100, of the values do not exceed."""
+    return {"p50_at_most": values.at_most(0.5), "p99_at_most": values.at_most(0.99)}

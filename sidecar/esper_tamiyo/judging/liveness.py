@@ -1,0 +1,170 @@
+"""How ranks are doing, and since when one that sends nothing is stale.
+
+When a silence began is said in the times of frames alone, so that a replay finds the same
+ones: whether a frame that came at last ended it or the clock did, which the server hands in,
+it is the same instant. How long it has lasted the server tells by its own clock, from when a
+frame came: the trainer's may be wrong. What a recording cannot know is that a frame was only
+late.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from esper_tamiyo.judging.observer import RuleState
+
+if TYPE_CHECKING:
+    from esper_tamiyo.judging.run_state import RunState
+
+FLOOR_NS = 10_000_000_000
+"""No silence is shorter than ten seconds: a run of 1 ms steps may well stop to evaluate."""
+
+FIRST_NS = 600_000_000_000
+"""Ten minutes for a rank of which only one step is known: how long its steps are is not."""
+
+STALE_AFTER_STEPS = 30
+"""Step times after which a rank is stale: nobody can say any more how it is doing."""
+
+_WEIGHT = 0.2
+
+_MOST = 10.0
+"""Times its pace that one step may count for: half an hour of evaluation says little of how
+long the next steps take."""
+
+
+TOLD_RANKS = 16
+"""Ranks that an overview tells of in detail."""
+
+Key = tuple[str, int]
+"""A run and a rank."""
+
+
+class RankState(StrEnum):
+    """How a rank is doing, as status and metrics have it."""
+
+    HEALTHY = "healthy"
+    STALE = "stale"
+    """It was not heard of for too long: nobody can say how it is doing."""
+    FINISHED = "finished"
+    """It said that its run has ended."""
+    FAILED = "failed"
+    """It said that its run broke off."""
+
+
+class StepPace:
+    """How fast a rank goes: the weighted mean of its steps' durations, in nanoseconds.
+
+    A pause that was no trouble, an evaluation or a checkpoint, makes it slower for a
+    while, and so a little more patient. ``last_ns`` is when the newest step ended, and
+    ``heard_ns`` when that was heard, by the clock that silence is measured with.
+    """
+
+    __slots__ = ("heard_ns", "last_ns", "step_ns")
+
+    def __init__(self) -> None:
+        self.heard_ns = 0
+        self.last_ns = 0
+        self.step_ns = 0.0
+
+    def heard(self, time_ns: int, steps: int, at_ns: int) -> None:
+        """A frame that ended at ``time_ns``, ``steps`` after the one before it."""
+        if self.last_ns and time_ns > self.last_ns:
+            each = (time_ns - self.last_ns) / steps
+            known = self.step_ns
+            if known:
+                each = known + _WEIGHT * (min(each, _MOST * known) - known)
+            self.step_ns = each
+        self.last_ns = time_ns
+        self.heard_ns = at_ns
+
+    def patience_ns(self, steps: float) -> int:
+        """How long ``steps`` step times are, the floor at least."""
+        return max(FLOOR_NS, int(steps * self.step_ns)) if self.step_ns else FIRST_NS
+
+    def silent_since(self, silent_ns: int, steps: float) -> int | None:
+        """When patience ended with a silence that has lasted ``silent_ns``; None before."""
+        patience = self.patience_ns(steps)
+        return self.last_ns + patience if self.last_ns and silent_ns > patience else None
+
+
+def rank_state(state: RunState, now_ns: int | None) -> RankState:
+    """How a rank is doing at ``now_ns``, by the clock of ``heard_ns``; healthy without one."""
+    if now_ns is None:
+        return RankState.HEALTHY
+    silent_ns = now_ns - state.pace.heard_ns
+    is_stale = state.pace.silent_since(silent_ns, STALE_AFTER_STEPS) is not None
+    return RankState.STALE if is_stale else RankState.HEALTHY
+
+
+def overview(ranks: Iterable[tuple[Key, RunState]], now_ns: int | None) -> dict[str, Any]:
+    """How all ranks are doing, as plain data.
+
+    ``states``, ``rules`` and ``conservative`` are counts over every one. ``runs`` are some
+    of them in detail: first those that are stale, then those for which a rule acts, each in
+    the order of ``ranks``. Without ``now_ns`` none is stale.
+    """
+    states: Counter[str] = Counter()
+    rules: Counter[tuple[str, str]] = Counter()
+    conservative = 0
+    stale: list[tuple[Key, RunState]] = []
+    acting: list[tuple[Key, RunState]] = []
+    others: list[tuple[Key, RunState]] = []
+    for key, state in ranks:
+        how = rank_state(state, now_ns)
+        is_stale = how is RankState.STALE
+        states[how.value] += 1
+        conservative += state.conservative
+        for rule in _rules(state, is_stale):
+            rules[str(rule["rule"]), str(rule["state"])] += 1
+        (stale if is_stale else acting if state.acting else others).append((key, state))
+    return {
+        "states": {} if now_ns is None else dict(states),
+        "rules": [
+            {"rule": rule, "state": state, "count": count}
+            for (rule, state), count in sorted(rules.items())
+        ],
+        "conservative": conservative,
+        "runs": [
+            _detail(key, state, now_ns)
+            for key, state in [*stale, *acting, *others][:TOLD_RANKS]
+        ],
+    }
+
+
+def _rules(state: RunState, is_stale: bool) -> list[dict[str, str | int]]:
+    """The rules that are not at rest.
+
+    Of a stale rank nobody can say how they stand, but for the rule on silence itself.
+    """
+    rules = state.rules()
+    if not is_stale:
+        return rules
+    about_silence = {entry.rule.id for _, entry in state.book.silence}
+    return [
+        rule
+        if rule["rule"] in about_silence
+        else {**rule, "state": RuleState.UNKNOWN.value, "last_state": rule["state"]}
+        for rule in rules
+    ]
+
+
+def _detail(key: Key, state: RunState, now_ns: int | None) -> dict[str, Any]:
+    how = rank_state(state, now_ns)
+    detail: dict[str, Any] = {
+        "run": key[0],
+        "rank": key[1],
+        "instance": state.instance,
+        "newest_step": state.newest,
+        "time_unix_nano": state.time_unix_nano,
+        "action": state.decision.action.value if state.decision else None,
+        "reason": state.decision.reason if state.decision else None,
+        "conservative": state.conservative,
+        "rules": _rules(state, how is RankState.STALE),
+    }
+    if now_ns is not None:
+        detail["state"] = how.value
+        detail["silent_s"] = max(0.0, (now_ns - state.pace.heard_ns) / 1e9)
+    return detail

@@ -1,0 +1,321 @@
+"""Finds rules that can never fire, never be heard or never end, or that inhibit in vain.
+
+Also what is asked of an update by a rule that no update is ever checked by.
+
+Such a table is well-formed and does what it says, so it is not refused; but nobody means
+it. ``tamiyo check`` reports what is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
+from math import ceil, floor, inf, nextafter
+from typing import NamedTuple
+
+from esper_otel.leyline.decisions import MAX_NORM, SKIP_STEP
+from esper_otel.leyline.metrics import Metric
+from esper_otel.leyline.wire import GUARDED
+from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.table import (
+    Combine,
+    Condition,
+    Group,
+    Rule,
+    RuleMode,
+    Table,
+    conditions,
+    eased,
+    is_guarded,
+)
+
+MAX_WAYS = 4096
+"""Ways in which one rule may come true that are looked at."""
+
+_COUNTS = frozenset({"{flag}", "{state}", "{step}", "{violation}", "{value}", "{seed}"})
+_LIMITS: dict[str, tuple[float, float]] = {
+    "%": (0.0, 100.0),
+    "{flag}": (0.0, 1.0),
+    "{state}": (0.0, 11.0),
+    **dict.fromkeys(("ms", "GBy", "{sample}/s", "{grad}"), (0.0, inf)),
+    **dict.fromkeys(("{step}", "{violation}", "{value}", "{seed}"), (0.0, inf)),
+    **dict.fromkeys(("accuracy", "grad_conflict_rate", "optimizer_momentum"), (0.0, 1.0)),
+    **dict.fromkeys(("grad_var", "loss_volatility", "optimizer_lr"), (0.0, inf)),
+    "kasmina.seed.alpha": (0.0, 1.0),
+    "kasmina.seed.isolation.cosine": (-1.0, 1.0),
+}
+"""What values can be, by key or else by unit; anything where neither is named."""
+
+
+class Doubt(NamedTuple):
+    """One rule and what is odd about it."""
+
+    rule: str
+    message: str
+
+
+class Span(NamedTuple):
+    """Numbers from ``low`` to ``high``, both included; none when they are crossed."""
+
+    low: float
+    high: float
+
+    def within(self, other: Span) -> Span:
+        """What both have in common."""
+        return Span(max(self.low, other.low), min(self.high, other.high))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no number is left."""
+        return self.low > self.high
+
+
+def doubts(table: Table) -> list[Doubt]:
+    """All that is odd, in the order of the table."""
+    by_id = {rule.id: rule for rule in table.rules}
+    inhibitors = [
+        (rule, by_id[name])
+        for rule in table.rules
+        if rule.mode is RuleMode.ACT
+        for name in rule.inhibits
+        if name in by_id
+    ]
+    return [
+        Doubt(rule.id, message)
+        for rule in table.rules
+        for message in (
+            *_never_fires(rule),
+            *_never_ends(rule),
+            *_never_asked(rule),
+            *(
+                f"inhibits {name} in vain: that speaks while nothing comes, whatever else fired"
+                for name in rule.inhibits
+                if name in by_id and by_id[name].about_silence
+            ),
+            *(
+                f"is never heard: whenever it fires, {by.id} does, which inhibits it"
+                for by, inhibited in inhibitors
+                if inhibited is rule and _implies(rule, by)
+            ),
+        )
+    ]
+
+
+def limits(metric: Metric) -> Span:
+    """What values of ``metric`` can be."""
+    return Span(*_LIMITS.get(metric.key, _LIMITS.get(metric.unit, (-inf, inf))))
+
+
+def _never_fires(rule: Rule) -> Iterator[str]:
+    """One message when no way is left, else one for each part that cannot hold."""
+    ways = list(islice(_ways(rule.when), MAX_WAYS + 1))
+    if len(ways) > MAX_WAYS:
+        return
+    reasons = [_impossible(way) for way in ways]
+    if all(reasons):
+        yield f"can never fire: {reasons[0]}"
+        return
+    if len(reasons) > 1:
+        for reason in dict.fromkeys(filter(None, reasons)):
+            yield f"has a part that can never hold: {reason}"
+    times = sum(_times(way) for way, reason in zip(ways, reasons, strict=True) if not reason)
+    if times < rule.persistence:
+        asked = rule.persistence
+        yield f"can never fire: it holds at {times:g} steps at most, and for asks for {asked}"
+
+
+def _never_ends(rule: Rule) -> Iterator[str]:
+    easier = eased(rule.when)
+    if not isinstance(easier, Condition) or FORMS[easier.operator].operand is not Operand.BOUND:
+        return
+    everything = limits(KNOWN[easier.metric])
+    if _holds(easier).within(everything) == everything:
+        yield (
+            f"can never end: {easier.metric} lies {_range(everything)}, so it is "
+            f"always {easier.operator.value.replace('_', ' ')} {easier.number:g}, its release"
+        )
+
+
+def _never_asked(rule: Rule) -> Iterator[str]:
+    """Whether it asks something of updates that is decided before they are made, when it is
+    only judged after them."""
+    asked = [name for name in (MAX_NORM, SKIP_STEP) if name in rule.parameters]
+    if not asked:
+        return
+    if rule.downgrade or rule.about_seeds or rule.about_ranks:
+        why = (
+            "counts only beside a proposal"
+            if rule.downgrade
+            else f"is about {'seeds' if rule.about_seeds else 'other ranks'}"
+        )
+    elif not any(is_guarded(part) for part in conditions(rule.when)):
+        why = f"has no condition on {', '.join(GUARDED[:-1])} or {GUARDED[-1]}"
+    else:
+        return
+    for name in asked:
+        yield f"asks for {name} in vain: no update is checked by a rule that {why}"
+
+
+def _ways(when: Condition | Group) -> Iterator[tuple[Condition, ...]]:
+    """Sets of conditions, any one of which makes ``when`` true when all of it holds."""
+    if isinstance(when, Condition):
+        yield (when,)
+    elif when.combine is Combine.ANY:
+        for part in when.parts:
+            yield from _ways(part)
+    else:
+        for choice in product(*(list(islice(_ways(part), MAX_WAYS)) for part in when.parts)):
+            yield tuple(condition for part in choice for condition in part)
+
+
+def _times(way: Iterable[Condition]) -> float:
+    """How often all of ``way`` can hold: no step comes twice."""
+    steps = limits(KNOWN["step"])
+    for condition in way:
+        if condition.metric == "step":
+            steps = steps.within(_holds(condition))
+    low, high = _whole(steps, KNOWN["step"])
+    return high - low + 1
+
+
+def _impossible(way: tuple[Condition, ...]) -> str:
+    """Why all of ``way`` cannot hold at once; empty when it can."""
+    return _out_of_bounds(way) or _at_odds(way) or _factors_at_odds(way)
+
+
+def _out_of_bounds(way: Iterable[Condition]) -> str:
+    """Why no value is as ``way`` asks, as far as fixed numbers tell."""
+    left: dict[str, Span] = {}
+    asked: dict[str, list[Condition]] = {}
+    for condition in way:
+        key = condition.metric
+        everything = limits(KNOWN[key])
+        if key == "step" and condition.operator is Operator.UNCHANGED_FOR:
+            return "no step comes twice"
+        if key == "step" and condition.operator is Operator.NONFINITE:
+            return "every step has its number"
+        if condition.operator is Operator.RISES_BY and (
+            condition.number > everything.high - everything.low
+        ):
+            return f"{key} lies {_range(everything)}, and cannot rise by {condition.number:g}"
+        span = _holds(condition).within(left.get(key, everything))
+        others = asked.setdefault(key, [])
+        others.append(condition)
+        if _whole(span, KNOWN[key]).empty:
+            if len(others) == 1:
+                return f"{key} lies {_range(everything)}, and is never {_said(condition)}"
+            return _not_at_once(key, others)
+        left[key] = span
+    return ""
+
+
+def _at_odds(way: Iterable[Condition]) -> str:
+    """Why the operators of ``way`` exclude each other."""
+    asked: dict[str, list[Condition]] = {}
+    for condition in way:
+        asked.setdefault(condition.metric, []).append(condition)
+    for key, others in asked.items():
+        absent = [condition for condition in others if _is_absence(condition)]
+        operators = {condition.operator for condition in others}
+        if 0 < len(absent) < len(others):
+            return _not_at_once(key, others)
+        if operators >= {Operator.RISES_BY, Operator.UNCHANGED_FOR}:
+            return _not_at_once(key, others)
+    return ""
+
+
+def _factors_at_odds(way: Iterable[Condition]) -> str:
+    """Why no value is so many times the same reference, which is never below zero."""
+    asked: dict[tuple[str, str, BaselineKind], list[Condition]] = {}
+    for condition in way:
+        if FORMS[condition.operator].operand is Operand.FACTOR:
+            reference = condition.metric, condition.baseline_of, condition.baseline
+            asked.setdefault(reference, []).append(condition)
+    for (key, _, _), others in asked.items():
+        above = [other.number for other in others if FORMS[other.operator].eases < 0]
+        below = [other.number for other in others if FORMS[other.operator].eases > 0]
+        if above and below and max(above) >= min(below):
+            return _not_at_once(key, others)
+    return ""
+
+
+def _not_at_once(key: str, conditions: Iterable[Condition]) -> str:
+    return f"{key} cannot be {' and '.join(map(_said, conditions))} at once"
+
+
+def _is_absence(condition: Condition) -> bool:
+    """Whether it holds only of a metric that has no value; ``nonfinite`` counts the others."""
+    if condition.operator is Operator.NONFINITE:
+        return condition.metric != "nonfinite"
+    return condition.operator is Operator.MISSING_FOR
+
+
+def _implies(rule: Rule, by: Rule) -> bool:
+    """Whether ``by`` fires whenever ``rule`` does, as far as one condition tells."""
+    condition = by.when
+    if not isinstance(condition, Condition) or by.about_seeds != rule.about_seeds:
+        return False
+    if (by.persistence, by.of) != (rule.persistence, rule.of):
+        return False
+    if any(part.release is not None for part in conditions(rule.when)):
+        return False  # it goes on when the other may have ended
+    ways = list(islice(_ways(rule.when), MAX_WAYS + 1))
+    return len(ways) <= MAX_WAYS and all(
+        any(_as_strict(part, condition) for part in way) for way in ways
+    )
+
+
+def _as_strict(part: Condition, other: Condition) -> bool:
+    """Whether ``other`` holds whenever ``part`` does."""
+    if (part.metric, part.baseline_of, part.baseline) != (
+        other.metric,
+        other.baseline_of,
+        other.baseline,
+    ):
+        return False
+    if Operand.BOUND is FORMS[part.operator].operand is FORMS[other.operator].operand:
+        return _holds(part).within(_holds(other)) == _holds(part)
+    if part.operator is not other.operator:
+        return False
+    if FORMS[part.operator].eases:
+        return (part.number - other.number) * FORMS[part.operator].eases <= 0
+    return part.number >= other.number
+
+
+def _holds(condition: Condition) -> Span:
+    """The values for which a condition with a fixed bound holds; else all."""
+    number = condition.number
+    match condition.operator:
+        case Operator.ABOVE:
+            return Span(nextafter(number, inf), inf)
+        case Operator.AT_LEAST:
+            return Span(number, inf)
+        case Operator.BELOW:
+            return Span(-inf, nextafter(number, -inf))
+        case Operator.AT_MOST:
+            return Span(-inf, number)
+        case Operator.NONFINITE if condition.metric == "nonfinite":
+            return Span(nextafter(0.0, inf), inf)
+        case _:
+            return Span(-inf, inf)
+
+
+def _whole(span: Span, metric: Metric) -> Span:
+    """What is left of ``span`` where only whole numbers count."""
+    if metric.unit not in _COUNTS or span.empty:
+        return span
+    low = span.low if span.low == -inf else ceil(span.low)
+    return Span(low, span.high if span.high == inf else floor(span.high))
+
+
+def _said(condition: Condition) -> str:
+    if condition.operator is Operator.NONFINITE:
+        return "not finite" if _is_absence(condition) else "above 0"
+    return str(condition).removeprefix(f"{condition.metric} ")
+
+
+def _range(span: Span) -> str:
+    if span.high == inf:
+        return f"at or above {span.low:g}"
+    return f"from {span.low:g} to {span.high:g}"

@@ -1,0 +1,227 @@
+"""YAML documents as nodes, which keep their line, and typed access to their values.
+
+Composed, not loaded: nothing is constructed from tags, and ``010`` or ``1e3`` mean what a
+person means by them. What is wrong is noted with its line, and reading goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from enum import StrEnum
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import yaml
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+MAX_BYTES = 1 << 20
+"""Largest document."""
+
+_TAG = "tag:yaml.org,2002:"
+_TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong; line 0 means the whole file."""
+
+    line: int
+    field: str
+    message: str
+
+    def at(self, source: str) -> str:
+        """``file:line: field: message``, without the parts that are not known."""
+        place = f"{source}:{self.line}" if self.line else source
+        return ": ".join(part for part in (place, self.field, self.message) if part)
+
+
+class BrokenDocumentError(ValueError):
+    """What is no YAML document; ``fault`` says where."""
+
+    def __init__(self, line: int, message: str) -> None:
+        self.fault = Fault(line, "", message)
+        super().__init__(message)
+
+
+def read_document(path: Path) -> bytes:
+    """The bytes of a file, as many as it takes to see that they are too many.
+
+    Raises :class:`BrokenDocumentError` when it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise BrokenDocumentError(0, f"cannot be read: {reason}") from None
+
+
+def compose_document(data: bytes, what: str) -> yaml.Node:
+    """The root of the document in ``data``; raises :class:`BrokenDocumentError`.
+
+    ``what`` is what the document is, as errors call it.
+    """
+    if len(data) > MAX_BYTES:
+        raise BrokenDocumentError(0, f"larger than {MAX_BYTES} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BrokenDocumentError(line, f"not UTF-8 text: byte {error.start}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        message = ": ".join(part for part in (error.context, error.problem) if part)
+        line = mark.line + 1 if mark else 1
+        raise BrokenDocumentError(line, f"not valid YAML: {message}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise BrokenDocumentError(line, f"not valid YAML: {error.reason}") from None
+    except RecursionError:
+        raise BrokenDocumentError(1, "not valid YAML: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # an escape beyond Unicode, in PyYAML 6
+        raise BrokenDocumentError(1, f"not valid YAML: {error}") from None
+    if root is None:
+        raise BrokenDocumentError(1, f"the {what} is empty")
+    return root
+
+
+def shown(node: yaml.Node) -> str:
+    """The value as an error shows it: words in quotes, numbers bare, long ones cut."""
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    value = str(node.value)
+    if node.tag == f"{_TAG}null":
+        return "nothing"
+    value = printable(value if len(value) <= 60 else value[:59] + "…")
+    return f'"{value}"' if node.tag == f"{_TAG}str" else value
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, whatever is in it."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+class NodeReader:
+    """Typed access to nodes. A wrong one gives its default and a fault in ``faults``."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+
+    def fault(self, node: yaml.Node, field: str, message: str) -> None:
+        """Note what is wrong with ``field`` at the line of ``node``."""
+        self.faults.append(Fault(node.start_mark.line + 1, field, message))
+
+    def mapping(
+        self, node: yaml.Node, field: str, known: Collection[str]
+    ) -> dict[str, yaml.Node]:
+        """The fields of a mapping; unknown and repeated ones are faults and left out."""
+        if not isinstance(node, yaml.MappingNode):
+            self.fault(node, field, f"expected a mapping, got {shown(node)}")
+            return {}
+        fields: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else shown(key)
+            where = printable(f"{field}.{name}" if field else name)
+            if name not in known or not isinstance(key, yaml.ScalarNode):
+                self.fault(key, where, f"unknown field{self.meant(name, known)}")
+            elif name in fields:
+                self.fault(key, where, "given twice")
+            else:
+                fields[name] = value
+        return fields
+
+    def entries(self, node: yaml.Node, field: str) -> list[tuple[str, yaml.Node]]:
+        """The entries of a list, each with the name of its place."""
+        if not isinstance(node, yaml.SequenceNode):
+            self.fault(node, field, f"expected a list, got {shown(node)}")
+            return []
+        return [(f"{field}[{place}]", entry) for place, entry in enumerate(node.value)]
+
+    def required(
+        self, fields: Mapping[str, yaml.Node], parent: yaml.Node, field: str, name: str
+    ) -> yaml.Node | None:
+        """The field of that name; a fault when it is missing."""
+        if name not in fields and isinstance(parent, yaml.MappingNode):
+            self.fault(parent, f"{field}.{name}" if field else name, "missing")
+        return fields.get(name)
+
+    def text(self, node: yaml.Node | None, field: str) -> str:
+        """A word or sentence; numbers are taken as they are written."""
+        if node is None:
+            return ""
+        is_text = isinstance(node, yaml.ScalarNode) and node.tag != f"{_TAG}null"
+        if not is_text or not node.value.strip():
+            self.fault(node, field, f"expected text, got {shown(node)}")
+            return ""
+        return str(node.value).strip()
+
+    def number(self, node: yaml.Node, field: str) -> float | None:
+        """A finite number. ``1e3`` counts, which YAML 1.1 alone takes for a word."""
+        number = _parsed(node)
+        if number is None or not isfinite(number):
+            self.fault(node, field, f"expected a number, got {shown(node)}")
+            return None
+        return number
+
+    def whole(
+        self, node: yaml.Node | None, field: str, low: int, high: int, default: int
+    ) -> int:
+        """A whole number from ``low`` to ``high``, ``default`` when absent."""
+        if node is None:
+            return default
+        number = _parsed(node)
+        if number is None or not isfinite(number) or number != int(number):
+            self.fault(node, field, f"expected a whole number, got {shown(node)}")
+            return default
+        if not low <= number <= high:
+            bound = f"at least {low}" if number < low else f"at most {high}"
+            self.fault(node, field, f"expected {bound}, got {shown(node)}")
+            return default
+        return int(number)
+
+    def flag(self, node: yaml.Node | None, field: str) -> bool:
+        """True or false; absent is false."""
+        if node is None:
+            return False
+        word = node.value.lower() if node.tag == f"{_TAG}bool" else ""
+        if word not in _TRUE | _FALSE:
+            self.fault(node, field, f"expected true or false, got {shown(node)}")
+        return word in _TRUE
+
+    def choice(
+        self, node: yaml.Node | None, field: str, choices: Iterable[Choice]
+    ) -> Choice | None:
+        """One of ``choices`` by its value."""
+        by_value = {choice.value: choice for choice in choices}
+        if node is None:
+            return None
+        if not isinstance(node, yaml.ScalarNode) or node.value not in by_value:
+            names = ", ".join(by_value)
+            meant = self.meant(node.value, by_value) if isinstance(node.value, str) else ""
+            self.fault(node, field, f"expected one of {names}; got {shown(node)}{meant}")
+            return None
+        return by_value[node.value]
+
+    @staticmethod
+    def meant(name: str, known: Iterable[str]) -> str:
+        """``; did you mean …?`` when something known is close to ``name``."""
+        from difflib import get_close_matches  # only a faulty table pays for it
+
+        folded = {word.lower(): word for word in known}
+        close = get_close_matches(name.lower()[:80], folded, n=1)
+        return f"; did you mean {folded[close[0]]}?" if close else ""
+
+
+def _parsed(node: yaml.Node) -> float | None:
+    quoted = not isinstance(node, yaml.ScalarNode) or node.style is not None
+    if quoted or node.tag == f"{_TAG}bool":
+        return None
+    try:
+        return float(node.value)
+    except ValueError:
+        return None

@@ -1,0 +1,168 @@
+"""Alert rules: made from the table, checked by promtool, each with its place in the runbook."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esper_otel.leyline.metrics import BY_KEY
+from esper_tamiyo.language.table_file import TableSource, load, parse
+from ops.generate.alerts import health
+from ops.generate.alerts.alert import RUNBOOK
+from ops.generate.alerts.from_table import translated
+from ops.generate.alerts.promql import Translator, UntranslatableError
+from ops.generate.alerts.rules import RULES, files
+from ops.generate.prometheus_names import prometheus_name
+from ops.stack.programs import PROMTOOL, MissingError, find
+
+ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+DEFAULT = load("default")
+MADE = translated(DEFAULT)
+HEALTH = [*health.tamiyo(), *health.collector()]
+
+
+@pytest.fixture(scope="module")
+def promtool():
+    try:
+        return find(PROMTOOL)
+    except MissingError as error:
+        pytest.skip(str(error))
+
+
+def test_every_rule_of_the_table_alerts_or_has_its_reason():
+    said = [alert.labels["rule"] for alert in MADE.alerts]
+    assert [rule.id for rule in DEFAULT.rules if rule.id in {*said}] == said
+    assert {*said} | {*MADE.untranslated} == {rule.id for rule in DEFAULT.rules}
+    assert not {*said} & {*MADE.untranslated}
+
+
+@pytest.mark.parametrize("alert", [*MADE.alerts, *HEALTH], ids=lambda alert: alert.name)
+def test_an_alert_says_how_grave_it_is_and_where_to_read_on(alert):
+    written = alert.written()
+    assert re.fullmatch(r"\d+[sm]", written["for"])
+    assert written["labels"]["severity"] in {"info", "warning", "high", "critical"}
+    assert written["annotations"]["runbook_url"] == f"{RUNBOOK}#{alert.anchor}"
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    for heading in re.findall(r"^#+ (.*)$", page, re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_runbook_has_a_place_for_every_alert_and_every_rule():
+    wanted = {alert.anchor for alert in HEALTH} | {rule.id for rule in DEFAULT.rules}
+    assert wanted <= {*anchors((ROOT / RUNBOOK).read_text())}
+
+
+HEAD = "version: t-1\nrules:\n- {id: a, severity: HIGH, action: PAUSE, text: t, "
+LR, STEP = (prometheus_name(BY_KEY[key]) for key in ("optimizer_lr", "step_latency_ms"))
+PAST = "(esper:tolaria_loss:median10m + 1 * abs(esper:tolaria_loss:median10m))"
+ON = "on(esper_run_id, esper_rank, instance)"
+
+
+@pytest.mark.parametrize(
+    ("row", "expr"),
+    [
+        ("metric: loss, above: 2", "max_over_time(tolaria_loss[1m]) > 2"),
+        ("metric: loss, at_least: 2", "max_over_time(tolaria_loss[1m]) >= 2"),
+        ("metric: loss, below: 2", "min_over_time(tolaria_loss[1m]) < 2"),
+        ("metric: loss, at_most: 2", "min_over_time(tolaria_loss[1m]) <= 2"),
+        ("metric: loss, above: 2, for: 3", "quantile_over_time(0.5, tolaria_loss[1m]) > 2"),
+        ("metric: optimizer_lr, at_most: 0", f"min_over_time({LR}[1m]) <= 0"),
+        (
+            "metric: loss, above_baseline: 2",
+            f"max_over_time(tolaria_loss[1m]) > {ON} {PAST}",
+        ),
+        (
+            "metric: loss, below_baseline: 2, baseline: highest",
+            f"min_over_time(tolaria_loss[1m]) < {ON} "
+            "(max_over_time(esper:tolaria_loss:median10m[1d])"
+            " + 1 * abs(max_over_time(esper:tolaria_loss:median10m[1d])))",
+        ),
+        (
+            "metric: kasmina.seed.alpha, above_baseline: 2, baseline_of: loss",
+            f"max_over_time(kasmina_seed_alpha_ratio[1m]) > {ON} group_left () {PAST}",
+        ),
+        (
+            "metric: gradient_norm, above_baseline: 10",
+            f"max_over_time(tolaria_gradient_norm[1m]) > {ON} "
+            "(10 * esper:tolaria_gradient_norm:median10m)",
+        ),
+        (
+            "metric: loss, rises_by: 2",
+            "max_over_time(tolaria_loss[1m]) - min_over_time(tolaria_loss[2m]) >= 2",
+        ),
+        (
+            "metric: loss, unchanged_for: 200",
+            "changes(tolaria_loss[1h]) == 0 and count_over_time(tolaria_loss[1h]) >= 200",
+        ),
+        ("nonfinite: true", "max_over_time(tolaria_nonfinite[1m]) > 0"),
+        (
+            "any: [{metric: loss, above: 2}, {metric: accuracy, below: 1}]",
+            f"(max_over_time(tolaria_loss[1m]) > 2)\n  or {ON} "
+            "(min_over_time(tolaria_accuracy_ratio[1m]) < 1)",
+        ),
+        (
+            "all: [{metric: loss, above: 2}, {metric: kasmina.seed.alpha, above: 0}]",
+            "(max_over_time(kasmina_seed_alpha_ratio[1m]) > 0)\n"
+            f"  and {ON} (max_over_time(tolaria_loss[1m]) > 2)",
+        ),
+    ],
+)
+def test_a_condition_in_promql(row, expr):
+    table = parse(TableSource("t.yaml", f"{HEAD}{row}}}\n".encode()))
+    assert Translator(table.baseline).translate(table.rules[0]).text == expr
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("metric: loss, above: 2, downgrade: true", "proposed"),
+        ("metric: loss, above_baseline: 2, baseline: frozen", "beginning"),
+        ("metric: loss, nonfinite: true", "not finite"),
+        ("metric: loss, missing_for: 20", "absent"),
+    ],
+)
+def test_what_promql_cannot_say_has_a_reason(row, reason):
+    text = f"{HEAD}{row}}}\n".replace("PAUSE", "OPTIMIZER")
+    table = parse(TableSource("t.yaml", text.encode()))
+    with pytest.raises(UntranslatableError, match=reason):
+        Translator(table.baseline).translate(table.rules[0])
+
+
+def test_only_series_that_somebody_makes_are_asked_for():
+    records = {one.record for one in MADE.recordings}
+    known = records | {prometheus_name(metric) for metric in BY_KEY.values()}
+    for expr in [*(a.expr for a in MADE.alerts), *(one.expr for one in MADE.recordings)]:
+        used = set(re.findall(r"\b(?:tolaria|kasmina|esper:)[\w:]+", expr))
+        assert used
+        assert used <= known
+
+
+def test_promtool_finds_nothing_wrong_with_the_rules(promtool):
+    rules = sorted(map(str, (ROOT / RULES).glob("*.yaml")))
+    done = subprocess.run([promtool, "check", "rules", *rules], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("name", ["table", "health"])
+def test_the_rules_alert_when_they_should(promtool, tmp_path, name):
+    text = (HERE / f"{name}.test.yaml").read_text().replace("RULES", str(ROOT / RULES))
+    path = tmp_path / "test.yaml"
+    path.write_text(text)
+    done = subprocess.run([promtool, "test", "rules", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_the_files_of_rules_are_yaml_that_prometheus_names_groups_in():
+    names = [
+        group["name"]
+        for path, text in files().items()
+        if path.suffix == ".yaml"
+        for group in yaml.safe_load(text)["groups"]
+    ]
+    assert sorted(names) == sorted({*names})

@@ -1,0 +1,107 @@
+"""Dashboards: made from the registry, and nothing of it forgotten."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esper_otel.leyline.metrics import BY_KEY
+from esper_otel.leyline.stages import Stage
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS
+from ops.generate.dashboards.answers import chosen, queries
+from ops.generate.dashboards.json_files import DASHBOARDS, FOLDER
+from ops.generate.dashboards.panels import UNITS
+from ops.generate.prometheus_names import prometheus_name, series_name
+
+ROOT = Path(__file__).parents[2]
+PROVISIONING = ROOT / "docker" / "grafana" / "provisioning"
+NAMES = ("training", "seeds", "tamiyo")
+BOARDS = {name: json.loads((ROOT / FOLDER / f"{name}.json").read_text()) for name in NAMES}
+EVERY = [query for board in BOARDS.values() for query in queries(board)]
+
+each_board = pytest.mark.parametrize("name", NAMES)
+
+
+def test_no_dashboard_lies_there_that_the_code_does_not_make():
+    assert {path.stem for path in (ROOT / FOLDER).glob("*.json")} == {*NAMES} == {*DASHBOARDS}
+
+
+def names_in(text):
+    return set(re.findall(r"\b(?:tolaria|kasmina|tamiyo)_\w+", text))
+
+
+def test_every_metric_of_the_registry_and_of_tamiyo_has_a_panel():
+    asked = set().union(*(names_in(query.expr) for query in EVERY))
+    asked = {re.sub(r"_bucket$", "", name) for name in asked}
+    own = {series_name(metric.name, metric.unit, metric.kind.value) for metric in OWN_METRICS}
+    assert asked == own | {prometheus_name(metric) for metric in BY_KEY.values()}
+
+
+@each_board
+def test_it_can_be_told_what_to_show(name):
+    board = BOARDS[name]
+    variables = {one["name"] for one in board["templating"]["list"]}
+    assert variables == {"run", "rank", "jaeger"} | ({"seed"} if name == "seeds" else set())
+    values = dict.fromkeys(variables, "x") | {
+        "__interval": "5s",
+        "__rate_interval": "60s",
+        "__range": "60s",
+    }
+    for query in queries(board):
+        assert "$" not in chosen(query.expr, values)
+
+
+@each_board
+def test_decisions_and_stage_changes_are_marked(name):
+    marks = {one["name"]: one for one in BOARDS[name]["annotations"]["list"]}
+    assert {*marks} == {"Decision", "Stage change"}
+    for mark in marks.values():
+        assert names_in(mark["expr"])
+        assert "$__" not in mark["expr"], "Grafana has no interval to put into annotations"
+        assert mark["titleFormat"]
+        assert mark["tagKeys"]
+
+
+@each_board
+def test_panels_have_places_ids_and_a_data_source_that_is_provisioned(name):
+    panels = BOARDS[name]["panels"]
+    ids = [panel["id"] for panel in panels]
+    assert sorted(ids) == sorted({*ids})
+    titles = [(panel["title"], panel["type"]) for panel in panels]
+    assert sorted(titles) == sorted({*titles})
+    sources = yaml.safe_load((PROVISIONING / "datasources" / "esper.yaml").read_text())
+    uids = {one["uid"]: one["type"] for one in sources["datasources"]}
+    for panel in panels:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        if panel["type"] != "row":
+            assert uids[panel["datasource"]["uid"]] == panel["datasource"]["type"]
+
+
+def test_a_slow_step_leads_to_its_trace():
+    (slow,) = (p for p in BOARDS["training"]["panels"] if p["title"] == "Slow steps")
+    (link,) = slow["fieldConfig"]["defaults"]["links"]
+    assert link["url"].startswith("$jaeger/search?service=${__field.labels.job}")
+    for told in ("${__field.labels.esper_run_id}", "=${__value.numeric}ms", "${__from}000"):
+        assert told in link["url"]
+
+
+def test_stages_have_their_names_and_each_its_colour():
+    (timeline,) = (p for p in BOARDS["seeds"]["panels"] if p["title"] == "Stages")
+    assert timeline["type"] == "state-timeline"
+    (mapping,) = timeline["fieldConfig"]["defaults"]["mappings"]
+    told = {int(value): one for value, one in mapping["options"].items()}
+    assert {value: one["text"] for value, one in told.items()} == {
+        s.value: s.name for s in Stage
+    }
+    assert len({one["color"] for one in told.values()}) == len(Stage)
+
+
+def test_units_are_those_of_the_registry():
+    for query in EVERY:
+        keys = [m for m in BY_KEY.values() if prometheus_name(m) in names_in(query.expr)]
+        units = {metric.unit for metric in keys}
+        if units == {"ms"} and "/" not in query.expr:
+            assert query.unit == UNITS["ms"], query.panel

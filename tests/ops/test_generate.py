@@ -1,0 +1,44 @@
+"""``python -m ops.generate``: what is committed is what the code makes, or is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ops.generate import own_metrics_page
+from ops.generate.__main__ import files, main
+from ops.generate.files import COMMAND, ROOT, with_section
+
+MADE = files()
+
+
+@pytest.mark.parametrize("place", MADE, ids=str)
+def test_what_is_committed_is_what_the_code_makes(place: Path) -> None:
+    assert (ROOT / place).read_text(encoding="utf-8") == MADE[place], f"run {COMMAND}"
+
+
+def test_it_writes_compares_and_complains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = ["--folder", str(tmp_path), "--check"]
+    assert main(check) == 1
+    assert [*tmp_path.iterdir()] == [], "--check wrote something"
+    assert capsys.readouterr().err.count(f"not what the code makes; run {COMMAND}") == len(MADE)
+    assert main(["--folder", str(tmp_path)]) == 0
+    assert main(check) == 0
+    page = tmp_path / "docs" / "metrics.md"
+    page.write_text(page.read_text() + "an edit by hand\n")
+    capsys.readouterr()
+    assert main(check) == 1
+    complaint = capsys.readouterr().err
+    assert complaint == f"{page}: not what the code makes; run {COMMAND}\n"
+    assert page.read_text().endswith("an edit by hand\n"), "--check wrote something"
+
+
+def test_the_page_of_decisions_lists_tamiyos_own_metrics() -> None:
+    assert own_metrics_page.markdown() in MADE[own_metrics_page.PAGE]
+
+
+def test_a_section_is_replaced_between_its_marks_and_nothing_else() -> None:
+    assert with_section("a\n<b>\nold\n<e>\nz\n", "<b>", "<e>", "new") == "a\n<b>\nnew\n<e>\nz\n"
