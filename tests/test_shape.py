@@ -1,4 +1,4 @@
-"""The shape of the two packages: how many modules, no circles, and words that mean one thing."""
+"""The shape of the two packages: few modules, no circles, words that mean one thing."""
 
 import ast
 from collections import defaultdict

@@ -28,7 +28,9 @@ def files() -> dict[Path, str]:
     for top, what in PACKAGES:
         parts += [f"## {top.name}", what]
         for folder in (top, *sorted(path for path in top.iterdir() if _is_package(path))):
-            rows = [f"| `{path.stem}` | {_owns(path)} |" for path in sorted(folder.glob("*.py"))]
+            rows = [
+                f"| `{path.stem}` | {_owns(path)} |" for path in sorted(folder.glob("*.py"))
+            ]
             title = folder.name if folder != top else "at the top"
             parts += [f"### {title}", "\n".join(["| module | owns |", "| --- | --- |", *rows])]
     return {PAGE: "\n\n".join(parts) + "\n"}

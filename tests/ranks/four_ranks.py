@@ -4,7 +4,7 @@
 import torch only once. With ``slow`` rank 2's data are slow for a while, and
 rank 0 waits twice for the test: to have the sidecar killed, and to have another started.
 What each rank saw is left in the folder: losses to the last bit, gradient norms, and the
-rates that its updates used, as a hook on the optimizer's step sees them.
+rates that its updates used, as the optimizer's own step sees them.
 """
 
 from __future__ import annotations
@@ -81,13 +81,22 @@ def train(folder: Path, steps: int, slow: bool) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
 
 
+class Probed(torch.optim.SGD):
+    """Notes the rates that its updates use."""
+
+    used: list[float]
+
+    def step(self, closure: Any = None) -> Any:
+        self.used.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
 def ddp(folder: Path, rank: int, steps: int, slow: bool, told: dict[str, Any]) -> None:
     model = DistributedDataParallel(
         nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    rates = told["rates"]
-    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    optimizer = Probed(model.parameters(), lr=0.05)
+    rates = optimizer.used = told["rates"]
     rate_then = None
     for step, x in enumerate(DataLoader(Rows(rank, slow), batch_size=8), start=1):
         optimizer.zero_grad()

@@ -121,6 +121,16 @@ def play(rank: int, folder: Path, scenarios: list[Any]) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(out))
 
 
+class Probed(torch.optim.SGD):
+    """Notes the rates that its updates use."""
+
+    used: list[float]
+
+    def step(self, closure: Any = None) -> Any:
+        self.used.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
 class Rank:
     """One rank in one scenario."""
 
@@ -135,7 +145,7 @@ class Rank:
         )
         alone = scenario.get("without_ddp")
         self.model: Any = self.host if alone else DistributedDataParallel(self.host)
-        self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.02, momentum=0.9)
+        self.optimizer = Probed(self.host.parameters(), lr=0.02, momentum=0.9)
         self.out: dict[str, Any] = {"steps": [], "decisions": [], "rates": [], "longest_s": 0.0}
 
     def train(self, socket: Path) -> dict[str, Any]:
@@ -149,11 +159,7 @@ class Rank:
             flush_timeout_s=0.0,
         )
         self.out["run"] = run.run_id
-        rates = self.out["rates"]
-        # After the hook of the run's own: what the update uses.
-        self.optimizer.register_step_pre_hook(
-            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
-        )
+        self.optimizer.used = self.out["rates"]
         try:
             if "slots" in self.scenario and "planted_at" not in self.scenario:
                 self.plant(run)

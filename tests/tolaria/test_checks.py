@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tolaria.loops import Clock, Late, Optimizer, make, one_step, stop_the_clock
@@ -47,22 +48,8 @@ def guarded(clock, update=None, guards=EVERYTHING, enforce=True, **options):
     return recorder, frames, sidecar
 
 
-class Gradient:
-    """As much of a tensor as is clipped."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def detach(self):
-        return self
-
-    def mul_(self, factor):
-        self.number *= factor
-
-
 class Parameter:
-    def __init__(self, gradient=1.0):
-        self.grad = Gradient(gradient)
+    grad = None
 
 
 class Trained(Optimizer):
@@ -79,13 +66,13 @@ def train(recorder, clock, losses, *, norm=2.0):
     optimizer = recorder.optimizer = Trained()
     seen = []
     for loss in losses:
-        optimizer.parameter.grad = own = Gradient(norm)
+        optimizer.parameter.grad = own = torch.tensor([norm])
         clock.pass_ms(5)
         recorder.backward_begins()
         recorder.backward_ends(loss)
         recorder.optimizer_begins(clock(), norm, optimizer)
         left = optimizer.parameter.grad
-        seen.append((optimizer.param_groups[0]["lr"], left and left.number))
+        seen.append((optimizer.param_groups[0]["lr"], None if left is None else left.item()))
         recorder.optimizer_ends(optimizer)
         recorder.end_step()
         assert optimizer.parameter.grad is own
@@ -325,9 +312,9 @@ def test_an_answer_about_an_update_is_no_clean_step_and_no_cut(clock):
     assert recorder._responses.lr_scale == 0.5
 
 
-def skips(clock, losses, update=None):
+def skips(clock, losses, update=None, **options):
     recorder, frames, _ = guarded(clock, update or decided(1, skip_step=1.0))
-    train(recorder, clock, losses)
+    train(recorder, clock, losses, **options)
     return [bool(skipped) for skipped in frames.column("update_skipped")]
 
 
@@ -338,8 +325,12 @@ def test_what_stays_outside_for_long_is_the_new_ordinary_state(clock):
 
 
 def test_what_is_not_finite_is_always_skipped(clock):
-    assert all(skips(clock, [math.nan] * (3 * MOST_SKIPS)))
-    assert skips(clock, [OUTSIDE] * MOST_SKIPS + [math.nan])[-1]
+    assert all(skips(clock, [INSIDE] * (3 * MOST_SKIPS), norm=math.nan))
+    assert all(skips(clock, [math.nan] * (3 * MOST_SKIPS), norm=math.inf))
+
+
+def test_a_loss_that_is_never_a_number_does_not_stop_a_run_whose_gradients_are(clock):
+    assert skips(clock, [math.nan] * (MOST_SKIPS + 3))[-3:] == [False] * 3
 
 
 @pytest.mark.parametrize("between", ["inside", "made all the same"])

@@ -316,7 +316,9 @@ def test_an_update_that_its_closure_shows_to_be_bad_is_not_made(kind):
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure).detach()) == 2.0, "what a step returns is the closure's loss"
+    assert float(optimizer.step(closure).detach()) == 2.0, (
+        "what a step returns is the closure's loss"
+    )
     assert torch.equal(parameter, torch.ones(2))
     assert parameter.grad.tolist() == [2.0, 2.0]
     assert torch.is_grad_enabled()
