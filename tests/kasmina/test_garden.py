@@ -66,6 +66,11 @@ def test_a_slot_that_cannot_be_is_refused_at_once(slots, words):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_model_with_replicas_is_refused() -> None:
+    with pytest.raises(GardenError, match="DistributedDataParallel"):
+        Garden(nn.DataParallel(nn.Linear(2, 2)), ["module"])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

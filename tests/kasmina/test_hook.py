@@ -658,6 +658,24 @@ def test_a_copy_of_the_host_is_the_host_alone(copied) -> None:
     assert not torch.equal(model(given), plain)
 
 
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_a_replica_of_data_parallel_computes_with_its_own_parameters(alpha) -> None:
+    model = nn.Linear(3, 4)
+    heard = []
+    model.register_forward_hook(lambda *_: heard.append(1))
+    there = one(model, lambda x, w: x * w, alpha=alpha)
+    replica = model._replicate_for_data_parallel()
+    replica.weight, replica.bias = torch.zeros(4, 3), torch.ones(4)
+    assert torch.equal(replica(noise((5, 3))), torch.ones(5, 4))
+    assert heard == [1]
+    model(noise((5, 3)))
+    assert "DistributedDataParallel" in there.trouble
+    assert there.activation is None
+    assert there.fallback == slot.REPLICATED
+    there.uproot()
+    assert not {"forward", "_replicate_for_data_parallel"} & set(vars(model))
+
+
 def test_the_seed_can_be_called_by_something_faster() -> None:
     model = nn.Linear(3, 4)
     there = one(model, lambda x, w: x * w, alpha=1.0)

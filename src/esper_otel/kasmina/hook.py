@@ -9,7 +9,9 @@ a step of 7 ms.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, cast
 
@@ -31,6 +33,10 @@ from esper_otel.kasmina.kernels import NOT_FINITE, Activation, misfit
 
 ALTERED = "changed its input"
 """Reason when a seed worked in place on what it was given; it is not called again."""
+
+REPLICATED = "runs in replicas of nn.DataParallel, in which no seed can take part"
+"""Reason when the host is replicated: ``nn.DataParallel`` copies a module's attributes, and
+what trains in a copy is thrown away with it."""
 
 _ENOUGH: tuple[type[Exception], ...] = tuple(
     filter(None, [getattr(checkpoint, "_StopRecomputationError", None)])
@@ -61,6 +67,7 @@ class SlotHook:
         self.fallback = ""
         """Why a call in this step went on without the seed; empty when none did."""
         self._module = module
+        self._replicated = False
         self._seed: nn.Module | None = None
         self._call: Callable[[Tensor], Any] | None = None
         self._blend: Blend | None = None
@@ -193,6 +200,10 @@ class SlotHook:
         # compiled once without and once with a seed.
         if self._forward is not None:
             self._module.forward = self._forward
+            # A replica takes over what stands in the module's dictionary, and would compute
+            # with the original's parameters.
+            replicate = partial(_replicate, self._module)
+            self._module._replicate_for_data_parallel = replicate  # type: ignore[method-assign]
 
     def _unlisten(self) -> None:
         if self._handle is None:
@@ -202,11 +213,12 @@ class SlotHook:
         own = self._module.__dict__.get("forward")
         if own is not None and own is self._forward:
             del self._module.forward
+            self._module.__dict__.pop("_replicate_for_data_parallel", None)
 
     def _pass(self, module: nn.Module, output: Any) -> Any:
         """What takes the place of ``output``; None when it stays."""
         host = _first_tensor(output)
-        if self.activation is None:
+        if self.activation is None and not self._replicated:
             self._observe(host, output)
         if self._seed is None:
             self._unlisten()
@@ -228,6 +240,13 @@ class SlotHook:
             self.fallback = f"raised {type(error).__name__}: {error}"
             return None
         return None if joined is None else _with_first(output, joined)
+
+    def refuse_replicas(self) -> None:
+        """The host is being replicated: no seed is called in it from now on, nor put in."""
+        self._replicated = True
+        self.activation = None
+        self.banned = self.fallback = REPLICATED
+        self.trouble = f"slot {self.name!r} {REPLICATED}: use DistributedDataParallel"
 
     def _observe(self, host: Tensor | None, output: Any) -> None:
         if host is None:
@@ -331,6 +350,20 @@ class _ForwardHook:
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
         return _ForwardHook, (None,)
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A replica of ``module`` for ``nn.DataParallel``, as if there were no slot."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+    replica.__dict__.pop("forward", None)
+    replica.__dict__.pop("_replicate_for_data_parallel", None)
+    replica._forward_hooks = OrderedDict()
+    for key, hook in module._forward_hooks.items():
+        if not isinstance(hook, _ForwardHook):
+            replica._forward_hooks[key] = hook
+        elif hook.owner is not None:
+            hook.owner.refuse_replicas()
+    return replica
 
 
 def _first_tensor(output: Any) -> Tensor | None:

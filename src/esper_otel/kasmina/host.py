@@ -104,6 +104,11 @@ def submodules(model: nn.Module, slots: Iterable[str]) -> list[tuple[str, nn.Mod
     paths = [slots] if isinstance(slots, str) else list(slots)
     if not paths:
         raise GardenError("slots=[]: expected at least one path of a submodule")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise GardenError(
+            "the model holds an nn.DataParallel, in whose replicas no seed can take part: "
+            "expected the bare model, or DistributedDataParallel with one process a device"
+        )
     found: list[tuple[str, nn.Module]] = []
     for path in paths:
         if any(path == other for other, _ in found):
