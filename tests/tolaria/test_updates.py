@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from esper_otel.tolaria import updates
+from esper_otel.tolaria.step_hooks import AROUND_STEPS, AroundSteps
 from esper_otel.tolaria.updates import AS_IT_IS, UpdateOrder, Updates
 
 
@@ -35,8 +37,12 @@ def change(subject, optimizer, factor, order=AS_IT_IS):
 
 
 @pytest.fixture(autouse=True)
-def closed():
-    """Ends what a test has begun: classes of torch are as they were then."""
+def closed(monkeypatch):
+    """Ends what a test has begun: classes of torch are as they were then.
+
+    Runs that other tests of this process left open are none of this one's.
+    """
+    monkeypatch.setattr(updates, "AROUND_STEPS", AroundSteps())
     made = []
     before = Updates.__init__
 
@@ -393,6 +399,17 @@ def test_closing_puts_torchs_own_back(probed):
     assert cell.cell_contents is not step, "another run is still there"
     two.close()
     assert cell.cell_contents is step
+
+
+def test_a_run_that_is_never_closed_takes_nothing_from_those_after_it(probed):
+    left = Updates()
+    AROUND_STEPS.watch(probed, left)
+    try:
+        halved(probed)
+        probed.step()
+        assert probed.used == [0.15]
+    finally:
+        AROUND_STEPS.leave(left)
 
 
 def test_closing_within_a_step_leaves_the_scripts_rate_behind(probed):
