@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from esper_otel.leyline.metrics import STEP_KEYS
+from esper_tamiyo.judging.excursions import CALM, LAG, PATIENCE
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS
@@ -26,6 +27,7 @@ from esper_tamiyo.language.table import (
     Baseline,
     Condition,
     Conservative,
+    RecordSpan,
     Parameter,
     Rule,
     meta,
@@ -50,7 +52,11 @@ def page() -> str:
         condition_fields=_fields(Condition, ("metric", "baseline", "baseline_of", "release")),
         baselines=_rows(("baseline", "what it is"), _coded(BASELINES)),
         baseline_fields=_fields(Baseline, Baseline.__struct_fields__),
+        record_fields=_fields(RecordSpan, RecordSpan.__struct_fields__),
         conservative_fields=_fields(Conservative, Conservative.__struct_fields__),
+        lag=LAG,
+        calm=CALM,
+        patience=PATIENCE,
         derived=_rows(
             ("key", "unit", "meaning", "when"),
             [
@@ -257,6 +263,21 @@ only: it becomes part of a baseline after it was judged, and what is missing or 
 finite never does.
 
 {baseline_fields}
+
+## Records of excursions
+
+A baseline says what is usual; a record says how far a run strays from it by itself.
+`above_record` and `below_record` work on raw values. The ordinary state of a metric is a level
+(the median of the newest values, the last {lag} left out) and a scatter (the 98th percentile of
+what values lay above the level before them). A value that is more than one scatter out begins
+an excursion, which ends after {calm} values within one scatter. What each excursion reached is
+kept, and from it follows how far out chance alone may take the metric once in
+`false_alarm_steps` observations: about four scatters with light-tailed noise, tens for a run
+with outlier batches. A rule with `for` and `of` is compared with what so many values reached *at
+once*: one outlier, however large, says nothing about six of eight. After {patience} values
+outside, the metric has a new level.
+
+{record_fields}
 
 ## Conservative mode
 

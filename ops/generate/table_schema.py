@@ -19,6 +19,7 @@ from esper_tamiyo.language.table import (
     Combine,
     Condition,
     Conservative,
+    RecordSpan,
     Parameter,
     Rule,
     meta,
@@ -76,6 +77,7 @@ def _schema() -> dict[str, Any]:
                 "description": "name of the table; a hash of the file is added to it",
             },
             "baseline": _object(Baseline),
+            "record": _object(RecordSpan),
             "conservative": _object(Conservative),
             "rules": {
                 "type": "array",

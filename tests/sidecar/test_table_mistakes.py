@@ -19,7 +19,7 @@ from esper_tamiyo.language.operators import (
     Operand,
     Operator,
 )
-from esper_tamiyo.language.table import PARAMETERS, Baseline, Conservative
+from esper_tamiyo.language.table import PARAMETERS, Baseline, Conservative, RecordSpan
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
 from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 
@@ -108,9 +108,15 @@ def tables(draw):
     count = draw(st.integers(1, 3))
     last = {"id": "last", "metric": "loss", "above": 1, "severity": "NORMAL", "action": "PAUSE"}
     baseline = {"window": draw(st.integers(8, 64)), "warmup": draw(st.integers(1, 8))}
+    record = {
+        "window": draw(st.integers(16, 64)),
+        "warmup": draw(st.integers(8, 16)),
+        "false_alarm_steps": draw(st.integers(100, 9000)),
+    }
     right = {
         "version": "one",
         "baseline": {field: baseline[field] for field in Baseline.__struct_fields__},
+        "record": {field: record[field] for field in RecordSpan.__struct_fields__},
         "conservative": dict.fromkeys(Conservative.__struct_fields__, 9),
         "rules": [*(draw(rules(f"rule_{number}")) for number in range(count)), last],
     }

@@ -20,7 +20,7 @@ import msgspec
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
-from esper_tamiyo.language.operators import FORMS, Operator
+from esper_tamiyo.language.operators import FORMS, ON_RECORDS, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
 
 _FIXED = frozenset({Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST})
@@ -182,7 +182,9 @@ def _placed(
 
 def is_lower(operator: Operator) -> bool:
     """Whether values *below* the bound cross it."""
-    return FORMS[operator].eases > 0
+    return operator is Operator.BELOW_RECORD or (
+        FORMS[operator].eases > 0
+    )
 
 
 def bound_of(condition: Condition, history: History) -> Bound:
@@ -197,6 +199,8 @@ def bound_of(condition: Condition, history: History) -> Bound:
     if condition.operator is Operator.UNCHANGED_FOR:
         last = history.lasts[metric]
         return lambda: -inf if last.repeats + 1 >= number else inf
+    if condition.operator in ON_RECORDS:
+        return _record_bound(condition, history)
     name = BaselineKey(condition.baseline_of, condition.baseline).name
     reference = history.baselines[name]
     never = -inf if is_lower(condition.operator) else inf
@@ -206,6 +210,19 @@ def bound_of(condition: Condition, history: History) -> Bound:
         if median is None:
             return never
         return number * median if median >= 0.0 else times(number, median)
+
+    return bound
+
+
+def _record_bound(condition: Condition, history: History) -> Bound:
+    hold, factor = condition.hold, condition.number
+    below = condition.operator is Operator.BELOW_RECORD
+    excursions = history.excursions[condition.metric, below]
+    never = -inf if below else inf
+
+    def bound() -> float:
+        found = excursions.bound(hold, factor)
+        return never if found is None else found
 
     return bound
 

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from esper_tamiyo.judging.excursions import Excursions
 from esper_tamiyo.language.operators import BaselineKind
+from esper_tamiyo.language.table import RecordSpan
 
 _MARGIN = 1.0 + 1e-9
 """For rounding: what is this near to the bound is worked out."""
@@ -196,6 +198,15 @@ class BaselineKey(NamedTuple):
         return f"{kind}({self.metric})"
 
 
+class RecordKey(NamedTuple):
+    """One record of excursions: of which metric, on which side, and of how many values at
+    once (``k`` of ``n``)."""
+
+    metric: str
+    below: bool
+    hold: tuple[int, int]
+
+
 class Watched(msgspec.Struct, frozen=True):
     """The metrics of one scope whose past some rule needs.
 
@@ -207,6 +218,8 @@ class Watched(msgspec.Struct, frozen=True):
     slopes: tuple[str, ...] = ()
     window: int = 64
     warmup: int = 20
+    records: tuple[RecordKey, ...] = ()
+    record: RecordSpan = RecordSpan()
 
 
 class History:
@@ -217,7 +230,7 @@ class History:
     step that is judged.
     """
 
-    __slots__ = ("_own_lasts", "_pushes", "_watched", "baselines", "lasts", "peers", "slopes")
+    __slots__ = ("_own_lasts", "_pushes", "_watched", "baselines", "excursions", "lasts", "peers", "slopes")
 
     def __init__(
         self,
@@ -242,17 +255,21 @@ class History:
         lasts = {
             key: (before.lasts.get(key) if before else None) or Last() for key in watched.lasts
         }
+        excursions = _excursions(watched, before)
         self._pushes = [
+            *((key[0], each.add) for key, each in excursions.items()),
             *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
             *((key, slope.add) for key, slope in slopes.items()),
         ]
         self._own_lasts = list(lasts.items())
         self.baselines: Mapping[str, Reference] = baselines
+        self.excursions: Mapping[tuple[str, bool], Excursions] = excursions
         self.slopes: Mapping[str, Slope] = slopes
         self.lasts: Mapping[str, Last] = lasts
         self.peers: Mapping[str, float] = {}
         if of_rank is not None:
             self.baselines = {**of_rank.baselines, **baselines}
+            self.excursions = {**of_rank.excursions, **excursions}
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
 
@@ -269,6 +286,27 @@ class History:
                 last.add(value)
             else:
                 last.missed += 1
+
+
+def _excursions(
+    watched: Watched, before: History | None
+) -> dict[tuple[str, bool], Excursions]:
+    """Of each metric and side, with the records that are watched; those of ``before`` go on
+    where they are the same."""
+    holds: dict[tuple[str, bool], dict[tuple[int, int], None]] = {}
+    for metric, below, hold in watched.records:
+        holds.setdefault((metric, below), {})[hold] = None
+    span = watched.record
+    made = {}
+    for key, wanted in holds.items():
+        old = before.excursions.get(key) if before is not None else None
+        same = before is not None and before._watched.record == span
+        if old is not None and same and old.records.keys() == wanted.keys():
+            made[key] = old
+        else:
+            risk = 1.0 / span.false_alarm_steps
+            made[key] = Excursions(wanted, span.window, span.warmup, risk, below=key[1])
+    return made
 
 
 def _reference(

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 import msgspec
 
 from esper_tamiyo.judging.guards import plan
-from esper_tamiyo.judging.history import BaselineKey, Watched
+from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.judging.update_guards import update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
-from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
+from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import (
     Condition,
     Rule,
@@ -140,11 +140,15 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
     baselines: dict[BaselineKey, None] = {}
     lasts: dict[str, None] = {}
     slopes: dict[str, None] = {}
+    records: dict[RecordKey, None] = {}
     for part in framed:
         if part.operator in ON_BASELINES:
             if part.baseline in (BaselineKind.LOWEST, BaselineKind.HIGHEST):
                 baselines[BaselineKey(part.baseline_of, BaselineKind.ROLLING)] = None
             baselines[BaselineKey(part.baseline_of, part.baseline)] = None
+        elif part.operator in ON_RECORDS:
+            below = part.operator is Operator.BELOW_RECORD
+            records[RecordKey(part.metric, below, part.hold)] = None
         elif part.operator in _ON_LASTS:
             lasts[part.metric] = None
         elif part.operator is Operator.RUNS_OUT_WITHIN:
@@ -157,6 +161,8 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
         baselines=tuple(watch for watch in baselines if mine(watch.metric)),
         lasts=tuple(filter(mine, lasts)),
         slopes=tuple(filter(mine, slopes)),
+        records=tuple(watch for watch in records if mine(watch.metric)),
+        record=table.record,
         window=table.baseline.window,
         warmup=table.baseline.warmup,
     )

@@ -7,7 +7,7 @@ closures, so that judging a step costs a dictionary look-up and a comparison per
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
@@ -101,6 +101,9 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
                 value = values.get(key)
                 named = BaselineKey(condition.baseline_of, condition.baseline).name
                 against = history.baselines[named].value
+            case Operator.ABOVE_RECORD | Operator.BELOW_RECORD:
+                value, against, named = values.get(key), None, ""
+                seen.update(_record_seen(condition, history))
             case Operator.RISES_BY:
                 value, against = values.get(key), history.lasts[key].value
                 named = f"previous({key})"
@@ -122,6 +125,21 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
         if against is not None:
             seen[named] = against
     return seen
+
+
+def _record_seen(condition: Condition, history: History) -> Iterator[tuple[str, float]]:
+    """The ordinary state of a metric and what its record explains, by what they are."""
+    key = condition.metric
+    excursions = history.excursions[key, condition.operator is Operator.BELOW_RECORD]
+    bound = excursions.bound(condition.hold, condition.number)
+    if bound is None or excursions.level is None or excursions.scatter is None:
+        return
+    record = excursions.records[condition.hold]
+    yield f"level({key})", excursions.level
+    yield f"scatter({key})", excursions.scatter
+    yield f"expected({key})", bound
+    yield f"excursions({key})", float(record.peaks)
+    yield f"farthest({key})", record.largest
 
 
 def test_of(when: Condition | Group) -> Test:
@@ -242,6 +260,22 @@ def times(factor: float, baseline: float) -> float:
     return baseline + (factor - 1.0) * abs(baseline)
 
 
+def _on_record(condition: Condition) -> Test:
+    metric, factor, hold = condition.metric, condition.number, condition.hold
+    below = condition.operator is Operator.BELOW_RECORD
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        if value is None:
+            return None
+        bound = history.excursions[metric, below].bound(hold, factor)
+        if bound is None:
+            return None
+        return value < bound if below else value > bound
+
+    return test
+
+
 def _on_peers(condition: Condition) -> Test:
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_PEERS
@@ -332,6 +366,8 @@ _CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
     Operator.AT_MOST: _at_most,
     Operator.ABOVE_BASELINE: _on_baseline,
     Operator.BELOW_BASELINE: _on_baseline,
+    Operator.ABOVE_RECORD: _on_record,
+    Operator.BELOW_RECORD: _on_record,
     Operator.ABOVE_PEERS: _on_peers,
     Operator.BELOW_PEERS: _on_peers,
     Operator.RISES_BY: _rises_by,

@@ -17,7 +17,7 @@ from esper_otel.leyline.decisions import MAX_NORM, SKIP_STEP
 from esper_otel.leyline.metrics import Metric
 from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.derived import KNOWN
-from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -229,7 +229,9 @@ def _factors_at_odds(way: Iterable[Condition]) -> str:
     """Why no value is so many times the same reference, which is never below zero."""
     asked: dict[tuple[str, str, BaselineKind], list[Condition]] = {}
     for condition in way:
-        if FORMS[condition.operator].operand is Operand.FACTOR:
+        if condition.operator not in ON_RECORDS and (
+            FORMS[condition.operator].operand is Operand.FACTOR
+        ):
             reference = condition.metric, condition.baseline_of, condition.baseline
             asked.setdefault(reference, []).append(condition)
     for (key, _, _), others in asked.items():

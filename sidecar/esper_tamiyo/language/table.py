@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from esper_otel.leyline.decisions import LR_SCALE, MAX_NORM, SKIP_STEP, Action, Severity
 from esper_otel.leyline.wire import GUARDED
-from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
 
 MAX_COUNT = 1 << 31
 
@@ -65,6 +65,9 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
         ),
     ] = None
 
+    hold: tuple[int, int] = (1, 1)
+    """``for`` and ``of`` of its rule, for conditions on a record."""
+
     def __str__(self) -> str:
         """The condition as a person would say it."""
         release = "" if self.release is None else f" (release {self.release:g})"
@@ -82,6 +85,9 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
             kind = "" if self.baseline is BaselineKind.ROLLING else f" {self.baseline.value}"
             side = name.split()[0]
             return f"{self.metric} {side} {self.number:g} × {own}{kind} baseline{of}"
+        if self.operator in ON_RECORDS:
+            side = name.split()[0]
+            return f"{self.metric} {side} {self.number:g} × what its record explains"
         if form.operand is Operand.FACTOR:
             return f"{self.metric} {name.split()[0]} {self.number:g} × that of its peers"
         return f"{self.metric} {name} {self.number:g}"
@@ -259,6 +265,32 @@ class Baseline(msgspec.Struct, frozen=True):
     ] = 20
 
 
+class RecordSpan(msgspec.Struct, frozen=True):
+    """Records of excursions: what they span, and the risk at which rules use them."""
+
+    window: Annotated[
+        int,
+        Meta(ge=8, le=1024, description="observations of which level and scatter are taken"),
+    ] = 160
+    warmup: Annotated[
+        int,
+        Meta(
+            ge=8,
+            le=1024,
+            description="observations before there is a level; at most `window`",
+        ),
+    ] = 16
+    false_alarm_steps: Annotated[
+        int,
+        Meta(
+            ge=100,
+            le=MAX_COUNT,
+            description="the budget of false alarms: chance alone may take a metric beyond "
+            "its record once in so many observations",
+        ),
+    ] = 50_000
+
+
 class Conservative(msgspec.Struct, frozen=True):
     """Conservative mode: while it is on every seed operation becomes a PAUSE."""
 
@@ -274,6 +306,7 @@ class Table(msgspec.Struct, frozen=True):
     version: str
     rules: tuple[Rule, ...]
     baseline: Baseline = Baseline()
+    record: RecordSpan = RecordSpan()
     clean_steps: int = Conservative().clean_steps
     """Steps without trouble after which conservative mode is left."""
 
@@ -285,6 +318,13 @@ def conditions(when: Condition | Group) -> Iterator[Condition]:
         return
     for part in when.parts:
         yield from conditions(part)
+
+
+def held(when: Condition | Group, hold: tuple[int, int]) -> Condition | Group:
+    """``when``, its conditions on records knowing the ``for`` and ``of`` of their rule."""
+    if isinstance(when, Group):
+        return Group(when.combine, tuple(held(part, hold) for part in when.parts))
+    return msgspec.structs.replace(when, hold=hold) if when.operator in ON_RECORDS else when
 
 
 def eased(when: Condition | Group) -> Condition | Group | None:

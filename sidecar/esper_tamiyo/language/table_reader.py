@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 
+import msgspec
 import yaml
 
 from esper_otel.leyline.decisions import (
@@ -28,11 +29,13 @@ from esper_tamiyo.language.table import (
     Conservative,
     Group,
     Parameter,
+    RecordSpan,
     Rule,
     RuleMode,
     RuleScope,
     Table,
     conditions,
+    held,
     is_silence,
     span,
 )
@@ -40,7 +43,7 @@ from esper_tamiyo.language.yaml_nodes import Fault, shown
 
 RESERVED = {NOMINAL, CONSERVATIVE_MODE, NOT_ASKED, *FAILED_OPEN}
 ACTIONS = (Action.CONTINUE, Action.OPTIMIZER, Action.PAUSE)
-TOP_FIELDS = ("version", "baseline", "conservative", "rules")
+TOP_FIELDS = ("version", "baseline", "record", "conservative", "rules")
 OUTDATED = "silences"
 """What ``inhibits`` was called. It is still read."""
 
@@ -72,6 +75,7 @@ class TableReader(ConditionReader):
             version=f"{version}+{content}",
             rules=self.rules(self.required(fields, root, "", "rules")),
             baseline=self.baseline(fields.get("baseline")),
+            record=self.record(fields.get("record")),
             clean_steps=self.clean_steps(fields.get("conservative")),
         )
 
@@ -90,6 +94,24 @@ class TableReader(ConditionReader):
             at = fields.get("warmup", node)
             self.fault(at, "baseline.warmup", f"expected at most the window of {window}")
         return Baseline(window, warmup)
+
+    def record(self, node: yaml.Node | None) -> RecordSpan:
+        """What records of excursions span, and their risk."""
+        default = RecordSpan()
+        if node is None:
+            return default
+        fields = self.mapping(node, "record", RecordSpan.__struct_fields__)
+        usual = msgspec.structs.asdict(default)
+        found: dict[str, int] = {}
+        for name in RecordSpan.__struct_fields__:
+            low, high = span(RecordSpan, name)
+            most = min(usual[name], found.get("window", high)) if name == "warmup" else usual[name]
+            found[name] = self.whole(fields.get(name), f"record.{name}", low, high, most)
+        if found["warmup"] > found["window"]:
+            at = fields.get("warmup", node)
+            message = f"expected at most the window of {found['window']}"
+            self.fault(at, "record.warmup", message)
+        return RecordSpan(**found)
 
     def clean_steps(self, node: yaml.Node | None) -> int:
         """When conservative mode is left."""
@@ -154,7 +176,7 @@ class TableReader(ConditionReader):
             self.check_silence_rule(fields, field, action)
         rule = Rule(
             id=rule_id,
-            when=when,
+            when=held(when, (persistence, of)),
             action=action,
             severity=severity,
             text=text or str(when),
