@@ -27,8 +27,8 @@ from esper_tamiyo.language.table import (
     Baseline,
     Condition,
     Conservative,
-    RecordSpan,
     Parameter,
+    RecordSpan,
     Rule,
     meta,
 )
@@ -273,8 +273,8 @@ what values lay above the level before them). A value that is more than one scat
 an excursion, which ends after {calm} values within one scatter. What each excursion reached is
 kept, and from it follows how far out chance alone may take the metric once in
 `false_alarm_steps` observations: about four scatters with light-tailed noise, tens for a run
-with outlier batches. A rule with `for` and `of` is compared with what so many values reached *at
-once*: one outlier, however large, says nothing about six of eight. After {patience} values
+with outlier batches. A rule with `for` and `of` is compared with what so many values reached
+*at once*: one outlier, however large, says nothing about six of eight. After {patience} values
 outside, the metric has a new level.
 
 {record_fields}

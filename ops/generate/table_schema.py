@@ -19,8 +19,8 @@ from esper_tamiyo.language.table import (
     Combine,
     Condition,
     Conservative,
-    RecordSpan,
     Parameter,
+    RecordSpan,
     Rule,
     meta,
 )

@@ -32,6 +32,9 @@ what it is compared with."""
 CALM = 4
 """Values in a row within one scatter that end an excursion."""
 
+ONSET = 3
+"""First values of an excursion, which what rises goes beyond."""
+
 PATIENCE = 64
 """Values after which an excursion is a new level."""
 
@@ -49,8 +52,11 @@ YOUNG = 200
 FLOOR = 0.25
 """Share of the scatter that a run used to have; its scatter now counts as no less."""
 
-FADING = 0.995
-"""What is left of the scatter that a run used to have, after each value."""
+FADING = 0.98
+"""What is left of the scatter that a run used to have, each time it is taken anew."""
+
+REFRESH = 4
+"""Values between two times that level and scatter are taken anew."""
 
 LEAST = 1e-3
 """Share of the level; the scatter counts as no less."""
@@ -63,7 +69,7 @@ class Record:
     were all out by more than one, ``largest`` is the farthest of these.
     """
 
-    __slots__ = ("_logs", "_newest", "_nth", "_peak", "bound", "largest", "peaks")
+    __slots__ = ("_logs", "_newest", "_nth", "_peak", "_size", "bound", "largest", "peaks")
 
     def __init__(self, k: int, n: int) -> None:
         self.peaks = 0
@@ -71,26 +77,32 @@ class Record:
         self.bound = inf
         """Scatters that are no more than this record explains."""
         self._nth = k
+        self._size = n
         self._newest: deque[float] = deque([0.0] * n, maxlen=n)
         self._peak = 0.0
         self._logs = 0.0
 
-    def add(self, out: float, *, on_excursion: bool) -> None:
-        """Take in how far out the newest value is."""
+    def add(self, out: float) -> None:
+        """Take in how far out the newest value of an excursion is."""
         newest = self._newest
         newest.append(out)
-        if on_excursion:
-            reached = sorted(newest)[-self._nth] if len(newest) > 1 else out
-            if reached > self._peak:
-                self._peak = reached
+        reached = sorted(newest)[-self._nth] if self._size > 1 else out
+        if reached > self._peak:
+            self._peak = reached
 
     def end_excursion(self) -> None:
         """Remember the excursion that is over."""
-        peak, self._peak = self._peak, 0.0
+        peak = self._peak
         if peak > 1.0:
             self.peaks += 1
             self._logs += log(peak)
             self.largest = max(self.largest, peak)
+        self.drop_excursion()
+
+    def drop_excursion(self) -> None:
+        """Forget the excursion that is under way."""
+        self._peak = 0.0
+        self._newest.extend([0.0] * self._size)
 
     def move_bound(self, values: int, risk: float) -> None:
         """Work out ``bound``: chance exceeds it at a share of ``risk`` of all values, after
@@ -98,30 +110,6 @@ class Record:
         tail = (TAIL * PEAKS + self._logs) / (PEAKS + self.peaks)
         share = (self.peaks + 1) / (values + YOUNG)
         self.bound = max(1.0, share / risk) ** tail
-
-
-class Window:
-    """The newest values, in order of size."""
-
-    __slots__ = ("_arrived", "_size", "ordered")
-
-    def __init__(self, size: int) -> None:
-        self.ordered: list[float] = []
-        self._arrived: deque[float] = deque()
-        self._size = size
-
-    def add(self, value: float) -> None:
-        """Take in a value; the oldest leaves when the window is full."""
-        ordered, arrived = self.ordered, self._arrived
-        if len(ordered) == self._size:
-            del ordered[bisect_left(ordered, arrived.popleft())]
-        arrived.append(value)
-        insort(ordered, value)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self.ordered.clear()
-        self._arrived.clear()
 
 
 class Excursions:
@@ -135,8 +123,11 @@ class Excursions:
         "_distances",
         "_length",
         "_newest",
+        "_onset",
+        "_ordered",
         "_risk",
         "_sign",
+        "_taken",
         "_usual",
         "_values",
         "_waiting",
@@ -161,21 +152,33 @@ class Excursions:
         self._sign = -1.0 if below else 1.0
         self._warmup = warmup
         self._risk = risk
-        self._newest = Window(warmup)
-        self._distances = Window(window)
+        self._newest: deque[float] = deque(maxlen=warmup)
+        self._distances: deque[float] = deque(maxlen=window)
+        self._ordered: list[float] = []
         self._waiting: deque[tuple[float, float | None]] = deque()
         self._values = 0
+        self._taken = 0
         self._length = 0
         self._calm = 0
+        self._onset = 0.0
         self._usual = 0.0
 
-    def bound(self, hold: tuple[int, int], factor: float) -> float | None:
+    def bound(
+        self, hold: tuple[int, int], factor: float, *, rising: bool = False
+    ) -> float | None:
         """The value that is out by ``factor`` times what the record of ``hold`` explains; None
-        where there is no level."""
+        where there is no level.
+
+        With ``rising`` it also is a scatter beyond the first values of the excursion that is
+        under way, and infinitely far out before there are some.
+        """
         level, scatter = self.level, self.scatter
         if level is None or scatter is None:
             return None
-        return level + self._sign * factor * self.records[hold].bound * scatter
+        out = factor * self.records[hold].bound
+        if rising:
+            out = max(out, self._onset + 1.0) if self._length >= ONSET else inf
+        return level + self._sign * out * scatter
 
     def add(self, value: float) -> None:
         """Take in a finite observation."""
@@ -184,21 +187,36 @@ class Excursions:
         waiting.append((self._sign * value, distance))
         if self.scatter is not None and distance is not None:
             self._compare(distance / self.scatter)
-        if not self._length:
-            while len(waiting) > LAG:
+        if not self._length and len(waiting) > LAG:
+            self._take(*waiting.popleft())
+            while len(waiting) > LAG:  # those that waited for the end of an excursion
                 self._take(*waiting.popleft())
+
+    def clear(self) -> None:
+        """Another phase: the level begins anew, records are kept."""
+        for record in self.records.values():
+            record.drop_excursion()
+        self.level = self.scatter = None
+        self._newest.clear()
+        self._distances.clear()
+        self._ordered.clear()
+        self._waiting.clear()
+        self._length = self._calm = 0
+        self._onset = 0.0
 
     def _compare(self, out: float) -> None:
         self._values += 1
         if out > 1.0:
             self._calm = 0
-            self._length += 1
         elif self._length:
             self._calm += 1
-            self._length += 1
-        on_excursion = self._length > 0
+        else:
+            return
+        self._length += 1
+        if self._length <= ONSET:
+            self._onset = max(self._onset, out)
         for record in self.records.values():
-            record.add(out, on_excursion=on_excursion)
+            record.add(out)
         if self._calm >= CALM:
             self._end()
         elif self._length >= PATIENCE:
@@ -207,6 +225,7 @@ class Excursions:
 
     def _end(self) -> None:
         self._length = self._calm = 0
+        self._onset = 0.0
         for record in self.records.values():
             record.end_excursion()
             record.move_bound(self._values, self._risk)
@@ -218,24 +237,32 @@ class Excursions:
         self._waiting = deque((value, None) for value in kept)
 
     def _take(self, value: float, distance: float | None) -> None:
-        self._newest.add(value)
-        newest = self._newest.ordered
-        count = len(newest)
-        if count == self._warmup:
-            self.level = self._sign * newest[count >> 1]
-        if distance is None:
+        """Make a value part of what is ordinary."""
+        self._newest.append(value)
+        if distance is not None:
+            ordered, distances = self._ordered, self._distances
+            if len(ordered) == distances.maxlen:
+                del ordered[bisect_left(ordered, distances[0])]
+            distances.append(distance)
+            insort(ordered, distance)
+        self._taken = taken = self._taken + 1
+        if self.scatter is None or not taken % REFRESH:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take level and scatter anew."""
+        newest, ordered = self._newest, self._ordered
+        if len(newest) < self._warmup:
             return
-        self._distances.add(distance)
-        ordered = self._distances.ordered
+        self.level = level = self._sign * sorted(newest)[len(newest) >> 1]
         count = len(ordered)
         if count < self._warmup:
             return
         high = ordered[int(QUANTILE * count)]
         scatter = max(high, high - ordered[count >> 1])
         self._usual = usual = max(scatter, FADING * self._usual)
-        assert self.level is not None
-        scatter = max(scatter, FLOOR * usual, LEAST * abs(self.level))
-        if self.scatter is None and scatter > 0.0:
+        scatter = max(scatter, FLOOR * usual, LEAST * abs(level))
+        if self.scatter is None:
             for record in self.records.values():
                 record.move_bound(self._values, self._risk)
         self.scatter = scatter or None

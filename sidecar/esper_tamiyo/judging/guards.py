@@ -182,9 +182,7 @@ def _placed(
 
 def is_lower(operator: Operator) -> bool:
     """Whether values *below* the bound cross it."""
-    return operator is Operator.BELOW_RECORD or (
-        FORMS[operator].eases > 0
-    )
+    return operator is Operator.BELOW_RECORD or (FORMS[operator].eases > 0)
 
 
 def bound_of(condition: Condition, history: History) -> Bound:
@@ -215,13 +213,13 @@ def bound_of(condition: Condition, history: History) -> Bound:
 
 
 def _record_bound(condition: Condition, history: History) -> Bound:
-    hold, factor = condition.hold, condition.number
+    hold, factor, rising = condition.hold, condition.number, condition.rising
     below = condition.operator is Operator.BELOW_RECORD
     excursions = history.excursions[condition.metric, below]
     never = -inf if below else inf
 
     def bound() -> float:
-        found = excursions.bound(hold, factor)
+        found = excursions.bound(hold, factor, rising=rising)
         return never if found is None else found
 
     return bound

@@ -51,17 +51,28 @@ class RollingMedian:
             low, high = ordered[middle - 1], ordered[middle]
             self.value = low + (high - low) / 2
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self._arrived.clear()
+        self._ordered.clear()
+        self.value = None
+
 
 class FrozenMedian:
     """Median of the first ``window`` observations after ``warmup``, then kept; None until
     all of them are in."""
 
-    __slots__ = ("_missing", "_rolling", "_skip", "value")
+    __slots__ = ("_missing", "_rolling", "_skip", "_spans", "value")
 
     def __init__(self, window: int, warmup: int) -> None:
-        self._skip = warmup
-        self._missing = window
+        self._spans = (window, warmup)
         self._rolling = RollingMedian(window, window)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._missing, self._skip = self._spans
+        self._rolling.clear()
         self.value: float | None = None
 
     def add(self, value: float) -> None:
@@ -89,6 +100,10 @@ class Extreme:
         median = self._rolling.value
         if median is not None:
             self.value = median if self.value is None else self._better(self.value, median)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.value = None
 
 
 class Last:
@@ -230,7 +245,18 @@ class History:
     step that is judged.
     """
 
-    __slots__ = ("_own_lasts", "_pushes", "_watched", "baselines", "excursions", "lasts", "peers", "slopes")
+    __slots__ = (
+        "_own",
+        "_own_lasts",
+        "_phase",
+        "_pushes",
+        "_watched",
+        "baselines",
+        "excursions",
+        "lasts",
+        "peers",
+        "slopes",
+    )
 
     def __init__(
         self,
@@ -261,7 +287,9 @@ class History:
             *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
             *((key, slope.add) for key, slope in slopes.items()),
         ]
+        self._own = (*baselines.values(), *excursions.values())
         self._own_lasts = list(lasts.items())
+        self._phase: float = before._phase if before is not None else 0.0
         self.baselines: Mapping[str, Reference] = baselines
         self.excursions: Mapping[tuple[str, bool], Excursions] = excursions
         self.slopes: Mapping[str, Slope] = slopes
@@ -272,6 +300,16 @@ class History:
             self.excursions = {**of_rank.excursions, **excursions}
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
+
+    def enter_phase(self, phase: float) -> None:
+        """A phase of the training that its loop has named: what is usual begins anew.
+
+        ``phase`` counts them, 0.0 is the first. What excursions have reached stays known.
+        """
+        if phase != self._phase:
+            self._phase = phase
+            for past in self._own:
+                past.clear()
 
     def absorb(self, values: Mapping[str, float]) -> None:
         """Take in the values of a frame; what is absent leaves its baselines as they were."""
@@ -288,9 +326,7 @@ class History:
                 last.missed += 1
 
 
-def _excursions(
-    watched: Watched, before: History | None
-) -> dict[tuple[str, bool], Excursions]:
+def _excursions(watched: Watched, before: History | None) -> dict[tuple[str, bool], Excursions]:
     """Of each metric and side, with the records that are watched; those of ``before`` go on
     where they are the same."""
     holds: dict[tuple[str, bool], dict[tuple[int, int], None]] = {}

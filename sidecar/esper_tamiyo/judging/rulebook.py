@@ -14,7 +14,13 @@ from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.judging.update_guards import update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
-from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, ON_RECORDS, BaselineKind, Operator
+from esper_tamiyo.language.operators import (
+    ON_BASELINES,
+    ON_PEERS,
+    ON_RECORDS,
+    BaselineKind,
+    Operator,
+)
 from esper_tamiyo.language.table import (
     Condition,
     Rule,
@@ -88,12 +94,17 @@ class Rulebook:
         """Tell the rules apart by what they are about."""
         placed = tuple(enumerate(self.rules))
         self.judged = tuple(
-            (place, entry, not entry.rule.about_seeds and not entry.rule.about_ranks)
+            (
+                place,
+                entry,
+                not entry.rule.about_seeds and not entry.rule.about_ranks,
+                entry.rule.about_seeds,
+            )
             for place, entry in placed
             if not entry.rule.about_silence
         )
-        """The rules that a frame is held against: place in the table, rule, and whether it
-        is about the step alone, neither about seeds nor about other ranks."""
+        """The rules that a frame is held against: place in the table, rule, whether it is about
+        the step alone (neither about seeds nor about other ranks), whether it is about seeds."""
         self.ranks = tuple(one for one in placed if one[1].rule.about_ranks)
         """The rules that compare ranks."""
         self.silence = tuple(one for one in placed if one[1].rule.about_silence)
@@ -107,7 +118,7 @@ class Rulebook:
 
     def _watch_steps(self) -> None:
         """What frames have to be remembered for."""
-        framed = [part for _, entry, _ in self.judged for part in conditions(entry.rule.when)]
+        framed = [part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)]
         self.step_watch = watched(self.table, framed, of_seeds=False)
         self.seed_watch = watched(self.table, framed, of_seeds=True)
         self.derived = needed(

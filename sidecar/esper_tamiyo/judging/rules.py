@@ -131,7 +131,7 @@ def _record_seen(condition: Condition, history: History) -> Iterator[tuple[str, 
     """The ordinary state of a metric and what its record explains, by what they are."""
     key = condition.metric
     excursions = history.excursions[key, condition.operator is Operator.BELOW_RECORD]
-    bound = excursions.bound(condition.hold, condition.number)
+    bound = excursions.bound(condition.hold, condition.number, rising=condition.rising)
     if bound is None or excursions.level is None or excursions.scatter is None:
         return
     record = excursions.records[condition.hold]
@@ -262,13 +262,14 @@ def times(factor: float, baseline: float) -> float:
 
 def _on_record(condition: Condition) -> Test:
     metric, factor, hold = condition.metric, condition.number, condition.hold
+    rising = condition.rising
     below = condition.operator is Operator.BELOW_RECORD
 
     def test(values: Values, history: History) -> Verdict:
         value = values.get(metric)
         if value is None:
             return None
-        bound = history.excursions[metric, below].bound(hold, factor)
+        bound = history.excursions[metric, below].bound(hold, factor, rising=rising)
         if bound is None:
             return None
         return value < bound if below else value > bound

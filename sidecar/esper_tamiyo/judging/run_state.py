@@ -198,6 +198,7 @@ class RunState:
         self._begin_step(frame, at_ns)
         rank, book = self._rank, self.book
         rank.values = frame.values
+        rank.history.enter_phase(frame.values.get("phase", 0.0))
         ended_ns = frame.time_unix_nano
         in_company = bool(book.ranks) and self._comparison.in_company(ended_ns, rank.history)
         if book.judges_seeds and (frame.seeds or self._live):
@@ -208,13 +209,13 @@ class RunState:
         """Bring every rule from one state to the next."""
         rank, book = self._rank, self.book
         values, history, statuses = rank.values, rank.history, rank.statuses
-        for place, entry, plain in book.judged:
-            if plain or not (in_company or entry.rule.about_seeds):
+        for place, entry, plain, about_seeds in book.judged:
+            if plain or not (in_company or about_seeds):
                 verdict = entry.test(values, history)
                 status = statuses[place]
                 if verdict is not status.idle:
                     self._judge_rule(entry, status, rank, verdict)
-            elif entry.rule.about_seeds:
+            elif about_seeds:
                 for seed in self._live:
                     verdict = entry.test(seed.values, seed.history)
                     status = seed.statuses[place]

@@ -170,7 +170,7 @@ def _record_bound(condition: Condition, history: History, sign: float) -> Moving
     excursions = history.excursions[condition.metric, sign < 0.0]
 
     def of_record() -> tuple[float, float]:
-        bound = excursions.bound(condition.hold, condition.number)
+        bound = excursions.bound(condition.hold, condition.number, rising=condition.rising)
         if bound is None or excursions.level is None:
             return inf, 0.0
         return sign * bound, abs(bound - excursions.level)

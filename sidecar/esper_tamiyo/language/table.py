@@ -65,6 +65,14 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
         ),
     ] = None
 
+    rising: Annotated[
+        bool,
+        Meta(
+            description="beside `above_record` or `below_record`: only while the value goes on "
+            "moving away, beyond the first values of the excursion. A change that is meant, as "
+            "other data, is farthest out at its beginning"
+        ),
+    ] = False
     hold: tuple[int, int] = (1, 1)
     """``for`` and ``of`` of its rule, for conditions on a record."""
 
@@ -87,7 +95,8 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
             return f"{self.metric} {side} {self.number:g} × {own}{kind} baseline{of}"
         if self.operator in ON_RECORDS:
             side = name.split()[0]
-            return f"{self.metric} {side} {self.number:g} × what its record explains"
+            still = ", and rising" if self.rising else ""
+            return f"{self.metric} {side} {self.number:g} × what its record explains{still}"
         if form.operand is Operand.FACTOR:
             return f"{self.metric} {name.split()[0]} {self.number:g} × that of its peers"
         return f"{self.metric} {name} {self.number:g}"

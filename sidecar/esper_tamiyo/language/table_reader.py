@@ -105,7 +105,9 @@ class TableReader(ConditionReader):
         found: dict[str, int] = {}
         for name in RecordSpan.__struct_fields__:
             low, high = span(RecordSpan, name)
-            most = min(usual[name], found.get("window", high)) if name == "warmup" else usual[name]
+            most = (
+                min(usual[name], found.get("window", high)) if name == "warmup" else usual[name]
+            )
             found[name] = self.whole(fields.get(name), f"record.{name}", low, high, most)
         if found["warmup"] > found["window"]:
             at = fields.get("warmup", node)
