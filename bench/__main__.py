@@ -38,6 +38,7 @@ BENCHES = (
     "asking",
     "rescued",
     "poisoned",
+    "enforced",
     "judging",
     "journal",
     "replay",
