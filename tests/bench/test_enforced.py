@@ -40,8 +40,9 @@ def test_no_run_has_to_be_better_than_its_healthy_twin():
 def test_the_median_is_that_of_trainings_that_were_harmed():
     harmed = [compared(1.0, 3.0, enforced) for enforced in (1.0, 1.2, 9.0)]
     rows = of_trouble([compared(1.0, 1.0, 1.0), *harmed])
-    left, harmless, worst, worse, *_ = rows
+    left, over_healthy, harmless, worst, worse, *_ = rows
     assert (left.value, left.holds) == (pytest.approx(0.1), True)
+    assert over_healthy.value == 1.2
     assert (harmless.value, harmless.baseline) == (1, 4)
     assert (worst.value, worst.holds) == (3.0, False)
     assert worse.value == 1
