@@ -241,3 +241,10 @@ def test_other_kinds_of_devices_are_refused(machine):
     training.buffer.device = Device("mps:0")
     with pytest.raises(SnapshotError, match="on mps is not copied"):
         Snapshot().copy_from(training.parts, 1)
+
+
+def test_no_copy_becomes_part_of_a_graph_that_is_captured(machine):
+    machine.capturing = True
+    with pytest.raises(SnapshotError, match="captured"):
+        Snapshot().copy_from(Training(machine).parts, 1)
+    assert machine.main.queue == []

@@ -177,6 +177,8 @@ class _Copier:
 
         data = plain(tensor)
         on_host = data.device.type == "cpu"
+        if not on_host and torch.cuda.is_current_stream_capturing():
+            raise SnapshotError("a graph is being captured, and would repeat it")
         if isinstance(before, _Held) and _alike(before.copy, data):
             target = before.copy
         else:
@@ -241,8 +243,6 @@ class Snapshot:
         """
         import torch
 
-        if torch.cuda.is_current_stream_capturing():
-            raise SnapshotError("a graph is being captured, and would repeat it")
         copier = _Copier()
         with torch.no_grad():
             before = [*self._tensors, *[None] * len(parts.tensors)]
