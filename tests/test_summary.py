@@ -17,6 +17,7 @@ from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import Account, StreamReport
 from esper_otel.stream.drain import RunTotals
 from esper_otel.summary import summary_of, tell_summary
+from esper_otel.tolaria.restoring import SnapshotReport
 
 ESPER = str(Path(sys.executable).with_name("esper-otel"))
 
@@ -95,6 +96,35 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
     assert summary.unanswered == ["timeout"]
     assert "PAUSE loss_spike × 3 (2 applied)" in summary.as_text()
     assert "did not answer (timeout)" in summary.as_text()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (
+            SnapshotReport(
+                taken=12,
+                good_step=1200,
+                bytes=3_210_000,
+                copy_ms=0.45678,
+                restored=[(900, 1003)],
+                refused={"no snapshot is good yet": 2},
+            ),
+            "snapshots 12 made in 0.457 ms each, good: the last of step 1,200; they take "
+            "3.21 MB of host memory; step 900 put back at step 1,003; asked for and not put "
+            "back × 2: no snapshot is good yet",
+        ),
+        (SnapshotReport(0, None, 0, 0.0, [], {}), "snapshots none made"),
+        (
+            SnapshotReport(0, None, 0, 0.0, [], {"no snapshots are kept": 1}),
+            "snapshots asked for and not put back × 1: no snapshots are kept",
+        ),
+    ],
+)
+def test_what_became_of_snapshots_is_told(told, said):
+    summary = summary_of("r", 0, tally_of({}), StreamReport(), snapshots=told)
+    assert f"  {said}\n" in summary.as_text()
+    assert "snapshots" not in summary_of("r", 0, tally_of({}), StreamReport()).as_text()
 
 
 def test_updates_that_decisions_left_out_are_counted():

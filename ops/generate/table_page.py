@@ -232,10 +232,14 @@ this one update, so a gradient that would ruin the weights never reaches them.
 - The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits`
   count as usual, and nothing of the evaluation is remembered. A rule that fired and is
   `recovering` changes no update that is within its bounds.
-- Of several rules, `skip_step` wins. Else `lr_scale` is that of the strongest rule with one,
-  and `max_norm` the smallest of all.
+- Of several rules, `restore` wins, then `skip_step`. Else `lr_scale` is that of the strongest
+  rule with one, and `max_norm` the smallest of all.
 - Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated
   before an update.
+
+After a step, `restore` and the other parameters of its rule are also asked for when a stronger
+rule wins: a PAUSE of seeds heals no weights. A trainer without a snapshot that is good does the
+other parameters ([snapshots](enforcing.md#snapshots)).
 
 ## A condition
 

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from esper_otel.leyline.decisions import Decision
 from esper_otel.loop import LoopObserver, tell_once
 from esper_otel.ranks.world import new_run_id, with_identity
-from esper_otel.settings import EsperSettings, Mode
-from esper_otel.shared_decisions import SharedDecisions, client_of
+from esper_otel.settings import EsperSettings
+from esper_otel.shared_decisions import SharedDecisions, client_of, responses_of
 from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tolaria.devices import DeviceSampler
 from esper_otel.tolaria.fetches import Source, samples_in
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import RateFactor, Responses
 from esper_otel.tolaria.step import PHASES
 
 if TYPE_CHECKING:
@@ -65,14 +64,7 @@ class Run:
             client_of(self.settings, self.run_id, self.instance_id) if self.enabled else None
         )
         self._devices = DeviceSampler(settings.tolaria_step_enrichment_enabled)
-        self._responses = Responses(
-            RateFactor(
-                minimum=settings.lr_scale_min,
-                maximum=settings.lr_scale_max,
-                release_steps=settings.release_steps,
-            ),
-            enforce=settings.mode is Mode.ENFORCE,
-        )
+        self._responses = responses_of(settings)
         self._recorder = Recorder(
             self._stream,
             run=self.run_id,
@@ -246,6 +238,20 @@ class Run:
         self._recorder.attach_garden(self.garden)
         return self.garden
 
+    def protect(self, *modules: Any) -> None:
+        """Have snapshots (``snapshot_every``) hold all parameters and buffers of ``modules``.
+
+        The parameters that optimizers update, and the optimizers' state, are held anyway, as
+        are the persistent buffers of their modules where none are named. Raises ``TypeError``
+        for what is no ``torch.nn.Module``::
+
+            run.protect(model, average_of_model)
+        """
+        for module in modules:
+            if not hasattr(module, "named_buffers"):
+                raise TypeError(f"protect: expected modules, got {type(module).__name__}")
+            self._responses.restoring.protected.add_module(module, whole=True)
+
     # A restart.
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,13 +289,6 @@ class Run:
         except (TypeError, ValueError) as error:
             rate.load_state_dict(before)
             raise ValueError(f"state of a run: {error}") from None
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """As :meth:`load_state_dict`, for adapters: what cannot be used is reported, once."""
-        try:
-            self.load_state_dict(state)
-        except ValueError as error:
-            tell_once(f"esper-otel: a checkpoint's state of the run is not used: {error}")
 
     def on_pause(self, freeze: Callable[[Decision], None]) -> None:
         """Have ``freeze`` called with every PAUSE decision that is enforced.
@@ -369,6 +368,7 @@ class Run:
             getattr(self._stream, "totals", None),
             report,
             lost_values=self._loop.scalars.lost,
+            snapshots=self._responses.restoring.report,
         )
 
     def _is_seed_optimizer(self, optimizer: Any) -> bool:

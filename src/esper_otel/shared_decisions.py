@@ -18,6 +18,8 @@ from esper_otel.settings import EsperSettings, Mode, SettingsError
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.ports import DecisionAgreement
 from esper_otel.tolaria.recorder import Recorder
+from esper_otel.tolaria.responses import RateFactor, Responses
+from esper_otel.tolaria.restoring import Restoring
 
 if TYPE_CHECKING:
     from esper_otel.ranks.agreement import Agreement
@@ -44,6 +46,22 @@ def client_of(settings: EsperSettings, run_id: str, instance_id: str) -> TamiyoC
         )
     except ValueError as error:
         raise SettingsError(f"tamiyo_socket: {error}") from None
+
+
+def responses_of(settings: EsperSettings) -> Responses:
+    """What decisions do to a run, within the bounds of its settings."""
+    enforce = settings.mode is Mode.ENFORCE
+    rate = RateFactor(
+        minimum=settings.lr_scale_min,
+        maximum=settings.lr_scale_max,
+        release_steps=settings.release_steps,
+    )
+    restoring = Restoring(
+        every=settings.snapshot_every if enforce else 0,
+        most=settings.snapshot_restores_max,
+        several_ranks=is_shared,
+    )
+    return Responses(rate, enforce=enforce, restoring=restoring)
 
 
 class SharedDecisions:
@@ -99,6 +117,8 @@ class SharedDecisions:
                 settings.lr_scale_min,
                 settings.lr_scale_max,
                 settings.release_steps,
+                settings.snapshot_every,
+                settings.snapshot_restores_max,
             )
             self.rendezvous = Rendezvous(
                 self._run_id,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
+from esper_otel.tolaria.restoring import SnapshotReport
 
 if TYPE_CHECKING:
     from esper_otel.stream.drain import RunTotals
@@ -44,6 +46,7 @@ class Summary(msgspec.Struct, frozen=True):
     request had not been answered, and at ``held_unjudged_steps`` of them decisions of before
     still scaled the learning rates; ``unanswered`` says why, as far as the steps that have
     spans show it.
+    ``snapshots`` says what became of those that were kept, or asked for; None without any.
     ``lost_values`` of losses and gradients could not be read without waiting for a device.
     ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
@@ -70,6 +73,7 @@ class Summary(msgspec.Struct, frozen=True):
     unsent: list[str]
     recordings: list[str]
     lost_values: int = 0
+    snapshots: SnapshotReport | None = None
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -102,6 +106,8 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  decided   {told}")
         if self.skipped_updates:
             lines.append(f"  updates   {self.skipped_updates:,} skipped by decisions")
+        if self.snapshots is not None:
+            lines.append(f"  snapshots {'; '.join(_of_snapshots(self.snapshots))}")
         if self.unanswered or self.unjudged_steps:
             lines.append(f"  Tamiyo    {self._unjudged()}")
         lines.append(f"  telemetry {self._telemetry()}")
@@ -139,8 +145,30 @@ class Summary(msgspec.Struct, frozen=True):
         return "; ".join(told) or "none sent"
 
 
+def _of_snapshots(report: SnapshotReport) -> Iterator[str]:
+    """What a person is told of them."""
+    if report.taken:
+        last = "none" if report.good_step is None else f"the last of step {report.good_step:,}"
+        yield (
+            f"{report.taken:,} made in {report.copy_ms:.3g} ms each, good: {last}; they take "
+            f"{report.bytes / 1e6:,.3g} MB of host memory"
+        )
+    elif not (report.restored or report.refused):
+        yield "none made"
+    for to, at in report.restored:
+        yield f"step {to:,} put back at step {at:,}"
+    for why, times in report.refused.items():
+        yield f"asked for and not put back × {times:,}: {why}"
+
+
 def summary_of(
-    run: str, rank: int, totals: RunTotals, report: StreamReport, *, lost_values: int = 0
+    run: str,
+    rank: int,
+    totals: RunTotals,
+    report: StreamReport,
+    *,
+    lost_values: int = 0,
+    snapshots: SnapshotReport | None = None,
 ) -> Summary:
     """The summary of a run that is over."""
     phases = {
@@ -174,6 +202,7 @@ def summary_of(
         unsent=[str(path) for path in report.files],
         recordings=[str(path) for path in report.recordings],
         lost_values=lost_values,
+        snapshots=snapshots,
     )
 
 
@@ -184,6 +213,7 @@ def tell_summary(
     report: StreamReport,
     *,
     lost_values: int,
+    snapshots: SnapshotReport | None = None,
 ) -> None:
     """Tell on standard error how a run was, as ``settings`` ask for; rank 0 alone does.
 
@@ -196,7 +226,14 @@ def tell_summary(
             log.warning("esper-otel: %d %s", lost_values, _LOST)
         return
     try:
-        summary = summary_of(run, settings.rank, totals, report, lost_values=lost_values)
+        summary = summary_of(
+            run,
+            settings.rank,
+            totals,
+            report,
+            lost_values=lost_values,
+            snapshots=snapshots,
+        )
         as_json = settings.summary is Summaries.JSON
         print(summary.as_json() if as_json else summary.as_text(), file=sys.stderr, flush=True)
     except (OSError, ValueError):

@@ -30,6 +30,7 @@ CONTRACT = [
     ("tamiyo_latency_ms", "ms", False),
     ("lr_scale", "1", False),
     ("update_skipped", "{update}", False),
+    ("restored", "{restore}", False),
     ("unjudged_steps", "{step}", False),
     ("step_latency_ms", "ms", True),
     ("forward_ms", "ms", True),

@@ -169,6 +169,19 @@ def test_a_finding_says_what_it_saw():
             "r1",
             {"skip_step": 1.0},
         ),
+        # a snapshot in its place wins over that, which holds where there is none
+        (
+            ("CRITICAL PAUSE skip_step: true", "HIGH OPTIMIZER 'restore: true, lr_scale: 0.5'"),
+            "OPTIMIZER",
+            "r1",
+            {"skip_step": 1.0, "restore": 1.0},
+        ),
+        (
+            ("CRITICAL PAUSE max_norm: 2", "HIGH OPTIMIZER 'restore: true, lr_scale: 0.5'"),
+            "OPTIMIZER",
+            "r1",
+            {"lr_scale": 0.5, "max_norm": 2.0, "restore": 1.0},
+        ),
         # of factors that of the strongest rule, of norms the smallest
         (
             ("HIGH OPTIMIZER lr_scale: 0.5", "CRITICAL OPTIMIZER lr_scale: 0.75"),

@@ -200,6 +200,7 @@ TROUBLES = [
     ("momentum_jump", instead(optimizer_momentum=0.999), 1),
     ("learning_rate_collapse", times(0, "optimizer_lr"), 5),
     ("nonfinite_loss", is_not_finite, 1),
+    ("weights_lost", instead(nonfinite=1.0), 3),
     ("isolation_violations", counts_violations, 1),
     ("seed_fallback", of_seed(fallback_used=1.0), 2),
     ("seed_kernel_slow", calls_slowly, 9),

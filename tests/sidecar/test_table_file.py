@@ -356,6 +356,11 @@ BAD = [
         "action: CONTINUE",
         "rules[0].parameters.skip_step: only OPTIMIZER and PAUSE may have it, this is CONTINUE",
     ),
+    (
+        "id: a, metric: loss, above: 1, parameters: {restore: true}, severity: HIGH, "
+        "action: PAUSE",
+        "rules[0].parameters.restore: only OPTIMIZER may have it, this is PAUSE",
+    ),
     *(
         (
             f"id: a, metric: loss, above: 1, parameters: {{{name}: {value}}}, severity: HIGH, "
@@ -374,6 +379,7 @@ BAD = [
             ("max_norm", ".inf", "a number, got .inf"),
             ("skip_step", "false", "true, got false"),
             ("skip_step", "1", "true, got 1"),
+            ("restore", "false", "true, got false"),
         )
     ),
     (

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import (
+    RESTORE,
     SKIP_STEP,
     UNJUDGED,
     Action,
@@ -288,7 +289,7 @@ def _became(decision: Decision) -> str:
     """Which of :data:`CHECKED` it is."""
     if decision.reason in UNJUDGED:
         return "unjudged"
-    if SKIP_STEP in decision.parameters:
+    if SKIP_STEP in decision.parameters or RESTORE in decision.parameters:
         return "skipped"
     return "smaller" if decision.parameters else "unchanged"
 

@@ -13,7 +13,7 @@ from functools import singledispatch
 
 import msgspec
 
-from esper_otel.leyline.decisions import SKIP_STEP, Action, SeedOperation, Severity
+from esper_otel.leyline.decisions import RESTORE, SKIP_STEP, Action, SeedOperation, Severity
 from esper_tamiyo.judging.observer import RuleState
 
 _LAST_SECOND = 253_402_300_799.0
@@ -232,7 +232,9 @@ def _(entry: Decided) -> str:
 
 def _of_update(entry: Decided) -> str:
     """What was decided of an update; what became of it is for the field report to say."""
-    if SKIP_STEP in entry.parameters:
+    if RESTORE in entry.parameters:
+        asked = "to be left out for a snapshot that is put back"
+    elif SKIP_STEP in entry.parameters:
         asked = "to be left out"
     else:
         with_ = " and ".join(f"{name} {value:g}" for name, value in entry.parameters.items())

@@ -18,6 +18,7 @@ from esper_otel.leyline.decisions import (
     MAX_NORM,
     NOMINAL,
     RANK_OF,
+    RESTORE,
     SKIP_STEP,
 )
 from esper_tamiyo.journaling.entries import (
@@ -200,7 +201,9 @@ def _what(story: Story) -> Iterator[str]:
 
 def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
     """What updates were really made with, as far as ``parameters`` asked something of them."""
-    if SKIP_STEP in parameters:
+    if RESTORE in parameters:
+        yield "Whether a snapshot was put back is in the metric restored of the steps after it."
+    if SKIP_STEP in parameters and (report.update or RESTORE not in parameters):
         yield _left_out(report)
     if LR_SCALE in parameters:
         which = "lower" if parameters[LR_SCALE] < 1.0 else "higher"

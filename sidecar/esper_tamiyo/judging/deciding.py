@@ -10,6 +10,7 @@ from esper_otel.leyline.decisions import (
     LR_SCALE,
     MAX_NORM,
     NOMINAL,
+    RESTORE,
     SKIP_STEP,
     Action,
     Decision,
@@ -34,7 +35,11 @@ def decide(
     conservative: bool,
     table_version: str,
 ) -> Decision:
-    """The decision about ``step`` of a run and rank that is known up to ``newest``."""
+    """The decision about ``step`` of a run and rank that is known up to ``newest``.
+
+    The strongest rule decides. What a rule asks that has weights restored is asked beside it,
+    as far as the strongest leaves it open: a pause of seeds heals no weights.
+    """
     action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
     target_seed: str | None = None
     operation: SeedOperation | None = None
@@ -51,6 +56,10 @@ def decide(
             rule = winner.rule
             action, severity, reason = rule.action, rule.severity, rule.id
             target_seed, parameters = finding.seed_id, rule.parameters
+            restoring = _asking_for(RESTORE, acting)
+            if restoring and RESTORE not in parameters:
+                asked = max(restoring, key=_weight)[0].rule.parameters
+                parameters = {**asked, **parameters}
     if proposal is not None and FORCE[action] < FORCE[Action.SEED]:
         if conservative:
             action, severity, reason = Action.PAUSE, Severity.WARNING, CONSERVATIVE_MODE
@@ -87,16 +96,19 @@ def decide_update(
 ) -> Decision:
     """The decision about the update of ``step``, which is not made yet.
 
-    To leave it out wins over all. Else the strongest rule with a factor scales its rates,
-    and the smallest norm of all holds its gradients.
+    To put a snapshot back in its place wins over all, and then to leave it out. Else the
+    strongest rule with a factor scales its rates, and the smallest norm of all holds its
+    gradients. Where there is no snapshot, the rest of this holds.
     """
     action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
     parameters: dict[str, float] = {}
     if fired:
-        skipping = _asking_for(SKIP_STEP, fired)
-        winner = max(skipping or fired, key=_weight)[0].rule
+        restoring, skipping = _asking_for(RESTORE, fired), _asking_for(SKIP_STEP, fired)
+        winner = max(restoring or skipping or fired, key=_weight)[0].rule
         action, severity, reason = winner.action, winner.severity, winner.id
         parameters = {SKIP_STEP: 1.0} if skipping else _bounded(fired)
+        if restoring:
+            parameters[RESTORE] = 1.0
     run, rank = key
     return Decision(
         f"{run}/{rank}/{step}/update",

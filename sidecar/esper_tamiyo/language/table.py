@@ -16,7 +16,14 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from esper_otel.leyline.decisions import LR_SCALE, MAX_NORM, SKIP_STEP, Action, Severity
+from esper_otel.leyline.decisions import (
+    LR_SCALE,
+    MAX_NORM,
+    RESTORE,
+    SKIP_STEP,
+    Action,
+    Severity,
+)
 from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
 
@@ -152,6 +159,12 @@ PARAMETERS: dict[str, Parameter] = {
     SKIP_STEP: Parameter(
         "the update is left out; the step counts as one of the loop and not of the optimizer",
         (Action.OPTIMIZER, Action.PAUSE),
+        flag=True,
+    ),
+    RESTORE: Parameter(
+        "the last good snapshot of weights and optimizer state is put back in place of the "
+        "update, by a trainer that keeps snapshots",
+        (Action.OPTIMIZER,),
         flag=True,
     ),
 }

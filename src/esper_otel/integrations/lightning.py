@@ -29,7 +29,7 @@ class EsperCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first optimizer's steps are the run's."""
-        self.training.start(next(iter(trainer.optimizers), None))
+        self.training.start(next(iter(trainer.optimizers), None), pl_module)
         if trainer.accumulate_grad_batches > 1:
             self.training.share_losses()
 

@@ -41,10 +41,12 @@ class Training:
         """The hooks on torch that are its own; None before and after, and where others are."""
         self._restored: Mapping[str, Any] | None = None
 
-    def start(self, optimizer: Any = None) -> None:
-        """Training begins, and ``optimizer`` sets its steps. Never raises."""
+    def start(self, optimizer: Any = None, model: Any = None) -> None:
+        """Training of ``model`` begins, and ``optimizer`` sets its steps. Never raises."""
         try:
             self._start(optimizer)
+            if model is not None and self.run is not None:
+                self.run._responses.restoring.protected.add_module(model, whole=False)
         except Exception:
             log.exception("the training could not be watched; it goes on without")
 
@@ -60,7 +62,7 @@ class Training:
         if optimizer is not None:
             run._loop.prefer(optimizer)
         if self._restored is not None:
-            run._restore(self._restored)
+            _load_state(run, self._restored)
             self._restored = None
         if automatic is None:
             import torch
@@ -91,7 +93,7 @@ class Training:
         if self.run is None:
             self._restored = state
         else:
-            self.run._restore(state)
+            _load_state(self.run, state)
 
     def share_losses(self) -> None:
         """The framework divides each loss by the number of micro-batches in a step."""
@@ -178,7 +180,15 @@ def load_beside(run: Run, folder: Any, rank: int) -> None:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         tell_once(f"esper-otel: {file} is not used: {error}")
     else:
-        run._restore(state)
+        _load_state(run, state)
+
+
+def _load_state(run: Run, state: Mapping[str, Any]) -> None:
+    """Go on from ``state`` of a checkpoint; what cannot be used is reported, once."""
+    try:
+        run.load_state_dict(state)
+    except ValueError as error:
+        tell_once(f"esper-otel: a checkpoint's state of the run is not used: {error}")
 
 
 def _file_in(folder: Any, rank: int) -> Path:

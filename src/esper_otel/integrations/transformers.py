@@ -31,7 +31,7 @@ class EsperCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer's optimizer sets the run's steps."""
-        self.training.start(kwargs.get("optimizer"))
+        self.training.start(kwargs.get("optimizer"), kwargs.get("model"))
         self.training.share_losses()
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if saved and state.global_step:  # resumed from a checkpoint

@@ -80,6 +80,13 @@ STEP_METRICS: tuple[Metric, ...] = (
         "1 when a decision left out the optimizer's update of this step, otherwise 0",
     ),
     Metric(
+        "restored",
+        "{restore}",
+        "1 when a decision put a snapshot of weights and optimizer state back at the end of "
+        "this step, otherwise 0",
+        "where snapshots are kept",
+    ),
+    Metric(
         "unjudged_steps",
         "{step}",
         "decision requests in a row, up to this step, that the sidecar did not answer",

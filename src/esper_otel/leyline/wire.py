@@ -99,7 +99,8 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
 
     ``values`` are in the order of ``Hello.step_columns``; NaN is absent or not known yet,
     and what was not finite is counted in ``nonfinite``. The decision of the answer is about
-    this one update: its parameters may be ``lr_scale``, ``max_norm`` and ``skip_step``.
+    this one update: its parameters may be ``lr_scale``, ``max_norm``, ``skip_step`` and
+    ``restore``.
     The step itself is told by the Ask or the stream, after the update.
     """
 

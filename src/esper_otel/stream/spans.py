@@ -30,6 +30,7 @@ STEP_ATTRIBUTES = (
     "gradient_norm",
     "optimizer_lr",
     "lr_scale",
+    "restored",
     "samples_per_s",
     "nonfinite",
 )

@@ -61,6 +61,13 @@ class DecisionClient(Protocol):
 class DecisionAgreement(Protocol):
     """Who makes one decision of what the ranks of a run are told."""
 
+    unsound: bool
+    """To be set before :meth:`settle`: this rank had trouble of its own in the step."""
+
+    @property
+    def any_unsound(self) -> bool:
+        """Whether any rank had, in the step that was settled last."""
+
     def submit_answer(self, decision: Decision) -> None:
         """On the rank that asks: the answer about the step that was settled last."""
 

@@ -34,8 +34,6 @@ _STEP = STEP_SLOT["step"]
 _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
-_LR_SCALE = STEP_SLOT["lr_scale"]
-_SKIPPED = STEP_SLOT["update_skipped"]
 _UNJUDGED = STEP_SLOT["unjudged_steps"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
@@ -100,8 +98,7 @@ class Recorder:
             sealer=self._sealer,
             clock=self.clock,
         )
-        # Who decides is told to the asking, what the loop does to the step under way, both
-        # without a detour.
+        # Told to the asking, and to the step under way, without a detour.
         self.set_client = self._asking.set_client
         self.share_decisions = self._asking.share_decisions
         self.batch_came = step.batch_came
@@ -119,8 +116,10 @@ class Recorder:
         self.update_skipped = step.update_skipped
         self.losses_prescaled = step.losses_prescaled
         self.loss_prescaled = step.loss_prescaled
-        stages = self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans
-        self._stages = stages
+        self._stages = (
+            *(self.control.end_update, self._seeds, self._seal, self._stream, self._ask),
+            *(self._apply, self._spans, self.control.keep),
+        )
 
     # Around an optimizer's step.
 
@@ -213,6 +212,7 @@ class Recorder:
     def forget_decisions(self) -> None:
         """Another training begins: what decisions held of the one before is no matter of it."""
         self._responses.rate.reset()
+        self._responses.restoring.forget()
 
     def attach_garden(self, garden: GardenPort | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
@@ -271,6 +271,7 @@ class Recorder:
         """Do what ``taken`` says of the rate, and of what is paused; seeds follow later."""
         decision = self.decision = self._in_hand = taken.decision
         timeline = self._in_hand_of = self._timelines.on_decision(taken, self.step + 1)
+        self.control.decided(decision, timeline)
         scales = self._responses.apply_rate(decision)
         if timeline is not None:
             timeline.scales = scales
@@ -298,10 +299,7 @@ class Recorder:
         row[_TAMIYO] = asking.spent_ns / 1e6
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
-        control = self.control
-        scale = self._responses.lr_scale if control.scale is None else control.used_scale
-        row[_LR_SCALE] = scale
-        row[_SKIPPED] = 1.0 if control.skipped else 0.0
+        scale = self.control.put_values(row)
         if asking.decides:
             row[_UNJUDGED] = asking.unjudged
         since = ending.since = ending.since or step.begun or ended
@@ -338,6 +336,7 @@ class Recorder:
     def _ask(self, ending: EndedStep) -> None:
         asking, newest, garden = self._asking, ending.newest, self._garden
         ending.update = self.control.decision
+        self.control.sealed(newest)
         self._timelines.open(ending)
         if asking.decides:
             ending.waits = asking.is_shared
@@ -387,10 +386,11 @@ class Recorder:
         garden = self._garden
         if garden is not None:
             ending.events = garden.events(self.step, self.clock.offset)
-            for event in ending.events:
-                self._frames.event(event)
             if garden.over:
                 self._garden = None
+        ending.events = [*ending.events, *self.control.take_events()]
+        for event in ending.events:
+            self._frames.event(event)
         self._timelines.choose(ending)
         self._timelines.on_update(self.step, self.control)
 

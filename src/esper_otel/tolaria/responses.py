@@ -1,7 +1,7 @@
 """Responses: what a decision does to the run, in the one place where anything is applied.
 
 What it does to the learning rates is one number, :class:`RateFactor`, that is given back in
-time.
+time. Weights are put back by :class:`~esper_otel.tolaria.restoring.Restoring`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import msgspec
 from esper_otel.leyline.decisions import (
     LR_SCALE,
     MAX_NORM,
+    RESTORE,
     SKIP_STEP,
     UNJUDGED,
     Action,
     Decision,
 )
+from esper_otel.tolaria.restoring import Restoring
 from esper_otel.tolaria.updates import AS_IT_IS, UpdateOrder
 
 log = logging.getLogger("esper_otel")
@@ -163,8 +165,11 @@ class RateFactor:
 class Responses:
     """Applies decisions to a run in ``enforce``, and nothing otherwise."""
 
-    def __init__(self, rate: RateFactor, *, enforce: bool) -> None:
+    def __init__(
+        self, rate: RateFactor, *, enforce: bool, restoring: Restoring | None = None
+    ) -> None:
         self.rate = rate
+        self.restoring = restoring or Restoring()
         self._enforce = enforce
         self._on_pause: list[Callable[[Decision], None]] = []
 
@@ -189,10 +194,19 @@ class Responses:
         """
         if not self._enforce or decision.reason in UNJUDGED:
             return False
-        if decision.action is Action.OPTIMIZER and LR_SCALE in decision.parameters:
-            return self.rate.scale_by(decision.parameters[LR_SCALE])
+        parameters = decision.parameters
+        if LR_SCALE in parameters and (
+            decision.action is Action.OPTIMIZER or RESTORE in parameters
+        ):
+            return self.rate.scale_by(parameters[LR_SCALE])
         self.rate.clean_step()
         return False
+
+    def asks_to_restore(self, decision: Decision) -> bool:
+        """Whether ``decision``, about a step, is to put weights back: of whichever action, as
+        the stronger one of another rule takes nothing from it."""
+        asks = decision.parameters.get(RESTORE) == 1.0
+        return asks and self._enforce and decision.reason not in UNJUDGED
 
     def order_of(self, decision: Decision) -> UpdateOrder:
         """What ``decision``, made about one update, asks for; within the bounds of the rate."""
@@ -203,7 +217,10 @@ class Responses:
         if max_norm is not None and not (isfinite(max_norm) and max_norm > 0.0):
             max_norm = None
         return UpdateOrder(
-            self.rate.bounded(scale), max_norm, skip=parameters.get(SKIP_STEP) == 1.0
+            self.rate.bounded(scale),
+            max_norm,
+            skip=parameters.get(SKIP_STEP) == 1.0,
+            restore=parameters.get(RESTORE) == 1.0,
         )
 
     def apply_pause(self, decision: Decision) -> bool:
