@@ -21,13 +21,12 @@ from esper_tamiyo.language.operators import (
     BaselineKind,
     Operand,
 )
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
     KNOWN_BEFORE_UPDATE,
-    PARAMETERS,
     Baseline,
     Condition,
     Conservative,
-    Parameter,
     RecordSpan,
     Rule,
     meta,
@@ -49,7 +48,9 @@ def page() -> str:
         command=COMMAND,
         rule_fields=_fields(Rule, rule_fields()),
         operators=_operators(),
-        condition_fields=_fields(Condition, ("metric", "baseline", "baseline_of", "release")),
+        condition_fields=_fields(
+            Condition, ("metric", "baseline", "baseline_of", "release", "rising")
+        ),
         baselines=_rows(("baseline", "what it is"), _coded(BASELINES)),
         baseline_fields=_fields(Baseline, Baseline.__struct_fields__),
         record_fields=_fields(RecordSpan, RecordSpan.__struct_fields__),

@@ -13,13 +13,12 @@ import msgspec
 from esper_otel.leyline.decisions import Action
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, Form, Operand, Operator
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
-    PARAMETERS,
     Baseline,
     Combine,
     Condition,
     Conservative,
-    Parameter,
     RecordSpan,
     Rule,
     meta,
@@ -106,7 +105,8 @@ def _schema() -> dict[str, Any]:
 
 def _condition_properties() -> dict[str, Any]:
     fields = {
-        name: property_of(Condition, name) for name in ("baseline", "baseline_of", "release")
+        name: property_of(Condition, name)
+        for name in ("baseline", "baseline_of", "release", "rising")
     }
     for name in ("metric", "baseline_of"):
         said = meta(Condition, name).description

@@ -19,7 +19,8 @@ from esper_tamiyo.language.operators import (
     Operand,
     Operator,
 )
-from esper_tamiyo.language.table import PARAMETERS, Baseline, Conservative, RecordSpan
+from esper_tamiyo.language.parameters import PARAMETERS
+from esper_tamiyo.language.table import Baseline, Conservative, RecordSpan
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
 from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 

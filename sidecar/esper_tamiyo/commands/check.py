@@ -70,7 +70,7 @@ def _changes_nothing(rule: Rule) -> bool:
 
 
 def _extras(rule: Rule) -> list[str]:
-    from esper_tamiyo.language.table import PARAMETERS
+    from esper_tamiyo.language.parameters import PARAMETERS
 
     of = f" of {rule.of}" if rule.of > rule.persistence else ""
     extras = [

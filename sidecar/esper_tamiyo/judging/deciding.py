@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
@@ -20,6 +21,7 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_tamiyo.judging.rules import CompiledRule
+from esper_tamiyo.language.parameters import USUAL_NORM
 
 Fired = tuple[CompiledRule, Finding]
 """A rule that fired, and what it saw."""
@@ -55,11 +57,10 @@ def decide(
             winner, finding = max(acting, key=_weight)
             rule = winner.rule
             action, severity, reason = rule.action, rule.severity, rule.id
-            target_seed, parameters = finding.seed_id, rule.parameters
+            target_seed, parameters = finding.seed_id, _asked(winner, finding)
             restoring = _asking_for(RESTORE, acting)
             if restoring and RESTORE not in parameters:
-                asked = max(restoring, key=_weight)[0].rule.parameters
-                parameters = {**asked, **parameters}
+                parameters = {**_asked(*max(restoring, key=_weight)), **parameters}
     if proposal is not None and FORCE[action] < FORCE[Action.SEED]:
         if conservative:
             action, severity, reason = Action.PAUSE, Severity.WARNING, CONSERVATIVE_MODE
@@ -98,7 +99,8 @@ def decide_update(
 
     To put a snapshot back in its place wins over all, and then to leave it out. Else the
     strongest rule with a factor scales its rates, and the smallest norm of all holds its
-    gradients. Where there is no snapshot, the rest of this holds.
+    gradients. That goes with it also when the update is to be left out or replaced: a trainer
+    that leaves out no more of them, or has no snapshot, makes it so.
     """
     action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
     parameters: dict[str, float] = {}
@@ -106,7 +108,9 @@ def decide_update(
         restoring, skipping = _asking_for(RESTORE, fired), _asking_for(SKIP_STEP, fired)
         winner = max(restoring or skipping or fired, key=_weight)[0].rule
         action, severity, reason = winner.action, winner.severity, winner.id
-        parameters = {SKIP_STEP: 1.0} if skipping else _bounded(fired)
+        parameters = _bounded(fired)
+        if skipping:
+            parameters[SKIP_STEP] = 1.0
         if restoring:
             parameters[RESTORE] = 1.0
     run, rank = key
@@ -131,10 +135,27 @@ def _bounded(fired: Sequence[Fired]) -> dict[str, float]:
     scaling = _asking_for(LR_SCALE, fired)
     if scaling:
         parameters[LR_SCALE] = max(scaling, key=_weight)[0].rule.parameters[LR_SCALE]
-    norms = [entry.rule.parameters[MAX_NORM] for entry, _ in _asking_for(MAX_NORM, fired)]
+    asked = [_asked(entry, finding) for entry, finding in fired]
+    norms = [one[MAX_NORM] for one in asked if MAX_NORM in one]
     if norms:
         parameters[MAX_NORM] = min(norms)
     return parameters
+
+
+def _asked(entry: CompiledRule, finding: Finding) -> dict[str, float]:
+    """What a rule asks of updates, the usual norm worked out of what it saw."""
+    parameters = entry.rule.parameters
+    if USUAL_NORM not in parameters:
+        return parameters
+    asked = {name: value for name, value in parameters.items() if name != USUAL_NORM}
+    seen = finding.values
+    level, scatter = seen.get("level(gradient_norm)"), seen.get("scatter(gradient_norm)")
+    usual = seen.get("baseline(gradient_norm)")
+    if level is not None and scatter is not None:
+        usual = level + scatter
+    if usual is not None and usual > 0.0:
+        asked[MAX_NORM] = min(usual, asked.get(MAX_NORM, inf))
+    return asked
 
 
 def _asking_for(parameter: str, fired: Sequence[Fired]) -> list[Fired]:

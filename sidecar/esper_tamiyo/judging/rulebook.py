@@ -11,7 +11,7 @@ import msgspec
 
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
-from esper_tamiyo.judging.rules import compiled
+from esper_tamiyo.judging.rules import Values, compiled
 from esper_tamiyo.judging.update_guards import update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import (
@@ -118,7 +118,9 @@ class Rulebook:
 
     def _watch_steps(self) -> None:
         """What frames have to be remembered for."""
-        framed = [part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)]
+        framed = [
+            part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)
+        ]
         self.step_watch = watched(self.table, framed, of_seeds=False)
         self.seed_watch = watched(self.table, framed, of_seeds=True)
         self.derived = needed(
@@ -137,6 +139,18 @@ class Rulebook:
             {part.metric: None for part in compared if part.operator in ON_PEERS}
         )
         """What they compare."""
+
+    def of_seed(self, of_step: Values, own: Values) -> Values:
+        """The values that rules about a seed look at: its ``own``, and those of its step where
+        a rule speaks of both."""
+        if not self.derived and not self.mixes:
+            return own
+        values = {**of_step, **own} if self.mixes else {**own}
+        for derived in self.derived:
+            value = derived.of(own)
+            if value is not None:
+                values[derived.metric.key] = value
+        return values
 
 
 def _looked_at(part: Condition) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import msgspec
 from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -47,6 +48,8 @@ class CompiledRule(msgspec.Struct, frozen=True):
     weight: tuple[int, int]
     window: int
     acts: bool
+    keeps_norm: bool
+    """Whether it has updates made with the usual gradient norm."""
     is_trouble: bool
     """Whether a step at which it fires is not a clean one. What is only told is not: a drift
     that has come to stay must not keep seeds waiting for ever."""
@@ -75,6 +78,7 @@ def compiled(rule: Rule, is_known: IsKnown | None = None) -> CompiledRule:
         weight=(FORCE[rule.action], RANK_OF[rule.severity]),
         window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
         acts=acts,
+        keeps_norm=acts and USUAL_NORM in rule.parameters,
         is_trouble=acts and not rule.downgrade and not only_tells,
     )
 

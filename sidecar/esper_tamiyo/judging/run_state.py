@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
@@ -23,6 +22,9 @@ MAX_GAPS = 64
 
 MAX_SEEDS = 256
 """Seeds whose past is kept once they are no longer in the frames."""
+
+ONCE = 2
+"""Steps on which gradients far beyond the usual ones are still a single event."""
 
 _UNKNOWN, _INACTIVE, _FIRING = RuleState.UNKNOWN, RuleState.INACTIVE, RuleState.FIRING
 _HELD = (RuleState.FIRING, RuleState.RECOVERING)
@@ -241,10 +243,10 @@ class RunState:
 
     def _see_seeds(self, frame: StepFrame) -> None:
         """Bring up the seeds of a frame; of those that are gone nobody can say a thing."""
-        seeds = frame.seeds
+        seeds, book = frame.seeds, self.book
         for seed in self._live:
             if seed.seed_id not in seeds:
-                for entry, status in zip(self.book.rules, seed.statuses, strict=True):
+                for entry, status in zip(book.rules, seed.statuses, strict=True):
                     status.reset()
                     self._enter(entry, status, seed, _UNKNOWN)
         if [seed.seed_id for seed in self._live] != list(seeds):
@@ -253,22 +255,11 @@ class RunState:
         for seed_id, own in seeds.items():
             known = self._seeds.get(seed_id)
             if known is None:
-                past = History(self.book.seed_watch, self._rank.history)
-                known = self._seeds[seed_id] = RuleTarget(seed_id, len(self.book.rules), past)
-            known.values = self._of_seed(frame.values, own)
+                past = History(book.seed_watch, self._rank.history)
+                known = self._seeds[seed_id] = RuleTarget(seed_id, len(book.rules), past)
+            known.values = book.of_seed(frame.values, own)
             live.append(known)
         self._live = live
-
-    def _of_seed(self, of_step: Mapping[str, float], own: Mapping[str, float]) -> Values:
-        book = self.book
-        if not book.derived and not book.mixes:
-            return own
-        values = {**of_step, **own} if book.mixes else {**own}
-        for derived in book.derived:
-            value = derived.of(own)
-            if value is not None:
-                values[derived.metric.key] = value
-        return values
 
     def _look_back(self, time_ns: int) -> None:
         """Compare the steps that all ranks have told by now; it counts from the next on."""
@@ -375,9 +366,20 @@ class RunState:
         ]
         return by
 
+    def _usual(self, values: Values) -> Values:
+        """``values`` without the gradient norm while updates are made with the usual one.
+
+        It would become the usual one itself, and the next update be made with it. The first
+        such steps count: single ones belong to what the run is used to.
+        """
+        for entry, status, _ in self._active:
+            if entry.keeps_norm and self.newest - status.since >= ONCE:
+                return {key: value for key, value in values.items() if key != "gradient_norm"}
+        return values
+
     def _remember(self, frame: StepFrame) -> None:
         """Make a frame part of the past, and compare what the other ranks have told by now."""
-        self._rank.history.absorb(frame.values)
+        self._rank.history.absorb(self._usual(frame.values))
         for seed in self._live:
             seed.history.absorb(seed.values)
         if self._live:  # the next step has seeds as well, and is not decided fast

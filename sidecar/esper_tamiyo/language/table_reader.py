@@ -21,14 +21,13 @@ from esper_otel.leyline.decisions import (
 from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, ConditionReader
 from esper_tamiyo.language.derived import is_seeds
 from esper_tamiyo.language.operators import ON_PEERS
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
     ID,
-    PARAMETERS,
     Baseline,
     Condition,
     Conservative,
     Group,
-    Parameter,
     RecordSpan,
     Rule,
     RuleMode,
