@@ -15,11 +15,15 @@ from esper_tamiyo.commands import (
     replay,
     serve,
     status,
+    table,
     test,
 )
 from esper_tamiyo.commands.common import CommandError
 
-COMMANDS = (serve, check, ask, status, replay, compare, test, explain, journal)
+COMMANDS = (
+    *(serve, check, ask, status, replay, compare, test, explain, journal),
+    *(table,),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
