@@ -14,6 +14,7 @@ from esper_tamiyo.commands import (
     journal,
     replay,
     serve,
+    silence,
     status,
     table,
     test,
@@ -22,7 +23,7 @@ from esper_tamiyo.commands.common import CommandError
 
 COMMANDS = (
     *(serve, check, ask, status, replay, compare, test, explain, journal),
-    *(table,),
+    *(table, silence),
 )
 
 

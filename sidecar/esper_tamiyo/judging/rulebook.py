@@ -5,14 +5,14 @@ And what another table changes: rules that are the same go on as if nothing had 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import BaselineKey, Watched
-from esper_tamiyo.judging.rules import compiled
-from esper_tamiyo.judging.update_guards import update_plan
+from esper_tamiyo.judging.rules import Values, compiled
+from esper_tamiyo.judging.update_guards import UpdatePlan, update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
 from esper_tamiyo.language.table import (
@@ -83,6 +83,24 @@ class Rulebook:
         self.updates = UpdateRules(table)
         """By which updates are checked before they are made."""
         self.update_plan = update_plan(table)
+
+    def update_plan_without(self, silenced: Collection[str]) -> UpdatePlan:
+        """The guards of updates where the rules with these ids act on none."""
+        if not silenced:
+            return self.update_plan
+        heard = tuple(rule for rule in self.table.rules if rule.id not in silenced)
+        return update_plan(msgspec.structs.replace(self.table, rules=heard))
+
+    def values_of_seed(self, of_step: Mapping[str, float], own: Mapping[str, float]) -> Values:
+        """What rules about seeds look at: a seed's ``own`` values, and what else they need."""
+        if not self.derived and not self.mixes:
+            return own
+        values = {**of_step, **own} if self.mixes else {**own}
+        for derived in self.derived:
+            value = derived.of(own)
+            if value is not None:
+                values[derived.metric.key] = value
+        return values
 
     def _sort_rules(self) -> None:
         """Tell the rules apart by what they are about."""
