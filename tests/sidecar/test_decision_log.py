@@ -4,10 +4,17 @@ import pytest
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.wire import PROTOCOL, Hello
-from esper_tamiyo.journaling.decision_log import MAX_QUEUED, DecisionLog
+from esper_tamiyo.journaling.decision_log import (
+    MAX_CONDITIONS,
+    MAX_QUEUED,
+    DecisionLog,
+    table_entry,
+)
 from esper_tamiyo.journaling.entries import Changed, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
+from esper_tamiyo.journaling.messages import pack
 from esper_tamiyo.journaling.outcomes import OutcomeReports
+from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import TableSource, parse
 from sidecar.frames_made import frame
@@ -179,6 +186,15 @@ def test_a_restarted_process_does_not_inherit_what_was_silenced(decision_log):
     old, new = entries(decision_log, Decided)[-2:]
     assert [(each.rule, each.by) for each in old.silenced] == [("rising", "high")]
     assert (new.instance, new.silenced) == ("two", [])
+
+
+@pytest.mark.parametrize(("rules", "has"), [(10, True), (MAX_CONDITIONS + 1, False)])
+def test_a_table_fits_one_message_to_the_scribe(rules, has):
+    row = "{id: r%d, metric: loss, above: 10, severity: HIGH, action: PAUSE}"
+    text = "version: t\nrules:\n" + "".join(f"- {row % place}\n" for place in range(rules))
+    entry = table_entry(parse(TableSource("test", text.encode())), "t.yaml")
+    assert {rule.condition is not None for rule in entry.rules} == {has}
+    assert len(pack([entry])) < MAX_MESSAGE
 
 
 NOTICES = """

@@ -9,6 +9,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Action, Severity
 from esper_tamiyo.language.operators import Operator
@@ -410,3 +412,33 @@ def test_the_wheel_has_the_schema():
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel == {"packages": ["src/esper_otel", "sidecar/esper_tamiyo"]}
     assert files("esper_tamiyo").joinpath("tables", "table.schema.json").is_file()
+
+
+WORDS = st.sampled_from(
+    ["high", "low", "loss", "above", "id", "rules", "remove", "baseline", "window", "extends"]
+)
+SCALARS = WORDS | st.integers(-3, 99) | st.booleans() | st.none() | st.text(max_size=4)
+FIELDS = st.sampled_from(["id", "metric", "above", "for", "all", "inhibits", "scope", "text"])
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(FIELDS | WORDS, inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+TOP = st.sampled_from(["version", "remove", "rules", "baseline", "conservative", "other"])
+
+
+@settings(
+    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(top=st.dictionaries(TOP, ANYTHING, max_size=4))
+def test_whatever_stands_in_a_table_it_is_read_or_refused(write, top):
+    text = yaml.safe_dump({"extends": "base.yaml", **top}, allow_unicode=True)
+    mine = write("mine.yaml", text)
+    faults = []
+    try:
+        assert load(mine).rules
+    except TableError as error:
+        faults = error.faults
+    assert all(fault.line for fault in faults)

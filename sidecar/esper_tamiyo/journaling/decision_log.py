@@ -34,7 +34,7 @@ from esper_tamiyo.journaling.entries import (
 from esper_tamiyo.journaling.field_reports import DueReport, FieldReports
 from esper_tamiyo.judging.observer import RuleChange, RuleState
 from esper_tamiyo.judging.silences import SilenceOrder
-from esper_tamiyo.language.table import Table
+from esper_tamiyo.language.table import Table, conditions
 
 MAX_QUEUED = 16_384
 """Things kept until there is time for them; beyond it they are dropped, and counted."""
@@ -42,6 +42,9 @@ MAX_QUEUED = 16_384
 MAX_RANKS = 4096
 MAX_RULES = 4096
 """Rules, of a rank and of each of its seeds, whose beginning is remembered."""
+
+MAX_CONDITIONS = 400
+"""Conditions of a table, about 140 bytes each, that its entry can have."""
 
 RuleOf = tuple[str, str | None]
 """A rule, and the seed it is about."""
@@ -320,12 +323,20 @@ def _became(decision: Decision) -> str:
 
 
 def table_entry(table: Table, source: str) -> TableInUse:
-    """The entry that says which table is decided by, and by which name or file it was got."""
+    """The entry that says which table is decided by, and by which name or file it was got.
+
+    Without the conditions where there are too many for one message to the scribe.
+    """
+    count = sum(1 for rule in table.rules for _ in conditions(rule.when))
+    is_small = count <= MAX_CONDITIONS
     return TableInUse(
         time_unix_nano=time.time_ns(),
         version=table.version,
         rules=[
-            RuleText(rule.id, rule.action, rule.severity, str(rule.when), rule.text, rule.when)
+            RuleText(
+                *(rule.id, rule.action, rule.severity, str(rule.when), rule.text),
+                condition=rule.when if is_small else None,
+            )
             for rule in table.rules
         ],
         source=source,

@@ -174,8 +174,8 @@ class RuleSilence(Entry, frozen=True, kw_only=True, tag="silence"):
 class RuleText(msgspec.Struct, frozen=True):
     """One rule of a table, as far as people need it to understand a decision.
 
-    ``when`` says its ``condition`` in words. A journal of before there was this field has
-    None.
+    ``when`` says its ``condition`` in words. That is None in a journal of before there was
+    this field, and where a table has too many for one entry.
     """
 
     id: str

@@ -208,7 +208,7 @@ def _kind(kind: BaselineKind, window: int) -> str:
         BaselineKind.FROZEN: f"median of the first {window or ''}".strip(),
         BaselineKind.LOWEST: f"lowest rolling median {last} so far".replace("  ", " "),
         BaselineKind.HIGHEST: f"highest rolling median {last} so far".replace("  ", " "),
-    }[kind]
+    }.get(kind, f"{kind} baseline")
 
 
 def _beside(metric: str, values: Values) -> Iterator[str]:

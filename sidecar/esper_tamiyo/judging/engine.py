@@ -241,7 +241,9 @@ class Engine:
             "frames": dict(self._counts),
             "ranks": len(self._runs),
             "witness_failed": self._observer_failed,
-            "silences": self._silences.overview(self._newest_steps()),
+            "silences": self._silences.overview(
+                self._newest_steps() if self._silences.used else {}
+            ),
             **overview(reversed(self._runs.items()), now_ns),
         }
 

@@ -77,14 +77,13 @@ class RunState:
         self.decision: Decision | None = None
         self.book = book
         self.silences = silences
-        self._silenced = silences.at(0)
         self._gaps: deque[tuple[int, int]] = deque(maxlen=MAX_GAPS)
         self._rank = RuleTarget(None, len(book.rules), History(book.step_watch))
         self._comparison = PeerComparison(board, rank, book.rank_watch)
         self._seeds: dict[str, RuleTarget] = {}
         self._live: list[RuleTarget] = []
         self.guards = AskGuards(book.guard_plan, self._rank.history)
-        self._guard_updates()
+        self._guard_updates(0)
         self._active: list[tuple[CompiledRule, RuleStatus, RuleTarget]] = []
         self._transitions: list[RuleTransition] = []
         self._undecided = False
@@ -172,7 +171,7 @@ class RunState:
         if not book.judges_seeds:
             self._live = []
         self.guards = AskGuards(book.guard_plan, self._rank.history)
-        self._guard_updates()
+        self._guard_updates(self.newest)
         return lost
 
     def rules(self) -> list[dict[str, str | int]]:
@@ -245,10 +244,8 @@ class RunState:
             self._gaps.append((self.newest + 1, frame.step - 1))
         self.pace.heard(frame.time_unix_nano, frame.step - self.newest, at_ns)
         self.newest = frame.step
-        silenced = self.silences.at(frame.step)
-        if silenced != self._silenced:
-            self._silenced = silenced
-            self._guard_updates()
+        if self.silences.used and self.silences.at(frame.step) != self._silenced:
+            self._guard_updates(frame.step)
         self.fired = []
         self._active = []
         self._transitions = []
@@ -274,8 +271,9 @@ class RunState:
             live.append(known)
         self._live = live
 
-    def _guard_updates(self) -> None:
-        """What updates are checked for, from now on."""
+    def _guard_updates(self, step: int) -> None:
+        """Which rules are silenced at ``step``, and what the rest checks updates for."""
+        self._silenced = self.silences.at(step)
         plan = self.book.update_plan_without(self._silenced)
         self.update_guards = UpdateGuards(plan, self._rank.history)
 

@@ -89,6 +89,8 @@ class Silences:
 
     def __init__(self) -> None:
         self._runs: dict[str, SilencedRules] = {}
+        self.used = False
+        """Whether there has ever been one."""
 
     def of_run(self, run: str) -> SilencedRules:
         """Those of one run."""
@@ -118,6 +120,7 @@ class Silences:
         if request.steps is not None and request.steps < 1:
             raise SilenceError(f"expected at least one step, got {request.steps}")
         until = None if request.steps is None else newest[run] + request.steps
+        self.used = True
         order = SilenceOrder(run, rule, newest[run], until, request.undo)
         silenced.carry_out(order)
         return order
