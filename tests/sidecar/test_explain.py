@@ -437,9 +437,17 @@ def test_a_notice_is_explained_at_each_step_at_which_it_goes_on():
 def test_a_notice_of_silence_does_not_hide_what_was_decided_about_its_step():
     behind = [decided(40), notice(40, "quiet")]
     assert find_decision(behind, "run/0/40").decision.action is Action.PAUSE
-    assert find_decision(behind, "latest").decision.action is Action.PAUSE
     again = [decided(40), notice(40, "quiet", instance="two")]
     assert find_decision(again, "run/0/40").decision.action is Action.CONTINUE
+
+
+def test_the_latest_is_not_that_a_run_fell_silent_where_there_is_anything_else():
+    silent = notice(80, "quiet", findings=[found("quiet", **{"step": 80.0, "silent(s)": 12.0})])
+    assert find_decision([silent], "latest").decision == silent
+    assert find_decision([silent, decided(81)], "latest").decision.step == 81
+    assert find_decision([decided(79), silent], "latest").decision.step == 79
+    assert find_decision([decided(79), silent], "run/0/80").decision == silent
+    assert find_decision([decided(79), notice(80, "jump")], "latest").decision.step == 80
 
 
 def test_notices_and_reports_on_one_line():

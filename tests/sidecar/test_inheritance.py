@@ -28,7 +28,7 @@ from esper_tamiyo.language.table_file import (
 )
 from esper_tamiyo.replaying.table_test_file import load_tests
 from esper_tamiyo.serving.table_watch import FileWatch
-from sidecar.running import tamiyo
+from sidecar.running import sidecar, tamiyo, until
 
 BASE = """\
 version: base-1
@@ -345,6 +345,19 @@ def test_a_base_that_is_new_is_watched_from_then_on(write):
     assert news.rules[0].when.number == 12.0
     write("mine.yaml", "extends: default\n")
     assert watch.look(now=True) == load(mine)
+
+
+def test_a_sidecar_decides_by_a_changed_base(write, tmp_path):
+    mine = write("mine.yaml", "extends: base.yaml\nrules:\n- {id: high, for: 1, of: 1}\n")
+    with (
+        sidecar(tmp_path / "t.sock", "--table", mine, "--no-journal") as running,
+        running.client() as client,
+    ):
+        assert client.hello().table_version == load(mine).version
+        assert client.ask(0, loss=9.0).reason == "nominal"
+        write("base.yaml", BASE.replace("above: 10", "above: 8"))
+        until(lambda: running.status()["table"]["version"] == load(mine).version)
+        assert client.ask(1, loss=9.0).reason == "high"
 
 
 # tamiyo table

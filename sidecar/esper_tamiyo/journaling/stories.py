@@ -104,8 +104,9 @@ class _Search:
         """Whether it is the decision, or until that comes a notice that may still go on at
         its step: a notice is written once for as long as it is repeated."""
         before = self._decision
-        if self._wanted == LATEST:
-            return self._run in ("", entry.run) and not _is_beside(entry, before)
+        if self._wanted == LATEST:  # every run falls silent some day
+            is_news = before is None or not _is_of_silence(entry)
+            return self._run in ("", entry.run) and is_news
         if entry.id == self._wanted:
             return not _is_beside(entry, before)
         if before is not None and before.id == self._wanted:
@@ -148,6 +149,11 @@ def main_rule(decision: Decided) -> tuple[str, str | None]:
         return decision.reason, decision.target_seed
     found = max(decision.findings, key=lambda each: RANK_OF[each.severity])
     return found.rule, found.seed_id
+
+
+def _is_of_silence(entry: Decided) -> bool:
+    """Whether it is the notice that nothing comes any more."""
+    return any("silent(s)" in found.values for found in entry.findings)
 
 
 def _is_beside(entry: Decided, before: Decided | None) -> bool:
