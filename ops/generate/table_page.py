@@ -177,7 +177,8 @@ loss had: where that is far below zero (a log-likelihood of -50) it has to rise 
 size before `loss_spike` speaks, however unusual a smaller jump would be.
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
 its file, line and field, and rules that can never fire, never be heard or never end, or
-that inhibit in vain. `table.schema.json` beside this page is its JSON Schema: with
+that inhibit in vain. `tamiyo table default` prints a shipped table with its comments, and
+`tamiyo table --schema > table.schema.json` writes the JSON Schema of tables: with
 `# yaml-language-server: $schema=table.schema.json` as the first line most editors
 complete and check a table while it is written.
 
@@ -211,6 +212,37 @@ A rule has one condition, or one group of them, and these fields.
 {rule_fields}
 
 `inhibits` was called `silences`, which is still read, with a warning.
+
+## A table of your own
+
+`tamiyo table default > mine.yaml` begins with all of `default`. A table that says only what
+differs goes along with later releases:
+
+```yaml
+extends: default
+remove: [loss_drift]
+rules:
+  - id: loss_spike
+    cooldown: 100
+  - id: gradient_spike
+    metric: gradient_norm
+    above_baseline: 130
+```
+
+- `extends` names a shipped table, or a file, relative to the one that says it. That may extend
+  another in turn.
+- A rule whose id the extended table has changes that rule field by field: what is not written
+  stays. A rule with a condition keeps nothing of the former condition. Other rules are new, and
+  follow behind.
+- `remove` leaves rules out; rules that inhibit them no longer do.
+- `baseline` and `conservative` change field by field as well. Without a `version` the table
+  has that of the extended one.
+- The hash in the version covers all files. While serving, a changed file takes effect whichever
+  of them it is; tables that come with the package are not watched.
+- A mistake is named with the file and line that it is in, also where that is the extended file.
+
+A rule can be silenced for one run, while it runs, without a table:
+[`tamiyo silence`](decisions.md#silence).
 
 ## Parameters
 
