@@ -311,6 +311,10 @@ def _flow(part: Condition | Group) -> str:
     return f"{{{', '.join(as_yaml(part))}}}"
 
 
+_SAID = ("metric", "operator", "number", "hold")
+"""Fields that are not written as themselves; ``hold`` is its rule's ``for`` and ``of``."""
+
+
 def _fields(condition: Condition) -> Iterator[tuple[str, str]]:
     """The fields of a condition that are not what they are by default."""
     is_flag = FORMS[condition.operator].operand is Operand.FLAG
@@ -318,11 +322,9 @@ def _fields(condition: Condition) -> Iterator[tuple[str, str]]:
     yield condition.operator.value, "true" if is_flag else _plain(condition.number)
     for field in msgspec.structs.fields(Condition):
         value = getattr(condition, field.name)
-        is_said = (
-            field.name in ("metric", "operator", "number", "hold") or value == field.default
-        )
+        is_said = field.name in _SAID or value == field.default
         if not is_said and not (field.name == "baseline_of" and value == condition.metric):
-            yield field.encode_name, _plain(value) if isinstance(value, float) else str(value)
+            yield field.encode_name, _plain(value) if isinstance(value, float) else str(value).lower()
 
 
 def _plain(number: float) -> str:

@@ -25,7 +25,8 @@ QUANTITIES = {
     "level": "level",
     "scatter": "scatter",
     "expected": "expected",
-    "excursions": "largest excursion so far",
+    "excursions": "excursions so far",
+    "farthest": "scatters that the farthest of them reached",
 }
 """What a rule knows of the past of a metric, beside baselines: as findings name it, and as it
 is told."""
