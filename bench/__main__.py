@@ -38,6 +38,7 @@ BENCHES = (
     "asking",
     "rescued",
     "poisoned",
+    "snapshots",
     "judging",
     "journal",
     "replay",

@@ -93,6 +93,7 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "tamiyo_latency_ms": 0.02 + 0.005 * wobble,
         "lr_scale": factor,
         "update_skipped": float(slipped and step % 3 == 0),
+        "restored": float(slipped and step % 60 == 0),
         "unjudged_steps": float(unanswered),
         "step_latency_ms": latency,
         "input_wait_ms": latency * (0.08 if slow == 1.0 else 0.68),

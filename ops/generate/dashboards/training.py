@@ -131,8 +131,12 @@ def _learning() -> list[PanelBuilder]:
         lines(
             "Skipped updates",
             "none",
-            [Line(total("update_skipped"), BY_RANK)],
-            "Updates left out by decisions, counted over what a pixel spans.",
+            [
+                Line(total("update_skipped"), BY_RANK),
+                Line(total("restored"), f"{BY_RANK}, a snapshot put back"),
+            ],
+            "Updates left out by decisions, and those of them in whose place a snapshot was put "
+            "back, counted over what a pixel spans.",
         ),
         lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)], width=12),
         lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)], width=12),
