@@ -154,8 +154,12 @@ class Extent(NamedTuple):
     troubled_by: tuple[str, ...] = _FIRST
 
 
-def _varied(healthy_kinds: tuple[str, ...], *more: str) -> Extent:
-    """Of a workload of short steps: its healthy kinds, and troubles that not all have."""
+def _varied(
+    healthy_kinds: tuple[str, ...], *more: str, without: tuple[str, ...] = ()
+) -> Extent:
+    """Of a workload of short steps: its healthy kinds, troubles that not all have, and those
+    of all ``without`` which it does."""
+    kinds = (*_OF_UPDATES, *_OF_INPUTS, *_OF_TIMES, *more)
     return Extent(
         before=150,
         tail=80,
@@ -163,7 +167,7 @@ def _varied(healthy_kinds: tuple[str, ...], *more: str) -> Extent:
         seeds=4,
         healthy_seeds=8,
         healthy_kinds=healthy_kinds,
-        troubled_by=(*_OF_UPDATES, *_OF_INPUTS, *_OF_TIMES, *more),
+        troubled_by=tuple(kind for kind in kinds if kind not in without),
     )
 
 
@@ -173,10 +177,11 @@ EXTENTS: dict[str, Extent] = {
     "restore": Extent(before=44, tail=26, healthy=72, seeds=4, healthy_seeds=4),
     "heavytail": _varied(
         ("plain", "cosine", "batch_sizes", "small_batches"),
-        "labels_shuffled",
         "inputs_times_255",
         "input_stall",
         "constant_batch",
+        # Such noise hides what its inputs say: these show in no metric.
+        without=_OF_INPUTS,
     ),
     "curriculum": _varied(
         ("plain", "warmup", "batch_sizes"),
@@ -184,6 +189,8 @@ EXTENTS: dict[str, Extent] = {
         "labels_shuffled",
         "input_stall",
         "constant_batch",
+        # Clipped at every step, gradients that are kept are no more than momentum.
+        without=("gradients_kept",),
     ),
     "alternating": _varied(
         ("plain", "step_decay", "batch_sizes", "micro_batches"),
