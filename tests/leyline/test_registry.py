@@ -31,6 +31,7 @@ CONTRACT = [
     ("lr_scale", "1", False),
     ("update_skipped", "{update}", False),
     ("unjudged_steps", "{step}", False),
+    ("phase", "{phase}", False),
     ("step_latency_ms", "ms", True),
     ("forward_ms", "ms", True),
     ("backward_ms", "ms", True),
