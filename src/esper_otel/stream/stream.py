@@ -59,19 +59,17 @@ class StreamReport(msgspec.Struct, frozen=True):
 
 
 class _Counts(NamedTuple):
-    """What a stream has taken, and what had no room in it; where it was recorded."""
+    """What a stream has taken, and what had no room in it."""
 
     frames: int = 0
     refused_frames: int = 0
     points: int = 0
     spans: int = 0
     events: int = 0
-    recordings: tuple[Path, ...] = ()
 
     def plus(self, other: _Counts) -> _Counts:
         """Both together."""
-        pairs: Any = zip(self, other, strict=True)
-        return _Counts(*(a + b for a, b in pairs))
+        return _Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Stream:
@@ -110,7 +108,7 @@ class Stream:
         self._spool: Spool = beside._spool if beside else Spool(int(settings.spool_mb * 1e6))
         self._resource: Any = None
         self._lane: Lane | None = None
-        self._recording: Recording | None = None
+        self._recordings: list[Recording] = [] if beside is None else beside._recordings
         self.totals: RunTotals | None = None
         """What the run was like so far; None when nothing is recorded."""
         self._drain: Drain | None = None
@@ -184,20 +182,13 @@ class Stream:
             traces=_with_lost(self._spool.account(Signal.TRACES), counts.spans),
             logs=_with_lost(self._spool.account(Signal.LOGS), counts.events),
             files=self._files,
-            recordings=counts.recordings,
+            recordings=tuple(path for each in self._recordings for path in each.paths),
         )
 
     @property
     def _counts(self) -> _Counts:
-        ring, recording = self._ring, self._recording
-        return _Counts(
-            ring.accepted,
-            ring.refused_frames,
-            ring.refused_points,
-            self._refused_spans,
-            self._refused_events,
-            () if recording is None else recording.paths,
-        )
+        ring, spans, events = self._ring, self._refused_spans, self._refused_events
+        return _Counts(ring.accepted, ring.refused_frames, ring.refused_points, spans, events)
 
     def close(self, timeout_s: float | None = None) -> StreamReport:
         """Deliver what can be delivered in time, leave the rest in files, and stop.
@@ -298,10 +289,11 @@ class Stream:
         from esper_otel.stream.providers import Tracers, serialised_resource
 
         settings = self._settings
+        recording = None
         if settings.recording_dir:
-            self._recording = Recording(
-                Path(settings.recording_dir), stem(self._run_id, settings.rank)
-            )
+            name = stem(self._run_id, settings.rank)
+            recording = Recording(Path(settings.recording_dir), name)
+            self._recordings.append(recording)
         self._lane = Lane(
             ring=self._ring,
             timelines=self._timelines,
@@ -309,7 +301,7 @@ class Stream:
             resource=serialised_resource(resource),
             trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
             tracers=Tracers(resource),
-            recording=self._recording,
+            recording=recording,
         )
         self.totals = self._lane.totals
         return self._lane
