@@ -239,7 +239,7 @@ EXTENTS: dict[str, Extent] = {
         "constant_batch",
     ),
     "vae": _varied(
-        ("plain", "batch_sizes", "warm_restarts"), "betas_swapped", "constant_batch", seeds=2
+        ("plain", "batch_sizes", "warm_restarts"), "betas_swapped", "constant_batch"
     ),
     "embedding": _varied(
         ("plain", "cosine", "batch_sizes"), "labels_shuffled", "constant_batch"
