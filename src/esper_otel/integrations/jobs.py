@@ -7,10 +7,10 @@ it steps for the first time; the first of these that is true holds:
 ================================================ ===============================================
 an optimizer that                                belongs to
 ================================================ ===============================================
-shares a parameter with a known training         that one: made anew for the same model
-steps while a framework's training is under way  that one
 steps by the very ``backward`` by which the      that one: Muon beside AdamW, optimizers of
 training under way has stepped                   single parameters
+shares a parameter with a known training         that one: made anew for the same model
+steps while a framework's training is under way  that one
 steps by a ``backward`` that gave gradients to   that one: a generator, whose loss goes through
 parameters of the training under way as well     its critic
 steps after a training that is over              another training
@@ -66,8 +66,9 @@ class Job:
         """Optimizers in the order of their steps, while it is not known to be a training."""
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._parameters: dict[int, weakref.ref[Any]] = {}
-        self._samples: list[weakref.ref[Any]] = []
-        self._gradients: list[tuple[int, int] | None] = []
+        self._sample: weakref.ref[Any] | None = None
+        """A parameter, the first: what goes through a model at all has it in its graph."""
+        self._gradient: tuple[int, int] | None = None
         self._sets_steps: weakref.ref[Any] | None = None
         self._parameter: weakref.ref[Any] | None = None
 
@@ -91,9 +92,9 @@ class Job:
         self._optimizers.add(optimizer)
         parameters = parameters_of(optimizer)
         self._parameters.update((id(each), weakref.ref(each)) for each in parameters)
-        trained = [each for each in parameters if each.requires_grad]
-        if trained and not any(sample() is not None for sample in self._samples):
-            self._samples = [weakref.ref(each) for each in (trained[0], trained[-1])]
+        if self._sample is None or self._sample() is None:
+            trained = (each for each in parameters if each.requires_grad)
+            self._sample = next(map(weakref.ref, trained), None)
 
     def shares_parameters(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` has one that is, or was, trained by one of its own."""
@@ -104,18 +105,21 @@ class Job:
             id(each) in known and known[id(each)]() is each for each in parameters_of(optimizer)
         )
 
-    def note_gradients(self) -> None:
+    def note_gradient(self) -> None:
         """``backward`` is about to be called."""
-        self._gradients = [_gradient_of(sample()) for sample in self._samples]
+        self._gradient = self._gradient_now()
 
     @property
     def got_gradients(self) -> bool:
-        """Whether that call gave gradients to its parameters, of which two are looked at."""
-        now = [_gradient_of(sample()) for sample in self._samples]
-        return any(
-            gradient is not None and gradient != before
-            for gradient, before in zip(now, self._gradients, strict=False)
-        )
+        """Whether that call gave a gradient to its first parameter."""
+        now = self._gradient_now()
+        return now is not None and now != self._gradient
+
+    def _gradient_now(self) -> tuple[int, int] | None:
+        """What changes when a gradient comes, or is added to."""
+        parameter = None if self._sample is None else self._sample()
+        gradient = None if parameter is None else parameter.grad
+        return None if gradient is None else (id(gradient), gradient._version)
 
     def steps_by(self, optimizer: Any, phase: str = "") -> None:
         """``optimizer`` sets the steps of the run from now on.
@@ -166,7 +170,7 @@ class Jobs:
     def note_gradients(self) -> None:
         """``backward`` is about to be called."""
         for job in self._turns:
-            job.note_gradients()
+            job.note_gradient()
 
     def of(self, optimizer: Any, *, fresh: bool, has_closure: bool = False) -> Job:
         """That for which ``optimizer`` is about to step; it is the current one from here on.
@@ -246,12 +250,12 @@ class Jobs:
         current = self.current
         if not current.last or self.first.settings.primary_optimizer:
             return current
+        if not fresh and not has_closure and current.by_backward:
+            return current
         related = self._related(optimizer)
         if related is not None:
             return related
         if current.is_announced:
-            return current
-        if not fresh and not has_closure and current.by_backward:
             return current
         for job in reversed(self._turns):
             if fresh and job.got_gradients:
@@ -368,9 +372,3 @@ class Jobs:
 def parameters_of(optimizer: Any) -> list[Any]:
     """Those of all its groups."""
     return [each for group in optimizer.param_groups for each in group["params"]]
-
-
-def _gradient_of(parameter: Any) -> tuple[int, int] | None:
-    """What changes when a gradient is added to; None where there is none."""
-    gradient = None if parameter is None else parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
