@@ -250,6 +250,28 @@ def test_two_optimizers_that_share_a_model_are_one_training(watched):
     assert all_steps(watched) == {"job": whole(30)}
 
 
+@pytest.mark.parametrize("within", [True, False], ids=["within backward", "behind it"])
+def test_many_optimizers_of_one_model_are_one_training_in_one_phase(watched, within):
+    for _ in range(2):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(15)))
+        optimizers = {p: torch.optim.SGD([p], lr=0.001) for p in model.parameters()}
+
+        def step(parameter, optimizers=optimizers):
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in model.parameters():
+            if within:
+                parameter.register_post_accumulate_grad_hook(step)
+        for _ in range(12):
+            model(X).square().mean().backward()
+            for parameter in () if within else optimizers:
+                step(parameter)
+    assert all_steps(watched) == {"job": whole(12), "job-2": whole(12)}
+    phases = {frame["phase"] for name in ("job", "job-2") for frame in watched.frames(name)}
+    assert phases == {0.0}
+
+
 def test_a_weighted_copy_changes_nothing(watched):
     training = Training()
     average = torch.optim.swa_utils.AveragedModel(training.model)

@@ -87,6 +87,17 @@ class Job:
         """Those that are its own, in no order."""
         return list(self._optimizers)
 
+    def sets_step(self, optimizer: Any, *, fresh: bool) -> bool:
+        """``optimizer`` is about to step; returns whether that is a step of the run.
+
+        One that steps by the same ``backward`` as another before it (not ``fresh``) is no turn
+        of its own, and the run's only if it was chosen before.
+        """
+        primary, preferred = self.primary, self.run._loop.preferred
+        if fresh or not self.by_backward or primary.may_be(optimizer) or primary.is_named:
+            return primary.begins(optimizer, preferred)
+        return preferred is optimizer and primary.begins(optimizer, preferred)
+
     def join(self, optimizer: Any) -> None:
         """``optimizer`` belongs to it."""
         self._optimizers.add(optimizer)
@@ -185,10 +196,11 @@ class Jobs:
             if job is not self.current:
                 self._go_to(job)
             self._newest = weakref.ref(optimizer)
-        self._count += 1
+        is_turn = fresh or has_closure or not job.by_backward
+        self._count += is_turn  # what steps by one backward is one turn
         job.last, job.is_ended = self._count, False
         job.by_backward = job.by_backward or fresh or has_closure
-        if len(self._turns) > 1:
+        if is_turn and len(self._turns) > 1:
             job.turns.append(self._newest)
             self._settle()
         return job
