@@ -16,6 +16,7 @@ from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations import jobs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.leyline import wire  # noqa: E402
+from esper_otel.stream import read_frames  # noqa: E402
 from integrations.conftest import CapturedStream  # noqa: E402
 from sidecar.running import sidecar  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer, decision_about  # noqa: E402
@@ -334,6 +335,21 @@ def test_under_zero_code_a_phase_is_of_the_training_under_way(watched):
     assert [frame["phase"] for frame in watched.frames("job-2")] == [0.0] * 12 + [1.0] * 3
 
 
+def test_a_phase_of_a_named_training_is_its_own(watched):
+    first, second = Training(), Training()
+    run = esper_otel.start(first.optimizer)
+    first.train(3)
+    other = esper_otel.start(second.optimizer)
+    second.train(3)
+    run.phase_begins("harder")
+    second.train(3)
+    first.train(3)
+    assert other.run_id == "job-2"
+    all_steps(watched)
+    assert [frame["phase"] for frame in watched.frames("job")] == [0.0] * 3 + [1.0] * 3
+    assert {frame["phase"] for frame in watched.frames("job-2")} == {0.0}
+
+
 # Named ones.
 
 
@@ -513,3 +529,48 @@ def test_a_sweep_under_the_default_table_is_left_alone(tmp_path):
     assert "OPTIMIZER" not in told
     assert "PAUSE" not in told
     assert "sweep-3" in str(report)
+
+
+FORKING = """
+import os, torch
+from torch import nn
+
+def train():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+kept = [train()]
+held = nn.Linear(4, 1)
+of_held = torch.optim.SGD(held.parameters(), lr=0.01)
+held(torch.ones(2, 4)).sum().backward()
+of_held.step()
+if os.fork() == 0:
+    kept += [train(), train()]
+    of_held.step()
+    raise SystemExit(0)
+os.wait()
+kept.append(train())
+"""
+
+
+def test_a_forked_child_begins_no_trainings(tmp_path):
+    from test_end_to_end import ESPER, environment
+
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    env = environment(tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
+    command = [ESPER, "run", "--mode", "off", "--record", str(tmp_path), "--run-id", "job"]
+    done = subprocess.run([*command, str(script)], env=env, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = {
+        file.name.removesuffix("-rank0.metrics.otlp"): [
+            frame.step for frame in read_frames(file)
+        ]
+        for file in tmp_path.glob("*.metrics.otlp")
+    }
+    assert told == {"job": whole(12), "job-2": [1], "job-3": whole(12)}

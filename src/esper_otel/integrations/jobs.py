@@ -242,10 +242,16 @@ class Jobs:
 
     def close(self) -> None:
         """The process ends: what is held back was trainings of its own."""
-        self._confirm_all()
+        if not self._is_off:
+            self._confirm_all()
         for job in list(self._open):
             if job.run is not self.first:
                 self._close(job)
+
+    @property
+    def _is_off(self) -> bool:
+        """Whether the run has ended, or is that of the process this one was forked from."""
+        return self.first._report is not None
 
     # To whom an optimizer belongs.
 
@@ -260,7 +266,7 @@ class Jobs:
 
     def _belongs(self, optimizer: Any, fresh: bool, has_closure: bool) -> Job:
         current = self.current
-        if not current.last or self.first.settings.primary_optimizer:
+        if not current.last or self.first.settings.primary_optimizer or self._is_off:
             return current
         if not fresh and not has_closure and current.by_backward:
             return current
@@ -277,7 +283,7 @@ class Jobs:
     def _announced_by(self, optimizer: Any) -> Job:
         """As :meth:`_belongs`, where it is known that a training is meant by it."""
         current = self.current
-        if not current.last:
+        if not current.last or self._is_off:
             return current
         return self._related(optimizer) or self._begin(certain=True)
 
@@ -355,7 +361,7 @@ class Jobs:
         """``job`` is a training: from here on it is sent and asked about."""
         self._begun += 1
         job.turns.clear()
-        if job.run.enabled:
+        if job.run.enabled and not self._is_off:
             job.run._begin()
         self._open.append(job)
         if job.run.totals is not None:
