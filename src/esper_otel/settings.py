@@ -169,7 +169,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     primary_optimizer: str = ""
     """Which optimizer's steps are the run's when a script that knows nothing of us has
     several: the name of its class, or its place in the order in which they first step, from
-    0. Empty: :class:`integrations.primary.Primary` chooses."""
+    0; the process is one run then. Empty: :class:`integrations.primary.Primary` chooses."""
 
     losses_prescaled: bool = False
     """Whether a script that accumulates gradients has divided each loss by the number of
