@@ -84,6 +84,11 @@ class SharedDecisions:
         self._settings = settings
         self._run_id = run_id
 
+    def set_client(self, client: TamiyoClient | None) -> None:
+        """The run, which nobody was asked for before, asks by ``client``."""
+        self._client = client
+        self.may_meet = self._settings.ranks_agree and client is not None
+
     def agree(self) -> bool:
         """Meet the other ranks now; see :meth:`esper_otel.Run.agree`."""
         if not is_shared():

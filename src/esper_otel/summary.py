@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,8 +39,41 @@ class DecisionCount(msgspec.Struct, frozen=True):
     applied: int
 
 
+SHOWN = 5
+"""Trainings that are told apart; the others are added up."""
+
+
+class TrainingSummary(msgspec.Struct, frozen=True):
+    """One of several trainings of a process, or all those that are not told apart.
+
+    ``run`` is the name of its run, "" of several.
+    """
+
+    run: str
+    trainings: int
+    steps: int
+    step_ms: float | None
+    first_loss: float | None
+    last_loss: float | None
+    decisions: int
+
+    def as_text(self) -> str:
+        """What follows its name in a line."""
+        parts = [f"{self.steps:,} steps"]
+        if self.first_loss is not None and self.last_loss is not None:
+            parts.append(f"loss {self.first_loss:.4g} → {self.last_loss:.4g}")
+        if self.step_ms:
+            parts.append(f"{self.step_ms:.3g} ms a step")
+        if self.decisions:
+            parts.append(f"{self.decisions:,} decision{'s' * (self.decisions != 1)}")
+        return ", ".join(parts)
+
+
 class Summary(msgspec.Struct, frozen=True):
     """One run in short. Times are means per step, in milliseconds.
+
+    Of a process with several ``trainings`` all but those is of all of them together; each of
+    the first ones is listed, and the rest in one.
 
     ``skipped_updates`` were left out by decisions. At ``unjudged_steps`` the newest decision
     request had not been answered, and at ``held_unjudged_steps`` of them decisions of before
@@ -74,6 +107,7 @@ class Summary(msgspec.Struct, frozen=True):
     recordings: list[str]
     lost_values: int = 0
     snapshots: SnapshotReport | None = None
+    trainings: list[TrainingSummary] = []
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -81,8 +115,11 @@ class Summary(msgspec.Struct, frozen=True):
 
     def as_text(self) -> str:
         """A few lines for a terminal."""
+        several = sum(each.trainings for each in self.trainings)
         lines = [
-            f"esper-otel: run {self.run}, {self.steps:,} steps in {_seconds(self.seconds)}"
+            f"esper-otel: run {self.run}, "
+            + (f"{several:,} trainings, " if several else "")
+            + f"{self.steps:,} steps in {_seconds(self.seconds)}"
         ]
         if self.first_loss is not None and self.last_loss is not None:
             lines[0] += f", loss {self.first_loss:.4g} → {self.last_loss:.4g}"
@@ -93,6 +130,9 @@ class Summary(msgspec.Struct, frozen=True):
             )
             most = f", most of it {self.slowest}" if self.slowest else ""
             lines.append(f"  a step    {self.step_ms:.3g} ms{most}: {split}")
+        for each in self.trainings:
+            name = each.run or f"{each.trainings:,} more"
+            lines.append(f"  training  {name}: {each.as_text()}")
         if self.nonfinite_steps:
             lines.append(f"  values    NaN or infinite in {self.nonfinite_steps:,} steps")
         if self.lost_values:
@@ -169,8 +209,17 @@ def summary_of(
     *,
     lost_values: int = 0,
     snapshots: SnapshotReport | None = None,
+    others: Sequence[tuple[str, RunTotals]] = (),
 ) -> Summary:
-    """The summary of a run that is over."""
+    """The summary of a run that is over; ``others`` are trainings beside it, by name."""
+    trainings: list[TrainingSummary] = []
+    if others:
+        each_of = [(run, totals), *others]
+        rest = [each for _, each in each_of[SHOWN:]]
+        trainings = [_training(name, each) for name, each in each_of[:SHOWN]]
+        if rest:
+            trainings.append(_training("", type(totals).sum_of(rest)))
+        totals = type(totals).sum_of([each for _, each in each_of])
     phases = {
         name: took for name, key in PHASES.items() if (took := totals.per_step(key)) is not None
     }
@@ -203,6 +252,19 @@ def summary_of(
         recordings=[str(path) for path in report.recordings],
         lost_values=lost_values,
         snapshots=snapshots,
+        trainings=trainings,
+    )
+
+
+def _training(run: str, totals: RunTotals) -> TrainingSummary:
+    return TrainingSummary(
+        run=run,
+        trainings=totals.runs,
+        steps=totals.steps,
+        step_ms=totals.per_step("step_latency_ms"),
+        first_loss=totals.first_loss,
+        last_loss=totals.last_loss,
+        decisions=totals.decisions.total(),
     )
 
 
@@ -214,10 +276,12 @@ def tell_summary(
     *,
     lost_values: int,
     snapshots: SnapshotReport | None = None,
+    others: Sequence[tuple[str, RunTotals]] = (),
 ) -> None:
     """Tell on standard error how a run was, as ``settings`` ask for; rank 0 alone does.
 
-    ``totals`` None: nothing was recorded. ``lost_values``, whose number is in the summary, go
+    ``others`` are trainings of the process beside it, by name. ``totals`` None: nothing was
+    recorded. ``lost_values``, whose number is in the summary, go
     to the log where there is none.
     """
     wanted = settings.summary is not Summaries.OFF and not settings.rank
@@ -233,6 +297,7 @@ def tell_summary(
             report,
             lost_values=lost_values,
             snapshots=snapshots,
+            others=others,
         )
         as_json = settings.summary is Summaries.JSON
         print(summary.as_json() if as_json else summary.as_text(), file=sys.stderr, flush=True)

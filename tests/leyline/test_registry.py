@@ -32,6 +32,7 @@ CONTRACT = [
     ("update_skipped", "{update}", False),
     ("restored", "{restore}", False),
     ("unjudged_steps", "{step}", False),
+    ("phase", "{phase}", False),
     ("step_latency_ms", "ms", True),
     ("forward_ms", "ms", True),
     ("backward_ms", "ms", True),

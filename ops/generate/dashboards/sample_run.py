@@ -95,6 +95,7 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "update_skipped": float(slipped and step % 3 == 0),
         "restored": float(slipped and step % 60 == 0),
         "unjudged_steps": float(unanswered),
+        "phase": 0.0,
         "step_latency_ms": latency,
         "input_wait_ms": latency * (0.08 if slow == 1.0 else 0.68),
         "forward_ms": latency * (0.3 if slow == 1.0 else 0.1),

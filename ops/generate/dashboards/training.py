@@ -138,8 +138,15 @@ def _learning() -> list[PanelBuilder]:
             "Updates left out by decisions, and those of them in whose place a snapshot was put "
             "back, counted over what a pixel spans.",
         ),
-        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)], width=12),
-        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)], width=12),
+        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
+        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
+        lines(
+            "Phase",
+            "none",
+            [Line(most("phase"), BY_RANK)],
+            "Where it rises the loop has said that a new phase begins: values of before are no "
+            "measure for those after.",
+        ),
     ]
 
 

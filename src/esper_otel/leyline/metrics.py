@@ -93,6 +93,12 @@ STEP_METRICS: tuple[Metric, ...] = (
         "when Tamiyo is asked",
     ),
     Metric(
+        "phase",
+        "{phase}",
+        "how many times the loop has said that a new phase begins (run.phase_begins): values "
+        "of before are no measure for those after",
+    ),
+    Metric(
         "step_latency_ms",
         "ms",
         "end of the previous step to the end of this one",

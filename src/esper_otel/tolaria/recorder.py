@@ -35,6 +35,7 @@ _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
 _UNJUDGED = STEP_SLOT["unjudged_steps"]
+_PHASE = STEP_SLOT["phase"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
@@ -76,7 +77,6 @@ class Recorder:
         self._garden: SafeGarden | None = None
         self._off = False
         self._faults: set[str] = set()
-
         self._sealer = Sealer(enriched=enriched)
         self._timelines = Timelines(
             frames.timeline, self.clock.offset, every=span_every, slow_factor=span_slow_factor
@@ -89,7 +89,6 @@ class Recorder:
         self._in_hand_of: EndedStep | None = None
         self._backwards_asked = 0
         """Times that backward had been called when the newest request was sent."""
-
         step = self._under_way = StepUnderWay(enriched=enriched)
         self.control = UpdateControl(
             step,
@@ -98,7 +97,7 @@ class Recorder:
             sealer=self._sealer,
             clock=self.clock,
         )
-        # Told to the asking, and to the step under way, without a detour.
+        # What is told of the loop goes to whoever keeps it, without a detour.
         self.set_client = self._asking.set_client
         self.share_decisions = self._asking.share_decisions
         self.batch_came = step.batch_came
@@ -116,6 +115,7 @@ class Recorder:
         self.update_skipped = step.update_skipped
         self.losses_prescaled = step.losses_prescaled
         self.loss_prescaled = step.loss_prescaled
+        self.phase_begins = step.phase_begins
         self._stages = (
             *(self.control.end_update, self._seeds, self._seal, self._stream, self._ask),
             *(self._apply, self._spans, self.control.keep),
@@ -209,10 +209,10 @@ class Recorder:
             for frame in self._sealer.flush():
                 self._frames.frame(frame.time, frame.row, frame.seeds)
 
-    def forget_decisions(self) -> None:
-        """Another training begins: what decisions held of the one before is no matter of it."""
-        self._responses.rate.reset()
-        self._responses.restoring.forget()
+    def take_over(self, other: Recorder) -> None:
+        """What the loop has done since the last step of ``other`` is of this training."""
+        self._under_way.take(other._under_way, self._last_end)
+        self._hook_ms = self._apply_ms = 0.0
 
     def attach_garden(self, garden: GardenPort | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
@@ -231,6 +231,7 @@ class Recorder:
         parsed = parse_state(state)
         self.step = max(self.step, parsed.step)
         self._latest = parsed.row()
+        self._under_way.go_on_with_phase(self._latest)
         self._sealer.load_state(parsed)
 
     def switch_off(self) -> None:
@@ -300,6 +301,7 @@ class Recorder:
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
         scale = self.control.put_values(row)
+        row[_PHASE], ending.phase = step.training_phase.number, step.training_phase
         if asking.decides:
             row[_UNJUDGED] = asking.unjudged
         since = ending.since = ending.since or step.begun or ended
@@ -324,10 +326,8 @@ class Recorder:
             ending.newest = (self.step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            frame = PendingFrame(
-                self.step, time, row, loss, parts, step.norm, step.reported, seeds
-            )
-            for done in self._sealer.seal_in_order(frame):
+            known = self.step, time, row, loss, parts, step.norm, step.reported, seeds
+            for done in self._sealer.seal_in_order(PendingFrame(*known)):
                 ending.newest = (done.step, done.time, done.row, done.seeds)
                 self._frames.frame(done.time, done.row, done.seeds)
         if ending.newest is not None:
