@@ -120,7 +120,17 @@ def test_a_steady_run_is_answered_at_a_glance():
     deciding = Engine(load("default"))
     glances = 0
     for step in range(100):
-        one = frame(step, loss=1.0, loss_delta=0.0, loss_volatility=0.05, nonfinite=0.0)
+        one = frame(
+            step,
+            loss=1.0 - 0.0001 * step,
+            loss_delta=-0.0001,
+            loss_volatility=0.05,
+            gradient_norm=1.0,
+            optimizer_lr=0.1,
+            optimizer_momentum=0.9,
+            lr_scale=1.0,
+            nonfinite=0.0,
+        )
         trainer = Trainer(hello_of(one))
         ask = set_client(one)
         glanced = deciding.decide_fast(trainer.key, trainer.instance, ask)
