@@ -412,7 +412,7 @@ def test_prototype_severities_and_actions_are_the_design_s():
 @pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
 @pytest.mark.parametrize("level", [0.01, 11.0])
 def test_the_default_table_fits_any_scale(step_ms, level):
-    """Quiet on a steady run; a jump is a spike, staying up another level, going on divergence."""
+    """Quiet on a steady run; a jump is a spike, staying up a level, going on divergence."""
     engine = Engine(load("default"))
 
     def values(step, loss, before, volatility):
