@@ -155,7 +155,11 @@ class Extent(NamedTuple):
 
 
 def _varied(
-    healthy_kinds: tuple[str, ...], *more: str, without: tuple[str, ...] = ()
+    healthy_kinds: tuple[str, ...],
+    *more: str,
+    without: tuple[str, ...] = (),
+    seeds: int = 4,
+    healthy_seeds: int = 6,
 ) -> Extent:
     """Of a workload of short steps: its healthy kinds, troubles that not all have, and those
     of all ``without`` which it does."""
@@ -164,8 +168,8 @@ def _varied(
         before=150,
         tail=80,
         healthy=1000,
-        seeds=4,
-        healthy_seeds=8,
+        seeds=seeds,
+        healthy_seeds=healthy_seeds,
         healthy_kinds=healthy_kinds,
         troubled_by=tuple(kind for kind in kinds if kind not in without),
     )
@@ -191,6 +195,8 @@ EXTENTS: dict[str, Extent] = {
         "constant_batch",
         # Clipped at every step, gradients that are kept are no more than momentum.
         without=("gradients_kept",),
+        seeds=2,
+        healthy_seeds=4,
     ),
     "alternating": _varied(
         ("plain", "step_decay", "batch_sizes", "micro_batches"),
@@ -200,9 +206,20 @@ EXTENTS: dict[str, Extent] = {
         "constant_batch",
     ),
     "policy": _varied(
-        ("plain", "warmup", "cosine"), "betas_swapped", "inputs_times_255", "constant_batch"
+        ("plain", "warmup", "cosine"),
+        "betas_swapped",
+        "inputs_times_255",
+        "constant_batch",
+        seeds=2,
+        healthy_seeds=4,
     ),
-    "gan": _varied(("plain", "cosine", "batch_sizes"), "betas_swapped", "inputs_times_255"),
+    "gan": _varied(
+        ("plain", "cosine", "batch_sizes"),
+        "betas_swapped",
+        "inputs_times_255",
+        seeds=2,
+        healthy_seeds=4,
+    ),
     "dqn": _varied(
         ("plain", "cosine", "warm_restarts"),
         "betas_swapped",

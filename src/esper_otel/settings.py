@@ -176,7 +176,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     micro-batches before ``backward``: then a step's loss is their sum, not their mean.
     Frameworks that do so are known to. Losses that a loop reports are averaged either way."""
 
-    release_steps: int = 50
+    release_steps: int = 40
     """Steps without an OPTIMIZER decision before the learning rate is given back, and
     over which it is. More than a table's baseline window, so that what comes of it is held
     against a healthy past and not against the trouble itself."""

@@ -324,7 +324,10 @@ def _fields(condition: Condition) -> Iterator[tuple[str, str]]:
         value = getattr(condition, field.name)
         is_said = field.name in _SAID or value == field.default
         if not is_said and not (field.name == "baseline_of" and value == condition.metric):
-            yield field.encode_name, _plain(value) if isinstance(value, float) else str(value).lower()
+            yield (
+                field.encode_name,
+                _plain(value) if isinstance(value, float) else str(value).lower(),
+            )
 
 
 def _plain(number: float) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
+from operator import itemgetter
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
@@ -21,7 +22,7 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_tamiyo.judging.rules import CompiledRule
-from esper_tamiyo.language.parameters import USUAL_NORM
+from esper_tamiyo.language.parameters import USUAL_NORM, USUAL_RATE
 
 Fired = tuple[CompiledRule, Finding]
 """A rule that fired, and what it saw."""
@@ -132,30 +133,44 @@ def decide_update(
 def _bounded(fired: Sequence[Fired]) -> dict[str, float]:
     """By how much an update is made smaller."""
     parameters = {}
-    scaling = _asking_for(LR_SCALE, fired)
+    asked = [(entry.weight, _asked(entry, finding)) for entry, finding in fired]
+    scaling = [one for one in asked if LR_SCALE in one[1]]
     if scaling:
-        parameters[LR_SCALE] = max(scaling, key=_weight)[0].rule.parameters[LR_SCALE]
-    asked = [_asked(entry, finding) for entry, finding in fired]
-    norms = [one[MAX_NORM] for one in asked if MAX_NORM in one]
+        parameters[LR_SCALE] = max(scaling, key=itemgetter(0))[1][LR_SCALE]
+    norms = [one[MAX_NORM] for _, one in asked if MAX_NORM in one]
     if norms:
         parameters[MAX_NORM] = min(norms)
     return parameters
 
 
 def _asked(entry: CompiledRule, finding: Finding) -> dict[str, float]:
-    """What a rule asks of updates, the usual norm worked out of what it saw."""
+    """What a rule asks of updates, what is usual worked out of what it saw."""
     parameters = entry.rule.parameters
-    if USUAL_NORM not in parameters:
+    if USUAL_NORM not in parameters and USUAL_RATE not in parameters:
         return parameters
-    asked = {name: value for name, value in parameters.items() if name != USUAL_NORM}
-    seen = finding.values
-    level, scatter = seen.get("level(gradient_norm)"), seen.get("scatter(gradient_norm)")
-    usual = seen.get("baseline(gradient_norm)")
-    if level is not None and scatter is not None:
-        usual = level + scatter
-    if usual is not None and usual > 0.0:
-        asked[MAX_NORM] = min(usual, asked.get(MAX_NORM, inf))
+    usual = (USUAL_NORM, USUAL_RATE)
+    asked = {name: value for name, value in parameters.items() if name not in usual}
+    if USUAL_NORM in parameters and (norm := _usual_norm(finding.values)) > 0.0:
+        asked[MAX_NORM] = min(norm, asked.get(MAX_NORM, inf))
+    if USUAL_RATE in parameters and 0.0 < (scale := _usual_rate(finding.values)) < 1.0:
+        asked[LR_SCALE] = scale
     return asked
+
+
+def _usual_norm(seen: Mapping[str, float]) -> float:
+    """The norm that gradients have at most; 0.0 where nothing tells."""
+    level, scatter = seen.get("level(gradient_norm)"), seen.get("scatter(gradient_norm)")
+    if level is not None and scatter is not None:
+        return level + scatter
+    return seen.get("baseline(gradient_norm)", 0.0)
+
+
+def _usual_rate(seen: Mapping[str, float]) -> float:
+    """The factor that takes the rate to its baseline; 0.0 where nothing tells."""
+    rate = seen.get("optimizer_lr", 0.0)
+    baselines = (f"{kind}(optimizer_lr)" for kind in ("highest", "baseline", "frozen"))
+    usual = next((seen[name] for name in baselines if name in seen), 0.0)
+    return usual / rate if rate > 0.0 else 0.0
 
 
 def _asking_for(parameter: str, fired: Sequence[Fired]) -> list[Fired]:

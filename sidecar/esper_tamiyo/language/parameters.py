@@ -30,6 +30,9 @@ class Parameter(NamedTuple):
 USUAL_NORM = "usual_norm"
 """The parameter that becomes a ``max_norm`` when its rule fires."""
 
+USUAL_RATE = "usual_rate"
+"""The parameter that becomes an ``lr_scale`` when its rule fires."""
+
 PARAMETERS: dict[str, Parameter] = {
     LR_SCALE: Parameter(
         "the learning rates of the optimizer are taken times this factor: for the update at "
@@ -48,6 +51,12 @@ PARAMETERS: dict[str, Parameter] = {
         "worked out when the rule fires, and sent as `max_norm`. Beside a condition on a "
         "record or baseline of `gradient_norm`",
         (Action.OPTIMIZER, Action.PAUSE),
+        flag=True,
+    ),
+    USUAL_RATE: Parameter(
+        "as `lr_scale`, with the factor that takes the learning rate back to the baseline that "
+        "the rule compares `optimizer_lr` with",
+        (Action.OPTIMIZER,),
         flag=True,
     ),
     SKIP_STEP: Parameter(

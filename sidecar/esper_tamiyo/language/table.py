@@ -29,6 +29,7 @@ ID = r"[a-z][a-z0-9_]*"
 KNOWN_BEFORE_UPDATE = frozenset(
     {
         *("step", "loss", "gradient_norm", "optimizer_lr", "optimizer_momentum", "lr_scale"),
+        "optimizer_lr_base",
         *("nonfinite", "loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma"),
         "grad_var",
     }

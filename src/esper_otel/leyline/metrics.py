@@ -178,6 +178,14 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
     ),
     Metric(
+        "optimizer_lr_base",
+        "1",
+        "base learning rate: `initial_lr` of the parameter groups, which torch's schedules write, "
+        "else the first rate that was seen; mean over parameter groups",
+        "when the optimizer is known",
+        gated=True,
+    ),
+    Metric(
         "optimizer_momentum",
         "1",
         "momentum (Adam: beta1), mean over parameter groups",

@@ -20,8 +20,9 @@ from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking, Taken
 from esper_otel.tolaria.garden_calls import SafeGarden
 from esper_otel.tolaria.ports import DecisionClient, FrameSink, GardenPort
+from esper_otel.tolaria.rates import put_optimizer
 from esper_otel.tolaria.responses import Responses
-from esper_otel.tolaria.seal import PendingFrame, Sealer, parse_state, put_optimizer
+from esper_otel.tolaria.seal import PendingFrame, Sealer, parse_state
 from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import Clock, EndedStep, Timelines
 from esper_otel.tolaria.update_control import Measure, UpdateControl
@@ -313,7 +314,7 @@ class Recorder:
         step.put_times(row, latency_ms if ending.has_step_before else None)
         row[_APPLY], row[_FINALIZE] = self._apply_ms, finalize_ms
         if self.optimizer is not None:
-            put_optimizer(row, self.optimizer.param_groups, scale)
+            put_optimizer(row, self.optimizer.param_groups, scale, self.control.base_rate)
         for key, value in self._device_values().items():
             row[STEP_SLOT[key]] = value
 

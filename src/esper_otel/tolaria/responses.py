@@ -35,6 +35,7 @@ class RateState(msgspec.Struct, forbid_unknown_fields=True):
     wait: int
     clean_steps: int
     return_factor: float
+    safe: float = 1.0
 
 
 SMALLEST = 1e-9
@@ -46,8 +47,8 @@ class RateFactor:
 
     Each ``lr_scale`` multiplies it; the product of all of them stays within
     ``[minimum, maximum]``. After ``release_steps`` clean steps it is given back
-    geometrically over as many more. Trouble that comes back meanwhile, or just after,
-    doubles the wait, as a circuit breaker's cool-down does: a cause that never goes away
+    geometrically over as many more. Trouble that comes back meanwhile, or just after, brings back
+    the factor under which there was none, and doubles the wait, as a circuit breaker's cool-down does: a cause that never goes away
     is tried again ever more rarely. A step is clean when the sidecar has judged it and
     asked for no cut; an unjudged step changes nothing here.
     """
@@ -64,6 +65,7 @@ class RateFactor:
         self._wait = release_steps
         self._clean_steps = 0
         self._return_factor = 1.0
+        self._safe = 1.0
         self._at_rest = True
         self._told = False
 
@@ -74,11 +76,13 @@ class RateFactor:
         """
         if not self._is_usable(factor):
             return False
-        if self._clean_steps > self._wait:
-            self._wait = min(2 * self._wait, self.LONGEST_WAIT * self._release_steps)
-        self._clean_steps = 0
         before = self.value
-        self.value = self._within_bounds(before * factor)
+        after = before * factor
+        if self._clean_steps > self._wait and factor < 1.0:
+            self._wait = min(2 * self._wait, self.LONGEST_WAIT * self._release_steps)
+            after = min(after, self._safe)
+        self._clean_steps = 0
+        self.value = self._within_bounds(after)
         self._at_rest = self._at_rest and self.value == 1.0
         return self.value != before
 
@@ -91,6 +95,7 @@ class RateFactor:
         if past <= 0:
             return
         if past == 1:
+            self._safe = self.value
             self._return_factor = (1.0 / self.value) ** (1.0 / self._release_steps)
         if past < self._release_steps:
             self.value = self._within_bounds(self.value * self._return_factor)
@@ -109,7 +114,7 @@ class RateFactor:
 
     def reset(self) -> None:
         """As it was at the beginning: the rates are the script's own."""
-        self.value = self._return_factor = 1.0
+        self.value = self._return_factor = self._safe = 1.0
         self._wait, self._clean_steps, self._at_rest = self._release_steps, 0, True
 
     @property
@@ -119,7 +124,9 @@ class RateFactor:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for :meth:`load_state_dict`."""
-        state = RateState(self.value, self._wait, self._clean_steps, self._return_factor)
+        state = RateState(
+            self.value, self._wait, self._clean_steps, self._return_factor, self._safe
+        )
         return msgspec.structs.asdict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,7 +138,7 @@ class RateFactor:
             new = msgspec.convert(dict(state), RateState)
         except (TypeError, msgspec.ValidationError) as error:
             raise ValueError(f"rate: {error}") from None
-        for name in ("factor", "return_factor"):
+        for name in ("factor", "return_factor", "safe"):
             number = getattr(new, name)
             if not (isfinite(number) and number > 0.0):
                 raise ValueError(f"{name}={number!r}: expected a positive number")
@@ -143,7 +150,7 @@ class RateFactor:
             )
         self.value = self._within_bounds(new.factor)
         self._wait, self._clean_steps = new.wait, new.clean_steps
-        self._return_factor = new.return_factor
+        self._return_factor, self._safe = new.return_factor, new.safe
         self._at_rest = self.value == 1.0 and not new.clean_steps
 
     def _within_bounds(self, factor: float) -> float:

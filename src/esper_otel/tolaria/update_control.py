@@ -12,8 +12,9 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking
+from esper_otel.tolaria.rates import BaseRate, mean_rate, put_optimizer
 from esper_otel.tolaria.responses import Responses
-from esper_otel.tolaria.seal import Sealer, mean_rate, put_optimizer
+from esper_otel.tolaria.seal import Sealer
 from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import Clock, EndedStep, Newest
 from esper_otel.tolaria.updates import AS_IT_IS, Optimizer, UpdateOrder, Updates
@@ -62,6 +63,7 @@ class UpdateControl:
         self._sealer = sealer
         self._clock = clock
         self._factor = 1.0
+        self.base_rate = BaseRate()
         self._skips = 0
         self._skipped_at: int | None = None
         """How many times backward was called when an update was left out last; None: it was
@@ -231,7 +233,7 @@ class UpdateControl:
         row[_NONFINITE] = 0.0
         row[_LR_SCALE] = factor
         self._sealer.preview(row, loss, norm)
-        put_optimizer(row, optimizer.param_groups, factor)
+        put_optimizer(row, optimizer.param_groups, factor, self.base_rate)
         decision = self._asking.check_update(
             number, perf_counter_ns() + self._clock.offset, row
         )
