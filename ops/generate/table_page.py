@@ -172,9 +172,11 @@ _TEMPLATE = """\
 
 A table says when something is wrong with a run and what to do about it. It is YAML, read
 by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
-`default` holds a run against its own past, and a rise of the loss against the size that the
-loss had: where that is far below zero (a log-likelihood of -50) it has to rise by half its
-size before `loss_spike` speaks, however unusual a smaller jump would be.
+`default` compares a run with its own past. For loss and gradients that is what the run does by
+itself: a value counts that is beyond the [record of its excursions](#records-of-excursions), and
+most rules want several such steps. Factors of a baseline beside that are floors, below which
+nothing is worth a word. `prototype` has fixed numbers, which fit the workload they were made for.
+
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
 its file, line and field, and rules that can never fire, never be heard or never end, or
 that inhibit in vain. `tamiyo table default` prints a shipped table with its comments, and
@@ -188,16 +190,18 @@ rules:
   - id: loss_diverging
     all:
       - metric: loss
-        above_baseline: 2
-        release: 1.5
-      - metric: loss_volatility
-        above_baseline: 10
-    for: 2
+        above_record: 1
+        rising: true
+      - metric: loss
+        above_baseline: 1.5
+        release: 1.2
+    for: 3
+    of: 4
     cooldown: 15
     severity: HIGH
     action: OPTIMIZER
     parameters: {{lr_scale: 0.25}}
-    text: The loss stays several times above its baseline.
+    text: The loss goes on rising, beyond all that this run explains.
 ```
 
 Every rule is tried at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed
@@ -312,7 +316,15 @@ kept, and from it follows how far out chance alone may take the metric once in
 `false_alarm_steps` observations: about four scatters with light-tailed noise, tens for a run
 with outlier batches. A rule with `for` and `of` is compared with what so many values reached
 *at once*: one outlier, however large, says nothing about six of eight. After {patience} values
-outside, the metric has a new level.
+outside, the metric has a new level. With `rising` a value counts only while it is a scatter
+beyond the first three of its excursion: a change that is meant is farthest out at its
+beginning, and what diverges goes on.
+
+Until there is a level, and for as many observations again until there is a scatter, conditions
+on a record are unknown: with the spans below a rule can fire after about 40 steps. A prior
+stands in for the excursions that a young run has not had. A metric that has never moved, and is
+zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` starts levels and
+baselines anew; records stay.
 
 {record_fields}
 
@@ -367,5 +379,6 @@ they last were beside it.
 
 A table that is read again keeps what has not changed: the state of a rule that is the same
 in every field, wherever it stands now, and the baselines that are still watched, unless
-`window` or `warmup` changed. Rules that are new or different begin unknown.
+`window` or `warmup` changed. Records of a metric are kept while `record` and the `for` and `of`
+that look at them are the same. Rules that are new or different begin unknown.
 """

@@ -157,10 +157,11 @@ def test_only_conditions_that_held_are_told_of_an_any():
 def test_what_else_a_rule_knew_of_the_past_is_told_in_words():
     when = Condition("loss", Operator.ABOVE, 3.0)
     seen = {"loss": 4.2, "level(loss)": 1.5, "scatter(loss)": 0.25}
-    seen |= {"excursions(loss)": 2.8, "risk(loss)": 1e-4, "level(grad_var)": 7.0}
+    seen |= {"excursions(loss)": 2.0, "farthest(loss)": 2.8, "risk(loss)": 1e-4}
+    seen |= {"level(grad_var)": 7.0}
     assert list(expected(when, seen, table_entry(load("default"), ""))) == [
-        "loss 4.2, expected at most 3; level 1.5; scatter 0.25; largest excursion so far 2.8; "
-        "risk 0.0001"
+        "loss 4.2, expected at most 3; level 1.5; scatter 0.25; excursions so far 2; "
+        "scatters that the farthest of them reached 2.8; risk 0.0001"
     ]
 
 
@@ -241,7 +242,9 @@ def test_the_number_is_rounded_up_to_two_digits(rule, losses, lines):
 
 def test_the_yaml_of_every_shipped_rule_says_its_condition():
     for rule in (*load("default").rules, *load("prototype").rules):
-        again = table(f"id: a, {', '.join(as_yaml(rule.when))}", action="CONTINUE")
+        when = ", ".join(as_yaml(rule.when))
+        hold = "" if rule.about_silence else f", for: {rule.persistence}, of: {rule.of}"
+        again = table(f"id: a, {when}{hold}", action="CONTINUE")
         assert again.rules[0].when == rule.when
 
 
@@ -260,15 +263,16 @@ def test_the_lines_are_a_table_that_can_be_used(tmp_path):
         "  extends: default",
         "  rules:",
         "    - id: gradient_spike",
-        "      metric: gradient_norm",
-        "      above_baseline: 130",
+        "      all: [{metric: gradient_norm, above_record: 4}, "
+        "{metric: gradient_norm, above_baseline: 130}]",
         "or, for this run alone and while it runs, say:",
         "  tamiyo silence 'run 1' gradient_spike",
     ]
     mine = tmp_path / "mine.yaml"
     mine.write_text("\n".join(line[2:] for line in words[1:-2]) + "\n")
     (rule,) = (each for each in load(str(mine)).rules if each.id == "gradient_spike")
-    assert (rule.when.number, rule.parameters) == (130.0, {"skip_step": 1.0})
+    assert [part.number for part in rule.when.parts] == [4.0, 130.0]
+    assert rule.parameters == {"usual_norm": 1.0}
 
 
 @pytest.mark.parametrize(

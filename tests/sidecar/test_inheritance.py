@@ -83,7 +83,7 @@ def test_a_change_of_one_field_leaves_the_others(write):
     table = load(mine)
     changed = {rule.id: rule for rule in table.rules}["loss_spike"]
     before = {rule.id: rule for rule in base.rules}["loss_spike"]
-    assert (before.cooldown, changed.cooldown) == (20, 100)
+    assert before.cooldown != changed.cooldown == 100
     assert [rule.id for rule in table.rules] == [rule.id for rule in base.rules]
     differ = [
         (old, new) for old, new in zip(base.rules, table.rules, strict=True) if old != new

@@ -6,8 +6,9 @@ A table counts observations, PromQL knows times:
   minute. A rule that wants several looks at the minute's median, which holds for most of it.
 - The parts of ``all`` are then true within the same minute, not at the same step.
 - A rolling baseline is the median of the last ten minutes, recorded once a minute.
-- A record of excursions is the farthest of the ten minutes before: a value is beyond it when it
-  is out by more than twice as much.
+- A record of excursions is the farthest of ten minutes, five minutes ago: a value is beyond it
+  when it is out by more than twice as much. So trouble that lasts is not compared with itself
+  before its alert has fired.
 - A rank is missing by the steps that others of its run are ahead of it, not by its own time.
 - ``unchanged_for`` is sound and late: nothing changed for an hour with so many observations.
 """
@@ -25,8 +26,9 @@ from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rul
 from ops.generate.prometheus_names import label_name, prometheus_name
 
 PAST_S = 600
-RECENT, SINCE, PAST, EVER, LONG = "1m", "2m", f"{PAST_S // 60}m", "1d", "1h"
-"""What "now", "since before", a rolling baseline, "ever" and "for long" are in PromQL."""
+RECENT, SINCE, BEFORE, PAST, EVER, LONG = "1m", "2m", "5m", f"{PAST_S // 60}m", "1d", "1h"
+"""What "now", "since before", "before the trouble", a rolling baseline, "ever" and "for long"
+are in PromQL."""
 
 RECORD = 2
 """Times the farthest that a value was out in the past, which is what a record explains."""
@@ -181,7 +183,7 @@ class Translator:
         self._baseline(ordinary)
         side = "max" if condition.operator is Operator.ABOVE_RECORD else "min"
         level, farthest = f"esper:{series}:median{PAST}", f"esper:{series}:{side}{PAST}"
-        self._record(farthest, f"{side}_over_time({series}[{PAST}] offset {RECENT})")
+        self._record(farthest, f"{side}_over_time({series}[{PAST}] offset {BEFORE})")
         keys = _on(SEED_KEYS if _of_seeds(condition.metric) else RANK_KEYS)
         way = f"{condition.number * RECORD:g} * ({farthest} - {keys} {level})"
         return f"{keys} ({level} + {keys} {way})"

@@ -184,7 +184,7 @@ def _ordinary(condition: Condition, values: Values) -> tuple[float, float] | Non
     bound = values.get(f"expected({condition.metric})")
     if level is None or bound is None or bound == level:
         return None
-    return level, (bound - level) / condition.number
+    return level, bound - level
 
 
 def _holds(condition: Condition, value: float, bound: float) -> bool:

@@ -24,7 +24,7 @@ from esper_tamiyo.judging.silences import SILENCED, SilenceOrder
 QUANTITIES = {
     "level": "level",
     "scatter": "scatter",
-    "expected": "expected",
+    "expected": "its record explains up to",
     "excursions": "excursions so far",
     "farthest": "scatters that the farthest of them reached",
 }

@@ -132,10 +132,13 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
 
 
 def _record_seen(condition: Condition, history: History) -> Iterator[tuple[str, float]]:
-    """The ordinary state of a metric and what its record explains, by what they are."""
+    """The ordinary state of a metric and how far its record explains, by what they are.
+
+    Not times the condition's number: a rule may have several on one record.
+    """
     key = condition.metric
     excursions = history.excursions[key, condition.operator is Operator.BELOW_RECORD]
-    bound = excursions.bound(condition.hold, condition.number, rising=condition.rising)
+    bound = excursions.bound(condition.hold, 1.0)
     if bound is None or excursions.level is None or excursions.scatter is None:
         return
     record = excursions.records[condition.hold]

@@ -289,7 +289,7 @@ def _as_strict(part: Condition, other: Condition) -> bool:
         other.metric,
         other.baseline_of,
         other.baseline,
-    ):
+    ) or (other.rising and not part.rising):
         return False
     if Operand.BOUND is FORMS[part.operator].operand is FORMS[other.operator].operand:
         return _holds(part).within(_holds(other)) == _holds(part)
