@@ -31,7 +31,8 @@ class BaseRate:
         if base is not None:
             return base
         if self._first is None:
-            self._first = mean_rate(groups)
+            first = mean_rate(groups)
+            self._first = first if first is not None and isfinite(first) else None
         return self._first
 
 
@@ -45,8 +46,8 @@ def put_optimizer(
     anything under these names: what is no number of the host leaves its metric out.
     """
     base_rate = base.of(groups)
-    if base_rate is not None:
-        put(row, _LR_BASE, base_rate)
+    if base_rate is not None and isfinite(base_rate):  # the rate itself counts what is not
+        row[_LR_BASE] = base_rate
     if len(groups) == 1:
         group = groups[0]
         rate, momentum = group.get("lr"), group.get("momentum")
