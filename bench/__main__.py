@@ -39,6 +39,7 @@ BENCHES = (
     "rescued",
     "poisoned",
     "enforced",
+    "snapshots",
     "judging",
     "journal",
     "replay",

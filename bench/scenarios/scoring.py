@@ -84,9 +84,10 @@ class Outcome(NamedTuple):
 class Score(NamedTuple):
     """Outcomes in numbers: shares from 0 to 1, delays in steps.
 
-    ``told_soon`` are the troubles told within :data:`SOON_TOLD` steps of showing, and
-    ``acted_on_soon`` those of the ``harmful`` ones acted on within :data:`SOON_ACTED`. Of
-    the ``healthy_runs`` any action touched ``touched``.
+    Of the troubles ``showing`` show in some metric, and ``told_soon`` of these are told
+    within :data:`SOON_TOLD` steps from there. ``acted_on_soon`` are those of the ``harmful``
+    ones acted on within :data:`SOON_ACTED`. Of the ``healthy_runs`` any action touched
+    ``touched``.
     """
 
     troubles: int
@@ -96,6 +97,7 @@ class Score(NamedTuple):
     acted: int
     told: int
     frames: int
+    showing: int = 0
     told_soon: int = 0
     harmful: int = 0
     acted_on_soon: int = 0
@@ -104,8 +106,8 @@ class Score(NamedTuple):
 
     @property
     def promptness(self) -> float:
-        """Share of troubles told soon."""
-        return self.told_soon / self.troubles if self.troubles else 1.0
+        """Share of troubles that show which were told soon."""
+        return self.told_soon / self.showing if self.showing else 1.0
 
     @property
     def intervention(self) -> float:
@@ -197,6 +199,7 @@ def score(outcomes: Iterable[Outcome]) -> Score:
     """``outcomes`` in numbers."""
     found = list(outcomes)
     troubled = [each for each in found if each.at is not None]
+    showing = [each for each in troubled if each.shown is not None]
     harmful = [each for each in troubled if each.harmful]
     healthy = [each for each in found if each.at is None]
     return Score(
@@ -207,7 +210,8 @@ def score(outcomes: Iterable[Outcome]) -> Score:
         acted=sum(len(each.acted) for each in found),
         told=sum(len(each.told) for each in found),
         frames=sum(each.frames for each in found),
-        told_soon=sum(_within(each.delay, SOON_TOLD) for each in troubled),
+        showing=len(showing),
+        told_soon=sum(_within(each.delay, SOON_TOLD) for each in showing),
         harmful=len(harmful),
         acted_on_soon=sum(_within(each.action_delay, SOON_ACTED) for each in harmful),
         healthy_runs=len(healthy),

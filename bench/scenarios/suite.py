@@ -40,13 +40,19 @@ _DIVERGES = (
     *_LOSS,
     "gradient_explosion",
     "gradient_spike",
+    "gradient_pileup",
     "gradient_drift",
     "nonfinite_loss",
 )
-_STANDS_STILL = ("gradient_vanishing", "gradient_missing", "values_vanished", "loss_stuck")
+_STANDS_STILL = ("gradient_vanishing", "gradient_missing", "loss_fell", "loss_stuck")
 
 RIGHT: dict[str, tuple[str, ...]] = {
-    "lr_times_50": (*_DIVERGES, "learning_rate_jump", "learning_rate_too_high"),
+    "lr_times_50": (
+        *_DIVERGES,
+        "learning_rate_jump",
+        "learning_rate_leap",
+        "learning_rate_too_high",
+    ),
     "lr_zero": ("learning_rate_collapse", "optimizer_hint", "loss_stuck"),
     "momentum_0999": (*_DIVERGES, "momentum_jump"),
     "nan_batch": ("nonfinite_loss",),
@@ -68,7 +74,12 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "seed_harm": (*_DIVERGES, "seed_conflict"),
     "straggler": ("straggler_rank",),
     "quiet": ("telemetry_quiet",),
-    "lr_times_10": (*_DIVERGES, "learning_rate_jump", "learning_rate_too_high"),
+    "lr_times_10": (
+        *_DIVERGES,
+        "learning_rate_jump",
+        "learning_rate_leap",
+        "learning_rate_too_high",
+    ),
     "betas_swapped": (*_DIVERGES, "momentum_jump"),
     "loss_explodes": _DIVERGES,
     "inputs_zero": (*_DIVERGES, *_STANDS_STILL),
@@ -154,16 +165,24 @@ class Extent(NamedTuple):
     troubled_by: tuple[str, ...] = _FIRST
 
 
-def _varied(healthy_kinds: tuple[str, ...], *more: str) -> Extent:
-    """Of a workload of short steps: its healthy kinds, and troubles that not all have."""
+def _varied(
+    healthy_kinds: tuple[str, ...],
+    *more: str,
+    without: tuple[str, ...] = (),
+    seeds: int = 4,
+    healthy_seeds: int = 6,
+) -> Extent:
+    """Of a workload of short steps: its healthy kinds, troubles that not all have, and those
+    of all ``without`` which it does."""
+    kinds = (*_OF_UPDATES, *_OF_INPUTS, *_OF_TIMES, *more)
     return Extent(
         before=150,
         tail=80,
         healthy=1000,
-        seeds=4,
-        healthy_seeds=8,
+        seeds=seeds,
+        healthy_seeds=healthy_seeds,
         healthy_kinds=healthy_kinds,
-        troubled_by=(*_OF_UPDATES, *_OF_INPUTS, *_OF_TIMES, *more),
+        troubled_by=tuple(kind for kind in kinds if kind not in without),
     )
 
 
@@ -173,10 +192,11 @@ EXTENTS: dict[str, Extent] = {
     "restore": Extent(before=44, tail=26, healthy=72, seeds=4, healthy_seeds=4),
     "heavytail": _varied(
         ("plain", "cosine", "batch_sizes", "small_batches"),
-        "labels_shuffled",
         "inputs_times_255",
         "input_stall",
         "constant_batch",
+        # Such noise hides what its inputs say: these show in no metric.
+        without=_OF_INPUTS,
     ),
     "curriculum": _varied(
         ("plain", "warmup", "batch_sizes"),
@@ -184,6 +204,10 @@ EXTENTS: dict[str, Extent] = {
         "labels_shuffled",
         "input_stall",
         "constant_batch",
+        # Clipped at every step, gradients that are kept are no more than momentum.
+        without=("gradients_kept",),
+        seeds=2,
+        healthy_seeds=4,
     ),
     "alternating": _varied(
         ("plain", "step_decay", "batch_sizes", "micro_batches"),
@@ -193,9 +217,20 @@ EXTENTS: dict[str, Extent] = {
         "constant_batch",
     ),
     "policy": _varied(
-        ("plain", "warmup", "cosine"), "betas_swapped", "inputs_times_255", "constant_batch"
+        ("plain", "warmup", "cosine"),
+        "betas_swapped",
+        "inputs_times_255",
+        "constant_batch",
+        seeds=2,
+        healthy_seeds=4,
     ),
-    "gan": _varied(("plain", "cosine", "batch_sizes"), "betas_swapped", "inputs_times_255"),
+    "gan": _varied(
+        ("plain", "cosine", "batch_sizes"),
+        "betas_swapped",
+        "inputs_times_255",
+        seeds=2,
+        healthy_seeds=4,
+    ),
     "dqn": _varied(
         ("plain", "cosine", "warm_restarts"),
         "betas_swapped",

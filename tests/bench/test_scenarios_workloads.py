@@ -73,11 +73,14 @@ def test_a_game_is_played_on_with_weights_that_are_lost():
 
 def test_both_halves_have_all_variants():
     for name in VARIED:
-        for kind in EXTENTS[name].healthy_kinds:
-            for half in (0, 1):
-                seeds = range(half, EXTENTS[name].healthy_seeds, 2)
-                found = {variant_of(Scenario(name, kind, seed)) for seed in seeds}
-                assert found == set(range(VARIANTS))
+        extent = EXTENTS[name]
+        for half in (0, 1):
+            found = {
+                variant_of(Scenario(name, kind, seed))
+                for kind in extent.healthy_kinds
+                for seed in range(half, extent.healthy_seeds, 2)
+            }
+            assert found == set(range(VARIANTS)), name
 
 
 def test_every_workload_of_the_suite_can_be_made():

@@ -412,7 +412,7 @@ def test_prototype_severities_and_actions_are_the_design_s():
 @pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
 @pytest.mark.parametrize("level", [0.01, 11.0])
 def test_the_default_table_fits_any_scale(step_ms, level):
-    """Quiet on a steady run; a jump is a spike, and staying up is divergence."""
+    """Quiet on a steady run; a jump is a spike, staying up a level, going on divergence."""
     engine = Engine(load("default"))
 
     def values(step, loss, before, volatility):
@@ -434,10 +434,15 @@ def test_the_default_table_fits_any_scale(step_ms, level):
         now = values(step, level, before, level * 0.05)
         assert fired(engine, step, now) == set()
         before = now["loss"]
-    assert "loss_spike" in fired(engine, 100, values(100, level * 6, before, level * 2.5))
-    later = fired(engine, 101, values(101, level * 6, level * 6, level * 2.2))
-    assert "loss_diverging" in later
-    assert "loss_spike" not in later
+    found = []
+    for step in range(100, 112):
+        loss = level * 6 * max(1.0, 1.2 ** (step - 105))
+        found.append(fired(engine, step, values(step, loss, before, level * 2.5)))
+    assert found[0] == {"loss_spike"}
+    assert found[1] == found[2] == set()
+    assert found[3] == {"loss_shift"}
+    assert "loss_diverging" in set.union(*found[6:])
+    assert "loss_spike" not in set.union(*found[1:])
 
 
 def test_a_huge_value_breaks_nothing():

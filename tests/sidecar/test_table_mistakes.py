@@ -15,11 +15,13 @@ from esper_tamiyo.language.operators import (
     FORMS,
     ON_BASELINES,
     ON_PEERS,
+    ON_RECORDS,
     BaselineKind,
     Operand,
     Operator,
 )
-from esper_tamiyo.language.table import PARAMETERS, Baseline, Conservative, RecordSpan
+from esper_tamiyo.language.parameters import PARAMETERS
+from esper_tamiyo.language.table import Baseline, Conservative, RecordSpan
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
 from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 
@@ -48,6 +50,8 @@ def conditions(draw, metrics, operators):
     if operator in ON_BASELINES:
         made["baseline"] = draw(st.sampled_from(BaselineKind)).value
         made["baseline_of"] = draw(st.sampled_from(metrics))
+    if operator in ON_RECORDS:
+        made["rising"] = draw(st.booleans())
     if operator is Operator.NONFINITE and draw(st.booleans()):
         del made["metric"]  # of any value of the step
     return made
@@ -172,7 +176,8 @@ def test_what_is_right_is_read(made):
 
 
 def test_every_field_of_a_condition_is_tried():
-    assert {"metric", "release", "baseline", "baseline_of"} == CONDITION_FIELDS - OPERATORS
+    others = {"metric", "release", "baseline", "baseline_of", "rising"}
+    assert others == CONDITION_FIELDS - OPERATORS
 
 
 ANY_NUMBER = [True, "much", "1,5", "3 ms", None, [1], {"is": 1}, ".nan", "-.inf"]
@@ -202,7 +207,7 @@ WRONG = {
         for name, one in PARAMETERS.items()
     },
     **dict.fromkeys(("severity", "action", "mode", "scope", "baseline"), CHOICE),
-    **dict.fromkeys(("downgrade", "conservative"), FLAG),
+    **dict.fromkeys(("downgrade", "conservative", "rising"), FLAG),
     **dict.fromkeys(("metric", "baseline_of"), NAME),
     **dict.fromkeys(("version", "text"), TEXT),
     **dict.fromkeys(GROUPS, PARTS),
@@ -243,7 +248,7 @@ def place_of(made, data):
     return data.draw(st.sampled_from(list(places(made))))
 
 
-@settings(few, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(tables(), st.data())
 def test_a_wrong_value_is_named(made, data):
     """Of each field in turn, as chance would pick most of them too seldom."""

@@ -130,6 +130,8 @@ def test_advise_never_checks(clock):
 @pytest.mark.parametrize("asks", [True, False])
 def test_ranks_that_agree_never_check(clock, asks):
     class Agreement:
+        any_unsound = False
+
         def submit_answer(self, decision):
             pass
 

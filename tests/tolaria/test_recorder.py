@@ -47,6 +47,7 @@ def test_a_frame_holds_what_the_loop_did(clock):
             "nonfinite": 0.0,
             "lr_scale": 1.0,
             "update_skipped": 0.0,
+            "phase": 0.0,
         }
     )
 

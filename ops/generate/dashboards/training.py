@@ -131,11 +131,22 @@ def _learning() -> list[PanelBuilder]:
         lines(
             "Skipped updates",
             "none",
-            [Line(total("update_skipped"), BY_RANK)],
-            "Updates left out by decisions, counted over what a pixel spans.",
+            [
+                Line(total("update_skipped"), BY_RANK),
+                Line(total("restored"), f"{BY_RANK}, a snapshot put back"),
+            ],
+            "Updates left out by decisions, and those in whose place a snapshot was put back, "
+            "counted over what a pixel spans.",
         ),
-        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)], width=12),
-        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)], width=12),
+        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
+        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
+        lines(
+            "Phase",
+            "none",
+            [Line(most("phase"), BY_RANK)],
+            "Where it rises the loop has said that a new phase begins: values of before are no "
+            "measure for those after.",
+        ),
     ]
 
 

@@ -205,9 +205,9 @@ def bound_of(condition: Condition, history: History) -> Bound:
 
     def bound() -> float:
         median = reference.value
-        if median is None:
+        if not median:
             return never
-        return number * median if median >= 0.0 else times(number, median)
+        return number * median if median > 0.0 else times(number, median)
 
     return bound
 
@@ -248,8 +248,13 @@ def _effort(part: list[Condition]) -> int:
 
 
 def _effort_of(condition: Condition) -> int:
-    if condition.operator in _FIXED:
+    operator, number = condition.operator, condition.number
+    if operator in (Operator.ABOVE, Operator.AT_LEAST) and number <= 0.0:
+        return 4  # most metrics are above zero at every step
+    if operator in _FIXED:
         return 0
-    if condition.operator is Operator.ABOVE_BASELINE and condition.number < 1.0:
-        return 5  # what is usual is above it: nearly every step would be judged first
-    return _EFFORT.get(condition.operator, 1)
+    if (operator is Operator.ABOVE_BASELINE and number < 1.0) or (
+        operator is Operator.BELOW_BASELINE and number > 1.0
+    ):
+        return 5  # what is usual is beyond it: nearly every step would be judged first
+    return _EFFORT.get(operator, 1)

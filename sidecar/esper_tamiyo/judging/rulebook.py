@@ -5,14 +5,14 @@ And what another table changes: rules that are the same go on as if nothing had 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
-from esper_tamiyo.judging.rules import compiled
-from esper_tamiyo.judging.update_guards import update_plan
+from esper_tamiyo.judging.rules import Values, compiled
+from esper_tamiyo.judging.update_guards import UpdatePlan, update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import (
     ON_BASELINES,
@@ -90,6 +90,24 @@ class Rulebook:
         """By which updates are checked before they are made."""
         self.update_plan = update_plan(table)
 
+    def update_plan_without(self, silenced: Collection[str]) -> UpdatePlan:
+        """The guards of updates where the rules with these ids act on none."""
+        if not silenced:
+            return self.update_plan
+        heard = tuple(rule for rule in self.table.rules if rule.id not in silenced)
+        return update_plan(msgspec.structs.replace(self.table, rules=heard))
+
+    def values_of_seed(self, of_step: Mapping[str, float], own: Mapping[str, float]) -> Values:
+        """What rules about seeds look at: a seed's ``own`` values, and what else they need."""
+        if not self.derived and not self.mixes:
+            return own
+        values = {**of_step, **own} if self.mixes else {**own}
+        for derived in self.derived:
+            value = derived.of(own)
+            if value is not None:
+                values[derived.metric.key] = value
+        return values
+
     def _sort_rules(self) -> None:
         """Tell the rules apart by what they are about."""
         placed = tuple(enumerate(self.rules))
@@ -103,8 +121,8 @@ class Rulebook:
             for place, entry in placed
             if not entry.rule.about_silence
         )
-        """The rules that a frame is held against: place in the table, rule, whether it is about
-        the step alone (neither about seeds nor about other ranks), whether it is about seeds."""
+        """The rules that a frame is held against: place in the table, rule, and whether it is
+        about the step alone (neither about seeds nor about other ranks), or about seeds."""
         self.ranks = tuple(one for one in placed if one[1].rule.about_ranks)
         """The rules that compare ranks."""
         self.silence = tuple(one for one in placed if one[1].rule.about_silence)
@@ -118,7 +136,9 @@ class Rulebook:
 
     def _watch_steps(self) -> None:
         """What frames have to be remembered for."""
-        framed = [part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)]
+        framed = [
+            part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)
+        ]
         self.step_watch = watched(self.table, framed, of_seeds=False)
         self.seed_watch = watched(self.table, framed, of_seeds=True)
         self.derived = needed(

@@ -14,6 +14,7 @@ import msgspec
 from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -47,6 +48,8 @@ class CompiledRule(msgspec.Struct, frozen=True):
     weight: tuple[int, int]
     window: int
     acts: bool
+    keeps_norm: bool
+    """Whether it has updates made with the usual gradient norm."""
     is_trouble: bool
     """Whether a step at which it fires is not a clean one. What is only told is not: a drift
     that has come to stay must not keep seeds waiting for ever."""
@@ -75,6 +78,7 @@ def compiled(rule: Rule, is_known: IsKnown | None = None) -> CompiledRule:
         weight=(FORCE[rule.action], RANK_OF[rule.severity]),
         window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
         acts=acts,
+        keeps_norm=acts and USUAL_NORM in rule.parameters,
         is_trouble=acts and not rule.downgrade and not only_tells,
     )
 
@@ -128,10 +132,13 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
 
 
 def _record_seen(condition: Condition, history: History) -> Iterator[tuple[str, float]]:
-    """The ordinary state of a metric and what its record explains, by what they are."""
+    """The ordinary state of a metric and how far its record explains, by what they are.
+
+    Not times the condition's number: a rule may have several on one record.
+    """
     key = condition.metric
     excursions = history.excursions[key, condition.operator is Operator.BELOW_RECORD]
-    bound = excursions.bound(condition.hold, condition.number, rising=condition.rising)
+    bound = excursions.bound(condition.hold, 1.0)
     if bound is None or excursions.level is None or excursions.scatter is None:
         return
     record = excursions.records[condition.hold]
@@ -233,7 +240,8 @@ def _at_most(condition: Condition) -> Test:
 
 
 def _on_baseline(condition: Condition) -> Test:
-    """Unknown in warm-up; of a baseline below zero see :func:`times`."""
+    """Unknown in warm-up, and of a baseline of zero, of which anything is any number of times;
+    of one below zero see :func:`times`."""
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_BASELINE
     name = BaselineKey(condition.baseline_of, condition.baseline).name
@@ -243,9 +251,9 @@ def _on_baseline(condition: Condition) -> Test:
         if value is None:
             return None
         median = history.baselines[name].value
-        if median is None:
+        if not median:
             return None
-        bound = factor * median if median >= 0.0 else times(factor, median)
+        bound = factor * median if median > 0.0 else times(factor, median)
         return value > bound if above else value < bound
 
     return test

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from math import inf
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from esper_otel.leyline.decisions import LR_SCALE, MAX_NORM, SKIP_STEP, Action, Severity
+from esper_otel.leyline.decisions import Action, Severity
 from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
 
@@ -30,6 +29,7 @@ ID = r"[a-z][a-z0-9_]*"
 KNOWN_BEFORE_UPDATE = frozenset(
     {
         *("step", "loss", "gradient_norm", "optimizer_lr", "optimizer_momentum", "lr_scale"),
+        "optimizer_lr_base",
         *("nonfinite", "loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma"),
         "grad_var",
     }
@@ -121,41 +121,6 @@ class Group(msgspec.Struct, frozen=True, tag=True):
         return joint.join(
             f"({part})" if isinstance(part, Group) else str(part) for part in self.parts
         )
-
-
-class Parameter(NamedTuple):
-    """What a rule may ask of an update: what it means, whose it may be, and its values.
-
-    A number is more than 0 and at most ``most``. A ``flag`` is ``true`` in a table and 1.0 in
-    a decision.
-    """
-
-    meaning: str
-    actions: tuple[Action, ...]
-    most: float = inf
-    flag: bool = False
-
-
-PARAMETERS: dict[str, Parameter] = {
-    LR_SCALE: Parameter(
-        "the learning rates of the optimizer are taken times this factor: for the update at "
-        "hand when the rule fires before it, and from the next update on when the rule fires "
-        "after a step",
-        (Action.OPTIMIZER,),
-        most=10.0,
-    ),
-    MAX_NORM: Parameter(
-        "before the update its gradients are scaled down to this norm, all of them together, "
-        "if theirs is larger",
-        (Action.OPTIMIZER, Action.PAUSE),
-    ),
-    SKIP_STEP: Parameter(
-        "the update is left out; the step counts as one of the loop and not of the optimizer",
-        (Action.OPTIMIZER, Action.PAUSE),
-        flag=True,
-    ),
-}
-"""By the name they have in tables and decisions."""
 
 
 class RuleScope(StrEnum):
