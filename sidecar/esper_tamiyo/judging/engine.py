@@ -28,12 +28,10 @@ from esper_tamiyo.judging.observer import EngineObserver
 from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rule_status import RuleTransition
 from esper_tamiyo.judging.rulebook import ReloadReport, Rulebook, difference, earlier_places
-from esper_tamiyo.judging.rules import CompiledRule
 from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.silences import SilenceOrder, Silences
 from esper_tamiyo.judging.update_guards import UpdateGuards
-from esper_tamiyo.language.operators import Operator
-from esper_tamiyo.language.table import Table, conditions
+from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
 
@@ -313,7 +311,7 @@ class Engine:
     def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> None:
         """Let the rules on silence fire whose patience ended within ``silent_ns``."""
         for place, entry in self._book.silence:
-            steps = _patience(entry)
+            steps = self._book.patience[place]
             ended = state.pace.silent_since(silent_ns, steps)
             if ended is None:
                 continue
@@ -386,11 +384,3 @@ class Engine:
             conservative=state.conservative,
             table_version=self._book.table.version,
         )
-
-
-def _patience(entry: CompiledRule) -> float:
-    return next(
-        part.number
-        for part in conditions(entry.rule.when)
-        if part.operator is Operator.MISSING_FOR
-    )

@@ -115,7 +115,9 @@ class Record:
 class Excursions:
     """One side of what one metric may be: above its level, or with ``below`` under it.
 
-    ``level`` is None during warm-up, ``scatter`` also while nothing has ever moved.
+    ``level`` is None during warm-up, ``scatter`` also while nothing has ever moved. ``edge`` is
+    the value that is out by one scatter, None without one. ``version`` changes whenever a bound
+    may have.
     """
 
     __slots__ = (
@@ -132,9 +134,11 @@ class Excursions:
         "_values",
         "_waiting",
         "_warmup",
+        "edge",
         "level",
         "records",
         "scatter",
+        "version",
     )
 
     def __init__(
@@ -149,6 +153,8 @@ class Excursions:
         self.records = {hold: Record(*hold) for hold in holds}
         self.level: float | None = None
         self.scatter: float | None = None
+        self.edge: float | None = None
+        self.version = 0
         self._sign = -1.0 if below else 1.0
         self._warmup = warmup
         self._risk = risk
@@ -196,7 +202,8 @@ class Excursions:
         """Another phase: the level begins anew, records are kept."""
         for record in self.records.values():
             record.drop_excursion()
-        self.level = self.scatter = None
+        self.level = self.scatter = self.edge = None
+        self.version += 1
         self._newest.clear()
         self._distances.clear()
         self._ordered.clear()
@@ -213,6 +220,7 @@ class Excursions:
         else:
             return
         self._length += 1
+        self.version += 1
         if self._length <= ONSET:
             self._onset = max(self._onset, out)
         for record in self.records.values():
@@ -266,3 +274,5 @@ class Excursions:
             for record in self.records.values():
                 record.move_bound(self._values, self._risk)
         self.scatter = scatter or None
+        self.edge = level + self._sign * scatter if scatter else None
+        self.version += 1

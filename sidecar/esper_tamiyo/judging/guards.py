@@ -217,10 +217,15 @@ def _record_bound(condition: Condition, history: History) -> Bound:
     below = condition.operator is Operator.BELOW_RECORD
     excursions = history.excursions[condition.metric, below]
     never = -inf if below else inf
+    version, moved = -1, never
 
     def bound() -> float:
-        found = excursions.bound(hold, factor, rising=rising)
-        return never if found is None else found
+        nonlocal version, moved
+        if excursions.version != version:
+            version = excursions.version
+            found = excursions.bound(hold, factor, rising=rising)
+            moved = never if found is None else found
+        return moved
 
     return bound
 

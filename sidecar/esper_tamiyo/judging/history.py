@@ -36,10 +36,15 @@ class RollingMedian:
 
     def add(self, value: float) -> None:
         """Take in a finite observation; the oldest leaves when the window is full."""
-        ordered = self._ordered
+        ordered, arrived = self._ordered, self._arrived
         if len(ordered) == self._window:
-            del ordered[bisect_left(ordered, self._arrived.popleft())]
-        self._arrived.append(value)
+            oldest = arrived.popleft()
+            arrived.append(value)
+            if value == oldest:  # what stands still, as a learning rate, has the same median
+                return
+            del ordered[bisect_left(ordered, oldest)]
+        else:
+            arrived.append(value)
         insort(ordered, value)
         count = len(ordered)
         if count < self._warmup:

@@ -64,6 +64,7 @@ class Rulebook:
         "judged",
         "judges_seeds",
         "mixes",
+        "patience",
         "peer_keys",
         "rank_keys",
         "rank_watch",
@@ -127,6 +128,15 @@ class Rulebook:
         """The rules that compare ranks."""
         self.silence = tuple(one for one in placed if one[1].rule.about_silence)
         """The rules on ranks that send nothing."""
+        self.patience = {
+            place: next(
+                part.number
+                for part in conditions(entry.rule.when)
+                if part.operator is Operator.MISSING_FOR
+            )
+            for place, entry in self.silence
+        }
+        """Steps without which they fire, by place."""
         of_seeds = [entry.rule for entry in self.rules if entry.rule.about_seeds]
         self.judges_seeds = bool(of_seeds)
         self.mixes = any(

@@ -167,7 +167,24 @@ def _unknown(values: Values, history: History) -> Verdict:
     return None
 
 
+def _both(first: Test, second: Test) -> Test:
+    """:func:`_every` of two, which nearly all groups are: judged at every step, for most rules
+    the first part is the whole of it."""
+
+    def test(values: Values, history: History) -> Verdict:
+        one = first(values, history)
+        if one is False:
+            return False
+        other = second(values, history)
+        return None if one is None and other is not False else other
+
+    return test
+
+
 def _every(parts: tuple[Test, ...]) -> Test:
+    if len(parts) == 2:
+        return _both(*parts)
+
     def test(values: Values, history: History) -> Verdict:
         verdict: Verdict = True
         for part in parts:
@@ -269,17 +286,23 @@ def times(factor: float, baseline: float) -> float:
 
 
 def _on_record(condition: Condition) -> Test:
+    """Most values are within a scatter, where no record is exceeded: that is looked at first."""
     metric, factor, hold = condition.metric, condition.number, condition.hold
-    rising = condition.rising
-    below = condition.operator is Operator.BELOW_RECORD
+    rising, below = condition.rising, condition.operator is Operator.BELOW_RECORD
+    key, is_short = (metric, below), factor < 1.0
 
     def test(values: Values, history: History) -> Verdict:
         value = values.get(metric)
         if value is None:
             return None
-        bound = history.excursions[metric, below].bound(hold, factor, rising=rising)
-        if bound is None:
+        excursions = history.excursions[key]
+        edge = excursions.edge
+        if edge is None:
             return None
+        if not is_short and (value >= edge if below else value <= edge):
+            return False
+        bound = excursions.bound(hold, factor, rising=rising)
+        assert bound is not None
         return value < bound if below else value > bound
 
     return test
