@@ -47,6 +47,8 @@ class Made:
             "input_wait_ms": 0.02 * self.step_ms,
             "hook_latency_ms": 0.2,
             "optimizer_lr": schedule(step),
+            "optimizer_lr_base": 0.1,
+            "lr_scale": 1.0,
             "optimizer_momentum": 0.9,
             "gpu_mem_free_gb": 70.0 - 40 * min(step, 15) / 15,
             "gpu_util_percent": 97.0,
@@ -180,6 +182,11 @@ def has_no_gradients(step, values, seeds):
         del values["gradient_norm"]
 
 
+def stays_in_momentum(step, values, seeds):
+    if step >= TROUBLE:
+        values.update(optimizer_momentum=0.999, lr_scale=0.1)
+
+
 def spikes(step, values, seeds):
     if step == TROUBLE:
         values["gradient_norm"] *= 1e4
@@ -187,7 +194,7 @@ def spikes(step, values, seeds):
 
 def too_high(step, values, seeds):
     if step >= TROUBLE:
-        values["optimizer_lr"] *= 30
+        values["optimizer_lr"] *= 6
         values["loss"] *= 1.6
 
 
@@ -211,9 +218,11 @@ TROUBLES = [
     ("gradient_drift", times(8, "gradient_norm"), 6),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
     ("gradient_missing", has_no_gradients, 20),
-    ("learning_rate_jump", times(50, "optimizer_lr"), 1),
+    ("learning_rate_jump", times(6, "optimizer_lr"), 1),
+    ("learning_rate_leap", times(50, "optimizer_lr"), 1),
     ("learning_rate_too_high", too_high, 2),
     ("momentum_jump", instead(optimizer_momentum=0.999), 2),
+    ("momentum_stays", stays_in_momentum, 1),
     ("learning_rate_collapse", times(0, "optimizer_lr"), 5),
     ("nonfinite_loss", is_not_finite, 1),
     ("weights_lost", instead(nonfinite=1.0), 3),
