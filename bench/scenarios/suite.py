@@ -40,13 +40,19 @@ _DIVERGES = (
     *_LOSS,
     "gradient_explosion",
     "gradient_spike",
+    "gradient_pileup",
     "gradient_drift",
     "nonfinite_loss",
 )
-_STANDS_STILL = ("gradient_vanishing", "gradient_missing", "values_vanished", "loss_stuck")
+_STANDS_STILL = ("gradient_vanishing", "gradient_missing", "loss_fell", "loss_stuck")
 
 RIGHT: dict[str, tuple[str, ...]] = {
-    "lr_times_50": (*_DIVERGES, "learning_rate_jump", "learning_rate_too_high"),
+    "lr_times_50": (
+        *_DIVERGES,
+        "learning_rate_jump",
+        "learning_rate_leap",
+        "learning_rate_too_high",
+    ),
     "lr_zero": ("learning_rate_collapse", "optimizer_hint", "loss_stuck"),
     "momentum_0999": (*_DIVERGES, "momentum_jump"),
     "nan_batch": ("nonfinite_loss",),
@@ -68,7 +74,12 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "seed_harm": (*_DIVERGES, "seed_conflict"),
     "straggler": ("straggler_rank",),
     "quiet": ("telemetry_quiet",),
-    "lr_times_10": (*_DIVERGES, "learning_rate_jump", "learning_rate_too_high"),
+    "lr_times_10": (
+        *_DIVERGES,
+        "learning_rate_jump",
+        "learning_rate_leap",
+        "learning_rate_too_high",
+    ),
     "betas_swapped": (*_DIVERGES, "momentum_jump"),
     "loss_explodes": _DIVERGES,
     "inputs_zero": (*_DIVERGES, *_STANDS_STILL),

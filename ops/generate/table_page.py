@@ -173,9 +173,10 @@ _TEMPLATE = """\
 A table says when something is wrong with a run and what to do about it. It is YAML, read
 by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
 `default` compares a run with its own past. For loss and gradients that is what the run does by
-itself: a value counts that is beyond the [record of its excursions](#records-of-excursions), and
-most rules want several such steps. Factors of a baseline beside that are floors, below which
-nothing is worth a word. `prototype` has fixed numbers, which fit the workload they were made for.
+itself: a value counts that is beyond the [record of its excursions](#records-of-excursions),
+and most rules want several such steps. Factors of a baseline beside that are floors, below
+which nothing is worth a word. `prototype` has fixed numbers, which fit the workload they were
+made for.
 
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
 its file, line and field, and rules that can never fire, never be heard or never end, or

@@ -333,7 +333,8 @@ class LoopCalls:
         """
         if not isinstance(name, str):
             raise TypeError(f"phase_begins({name!r}): expected a name")
-        self._in_use.phase_begins(name)
+        is_named = self._loop.preferred is not None
+        (self._recorder if is_named else self._in_use).phase_begins(name)
 
     def step(self) -> None:
         """End the step; for loops whose optimizer was not given to :func:`esper_otel.start`.

@@ -169,14 +169,14 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     primary_optimizer: str = ""
     """Which optimizer's steps are the run's when a script that knows nothing of us has
     several: the name of its class, or its place in the order in which they first step, from
-    0. Empty: :class:`integrations.primary.Primary` chooses."""
+    0; the process is one run then. Empty: :class:`integrations.primary.Primary` chooses."""
 
     losses_prescaled: bool = False
     """Whether a script that accumulates gradients has divided each loss by the number of
     micro-batches before ``backward``: then a step's loss is their sum, not their mean.
     Frameworks that do so are known to. Losses that a loop reports are averaged either way."""
 
-    release_steps: int = 40
+    release_steps: int = 20
     """Steps without an OPTIMIZER decision before the learning rate is given back, and
     over which it is. More than a table's baseline window, so that what comes of it is held
     against a healthy past and not against the trouble itself."""

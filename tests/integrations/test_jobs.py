@@ -16,6 +16,7 @@ from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations import jobs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.leyline import wire  # noqa: E402
+from esper_otel.stream import read_frames  # noqa: E402
 from integrations.conftest import CapturedStream  # noqa: E402
 from sidecar.running import sidecar  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer, decision_about  # noqa: E402
@@ -220,12 +221,15 @@ def test_a_second_agent_is_a_training_of_its_own(watched):
     assert all_steps(watched) == {"job": whole(30), "job-2": whole(25)}
 
 
-def test_an_actor_that_begins_late_takes_over(watched):
-    sac(10, first=20)
+@pytest.mark.parametrize("frozen", [False, True], ids=["through the critic", "frozen critic"])
+def test_an_actor_that_begins_late_takes_over(watched, frozen):
+    sac(10, first=20, frozen=frozen)
     steps = all_steps(watched)
     assert list(steps) == ["job"]
-    assert len(steps["job"]) == 20 + 1 + 10  # the critic steps once more before the actor does
-    assert [frame["phase"] for frame in watched.frames("job")] == [0.0] * 21 + [1.0] * 10
+    # The critic steps once more before the actor does. Where no gradient shows that they belong
+    # together, the actor's first step is held back and then no step of the run's.
+    actors = 10 - frozen
+    assert [frame["phase"] for frame in watched.frames("job")] == [0.0] * 21 + [1.0] * actors
 
 
 @pytest.mark.parametrize("loop", [generator_and_critic, generator_first])
@@ -245,6 +249,28 @@ def test_two_optimizers_that_share_a_model_are_one_training(watched):
         matrices.step()
         rest.step()
     assert all_steps(watched) == {"job": whole(30)}
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within backward", "behind it"])
+def test_many_optimizers_of_one_model_are_one_training_in_one_phase(watched, within):
+    for _ in range(2):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(15)))
+        optimizers = {p: torch.optim.SGD([p], lr=0.001) for p in model.parameters()}
+
+        def step(parameter, optimizers=optimizers):
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in model.parameters():
+            if within:
+                parameter.register_post_accumulate_grad_hook(step)
+        for _ in range(12):
+            model(X).square().mean().backward()
+            for parameter in () if within else optimizers:
+                step(parameter)
+    assert all_steps(watched) == {"job": whole(12), "job-2": whole(12)}
+    phases = {frame["phase"] for name in ("job", "job-2") for frame in watched.frames(name)}
+    assert phases == {0.0}
 
 
 def test_a_weighted_copy_changes_nothing(watched):
@@ -307,6 +333,21 @@ def test_under_zero_code_a_phase_is_of_the_training_under_way(watched):
     all_steps(watched)
     assert {frame["phase"] for frame in watched.frames("job")} == {0.0}
     assert [frame["phase"] for frame in watched.frames("job-2")] == [0.0] * 12 + [1.0] * 3
+
+
+def test_a_phase_of_a_named_training_is_its_own(watched):
+    first, second = Training(), Training()
+    run = esper_otel.start(first.optimizer)
+    first.train(3)
+    other = esper_otel.start(second.optimizer)
+    second.train(3)
+    run.phase_begins("harder")
+    second.train(3)
+    first.train(3)
+    assert other.run_id == "job-2"
+    all_steps(watched)
+    assert [frame["phase"] for frame in watched.frames("job")] == [0.0] * 3 + [1.0] * 3
+    assert {frame["phase"] for frame in watched.frames("job-2")} == {0.0}
 
 
 # Named ones.
@@ -488,3 +529,48 @@ def test_a_sweep_under_the_default_table_is_left_alone(tmp_path):
     assert "OPTIMIZER" not in told
     assert "PAUSE" not in told
     assert "sweep-3" in str(report)
+
+
+FORKING = """
+import os, torch
+from torch import nn
+
+def train():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+kept = [train()]
+held = nn.Linear(4, 1)
+of_held = torch.optim.SGD(held.parameters(), lr=0.01)
+held(torch.ones(2, 4)).sum().backward()
+of_held.step()
+if os.fork() == 0:
+    kept += [train(), train()]
+    of_held.step()
+    raise SystemExit(0)
+os.wait()
+kept.append(train())
+"""
+
+
+def test_a_forked_child_begins_no_trainings(tmp_path):
+    from test_end_to_end import ESPER, environment
+
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    env = environment(tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
+    command = [ESPER, "run", "--mode", "off", "--record", str(tmp_path), "--run-id", "job"]
+    done = subprocess.run([*command, str(script)], env=env, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = {
+        file.name.removesuffix("-rank0.metrics.otlp"): [
+            frame.step for frame in read_frames(file)
+        ]
+        for file in tmp_path.glob("*.metrics.otlp")
+    }
+    assert told == {"job": whole(12), "job-2": [1], "job-3": whole(12)}

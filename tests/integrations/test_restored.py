@@ -263,22 +263,22 @@ def test_weights_that_are_lost_come_back_by_the_default_table(
 ):
     """With the real engine: NaN weights at a step, and a run that ends near its twin."""
     monkeypatch.setattr(loop, "_told", set())
-    twin = Loop(steps=300, closure=closure).run()
+    twin = Loop(steps=150, closure=closure).run()
     socket = tmp_path / "s.sock"
     settings = {"mode": "enforce", "tamiyo_socket": str(socket), "tamiyo_deadline_ms": 5000}
 
-    def trained(**more):
+    def trained(steps, **more):
         TorchInstrumentor().instrument(skip_dep_check=True, **settings, **more)
         try:
-            return Loop(steps=300, closure=closure, lost_at=[100]).run().evaluate()
+            return Loop(steps=steps, closure=closure, lost_at=[50]).run().evaluate()
         finally:
             TorchInstrumentor().uninstrument()
 
     with sidecar(socket):
-        without = trained()
+        without = trained(60)
         first = len(captured.frames)
-        ended = trained(snapshot_every=20, release_steps=20)
+        ended = trained(150, snapshot_every=10, release_steps=10)
     assert without != without
     restored = [frame["step"] for frame in captured.frames[first:] if frame.get("restored")]
-    assert restored == [103]
+    assert restored == [53]
     assert ended < 1.25 * twin.evaluate()

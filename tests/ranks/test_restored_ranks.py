@@ -21,7 +21,7 @@ GOOD = 13
 """Snapshots are made at the end of steps 2, 13, and 24; that of 24 is not good by step 31."""
 
 BACK = ASKED + 2
-"""The answer about a step is settled at the end of the next, and holds for the update behind."""
+"""The answer about a step is settled at the end of the next; then comes the update."""
 
 
 def ranks(folder: Path, *words: str) -> list[dict[str, Any]]:

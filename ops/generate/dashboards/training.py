@@ -135,8 +135,8 @@ def _learning() -> list[PanelBuilder]:
                 Line(total("update_skipped"), BY_RANK),
                 Line(total("restored"), f"{BY_RANK}, a snapshot put back"),
             ],
-            "Updates left out by decisions, and those of them in whose place a snapshot was put "
-            "back, counted over what a pixel spans.",
+            "Updates left out by decisions, and those in whose place a snapshot was put back, "
+            "counted over what a pixel spans.",
         ),
         lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
         lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),

@@ -162,7 +162,8 @@ def _usual_norm(seen: Mapping[str, float]) -> float:
     level, scatter = seen.get("level(gradient_norm)"), seen.get("scatter(gradient_norm)")
     if level is not None and scatter is not None:
         return level + scatter
-    return seen.get("baseline(gradient_norm)", 0.0)
+    usual = (f"{kind}(gradient_norm)" for kind in ("baseline", "frozen", "lowest", "highest"))
+    return next((seen[name] for name in usual if name in seen), 0.0)
 
 
 def _usual_rate(seen: Mapping[str, float]) -> float:

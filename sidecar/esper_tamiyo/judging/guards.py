@@ -205,9 +205,9 @@ def bound_of(condition: Condition, history: History) -> Bound:
 
     def bound() -> float:
         median = reference.value
-        if median is None:
+        if not median:
             return never
-        return number * median if median >= 0.0 else times(number, median)
+        return number * median if median > 0.0 else times(number, median)
 
     return bound
 

@@ -240,7 +240,8 @@ def _at_most(condition: Condition) -> Test:
 
 
 def _on_baseline(condition: Condition) -> Test:
-    """Unknown in warm-up; of a baseline below zero see :func:`times`."""
+    """Unknown in warm-up, and of a baseline of zero, of which anything is any number of times;
+    of one below zero see :func:`times`."""
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_BASELINE
     name = BaselineKey(condition.baseline_of, condition.baseline).name
@@ -250,9 +251,9 @@ def _on_baseline(condition: Condition) -> Test:
         if value is None:
             return None
         median = history.baselines[name].value
-        if median is None:
+        if not median:
             return None
-        bound = factor * median if median >= 0.0 else times(factor, median)
+        bound = factor * median if median > 0.0 else times(factor, median)
         return value > bound if above else value < bound
 
     return test

@@ -146,9 +146,9 @@ def _moving_bound(condition: Condition, history: History) -> MovingBound:
 
         def of_baseline() -> tuple[float, float]:
             median = reference.value
-            if median is None:
+            if not median:
                 return inf, 0.0
-            bound = number * median if median >= 0.0 else times(number, median)
+            bound = number * median if median > 0.0 else times(number, median)
             return sign * bound, abs(bound - median)
 
         return of_baseline

@@ -7,10 +7,10 @@ it steps for the first time; the first of these that is true holds:
 ================================================ ===============================================
 an optimizer that                                belongs to
 ================================================ ===============================================
-shares a parameter with a known training         that one: made anew for the same model
-steps while a framework's training is under way  that one
 steps by the very ``backward`` by which the      that one: Muon beside AdamW, optimizers of
 training under way has stepped                   single parameters
+shares a parameter with a known training         that one: made anew for the same model
+steps while a framework's training is under way  that one
 steps by a ``backward`` that gave gradients to   that one: a generator, whose loss goes through
 parameters of the training under way as well     its critic
 steps after a training that is over              another training
@@ -66,8 +66,9 @@ class Job:
         """Optimizers in the order of their steps, while it is not known to be a training."""
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._parameters: dict[int, weakref.ref[Any]] = {}
-        self._samples: list[weakref.ref[Any]] = []
-        self._gradients: list[tuple[int, int] | None] = []
+        self._sample: weakref.ref[Any] | None = None
+        """A parameter, the first: what goes through a model at all has it in its graph."""
+        self._gradient: tuple[int, int] | None = None
         self._sets_steps: weakref.ref[Any] | None = None
         self._parameter: weakref.ref[Any] | None = None
 
@@ -86,14 +87,25 @@ class Job:
         """Those that are its own, in no order."""
         return list(self._optimizers)
 
+    def sets_step(self, optimizer: Any, *, fresh: bool) -> bool:
+        """``optimizer`` is about to step; returns whether that is a step of the run.
+
+        One that steps by the same ``backward`` as another before it (not ``fresh``) is no turn
+        of its own, and the run's only if it was chosen before.
+        """
+        primary, preferred = self.primary, self.run._loop.preferred
+        if fresh or not self.by_backward or primary.may_be(optimizer) or primary.is_named:
+            return primary.begins(optimizer, preferred)
+        return preferred is optimizer and primary.begins(optimizer, preferred)
+
     def join(self, optimizer: Any) -> None:
         """``optimizer`` belongs to it."""
         self._optimizers.add(optimizer)
         parameters = parameters_of(optimizer)
         self._parameters.update((id(each), weakref.ref(each)) for each in parameters)
-        trained = [each for each in parameters if each.requires_grad]
-        if trained and not any(sample() is not None for sample in self._samples):
-            self._samples = [weakref.ref(each) for each in (trained[0], trained[-1])]
+        if self._sample is None or self._sample() is None:
+            trained = (each for each in parameters if each.requires_grad)
+            self._sample = next(map(weakref.ref, trained), None)
 
     def shares_parameters(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` has one that is, or was, trained by one of its own."""
@@ -104,18 +116,21 @@ class Job:
             id(each) in known and known[id(each)]() is each for each in parameters_of(optimizer)
         )
 
-    def note_gradients(self) -> None:
+    def note_gradient(self) -> None:
         """``backward`` is about to be called."""
-        self._gradients = [_gradient_of(sample()) for sample in self._samples]
+        self._gradient = self._gradient_now()
 
     @property
     def got_gradients(self) -> bool:
-        """Whether that call gave gradients to its parameters, of which two are looked at."""
-        now = [_gradient_of(sample()) for sample in self._samples]
-        return any(
-            gradient is not None and gradient != before
-            for gradient, before in zip(now, self._gradients, strict=False)
-        )
+        """Whether that call gave a gradient to its first parameter."""
+        now = self._gradient_now()
+        return now is not None and now != self._gradient
+
+    def _gradient_now(self) -> tuple[int, int] | None:
+        """What changes when a gradient comes, or is added to."""
+        parameter = None if self._sample is None else self._sample()
+        gradient = None if parameter is None else parameter.grad
+        return None if gradient is None else (id(gradient), gradient._version)
 
     def steps_by(self, optimizer: Any, phase: str = "") -> None:
         """``optimizer`` sets the steps of the run from now on.
@@ -166,7 +181,7 @@ class Jobs:
     def note_gradients(self) -> None:
         """``backward`` is about to be called."""
         for job in self._turns:
-            job.note_gradients()
+            job.note_gradient()
 
     def of(self, optimizer: Any, *, fresh: bool, has_closure: bool = False) -> Job:
         """That for which ``optimizer`` is about to step; it is the current one from here on.
@@ -181,10 +196,11 @@ class Jobs:
             if job is not self.current:
                 self._go_to(job)
             self._newest = weakref.ref(optimizer)
-        self._count += 1
+        is_turn = fresh or has_closure or not job.by_backward
+        self._count += is_turn  # what steps by one backward is one turn
         job.last, job.is_ended = self._count, False
         job.by_backward = job.by_backward or fresh or has_closure
-        if len(self._turns) > 1:
+        if is_turn and len(self._turns) > 1:
             job.turns.append(self._newest)
             self._settle()
         return job
@@ -226,10 +242,16 @@ class Jobs:
 
     def close(self) -> None:
         """The process ends: what is held back was trainings of its own."""
-        self._confirm_all()
+        if not self._is_off:
+            self._confirm_all()
         for job in list(self._open):
             if job.run is not self.first:
                 self._close(job)
+
+    @property
+    def _is_off(self) -> bool:
+        """Whether the run has ended, or is that of the process this one was forked from."""
+        return self.first._report is not None
 
     # To whom an optimizer belongs.
 
@@ -244,14 +266,14 @@ class Jobs:
 
     def _belongs(self, optimizer: Any, fresh: bool, has_closure: bool) -> Job:
         current = self.current
-        if not current.last or self.first.settings.primary_optimizer:
+        if not current.last or self.first.settings.primary_optimizer or self._is_off:
+            return current
+        if not fresh and not has_closure and current.by_backward:
             return current
         related = self._related(optimizer)
         if related is not None:
             return related
         if current.is_announced:
-            return current
-        if not fresh and not has_closure and current.by_backward:
             return current
         for job in reversed(self._turns):
             if fresh and job.got_gradients:
@@ -261,7 +283,7 @@ class Jobs:
     def _announced_by(self, optimizer: Any) -> Job:
         """As :meth:`_belongs`, where it is known that a training is meant by it."""
         current = self.current
-        if not current.last:
+        if not current.last or self._is_off:
             return current
         return self._related(optimizer) or self._begin(certain=True)
 
@@ -339,7 +361,7 @@ class Jobs:
         """``job`` is a training: from here on it is sent and asked about."""
         self._begun += 1
         job.turns.clear()
-        if job.run.enabled:
+        if job.run.enabled and not self._is_off:
             job.run._begin()
         self._open.append(job)
         if job.run.totals is not None:
@@ -368,9 +390,3 @@ class Jobs:
 def parameters_of(optimizer: Any) -> list[Any]:
     """Those of all its groups."""
     return [each for group in optimizer.param_groups for each in group["params"]]
-
-
-def _gradient_of(parameter: Any) -> tuple[int, int] | None:
-    """What changes when a gradient is added to; None where there is none."""
-    gradient = None if parameter is None else parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)

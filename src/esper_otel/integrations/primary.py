@@ -37,6 +37,11 @@ class Primary:
         return None if self._ref is None else self._ref()
 
     @property
+    def is_named(self) -> bool:
+        """Whether the user has said which it is."""
+        return bool(self._wanted)
+
+    @property
     def patience(self) -> int:
         """Steps of others in a row after which it is taken to have ended."""
         return 2 * self._most_others + PATIENCE

@@ -75,7 +75,7 @@ class Training:
             inner = [getattr(each, "optimizer", each) for each in optimizers]
             self.run = run = run._jobs.announced(inner, phase)
         if self._restored is not None:
-            run._restore(self._restored)
+            _load_state(run, self._restored)
             self._restored = None
 
     def _own_run(self) -> Run:

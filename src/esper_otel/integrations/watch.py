@@ -285,10 +285,11 @@ class Watch:
         if self.jobs.is_seed_optimizer(optimizer):
             return
         fresh, self._fresh = self._fresh, False
-        job = self.jobs.of(optimizer, fresh=fresh, has_closure=has_closure(args, kwargs))
+        closure = has_closure(args, kwargs)
+        job = self.jobs.of(optimizer, fresh=fresh, has_closure=closure)
         if job is not self._job:
             self._use(job)
-        is_primary = self._primary.begins(optimizer, self._loop.preferred)
+        is_primary = job.sets_step(optimizer, fresh=fresh or closure)
         if is_primary:
             job.steps_by(optimizer)
         if self._backward_depth:

@@ -180,8 +180,8 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "optimizer_lr_base",
         "1",
-        "base learning rate: `initial_lr` of the parameter groups, which torch's schedules write, "
-        "else the first rate that was seen; mean over parameter groups",
+        "base learning rate: `initial_lr` of the parameter groups, which torch's schedules "
+        "write, else the first rate that was seen; mean over parameter groups",
         "when the optimizer is known",
         gated=True,
     ),

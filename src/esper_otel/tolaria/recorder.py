@@ -117,10 +117,8 @@ class Recorder:
         self.losses_prescaled = step.losses_prescaled
         self.loss_prescaled = step.loss_prescaled
         self.phase_begins = step.phase_begins
-        self._stages = (
-            *(self.control.end_update, self._seeds, self._seal, self._stream, self._ask),
-            *(self._apply, self._spans, self.control.keep),
-        )
+        ask = (self.control.end_update, self._seeds, self._seal, self._stream, self._ask)
+        self._stages = (*ask, self._apply, self._spans, self.control.keep)
 
     # Around an optimizer's step.
 

@@ -47,10 +47,11 @@ class RateFactor:
 
     Each ``lr_scale`` multiplies it; the product of all of them stays within
     ``[minimum, maximum]``. After ``release_steps`` clean steps it is given back
-    geometrically over as many more. Trouble that comes back meanwhile, or just after, brings back
-    the factor under which there was none, and doubles the wait, as a circuit breaker's cool-down does: a cause that never goes away
-    is tried again ever more rarely. A step is clean when the sidecar has judged it and
-    asked for no cut; an unjudged step changes nothing here.
+    geometrically over as many more. Trouble that comes back meanwhile, or just after, brings
+    back the factor under which there was none, and doubles the wait, as a circuit breaker's
+    cool-down does: a cause that never goes away is tried again ever more rarely. A step is
+    clean when the sidecar has judged it and asked for no cut; an unjudged step changes
+    nothing here.
     """
 
     LONGEST_WAIT = 16

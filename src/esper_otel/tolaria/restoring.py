@@ -17,8 +17,9 @@ by which one of them tells the others that it had trouble: so all have the same 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from statistics import median
 from time import perf_counter_ns
 
 import msgspec
@@ -40,14 +41,17 @@ log = logging.getLogger("esper_otel")
 MOST_EVENTS = 64
 """Of those that nobody has taken; the oldest go."""
 
+MOST_TIMES = 64
+"""Copies whose time is remembered. The first looks for modules, and takes longer."""
+
 
 class SnapshotReport(msgspec.Struct, frozen=True):
     """What became of a run's snapshots, for its summary.
 
     ``bytes`` is the memory of the host that they take together, ``copy_ms`` what making one
-    took of the training thread on average. ``good_step`` is the step of the last good one, None
-    without any. ``restored`` has for each time the step that was gone back to and the one at
-    whose end that was, ``refused`` how often it was not done, by reason.
+    took of the training thread in the median. ``good_step`` is the step of the last good one,
+    None without any. ``restored`` has for each time the step that was gone back to and the one
+    at whose end that was, ``refused`` how often it was not done, by reason.
     """
 
     taken: int
@@ -94,7 +98,8 @@ class Restoring:
         """Good steps since weights were put back last."""
         self._restored: list[tuple[int, int]] = []
         self._refused: Counter[str] = Counter()
-        self._taken = self._spent_ns = 0
+        self._taken = 0
+        self._took_ns: deque[int] = deque(maxlen=MOST_TIMES)
         self.events: list[Event] = []
         """What has happened, until somebody takes it; marks are of ``perf_counter_ns``."""
         self._told: set[str] = set()
@@ -114,7 +119,7 @@ class Restoring:
             taken=self._taken,
             good_step=None if self._good is None else self._good.step,
             bytes=sum(each.size for each in kept),
-            copy_ms=self._spent_ns / 1e6 / max(self._taken, 1),
+            copy_ms=median(self._took_ns) / 1e6 if self._took_ns else 0.0,
             restored=list(self._restored),
             refused=dict(self._refused),
         )
@@ -202,7 +207,7 @@ class Restoring:
         self._newer = self._copied = snapshot
         self._good_after = 0
         self._taken += 1
-        self._spent_ns += perf_counter_ns() - began
+        self._took_ns.append(perf_counter_ns() - began)
         if not parts.found_modules:
             self._tell(
                 "no module holds the optimizer's parameters: snapshots have no buffers, unless "
