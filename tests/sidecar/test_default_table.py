@@ -177,9 +177,10 @@ def explodes(step, values, seeds):
         values["loss"] *= 1.6 + (step - TROUBLE) / 20
 
 
-def piles_up(step, values, seeds):
-    """Nobody clears gradients any more."""
-    values["gradient_norm"] *= 1 + 3 * max(0, step - TROUBLE)
+def comes_to_rest_and_falls(step, values, seeds):
+    """While a loss falls by itself it is no news that it does."""
+    size = round(values["loss"] * math.exp(step / 300), 12)
+    values["loss"] = size * (1.0 if step < TROUBLE else 0.1)
 
 
 def has_no_gradients(step, values, seeds):
@@ -216,13 +217,13 @@ TROUBLES = [
     ("loss_spike", times(6, "loss"), 1),
     ("loss_diverging", diverges, 6),
     ("loss_shift", times(2, "loss"), 5),
-    ("loss_fell", times(0.1, "loss"), 4),
+    ("loss_fell", comes_to_rest_and_falls, 4),
     ("loss_stuck", instead(loss=1e-6), 15),
     ("loss_drift", shifts, 25),
     ("gradient_explosion", explodes, 10),
     ("gradient_spike", spikes, 1),
     ("gradient_drift", times(8, "gradient_norm"), 6),
-    ("gradient_pileup", piles_up, 150),
+    ("gradient_pileup", times(90, "gradient_norm"), 4),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
     ("gradient_missing", has_no_gradients, 20),
     ("learning_rate_jump", times(6, "optimizer_lr"), 1),

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from esper_otel.leyline.frames import present, step_row
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.tolaria.rates import BaseRate, put_optimizer
 from esper_otel.tolaria.seal import (
     MOST_UNDER_WAY,
     PendingFrame,
@@ -129,38 +128,3 @@ def test_a_preview_takes_no_turn_of_frames_that_wait_for_a_device():
     assert sealer.seal_in_order(following) == [waiting, following]
     row = present(STEP_KEYS, following.row)
     assert (row["loss"], row["loss_delta"]) == (3.0, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("groups", "factor", "told"),
-    [
-        ([{"lr": 0.1, "momentum": 0.9}], 1.0, {"optimizer_lr": 0.1, "optimizer_momentum": 0.9}),
-        ([{"lr": 0.2}], 0.5, {"optimizer_lr": 0.1}),
-        ([{"lr": 0.1}, {"lr": 0.3}], 0.5, {"optimizer_lr": 0.1}),
-        ([{"lr": 1}], 1.0, {"optimizer_lr": 1.0}),
-        ([{"lr": 0.1}, {"lr": None}], 1.0, {}),
-        ([{"lr": 0.1}, {}], 1.0, {}),
-        (
-            [{"lr": 0.1, "betas": (0.9, 0.99)}, {"lr": 0.1, "betas": None}],
-            1.0,
-            {"optimizer_lr": 0.1, "optimizer_momentum": 0.9},
-        ),
-        ([{"lr": 0.1, "betas": [0.8]}], 1.0, {"optimizer_lr": 0.1, "optimizer_momentum": 0.8}),
-        ([{"lr": 0.1, "betas": ()}], 1.0, {"optimizer_lr": 0.1}),
-        ([{"lr": 0.1, "betas": 0.9}], 1.0, {"optimizer_lr": 0.1}),
-        ([{"lr": math.inf}], 1.0, {"nonfinite": 1.0}),
-        (
-            [{"lr": math.nan, "momentum": 0.9}],
-            1.0,
-            {"nonfinite": 1.0, "optimizer_momentum": 0.9},
-        ),
-        ([], 1.0, {}),
-    ],
-)
-def test_rate_and_momentum_of_groups_as_far_as_they_are_numbers(groups, factor, told):
-    row = step_row()
-    row[STEP_SLOT["nonfinite"]] = 0.0
-    put_optimizer(row, groups, factor, BaseRate())
-    seen = present(STEP_KEYS, row)
-    seen.pop("optimizer_lr_base", None)
-    assert seen == pytest.approx({"nonfinite": 0.0, **told})

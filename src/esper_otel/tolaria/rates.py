@@ -46,8 +46,8 @@ def put_optimizer(
     anything under these names: what is no number of the host leaves its metric out.
     """
     base_rate = base.of(groups)
-    if base_rate is not None:
-        put(row, _LR_BASE, base_rate)
+    if base_rate is not None and isfinite(base_rate):  # the rate itself counts what is not
+        row[_LR_BASE] = base_rate
     if len(groups) == 1:
         group = groups[0]
         rate, momentum = group.get("lr"), group.get("momentum")
