@@ -120,7 +120,7 @@ def _learning() -> list[PanelBuilder]:
             "sci",
             [
                 Line(mean("optimizer_lr"), BY_RANK),
-                Line(mean("optimizer_lr_base"), f"{BY_RANK} base"),
+                Line(mean("optimizer_lr_base"), f"base, {BY_RANK}"),
             ],
             "The rate that updates used: the script's own times the factor.",
         ),
