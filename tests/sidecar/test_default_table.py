@@ -47,6 +47,8 @@ class Made:
             "input_wait_ms": 0.02 * self.step_ms,
             "hook_latency_ms": 0.2,
             "optimizer_lr": schedule(step),
+            "optimizer_lr_base": 0.1,
+            "lr_scale": 1.0,
             "optimizer_momentum": 0.9,
             "gpu_mem_free_gb": 70.0 - 40 * min(step, 15) / 15,
             "gpu_util_percent": 97.0,
@@ -175,9 +177,20 @@ def explodes(step, values, seeds):
         values["loss"] *= 1.6 + (step - TROUBLE) / 20
 
 
+def comes_to_rest_and_falls(step, values, seeds):
+    """While a loss falls by itself it is no news that it does."""
+    size = round(values["loss"] * math.exp(step / 300), 12)
+    values["loss"] = size * (1.0 if step < TROUBLE else 0.1)
+
+
 def has_no_gradients(step, values, seeds):
     if step >= TROUBLE:
         del values["gradient_norm"]
+
+
+def stays_in_momentum(step, values, seeds):
+    if step >= TROUBLE:
+        values.update(optimizer_momentum=0.999, lr_scale=0.1)
 
 
 def spikes(step, values, seeds):
@@ -187,7 +200,7 @@ def spikes(step, values, seeds):
 
 def too_high(step, values, seeds):
     if step >= TROUBLE:
-        values["optimizer_lr"] *= 30
+        values["optimizer_lr"] *= 6
         values["loss"] *= 1.6
 
 
@@ -204,16 +217,20 @@ TROUBLES = [
     ("loss_spike", times(6, "loss"), 1),
     ("loss_diverging", diverges, 6),
     ("loss_shift", times(2, "loss"), 5),
+    ("loss_fell", comes_to_rest_and_falls, 4),
     ("loss_stuck", instead(loss=1e-6), 15),
     ("loss_drift", shifts, 25),
     ("gradient_explosion", explodes, 10),
     ("gradient_spike", spikes, 1),
     ("gradient_drift", times(8, "gradient_norm"), 6),
+    ("gradient_pileup", times(90, "gradient_norm"), 4),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
     ("gradient_missing", has_no_gradients, 20),
-    ("learning_rate_jump", times(50, "optimizer_lr"), 1),
+    ("learning_rate_jump", times(6, "optimizer_lr"), 1),
+    ("learning_rate_leap", times(50, "optimizer_lr"), 1),
     ("learning_rate_too_high", too_high, 2),
     ("momentum_jump", instead(optimizer_momentum=0.999), 2),
+    ("momentum_stays", stays_in_momentum, 1),
     ("learning_rate_collapse", times(0, "optimizer_lr"), 5),
     ("nonfinite_loss", is_not_finite, 1),
     ("weights_lost", instead(nonfinite=1.0), 3),

@@ -71,7 +71,7 @@ def test_a_bound(operator, number, value, expected):
         (6.0, (1, 2, 9), False),
         (99.0, (1, 2), None),  # warm-up
         (None, (1, 2, 9), None),
-        (1.0, (0, 0, 0), True),
+        (1.0, (0, 0, 0), None),  # of nothing anything is any number of times
         # As far above -2 as 6 is above 2, in sizes of the baseline.
         (2.0, (-1, -2, -3), False),
         (2.1, (-1, -2, -3), True),
@@ -99,7 +99,7 @@ def test_above_the_baseline_of_another_metric():
         (1.0, (1, 2, 9), False),
         (0.0, (1, 2), None),  # warm-up
         (None, (1, 2, 9), None),
-        (0.0, (0, 0, 0), False),  # no part of nothing is less than nothing
+        (0.0, (0, 0, 0), None),  # no part of nothing is less than nothing
         (-3.0, (-1, -2, -3), False),
         (-3.1, (-1, -2, -3), True),
     ],
@@ -121,7 +121,8 @@ def test_below_baseline(value, before, expected):
         (BaselineKind.LOWEST, (9, 9, 9, 1, 1, 1, *[50] * 9), 1),
         (BaselineKind.LOWEST, (9, 9, 9, 1, 9, 9), 9),  # one low value moves no median
         (BaselineKind.HIGHEST, (1, 1, 1, 7, 7, 7, *[0] * 9), 7),
-        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[0] * 9), 0),
+        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[2] * 9), 2),
+        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[0] * 9), None),
     ],
 )
 def test_which_past_a_baseline_is(kind, before, against):

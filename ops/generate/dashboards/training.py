@@ -118,7 +118,10 @@ def _learning() -> list[PanelBuilder]:
         lines(
             "Learning rate",
             "sci",
-            [Line(mean("optimizer_lr"), BY_RANK)],
+            [
+                Line(mean("optimizer_lr"), BY_RANK),
+                Line(mean("optimizer_lr_base"), f"base, {BY_RANK}"),
+            ],
             "The rate that updates used: the script's own times the factor.",
         ),
         lines(

@@ -301,7 +301,10 @@ def _passing_number(condition: Condition, values: Values) -> float | None:
     for _ in range(3):
         number = float(f"{digits * unit:.12g}")
         bound = _bound(condition, number, values)
-        if bound is not None and not _holds(condition, value, bound):
+        if condition.operator is Operator.RISES_BY and reference is not None:
+            if value - reference < number:  # as rules have it: a sum is rounded otherwise
+                return number
+        elif bound is not None and not _holds(condition, value, bound):
             return number
         digits += 1 if up else -1
     return None

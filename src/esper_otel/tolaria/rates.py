@@ -28,7 +28,7 @@ class BaseRate:
     def of(self, groups: list[dict[str, Any]]) -> float | None:
         """The base rate of ``groups``; None where the host knows none."""
         base = _mean_of("initial_lr", groups)
-        if base is not None:
+        if base is not None and isfinite(base):
             return base
         if self._first is None:
             first = mean_rate(groups)
