@@ -7,12 +7,13 @@ closures, so that judging a step costs a dictionary look-up and a comparison per
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
 from esper_tamiyo.judging.history import BaselineKey, History
+from esper_tamiyo.judging.seen import seen_by
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
@@ -21,7 +22,6 @@ from esper_tamiyo.language.table import (
     Group,
     Rule,
     RuleMode,
-    conditions,
     eased,
 )
 
@@ -81,72 +81,6 @@ def compiled(rule: Rule, is_known: IsKnown | None = None) -> CompiledRule:
         keeps_norm=acts and USUAL_NORM in rule.parameters,
         is_trouble=acts and not rule.downgrade and not only_tells,
     )
-
-
-def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
-    """The values behind a verdict.
-
-    By the key of the metric; what they were held against as ``baseline(key)`` (or
-    ``frozen``, ``lowest``, ``highest``), ``peers(key)`` with the ``step`` compared,
-    ``previous(key)``; the frames without a value as ``missing(key)``, the observations left
-    as ``left(key)``.
-    """
-    seen: dict[str, float] = {}
-    for condition in conditions(rule.when):
-        key = condition.metric
-        value: float | None
-        match condition.operator:
-            case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
-                value, against = values.get(key), history.peers.get(key)
-                named = f"peers({key})"
-                if against is not None:  # not the step that is decided about
-                    seen["step"] = values["step"]
-            case Operator.ABOVE_BASELINE | Operator.BELOW_BASELINE:
-                value = values.get(key)
-                named = BaselineKey(condition.baseline_of, condition.baseline).name
-                against = history.baselines[named].value
-            case Operator.ABOVE_RECORD | Operator.BELOW_RECORD:
-                value, against, named = values.get(key), None, ""
-                seen.update(_record_seen(condition, history))
-            case Operator.RISES_BY:
-                value, against = values.get(key), history.lasts[key].value
-                named = f"previous({key})"
-            case Operator.MISSING_FOR:
-                # None for the rule on silence, which no frame breaks.
-                value, last = values.get(key), history.lasts.get(key)
-                against = last.missed + 1.0 if last and value is None and last.total else None
-                named = f"missing({key})"
-            case Operator.RUNS_OUT_WITHIN:
-                value = values.get(key)
-                against = None if value is None else history.slopes[key].left(value)
-                named = f"left({key})"
-            case Operator.NONFINITE:
-                value, against, named = values.get(key), values.get("nonfinite"), "nonfinite"
-            case _:
-                value, against, named = values.get(key), None, ""
-        if value is not None:
-            seen[key] = value
-        if against is not None:
-            seen[named] = against
-    return seen
-
-
-def _record_seen(condition: Condition, history: History) -> Iterator[tuple[str, float]]:
-    """The ordinary state of a metric and how far its record explains, by what they are.
-
-    Not times the condition's number: a rule may have several on one record.
-    """
-    key = condition.metric
-    excursions = history.excursions[key, condition.operator is Operator.BELOW_RECORD]
-    bound = excursions.bound(condition.hold, 1.0)
-    if bound is None or excursions.level is None or excursions.scatter is None:
-        return
-    record = excursions.records[condition.hold]
-    yield f"level({key})", excursions.level
-    yield f"scatter({key})", excursions.scatter
-    yield f"expected({key})", bound
-    yield f"excursions({key})", float(record.peaks)
-    yield f"farthest({key})", record.largest
 
 
 def test_of(when: Condition | Group) -> Test:
@@ -286,7 +220,7 @@ def times(factor: float, baseline: float) -> float:
 
 
 def _on_record(condition: Condition) -> Test:
-    """Most values are within a scatter, where no record is exceeded: that is looked at first."""
+    """Most values are within a scatter, where no record is exceeded: that is tried first."""
     metric, factor, hold = condition.metric, condition.number, condition.hold
     rising, below = condition.rising, condition.operator is Operator.BELOW_RECORD
     key, is_short = (metric, below), factor < 1.0
