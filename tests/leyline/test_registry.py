@@ -46,6 +46,7 @@ CONTRACT = [
     ("grad_var", "{grad}2", True),
     ("grad_conflict_rate", "1", True),
     ("optimizer_lr", "1", True),
+    ("optimizer_lr_base", "1", True),
     ("optimizer_momentum", "1", True),
     ("input_wait_ms", "ms", True),
     ("h2d_copy_ms", "ms", True),

@@ -201,7 +201,7 @@ WRONG_OPERANDS = {
 WRONG = {
     **{operator.value: WRONG_OPERANDS[FORMS[operator].operand] for operator in Operator},
     **dict.fromkeys(("for", "of", "cooldown"), WHOLE),
-    **dict.fromkeys(("window", "warmup", "clean_steps"), COUNT),
+    **dict.fromkeys(("window", "warmup", "clean_steps", "false_alarm_steps"), COUNT),
     **{
         name: WRONG_OPERANDS[Operand.FLAG] if one.flag else POSITIVE
         for name, one in PARAMETERS.items()

@@ -202,6 +202,7 @@ def test_a_check_holds_what_the_frame_of_its_step_will_hold(values, parts):
             "step",
             "nonfinite",
             "optimizer_lr",
+            "optimizer_lr_base",
             "optimizer_momentum",
             "lr_scale",
         }

@@ -110,6 +110,7 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "grad_var": 0.2 + 3 * slipped,
         "grad_conflict_rate": 0.2 + 0.1 * sin(step * 0.05),
         "optimizer_lr": 0.1 * (1 - done) * (50 if slipped else 1) * factor,
+        "optimizer_lr_base": 0.1,
         "optimizer_momentum": 0.9,
         "h2d_copy_ms": 1.5 + 0.2 * wobble,
         "gpu_mem_used_gb": 31 + 4 * done,
