@@ -38,6 +38,8 @@ BENCHES = (
     "asking",
     "rescued",
     "poisoned",
+    "enforced",
+    "snapshots",
     "judging",
     "journal",
     "replay",

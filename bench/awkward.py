@@ -220,14 +220,24 @@ def recording(folder: Path) -> Iterator[None]:
 
 
 def counted(name: str, taken: int, folder: Path, took: list[Took]) -> Counted:
-    """What the one recording in ``folder`` has, against what the loop's clock says."""
-    (file,) = folder.glob("*.metrics.otlp")
-    frames = [(frame.step, frame.values) for frame in read_frames(file)]
-    steps = [step for step, _ in frames]
+    """What the recordings in ``folder`` have, against what the loop's clock says.
+
+    There is one for each training of the loop; its steps are counted on from those before it.
+    """
+    steps: list[int] = []
+    rows: list[dict[str, float]] = []
+    files = folder.glob("*.metrics.otlp")
+    for file in sorted(files, key=lambda file: (len(file.name), file.name)):
+        frames = list(read_frames(file))
+        before = len(steps)
+        steps += [before + frame.step for frame in frames]
+        rows += [frame.values for frame in frames]
     if steps != list(range(1, taken + 1)):
         return Counted(name, taken, steps, [])
     off = [
-        percent_off(values, step) for (_, values), step in zip(frames[1:], took, strict=True)
+        percent_off(values, step)
+        for values, step in zip(rows[1:], took, strict=True)
+        if values["step"] > 1
     ]
     return Counted(name, taken, steps, off)
 

@@ -24,7 +24,7 @@ from functools import cache
 from math import cos, inf, isfinite, nan, pi
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -398,15 +398,20 @@ def train(work: Small, course: Course = HEALTHY) -> Outcome:
 
 
 @contextmanager
-def watched(mode: str, socket: Path) -> Iterator[None]:
-    """This process as ``esper-otel run --mode MODE`` has it; "" leaves it bare."""
+def watched(mode: str, socket: Path, **settings: Any) -> Iterator[None]:
+    """This process as ``esper-otel run --mode MODE`` has it, with ``settings``; "" leaves it
+    bare."""
     if not mode:
         yield
         return
     from esper_otel.integrations.torch import TorchInstrumentor
 
     TorchInstrumentor().instrument(
-        skip_dep_check=True, mode=mode, tamiyo_socket=str(socket), summary="off"
+        skip_dep_check=True,
+        mode=mode,
+        tamiyo_socket=str(socket),
+        summary="off",
+        **settings,
     )
     try:
         yield

@@ -370,7 +370,7 @@ AWKWARD: dict[str, Callable[[], int]] = {
     "closure": closure,
     "generator and critic": generator_and_critic,
     "generator first": generator_first,
-    "one model after the other": one_model_after_the_other,
+    "one model after the other": one_model_after_the_other,  # two trainings, as in a notebook
     "notebook": notebook,
     "compiled model": compiled_model,
     "compiled step": compiled_step,

@@ -96,7 +96,9 @@ def runs(tmp_path_factory):
     ]
     # Bare but for grow, which records of its own accord.
     assert [len(frames) for frames in frames_in(folders[0])] == [STEPS_OF_AN_EPOCH]
-    (frames,) = frames_in(folders[1])
+    # Each example is a run of its own; they began one after the other.
+    runs_of = sorted(frames_in(folders[1]), key=lambda frames: frames[0].time_unix_nano)
+    frames = [frame for one in runs_of for frame in one]
     ends = accumulate((steps for _, steps in EXAMPLES.values()), initial=0)
     recorded = {
         name: frames[start:end]

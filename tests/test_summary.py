@@ -15,8 +15,9 @@ from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import Account, StreamReport
-from esper_otel.stream.drain import RunTotals
+from esper_otel.stream.drain import MOST_TOTALS, RunTotals, shortened
 from esper_otel.summary import summary_of, tell_summary
+from esper_otel.tolaria.restoring import SnapshotReport
 
 ESPER = str(Path(sys.executable).with_name("esper-otel"))
 
@@ -95,6 +96,35 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
     assert summary.unanswered == ["timeout"]
     assert "PAUSE loss_spike × 3 (2 applied)" in summary.as_text()
     assert "did not answer (timeout)" in summary.as_text()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (
+            SnapshotReport(
+                taken=12,
+                good_step=1200,
+                bytes=3_210_000,
+                copy_ms=0.45678,
+                restored=[(900, 1003)],
+                refused={"no snapshot is good yet": 2},
+            ),
+            "snapshots 12 made in 0.457 ms each, good: the last of step 1,200; they take "
+            "3.21 MB of host memory; step 900 put back at step 1,003; asked for and not put "
+            "back × 2: no snapshot is good yet",
+        ),
+        (SnapshotReport(0, None, 0, 0.0, [], {}), "snapshots none made"),
+        (
+            SnapshotReport(0, None, 0, 0.0, [], {"no snapshots are kept": 1}),
+            "snapshots asked for and not put back × 1: no snapshots are kept",
+        ),
+    ],
+)
+def test_what_became_of_snapshots_is_told(told, said):
+    summary = summary_of("r", 0, tally_of({}), StreamReport(), snapshots=told)
+    assert f"  {said}\n" in summary.as_text()
+    assert "snapshots" not in summary_of("r", 0, tally_of({}), StreamReport()).as_text()
 
 
 def test_updates_that_decisions_left_out_are_counted():
@@ -235,3 +265,61 @@ def test_a_forked_child_that_ends_as_python_does_tells_nothing_and_closes_nothin
     assert (first, second) == ("done", "left the others")
     assert summary.startswith("esper-otel: run ")
     assert summary.count("esper-otel: run ") == 1
+
+
+def several(count):
+    others = []
+    for nth in range(2, count + 1):
+        totals = tally_of(
+            {"loss": 2.0, "nonfinite": 0.0},
+            {"loss": 1.0 / nth, "step_latency_ms": 4.0, "forward_ms": 1.0, "nonfinite": 1.0},
+        )
+        totals.complete = True
+        totals.count_decision(timeline(decision(Action.PAUSE, "a_rule"), applied=True))
+        others.append((f"r-{nth}", totals))
+    return others
+
+
+def decision(action, reason):
+    return Decision("r/1", "r", 1, 1, action, Severity.HIGH, reason)
+
+
+def test_several_trainings_are_one_summary_with_a_line_for_each_of_the_first():
+    first = tally_of({"loss": 9.0}, {"loss": 3.0, "step_latency_ms": 2.0, "forward_ms": 1.0})
+    summary = summary_of("r", 0, first, StreamReport(), others=several(7))
+    assert (summary.steps, summary.nonfinite_steps) == (14, 6)
+    assert summary.step_ms == pytest.approx((2.0 + 6 * 4.0) / 7)
+    assert (summary.first_loss, summary.last_loss) == (None, None)
+    assert [(each.action, each.times, each.applied) for each in summary.decisions] == [
+        ("PAUSE", 6, 6)
+    ]
+    head, _, *trainings = summary.as_text().splitlines()
+    assert head == "esper-otel: run r, 7 trainings, 14 steps in 1.0 s"
+    assert trainings[:6] == [
+        "  training  r: 2 steps, loss 9 → 3, 2 ms a step",
+        "  training  r-2: 2 steps, loss 2 → 0.5, 4 ms a step, 1 decision",
+        "  training  r-3: 2 steps, loss 2 → 0.3333, 4 ms a step, 1 decision",
+        "  training  r-4: 2 steps, loss 2 → 0.25, 4 ms a step, 1 decision",
+        "  training  r-5: 2 steps, loss 2 → 0.2, 4 ms a step, 1 decision",
+        "  training  2 more: 4 steps, 4 ms a step, 2 decisions",
+    ]
+    told = json.loads(summary.as_json())["trainings"]
+    assert [each["run"] for each in told] == ["r", "r-2", "r-3", "r-4", "r-5", ""]
+
+
+def test_one_training_has_no_line_of_its_own():
+    summary = summary_of("r", 0, tally_of({"loss": 1.0}), StreamReport())
+    assert summary.trainings == []
+    assert "training" not in summary.as_text()
+
+
+def test_of_very_many_trainings_those_that_are_over_are_added_up():
+    totals = several(MOST_TOTALS + 2)
+    totals[200][1].complete = False
+    kept = shortened(totals)
+    assert len(kept) == MOST_TOTALS // 4 + 2
+    assert sum(each.runs for _, each in kept) == MOST_TOTALS + 1
+    assert sum(each.steps for _, each in kept) == 2 * (MOST_TOTALS + 1)
+    assert kept[-1] == totals[200]
+    summary = summary_of("r", 0, tally_of({"loss": 1.0}), StreamReport(), others=kept)
+    assert summary.trainings[-1].trainings == MOST_TOTALS + 2 - 5

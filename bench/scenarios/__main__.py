@@ -77,7 +77,11 @@ def score(options: argparse.Namespace) -> int:
         f"\n{options.half} half, {table.version}: answered {told.answered} of {told.troubles} "
         f"({100 * told.recall:.1f} %), median delay {told.delay:g} steps, {told.acted} false "
         f"actions in {told.healthy:,} healthy steps ({told.false_actions:.2f} in "
-        f"{scoring.PER_STEPS:,}), {told.told} notices; {told.frames:,} frames in {took:.0f} s"
+        f"{scoring.PER_STEPS:,}) in {told.touched} of {told.healthy_runs} healthy runs, "
+        f"{told.told} notices; told within {scoring.SOON_TOLD} steps {told.told_soon} of "
+        f"{told.showing} that show, harmful ones acted on within {scoring.SOON_ACTED}: "
+        f"{told.acted_on_soon} of {told.harmful}; "
+        f"{told.frames:,} frames in {took:.0f} s"
     )
     return 0
 

@@ -13,10 +13,10 @@ import torch
 from bench.scenarios import healthy, seeds, troubles
 from bench.scenarios.ranks import Ranks, Straggler, in_ranks
 from bench.scenarios.recordings import Columns, Recorded, Wish, ordered
+from bench.scenarios.registry import workload_of
 from bench.scenarios.suite import EXTENTS, HEALTHY, RIGHT, Scenario
 from bench.scenarios.tape import Heard, Tape
 from bench.scenarios.training import Course, SeveralSources, Training, train
-from bench.scenarios.workloads import WORKLOADS
 from esper_otel.leyline.decisions import Proposal
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 
@@ -58,6 +58,14 @@ COURSES: dict[str, type[Course]] = {
     "seed_harm": seeds.Harm,
     "straggler": Straggler,
     "quiet": troubles.Quiet,
+    "lr_times_10": troubles.RateTimes10,
+    "betas_swapped": troubles.BetasSwapped,
+    "loss_explodes": troubles.LossExplodes,
+    "inputs_zero": troubles.InputsZero,
+    "inputs_times_255": troubles.InputsTimes255,
+    "constant_batch": troubles.ConstantBatch,
+    "dead_parameters": troubles.DeadParameters,
+    "time_leak": troubles.TimeLeak,
 }
 
 
@@ -85,7 +93,7 @@ def record_rank(scenario: Scenario, rank: int) -> Recorded:
         # Not always at the same step, which might be the same moment of an epoch.
         at = extent.before + random.Random(scenario.name).randrange(extent.before // 3)
         steps = at + max(extent.tail, peculiar.lasts)
-    work = WORKLOADS[scenario.workload]()
+    work = workload_of(scenario)
     course = peculiar()
     before = os.getloadavg()[0]
     tape = Tape(scenario.name)

@@ -70,7 +70,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
     def frames(self) -> Iterator[tuple[StepFrame, Proposal | None]]:
         """The frames and proposals, in order."""
-        rows = _dictionaries(self.steps, len(self.times))
+        rows = _dictionaries(_with_base_rate(self.steps), len(self.times))
         seed_rows = _dictionaries(self.seeds, len(self.seed_frames))
         seeds_of: dict[int, dict[str, dict[str, float]]] = {}
         for row, frame, number in zip(
@@ -88,6 +88,16 @@ class Recorded(msgspec.Struct, frozen=True):
             seeds = seeds_of.get(place, {})
             frame = StepFrame(run, instance, self.rank, step, time, values, seeds)
             yield frame, wish_at.get(place)
+
+
+def _with_base_rate(steps: Columns) -> Columns:
+    """``steps`` with the base rate that trainers tell by now, where it was not recorded yet: in
+    these loops it is the first rate."""
+    rates = steps.get("optimizer_lr")
+    if rates is None or "optimizer_lr_base" in steps:
+        return steps
+    known = rates[np.isfinite(rates)]
+    return {**steps, "optimizer_lr_base": np.full(len(rates), known[0] if len(known) else nan)}
 
 
 class _Packed(msgspec.Struct, frozen=True):

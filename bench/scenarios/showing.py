@@ -2,10 +2,12 @@
 
 A metric shows it at the first of two steps in a row that lie beyond everything it was in
 the 64 steps before the trouble, on the same side, by more than the whole width of that
-range. For a metric that did not move at all in these steps one step that differs is
-enough, and so is one at which a metric that was always there is absent. Noise passes for
-trouble now and then, of which there are some thirty metrics: the step found is then too
-early, and the delay counted from it too long, never too short.
+range. A metric that was above zero in all of them shows it as well by falling as far on a
+logarithmic scale, which is how what vanishes leaves a wide range. For a metric that did
+not move at all in these steps one step that differs is enough, and so is one at which a
+metric that was always there is absent. Noise passes for trouble now and then, of which
+there are some thirty metrics: the step found is then too early, and the delay counted from
+it too long, never too short.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def _first(column: Column, begins: int) -> int | None:
     low, high = known.min(), known.max()
     width = high - low
     with np.errstate(invalid="ignore"):
-        for beyond in (after > high + width, after < low - width):
+        lowest = max(low - width, low * low / high) if low > 0.0 else low - width
+        for beyond in (after > high + width, after < lowest):
             if width > 0.0:
                 beyond = beyond[:-1] & beyond[1:]
             places.append(_one(beyond))

@@ -146,7 +146,8 @@ def train(training: Training, course: Course) -> None:
     work, run = training.work, training.run
     try:
         course.begin(training)
-        for fetched in run.batches(_fetched(training, course)):
+        batches = _fetched(training, course)
+        for fetched in run.batches(batches) if work.watched else batches:
             batch = course.batch(training, fetched)
             course.clear(training)
             course.schedule(training)

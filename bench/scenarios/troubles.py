@@ -12,6 +12,7 @@ from collections import deque
 from itertools import pairwise
 from statistics import median
 
+import torch
 from torch import Tensor
 
 from bench.scenarios.training import Course, SeveralSources, Training
@@ -21,11 +22,19 @@ from bench.scenarios.workloads import Batch, mislabelled
 class RateTimes50(Course):
     """A learning rate of 50 times what it was: ``gamma=50`` for ``gamma=0.5``."""
 
+    times = 50.0
+
     def schedule(self, training: Training) -> None:
         if training.wrong:
-            training.set_lr(50 * training.lr)
+            training.set_lr(self.times * training.lr)
         else:
             super().schedule(training)
+
+
+class RateTimes10(RateTimes50):
+    """A learning rate of 10 times what it was: ``gamma=10`` for ``gamma=0.1``."""
+
+    times = 10.0
 
 
 class RateZero(Course):
@@ -49,6 +58,16 @@ class TooMuchMomentum(Course):
                     group["momentum"] = 0.999
                 else:
                     group["betas"] = (0.999, group["betas"][1])
+
+
+class BetasSwapped(Course):
+    """Adam's two betas in the wrong order."""
+
+    def schedule(self, training: Training) -> None:
+        super().schedule(training)
+        if training.step == training.at:
+            for group in training.work.optimizer.param_groups:
+                group["betas"] = group["betas"][::-1]
 
 
 class NanBatch(Course):
@@ -98,6 +117,58 @@ class InputsCorrupted(Course):
         return training.work.corrupted(batch) if training.wrong else batch
 
 
+class InputsZero(Course):
+    """Inputs are zeros: a buffer that is never filled."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        return (torch.zeros_like(batch[0]), batch[1]) if training.wrong else batch
+
+
+class InputsTimes255(Course):
+    """Inputs are 255 times as large: nobody divides them any more."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        return (255 * batch[0], batch[1]) if training.wrong else batch
+
+
+class ConstantBatch(Course):
+    """A loader gives the same batch over and over; or, by the step it begins at, a sample."""
+
+    def batch(self, training: Training, batch: Batch) -> Batch:
+        if training.at is None or not training.wrong:
+            return batch
+        if training.step == training.at:
+            inputs, targets = batch
+            if training.at % 2:
+                inputs = inputs[:1].expand_as(inputs).clone()
+                targets = targets[:1].expand_as(targets).clone()
+            self._kept = inputs, targets
+        return self._kept
+
+
+class DeadParameters(Course):
+    """The optimizer's parameters get no gradients, or, by the step it begins at, only zeros.
+
+    The first is a model that was built anew, or frozen, behind its optimizer's back.
+    """
+
+    def backward(self, training: Training, loss: Tensor) -> None:
+        super().backward(training, loss)
+        if training.at is not None and training.wrong:
+            for parameter in training.parameters:
+                if training.at % 2 and parameter.grad is not None:
+                    parameter.grad.zero_()
+                else:
+                    parameter.grad = None
+
+
+class LossExplodes(Course):
+    """The loss has the wrong sign: training climbs. What is told is the loss itself."""
+
+    def backward(self, training: Training, loss: Tensor) -> None:
+        super().backward(training, -loss if training.wrong else loss)
+
+
 class GradientsScaled(Course):
     """The loss is scaled for half precision, and gradients are not unscaled."""
 
@@ -144,6 +215,23 @@ class StepSlow(Course):
     def forward(self, training: Training, batch: Batch) -> Tensor:
         if training.wrong:
             time.sleep(5 * self._pace.step_s)
+        return super().forward(training, batch)
+
+
+class TimeLeak(Course):
+    """Each step takes a twentieth of a step longer than the one before, up to six steps."""
+
+    lasts = 120
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def fetch(self, training: Training) -> None:
+        self._pace.follow(training)
+
+    def forward(self, training: Training, batch: Batch) -> Tensor:
+        if training.at is not None and training.wrong:
+            time.sleep(min(5.0, 0.05 * (training.step - training.at + 1)) * self._pace.step_s)
         return super().forward(training, batch)
 
 

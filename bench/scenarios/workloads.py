@@ -1,4 +1,4 @@
-"""Workloads: real trainings of three sizes, on data that comes with packages.
+"""Workloads: what one is, and three real trainings on data that comes with packages.
 
 ============  ===========  ==========================================================
 name          a step       what is trained
@@ -16,7 +16,7 @@ All randomness is torch's global generator, seeded once per training: this is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from math import nan
 from pydoc_data.topics import topics
@@ -46,12 +46,14 @@ class Workload(Protocol):
     """Steps over which the learning rate rises to its own."""
 
     batch_size: int
+    watched: bool
+    """Whether the loop fetches its batches from a loader, which the run then watches."""
 
-    def loader(self, batch_size: int) -> DataLoader[Any]:
+    def loader(self, batch_size: int) -> Iterable[Batch]:
         """Batches of one epoch."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of a batch."""
+        """Loss of a batch."""
 
     def evaluate(self) -> float:
         """Loss on data that is not trained on."""
@@ -81,7 +83,7 @@ def mislabelled(batch: Batch, share: float = 1.0) -> Batch:
 
 
 @cache
-def _scans() -> tuple[Tensor, Tensor]:
+def scans() -> tuple[Tensor, Tensor]:
     """Digits (1797, 1, 8, 8) with pixels from 0 to 1, and which digits they are."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -103,9 +105,10 @@ class Digits:
     batch_size = 64
     clip = 0.0
     warmup = 0
+    watched = True
 
     def __init__(self) -> None:
-        images, labels = _scans()
+        images, labels = scans()
         order = torch.randperm(len(labels))
         images, labels = images.flatten(1)[order], labels[order]
         self._train = TensorDataset(images[:1350], labels[:1350])
@@ -174,6 +177,7 @@ class Prose:
     batch_size = 24
     clip = 1.0
     warmup = 30
+    watched = True
 
     def __init__(self) -> None:
         text, self._letters = _text()
@@ -236,11 +240,12 @@ class Restore:
     batch_size = 32
     clip = 0.0
     warmup = 0
+    watched = True
 
     def __init__(self) -> None:
-        scans, _ = _scans()
-        scans = scans[torch.randperm(len(scans))]
-        large = functional.interpolate(scans, size=(32, 32), mode="bilinear")
+        images, _ = scans()
+        images = images[torch.randperm(len(images))]
+        large = functional.interpolate(images, size=(32, 32), mode="bilinear")
         self._train = TensorDataset(large[64:], large[64:])
         self._held_out = large[:16]
         self.model: nn.Module = Restorer()

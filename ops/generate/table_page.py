@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from esper_otel.leyline.metrics import STEP_KEYS
+from esper_tamiyo.judging.excursions import CALM, LAG, PATIENCE
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS
@@ -20,13 +21,13 @@ from esper_tamiyo.language.operators import (
     BaselineKind,
     Operand,
 )
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
     KNOWN_BEFORE_UPDATE,
-    PARAMETERS,
     Baseline,
     Condition,
     Conservative,
-    Parameter,
+    RecordSpan,
     Rule,
     meta,
 )
@@ -47,10 +48,16 @@ def page() -> str:
         command=COMMAND,
         rule_fields=_fields(Rule, rule_fields()),
         operators=_operators(),
-        condition_fields=_fields(Condition, ("metric", "baseline", "baseline_of", "release")),
+        condition_fields=_fields(
+            Condition, ("metric", "baseline", "baseline_of", "release", "rising")
+        ),
         baselines=_rows(("baseline", "what it is"), _coded(BASELINES)),
         baseline_fields=_fields(Baseline, Baseline.__struct_fields__),
+        record_fields=_fields(RecordSpan, RecordSpan.__struct_fields__),
         conservative_fields=_fields(Conservative, Conservative.__struct_fields__),
+        lag=LAG,
+        calm=CALM,
+        patience=PATIENCE,
         derived=_rows(
             ("key", "unit", "meaning", "when"),
             [
@@ -165,12 +172,16 @@ _TEMPLATE = """\
 
 A table says when something is wrong with a run and what to do about it. It is YAML, read
 by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
-`default` holds a run against its own past, and a rise of the loss against the size that the
-loss had: where that is far below zero (a log-likelihood of -50) it has to rise by half its
-size before `loss_spike` speaks, however unusual a smaller jump would be.
+`default` compares a run with its own past. For loss and gradients that is what the run does by
+itself: a value counts that is beyond the [record of its excursions](#records-of-excursions),
+and most rules want several such steps. Factors of a baseline beside that are floors, below
+which nothing is worth a word. `prototype` has fixed numbers, which fit the workload they were
+made for.
+
 `tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
 its file, line and field, and rules that can never fire, never be heard or never end, or
-that inhibit in vain. `table.schema.json` beside this page is its JSON Schema: with
+that inhibit in vain. `tamiyo table default` prints a shipped table with its comments, and
+`tamiyo table --schema > table.schema.json` writes the JSON Schema of tables: with
 `# yaml-language-server: $schema=table.schema.json` as the first line most editors
 complete and check a table while it is written.
 
@@ -180,16 +191,18 @@ rules:
   - id: loss_diverging
     all:
       - metric: loss
-        above_baseline: 2
-        release: 1.5
-      - metric: loss_volatility
-        above_baseline: 10
-    for: 2
+        above_record: 1
+        rising: true
+      - metric: loss
+        above_baseline: 1.5
+        release: 1.2
+    for: 3
+    of: 4
     cooldown: 15
     severity: HIGH
     action: OPTIMIZER
     parameters: {{lr_scale: 0.25}}
-    text: The loss stays several times above its baseline.
+    text: The loss goes on rising, beyond all that this run explains.
 ```
 
 Every rule is tried at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed
@@ -204,6 +217,37 @@ A rule has one condition, or one group of them, and these fields.
 {rule_fields}
 
 `inhibits` was called `silences`, which is still read, with a warning.
+
+## A table of your own
+
+`tamiyo table default > mine.yaml` begins with all of `default`. A table that says only what
+differs goes along with later releases:
+
+```yaml
+extends: default
+remove: [loss_drift]
+rules:
+  - id: loss_spike
+    cooldown: 100
+  - id: gradient_spike
+    metric: gradient_norm
+    above_baseline: 130
+```
+
+- `extends` names a shipped table, or a file, relative to the one that says it. That may extend
+  another in turn.
+- A rule whose id the extended table has changes that rule field by field: what is not written
+  stays. A rule with a condition keeps nothing of the former condition. Other rules are new, and
+  follow behind.
+- `remove` leaves rules out; rules that inhibit them no longer do.
+- `baseline` and `conservative` change field by field as well. Without a `version` the table
+  has that of the extended one.
+- The hash in the version covers all files. While serving, a changed file takes effect whichever
+  of them it is; tables that come with the package are not watched.
+- A mistake is named with the file and line that it is in, also where that is the extended file.
+
+A rule can be silenced for one run, while it runs, without a table:
+[`tamiyo silence`](decisions.md#silence).
 
 ## Parameters
 
@@ -226,10 +270,14 @@ this one update, so a gradient that would ruin the weights never reaches them.
 - The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits`
   count as usual, and nothing of the evaluation is remembered. A rule that fired and is
   `recovering` changes no update that is within its bounds.
-- Of several rules, `skip_step` wins. Else `lr_scale` is that of the strongest rule with one,
-  and `max_norm` the smallest of all.
+- Of several rules, `restore` wins, then `skip_step`. Else `lr_scale` is that of the strongest
+  rule with one, and `max_norm` the smallest of all.
 - Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated
   before an update.
+
+After a step, `restore` and the other parameters of its rule are also asked for when a stronger
+rule wins: a PAUSE of seeds heals no weights. A trainer without a snapshot that is good does the
+other parameters ([snapshots](enforcing.md#snapshots)).
 
 ## A condition
 
@@ -257,6 +305,29 @@ only: it becomes part of a baseline after it was judged, and what is missing or 
 finite never does.
 
 {baseline_fields}
+
+## Records of excursions
+
+A baseline says what is usual; a record says how far a run strays from it by itself.
+`above_record` and `below_record` work on raw values. The ordinary state of a metric is a level
+(the median of the newest values, the last {lag} left out) and a scatter (the 98th percentile of
+what values lay above the level before them). A value that is more than one scatter out begins
+an excursion, which ends after {calm} values within one scatter. What each excursion reached is
+kept, and from it follows how far out chance alone may take the metric once in
+`false_alarm_steps` observations: about four scatters with light-tailed noise, tens for a run
+with outlier batches. A rule with `for` and `of` is compared with what so many values reached
+*at once*: one outlier, however large, says nothing about six of eight. After {patience} values
+outside, the metric has a new level. With `rising` a value counts only while it is a scatter
+beyond the first three of its excursion: a change that is meant is farthest out at its
+beginning, and what diverges goes on.
+
+Until there is a level, and for as many observations again until there is a scatter, conditions
+on a record are unknown: with the spans below a rule can fire after about 40 steps. A prior
+stands in for the excursions that a young run has not had. A metric that has never moved, and is
+zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` starts levels and
+baselines anew; records stay.
+
+{record_fields}
 
 ## Conservative mode
 
@@ -309,5 +380,6 @@ they last were beside it.
 
 A table that is read again keeps what has not changed: the state of a rule that is the same
 in every field, wherever it stands now, and the baselines that are still watched, unless
-`window` or `warmup` changed. Rules that are new or different begin unknown.
+`window` or `warmup` changed. Records of a metric are kept while `record` and the `for` and `of`
+that look at them are the same. Rules that are new or different begin unknown.
 """

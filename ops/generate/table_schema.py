@@ -1,4 +1,4 @@
-"""Makes ``docs/table.schema.json`` from the classes of a table."""
+"""Makes the JSON Schema of tables, a part of the package, from the classes of a table."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import msgspec
 from esper_otel.leyline.decisions import Action
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, Form, Operand, Operator
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
-    PARAMETERS,
     Baseline,
     Combine,
     Condition,
     Conservative,
-    Parameter,
+    RecordSpan,
     Rule,
     meta,
 )
 from esper_tamiyo.language.table_reader import ACTIONS, OUTDATED
 from ops.generate.files import COMMAND
 
-SCHEMA = Path("docs/table.schema.json")
+SCHEMA = Path("sidecar/esper_tamiyo/tables/table.schema.json")
+
+ID = "urn:esper-otel:schema:threshold-table"
 
 OPERANDS: dict[Operand, tuple[str, dict[str, Any]]] = {
     Operand.BOUND: ("number", {"type": "number"}),
@@ -63,34 +65,60 @@ def _schema() -> dict[str, Any]:
     rule = {yaml_name(Rule, field): property_of(Rule, field) for field in rule_fields()}
     rule[OUTDATED] = {**rule["inhibits"], "deprecated": True}
     rule[OUTDATED]["description"] = "what `inhibits` was called"
+    fields = {**rule, **condition, **groups}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": ID,
         "title": "Threshold table of Tamiyo",
         "description": f"Made by {COMMAND}; edits here are lost.",
         "type": "object",
-        "required": ["version", "rules"],
         "additionalProperties": False,
         "properties": {
             "version": {
                 "type": ["string", "number"],
-                "description": "name of the table; a hash of the file is added to it",
+                "description": "name of the table; a hash of the file, and of those that it "
+                "extends, is added to it",
+            },
+            "extends": {
+                "type": "string",
+                "description": "the table that this one differs from: a shipped one, or a "
+                "file, relative to this one. Only what differs is written",
+            },
+            "remove": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "ids of rules of the extended table that are left out",
             },
             "baseline": _object(Baseline),
+            "record": _object(RecordSpan),
             "conservative": _object(Conservative),
             "rules": {
                 "type": "array",
-                "minItems": 1,
-                "items": {"$ref": "#/$defs/rule"},
-                "description": "tried in this order",
+                "description": "tried in this order. With `extends`, a rule whose id the "
+                "extended table has changes that one field by field; others follow behind",
             },
+        },
+        "dependentRequired": {"remove": ["extends"]},
+        "if": {"required": ["extends"]},
+        "then": {"properties": {"rules": {"items": {"$ref": "#/$defs/change"}}}},
+        "else": {
+            "required": ["version", "rules"],
+            "properties": {"rules": {"minItems": 1, "items": {"$ref": "#/$defs/rule"}}},
         },
         "$defs": {
             "rule": {
                 "type": "object",
                 "required": REQUIRED,
                 "additionalProperties": False,
-                "properties": {**rule, **condition, **groups},
+                "properties": fields,
                 "oneOf": one_of,
+            },
+            "change": {
+                "type": "object",
+                "required": ["id"],
+                "additionalProperties": False,
+                "properties": fields,
+                "oneOf": [*one_of, {"not": {"anyOf": one_of}}],
             },
             "part": {
                 "type": "object",
@@ -104,7 +132,8 @@ def _schema() -> dict[str, Any]:
 
 def _condition_properties() -> dict[str, Any]:
     fields = {
-        name: property_of(Condition, name) for name in ("baseline", "baseline_of", "release")
+        name: property_of(Condition, name)
+        for name in ("baseline", "baseline_of", "release", "rising")
     }
     for name in ("metric", "baseline_of"):
         said = meta(Condition, name).description

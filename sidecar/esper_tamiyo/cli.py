@@ -14,12 +14,17 @@ from esper_tamiyo.commands import (
     journal,
     replay,
     serve,
+    silence,
     status,
+    table,
     test,
 )
 from esper_tamiyo.commands.common import CommandError
 
-COMMANDS = (serve, check, ask, status, replay, compare, test, explain, journal)
+COMMANDS = (
+    *(serve, check, ask, status, replay, compare, test, explain, journal),
+    *(table, silence),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """The loop: what its optimizers do, told to the recorder of the run.
 
-Called by hooks on one optimizer (``esper_otel.start(optimizer)``), or by those on every one of
-the process (:mod:`esper_otel.integrations.watch`). Not for scripts: :class:`esper_otel.Run` is.
+The observer is called by hooks on one optimizer (``esper_otel.start(optimizer)``), or by those
+on every one of the process (:mod:`esper_otel.integrations.watch`). What a script itself calls
+within its loop is here as well: :class:`esper_otel.Run` is made of it.
 """
 
 from __future__ import annotations
@@ -9,26 +10,32 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
 from time import perf_counter_ns
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.tolaria.devices import DeviceSampler
-from esper_otel.tolaria.fetches import ObjectIds
+from esper_otel.tolaria.fetches import ObjectIds, Source, samples_in
 from esper_otel.tolaria.gradients import gradient_norm, is_sharded
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.scalars import ScalarReader
+from esper_otel.tolaria.step import PHASES
 from esper_otel.tolaria.updates import release, withhold_unless_finite
 
 if TYPE_CHECKING:
+    from esper_otel.integrations.jobs import Jobs
     from esper_otel.shared_decisions import SharedDecisions
 
 log = logging.getLogger("esper_otel")
+Batch = TypeVar("Batch")
 
 _loops: weakref.WeakSet[LoopObserver] = weakref.WeakSet()
+_claimed: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Optimizers whose steps are, or were, those of a run: no other run changes their updates."""
 _told: set[str] = set()
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -82,6 +89,7 @@ class LoopObserver:
     def record_steps_of(self, optimizer: Any) -> None:
         """Take the steps of ``optimizer`` (a ``torch.optim.Optimizer``) for the run's steps."""
         self._followed = weakref.ref(optimizer)
+        _claimed.add(optimizer)
         if not self._enabled:
             return
         # With torch, which not every process that imports this module has.
@@ -138,7 +146,7 @@ class LoopObserver:
         """
         recorder = self.recorder
         self._thread = get_ident()
-        if _has_closure(args, kwargs):
+        if has_closure(args, kwargs):
             recorder.closure_begins(optimizer, partial(self._norm_of, optimizer))
             return
         began = perf_counter_ns()
@@ -163,7 +171,7 @@ class LoopObserver:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and self._skipped(found_inf):
             return
-        if recorder.wants_norm and _has_closure(args, kwargs):
+        if recorder.wants_norm and has_closure(args, kwargs):
             ended = recorder.measured(self._norm_of(optimizer))
         if self._sharing.may_meet:
             self._sharing.meet()
@@ -191,12 +199,11 @@ class LoopObserver:
     def _is_of_this_loop(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` belongs here besides the one that sets the steps.
 
-        So it does where this is the only loop: of several, nobody can tell whose it is.
+        So it does where this is the only loop: of several, nobody can tell whose it is. One
+        that was given to a run is that one's, also when it is closed.
         """
         alone = all(other is self for other in _loops)
-        return (
-            alone and optimizer is not self.followed and not self.is_seed_optimizer(optimizer)
-        )
+        return alone and optimizer not in _claimed and not self.is_seed_optimizer(optimizer)
 
     def _report_withheld(self, optimizer: Any) -> None:
         found, self._withheld = self._withheld, None
@@ -245,7 +252,106 @@ class LoopObserver:
             )
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+class LoopCalls:
+    """What a script calls of its run, from within the loop."""
+
+    _jobs: Jobs | None
+    """The trainings of a process that is watched from outside."""
+    _loop: LoopObserver
+    _recorder: Recorder
+    _sharing: SharedDecisions
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate over ``loader``, timing the wait for each batch and counting its samples.
+
+        Yields what ``loader`` does, and raises what it raises::
+
+            for images, labels in run.batches(loader):
+                ...
+        """
+        batches = iter(loader)
+        source = Source(self._loop.object_ids.of(batches), self._loop.object_ids.of(loader))
+        while True:
+            asked_for = perf_counter_ns()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            try:
+                self._in_use.batch_came(asked_for, samples_in(batch), source)
+            except Exception:
+                tell_once("a batch could not be counted")
+            yield batch
+
+    def report(self, loss: Any = None, **values: Any) -> None:
+        """Tell what the loop knows of this step, before the optimizer steps.
+
+        ``loss`` and ``values`` (``accuracy``, ``grad_conflict_rate``, ``gradient_norm``,
+        ``samples_per_s``) are numbers or tensors of one element; a tensor on a device is
+        read when it gets here, without waiting for it. Called once per micro-batch, the
+        step's loss is their mean. A loop that clips its gradients tells their norm of
+        before; without it the norm is that of what the optimizer is given. Raises
+        ``ValueError`` for a name that is none of these. Accuracy and conflict rate are shares
+        from 0 to 1::
+
+            run.report(loss=loss, accuracy=correct / len(labels))
+        """
+        begin = self._loop.scalars.read_async
+        self._in_use.loop_reported(
+            None if loss is None else begin(loss),
+            {key: begin(value) for key, value in values.items()},
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step: ``forward``, ``backward`` or ``optimizer``.
+
+        Raises ``ValueError`` for another name, before the block runs. For loops whose
+        optimizer was not given to :func:`esper_otel.start`::
+
+            with run.phase("forward"):
+                loss = model(images)
+        """
+        if name not in PHASES:
+            raise ValueError(f"phase {name!r}: expected one of {', '.join(PHASES)}")
+        began = perf_counter_ns()
+        try:
+            yield
+        finally:
+            self._in_use.phase(name, began, perf_counter_ns())
+
+    def phase_begins(self, name: str) -> None:
+        """Tell that from the next step on the past is no measure: a curriculum's next stage.
+
+        For changes that are meant (longer sequences, another batch size or data mix, layers
+        unfrozen), at which loss and gradients may step to another level and be healthy there.
+        The metric ``phase`` rises by one with the next step, and ``name`` is on the spans of
+        the steps that follow (``esper.phase.name``). Nothing is reset in the trainer; raises
+        ``TypeError`` for a name that is no text::
+
+            run.phase_begins("curriculum-2")
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"phase_begins({name!r}): expected a name")
+        is_named = self._loop.preferred is not None
+        (self._recorder if is_named else self._in_use).phase_begins(name)
+
+    def step(self) -> None:
+        """End the step; for loops whose optimizer was not given to :func:`esper_otel.start`.
+
+        Waits for a decision that is late, for at most ``tamiyo_deadline_ms``.
+        """
+        if self._sharing.may_meet:
+            self._sharing.meet()
+        self._recorder.end_step()
+
+    @property
+    def _in_use(self) -> Recorder:
+        """The recorder of the training under way, where the process has several."""
+        return self._recorder if self._jobs is None else self._jobs.current.recorder
+
+
+def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether ``step(*args, **kwargs)``, its optimizer first, was given a closure."""
     # Some optimizers take the loss in its place, or an epoch.
     return callable(args[1] if len(args) > 1 else kwargs.get("closure"))

@@ -1,6 +1,8 @@
 """The runs of this process: begun in code, or from outside for all of it.
 
-Of the second kind there is one at most, and then it is the only one: a step is counted once.
+Of the second kind there is one at most, and then there are no others, so that a step is counted
+once; where the process trains several times it has a run beside it for each other training
+(:mod:`esper_otel.integrations.jobs`).
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
     Called again, as a notebook's cell is, it ends the run before: that of the same
     optimizer, of one that is gone, or of a loop that had none either.
 
-    When the process is already instrumented (``esper-otel run``) its run is returned, so
-    that steps go on being counted once; settings that differ from that run's are told.
+    When the process is already instrumented (``esper-otel run``) steps go on being counted
+    once: what is returned is the run of the training that ``optimizer`` belongs to, or that
+    it begins. Settings that differ from the process's are told.
     """
     if _automatic is not None:
         tell_ignored(_automatic.settings, settings)
-        if optimizer is not None:
-            _automatic._loop.prefer(optimizer)
-        return _automatic
+        jobs = _automatic._jobs
+        return _automatic if optimizer is None or jobs is None else jobs.named(optimizer)
     wanted = EsperSettings.from_environment(**settings)
     for before in [run for run in _started if run._loop.gives_way_to(optimizer)]:
         before.close()

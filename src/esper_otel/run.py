@@ -8,28 +8,26 @@ import os
 import secrets
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
-from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from esper_otel.leyline.decisions import Decision
-from esper_otel.loop import LoopObserver, tell_once
+from esper_otel.loop import LoopCalls, LoopObserver
 from esper_otel.ranks.world import new_run_id, with_identity
-from esper_otel.settings import EsperSettings, Mode
-from esper_otel.shared_decisions import SharedDecisions, client_of
+from esper_otel.settings import EsperSettings
+from esper_otel.shared_decisions import SharedDecisions, client_of, responses_of
 from esper_otel.stream import Stream, StreamReport, is_disabled
 from esper_otel.tolaria.devices import DeviceSampler
-from esper_otel.tolaria.fetches import Source, samples_in
+from esper_otel.tolaria.ports import HeldRun
 from esper_otel.tolaria.recorder import Recorder
-from esper_otel.tolaria.responses import RateFactor, Responses
-from esper_otel.tolaria.step import PHASES
 
 if TYPE_CHECKING:
+    from esper_otel.integrations.jobs import Jobs
     from esper_otel.kasmina.garden import Garden
+    from esper_otel.stream.drain import RunTotals
+    from esper_otel.tamiyo.client import TamiyoClient
 
 log = logging.getLogger("esper_otel")
-Batch = TypeVar("Batch")
 
 STATE_VERSION = 1
 """Of what :meth:`Run.state_dict` gives."""
@@ -37,7 +35,7 @@ STATE_VERSION = 1
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run:
+class Run(LoopCalls):
     """A training run as it is recorded, streamed and decided about.
 
     :func:`esper_otel.start` makes one; so does ``esper-otel run`` for a script that knows
@@ -45,7 +43,18 @@ class Run:
     *argument* does, at once. Called from the thread that trains.
     """
 
-    def __init__(self, settings: EsperSettings, *, outlives_script: bool = False) -> None:
+    def __init__(
+        self,
+        settings: EsperSettings,
+        *,
+        outlives_script: bool = False,
+        beside: Run | None = None,
+        held: HeldRun | None = None,
+    ) -> None:
+        """``beside``: the process's run, which this one shares delivery and probes with.
+
+        ``held``: keeps what would be sent and asked until :meth:`_begin`.
+        """
         self.enabled = not is_disabled()
         """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or asked."""
         if self.enabled:
@@ -58,26 +67,30 @@ class Run:
         """What tells this process from every other, one that is started again included."""
         self.garden: Garden | None = None
         """The garden that was planted last."""
+        self._jobs: Jobs | None = None
+        self._beside = beside
+        self._held = held
         self._outlives_script = outlives_script
+        self._finished = False
         self._report: StreamReport | None = None
-        self._stream = Stream(settings, run_id=self.run_id, instance_id=self.instance_id)
-        self._client = (
-            client_of(self.settings, self.run_id, self.instance_id) if self.enabled else None
+        self._stream: Stream = Stream(
+            settings,
+            run_id=self.run_id,
+            instance_id=self.instance_id,
+            beside=None if beside is None else beside._stream,
         )
-        self._devices = DeviceSampler(settings.tolaria_step_enrichment_enabled)
-        self._responses = Responses(
-            RateFactor(
-                minimum=settings.lr_scale_min,
-                maximum=settings.lr_scale_max,
-                release_steps=settings.release_steps,
-            ),
-            enforce=settings.mode is Mode.ENFORCE,
+        self._client = self._new_client() if self.enabled and held is None else None
+        self._devices: DeviceSampler = (
+            DeviceSampler(settings.tolaria_step_enrichment_enabled)
+            if beside is None
+            else beside._devices
         )
+        self._responses = responses_of(settings)
         self._recorder = Recorder(
-            self._stream,
+            held or self._stream,
             run=self.run_id,
             responses=self._responses,
-            client=self._client,
+            client=held or self._client,
             enriched=settings.tolaria_step_enrichment_enabled,
             device_values=lambda: self._devices.latest,
             span_every=settings.span_every,
@@ -98,80 +111,27 @@ class Run:
         if not self.enabled:
             self._recorder.switch_off()
             return
-        self._stream.start()
-        self._devices.start()
         _runs.add(self)
-        atexit.register(self._end)
+        if held is None:
+            self._begin()
 
-    # What a loop calls.
+    def _begin(self) -> None:
+        """From here on telemetry is sent and decisions are asked for."""
+        self._stream.start()
+        if self._beside is None:
+            self._devices.start()
+            atexit.register(self._end)
+        held, self._held = self._held, None
+        if held is not None:
+            self._client = self._new_client()
+            held.release(self._stream, self._client)
+            self._recorder.set_client(self._client)
+            self._sharing.set_client(self._client)
 
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Iterate over ``loader``, timing the wait for each batch and counting its samples.
+    def _new_client(self) -> TamiyoClient | None:
+        return client_of(self.settings, self.run_id, self.instance_id)
 
-        Yields what ``loader`` does, and raises what it raises::
-
-            for images, labels in run.batches(loader):
-                ...
-        """
-        batches = iter(loader)
-        source = Source(self._loop.object_ids.of(batches), self._loop.object_ids.of(loader))
-        while True:
-            asked_for = perf_counter_ns()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            try:
-                self._recorder.batch_came(asked_for, samples_in(batch), source)
-            except Exception:
-                tell_once("a batch could not be counted")
-            yield batch
-
-    def report(self, loss: Any = None, **values: Any) -> None:
-        """Tell what the loop knows of this step, before the optimizer steps.
-
-        ``loss`` and ``values`` (``accuracy``, ``grad_conflict_rate``, ``gradient_norm``,
-        ``samples_per_s``) are numbers or tensors of one element; a tensor on a device is
-        read when it gets here, without waiting for it. Called once per micro-batch, the
-        step's loss is their mean. A loop that clips its gradients tells their norm of
-        before; without it the norm is that of what the optimizer is given. Raises
-        ``ValueError`` for a name that is none of these. Accuracy and conflict rate are shares
-        from 0 to 1::
-
-            run.report(loss=loss, accuracy=correct / len(labels))
-        """
-        begin = self._loop.scalars.read_async
-        self._recorder.loop_reported(
-            None if loss is None else begin(loss),
-            {key: begin(value) for key, value in values.items()},
-        )
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of the step: ``forward``, ``backward`` or ``optimizer``.
-
-        Raises ``ValueError`` for another name, before the block runs. For loops whose
-        optimizer was not given to :func:`esper_otel.start`::
-
-            with run.phase("forward"):
-                loss = model(images)
-        """
-        if name not in PHASES:
-            raise ValueError(f"phase {name!r}: expected one of {', '.join(PHASES)}")
-        began = perf_counter_ns()
-        try:
-            yield
-        finally:
-            self._recorder.phase(name, began, perf_counter_ns())
-
-    def step(self) -> None:
-        """End the step; for loops whose optimizer was not given to :func:`esper_otel.start`.
-
-        Waits for a decision that is late, for at most ``tamiyo_deadline_ms``.
-        """
-        if self._sharing.may_meet:
-            self._sharing.meet()
-        self._recorder.end_step()
+    # Ranks, and seeds.
 
     def agree(self) -> bool:
         """Have all ranks of the run apply the same decisions at the same step.
@@ -246,6 +206,20 @@ class Run:
         self._recorder.attach_garden(self.garden)
         return self.garden
 
+    def protect(self, *modules: Any) -> None:
+        """Have snapshots (``snapshot_every``) hold all parameters and buffers of ``modules``.
+
+        The parameters that optimizers update, and the optimizers' state, are held anyway, as
+        are the persistent buffers of their modules where none are named. Raises ``TypeError``
+        for what is no ``torch.nn.Module``::
+
+            run.protect(model, average_of_model)
+        """
+        for module in modules:
+            if not hasattr(module, "named_buffers"):
+                raise TypeError(f"protect: expected modules, got {type(module).__name__}")
+            self._responses.restoring.protected.add_module(module, whole=True)
+
     # A restart.
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,13 +257,6 @@ class Run:
         except (TypeError, ValueError) as error:
             rate.load_state_dict(before)
             raise ValueError(f"state of a run: {error}") from None
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """As :meth:`load_state_dict`, for adapters: what cannot be used is reported, once."""
-        try:
-            self.load_state_dict(state)
-        except ValueError as error:
-            tell_once(f"esper-otel: a checkpoint's state of the run is not used: {error}")
 
     def on_pause(self, freeze: Callable[[Decision], None]) -> None:
         """Have ``freeze`` called with every PAUSE decision that is enforced.
@@ -335,17 +302,23 @@ class Run:
         """
         if self._report is not None:
             return self._report
+        if self._jobs is not None and self._beside is None:
+            self._jobs.close()
         atexit.unregister(self._end)
         _runs.discard(self)
-        for end in self._ends():
-            try:
-                end()
-            except Exception:
-                # Whatever it is, what was recorded is still sent.
-                log.warning("a part of the run could not be ended", exc_info=True)
+        self._finish()
+        if self._beside is None:
+            _end_each([self._devices.stop])
         self._report = self._stream.close(timeout_s)
-        self._tell_summary(self._report)
+        if self._beside is None:
+            self._tell_summary(self._report)
         return self._report
+
+    def _finish(self) -> None:
+        """The training is over: what it has recorded is still to be sent. Once."""
+        if not self._finished:
+            self._finished = True
+            _end_each(self._ends())
 
     def _ends(self) -> Iterator[Callable[[], Any]]:
         """What ends each part of the run but the stream, in order."""
@@ -353,7 +326,6 @@ class Run:
         yield self._recorder.control.updates.close
         if self.garden is not None:
             yield self.garden.close
-        yield self._devices.stop
         yield self._recorder.flush
         yield self._recorder.switch_off
         yield self._sharing.close
@@ -366,10 +338,17 @@ class Run:
         tell_summary(
             self.settings,
             self.run_id,
-            getattr(self._stream, "totals", None),
+            self.totals,
             report,
-            lost_values=self._loop.scalars.lost,
+            snapshots=self._responses.restoring.report,
+            lost_values=self._loop.scalars.lost + (self._jobs.lost if self._jobs else 0),
+            others=self._jobs.totals if self._jobs else (),
         )
+
+    @property
+    def totals(self) -> RunTotals | None:
+        """Sums over its steps so far; None where nothing is recorded."""
+        return getattr(self._stream, "totals", None)
 
     def _is_seed_optimizer(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` trains a seed of this run: then its steps are not the run's."""
@@ -377,11 +356,22 @@ class Run:
 
     def _let_go(self) -> StreamReport:
         self._loop.prefer(None)
+        if self._jobs is not None:
+            self._jobs.ended(self)
         if self.garden is not None:
             self.garden.close()
             self._recorder.attach_garden(None)
             self._sharing.forget_garden()
         return self.stream_report
+
+
+def _end_each(ends: Iterable[Callable[[], Any]]) -> None:
+    for end in ends:
+        try:
+            end()
+        except Exception:
+            # Whatever it is, what was recorded is still sent.
+            log.warning("a part of the run could not be ended", exc_info=True)
 
 
 def _switch_off_in_child() -> None:

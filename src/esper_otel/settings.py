@@ -169,17 +169,24 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     primary_optimizer: str = ""
     """Which optimizer's steps are the run's when a script that knows nothing of us has
     several: the name of its class, or its place in the order in which they first step, from
-    0. Empty: :class:`integrations.primary.Primary` chooses."""
+    0; the process is one run then. Empty: :class:`integrations.primary.Primary` chooses."""
 
     losses_prescaled: bool = False
     """Whether a script that accumulates gradients has divided each loss by the number of
     micro-batches before ``backward``: then a step's loss is their sum, not their mean.
     Frameworks that do so are known to. Losses that a loop reports are averaged either way."""
 
-    release_steps: int = 200
+    release_steps: int = 20
     """Steps without an OPTIMIZER decision before the learning rate is given back, and
     over which it is. More than a table's baseline window, so that what comes of it is held
     against a healthy past and not against the trouble itself."""
+
+    snapshot_every: int = 0
+    """About how many steps there are between two copies of weights and optimizer state in host
+    memory, to which a decision may go back, in ``enforce``; two are kept. 0: none are made."""
+
+    snapshot_restores_max: int = 3
+    """How often decisions may go back to one in a run."""
 
     # What follows is about seeds, and needs a garden to be planted.
 
@@ -252,10 +259,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     ) -> EsperSettings:
         """Settings from ``environ`` (default: the process's), ``overrides`` winning.
 
-        Raises :class:`SettingsError` naming the variable, its value and what was
-        expected. An ``ESPER_`` variable that is no setting is warned about: it is
-        most likely a misspelt one. That is told once per process, and by the first of the
-        ranks on a host.
+        Raises :class:`SettingsError` naming the variable, its value and what was expected. An
+        ``ESPER_`` variable that is no setting, most likely a misspelt one, is warned about once
+        per process, by the first of the ranks on a host.
         """
         environ = os.environ if environ is None else environ
         settings = cls.read(environ, **overrides)
@@ -292,9 +298,8 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if not low <= value <= high:
                 source = (names or {}).get(field, field)
-                raise SettingsError(
-                    f"{source}={value!r}: expected a number from {low:g} to {high:g}"
-                )
+                expected = f"expected a number from {low:g} to {high:g}"
+                raise SettingsError(f"{source}={value!r}: {expected}")
         if self.rank >= self.world_size:
             raise SettingsError(
                 f"rank={self.rank}: expected less than world_size={self.world_size}"
@@ -303,16 +308,14 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def spool_path(self) -> Path:
         """The folder in which unsent OTLP is left."""
-        if self.spool_dir:
-            return Path(self.spool_dir)
-        state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-        return Path(state) / "esper" / "spool"
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(self.spool_dir or Path(state, "esper", "spool"))
 
 
 _INFINITY = float("inf")
 _FROM_0 = """
     rank span_every seeds_at_once embargo_steps embargo_s isolation_every loss_rise_max
-    step_rise_max
+    step_rise_max snapshot_every snapshot_restores_max
 """
 _FROM_1 = """
     world_size span_slow_factor release_steps plateau_steps training_steps blending_steps
@@ -321,6 +324,7 @@ _FROM_1 = """
 RANGES: tuple[tuple[str, float, float], ...] = (
     *((field, 0, _INFINITY) for field in _FROM_0.split()),
     *((field, 1, _INFINITY) for field in _FROM_1.split()),
+    *((field, 0, 1) for field in ("lr_scale_min", "plateau_improvement", "loss_fall_min")),
     ("local_rank", -1, _INFINITY),
     ("tamiyo_deadline_ms", 0.1, 60_000),
     ("ranks_timeout_s", 0.1, 3600),
@@ -328,12 +332,9 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("ring_steps", 16, 1 << 22),
     ("spool_mb", 0.01, 65_536),
     ("flush_timeout_s", 0, 600),
-    ("lr_scale_min", 0, 1),
     ("lr_scale_max", 1, 1000),
-    ("plateau_improvement", 0, 1),
     ("alpha_temperature", 1e-3, 1000),
     ("kernel_budget_ms", 0.01, 60_000),
-    ("loss_fall_min", 0, 1),
 )
 """Setting, least and greatest value."""
 

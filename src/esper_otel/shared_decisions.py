@@ -18,6 +18,8 @@ from esper_otel.settings import EsperSettings, Mode, SettingsError
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.ports import DecisionAgreement
 from esper_otel.tolaria.recorder import Recorder
+from esper_otel.tolaria.responses import RateFactor, Responses
+from esper_otel.tolaria.restoring import Restoring
 
 if TYPE_CHECKING:
     from esper_otel.ranks.agreement import Agreement
@@ -46,6 +48,22 @@ def client_of(settings: EsperSettings, run_id: str, instance_id: str) -> TamiyoC
         raise SettingsError(f"tamiyo_socket: {error}") from None
 
 
+def responses_of(settings: EsperSettings) -> Responses:
+    """What decisions do to a run, within the bounds of its settings."""
+    enforce = settings.mode is Mode.ENFORCE
+    rate = RateFactor(
+        minimum=settings.lr_scale_min,
+        maximum=settings.lr_scale_max,
+        release_steps=settings.release_steps,
+    )
+    restoring = Restoring(
+        every=settings.snapshot_every if enforce else 0,
+        most=settings.snapshot_restores_max,
+        several_ranks=is_shared,
+    )
+    return Responses(rate, enforce=enforce, restoring=restoring)
+
+
 class SharedDecisions:
     """What the decisions of one rank have to do with those of the others."""
 
@@ -65,6 +83,11 @@ class SharedDecisions:
         self._client = client
         self._settings = settings
         self._run_id = run_id
+
+    def set_client(self, client: TamiyoClient | None) -> None:
+        """The run, which nobody was asked for before, asks by ``client``."""
+        self._client = client
+        self.may_meet = self._settings.ranks_agree and client is not None
 
     def agree(self) -> bool:
         """Meet the other ranks now; see :meth:`esper_otel.Run.agree`."""
@@ -99,6 +122,8 @@ class SharedDecisions:
                 settings.lr_scale_min,
                 settings.lr_scale_max,
                 settings.release_steps,
+                settings.snapshot_every,
+                settings.snapshot_restores_max,
             )
             self.rendezvous = Rendezvous(
                 self._run_id,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
+from esper_otel.tolaria.restoring import SnapshotReport
 
 if TYPE_CHECKING:
     from esper_otel.stream.drain import RunTotals
@@ -37,13 +39,47 @@ class DecisionCount(msgspec.Struct, frozen=True):
     applied: int
 
 
+SHOWN = 5
+"""Trainings that are told apart; the others are added up."""
+
+
+class TrainingSummary(msgspec.Struct, frozen=True):
+    """One of several trainings of a process, or all those that are not told apart.
+
+    ``run`` is the name of its run, "" of several.
+    """
+
+    run: str
+    trainings: int
+    steps: int
+    step_ms: float | None
+    first_loss: float | None
+    last_loss: float | None
+    decisions: int
+
+    def as_text(self) -> str:
+        """What follows its name in a line."""
+        parts = [f"{self.steps:,} steps"]
+        if self.first_loss is not None and self.last_loss is not None:
+            parts.append(f"loss {self.first_loss:.4g} → {self.last_loss:.4g}")
+        if self.step_ms:
+            parts.append(f"{self.step_ms:.3g} ms a step")
+        if self.decisions:
+            parts.append(f"{self.decisions:,} decision{'s' * (self.decisions != 1)}")
+        return ", ".join(parts)
+
+
 class Summary(msgspec.Struct, frozen=True):
     """One run in short. Times are means per step, in milliseconds.
+
+    Of a process with several ``trainings`` all but those is of all of them together; each of
+    the first ones is listed, and the rest in one.
 
     ``skipped_updates`` were left out by decisions. At ``unjudged_steps`` the newest decision
     request had not been answered, and at ``held_unjudged_steps`` of them decisions of before
     still scaled the learning rates; ``unanswered`` says why, as far as the steps that have
     spans show it.
+    ``snapshots`` says what became of those that were kept, or asked for; None without any.
     ``lost_values`` of losses and gradients could not be read without waiting for a device.
     ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
@@ -70,6 +106,8 @@ class Summary(msgspec.Struct, frozen=True):
     unsent: list[str]
     recordings: list[str]
     lost_values: int = 0
+    snapshots: SnapshotReport | None = None
+    trainings: list[TrainingSummary] = []
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -77,8 +115,11 @@ class Summary(msgspec.Struct, frozen=True):
 
     def as_text(self) -> str:
         """A few lines for a terminal."""
+        several = sum(each.trainings for each in self.trainings)
         lines = [
-            f"esper-otel: run {self.run}, {self.steps:,} steps in {_seconds(self.seconds)}"
+            f"esper-otel: run {self.run}, "
+            + (f"{several:,} trainings, " if several else "")
+            + f"{self.steps:,} steps in {_seconds(self.seconds)}"
         ]
         if self.first_loss is not None and self.last_loss is not None:
             lines[0] += f", loss {self.first_loss:.4g} → {self.last_loss:.4g}"
@@ -89,6 +130,9 @@ class Summary(msgspec.Struct, frozen=True):
             )
             most = f", most of it {self.slowest}" if self.slowest else ""
             lines.append(f"  a step    {self.step_ms:.3g} ms{most}: {split}")
+        for each in self.trainings:
+            name = each.run or f"{each.trainings:,} more"
+            lines.append(f"  training  {name}: {each.as_text()}")
         if self.nonfinite_steps:
             lines.append(f"  values    NaN or infinite in {self.nonfinite_steps:,} steps")
         if self.lost_values:
@@ -102,6 +146,8 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  decided   {told}")
         if self.skipped_updates:
             lines.append(f"  updates   {self.skipped_updates:,} skipped by decisions")
+        if self.snapshots is not None:
+            lines.append(f"  snapshots {'; '.join(_of_snapshots(self.snapshots))}")
         if self.unanswered or self.unjudged_steps:
             lines.append(f"  Tamiyo    {self._unjudged()}")
         lines.append(f"  telemetry {self._telemetry()}")
@@ -139,10 +185,41 @@ class Summary(msgspec.Struct, frozen=True):
         return "; ".join(told) or "none sent"
 
 
+def _of_snapshots(report: SnapshotReport) -> Iterator[str]:
+    """What a person is told of them."""
+    if report.taken:
+        last = "none" if report.good_step is None else f"the last of step {report.good_step:,}"
+        yield (
+            f"{report.taken:,} made in {report.copy_ms:.3g} ms each, good: {last}; they take "
+            f"{report.bytes / 1e6:,.3g} MB of host memory"
+        )
+    elif not (report.restored or report.refused):
+        yield "none made"
+    for to, at in report.restored:
+        yield f"step {to:,} put back at step {at:,}"
+    for why, times in report.refused.items():
+        yield f"asked for and not put back × {times:,}: {why}"
+
+
 def summary_of(
-    run: str, rank: int, totals: RunTotals, report: StreamReport, *, lost_values: int = 0
+    run: str,
+    rank: int,
+    totals: RunTotals,
+    report: StreamReport,
+    *,
+    lost_values: int = 0,
+    snapshots: SnapshotReport | None = None,
+    others: Sequence[tuple[str, RunTotals]] = (),
 ) -> Summary:
-    """The summary of a run that is over."""
+    """The summary of a run that is over; ``others`` are trainings beside it, by name."""
+    trainings: list[TrainingSummary] = []
+    if others:
+        each_of = [(run, totals), *others]
+        rest = [each for _, each in each_of[SHOWN:]]
+        trainings = [_training(name, each) for name, each in each_of[:SHOWN]]
+        if rest:
+            trainings.append(_training("", type(totals).sum_of(rest)))
+        totals = type(totals).sum_of([each for _, each in each_of])
     phases = {
         name: took for name, key in PHASES.items() if (took := totals.per_step(key)) is not None
     }
@@ -174,6 +251,20 @@ def summary_of(
         unsent=[str(path) for path in report.files],
         recordings=[str(path) for path in report.recordings],
         lost_values=lost_values,
+        snapshots=snapshots,
+        trainings=trainings,
+    )
+
+
+def _training(run: str, totals: RunTotals) -> TrainingSummary:
+    return TrainingSummary(
+        run=run,
+        trainings=totals.runs,
+        steps=totals.steps,
+        step_ms=totals.per_step("step_latency_ms"),
+        first_loss=totals.first_loss,
+        last_loss=totals.last_loss,
+        decisions=totals.decisions.total(),
     )
 
 
@@ -184,10 +275,13 @@ def tell_summary(
     report: StreamReport,
     *,
     lost_values: int,
+    snapshots: SnapshotReport | None = None,
+    others: Sequence[tuple[str, RunTotals]] = (),
 ) -> None:
     """Tell on standard error how a run was, as ``settings`` ask for; rank 0 alone does.
 
-    ``totals`` None: nothing was recorded. ``lost_values``, whose number is in the summary, go
+    ``others`` are trainings of the process beside it, by name. ``totals`` None: nothing was
+    recorded. ``lost_values``, whose number is in the summary, go
     to the log where there is none.
     """
     wanted = settings.summary is not Summaries.OFF and not settings.rank
@@ -196,7 +290,15 @@ def tell_summary(
             log.warning("esper-otel: %d %s", lost_values, _LOST)
         return
     try:
-        summary = summary_of(run, settings.rank, totals, report, lost_values=lost_values)
+        summary = summary_of(
+            run,
+            settings.rank,
+            totals,
+            report,
+            lost_values=lost_values,
+            snapshots=snapshots,
+            others=others,
+        )
         as_json = settings.summary is Summaries.JSON
         print(summary.as_json() if as_json else summary.as_text(), file=sys.stderr, flush=True)
     except (OSError, ValueError):

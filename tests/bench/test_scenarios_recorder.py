@@ -64,6 +64,59 @@ def test_the_trouble_begins_where_the_label_says(kind):
     assert wrong(column[first])
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "holds"),
+    [
+        ("lr_times_10", "optimizer_lr", lambda was, is_: is_ == pytest.approx(10 * was)),
+        ("inputs_zero", "loss", lambda was, is_: is_ > was),
+        ("inputs_times_255", "loss", lambda was, is_: is_ > 4 * was),
+    ],
+)
+def test_a_metric_is_another_where_the_trouble_begins(kind, key, holds):
+    run = trained(kind)
+    column = run.steps[key]
+    assert holds(column[run.at - 2], column[run.at - 1])
+
+
+def test_parameters_that_died_have_no_gradients_or_only_zeros():
+    run = trained("dead_parameters")
+    norms = run.steps["gradient_norm"]
+    assert (norms[: run.at - 1] > 0).all()
+    after = norms[run.at - 1 :]
+    assert (after == 0).all() if run.at % 2 else np.isnan(after).all()
+
+
+def test_training_climbs_when_its_loss_has_the_wrong_sign(monkeypatch):
+    # Momentum goes on down for some steps.
+    monkeypatch.setitem(recorder.EXTENTS, "digits", SHORT._replace(tail=40))
+    run = trained("loss_explodes")
+    losses = run.steps["loss"]
+    assert losses[-1] > losses[run.at - 2]
+
+
+def test_a_constant_batch_is_learned_by_heart(monkeypatch):
+    monkeypatch.setitem(recorder.EXTENTS, "digits", SHORT._replace(tail=30))
+    run = trained("constant_batch")
+    losses = run.steps["loss"]
+    assert losses[-1] < losses[run.at - 1]
+    assert (np.diff(losses[run.at + 20 :]) <= 0).all()
+
+
+def test_betas_are_swapped(monkeypatch):
+    monkeypatch.setitem(recorder.EXTENTS, "vae", SHORT)
+    (run,) = recorder.record(Scenario("vae", "betas_swapped", 0))
+    momentum = run.steps["optimizer_momentum"]
+    assert set(momentum[: run.at - 1]) == {0.9}
+    assert set(momentum[run.at - 1 :]) == {0.999}
+
+
+def test_a_loop_without_a_loader_waits_for_no_input(monkeypatch):
+    monkeypatch.setitem(recorder.EXTENTS, "policy", SHORT)
+    (run,) = recorder.record(Scenario("policy", "plain", 0))
+    assert "input_wait_ms" not in run.steps
+    assert "loss" in run.steps
+
+
 def test_a_seed_in_conflict_is_wrong_from_its_joining_on():
     run = trained("seed_conflict")
     steps = run.steps["step"][run.seed_frames]

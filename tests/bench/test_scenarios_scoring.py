@@ -11,6 +11,7 @@ from bench.scenarios.scoring import by_kind, outcome, recorded_in, score
 from bench.scenarios.showing import REFERENCE, shows
 from bench.scenarios.suite import (
     EXTENTS,
+    HARMFUL,
     HEALTHY,
     RECORDINGS,
     RIGHT,
@@ -25,6 +26,8 @@ AT = REFERENCE + 11
 """The step at which what is wrong begins, in all of these."""
 STEADY = [1.0 + 0.1 * (step % 3) for step in range(AT - 1)]
 FLAT = [1.0] * (AT - 1)
+WIDE = [1.0 + 9.0 * (step % 3 == 0) for step in range(AT - 1)]
+"""From 1 to 10."""
 SPIKE = Scenario("digits", "labels_shuffled", 1)
 
 
@@ -35,6 +38,8 @@ SPIKE = Scenario("digits", "labels_shuffled", 1)
         pytest.param(STEADY, [1.1, 1.35, 1.35], None, id="beyond the range, not by its width"),
         pytest.param(STEADY, [1.1, 1.5, 1.5], AT + 1, id="above it by more than its width"),
         pytest.param(STEADY, [1.1, 0.7, 0.7], AT + 1, id="below it by more than its width"),
+        pytest.param(WIDE, [1.1, 1.1, 0.09, 0.09], AT + 2, id="below it by as many times"),
+        pytest.param(WIDE, [1.1, 1.1, 0.11, 0.11], None, id="below it by fewer times"),
         pytest.param(STEADY, [1.1, 1.5, 1.1, 1.5], None, id="never two steps in a row"),
         pytest.param(STEADY, [1.5, 0.7, 1.1], None, id="two in a row, on two sides"),
         pytest.param(FLAT, [1.0, 1.001, 1.0], AT + 1, id="what stood still has moved"),
@@ -151,6 +156,46 @@ def test_a_score_sums_outcomes_up(tmp_path):
     assert "missed 1" in by_kind(outcomes)
 
 
+HARM = Scenario("digits", "lr_times_50", 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "acted_on", "told_soon", "acted_on_soon"),
+    [
+        pytest.param(ACTS, AT + 1, 1, 1, id="at once"),
+        pytest.param(ACTS + "    for: 21\n", AT + 21, 1, 1, id="after 20 steps"),
+        pytest.param(ACTS + "    for: 22\n", AT + 22, 0, 1, id="after 21 steps"),
+        pytest.param(ACTS + "    for: 52\n", AT + 52, 0, 0, id="after 51 steps"),
+        pytest.param(TELLS, None, 1, 0, id="told and not acted on"),
+    ],
+)
+def test_telling_has_twenty_steps_and_acting_fifty(
+    tmp_path, rule, acted_on, told_soon, acted_on_soon
+):
+    run = recorded(HARM, steps={"loss": [*STEADY, 1.1, *[9.0] * 60]}, at=AT)
+    found = outcome([run], table(tmp_path, rule))
+    assert found.acted_on == acted_on
+    told = score([found])
+    assert (told.harmful, told.told_soon, told.acted_on_soon) == (1, told_soon, acted_on_soon)
+
+
+def test_only_what_an_action_can_help_is_harmful(tmp_path):
+    run = recorded(SPIKE, steps={"loss": [*STEADY, 1.1, 9.0, 9.0]}, at=AT)
+    told = score([outcome([run], table(tmp_path, ACTS))])
+    assert (told.troubles, told.told_soon, told.harmful) == (1, 1, 0)
+
+
+def test_the_share_of_healthy_runs_that_were_touched_counts_runs(tmp_path):
+    rule = table(tmp_path, ACTS)
+    runs = [
+        recorded(steps={"loss": [1.0, 9.0, 9.0]}),
+        recorded(steps={"loss": [1.0, 1.0, 1.0]}),
+        recorded(SPIKE, steps={"loss": [9.0, *STEADY[1:], 1.1]}, at=AT),
+    ]
+    told = score([outcome([run], rule) for run in runs])
+    assert (told.healthy_runs, told.touched, told.touch) == (2, 1, 0.5)
+
+
 def test_odd_seeds_are_held_out_and_all_ranks_of_a_scenario_come_together(tmp_path):
     from bench.scenarios.recordings import append
 
@@ -168,9 +213,14 @@ def test_as_much_is_planned_as_was_promised():
     every = list(scenarios())
     assert len(every) == len(set(every))
     assert len(RIGHT) >= 12
-    for workload in ("digits", "prose"):
+    for workload, extent in EXTENTS.items():
         mine = [each for each in every if each.workload == workload]
-        assert all(sum(each.kind == kind for each in mine) >= 10 for kind in (*RIGHT, *HEALTHY))
+        for kind in extent.healthy_kinds:
+            assert sum(each.kind == kind for each in mine) == extent.healthy_seeds >= 4
+        for kind in extent.troubled_by:
+            assert sum(each.kind == kind for each in mine) == extent.seeds >= 2
+    assert {each.kind for each in every} == {*RIGHT, *HEALTHY}
+    assert set(RIGHT) >= HARMFUL
 
 
 def test_as_much_is_recorded_as_the_page_says():
@@ -182,6 +232,7 @@ def test_as_much_is_recorded_as_the_page_says():
         assert set(RECORDINGS.glob(f"{workload}-*.tapes")) == files
 
 
-def test_every_right_answer_is_a_rule_of_the_default_table():
+def test_every_trouble_has_a_right_answer_in_the_default_table():
     ids = {rule.id for rule in load("default").rules}
-    assert {rule for rules in RIGHT.values() for rule in rules} <= ids
+    for kind, rules in RIGHT.items():
+        assert ids.intersection(rules), kind

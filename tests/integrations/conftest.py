@@ -14,6 +14,7 @@ class CapturedStream:
     def __init__(self, *_: object, **__: object) -> None:
         self.frames: list[dict[str, float]] = []
         self.timelines: list[object] = []
+        self.events: list[object] = []
         self.closed = False
 
     def start(self) -> None:
@@ -24,6 +25,9 @@ class CapturedStream:
 
     def timeline(self, timeline):
         self.timelines.append(timeline)
+
+    def event(self, event):
+        self.events.append(event)
 
     def snapshot(self):
         return None

@@ -327,7 +327,92 @@ def test_a_script_that_closes_its_run_twice_is_recorded_to_the_end(captured):
         train(model, torch.optim.Adam(model.parameters()))  # of which the script tells nothing
     finally:
         TorchInstrumentor().uninstrument()
-    steps = 3 * ROWS // BATCH
-    assert [frame["step"] for frame in captured.frames] == list(range(1, steps + 1))
+    steps = ROWS // BATCH  # of each: another model is another training
+    assert [frame["step"] for frame in captured.frames] == 3 * list(range(1, steps + 1))
     grew = [frame.get("kasmina.seeds_live") for frame in captured.frames]
-    assert grew == [0.0] * (2 * steps // 3) + [None] * (steps // 3)
+    assert grew == [0.0] * (2 * steps) + [None] * steps
+
+
+def phases_of(captured):
+    return [(frame["step"], frame["phase"]) for frame in captured.frames]
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["the same model", "another model"])
+def test_a_framework_that_fits_again_begins_a_phase_or_another_training(
+    captured, again, tmp_path, monkeypatch
+):
+    pl = pytest.importorskip("lightning.pytorch")
+    monkeypatch.chdir(tmp_path)
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return nn.functional.mse_loss(self.network(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    def fit(module):
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader())
+        return trainer  # and with it the optimizer
+
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        module = Module()
+        kept = [fit(module), fit(module if again else Module())]
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert len(kept) == 2
+    steps = ROWS // BATCH
+    first = [(step, 0.0) for step in range(1, steps + 1)]
+    second = [(steps + step, 1.0) for step, _ in first] if again else first
+    assert phases_of(captured) == [*first, *second]
+
+
+def test_a_trainer_that_trains_again_begins_a_phase(captured, tmp_path, monkeypatch):
+    hf = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x=None, labels=None):
+            return {"loss": nn.functional.mse_loss(self.network(x), labels)}
+
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        trainer = hf.Trainer(
+            model=Model(),
+            args=hf.TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=BATCH,
+                num_train_epochs=1,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=[
+                {"x": x, "labels": y} for x, y in zip(*loader().dataset.tensors, strict=True)
+            ],
+        )
+        trainer.train()
+        trainer.train()
+    finally:
+        TorchInstrumentor().uninstrument()
+    steps = ROWS // BATCH
+    assert phases_of(captured) == [(i + 1, float(i >= steps)) for i in range(2 * steps)]

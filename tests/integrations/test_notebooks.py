@@ -157,8 +157,9 @@ def test_a_first_cell_that_instruments_records_all_that_follow(captured_runs, no
     notebook.run(INSTRUMENT, MODEL, PLAIN, INSTRUMENT, MODEL)
     notebook.interrupt(PLAIN, step=3)
     notebook.run(PLAIN, STARTED, "run.close()", MODEL + STARTED, UNINSTRUMENT, PLAIN)
-    assert steps(captured_runs) == [whole(4 * STEPS + 3)]
-    assert is_open(captured_runs) == [False]
+    # Each model that is made anew is trained in a run of its own.
+    assert steps(captured_runs) == [whole(), whole(3 + 2 * STEPS), whole()]
+    assert is_open(captured_runs) == [False] * 3
 
 
 @pytest.fixture
@@ -184,4 +185,4 @@ def test_a_plain_loop_after_a_trainer_that_was_interrupted_is_recorded(
     with_trainer.run(INSTRUMENT, "trainer = trainer_with()")
     with_trainer.interrupt("trainer.train()", step=3)
     with_trainer.run(MODEL, PLAIN, UNINSTRUMENT)
-    assert steps(captured_runs) == [whole(STEPS + 3)]
+    assert steps(captured_runs) == [whole(3), whole()]

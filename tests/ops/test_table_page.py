@@ -7,7 +7,13 @@ import pytest
 from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import Operator
-from esper_tamiyo.language.table_reader import OUTDATED, RULE_FIELDS, TOP_FIELDS
+from esper_tamiyo.language.table_reader import (
+    EXTENDS,
+    OUTDATED,
+    REMOVE,
+    RULE_FIELDS,
+    TOP_FIELDS,
+)
 from esper_tamiyo.language.yaml_nodes import NodeReader
 from ops.generate.table_page import page
 from ops.generate.table_schema import schema
@@ -15,7 +21,7 @@ from ops.generate.table_schema import schema
 
 def test_the_schema_knows_the_fields_that_are_read():
     made = json.loads(schema())
-    assert made["properties"].keys() == set(TOP_FIELDS)
+    assert made["properties"].keys() == {*TOP_FIELDS, EXTENDS, REMOVE}
     rule, part = made["$defs"]["rule"], made["$defs"]["part"]
     read = {*RULE_FIELDS, OUTDATED}
     assert rule["properties"].keys() == read | CONDITION_FIELDS | GROUPS

@@ -175,6 +175,16 @@ def test_every_rank_gets_the_decision_about_the_step_before() -> None:
     assert all(each.came == [(b"\1", COMMAND)] * 3 for each in shared)
 
 
+def test_every_rank_hears_whether_one_of_them_had_trouble_of_its_own() -> None:
+    _, agreements = meeting(Heard(), Heard(), Heard())
+    heard = []
+    for step in range(1, 6):
+        agreements[2].unsound = step == 2
+        one_step(agreements, step)
+        heard.append([each.any_unsound for each in agreements])
+    assert heard == [[False] * 3, [False] * 3, [True] * 3, [False] * 3, [False] * 3]
+
+
 def test_the_leader_posts_when_it_has_its_answer_and_the_others_at_once() -> None:
     table, agreements = meeting(Heard(), Heard(), Heard())
     leader, *others = agreements

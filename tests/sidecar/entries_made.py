@@ -12,6 +12,10 @@ from esper_tamiyo.journaling.entries import (
     TableInUse,
 )
 from esper_tamiyo.judging.observer import RuleState
+from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.table import Condition
+
+WHEN = Condition("loss", Operator.ABOVE_BASELINE, 2.0, "loss")
 
 AT = 1_790_000_000_000_000_000
 
@@ -99,7 +103,8 @@ def reported(step, outcome="improved", run="run"):
 def table(*rules):
     """The table t-1."""
     texts = [
-        RuleText(rule, Action.PAUSE, Severity.HIGH, "loss above 2 × its baseline", "Words.")
-        for rule in rules
+        RuleText(rule, Action.PAUSE, Severity.HIGH, str(WHEN), "Words.", WHEN) for rule in rules
     ]
-    return TableInUse(time_unix_nano=AT, version="t-1", rules=texts)
+    return TableInUse(
+        time_unix_nano=AT, version="t-1", rules=texts, source="default", window=64
+    )

@@ -156,18 +156,31 @@ def test_a_finding_says_what_it_saw():
     ("rules", "action", "reason", "parameters"),
     [
         (("HIGH OPTIMIZER lr_scale: 0.5",), "OPTIMIZER", "r0", {"lr_scale": 0.5}),
-        # to leave it out wins over all, and then nothing else is asked
+        # to leave it out wins over all; the rest is for a trainer that leaves out no more
         (
             ("CRITICAL PAUSE max_norm: 1", "WARNING OPTIMIZER skip_step: true"),
             "OPTIMIZER",
             "r1",
-            {"skip_step": 1.0},
+            {"skip_step": 1.0, "max_norm": 1.0},
         ),
         (
             ("WARNING OPTIMIZER skip_step: true", "HIGH PAUSE skip_step: true"),
             "PAUSE",
             "r1",
             {"skip_step": 1.0},
+        ),
+        # a snapshot in its place wins over that, and the rest is for one that has none
+        (
+            ("CRITICAL PAUSE skip_step: true", "HIGH OPTIMIZER 'restore: true, lr_scale: 0.5'"),
+            "OPTIMIZER",
+            "r1",
+            {"lr_scale": 0.5, "skip_step": 1.0, "restore": 1.0},
+        ),
+        (
+            ("CRITICAL PAUSE max_norm: 2", "HIGH OPTIMIZER 'restore: true, lr_scale: 0.5'"),
+            "OPTIMIZER",
+            "r1",
+            {"lr_scale": 0.5, "max_norm": 2.0, "restore": 1.0},
         ),
         # of factors that of the strongest rule, of norms the smallest
         (
@@ -342,30 +355,77 @@ def test_conservative_mode_is_told_and_neither_entered_nor_left():
         assert deciding.check(frame(step, loss=1.0)).conservative
 
 
-@pytest.mark.parametrize("norm", [None, 1e4])
-def test_the_default_table_leaves_out_what_would_ruin_the_weights(norm):
+def run_of(count, *, factor=1.0, since=0):
+    """Steps of a steady run, whose gradients are so many times as large from one on."""
+    for step in range(count):
+        norm = (2.0 + 0.1 * (step % 5)) * (factor if step >= since else 1.0)
+        yield step, {"loss": 1.0 - 0.001 * step, "gradient_norm": norm, "nonfinite": 0.0}
+
+
+def test_the_default_table_leaves_out_what_is_not_finite():
     deciding = Engine(TABLES["default"])
-    for step in range(40):
-        usual = {"loss": 1.0, "gradient_norm": 2.0, "nonfinite": 0.0}
+    for step, usual in run_of(60):
         assert deciding.check(frame(step, **usual)).action is Action.CONTINUE
         deciding.observe(frame(step, **usual))
-    bad = {"gradient_norm": norm, "nonfinite": 0.0} if norm else {"nonfinite": 1.0}
-    decision = deciding.check(frame(40, **bad))
-    assert decision.parameters == {"skip_step": 1.0}
+    assert deciding.check(frame(60, nonfinite=1.0)).parameters == {"skip_step": 1.0}
 
 
-def test_what_stays_is_for_gradient_explosion():
-    """One update is left out; the next is made, at a quarter of the rate."""
+def test_the_default_table_makes_one_bad_update_with_the_usual_norm():
+    """That is the level of the norm and its scatter: what it is at most, as a rule."""
+    deciding = Engine(TABLES["default"])
+    for step, usual in run_of(60):
+        deciding.observe(frame(step, **usual))
+    decision = deciding.check(frame(60, loss=0.94, gradient_norm=1e4, nonfinite=0.0))
+    assert (decision.action, decision.reason) == (Action.OPTIMIZER, "gradient_spike")
+    (finding,) = decision.findings
+    seen = finding.values
+    usual_norm = seen["level(gradient_norm)"] + seen["scatter(gradient_norm)"]
+    assert decision.parameters == {"max_norm": usual_norm}
+    assert 2.0 <= usual_norm <= 2.8
+
+
+def test_gradients_that_stay_large_are_made_with_a_norm_that_does_not_drift():
+    """As those that a loss scale is no longer taken out of: training goes on as before."""
     deciding = Engine(TABLES["default"])
     asked = []
-    for step in range(50):
-        values = {"loss": 1.0, "gradient_norm": 2.0 if step < 40 else 1e4, "nonfinite": 0.0}
+    for step, values in run_of(700, factor=5000.0, since=60):
         asked.append(deciding.check(frame(step, **values)).parameters)
         deciding.observe(frame(step, **values))
-    assert asked[40:48] == [
-        {"skip_step": 1.0},
-        {"lr_scale": 0.25},
-        *[{}] * 4,
-        {"skip_step": 1.0},
-        {},
-    ]
+    assert asked[:60] == [{}] * 60
+    norms = [parameters.get("max_norm") for parameters in asked[60:]]
+    assert None not in norms
+    assert max(norms) == min(norms) <= 2.8
+
+
+def test_gradients_that_come_back_are_the_usual_ones_again():
+    deciding = Engine(TABLES["default"])
+    for step, values in run_of(100, factor=5000.0, since=60):
+        deciding.observe(frame(step, **values))
+    for step, values in run_of(200):
+        if step >= 100:
+            assert deciding.check(frame(step, **values)).action is Action.CONTINUE
+            deciding.observe(frame(step, **values))
+
+
+def test_the_usual_norm_of_a_rule_on_a_baseline_is_the_baseline():
+    norm = "parameters: {usual_norm: true}, action: OPTIMIZER"
+    deciding = engine(
+        f"metric: gradient_norm, above_baseline: 10, {norm}",
+        top="baseline: {window: 4, warmup: 2}",
+    )
+    for step in range(8):
+        deciding.observe(frame(step, gradient_norm=3.0))
+    assert deciding.check(frame(8, gradient_norm=50.0)).parameters == {"max_norm": 3.0}
+    assert deciding.observe(frame(8, gradient_norm=50.0)).parameters == {"max_norm": 3.0}
+
+
+def test_a_usual_norm_that_nobody_knows_is_not_asked_for():
+    """The rule fires by another metric, and the run has no gradient norm."""
+    norm = "parameters: {usual_norm: true}, action: OPTIMIZER"
+    deciding = engine(
+        f"any: [{{metric: loss, above: 5}}, "
+        f"{{metric: gradient_norm, above_baseline: 10}}], {norm}"
+    )
+    deciding.observe(frame(0, loss=1.0))
+    decision = deciding.check(frame(1, loss=9.0))
+    assert (decision.reason, decision.parameters) == ("r0", {})

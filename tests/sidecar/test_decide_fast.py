@@ -11,6 +11,7 @@ from esper_tamiyo.judging.history import History, Watched
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from esper_tamiyo.serving.connection import Trainer
 from sidecar.frames_made import frame, hello_of, runs, set_client
+from sidecar.records_made import KNOWN_AFTER, record_tables, steady
 
 PROPOSAL = Proposal("s7", SeedOperation.BLEND)
 
@@ -94,13 +95,37 @@ class Ledger:
 )
 def test_a_glance_says_what_judging_says(table, steps):
     """Glance and settle together are observe, on any history of one rank or two."""
+    a_glance_is_judging(TABLES[table], steps)
+
+
+NEAR = st.sampled_from([0.2, 0.9, 1.0, 1.0, 1.1, 1.3, 1.6, 2.0, 3.0, 40.0])
+
+
+@given(
+    record_tables(),
+    st.lists(st.tuples(NEAR, NEAR, st.sampled_from([0.105, 0.11, 0.12, 0.5])), max_size=40),
+)
+def test_a_glance_at_records_that_are_known_says_what_judging_says(table, steps):
+    """Also within an excursion, at its end, and behind it."""
+    values = [
+        {"loss": loss, "gradient_norm": 2 * norm, "optimizer_lr": rate, "nonfinite": 0.0}
+        for loss, norm, rate in steps
+    ]
+    made = [frame(step, **one) for step, one in enumerate(values, KNOWN_AFTER)]
+    drawn = [((one,), None, 0, 1) for one in made]
+    a_glance_is_judging(table, drawn, steady(KNOWN_AFTER), ranks=1)
+
+
+def a_glance_is_judging(table, steps, before=(), ranks=2):
     books = Ledger(), Ledger()
-    glancing, judging = (Engine(TABLES[table], observer=book) for book in books)
+    glancing, judging = (Engine(table, observer=book) for book in books)
+    for one in before:
+        assert glancing.observe(one) == judging.observe(one)
     now = 0
     for step, ((made,), proposal, rank, seconds) in enumerate(steps):
         now += seconds * 1_000_000_000
         values = {key: value for key, value in made.values.items() if key != "step"}
-        one = frame(step // 2, made.seeds, rank=rank, **values)
+        one = frame(len(before) + step // ranks, made.seeds, rank=rank, **values)
         one = structs.replace(one, time_unix_nano=now + step)
         trainer = Trainer(hello_of(one))
         ask = set_client(one, proposal)
@@ -120,7 +145,17 @@ def test_a_steady_run_is_answered_at_a_glance():
     deciding = Engine(load("default"))
     glances = 0
     for step in range(100):
-        one = frame(step, loss=1.0, loss_delta=0.0, loss_volatility=0.05, nonfinite=0.0)
+        one = frame(
+            step,
+            loss=1.0 - 0.0001 * step,
+            loss_delta=-0.0001,
+            loss_volatility=0.05,
+            gradient_norm=1.0,
+            optimizer_lr=0.1,
+            optimizer_momentum=0.9,
+            lr_scale=1.0,
+            nonfinite=0.0,
+        )
         trainer = Trainer(hello_of(one))
         ask = set_client(one)
         glanced = deciding.decide_fast(trainer.key, trainer.instance, ask)

@@ -4,9 +4,17 @@ import pytest
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.wire import PROTOCOL, Hello
-from esper_tamiyo.journaling.decision_log import MAX_QUEUED, DecisionLog
+from esper_tamiyo.journaling.decision_log import (
+    MAX_CONDITIONS,
+    MAX_QUEUED,
+    DecisionLog,
+    table_entry,
+)
 from esper_tamiyo.journaling.entries import Changed, Decided
-from esper_tamiyo.journaling.field_reports import DueReport, report_of
+from esper_tamiyo.journaling.field_reports import DueReport
+from esper_tamiyo.journaling.messages import pack
+from esper_tamiyo.journaling.outcomes import OutcomeReports
+from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import TableSource, parse
 from sidecar.frames_made import frame
@@ -97,7 +105,7 @@ def test_a_check_is_noted_unless_it_changes_nothing(decision_log, engine):
 def test_a_field_report_follows(decision_log, engine):
     for step in range(80):
         engine.observe(frame(step, loss=20.0 if step in (40, 41) else 1.0))
-    report = report_of(*entries(decision_log, DueReport))
+    report = OutcomeReports().report(*entries(decision_log, DueReport))
     assert (report.decision, report.outcome) == ("run/0/41", "improved")
 
 
@@ -117,7 +125,7 @@ def test_a_silence_does_not_take_the_place_of_the_decision_before_it(engine):
         ("PAUSE", "high"),
         ("CONTINUE", "quiet"),
     ]
-    (report,) = [report_of(each) for each in noted if isinstance(each, DueReport)]
+    (report,) = [each for each in noted if isinstance(each, DueReport)]
     assert (report.decision, report.action) == ("run/0/41", "PAUSE")
 
 
@@ -178,3 +186,59 @@ def test_a_restarted_process_does_not_inherit_what_was_silenced(decision_log):
     old, new = entries(decision_log, Decided)[-2:]
     assert [(each.rule, each.by) for each in old.silenced] == [("rising", "high")]
     assert (new.instance, new.silenced) == ("two", [])
+
+
+@pytest.mark.parametrize(("rules", "has"), [(10, True), (MAX_CONDITIONS + 1, False)])
+def test_a_table_fits_one_message_to_the_scribe(rules, has):
+    row = "{id: r%d, metric: loss, above: 10, severity: HIGH, action: PAUSE}"
+    text = "version: t\nrules:\n" + "".join(f"- {row % place}\n" for place in range(rules))
+    entry = table_entry(parse(TableSource("test", text.encode())), "t.yaml")
+    assert {rule.condition is not None for rule in entry.rules} == {has}
+    assert len(pack([entry])) < MAX_MESSAGE
+
+
+NOTICES = """
+version: test
+rules:
+  - {id: told, metric: loss, above: 10, severity: WARNING, action: CONTINUE, text: Told.}
+  - {id: tried, metric: loss, above: 30, mode: observe, severity: HIGH, action: PAUSE}
+"""
+
+
+def noticed(decision_log, losses, **of):
+    engine = Engine(parse(TableSource("test", NOTICES.encode())), observer=decision_log)
+    for step, loss in enumerate(losses):
+        engine.observe(frame(step, loss=loss, **of))
+    return [
+        (entry.step, [found.rule for found in entry.findings])
+        for entry in entries(decision_log, Decided)
+    ]
+
+
+def test_a_notice_is_noted_once_for_as_long_as_it_is_repeated(decision_log):
+    losses = [1.0, 20.0, 20.0, 40.0, 40.0, 20.0, 1.0, 20.0, 1.0]
+    assert noticed(decision_log, losses) == [
+        (1, ["told"]),
+        (3, ["told", "tried"]),
+        (5, ["told"]),
+        (7, ["told"]),
+    ]
+    assert decision_log.reports_pending == 4
+
+
+def test_another_process_has_notices_of_its_own(decision_log):
+    assert noticed(decision_log, [1.0, 20.0, 20.0]) == [(1, ["told"])]
+    engine = Engine(parse(TableSource("test", NOTICES.encode())), observer=decision_log)
+    engine.observe(frame(2, loss=20.0, instance="two"))
+    (entry,) = entries(decision_log, Decided)
+    assert (entry.instance, entry.step) == ("two", 2)
+
+
+def test_a_notice_has_a_report(decision_log):
+    engine = Engine(parse(TableSource("test", NOTICES.encode())), observer=decision_log)
+    for step in range(80):
+        loss = 20.0 if step == 40 else 1.0
+        engine.observe(frame(step, loss=loss, lr_scale=1.0))
+    report = OutcomeReports().report(*entries(decision_log, DueReport))
+    assert (report.decision, report.outcome) == ("run/0/40", "came_back")
+    assert (report.action, report.rule, report.saw) == ("CONTINUE", "told", {"loss": 20.0})

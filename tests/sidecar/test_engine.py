@@ -150,6 +150,44 @@ def test_what_a_proposal_changes(rule, proposal, action, reason, findings):
 CONSERVATIVE = "metric: loss, above: 1, conservative: true"
 
 
+RESTORES = (
+    "metric: loss, above: 1, action: OPTIMIZER, parameters: {restore: true, lr_scale: 0.5}"
+)
+
+
+@pytest.mark.parametrize(
+    ("other", "action", "parameters"),
+    [
+        (
+            "metric: loss, above: 1, severity: CRITICAL, parameters: {skip_step: true}",
+            Action.PAUSE,
+            {"skip_step": 1.0, "restore": 1.0, "lr_scale": 0.5},
+        ),
+        (
+            "metric: loss, above: 1, severity: CRITICAL, action: OPTIMIZER, "
+            "parameters: {lr_scale: 0.25}",
+            Action.OPTIMIZER,
+            {"lr_scale": 0.25, "restore": 1.0},
+        ),
+        (
+            "metric: loss, above: 2",
+            Action.OPTIMIZER,
+            {"restore": 1.0, "lr_scale": 0.5},
+        ),
+    ],
+)
+def test_weights_are_to_be_put_back_whichever_rule_wins(other, action, parameters):
+    decision = engine(other, RESTORES).observe(frame(1, loss=2.0))
+    assert (decision.action, decision.parameters) == (action, parameters)
+
+
+def test_a_rule_that_only_observes_has_no_weights_put_back():
+    decision = engine("metric: loss, above: 1", f"{RESTORES}, mode: observe").observe(
+        frame(1, loss=2.0)
+    )
+    assert (decision.action, decision.parameters) == (Action.PAUSE, {})
+
+
 def test_conservative_mode_pauses_seeds_until_enough_clean_steps():
     deciding = engine(
         CONSERVATIVE,

@@ -8,20 +8,16 @@ import pytest
 
 from esper_otel.leyline.decisions import Action, SeedOperation, Severity
 from esper_tamiyo.journaling.entries import (
-    AGAINST,
     Decided,
     Proposed,
     Reported,
     Silenced,
-    format_entry,
-    format_values,
+    TableInUse,
 )
-from esper_tamiyo.journaling.explain import (
-    UnknownDecisionError,
-    find_decision,
-    format_story,
-)
+from esper_tamiyo.journaling.explain import format_story
 from esper_tamiyo.journaling.journal import Journal
+from esper_tamiyo.journaling.lines import AGAINST, format_entry, format_values
+from esper_tamiyo.journaling.stories import UnknownDecisionError, find_decision
 from sidecar.entries_made import changed, decided, found, reported, table
 from sidecar.running import tamiyo
 
@@ -62,7 +58,7 @@ at 2026-09-21T14:13:20.000000Z, by table t-1
 
 loss_spike decided: loss_spike in words.
   it asks for: loss above 2 × its baseline
-  it saw: loss 3 (baseline 0.5, 6 times that)
+  loss 3, expected at most 1: 2 × its baseline of 0.5 (rolling median of the last 64)
   it held since step 60
   firing since step 61
 
@@ -77,7 +73,16 @@ Not followed, as this was stronger:
 Afterwards (32 of 32 steps): improved
   loss is back to what it was
   loss: before 0.5, at the decision 3, after 0.6
-loss_spike let go at step 70."""
+loss_spike let go at step 70.
+
+If that was a false alarm, a table with these lines lets it pass:
+  extends: default
+  rules:
+    - id: loss_spike
+      metric: loss
+      above_baseline: 6
+or, for this run alone and while it runs, say:
+  tamiyo silence run loss_spike"""
     )
 
 
@@ -346,3 +351,143 @@ def test_no_journal_is_a_mistake_not_a_traceback(tmp_path):
 def test_the_page_names_all_that_a_value_is_held_against():
     page = (Path(__file__).parents[2] / "docs" / "decisions.md").read_text()
     assert [name for name in AGAINST if f"`{name}(key)`" not in page] == []
+
+
+# Notices.
+
+
+def notice(step, *rules, **changes):
+    """A CONTINUE at which these rules only told something."""
+    findings = [
+        msgspec.structs.replace(
+            found(rule, loss=3.0, **{"baseline(loss)": 1.0}),
+            action=Action.CONTINUE,
+            severity=severity,
+        )
+        for rule, severity in zip(rules, (Severity.WARNING, Severity.HIGH), strict=False)
+    ]
+    ordinary = {
+        "action": Action.CONTINUE,
+        "severity": Severity.NORMAL,
+        "reason": "nominal",
+        "findings": findings,
+    }
+    return decided(step, **(ordinary | changes))
+
+
+NOTICED = [
+    table("loss_drift", "jump"),
+    notice(40, "loss_drift", "jump"),
+    reported(40, "came_back"),
+    changed(60, "jump"),
+]
+
+
+def test_a_notice_in_words():
+    assert "\n".join(format_story(find_decision(NOTICED, "run/0/40"))) == (
+        """\
+run/0/40: notice
+at 2026-09-21T14:13:20.000000Z, by table t-1
+
+loss_drift (WARNING): loss_drift in words.
+  it asks for: loss above 2 × its baseline
+  loss 3, expected at most 2: 2 × its baseline of 1 (rolling median of the last 64)
+jump (HIGH): jump in words.
+  it asks for: loss above 2 × its baseline
+  loss 3, expected at most 2: 2 × its baseline of 1 (rolling median of the last 64)
+
+It is a notice: nothing is asked of the run.
+
+Afterwards (32 of 32 steps): came back by itself
+  loss is back to what it was
+  loss: before 0.5, at the decision 3, after 0.6
+jump let go at step 60.
+
+If that was a false alarm, a table with these lines lets it pass:
+  extends: default
+  rules:
+    - id: loss_drift
+      metric: loss
+      above_baseline: 3
+or, for this run alone and while it runs, say:
+  tamiyo silence run loss_drift
+
+If that was a false alarm, a table with these lines lets it pass:
+  extends: default
+  rules:
+    - id: jump
+      metric: loss
+      above_baseline: 3
+or, for this run alone and while it runs, say:
+  tamiyo silence run jump"""
+    )
+
+
+def test_a_notice_is_explained_at_each_step_at_which_it_goes_on():
+    for step in (40, 41, 59):
+        assert find_decision(NOTICED, f"run/0/{step}").decision.step == 40
+    for wanted in ("run/0/39", "run/0/60", "run/1/41", "other/0/41", "run/0/41/update"):
+        with pytest.raises(UnknownDecisionError):
+            find_decision(NOTICED, wanted)
+    acted = [*NOTICED[:2], decided(50), *NOTICED[2:]]
+    assert find_decision(acted, "run/0/50").decision.action is Action.PAUSE
+    assert find_decision(acted, "run/0/51").decision.step == 40
+
+
+def test_a_notice_of_silence_does_not_hide_what_was_decided_about_its_step():
+    behind = [decided(40), notice(40, "quiet")]
+    assert find_decision(behind, "run/0/40").decision.action is Action.PAUSE
+    again = [decided(40), notice(40, "quiet", instance="two")]
+    assert find_decision(again, "run/0/40").decision.action is Action.CONTINUE
+
+
+def test_the_latest_is_not_that_a_run_fell_silent_where_there_is_anything_else():
+    silent = notice(80, "quiet", findings=[found("quiet", **{"step": 80.0, "silent(s)": 12.0})])
+    assert find_decision([silent], "latest").decision == silent
+    assert find_decision([silent, decided(81)], "latest").decision.step == 81
+    assert find_decision([decided(79), silent], "latest").decision.step == 79
+    assert find_decision([decided(79), silent], "run/0/80").decision == silent
+    assert find_decision([decided(79), notice(80, "jump")], "latest").decision.step == 80
+
+
+def test_notices_and_reports_on_one_line():
+    told = [format_entry(entry).partition("Z  ")[2] for entry in NOTICED]
+    assert told[1:3] == [
+        "run/0/40  notice: loss_drift (WARNING), jump (HIGH)",
+        "run/0/40  afterwards, 32 steps: came back by itself (loss is back to what it was)",
+    ]
+    more = msgspec.structs.replace(
+        reported(61),
+        comparison="7 of 9 such excursions of this run came back by themselves",
+        rule="jump",
+        saw={"loss": 3.0, "baseline(loss)": 1.0},
+    )
+    assert format_entry(more).partition("Z  ")[2] == (
+        "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); 7 of 9 such "
+        "excursions of this run came back by themselves; jump saw loss 3 (baseline 1, 3 times "
+        "that)"
+    )
+
+
+def test_the_command_takes_a_run_and_a_step(folder):
+    told = tamiyo("explain", "run", "61", "--journal", folder)
+    assert told.stdout.startswith("run/0/61: PAUSE (HIGH)\n")
+    other = tamiyo("explain", "run", "61", "--rank", "1", "--journal", folder)
+    assert (other.returncode, "run/1/61" in other.stderr) == (1, True)
+    plain = json.loads(tamiyo("explain", "run", "61", "--journal", folder, "--json").stdout)
+    assert plain["expected"]["loss_spike"] == [
+        "loss 3, expected at most 1: 2 × its baseline of 0.5 (rolling median of the last 64)"
+    ]
+    assert plain["if_false_alarm"][-1] == "  tamiyo silence run loss_spike"
+
+
+def test_a_journal_of_before_there_were_conditions_is_explained_as_far_as_it_goes():
+    bare = msgspec.to_builtins(table("loss_spike"))
+    del bare["source"], bare["window"]
+    for rule in bare["rules"]:
+        del rule["condition"]
+    old = msgspec.convert(bare, TableInUse)
+    words = list(format_story(find_decision([old, SPIKE], "run/0/61")))
+    assert "  it saw: loss 3 (baseline 0.5, 6 times that)" in words
+    assert "      mode: observe" in words
+    assert "  extends: TABLE.yaml" in words

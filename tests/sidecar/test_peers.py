@@ -111,7 +111,7 @@ def test_a_live_run_in_which_only_rank_0_asks_and_its_replay_name_the_straggler_
             rank,
             step,
             START + step * step_ms * MS + rank * MS // 100,
-            loss=1.0,
+            loss=9.0 / step,
             step_latency_ms=float(step_ms),
             forward_ms=0.3 * step_ms * (3 if rank == slow and step > trouble else 1),
         )

@@ -38,7 +38,7 @@ PROPOSALS = {
 def values_of(rank, step, draw):
     """A run with trouble of most kinds, one after the other."""
     loss = 2.0 * 0.995**step * (1 + 0.01 * draw.random())
-    spike = 20.0 if step in (100, 101, 102) else 1.0
+    spike = 8.0 * 1.4 ** (step - 100) if 100 <= step < 108 else 1.0
     values = {
         "step": float(step),
         "loss": loss * spike,
@@ -49,7 +49,7 @@ def values_of(rank, step, draw):
         "grad_var": 0.01 + (2.0 if 150 < step < 160 else 0.0),
         "optimizer_lr": 0.1 if step < 200 else 0.5,
         "step_latency_ms": 20.0 + draw.random() + (25.0 if rank and step > 220 else 0.0),
-        "input_wait_ms": 15.0 if 210 < step < 220 else 0.1,
+        "input_wait_ms": 15.0 if 198 < step < 220 else 0.1,
         "hook_latency_ms": 0.2,
         "nonfinite": 0.0,
     }

@@ -71,7 +71,7 @@ def test_a_bound(operator, number, value, expected):
         (6.0, (1, 2, 9), False),
         (99.0, (1, 2), None),  # warm-up
         (None, (1, 2, 9), None),
-        (1.0, (0, 0, 0), True),
+        (1.0, (0, 0, 0), None),  # of nothing anything is any number of times
         # As far above -2 as 6 is above 2, in sizes of the baseline.
         (2.0, (-1, -2, -3), False),
         (2.1, (-1, -2, -3), True),
@@ -99,7 +99,7 @@ def test_above_the_baseline_of_another_metric():
         (1.0, (1, 2, 9), False),
         (0.0, (1, 2), None),  # warm-up
         (None, (1, 2, 9), None),
-        (0.0, (0, 0, 0), False),  # no part of nothing is less than nothing
+        (0.0, (0, 0, 0), None),  # no part of nothing is less than nothing
         (-3.0, (-1, -2, -3), False),
         (-3.1, (-1, -2, -3), True),
     ],
@@ -121,7 +121,8 @@ def test_below_baseline(value, before, expected):
         (BaselineKind.LOWEST, (9, 9, 9, 1, 1, 1, *[50] * 9), 1),
         (BaselineKind.LOWEST, (9, 9, 9, 1, 9, 9), 9),  # one low value moves no median
         (BaselineKind.HIGHEST, (1, 1, 1, 7, 7, 7, *[0] * 9), 7),
-        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[0] * 9), 0),
+        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[2] * 9), 2),
+        (BaselineKind.ROLLING, (1, 1, 1, 7, 7, 7, *[0] * 9), None),
     ],
 )
 def test_which_past_a_baseline_is(kind, before, against):
@@ -412,7 +413,7 @@ def test_prototype_severities_and_actions_are_the_design_s():
 @pytest.mark.parametrize("step_ms", [0.5, 30_000.0])
 @pytest.mark.parametrize("level", [0.01, 11.0])
 def test_the_default_table_fits_any_scale(step_ms, level):
-    """Quiet on a steady run; a jump is a spike, and staying up is divergence."""
+    """Quiet on a steady run; a jump is a spike, staying up a level, going on divergence."""
     engine = Engine(load("default"))
 
     def values(step, loss, before, volatility):
@@ -434,10 +435,15 @@ def test_the_default_table_fits_any_scale(step_ms, level):
         now = values(step, level, before, level * 0.05)
         assert fired(engine, step, now) == set()
         before = now["loss"]
-    assert "loss_spike" in fired(engine, 100, values(100, level * 6, before, level * 2.5))
-    later = fired(engine, 101, values(101, level * 6, level * 6, level * 2.2))
-    assert "loss_diverging" in later
-    assert "loss_spike" not in later
+    found = []
+    for step in range(100, 112):
+        loss = level * 6 * max(1.0, 1.2 ** (step - 105))
+        found.append(fired(engine, step, values(step, loss, before, level * 2.5)))
+    assert found[0] == {"loss_spike"}
+    assert found[1] == found[2] == set()
+    assert found[3] == {"loss_shift"}
+    assert "loss_diverging" in set.union(*found[6:])
+    assert "loss_spike" not in set.union(*found[1:])
 
 
 def test_a_huge_value_breaks_nothing():

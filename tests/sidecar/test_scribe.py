@@ -302,7 +302,7 @@ def test_what_dies_in_the_pipe_is_lost_but_for_what_the_scribe_accounted_for(tmp
         scribe.start()
         messages: list[Message] = [decided(step) for step in range(100)]
         heartbeat = Heartbeat(beat=1, began_unix_nano=0, report={}, distributions={})
-        sample = decided(100, action=Action.CONTINUE)
+        sample = decided(100, action=Action.CONTINUE, findings=[])
         assert scribe.send([*messages, sample, heartbeat])
         scribe.other.send(pack(ScribeStatus(written=written, lost=lost)))
         scribe.other.close()

@@ -169,7 +169,8 @@ def test_an_update_is_checked_before_it_is_made(guarding):
             client.ask(step, gradient_norm=2.0, loss=1.0)
         assert client.check(4, gradient_norm=20.0).reason == "nominal"
         spike = client.check(4, gradient_norm=50.0, loss=5.0)
-        assert (spike.id, spike.parameters) == ("checked/0/4/update", {"skip_step": 1.0})
+        assert spike.id == "checked/0/4/update"
+        assert spike.parameters == {"skip_step": 1.0, "lr_scale": 0.25}
         assert client.check(4, loss=5.0).parameters == {"lr_scale": 0.25}
         assert client.latest("checked").step == 3
         assert client.ask(4, gradient_norm=50.0, update_skipped=1.0).reason == "spike"
@@ -223,7 +224,7 @@ def test_what_was_decided_of_an_update_and_what_became_of_it(guarding):
         "told/0/5/update  update of step 5 to be left out: spike (OPTIMIZER, HIGH)\n" in lines
     )
     assert "told/0/5/update  afterwards, 32 steps: neutral (" in lines
-    assert "; update of step 5 left out\n" in lines
+    assert "; update of step 5 left out; spike saw gradient_norm 50 (baseline 2, " in lines
 
 
 def test_a_restarted_trainer_starts_anew(client):

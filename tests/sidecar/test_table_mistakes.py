@@ -15,11 +15,13 @@ from esper_tamiyo.language.operators import (
     FORMS,
     ON_BASELINES,
     ON_PEERS,
+    ON_RECORDS,
     BaselineKind,
     Operand,
     Operator,
 )
-from esper_tamiyo.language.table import PARAMETERS, Baseline, Conservative
+from esper_tamiyo.language.parameters import PARAMETERS
+from esper_tamiyo.language.table import Baseline, Conservative, RecordSpan
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
 from esper_tamiyo.language.table_reader import RULE_FIELDS, TOP_FIELDS
 
@@ -48,6 +50,8 @@ def conditions(draw, metrics, operators):
     if operator in ON_BASELINES:
         made["baseline"] = draw(st.sampled_from(BaselineKind)).value
         made["baseline_of"] = draw(st.sampled_from(metrics))
+    if operator in ON_RECORDS:
+        made["rising"] = draw(st.booleans())
     if operator is Operator.NONFINITE and draw(st.booleans()):
         del made["metric"]  # of any value of the step
     return made
@@ -108,9 +112,15 @@ def tables(draw):
     count = draw(st.integers(1, 3))
     last = {"id": "last", "metric": "loss", "above": 1, "severity": "NORMAL", "action": "PAUSE"}
     baseline = {"window": draw(st.integers(8, 64)), "warmup": draw(st.integers(1, 8))}
+    record = {
+        "window": draw(st.integers(16, 64)),
+        "warmup": draw(st.integers(8, 16)),
+        "false_alarm_steps": draw(st.integers(100, 9000)),
+    }
     right = {
         "version": "one",
         "baseline": {field: baseline[field] for field in Baseline.__struct_fields__},
+        "record": {field: record[field] for field in RecordSpan.__struct_fields__},
         "conservative": dict.fromkeys(Conservative.__struct_fields__, 9),
         "rules": [*(draw(rules(f"rule_{number}")) for number in range(count)), last],
     }
@@ -166,7 +176,8 @@ def test_what_is_right_is_read(made):
 
 
 def test_every_field_of_a_condition_is_tried():
-    assert {"metric", "release", "baseline", "baseline_of"} == CONDITION_FIELDS - OPERATORS
+    others = {"metric", "release", "baseline", "baseline_of", "rising"}
+    assert others == CONDITION_FIELDS - OPERATORS
 
 
 ANY_NUMBER = [True, "much", "1,5", "3 ms", None, [1], {"is": 1}, ".nan", "-.inf"]
@@ -190,13 +201,13 @@ WRONG_OPERANDS = {
 WRONG = {
     **{operator.value: WRONG_OPERANDS[FORMS[operator].operand] for operator in Operator},
     **dict.fromkeys(("for", "of", "cooldown"), WHOLE),
-    **dict.fromkeys(("window", "warmup", "clean_steps"), COUNT),
+    **dict.fromkeys(("window", "warmup", "clean_steps", "false_alarm_steps"), COUNT),
     **{
         name: WRONG_OPERANDS[Operand.FLAG] if one.flag else POSITIVE
         for name, one in PARAMETERS.items()
     },
     **dict.fromkeys(("severity", "action", "mode", "scope", "baseline"), CHOICE),
-    **dict.fromkeys(("downgrade", "conservative"), FLAG),
+    **dict.fromkeys(("downgrade", "conservative", "rising"), FLAG),
     **dict.fromkeys(("metric", "baseline_of"), NAME),
     **dict.fromkeys(("version", "text"), TEXT),
     **dict.fromkeys(GROUPS, PARTS),
@@ -237,7 +248,7 @@ def place_of(made, data):
     return data.draw(st.sampled_from(list(places(made))))
 
 
-@settings(few, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(tables(), st.data())
 def test_a_wrong_value_is_named(made, data):
     """Of each field in turn, as chance would pick most of them too seldom."""

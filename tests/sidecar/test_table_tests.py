@@ -67,6 +67,8 @@ def variants(when, easier):
         other = moved(when, easier)
         if other is not None:
             yield str(other), other
+        if when.rising and not easier:
+            yield f"{when}, or not", msgspec.structs.replace(when, rising=False)
         return
     for place, part in enumerate(when.parts):
         for name, other in variants(part, easier):

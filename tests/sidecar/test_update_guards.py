@@ -12,6 +12,7 @@ from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.update_guards import AnnouncedGuards
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
+from sidecar.records_made import KNOWN_AFTER, record_tables, steady
 from sidecar.test_checking import QUARTER, SKIP, TABLE, checks
 from sidecar.test_engine import engine
 
@@ -118,6 +119,26 @@ def test_what_is_guarded(rules, expected):
         Guard(one.metric, pytest.approx(one.above), pytest.approx(one.below), one.skips)
         for one in expected
     ]
+
+
+def test_a_record_is_guarded_once_it_is_known():
+    """A tenth of the way nearer to the level; what is rising only within an excursion."""
+    far = "metric: loss, above_record: 2"
+    deciding = engine(
+        f"{far}, {SKIP}", f"metric: gradient_norm, above_record: 1, rising: true, {SKIP}"
+    )
+    history = None
+    for one in steady(80):
+        deciding.observe(one)
+        if one.step == 20:
+            assert told(deciding) == []
+    history = deciding._runs["run", 0]._rank.history
+    loss = history.excursions["loss", False]
+    bound = loss.bound((1, 1), 2.0)
+    assert told(deciding) == [Guard("loss", pytest.approx(bound - 0.1 * (bound - loss.level)))]
+    for step in range(80, 84):
+        deciding.observe(frame(step, loss=1.0, gradient_norm=9.0))
+    assert [guard.metric for guard in told(deciding)] == ["loss", "gradient_norm"]
 
 
 def test_a_bound_below_zero_is_told_nearer_to_its_baseline():
@@ -246,9 +267,38 @@ KNOWN = st.fixed_dictionaries(
 )
 def test_an_update_within_its_guards_is_never_changed(table, steps):
     """Whatever happened before, and however seldom the trainer was told."""
-    deciding, trainer = Engine(TABLES[table]), AnnouncedGuards()
+    no_update_within_its_guards_is_changed(Engine(TABLES[table]), steps)
+
+
+NEAR = st.sampled_from([0.2, 0.8, 0.9, 1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 4.0, 40.0])
+NEAR_STEPS = st.fixed_dictionaries(
+    {
+        "loss": NEAR,
+        "gradient_norm": NEAR.map(lambda value: 2 * value),
+        "optimizer_lr": st.sampled_from([0.0, 0.105, 0.11, 0.12, 0.5]),
+        "nonfinite": st.just(0.0),
+    }
+)
+
+
+@given(
+    record_tables(parameters=True),
+    st.lists(st.tuples(NEAR_STEPS, checks(NEAR_STEPS)), max_size=30),
+)
+def test_records_that_are_known_guard_as_well(table, steps):
+    """Also while an excursion is under way, and behind it."""
+    deciding = Engine(table)
+    for one in steady(KNOWN_AFTER):
+        deciding.observe(one)
+    no_update_within_its_guards_is_changed(deciding, steps, KNOWN_AFTER)
+
+
+def no_update_within_its_guards_is_changed(deciding, steps, first=0):
+    trainer = AnnouncedGuards()
     held: list[Guard] = []
-    for step, (values, known) in enumerate(steps):
+    if first:
+        held = trainer.to_send(deciding.update_guards(("run", 0), "one"))
+    for step, (values, known) in enumerate(steps, first):
         if not any(
             known.get(guard.metric, guard.below) < guard.below
             or known.get(guard.metric, guard.above) > guard.above

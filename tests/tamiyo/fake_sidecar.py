@@ -47,20 +47,25 @@ def answer(ask: Request, guards: list[wire.Guard] | None = None) -> list[bytes]:
 
 
 class FakeSidecar:
-    """Serves one connection after the other; ``reply`` turns a request into what is sent.
+    """Serves connections, each on its thread; ``reply`` turns a request into what is sent.
 
-    A reply of ``[b""]`` closes the connection.
+    A reply of ``[b""]`` closes the connection. ``reply_to_run``, which also gets the Hello of
+    the connection, is used instead where it is set.
     """
 
     def __init__(self, path: Path, reply: Callable[[Request], list[bytes]] = answer) -> None:
         self.reply = reply
+        self.reply_to_run: Callable[[Request, wire.Hello], list[bytes]] | None = None
         self.asks: list[wire.Ask] = []
+        self.asks_of: dict[str, list[wire.Ask]] = {}
+        """Asks by the run of the connection."""
         self.checks: list[wire.Check] = []
         self.hellos: list[wire.Hello] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(os.fspath(path))
         self._listener.listen(8)
         self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -69,7 +74,8 @@ class FakeSidecar:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
-        self._thread.join(5)
+        for thread in (self._thread, *self._threads):
+            thread.join(5)
 
     def __enter__(self) -> FakeSidecar:
         return self
@@ -84,23 +90,37 @@ class FakeSidecar:
             except OSError:
                 return
             self._open.append(connection)
-            with contextlib.suppress(OSError):
-                self._talk(connection)
-            connection.close()
+            thread = threading.Thread(target=self._serve_one, args=(connection,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve_one(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            self._talk(connection)
+        connection.close()
 
     def _talk(self, connection: socket.socket) -> None:
         buffer = wire.MessageBuffer()
+        hello: wire.Hello | None = None
         while data := connection.recv(65536):
             for body in buffer.feed(data):
                 message = wire.decode_to_server(body)
                 if isinstance(message, wire.Hello):
+                    hello = message
                     self.hellos.append(message)
                     connection.sendall(wire.encode(wire.Welcome(wire.PROTOCOL, "table 1")))
                 elif isinstance(message, Request):
                     (self.asks if isinstance(message, wire.Ask) else self.checks).append(
                         message
                     )
-                    for part in self.reply(message):
+                    if hello is not None and isinstance(message, wire.Ask):
+                        self.asks_of.setdefault(hello.run, []).append(message)
+                    special = self.reply_to_run
+                    if special is not None and hello is not None:
+                        parts = special(message, hello)
+                    else:
+                        parts = self.reply(message)
+                    for part in parts:
                         if not part:
                             return
                         connection.sendall(part)

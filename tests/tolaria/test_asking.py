@@ -77,6 +77,8 @@ def test_decisions_that_nobody_made_are_counted_while_they_follow_one_another(cl
 class Settling:
     """An agreement that settles what it is told to."""
 
+    any_unsound = False
+
     def __init__(self):
         self.heard, self.settled = [], []
 

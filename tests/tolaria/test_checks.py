@@ -130,6 +130,8 @@ def test_advise_never_checks(clock):
 @pytest.mark.parametrize("asks", [True, False])
 def test_ranks_that_agree_never_check(clock, asks):
     class Agreement:
+        any_unsound = False
+
         def submit_answer(self, decision):
             pass
 
@@ -200,6 +202,7 @@ def test_a_check_holds_what_the_frame_of_its_step_will_hold(values, parts):
             "step",
             "nonfinite",
             "optimizer_lr",
+            "optimizer_lr_base",
             "optimizer_momentum",
             "lr_scale",
         }

@@ -42,11 +42,13 @@ def test_a_frame_holds_what_the_loop_did(clock):
             "grad_norm_ewma": 2.2,
             "grad_var": 0.16,
             "optimizer_lr": 0.1,
+            "optimizer_lr_base": 0.1,
             "optimizer_momentum": 0.9,
             "input_wait_ms": 1.0,
             "nonfinite": 0.0,
             "lr_scale": 1.0,
             "update_skipped": 0.0,
+            "phase": 0.0,
         }
     )
 

@@ -1,4 +1,5 @@
 import pytest
+from msgspec import structs
 
 from esper_otel.leyline.decisions import (
     FAILED_OPEN,
@@ -57,6 +58,27 @@ def test_while_nobody_judges_what_is_held_stays_held(reason):
     assert subject.lr_scale > 0.5
 
 
+def test_a_pause_that_has_weights_put_back_scales_the_rate_as_well():
+    subject = responses()
+    asked = structs.replace(PAUSE, parameters={"restore": 1.0, "lr_scale": 0.5})
+    assert subject.asks_to_restore(asked)
+    assert subject.apply_rate(asked)
+    assert subject.lr_scale == 0.5
+    assert not subject.apply_rate(structs.replace(PAUSE, parameters={"lr_scale": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("decision", "enforce"),
+    [
+        (optimizer(restore=1.0), False),
+        (optimizer(lr_scale=0.5), True),
+        (structs.replace(optimizer(restore=1.0), reason="timeout"), True),
+    ],
+)
+def test_weights_are_put_back_by_decisions_that_are_applied_and_ask_for_it(decision, enforce):
+    assert not responses(enforce=enforce).asks_to_restore(decision)
+
+
 def test_in_advise_nothing_is_applied():
     subject = responses(enforce=False)
     paused = []
@@ -92,6 +114,7 @@ def test_a_callback_that_raises_takes_nothing_from_the_others(caplog):
     [
         ({}, AS_IT_IS),
         ({"skip_step": 1.0}, UpdateOrder(skip=True)),
+        ({"restore": 1.0}, UpdateOrder(restore=True)),
         ({"max_norm": 2.0}, UpdateOrder(max_norm=2.0)),
         ({"max_norm": float("nan")}, AS_IT_IS),
         ({"max_norm": -1.0}, AS_IT_IS),

@@ -14,7 +14,6 @@ from esper_otel.tolaria.seal import (
     Sealer,
     Sum,
     plus,
-    put_optimizer,
 )
 
 
@@ -129,36 +128,3 @@ def test_a_preview_takes_no_turn_of_frames_that_wait_for_a_device():
     assert sealer.seal_in_order(following) == [waiting, following]
     row = present(STEP_KEYS, following.row)
     assert (row["loss"], row["loss_delta"]) == (3.0, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("groups", "factor", "told"),
-    [
-        ([{"lr": 0.1, "momentum": 0.9}], 1.0, {"optimizer_lr": 0.1, "optimizer_momentum": 0.9}),
-        ([{"lr": 0.2}], 0.5, {"optimizer_lr": 0.1}),
-        ([{"lr": 0.1}, {"lr": 0.3}], 0.5, {"optimizer_lr": 0.1}),
-        ([{"lr": 1}], 1.0, {"optimizer_lr": 1.0}),
-        ([{"lr": 0.1}, {"lr": None}], 1.0, {}),
-        ([{"lr": 0.1}, {}], 1.0, {}),
-        (
-            [{"lr": 0.1, "betas": (0.9, 0.99)}, {"lr": 0.1, "betas": None}],
-            1.0,
-            {"optimizer_lr": 0.1, "optimizer_momentum": 0.9},
-        ),
-        ([{"lr": 0.1, "betas": [0.8]}], 1.0, {"optimizer_lr": 0.1, "optimizer_momentum": 0.8}),
-        ([{"lr": 0.1, "betas": ()}], 1.0, {"optimizer_lr": 0.1}),
-        ([{"lr": 0.1, "betas": 0.9}], 1.0, {"optimizer_lr": 0.1}),
-        ([{"lr": math.inf}], 1.0, {"nonfinite": 1.0}),
-        (
-            [{"lr": math.nan, "momentum": 0.9}],
-            1.0,
-            {"nonfinite": 1.0, "optimizer_momentum": 0.9},
-        ),
-        ([], 1.0, {}),
-    ],
-)
-def test_rate_and_momentum_of_groups_as_far_as_they_are_numbers(groups, factor, told):
-    row = step_row()
-    row[STEP_SLOT["nonfinite"]] = 0.0
-    put_optimizer(row, groups, factor)
-    assert present(STEP_KEYS, row) == pytest.approx({"nonfinite": 0.0, **told})

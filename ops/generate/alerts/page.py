@@ -69,6 +69,9 @@ and may differ about a single step:
 - a rolling baseline is the median of the last ten minutes and counts after as many
   observations as the table's warm-up, so a rule that wants one says nothing of a run whose
   steps take longer than {longest_s} s; the lowest or highest ever are those of the last day;
+- a record of excursions is the farthest of ten minutes, five minutes ago, and a value is beyond
+  it when it is out by more than twice as much; `rising` has no counterpart, and a level that
+  stays for five minutes is the ordinary one;
 - what is to last for a minute must be told each minute: of longer steps at most those rules
   speak that have `0s` in the table below;
 - the peers of a rank are all ranks of its run, itself included;

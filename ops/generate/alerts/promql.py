@@ -6,6 +6,9 @@ A table counts observations, PromQL knows times:
   minute. A rule that wants several looks at the minute's median, which holds for most of it.
 - The parts of ``all`` are then true within the same minute, not at the same step.
 - A rolling baseline is the median of the last ten minutes, recorded once a minute.
+- A record of excursions is the farthest of ten minutes, five minutes ago: a value is beyond it
+  when it is out by more than twice as much. So trouble that lasts is not compared with itself
+  before its alert has fired.
 - A rank is missing by the steps that others of its run are ahead of it, not by its own time.
 - ``unchanged_for`` is sound and late: nothing changed for an hour with so many observations.
 """
@@ -18,13 +21,17 @@ import msgspec
 
 from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
 from esper_tamiyo.language.derived import DERIVED, KNOWN
-from esper_tamiyo.language.operators import BaselineKind, Operator
+from esper_tamiyo.language.operators import ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 from ops.generate.prometheus_names import label_name, prometheus_name
 
 PAST_S = 600
-RECENT, SINCE, PAST, EVER, LONG = "1m", "2m", f"{PAST_S // 60}m", "1d", "1h"
-"""What "now", "since before", a rolling baseline, "ever" and "for long" are in PromQL."""
+RECENT, SINCE, BEFORE, PAST, EVER, LONG = "1m", "2m", "5m", f"{PAST_S // 60}m", "1d", "1h"
+"""What "now", "since before", "before the trouble", a rolling baseline, "ever" and "for long"
+are in PromQL."""
+
+RECORD = 2
+"""Times the farthest that a value was out in the past, which is what a record explains."""
 
 RUN = label_name(RUN_ID)
 RANK_KEYS = (RUN, label_name(RANK), "instance")
@@ -43,6 +50,8 @@ _SIGNS = {
     Operator.AT_MOST: "<=",
     Operator.ABOVE_BASELINE: ">",
     Operator.BELOW_BASELINE: "<",
+    Operator.ABOVE_RECORD: ">",
+    Operator.BELOW_RECORD: "<",
     Operator.ABOVE_PEERS: ">",
     Operator.BELOW_PEERS: "<",
 }
@@ -123,6 +132,8 @@ class Translator:
         now = self._now(condition.metric, sign, lasting)
         if operator in (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE):
             return f"{now} {sign} {self._baseline(condition)}"
+        if operator in ON_RECORDS:
+            return f"{now} {sign} {self._record_bound(condition)}"
         if operator in (Operator.ABOVE_PEERS, Operator.BELOW_PEERS):
             peers = f"quantile by ({RUN}) (0.5, {now})"
             several = f"(count by ({RUN}) ({now}) > 1)"
@@ -165,6 +176,17 @@ class Translator:
         if _of_seeds(condition.metric) and not _of_seeds(key):
             return f"{_on(RANK_KEYS)} group_left () {bound}"
         return f"{_on(SEED_KEYS if _of_seeds(key) else RANK_KEYS)} {bound}"
+
+    def _record_bound(self, condition: Condition) -> str:
+        series = self._series(condition.metric)
+        ordinary = Condition(condition.metric, Operator.ABOVE_BASELINE, 1.0, condition.metric)
+        self._baseline(ordinary)
+        side = "max" if condition.operator is Operator.ABOVE_RECORD else "min"
+        level, farthest = f"esper:{series}:median{PAST}", f"esper:{series}:{side}{PAST}"
+        self._record(farthest, f"{side}_over_time({series}[{PAST}] offset {BEFORE})")
+        keys = _on(SEED_KEYS if _of_seeds(condition.metric) else RANK_KEYS)
+        way = f"{condition.number * RECORD:g} * ({farthest} - {keys} {level})"
+        return f"{keys} ({level} + {keys} {way})"
 
     def _rises(self, condition: Condition) -> str:
         series = self._series(condition.metric)

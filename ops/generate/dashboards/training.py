@@ -118,7 +118,10 @@ def _learning() -> list[PanelBuilder]:
         lines(
             "Learning rate",
             "sci",
-            [Line(mean("optimizer_lr"), BY_RANK)],
+            [
+                Line(mean("optimizer_lr"), BY_RANK),
+                Line(mean("optimizer_lr_base"), f"base, {BY_RANK}"),
+            ],
             "The rate that updates used: the script's own times the factor.",
         ),
         lines(
@@ -131,11 +134,22 @@ def _learning() -> list[PanelBuilder]:
         lines(
             "Skipped updates",
             "none",
-            [Line(total("update_skipped"), BY_RANK)],
-            "Updates left out by decisions, counted over what a pixel spans.",
+            [
+                Line(total("update_skipped"), BY_RANK),
+                Line(total("restored"), f"{BY_RANK}, a snapshot put back"),
+            ],
+            "Updates left out by decisions, and those in whose place a snapshot was put back, "
+            "counted over what a pixel spans.",
         ),
-        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)], width=12),
-        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)], width=12),
+        lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
+        lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
+        lines(
+            "Phase",
+            "none",
+            [Line(most("phase"), BY_RANK)],
+            "Where it rises the loop has said that a new phase begins: values of before are no "
+            "measure for those after.",
+        ),
     ]
 
 

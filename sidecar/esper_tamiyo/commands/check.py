@@ -39,18 +39,21 @@ def _check(options: argparse.Namespace) -> int:
         return 1
     table = located.table
     found = [
-        Fault(located.lines[doubt.rule], doubt.rule, doubt.message) for doubt in doubts(table)
+        Fault(located.lines[doubt.rule], doubt.rule, doubt.message, located.sources[doubt.rule])
+        for doubt in doubts(table)
     ]
     if found:
         for fault in sorted(found):
             print(fault.at(source.name), file=sys.stderr)
         return 1
-    _describe(options.table, table)
+    _describe(options.table, table, located.extends)
     return 0
 
 
-def _describe(name: str, table: Table) -> None:
+def _describe(name: str, table: Table, extends: tuple[str, ...]) -> None:
     print(f"{name}: valid, version {table.version}, {len(table.rules)} rules")
+    if extends:
+        print(f"extends {', which extends '.join(extends)}")
     window, warmup = table.baseline.window, table.baseline.warmup
     print(f"baseline: median of {window} observations, after {warmup}")
     print(f"conservative mode: left after {table.clean_steps} clean steps")
@@ -70,7 +73,7 @@ def _changes_nothing(rule: Rule) -> bool:
 
 
 def _extras(rule: Rule) -> list[str]:
-    from esper_tamiyo.language.table import PARAMETERS
+    from esper_tamiyo.language.parameters import PARAMETERS
 
     of = f" of {rule.of}" if rule.of > rule.persistence else ""
     extras = [

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from esper_otel.leyline.wire import LatestRequest, StatusRequest
 from esper_otel.leyline.wire import default_socket_path as default_path
 
 if TYPE_CHECKING:
     from esper_tamiyo.language.table import Table
     from esper_tamiyo.replaying.recordings import RecordedRuns
+    from esper_tamiyo.serving.asking import ToolRequest
 
 
 class CommandError(Exception):
@@ -34,7 +34,7 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reply(request: LatestRequest | StatusRequest, path: Path | None) -> object:
+def reply(request: ToolRequest, path: Path | None) -> object:
     """What the sidecar replies; raises :class:`CommandError` when it does not."""
     from esper_tamiyo.serving.asking import NoAnswerError, reply_to
 

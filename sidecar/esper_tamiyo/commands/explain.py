@@ -1,4 +1,4 @@
-"""``tamiyo explain``: tell in words why something was decided, and what came of it."""
+"""``tamiyo explain``: a decision or notice in words: why, what came of it, what to change."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from esper_tamiyo.commands.journal import add_folder, entries_of
 
 def add(commands: Commands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("explain", help="tell why something was decided")
-    parser.add_argument("decision", metavar="DECISION", help="its id, RUN/RANK/STEP, or latest")
+    parser = commands.add_parser("explain", help="explain a decision or a notice")
+    parser.add_argument(
+        "decision", metavar="DECISION", help="its id, RUN/RANK/STEP, or latest; or a RUN, with"
+    )
+    parser.add_argument("step", nargs="?", type=int, metavar="STEP", help="a step of RUN")
+    parser.add_argument("--rank", type=int, default=0, help="of which rank STEP is meant")
     parser.add_argument("--run", default="", help="of which run the latest is meant")
     add_folder(parser)
     parser.add_argument("--json", action="store_true")
@@ -19,15 +23,14 @@ def add(commands: Commands) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from esper_tamiyo.journaling.explain import (
-        UnknownDecisionError,
-        find_decision,
-        format_story,
-        plain,
-    )
+    from esper_tamiyo.journaling.explain import format_story, plain
+    from esper_tamiyo.journaling.stories import UnknownDecisionError, find_decision
 
+    wanted = options.decision
+    if options.step is not None:
+        wanted = f"{wanted}/{options.rank}/{options.step}"
     try:
-        story = find_decision(entries_of(options), options.decision, options.run)
+        story = find_decision(entries_of(options), wanted, options.run)
     except UnknownDecisionError as error:
         raise CommandError(str(error)) from None
     if options.json:

@@ -51,8 +51,8 @@ def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator
 
 
 def _journal(options: argparse.Namespace) -> int:
-    from esper_tamiyo.journaling.entries import format_entry
     from esper_tamiyo.journaling.journal import encode_entry
+    from esper_tamiyo.journaling.lines import format_entry
 
     try:
         for entry in entries_of(options, follow=options.follow):

@@ -188,7 +188,8 @@ def _reporter(options: argparse.Namespace, health: socket.socket | None) -> Repo
         health=None if health is None else health.fileno(),
     )
     tells = folder or health or endpoint_of("TRACES") or endpoint_of("METRICS")
-    return Reporter(ScribeChild(orders) if tells else None, options.trace_every)
+    scribe = ScribeChild(orders) if tells else None
+    return Reporter(scribe, options.trace_every, options.table)
 
 
 def _health_socket(options: argparse.Namespace) -> socket.socket | None:

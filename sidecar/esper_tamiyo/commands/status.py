@@ -80,3 +80,6 @@ def _show(report: dict[str, Any]) -> None:
             f"  {run['run']}/{run['rank']}: step {run['newest_step']}, "
             f"{run['action']} ({run['reason']}){mode}{silent}"
         )
+    for each in engine.get("silences", ()):
+        until = "the run ends" if each["until_step"] is None else f"step {each['until_step']}"
+        print(f"silenced for run {each['run']}: {each['rule']}, until {until}")

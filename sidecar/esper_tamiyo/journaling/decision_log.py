@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import (
+    RESTORE,
     SKIP_STEP,
     UNJUDGED,
     Action,
@@ -26,13 +27,15 @@ from esper_tamiyo.journaling.entries import (
     Decided,
     Found,
     Proposed,
+    RuleSilence,
     RuleText,
     Silenced,
     TableInUse,
 )
 from esper_tamiyo.journaling.field_reports import DueReport, FieldReports
 from esper_tamiyo.judging.observer import RuleChange, RuleState
-from esper_tamiyo.language.table import Table
+from esper_tamiyo.judging.silences import SilenceOrder
+from esper_tamiyo.language.table import Table, conditions
 
 MAX_QUEUED = 16_384
 """Things kept until there is time for them; beyond it they are dropped, and counted."""
@@ -40,6 +43,9 @@ MAX_QUEUED = 16_384
 MAX_RANKS = 4096
 MAX_RULES = 4096
 """Rules, of a rank and of each of its seeds, whose beginning is remembered."""
+
+MAX_CONDITIONS = 400
+"""Conditions of a table, about 140 bytes each, that its entry can have."""
 
 RuleOf = tuple[str, str | None]
 """A rule, and the seed it is about."""
@@ -60,15 +66,20 @@ class _DecisionMade(NamedTuple):
     update: bool = False
 
 
+_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence
+
+
 class _Rank:
     """What is known of one rank besides what the engine knows."""
 
-    __slots__ = ("instance", "mode", "moved", "newest", "rules", "silenced")
+    __slots__ = ("instance", "mode", "moved", "newest", "noticed", "rules", "silenced")
 
     def __init__(self) -> None:
         self.mode = ""
         self.instance = ""
         self.newest = -1
+        self.noticed: tuple[int, list[RuleOf]] = (-1, [])
+        """The step of the last notice, and its rules."""
         self.rules: dict[RuleOf, tuple[int | None, int | None]] = {}
         """Rules that hold: since when pending, since when firing."""
         self.silenced: dict[RuleOf, str] = {}
@@ -78,6 +89,7 @@ class _Rank:
     def start_over(self, instance: str) -> None:
         """Another process took the rank over, and its first step has just been told."""
         self.instance = instance
+        self.noticed = (-1, [])
         moved = self.moved
         self.rules = {rule: when for rule, when in self.rules.items() if rule in moved}
         self.silenced = {rule: by for rule, by in self.silenced.items() if rule in moved}
@@ -102,7 +114,7 @@ class DecisionLog:
         """Steps that lie between two that were seen, and were not seen in their turn."""
         self.dropped = 0
         """Things heard for which there was no room."""
-        self._queue: deque[StepFrame | _DecisionMade | RuleChange] = deque()
+        self._queue: deque[_Heard] = deque()
         self._ranks: OrderedDict[tuple[str, int], _Rank] = OrderedDict()
         self._reports = FieldReports()
 
@@ -131,7 +143,8 @@ class DecisionLog:
         """A decision became the newest of its rank."""
         self.decisions[(decision.action, decision.severity, decision.reason)] += 1
         every = self._trace_every
-        if decision.action is Action.CONTINUE and not (every and decision.step % every == 0):
+        is_told = decision.findings or decision.action is not Action.CONTINUE
+        if not is_told and not (every and decision.step % every == 0):
             return
         took = time.perf_counter_ns() - self._seen_at
         made = _DecisionMade(decision, frame, self._asked, self._proposal, time.time_ns(), took)
@@ -149,6 +162,11 @@ class DecisionLog:
     def on_hello(self, hello: Hello) -> None:
         """A trainer has introduced itself, and said what it does with decisions."""
         self._rank((hello.run, hello.rank)).mode = hello.mode
+
+    def on_silence(self, order: SilenceOrder, uid: int) -> None:
+        """The user ``uid`` has silenced a rule for a run, or ended that."""
+        entry = RuleSilence(time_unix_nano=time.time_ns(), uid=uid, **order._asdict())
+        self._enqueue(entry)
 
     # Afterwards, when there is time.
 
@@ -173,7 +191,9 @@ class DecisionLog:
                 entries += self._reports.add_frame(thing, now_s)
             elif isinstance(thing, RuleChange):
                 entries.append(self._change(thing))
-            else:
+            elif isinstance(thing, RuleSilence):
+                entries.append(thing)
+            elif not self._goes_on(thing):
                 entries.append(self._decision(thing))
         return entries
 
@@ -186,7 +206,7 @@ class DecisionLog:
         entries = self.make_entries(len(self._queue), 0.0)
         return [*entries, *self._reports.close()]
 
-    def _enqueue(self, thing: StepFrame | _DecisionMade | RuleChange) -> None:
+    def _enqueue(self, thing: _Heard) -> None:
         if len(self._queue) < MAX_QUEUED:
             self._queue.append(thing)
         else:
@@ -210,6 +230,16 @@ class DecisionLog:
             self.missed += frame.step - rank.newest - 1
         rank.newest = frame.step
         rank.moved.clear()
+
+    def _goes_on(self, made: _DecisionMade) -> bool:
+        """Whether it is the notice of the step before once more, which is written once."""
+        decision, frame = made.decision, made.frame
+        if made.update or decision.action is not Action.CONTINUE or not frame.values:
+            return False
+        rank = self._rank((frame.run, frame.rank))
+        rules = [(finding.rule, finding.seed_id) for finding in decision.findings]
+        before, rank.noticed = rank.noticed, (decision.step, rules)
+        return bool(rules) and before == (decision.step - 1, rules)
 
     def _decision(self, made: _DecisionMade) -> Decided:
         decision, frame = made.decision, made.frame
@@ -288,20 +318,30 @@ def _became(decision: Decision) -> str:
     """Which of :data:`CHECKED` it is."""
     if decision.reason in UNJUDGED:
         return "unjudged"
-    if SKIP_STEP in decision.parameters:
+    if SKIP_STEP in decision.parameters or RESTORE in decision.parameters:
         return "skipped"
     return "smaller" if decision.parameters else "unchanged"
 
 
-def table_entry(table: Table) -> TableInUse:
-    """The entry that says which table is decided by."""
+def table_entry(table: Table, source: str) -> TableInUse:
+    """The entry that says which table is decided by, and by which name or file it was got.
+
+    Without the conditions where there are too many for one message to the scribe.
+    """
+    count = sum(1 for rule in table.rules for _ in conditions(rule.when))
+    is_small = count <= MAX_CONDITIONS
     return TableInUse(
         time_unix_nano=time.time_ns(),
         version=table.version,
         rules=[
-            RuleText(rule.id, rule.action, rule.severity, str(rule.when), rule.text)
+            RuleText(
+                *(rule.id, rule.action, rule.severity, str(rule.when), rule.text),
+                condition=rule.when if is_small else None,
+            )
             for rule in table.rules
         ],
+        source=source,
+        window=table.baseline.window,
     )
 
 

@@ -1,4 +1,4 @@
-"""Entries: what the journal holds, one JSON object a line, and how each reads on one line.
+"""Entries: what the journal holds, one JSON object a line.
 
 Field names are stable: ``docs/decisions.md`` lists them, readers ignore fields they do
 not know, and a field is never given another meaning.
@@ -6,34 +6,16 @@ not know, and a field is never given another meaning.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import singledispatch
 
 import msgspec
 
-from esper_otel.leyline.decisions import SKIP_STEP, Action, SeedOperation, Severity
+from esper_otel.leyline.decisions import Action, SeedOperation, Severity
 from esper_tamiyo.judging.observer import RuleState
+from esper_tamiyo.language.table import Condition, Group
 
 _LAST_SECOND = 253_402_300_799.0
 """The end of the year 9999."""
-
-AGAINST = {
-    "baseline": "baseline",
-    "frozen": "frozen baseline",
-    "lowest": "lowest baseline",
-    "highest": "highest baseline",
-    "peers": "other ranks",
-    "previous": "before",
-    "missing": "missing for",
-    "left": "left",
-}
-"""What a value was held against: as findings name it, and as it is told."""
-
-RATIOS = frozenset({"baseline", "frozen", "lowest", "highest", "peers"})
-
-_OF = re.compile(rf"({'|'.join(AGAINST)})\((.+)\)")
 
 
 class Proposed(msgspec.Struct, frozen=True):
@@ -78,7 +60,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class Decided(Entry, frozen=True, kw_only=True, tag="decision"):
-    """A decision other than CONTINUE.
+    """A decision other than CONTINUE, or a notice: a CONTINUE with findings.
 
     ``findings`` are in the order of the table; the one whose rule is ``reason`` won.
     ``mode`` is what the trainer does with decisions: ``enforce``, ``advise`` or, where
@@ -129,7 +111,7 @@ class Changed(Entry, frozen=True, kw_only=True, tag="rule"):
 
 
 class Reported(Entry, frozen=True, kw_only=True, tag="field_report"):
-    """What a run did after a decision; see :mod:`esper_tamiyo.journaling.field_reports`.
+    """What a run did after a decision; see :mod:`esper_tamiyo.journaling.outcomes`.
 
     ``before`` and ``after`` are medians over at most ``window`` steps, ``during`` the
     values of the step itself; a metric nobody sent is left out. ``observed`` is how many steps
@@ -140,6 +122,10 @@ class Reported(Entry, frozen=True, kw_only=True, tag="field_report"):
     after it whose update had another factor, None where none had; ``lr_scale_after`` is the
     factor from there on. None is also what the trainer did not say. ``skipped_after`` counts
     the updates left out among ``observed``.
+
+    ``applied``: something was done to the run within the window, None where nobody knows.
+    ``comparison`` says in words what such excursions of the run did when ``left_alone``, of
+    which so many ``came_back``. ``rule`` is the one that decided, ``saw`` what it saw.
     """
 
     decision: str
@@ -162,23 +148,55 @@ class Reported(Entry, frozen=True, kw_only=True, tag="field_report"):
     scaled_from: int | None = None
     lr_scale_after: float | None = None
     skipped_after: int = 0
+    applied: bool | None = None
+    left_alone: int = 0
+    came_back: int = 0
+    comparison: str = ""
+    rule: str = ""
+    saw: dict[str, float] = {}
+
+
+class RuleSilence(Entry, frozen=True, kw_only=True, tag="silence"):
+    """A rule was silenced for a run, or is heard again (``undone``).
+
+    ``after_step`` is the newest step of the run then, ``until_step`` the last one for which
+    it is silenced: None until the run ends. ``uid`` is the user who asked for it.
+    """
+
+    run: str
+    rule: str
+    after_step: int
+    until_step: int | None
+    undone: bool
+    uid: int
 
 
 class RuleText(msgspec.Struct, frozen=True):
-    """One rule of a table, as far as people need it to understand a decision."""
+    """One rule of a table, as far as people need it to understand a decision.
+
+    ``when`` says its ``condition`` in words. That is None in a journal of before there was
+    this field, and where a table has too many for one entry.
+    """
 
     id: str
     action: Action
     severity: Severity
     when: str
     text: str
+    condition: Condition | Group | None = None
 
 
 class TableInUse(Entry, frozen=True, kw_only=True, tag="table"):
-    """The table that is decided by from here on; repeated at the top of each file."""
+    """The table that is decided by from here on; repeated at the top of each file.
+
+    ``source`` is the name or file that the sidecar was started with, "" where that is not
+    known; ``window`` what its baselines span, 0 likewise.
+    """
 
     version: str
     rules: list[RuleText]
+    source: str = ""
+    window: int = 0
 
 
 class Opened(Entry, frozen=True, kw_only=True, tag="opened"):
@@ -201,118 +219,7 @@ class Gap(Entry, frozen=True, kw_only=True, tag="gap"):
     because: str
 
 
-AnyEntry = Decided | Changed | Reported | TableInUse | Opened | Closed | Gap
-
-
-# Each as people read it.
-
-
-def format_entry(entry: AnyEntry) -> str:
-    """One line for people: when, and what."""
-    return f"{rfc3339(entry.time_unix_nano)}  {_told(entry)}"
-
-
-@singledispatch
-def _told(entry: object) -> str:
-    raise TypeError(f"{type(entry).__name__} is no entry of the journal")
-
-
-@_told.register
-def _(entry: Decided) -> str:
-    extras = [f"{name} {value:g}" for name, value in entry.parameters.items()]
-    if entry.seed_operation is not None:
-        extras.append(f"{entry.seed_operation} of seed {entry.target_seed}")
-    if entry.conservative:
-        extras.append("conservative")
-    if entry.update:
-        return f"{entry.id}  {_of_update(entry)}"
-    tail = f" ({', '.join(extras)})" if extras else ""
-    return f"{entry.id}  {entry.action} {entry.severity}: {entry.reason}{tail}"
-
-
-def _of_update(entry: Decided) -> str:
-    """What was decided of an update; what became of it is for the field report to say."""
-    if SKIP_STEP in entry.parameters:
-        asked = "to be left out"
-    else:
-        with_ = " and ".join(f"{name} {value:g}" for name, value in entry.parameters.items())
-        asked = f"to be made with {with_}"
-    what = f"update of step {entry.step} {asked}"
-    return f"{what}: {entry.reason} ({entry.action}, {entry.severity})"
-
-
-@_told.register
-def _(entry: Changed) -> str:
-    seed = f" of seed {entry.seed_id}" if entry.seed_id else ""
-    silenced = f", inhibited by {entry.silenced_by}" if entry.silenced_by else ""
-    seen = ", ".join(format_values(entry.values))
-    return (
-        f"{entry.run}/{entry.rank}/{entry.step}  {entry.rule}{seed}: "
-        f"{entry.before} → {entry.after}{silenced}" + (f"  [{seen}]" if seen else "")
-    )
-
-
-@_told.register
-def _(entry: Reported) -> str:
-    why = f" ({entry.because})" if entry.because else ""
-    made = "".join(f"; {words}" for words in _made(entry))
-    return f"{entry.decision}  afterwards, {entry.observed} steps: {entry.outcome}{why}{made}"
-
-
-def _made(entry: Reported) -> Iterator[str]:
-    """What is out of the ordinary in how updates were made."""
-    if entry.skipped:
-        yield f"update of step {entry.step} left out"
-    elif entry.update and entry.lr_scale is not None and entry.lr_scale != 1.0:
-        yield f"update of step {entry.step} made at {entry.lr_scale:g} times the script's rate"
-    if entry.scaled_from is not None:
-        yield (
-            f"updates made at {entry.lr_scale_after:g} times the script's rate from step "
-            f"{entry.scaled_from} on"
-        )
-    if entry.skipped_after:
-        yield f"{entry.skipped_after} later updates left out"
-
-
-@_told.register
-def _(entry: TableInUse) -> str:
-    return f"decides by table {entry.version}, {len(entry.rules)} rules"
-
-
-@_told.register
-def _(entry: Opened) -> str:
-    return f"the journal is opened by process {entry.pid}, release {entry.release}"
-
-
-@_told.register
-def _(entry: Closed) -> str:
-    return f"the journal is closed by process {entry.pid}"
-
-
-@_told.register
-def _(entry: Gap) -> str:
-    return f"{entry.lost} entries are missing here: {entry.because}"
-
-
-def format_values(values: dict[str, float]) -> Iterator[str]:
-    """Values, each with what it was held against."""
-    against: dict[str, list[str]] = {}
-    shown = []
-    for key, value in values.items():
-        match = _OF.fullmatch(key)
-        if match is None:
-            shown.append(key)
-            continue
-        what, metric = match[1], match[2]
-        text = f"{AGAINST[what]} {value:.4g}"
-        if what in RATIOS and value > 0 and metric in values:
-            text += f", {values[metric] / value:.3g} times that"
-        against.setdefault(metric, []).append(text)
-    for key in shown:
-        told = against.pop(key, None)
-        yield f"{key} {values[key]:.4g}" + (f" ({'; '.join(told)})" if told else "")
-    for metric, told in against.items():
-        yield f"{'; '.join(told)} (of {metric})"
+AnyEntry = Decided | Changed | Reported | RuleSilence | TableInUse | Opened | Closed | Gap
 
 
 def rfc3339(time_unix_nano: int) -> str:

@@ -1,14 +1,13 @@
-"""Explain: one decision in words, from the journal alone.
+"""Explain: one decision, or notice, in words, from the journal alone.
 
-Which rule decided and what it saw, since when, what was not heard because of it, and what
-the run did afterwards.
+Which rule decided, what it saw and what it had expected, since when, what was not heard
+because of it, what the run did afterwards, and what to change if it was a false alarm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 
@@ -18,27 +17,15 @@ from esper_otel.leyline.decisions import (
     MAX_NORM,
     NOMINAL,
     RANK_OF,
+    RESTORE,
     SKIP_STEP,
+    Action,
 )
-from esper_tamiyo.journaling.entries import (
-    AnyEntry,
-    Changed,
-    Decided,
-    Found,
-    Reported,
-    RuleText,
-    TableInUse,
-    format_values,
-    rfc3339,
-)
+from esper_tamiyo.journaling.entries import Decided, Found, Reported, rfc3339
+from esper_tamiyo.journaling.expectations import expected, if_false_alarm
 from esper_tamiyo.journaling.field_reports import WATCHED
-from esper_tamiyo.judging.observer import RuleState
-
-LATEST = "latest"
-OF_UPDATE = "/update"
-"""End of the ids of decisions about updates."""
-NEAR = 5
-"""Ids offered in place of one that is not there."""
+from esper_tamiyo.journaling.lines import OUTCOMES, format_values, why_unheard
+from esper_tamiyo.journaling.stories import Story, main_rule
 
 MODES = {
     "enforce": "The trainer is in enforce mode.",
@@ -48,84 +35,14 @@ MODES = {
 """What was applied is told by :func:`applied`, from what updates were made with."""
 
 
-class UnknownDecisionError(Exception):
-    """No such decision in the journal; the text says what there is."""
-
-
-class Story(NamedTuple):
-    """A decision and what belongs to it."""
-
-    decision: Decided
-    report: Reported | None
-    rules: dict[str, RuleText]
-    """The rules of the table that decided, as far as the journal has them."""
-    ended: int | None
-    """The step at which the rule that decided let go, None when it was not seen to."""
-
-
-def find_decision(entries: Iterable[AnyEntry], wanted: str, run: str = "") -> Story:
-    """The story of the decision with the id ``wanted``, or of the latest (of ``run``).
-
-    Of several with one id (a step asked about twice, a restarted run) it is the last.
-    Raises :class:`UnknownDecisionError`.
-    """
-    search = _Search(wanted, run)
-    for entry in entries:
-        search.see(entry)
-    return search.story()
-
-
-class _Search:
-    """What of the entries seen so far belongs to the decision that is looked for."""
-
-    def __init__(self, wanted: str, run: str) -> None:
-        self._wanted = wanted
-        self._run = run
-        self._decision: Decided | None = None
-        self._report: Reported | None = None
-        self._ended: int | None = None
-        self._tables: dict[str, TableInUse] = {}
-        self._run_of: dict[str, str] = {}
-        """By id, of every decision."""
-
-    def see(self, entry: AnyEntry) -> None:
-        """The next entry of the journal."""
-        if isinstance(entry, TableInUse):
-            self._tables[entry.version] = entry
-        elif isinstance(entry, Decided):
-            self._run_of[entry.id] = entry.run
-            if self._is_wanted(entry):
-                self._decision, self._report, self._ended = entry, None, None
-        elif self._decision is not None:
-            self._see_what_followed(entry, self._decision)
-
-    def story(self) -> Story:
-        """Raises :class:`UnknownDecisionError` when there was no such decision."""
-        decision = self._decision
-        if decision is None:
-            raise UnknownDecisionError(_unknown(self._wanted, self._run, self._run_of))
-        table = self._tables.get(decision.table_version)
-        rules = {rule.id: rule for rule in table.rules} if table else {}
-        return Story(decision, self._report, rules, self._ended)
-
-    def _is_wanted(self, entry: Decided) -> bool:
-        if self._wanted == LATEST and self._run in ("", entry.run):
-            return True
-        return entry.id == self._wanted
-
-    def _see_what_followed(self, entry: AnyEntry, decision: Decided) -> None:
-        if isinstance(entry, Reported):
-            if entry.decision == decision.id:
-                self._report = entry
-        elif isinstance(entry, Changed) and self._ended is None and _lets_go(entry, decision):
-            self._ended = entry.step
-
-
 def format_story(story: Story) -> Iterator[str]:
     """The story for people."""
     decision = story.decision
     about = f" for seed {decision.target_seed}" if decision.target_seed else ""
-    yield f"{decision.id}: {decision.action} ({decision.severity}){about}"
+    if decision.action is Action.CONTINUE:
+        yield f"{decision.id}: notice"
+    else:
+        yield f"{decision.id}: {decision.action} ({decision.severity}){about}"
     if decision.update:
         yield f"about the update of step {decision.step}, before it was made"
     yield f"at {rfc3339(decision.time_unix_nano)}, by table {decision.table_version}"
@@ -133,6 +50,7 @@ def format_story(story: Story) -> Iterator[str]:
     yield from _what(story)
     yield from _unheard(story)
     yield from _afterwards(story)
+    yield from _otherwise(story)
 
 
 def plain(story: Story) -> dict[str, Any]:
@@ -147,6 +65,8 @@ def plain(story: Story) -> dict[str, Any]:
                 if rule in story.rules
             },
             "let_go_at_step": story.ended,
+            "expected": {found.rule: list(_expected(found, story)) for found in story.told},
+            "if_false_alarm": list(_otherwise(story))[1:],
         }
     )
     return told
@@ -155,22 +75,28 @@ def plain(story: Story) -> dict[str, Any]:
 def _why(story: Story) -> Iterator[str]:
     decision = story.decision
     yield ""
+    if decision.action is Action.CONTINUE:
+        for found in story.told:
+            yield f"{found.rule} ({found.severity}): {found.text}"
+            yield from _evidence(found, story)
+        return
     if decision.reason == NOMINAL:
         yield "Nothing was wrong, so what was proposed is granted."
     elif decision.reason == CONSERVATIVE_MODE:
         yield "Conservative mode: seeds wait until the run has been calm for a while."
-    for found in decision.findings:
-        if found.rule == decision.reason:
-            yield f"{found.rule} decided: {found.text}"
-            yield from _evidence(found, story.rules.get(found.rule))
-            break
+    for found in story.told:
+        yield f"{found.rule} decided: {found.text}"
+        yield from _evidence(found, story)
 
 
-def _evidence(found: Found, rule: RuleText | None) -> Iterator[str]:
+def _evidence(found: Found, story: Story) -> Iterator[str]:
+    rule = story.rules.get(found.rule)
     if rule is not None:
         yield f"  it asks for: {rule.when}"
-    for line in format_values(found.values):
-        yield f"  it saw: {line}"
+    sentences = list(_expected(found, story))
+    yield from (f"  {sentence}" for sentence in sentences)
+    if not sentences:  # a journal of before there were conditions in it
+        yield from (f"  it saw: {line}" for line in format_values(found.values))
     if found.seed_id is not None:
         yield f"  about seed {found.seed_id}"
     if found.pending_since is not None and found.pending_since != found.firing_since:
@@ -179,9 +105,27 @@ def _evidence(found: Found, rule: RuleText | None) -> Iterator[str]:
         yield f"  firing since step {found.firing_since}"
 
 
+def _expected(found: Found, story: Story) -> Iterator[str]:
+    rule, table = story.rules.get(found.rule), story.table
+    if rule is not None and rule.condition is not None and table is not None:
+        yield from expected(rule.condition, found.values, table)
+
+
+def _otherwise(story: Story) -> Iterator[str]:
+    """What to change if it was a false alarm."""
+    for found in story.told:
+        rule, table = story.rules.get(found.rule), story.table
+        if rule is not None and table is not None:
+            yield ""
+            yield from if_false_alarm(found, rule, table, story.decision.run)
+
+
 def _what(story: Story) -> Iterator[str]:
     decision = story.decision
     yield ""
+    if decision.action is Action.CONTINUE:
+        yield "It is a notice: nothing is asked of the run."
+        return
     for name, value in decision.parameters.items():
         yield f"{name} {value:g}"
     if decision.seed_operation is not None:
@@ -200,7 +144,9 @@ def _what(story: Story) -> Iterator[str]:
 
 def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
     """What updates were really made with, as far as ``parameters`` asked something of them."""
-    if SKIP_STEP in parameters:
+    if RESTORE in parameters:
+        yield "Whether a snapshot was put back is in the metric restored of the steps after it."
+    if SKIP_STEP in parameters and (report.update or RESTORE not in parameters):
         yield _left_out(report)
     if LR_SCALE in parameters:
         which = "lower" if parameters[LR_SCALE] < 1.0 else "higher"
@@ -238,21 +184,24 @@ def _rate_since(report: Reported, which: str) -> str:
 def _unheard(story: Story) -> Iterator[str]:
     decision = story.decision
     unheard = []
-    lower = [found for found in decision.findings if found.rule != decision.reason]
+    is_notice = decision.action is Action.CONTINUE
+    lower = [
+        found for found in decision.findings if found.rule != decision.reason and not is_notice
+    ]
     for found in sorted(lower, key=lambda found: -RANK_OF[found.severity]):
         seen = ", ".join(format_values(found.values))
         unheard.append(
             f"{found.rule} ({found.action}, {found.severity}): {found.text} [{seen}]"
         )
     unheard += [
-        f"{silenced.rule}: inhibited by {silenced.by}" for silenced in decision.silenced
+        f"{silenced.rule}: {why_unheard(silenced.by)}" for silenced in decision.silenced
     ]
     proposal = decision.proposal
     if proposal is not None and decision.seed_operation is None:
         unheard.append(f"the proposal to {proposal.operation} seed {proposal.seed_id}")
     if unheard:
         yield ""
-        yield "Not followed, as this was stronger:"
+        yield "Not heard:" if is_notice else "Not followed, as this was stronger:"
         yield from (f"  {line}" for line in unheard)
 
 
@@ -262,9 +211,9 @@ def _afterwards(story: Story) -> Iterator[str]:
     if report is None:
         yield "Afterwards: no field report yet, its steps have not been seen."
     else:
-        yield f"Afterwards ({report.observed} of {report.window} steps): {report.outcome}"
-        if report.because:
-            yield f"  {report.because}"
+        outcome = OUTCOMES.get(report.outcome, report.outcome)
+        yield f"Afterwards ({report.observed} of {report.window} steps): {outcome}"
+        yield from (f"  {words}" for words in (report.because, report.comparison) if words)
         for key in WATCHED:
             parts = [
                 f"{when} {values[key]:.4g}"
@@ -278,51 +227,9 @@ def _afterwards(story: Story) -> Iterator[str]:
             if parts:
                 yield f"  {key}: {', '.join(parts)}"
     if story.ended is not None:
-        yield f"{story.decision.reason} let go at step {story.ended}."
-
-
-def _lets_go(entry: Changed, decision: Decided) -> bool:
-    """Whether the rule that decided ends with it."""
-    return (
-        (entry.run, entry.rank, entry.rule, entry.seed_id)
-        == (decision.run, decision.rank, decision.reason, decision.target_seed)
-        and entry.step > decision.step
-        and entry.after is RuleState.INACTIVE
-    )
+        yield f"{main_rule(story.decision)[0]} let go at step {story.ended}."
 
 
 def _involved(decision: Decided) -> list[str]:
     found = [found.rule for found in decision.findings]
     return [*found, *(silenced.rule for silenced in decision.silenced)]
-
-
-def _unknown(wanted: str, run: str, ids: dict[str, str]) -> str:
-    if not ids:
-        return "the journal holds no decision other than CONTINUE yet"
-    if wanted == LATEST:
-        runs = sorted(set(ids.values()))
-        return f"the journal holds no decision about run {run}; it knows {_some(runs)}"
-    return (
-        f"{wanted}: the journal holds no such decision (a CONTINUE is not written down); "
-        f"near it are {_some(_near(wanted, list(ids)))}"
-    )
-
-
-def _near(wanted: str, ids: list[str]) -> list[str]:
-    """The ids of the same rank with the nearest steps, else those spelt most like it."""
-    run_and_rank, step = _parts(wanted)
-    same = [one for one in ids if _parts(one)[0] == run_and_rank]
-    if same and step.isdecimal():
-        return sorted(same, key=lambda one: abs(int(_parts(one)[1]) - int(step)))[:NEAR]
-    return get_close_matches(wanted, ids, NEAR, 0.0)
-
-
-def _parts(decision: str) -> tuple[str, str]:
-    """Run and rank, and the step, of an id."""
-    run_and_rank, _, step = decision.removesuffix(OF_UPDATE).rpartition("/")
-    return run_and_rank, step
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - NEAR
-    return ", ".join(names[:NEAR]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,48 +1,26 @@
-"""Field reports: what a run did after a decision.
+"""Field reports: what a run did after a decision, gathered until there is enough to tell.
 
-A report says what happened *after*, which need not be *because*: there is no second run
-to compare with. It compares three samples at the loss, its volatility and the step time:
-
-- *before*: the median over the :data:`WINDOW` steps up to the decision,
-- *during*: the step that was decided about,
-- *after*: the median over the :data:`WINDOW` steps behind it.
-
-A difference counts when it is more than a tenth of what it is held against and more than
-twice the usual unsteadiness (the median absolute deviation before the decision). What had left
-the ordinary at the decision is what the report is about; when nothing had, all three are.
-For each of them *after* is held against *during*, or against *before* where *during* was
-ordinary: lower is ``improved``, and so is back to the ordinary; higher is ``worse``. One
-that got worse makes the report ``worse``; else one that improved makes it ``improved``;
-else it is ``neutral``. With fewer than half of the steps, or of their values, it is
-``inconclusive``, unless values went missing because they were not finite, which is
-``worse``.
-
-A decision need not have been applied. What each update was made with is told by the step
-itself (``lr_scale``, ``update_skipped``), and a report repeats it, of the step that was
-decided about and of those behind it.
+Followed are decisions and notices: steps that go on as they are, with a finding. Three samples
+are taken of the loss, its volatility and the step time: over the :data:`WINDOW` steps up to
+the decision, at the step that was decided about, and over the :data:`WINDOW` steps behind it.
+What they say is for :mod:`~esper_tamiyo.journaling.outcomes`, in another process.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from enum import StrEnum
-from statistics import median
 from typing import NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.decisions import Action, Decision
+from esper_otel.leyline.decisions import MAX_NORM, RANK_OF, Action, Decision, Finding
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.journaling.entries import Reported
 
 WINDOW = 32
 """Steps looked at on either side of a decision."""
 
 WATCHED = ("loss", "loss_volatility", "step_latency_ms")
 """Metrics a report is about; of each, less is better."""
-
-TOLERANCE = 0.1
-UNSTEADINESS = 2.0
 
 MAX_RANKS = 1024
 """Ranks whose last steps are kept; beyond it the one not heard of for longest goes."""
@@ -53,15 +31,6 @@ MAX_CHECKED = 32
 QUIET_S = 60.0
 QUIET_STEPS = 20.0
 """A rank that said nothing for so long, and for so many of its steps, has ended."""
-
-
-class RunOutcome(StrEnum):
-    """How the run went on."""
-
-    IMPROVED = "improved"
-    NEUTRAL = "neutral"
-    WORSE = "worse"
-    INCONCLUSIVE = "inconclusive"
 
 
 class StepSample(NamedTuple):
@@ -78,9 +47,11 @@ class StepSample(NamedTuple):
 
 
 class DueReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="due"):
-    """All that a report is made of, by :func:`report_of`.
+    """All that a report is made of, by :mod:`~esper_tamiyo.journaling.outcomes`.
 
-    ``ended`` says why no more steps will be seen, "" when all have been.
+    ``ended`` says why no more steps will be seen, "" when all have been. ``rule`` is the one
+    that decided, or the most severe of a notice, and ``saw`` what it saw. ``unseen``: the
+    decision may have done something that no step tells of, to seeds or by clipping.
     """
 
     time_unix_nano: int
@@ -96,16 +67,23 @@ class DueReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     during: StepSample
     after: list[StepSample]
     update: bool = False
+    rule: str = ""
+    saw: dict[str, float] = {}
+    unseen: bool = False
 
 
 class _Pending(NamedTuple):
-    """A decision whose report is due; ``update``: about an update that was not made yet."""
+    """A decision whose report is due; ``update``: about an update that was not made yet.
+
+    ``seeds``: there were some that it may have held back.
+    """
 
     decision: Decision
     rank: int
     mode: str
     during: StepSample
     update: bool = False
+    seeds: bool = False
 
 
 class _RankWindow:
@@ -130,10 +108,10 @@ class _RankWindow:
 class FieldReports:
     """Follows decisions until their reports are due.
 
-    Fed with every judged frame and every decision, in their order; a CONTINUE has no
-    report. What falls due is handed on to be made into a report elsewhere: medians are not
-    for the thread that answers. Reads no clock: ``now_s`` is handed in, in seconds of any
-    one monotonic clock.
+    Fed with every judged frame and every decision, in their order; a CONTINUE without a
+    finding has no report. What falls due is handed on to be made into a report elsewhere:
+    medians are not for the thread that answers. Reads no clock: ``now_s`` is handed in, in
+    seconds of any one monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -182,8 +160,10 @@ class FieldReports:
             last = past.pending[-1]
             if last.decision.step == decision.step and not last.update:
                 past.pending.pop()
-        if decision.action is not Action.CONTINUE:
-            past.pending.append(_Pending(decision, frame.rank, mode, _sample(frame)))
+        if decision.findings or decision.action is not Action.CONTINUE:
+            seeds = bool(frame.seeds)
+            sample = _sample(frame)
+            past.pending.append(_Pending(decision, frame.rank, mode, sample, seeds=seeds))
 
     def add_check(self, decision: Decision, known: StepFrame, mode: str) -> None:
         """A decision was made about the update of a step that is still to be seen.
@@ -243,6 +223,8 @@ def _given_up(past: _RankWindow, because: str) -> list[DueReport]:
 def _due(past: _RankWindow, pending: _Pending, ended: str = "") -> DueReport:
     decision = pending.decision
     step = decision.step
+    finding = _deciding(decision)
+    holds_seeds = pending.seeds and decision.action in (Action.SEED, Action.PAUSE)
     return DueReport(
         time_unix_nano=past.time_unix_nano,
         decision=decision.id,
@@ -257,136 +239,14 @@ def _due(past: _RankWindow, pending: _Pending, ended: str = "") -> DueReport:
         during=pending.during,
         after=[sample for sample in past.samples if step < sample.step <= step + WINDOW],
         update=pending.update,
+        rule=finding.rule if finding else "",
+        saw=finding.values if finding else {},
+        unseen=holds_seeds or MAX_NORM in decision.parameters,
     )
 
 
-def report_of(due: DueReport) -> Reported:
-    """The report: what the medians were, and how the run went on."""
-    outcome, because = (RunOutcome.INCONCLUSIVE, due.ended) if due.ended else _judge(due)
-    scaled_from, scale = _scaled(due)
-    return Reported(
-        time_unix_nano=due.time_unix_nano,
-        decision=due.decision,
-        run=due.run,
-        rank=due.rank,
-        step=due.step,
-        action=due.action,
-        reason=due.reason,
-        mode=due.mode,
-        outcome=outcome,
-        because=because,
-        window=WINDOW,
-        observed=len(due.after),
-        before=_medians(due.before),
-        during=_by_key(due.during.values),
-        after=_medians(due.after),
-        update=due.update,
-        lr_scale=due.during.lr_scale,
-        skipped=due.during.skipped,
-        scaled_from=scaled_from,
-        lr_scale_after=scale,
-        skipped_after=sum(1 for sample in due.after if sample.skipped),
-    )
-
-
-def _scaled(due: DueReport) -> tuple[int | None, float | None]:
-    """The first step behind the decision whose update had another factor, and that factor;
-    of the last one where none had, and None where nobody said."""
-    before = due.during.lr_scale
-    told = [
-        (sample.step, sample.lr_scale) for sample in due.after if sample.lr_scale is not None
-    ]
-    if not told:
-        return None, None
-    for step, scale in told:
-        if scale != (1.0 if before is None else before):
-            return step, scale
-    return None, told[-1][1]
-
-
-def _judge(due: DueReport) -> tuple[RunOutcome, str]:
-    """The outcome and, in words, what it rests on."""
-    if 2 * len(due.after) < WINDOW:
-        return RunOutcome.INCONCLUSIVE, f"only {len(due.after)} of {WINDOW} steps were seen"
-    known = []
-    for place, key in enumerate(WATCHED):
-        verdict = _verdict(due, place)
-        if verdict is not None:
-            known.append((key, verdict))
-    subjects = [each for each in known if each[1].unusual] or known
-    for outcome in (
-        RunOutcome.WORSE,
-        RunOutcome.IMPROVED,
-        RunOutcome.INCONCLUSIVE,
-        RunOutcome.NEUTRAL,
-    ):
-        whys = [f"{key} {told.why}" for key, told in subjects if told.outcome is outcome]
-        if whys:
-            return outcome, "; ".join(whys)
-    return RunOutcome.INCONCLUSIVE, "none of the values it looks at was there"
-
-
-class _Verdict(NamedTuple):
-    """What became of one metric; ``unusual``: it had left the ordinary at the decision."""
-
-    outcome: RunOutcome
-    unusual: bool
-    why: str
-
-
-def _verdict(due: DueReport, place: int) -> _Verdict | None:
-    """What became of one of :data:`WATCHED`; None where nobody knows what it was before."""
-    before = _values(due.before, place)
-    if not before:
-        return None
-    usual = median(before)
-    tolerance = _tolerance(before, usual)
-    then = due.during.values[place]
-    gone = then is None and due.during.nonfinite > 0
-    unusual = gone or (then is not None and abs(then - usual) > tolerance)
-    values = _values(due.after, place)
-    if 2 * len(values) < len(due.after):
-        return _missing(due.after, unusual)
-    after = median(values)
-    reference = then if unusual and then is not None else usual
-    if (gone or reference > usual) and after <= usual + tolerance:
-        return _Verdict(RunOutcome.IMPROVED, True, "is back to what it was")
-    if gone:
-        return _Verdict(RunOutcome.WORSE, True, "is finite again, and higher than it was")
-    return _compared(after, reference, tolerance, unusual)
-
-
-def _tolerance(before: list[float], usual: float) -> float:
-    """By how much a value differs from what is usual before that counts."""
-    spread = median(abs(value - usual) for value in before)
-    return max(TOLERANCE * abs(usual), UNSTEADINESS * spread)
-
-
-def _missing(after: list[StepSample], unusual: bool) -> _Verdict:
-    """Of a metric that was not there at most steps behind the decision."""
-    if any(sample.nonfinite for sample in after):
-        return _Verdict(RunOutcome.WORSE, True, "is not finite any more")
-    return _Verdict(RunOutcome.INCONCLUSIVE, unusual, "was missing afterwards")
-
-
-def _compared(after: float, reference: float, tolerance: float, unusual: bool) -> _Verdict:
-    tolerance = max(tolerance, TOLERANCE * abs(reference))
-    if after < reference - tolerance:
-        return _Verdict(RunOutcome.IMPROVED, unusual, "is lower")
-    if after > reference + tolerance:
-        return _Verdict(RunOutcome.WORSE, unusual, "is higher")
-    return _Verdict(RunOutcome.NEUTRAL, unusual, "is much the same")
-
-
-def _values(samples: list[StepSample], place: int) -> list[float]:
-    return [value for sample in samples if (value := sample.values[place]) is not None]
-
-
-def _medians(samples: list[StepSample]) -> dict[str, float]:
-    values = [_values(samples, place) for place in range(len(WATCHED))]
-    return {key: median(of) for key, of in zip(WATCHED, values, strict=True) if of}
-
-
-def _by_key(values: tuple[float | None, ...]) -> dict[str, float]:
-    pairs = zip(WATCHED, values, strict=True)
-    return {key: value for key, value in pairs if value is not None}
+def _deciding(decision: Decision) -> Finding | None:
+    """The finding that decided, or the most severe one of a notice."""
+    if decision.action is Action.CONTINUE:
+        return max(decision.findings, key=lambda each: RANK_OF[each.severity], default=None)
+    return next((each for each in decision.findings if each.rule == decision.reason), None)

@@ -117,9 +117,10 @@ _status = msgspec.msgpack.Decoder(ScribeStatus)
 
 
 def is_for_journal(message: Message) -> bool:
-    """Whether a line of the journal is made of it; a CONTINUE is a sample for the trace."""
+    """Whether a line of the journal is made of it; a CONTINUE without a finding is a sample
+    for the trace."""
     if isinstance(message, Decided):
-        return message.action is not Action.CONTINUE
+        return message.action is not Action.CONTINUE or bool(message.findings)
     return not isinstance(message, Heartbeat)
 
 

@@ -26,12 +26,16 @@ WRITTEN_PER_TURN = 32
 class Reporter:
     """Keeps the record of one decide process."""
 
-    def __init__(self, scribe: ScribeChild | None, trace_every: int = 0) -> None:
-        """``scribe`` None: nothing is written, only counted."""
+    def __init__(
+        self, scribe: ScribeChild | None, trace_every: int = 0, table_source: str = ""
+    ) -> None:
+        """``scribe`` None: nothing is written, only counted. ``table_source`` is the name or
+        file of the table."""
         self.decision_log = DecisionLog(trace_every)
         self._answers = Histogram(ANSWER_MS)
         self._lag = Histogram(LAG_MS)
         self._scribe = scribe
+        self._table_source = table_source
         self._began_unix_nano = time.time_ns()
         self._beat = 0
         self._heartbeat_at = 0.0
@@ -82,7 +86,8 @@ class Reporter:
             scribe.start()
             self._table = None  # whoever writes now has to be told
         if table is not self._table and scribe.pipe is not None:
-            self._table = table if scribe.send([table_entry(table)]) else None
+            entry = table_entry(table, self._table_source)
+            self._table = table if scribe.send([entry]) else None
         if entries:
             scribe.send([*entries])
         if now_s >= self._heartbeat_at:

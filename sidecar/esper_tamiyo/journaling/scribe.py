@@ -31,7 +31,7 @@ from typing import Any
 import msgspec
 
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
-from esper_tamiyo.journaling.field_reports import DueReport, report_of
+from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Journal, JournalThread
 from esper_tamiyo.journaling.messages import (
     Heartbeat,
@@ -41,6 +41,7 @@ from esper_tamiyo.journaling.messages import (
     is_for_journal,
     pack,
 )
+from esper_tamiyo.journaling.outcomes import OutcomeReports
 from esper_tamiyo.journaling.own_telemetry import OwnTelemetry
 from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE, Orders
 
@@ -143,6 +144,7 @@ class Scribe:
             self._journal = JournalThread(lambda: Journal(folder, size, count), folder)
         self._health = None if orders.health is None else HealthEndpoint(orders.health)
         self._telemetry = OwnTelemetry()
+        self._outcomes = OutcomeReports()
         self._said: ScribeStatus | None = None
 
     def run(self) -> None:
@@ -190,7 +192,9 @@ class Scribe:
                 self._telemetry.export_decision(message)
             if is_for_journal(message):
                 entries.append(
-                    report_of(message) if isinstance(message, DueReport) else message
+                    self._outcomes.report(message)
+                    if isinstance(message, DueReport)
+                    else message
                 )
         if entries and self._journal is not None:
             self._journal.put(entries)

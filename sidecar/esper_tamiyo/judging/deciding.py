@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import inf
+from operator import itemgetter
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
@@ -10,6 +12,7 @@ from esper_otel.leyline.decisions import (
     LR_SCALE,
     MAX_NORM,
     NOMINAL,
+    RESTORE,
     SKIP_STEP,
     Action,
     Decision,
@@ -19,6 +22,7 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_tamiyo.judging.rules import CompiledRule
+from esper_tamiyo.language.parameters import USUAL_NORM, USUAL_RATE
 
 Fired = tuple[CompiledRule, Finding]
 """A rule that fired, and what it saw."""
@@ -34,7 +38,11 @@ def decide(
     conservative: bool,
     table_version: str,
 ) -> Decision:
-    """The decision about ``step`` of a run and rank that is known up to ``newest``."""
+    """The decision about ``step`` of a run and rank that is known up to ``newest``.
+
+    The strongest rule decides. What a rule asks that has weights restored is asked beside it,
+    as far as the strongest leaves it open: a pause of seeds heals no weights.
+    """
     action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
     target_seed: str | None = None
     operation: SeedOperation | None = None
@@ -50,7 +58,10 @@ def decide(
             winner, finding = max(acting, key=_weight)
             rule = winner.rule
             action, severity, reason = rule.action, rule.severity, rule.id
-            target_seed, parameters = finding.seed_id, rule.parameters
+            target_seed, parameters = finding.seed_id, _asked(winner, finding)
+            restoring = _asking_for(RESTORE, acting)
+            if restoring and RESTORE not in parameters:
+                parameters = {**_asked(*max(restoring, key=_weight)), **parameters}
     if proposal is not None and FORCE[action] < FORCE[Action.SEED]:
         if conservative:
             action, severity, reason = Action.PAUSE, Severity.WARNING, CONSERVATIVE_MODE
@@ -87,16 +98,22 @@ def decide_update(
 ) -> Decision:
     """The decision about the update of ``step``, which is not made yet.
 
-    To leave it out wins over all. Else the strongest rule with a factor scales its rates,
-    and the smallest norm of all holds its gradients.
+    To put a snapshot back in its place wins over all, and then to leave it out. Else the
+    strongest rule with a factor scales its rates, and the smallest norm of all holds its
+    gradients. That goes with it also when the update is to be left out or replaced: a trainer
+    that leaves out no more of them, or has no snapshot, makes it so.
     """
     action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
     parameters: dict[str, float] = {}
     if fired:
-        skipping = _asking_for(SKIP_STEP, fired)
-        winner = max(skipping or fired, key=_weight)[0].rule
+        restoring, skipping = _asking_for(RESTORE, fired), _asking_for(SKIP_STEP, fired)
+        winner = max(restoring or skipping or fired, key=_weight)[0].rule
         action, severity, reason = winner.action, winner.severity, winner.id
-        parameters = {SKIP_STEP: 1.0} if skipping else _bounded(fired)
+        parameters = _bounded(fired)
+        if skipping:
+            parameters[SKIP_STEP] = 1.0
+        if restoring:
+            parameters[RESTORE] = 1.0
     run, rank = key
     return Decision(
         f"{run}/{rank}/{step}/update",
@@ -116,13 +133,45 @@ def decide_update(
 def _bounded(fired: Sequence[Fired]) -> dict[str, float]:
     """By how much an update is made smaller."""
     parameters = {}
-    scaling = _asking_for(LR_SCALE, fired)
+    asked = [(entry.weight, _asked(entry, finding)) for entry, finding in fired]
+    scaling = [one for one in asked if LR_SCALE in one[1]]
     if scaling:
-        parameters[LR_SCALE] = max(scaling, key=_weight)[0].rule.parameters[LR_SCALE]
-    norms = [entry.rule.parameters[MAX_NORM] for entry, _ in _asking_for(MAX_NORM, fired)]
+        parameters[LR_SCALE] = max(scaling, key=itemgetter(0))[1][LR_SCALE]
+    norms = [one[MAX_NORM] for _, one in asked if MAX_NORM in one]
     if norms:
         parameters[MAX_NORM] = min(norms)
     return parameters
+
+
+def _asked(entry: CompiledRule, finding: Finding) -> dict[str, float]:
+    """What a rule asks of updates, what is usual worked out of what it saw."""
+    parameters = entry.rule.parameters
+    if USUAL_NORM not in parameters and USUAL_RATE not in parameters:
+        return parameters
+    usual = (USUAL_NORM, USUAL_RATE)
+    asked = {name: value for name, value in parameters.items() if name not in usual}
+    if USUAL_NORM in parameters and (norm := _usual_norm(finding.values)) > 0.0:
+        asked[MAX_NORM] = min(norm, asked.get(MAX_NORM, inf))
+    if USUAL_RATE in parameters and 0.0 < (scale := _usual_rate(finding.values)) < 1.0:
+        asked[LR_SCALE] = scale
+    return asked
+
+
+def _usual_norm(seen: Mapping[str, float]) -> float:
+    """The norm that gradients have at most; 0.0 where nothing tells."""
+    level, scatter = seen.get("level(gradient_norm)"), seen.get("scatter(gradient_norm)")
+    if level is not None and scatter is not None:
+        return level + scatter
+    usual = (f"{kind}(gradient_norm)" for kind in ("baseline", "frozen", "lowest", "highest"))
+    return next((seen[name] for name in usual if name in seen), 0.0)
+
+
+def _usual_rate(seen: Mapping[str, float]) -> float:
+    """The factor that takes the rate to its baseline; 0.0 where nothing tells."""
+    rate = seen.get("optimizer_lr", 0.0)
+    baselines = (f"{kind}(optimizer_lr)" for kind in ("highest", "baseline", "frozen"))
+    usual = next((seen[name] for name in baselines if name in seen), 0.0)
+    return usual / rate if rate > 0.0 else 0.0
 
 
 def _asking_for(parameter: str, fired: Sequence[Fired]) -> list[Fired]:

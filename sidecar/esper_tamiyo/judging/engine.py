@@ -21,18 +21,17 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.leyline.wire import Ask
+from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
 from esper_tamiyo.judging.liveness import Key, overview
 from esper_tamiyo.judging.observer import EngineObserver
 from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rule_status import RuleTransition
 from esper_tamiyo.judging.rulebook import ReloadReport, Rulebook, difference, earlier_places
-from esper_tamiyo.judging.rules import CompiledRule
 from esper_tamiyo.judging.run_state import RunState
+from esper_tamiyo.judging.silences import SilenceOrder, Silences
 from esper_tamiyo.judging.update_guards import UpdateGuards
-from esper_tamiyo.language.operators import Operator
-from esper_tamiyo.language.table import Table, conditions
+from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
 
@@ -65,6 +64,7 @@ class Engine:
         self._observer = observer
         self._runs: OrderedDict[Key, RunState] = OrderedDict()
         self._boards: dict[str, PeerBoard] = {}
+        self._silences = Silences()
         self._retired: OrderedDict[tuple[str, int, str], None] = OrderedDict()
         self._observer_failed = 0
         self._counts = {
@@ -200,6 +200,20 @@ class Engine:
         self._book = Rulebook(table)
         return difference(before, table)
 
+    def silence(self, request: SilenceRequest) -> SilenceOrder:
+        """Silence a rule for a run, or end that, from each rank's next step on.
+
+        Raises :class:`~esper_tamiyo.judging.silences.SilenceError`.
+        """
+        rules = [rule.id for rule in self.table.rules]
+        return self._silences.order(request, self._newest_steps(), rules)
+
+    def _newest_steps(self) -> dict[str, int]:
+        newest: dict[str, int] = {}
+        for (run, _), state in self._runs.items():
+            newest[run] = max(state.newest, newest.get(run, -1))
+        return newest
+
     def note_bad_frame(self) -> None:
         """Count a frame that could not even be read."""
         self._counts["bad"] += 1
@@ -225,6 +239,9 @@ class Engine:
             "frames": dict(self._counts),
             "ranks": len(self._runs),
             "witness_failed": self._observer_failed,
+            "silences": self._silences.overview(
+                self._newest_steps() if self._silences.used else {}
+            ),
             **overview(reversed(self._runs.items()), now_ns),
         }
 
@@ -294,7 +311,7 @@ class Engine:
     def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> None:
         """Let the rules on silence fire whose patience ended within ``silent_ns``."""
         for place, entry in self._book.silence:
-            steps = _patience(entry)
+            steps = self._book.patience[place]
             ended = state.pace.silent_since(silent_ns, steps)
             if ended is None:
                 continue
@@ -305,6 +322,8 @@ class Engine:
             seen = {"step": float(state.newest), "silent(s)": silent_s}
             self._notify(key, state.newest, ended, [transition._replace(values=seen)])
             rule = entry.rule
+            if rule.id in state.silences.at(state.newest):
+                continue
             finding = Finding(rule.id, rule.action, rule.severity, rule.text, seen)
             decision = self._decision(
                 state, key, state.newest, None, state.newest, [(entry, finding)]
@@ -336,7 +355,7 @@ class Engine:
             self._retired[(run, rank, before.instance)] = None
             if len(self._retired) > MAX_RETIRED:
                 self._retired.popitem(last=False)
-        state = RunState(instance, self._book, board, rank)
+        state = RunState(instance, self._book, board, rank, self._silences.of_run(run))
         self._runs[key] = state
         self._runs.move_to_end(key)
         if len(self._runs) > self._max_runs:
@@ -344,6 +363,7 @@ class Engine:
             self._counts["runs_forgotten"] += 1
             if all(run != forgotten for run, _ in self._runs):
                 del self._boards[forgotten]
+                self._silences.forget_run(forgotten)
         return state
 
     def _decision(
@@ -364,11 +384,3 @@ class Engine:
             conservative=state.conservative,
             table_version=self._book.table.version,
         )
-
-
-def _patience(entry: CompiledRule) -> float:
-    return next(
-        part.number
-        for part in conditions(entry.rule.when)
-        if part.operator is Operator.MISSING_FOR
-    )

@@ -20,7 +20,7 @@ import msgspec
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
-from esper_tamiyo.language.operators import FORMS, Operator
+from esper_tamiyo.language.operators import FORMS, ON_RECORDS, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
 
 _FIXED = frozenset({Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST})
@@ -182,7 +182,7 @@ def _placed(
 
 def is_lower(operator: Operator) -> bool:
     """Whether values *below* the bound cross it."""
-    return FORMS[operator].eases > 0
+    return operator is Operator.BELOW_RECORD or (FORMS[operator].eases > 0)
 
 
 def bound_of(condition: Condition, history: History) -> Bound:
@@ -197,15 +197,35 @@ def bound_of(condition: Condition, history: History) -> Bound:
     if condition.operator is Operator.UNCHANGED_FOR:
         last = history.lasts[metric]
         return lambda: -inf if last.repeats + 1 >= number else inf
+    if condition.operator in ON_RECORDS:
+        return _record_bound(condition, history)
     name = BaselineKey(condition.baseline_of, condition.baseline).name
     reference = history.baselines[name]
     never = -inf if is_lower(condition.operator) else inf
 
     def bound() -> float:
         median = reference.value
-        if median is None:
+        if not median:
             return never
-        return number * median if median >= 0.0 else times(number, median)
+        return number * median if median > 0.0 else times(number, median)
+
+    return bound
+
+
+def _record_bound(condition: Condition, history: History) -> Bound:
+    hold, factor, rising = condition.hold, condition.number, condition.rising
+    below = condition.operator is Operator.BELOW_RECORD
+    excursions = history.excursions[condition.metric, below]
+    never = -inf if below else inf
+    version, moved = -1, never
+
+    def bound() -> float:
+        nonlocal version, moved
+        if excursions.version != version:
+            version = excursions.version
+            found = excursions.bound(hold, factor, rising=rising)
+            moved = never if found is None else found
+        return moved
 
     return bound
 
@@ -233,8 +253,13 @@ def _effort(part: list[Condition]) -> int:
 
 
 def _effort_of(condition: Condition) -> int:
-    if condition.operator in _FIXED:
+    operator, number = condition.operator, condition.number
+    if operator in (Operator.ABOVE, Operator.AT_LEAST) and number <= 0.0:
+        return 4  # most metrics are above zero at every step
+    if operator in _FIXED:
         return 0
-    if condition.operator is Operator.ABOVE_BASELINE and condition.number < 1.0:
-        return 5  # what is usual is above it: nearly every step would be judged first
-    return _EFFORT.get(condition.operator, 1)
+    if (operator is Operator.ABOVE_BASELINE and number < 1.0) or (
+        operator is Operator.BELOW_BASELINE and number > 1.0
+    ):
+        return 5  # what is usual is beyond it: nearly every step would be judged first
+    return _EFFORT.get(operator, 1)

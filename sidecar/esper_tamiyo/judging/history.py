@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from esper_tamiyo.judging.excursions import Excursions
 from esper_tamiyo.language.operators import BaselineKind
+from esper_tamiyo.language.table import RecordSpan
 
 _MARGIN = 1.0 + 1e-9
 """For rounding: what is this near to the bound is worked out."""
@@ -34,10 +36,15 @@ class RollingMedian:
 
     def add(self, value: float) -> None:
         """Take in a finite observation; the oldest leaves when the window is full."""
-        ordered = self._ordered
+        ordered, arrived = self._ordered, self._arrived
         if len(ordered) == self._window:
-            del ordered[bisect_left(ordered, self._arrived.popleft())]
-        self._arrived.append(value)
+            oldest = arrived.popleft()
+            arrived.append(value)
+            if value == oldest:  # what stands still, as a learning rate, has the same median
+                return
+            del ordered[bisect_left(ordered, oldest)]
+        else:
+            arrived.append(value)
         insort(ordered, value)
         count = len(ordered)
         if count < self._warmup:
@@ -49,17 +56,28 @@ class RollingMedian:
             low, high = ordered[middle - 1], ordered[middle]
             self.value = low + (high - low) / 2
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self._arrived.clear()
+        self._ordered.clear()
+        self.value = None
+
 
 class FrozenMedian:
     """Median of the first ``window`` observations after ``warmup``, then kept; None until
     all of them are in."""
 
-    __slots__ = ("_missing", "_rolling", "_skip", "value")
+    __slots__ = ("_missing", "_rolling", "_skip", "_spans", "value")
 
     def __init__(self, window: int, warmup: int) -> None:
-        self._skip = warmup
-        self._missing = window
+        self._spans = (window, warmup)
         self._rolling = RollingMedian(window, window)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._missing, self._skip = self._spans
+        self._rolling.clear()
         self.value: float | None = None
 
     def add(self, value: float) -> None:
@@ -87,6 +105,10 @@ class Extreme:
         median = self._rolling.value
         if median is not None:
             self.value = median if self.value is None else self._better(self.value, median)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.value = None
 
 
 class Last:
@@ -196,6 +218,15 @@ class BaselineKey(NamedTuple):
         return f"{kind}({self.metric})"
 
 
+class RecordKey(NamedTuple):
+    """One record of excursions: of which metric, on which side, and of how many values at
+    once (``k`` of ``n``)."""
+
+    metric: str
+    below: bool
+    hold: tuple[int, int]
+
+
 class Watched(msgspec.Struct, frozen=True):
     """The metrics of one scope whose past some rule needs.
 
@@ -207,6 +238,8 @@ class Watched(msgspec.Struct, frozen=True):
     slopes: tuple[str, ...] = ()
     window: int = 64
     warmup: int = 20
+    records: tuple[RecordKey, ...] = ()
+    record: RecordSpan = RecordSpan()
 
 
 class History:
@@ -217,7 +250,18 @@ class History:
     step that is judged.
     """
 
-    __slots__ = ("_own_lasts", "_pushes", "_watched", "baselines", "lasts", "peers", "slopes")
+    __slots__ = (
+        "_own",
+        "_own_lasts",
+        "_phase",
+        "_pushes",
+        "_watched",
+        "baselines",
+        "excursions",
+        "lasts",
+        "peers",
+        "slopes",
+    )
 
     def __init__(
         self,
@@ -242,19 +286,35 @@ class History:
         lasts = {
             key: (before.lasts.get(key) if before else None) or Last() for key in watched.lasts
         }
+        excursions = _excursions(watched, before)
         self._pushes = [
+            *((key[0], each.add) for key, each in excursions.items()),
             *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
             *((key, slope.add) for key, slope in slopes.items()),
         ]
+        self._own = (*baselines.values(), *excursions.values())
         self._own_lasts = list(lasts.items())
+        self._phase: float = before._phase if before is not None else 0.0
         self.baselines: Mapping[str, Reference] = baselines
+        self.excursions: Mapping[tuple[str, bool], Excursions] = excursions
         self.slopes: Mapping[str, Slope] = slopes
         self.lasts: Mapping[str, Last] = lasts
         self.peers: Mapping[str, float] = {}
         if of_rank is not None:
             self.baselines = {**of_rank.baselines, **baselines}
+            self.excursions = {**of_rank.excursions, **excursions}
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
+
+    def enter_phase(self, phase: float) -> None:
+        """A phase of the training that its loop has named: what is usual begins anew.
+
+        ``phase`` counts them, 0.0 is the first. What excursions have reached stays known.
+        """
+        if phase != self._phase:
+            self._phase = phase
+            for past in self._own:
+                past.clear()
 
     def absorb(self, values: Mapping[str, float]) -> None:
         """Take in the values of a frame; what is absent leaves its baselines as they were."""
@@ -269,6 +329,25 @@ class History:
                 last.add(value)
             else:
                 last.missed += 1
+
+
+def _excursions(watched: Watched, before: History | None) -> dict[tuple[str, bool], Excursions]:
+    """Of each metric and side, with the records that are watched; those of ``before`` go on
+    where they are the same."""
+    holds: dict[tuple[str, bool], dict[tuple[int, int], None]] = {}
+    for metric, below, hold in watched.records:
+        holds.setdefault((metric, below), {})[hold] = None
+    span = watched.record
+    made = {}
+    for key, wanted in holds.items():
+        old = before.excursions.get(key) if before is not None else None
+        same = before is not None and before._watched.record == span
+        if old is not None and same and old.records.keys() == wanted.keys():
+            made[key] = old
+        else:
+            risk = 1.0 / span.false_alarm_steps
+            made[key] = Excursions(wanted, span.window, span.warmup, risk, below=key[1])
+    return made
 
 
 def _reference(

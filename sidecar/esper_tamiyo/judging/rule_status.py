@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from esper_tamiyo.judging.history import History
@@ -10,6 +10,9 @@ from esper_tamiyo.judging.observer import RuleChange, RuleState
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
 
 NEVER = -(1 << 62)
+
+ONCE = 2
+"""Steps on which gradients far beyond the usual ones are still a single event."""
 
 _INACTIVE, _PENDING, _FIRING, _RECOVERING, _UNKNOWN = RuleState
 
@@ -190,3 +193,17 @@ class RuleTarget:
                     **({} if self.seed_id is None else {"seed_id": self.seed_id}),
                     **({"silenced_by": status.silenced_by} if status.silenced_by else {}),
                 }
+
+
+def usual(
+    values: Values, active: Iterable[tuple[CompiledRule, RuleStatus, RuleTarget]], step: int
+) -> Values:
+    """``values`` without the gradient norm while updates are made with the usual one.
+
+    It would become the usual one itself, and the next update be made with it. The first such
+    steps count: single ones belong to what the run is used to.
+    """
+    for entry, status, _ in active:
+        if entry.keeps_norm and step - status.since >= ONCE:
+            return {key: value for key, value in values.items() if key != "gradient_norm"}
+    return values

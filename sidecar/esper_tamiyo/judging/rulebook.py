@@ -5,16 +5,22 @@ And what another table changes: rules that are the same go on as if nothing had 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from esper_tamiyo.judging.guards import plan
-from esper_tamiyo.judging.history import BaselineKey, Watched
-from esper_tamiyo.judging.rules import compiled
-from esper_tamiyo.judging.update_guards import update_plan
+from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
+from esper_tamiyo.judging.rules import Values, compiled
+from esper_tamiyo.judging.update_guards import UpdatePlan, update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
-from esper_tamiyo.language.operators import ON_BASELINES, ON_PEERS, BaselineKind, Operator
+from esper_tamiyo.language.operators import (
+    ON_BASELINES,
+    ON_PEERS,
+    ON_RECORDS,
+    BaselineKind,
+    Operator,
+)
 from esper_tamiyo.language.table import (
     Condition,
     Rule,
@@ -58,6 +64,7 @@ class Rulebook:
         "judged",
         "judges_seeds",
         "mixes",
+        "patience",
         "peer_keys",
         "rank_keys",
         "rank_watch",
@@ -84,20 +91,52 @@ class Rulebook:
         """By which updates are checked before they are made."""
         self.update_plan = update_plan(table)
 
+    def update_plan_without(self, silenced: Collection[str]) -> UpdatePlan:
+        """The guards of updates where the rules with these ids act on none."""
+        if not silenced:
+            return self.update_plan
+        heard = tuple(rule for rule in self.table.rules if rule.id not in silenced)
+        return update_plan(msgspec.structs.replace(self.table, rules=heard))
+
+    def values_of_seed(self, of_step: Mapping[str, float], own: Mapping[str, float]) -> Values:
+        """What rules about seeds look at: a seed's ``own`` values, and what else they need."""
+        if not self.derived and not self.mixes:
+            return own
+        values = {**of_step, **own} if self.mixes else {**own}
+        for derived in self.derived:
+            value = derived.of(own)
+            if value is not None:
+                values[derived.metric.key] = value
+        return values
+
     def _sort_rules(self) -> None:
         """Tell the rules apart by what they are about."""
         placed = tuple(enumerate(self.rules))
         self.judged = tuple(
-            (place, entry, not entry.rule.about_seeds and not entry.rule.about_ranks)
+            (
+                place,
+                entry,
+                not entry.rule.about_seeds and not entry.rule.about_ranks,
+                entry.rule.about_seeds,
+            )
             for place, entry in placed
             if not entry.rule.about_silence
         )
-        """The rules that a frame is held against: place in the table, rule, and whether it
-        is about the step alone, neither about seeds nor about other ranks."""
+        """The rules that a frame is held against: place in the table, rule, and whether it is
+        about the step alone (neither about seeds nor about other ranks), or about seeds."""
         self.ranks = tuple(one for one in placed if one[1].rule.about_ranks)
         """The rules that compare ranks."""
         self.silence = tuple(one for one in placed if one[1].rule.about_silence)
         """The rules on ranks that send nothing."""
+        self.patience = {
+            place: next(
+                part.number
+                for part in conditions(entry.rule.when)
+                if part.operator is Operator.MISSING_FOR
+            )
+            for place, entry in self.silence
+        }
+        """Steps without which they fire, by place."""
         of_seeds = [entry.rule for entry in self.rules if entry.rule.about_seeds]
         self.judges_seeds = bool(of_seeds)
         self.mixes = any(
@@ -107,7 +146,9 @@ class Rulebook:
 
     def _watch_steps(self) -> None:
         """What frames have to be remembered for."""
-        framed = [part for _, entry, _ in self.judged for part in conditions(entry.rule.when)]
+        framed = [
+            part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)
+        ]
         self.step_watch = watched(self.table, framed, of_seeds=False)
         self.seed_watch = watched(self.table, framed, of_seeds=True)
         self.derived = needed(
@@ -140,11 +181,15 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
     baselines: dict[BaselineKey, None] = {}
     lasts: dict[str, None] = {}
     slopes: dict[str, None] = {}
+    records: dict[RecordKey, None] = {}
     for part in framed:
         if part.operator in ON_BASELINES:
             if part.baseline in (BaselineKind.LOWEST, BaselineKind.HIGHEST):
                 baselines[BaselineKey(part.baseline_of, BaselineKind.ROLLING)] = None
             baselines[BaselineKey(part.baseline_of, part.baseline)] = None
+        elif part.operator in ON_RECORDS:
+            below = part.operator is Operator.BELOW_RECORD
+            records[RecordKey(part.metric, below, part.hold)] = None
         elif part.operator in _ON_LASTS:
             lasts[part.metric] = None
         elif part.operator is Operator.RUNS_OUT_WITHIN:
@@ -157,6 +202,8 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
         baselines=tuple(watch for watch in baselines if mine(watch.metric)),
         lasts=tuple(filter(mine, lasts)),
         slopes=tuple(filter(mine, slopes)),
+        records=tuple(watch for watch in records if mine(watch.metric)),
+        record=table.record,
         window=table.baseline.window,
         warmup=table.baseline.warmup,
     )

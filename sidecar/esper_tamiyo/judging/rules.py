@@ -13,14 +13,15 @@ import msgspec
 
 from esper_otel.leyline.decisions import FORCE, RANK_OF, Action, Finding
 from esper_tamiyo.judging.history import BaselineKey, History
+from esper_tamiyo.judging.seen import seen_by
 from esper_tamiyo.language.operators import Operator
+from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
     Group,
     Rule,
     RuleMode,
-    conditions,
     eased,
 )
 
@@ -47,6 +48,8 @@ class CompiledRule(msgspec.Struct, frozen=True):
     weight: tuple[int, int]
     window: int
     acts: bool
+    keeps_norm: bool
+    """Whether it has updates made with the usual gradient norm."""
     is_trouble: bool
     """Whether a step at which it fires is not a clean one. What is only told is not: a drift
     that has come to stay must not keep seeds waiting for ever."""
@@ -75,53 +78,9 @@ def compiled(rule: Rule, is_known: IsKnown | None = None) -> CompiledRule:
         weight=(FORCE[rule.action], RANK_OF[rule.severity]),
         window=(1 << rule.of) - 1 if rule.of > rule.persistence else 0,
         acts=acts,
+        keeps_norm=acts and USUAL_NORM in rule.parameters,
         is_trouble=acts and not rule.downgrade and not only_tells,
     )
-
-
-def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
-    """The values behind a verdict.
-
-    By the key of the metric; what they were held against as ``baseline(key)`` (or
-    ``frozen``, ``lowest``, ``highest``), ``peers(key)`` with the ``step`` compared,
-    ``previous(key)``; the frames without a value as ``missing(key)``, the observations left
-    as ``left(key)``.
-    """
-    seen: dict[str, float] = {}
-    for condition in conditions(rule.when):
-        key = condition.metric
-        value: float | None
-        match condition.operator:
-            case Operator.ABOVE_PEERS | Operator.BELOW_PEERS:
-                value, against = values.get(key), history.peers.get(key)
-                named = f"peers({key})"
-                if against is not None:  # not the step that is decided about
-                    seen["step"] = values["step"]
-            case Operator.ABOVE_BASELINE | Operator.BELOW_BASELINE:
-                value = values.get(key)
-                named = BaselineKey(condition.baseline_of, condition.baseline).name
-                against = history.baselines[named].value
-            case Operator.RISES_BY:
-                value, against = values.get(key), history.lasts[key].value
-                named = f"previous({key})"
-            case Operator.MISSING_FOR:
-                # None for the rule on silence, which no frame breaks.
-                value, last = values.get(key), history.lasts.get(key)
-                against = last.missed + 1.0 if last and value is None and last.total else None
-                named = f"missing({key})"
-            case Operator.RUNS_OUT_WITHIN:
-                value = values.get(key)
-                against = None if value is None else history.slopes[key].left(value)
-                named = f"left({key})"
-            case Operator.NONFINITE:
-                value, against, named = values.get(key), values.get("nonfinite"), "nonfinite"
-            case _:
-                value, against, named = values.get(key), None, ""
-        if value is not None:
-            seen[key] = value
-        if against is not None:
-            seen[named] = against
-    return seen
 
 
 def test_of(when: Condition | Group) -> Test:
@@ -142,7 +101,24 @@ def _unknown(values: Values, history: History) -> Verdict:
     return None
 
 
+def _both(first: Test, second: Test) -> Test:
+    """:func:`_every` of two, which nearly all groups are: judged at every step, for most rules
+    the first part is the whole of it."""
+
+    def test(values: Values, history: History) -> Verdict:
+        one = first(values, history)
+        if one is False:
+            return False
+        other = second(values, history)
+        return None if one is None and other is not False else other
+
+    return test
+
+
 def _every(parts: tuple[Test, ...]) -> Test:
+    if len(parts) == 2:
+        return _both(*parts)
+
     def test(values: Values, history: History) -> Verdict:
         verdict: Verdict = True
         for part in parts:
@@ -215,7 +191,8 @@ def _at_most(condition: Condition) -> Test:
 
 
 def _on_baseline(condition: Condition) -> Test:
-    """Unknown in warm-up; of a baseline below zero see :func:`times`."""
+    """Unknown in warm-up, and of a baseline of zero, of which anything is any number of times;
+    of one below zero see :func:`times`."""
     metric, factor = condition.metric, condition.number
     above = condition.operator is Operator.ABOVE_BASELINE
     name = BaselineKey(condition.baseline_of, condition.baseline).name
@@ -225,9 +202,9 @@ def _on_baseline(condition: Condition) -> Test:
         if value is None:
             return None
         median = history.baselines[name].value
-        if median is None:
+        if not median:
             return None
-        bound = factor * median if median >= 0.0 else times(factor, median)
+        bound = factor * median if median > 0.0 else times(factor, median)
         return value > bound if above else value < bound
 
     return test
@@ -240,6 +217,29 @@ def times(factor: float, baseline: float) -> float:
     less; a loss that is as far above -50 as 2 is above 1 stands at 0.
     """
     return baseline + (factor - 1.0) * abs(baseline)
+
+
+def _on_record(condition: Condition) -> Test:
+    """Most values are within a scatter, where no record is exceeded: that is tried first."""
+    metric, factor, hold = condition.metric, condition.number, condition.hold
+    rising, below = condition.rising, condition.operator is Operator.BELOW_RECORD
+    key, is_short = (metric, below), factor < 1.0
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        if value is None:
+            return None
+        excursions = history.excursions[key]
+        edge = excursions.edge
+        if edge is None:
+            return None
+        if not is_short and (value >= edge if below else value <= edge):
+            return False
+        bound = excursions.bound(hold, factor, rising=rising)
+        assert bound is not None
+        return value < bound if below else value > bound
+
+    return test
 
 
 def _on_peers(condition: Condition) -> Test:
@@ -332,6 +332,8 @@ _CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
     Operator.AT_MOST: _at_most,
     Operator.ABOVE_BASELINE: _on_baseline,
     Operator.BELOW_BASELINE: _on_baseline,
+    Operator.ABOVE_RECORD: _on_record,
+    Operator.BELOW_RECORD: _on_record,
     Operator.ABOVE_PEERS: _on_peers,
     Operator.BELOW_PEERS: _on_peers,
     Operator.RISES_BY: _rises_by,

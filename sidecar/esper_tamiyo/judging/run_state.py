@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
@@ -13,9 +12,10 @@ from esper_tamiyo.judging.history import History
 from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import PeerBoard, PeerComparison
-from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget, RuleTransition
+from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget, RuleTransition, usual
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
+from esper_tamiyo.judging.silences import SilencedRules, unheard
 from esper_tamiyo.judging.update_guards import UpdateGuards
 
 MAX_GAPS = 64
@@ -38,6 +38,7 @@ class RunState:
         "_live",
         "_rank",
         "_seeds",
+        "_silenced",
         "_transitions",
         "_undecided",
         "_unrest",
@@ -52,10 +53,18 @@ class RunState:
         "instance",
         "newest",
         "pace",
+        "silences",
         "update_guards",
     )
 
-    def __init__(self, instance: str, book: Rulebook, board: PeerBoard, rank: int) -> None:
+    def __init__(
+        self,
+        instance: str,
+        book: Rulebook,
+        board: PeerBoard,
+        rank: int,
+        silences: SilencedRules,
+    ) -> None:
         self.instance = instance
         self.newest = -1
         self.first = -1
@@ -67,13 +76,14 @@ class RunState:
         self.fired: list[Fired] = []
         self.decision: Decision | None = None
         self.book = book
+        self.silences = silences
         self._gaps: deque[tuple[int, int]] = deque(maxlen=MAX_GAPS)
         self._rank = RuleTarget(None, len(book.rules), History(book.step_watch))
         self._comparison = PeerComparison(board, rank, book.rank_watch)
         self._seeds: dict[str, RuleTarget] = {}
         self._live: list[RuleTarget] = []
         self.guards = AskGuards(book.guard_plan, self._rank.history)
-        self.update_guards = UpdateGuards(book.update_plan, self._rank.history)
+        self._guard_updates(0)
         self._active: list[tuple[CompiledRule, RuleStatus, RuleTarget]] = []
         self._transitions: list[RuleTransition] = []
         self._undecided = False
@@ -114,9 +124,10 @@ class RunState:
         """
         rank = self._rank
         history, statuses = rank.history, rank.statuses
-        inhibited: set[str] = set()
+        silenced = self.silences.at(step)
+        inhibited = {*silenced}
         for place, entry in self.book.updates.inhibiting:
-            if self._would_hold(place, entry, values):
+            if entry.rule.id not in silenced and self._would_hold(place, entry, values):
                 inhibited.update(entry.rule.inhibits)
         fired = []
         for place, entry in self.book.updates.acting:
@@ -160,7 +171,7 @@ class RunState:
         if not book.judges_seeds:
             self._live = []
         self.guards = AskGuards(book.guard_plan, self._rank.history)
-        self.update_guards = UpdateGuards(book.update_plan, self._rank.history)
+        self._guard_updates(self.newest)
         return lost
 
     def rules(self) -> list[dict[str, str | int]]:
@@ -198,6 +209,7 @@ class RunState:
         self._begin_step(frame, at_ns)
         rank, book = self._rank, self.book
         rank.values = frame.values
+        rank.history.enter_phase(frame.values.get("phase", 0.0))
         ended_ns = frame.time_unix_nano
         in_company = bool(book.ranks) and self._comparison.in_company(ended_ns, rank.history)
         if book.judges_seeds and (frame.seeds or self._live):
@@ -208,13 +220,13 @@ class RunState:
         """Bring every rule from one state to the next."""
         rank, book = self._rank, self.book
         values, history, statuses = rank.values, rank.history, rank.statuses
-        for place, entry, plain in book.judged:
-            if plain or not (in_company or entry.rule.about_seeds):
+        for place, entry, plain, about_seeds in book.judged:
+            if plain or not (in_company or about_seeds):
                 verdict = entry.test(values, history)
                 status = statuses[place]
                 if verdict is not status.idle:
                     self._judge_rule(entry, status, rank, verdict)
-            elif entry.rule.about_seeds:
+            elif about_seeds:
                 for seed in self._live:
                     verdict = entry.test(seed.values, seed.history)
                     status = seed.statuses[place]
@@ -233,6 +245,8 @@ class RunState:
             self._gaps.append((self.newest + 1, frame.step - 1))
         self.pace.heard(frame.time_unix_nano, frame.step - self.newest, at_ns)
         self.newest = frame.step
+        if self.silences.used and self.silences.at(frame.step) != self._silenced:
+            self._guard_updates(frame.step)
         self.fired = []
         self._active = []
         self._transitions = []
@@ -240,10 +254,10 @@ class RunState:
 
     def _see_seeds(self, frame: StepFrame) -> None:
         """Bring up the seeds of a frame; of those that are gone nobody can say a thing."""
-        seeds = frame.seeds
+        seeds, book = frame.seeds, self.book
         for seed in self._live:
             if seed.seed_id not in seeds:
-                for entry, status in zip(self.book.rules, seed.statuses, strict=True):
+                for entry, status in zip(book.rules, seed.statuses, strict=True):
                     status.reset()
                     self._enter(entry, status, seed, _UNKNOWN)
         if [seed.seed_id for seed in self._live] != list(seeds):
@@ -252,22 +266,17 @@ class RunState:
         for seed_id, own in seeds.items():
             known = self._seeds.get(seed_id)
             if known is None:
-                past = History(self.book.seed_watch, self._rank.history)
-                known = self._seeds[seed_id] = RuleTarget(seed_id, len(self.book.rules), past)
-            known.values = self._of_seed(frame.values, own)
+                past = History(book.seed_watch, self._rank.history)
+                known = self._seeds[seed_id] = RuleTarget(seed_id, len(book.rules), past)
+            known.values = book.values_of_seed(frame.values, own)
             live.append(known)
         self._live = live
 
-    def _of_seed(self, of_step: Mapping[str, float], own: Mapping[str, float]) -> Values:
-        book = self.book
-        if not book.derived and not book.mixes:
-            return own
-        values = {**of_step, **own} if book.mixes else {**own}
-        for derived in book.derived:
-            value = derived.of(own)
-            if value is not None:
-                values[derived.metric.key] = value
-        return values
+    def _guard_updates(self, step: int) -> None:
+        """Which rules are silenced at ``step``, and what the rest checks updates for."""
+        self._silenced = self.silences.at(step)
+        plan = self.book.update_plan_without(self._silenced)
+        self.update_guards = UpdateGuards(plan, self._rank.history)
 
     def _look_back(self, time_ns: int) -> None:
         """Compare the steps that all ranks have told by now; it counts from the next on."""
@@ -302,7 +311,7 @@ class RunState:
         if not status.active:
             return
         if status.state is _UNKNOWN:
-            self._undecided = self._undecided or entry.is_trouble
+            self._undecided = self._undecided or self._is_trouble(entry)
         else:
             self._active.append((entry, status, target))
 
@@ -326,12 +335,13 @@ class RunState:
         """From the rules that have fired to findings and conservative mode."""
         active = self._active
         self.acting = bool(active) or self._undecided
-        inhibited = self._inhibit() if active and self.book.inhibits else {}
+        is_any_unheard = self.book.inhibits or self.silences.used
+        inhibited = self._inhibit() if active and is_any_unheard else {}
         clean, enters = True, False
         step = self.newest
         named: CompiledRule | None = None
         for entry, status, target in active:
-            clean = clean and not entry.is_trouble
+            clean = clean and not self._is_trouble(entry)
             rule = entry.rule
             if rule.id in inhibited or step - status.fired_at <= rule.cooldown:
                 continue
@@ -351,14 +361,12 @@ class RunState:
         if self.clean_steps >= self.book.clean_steps:
             self.conservative = False
 
+    def _is_trouble(self, entry: CompiledRule) -> bool:
+        return entry.is_trouble and entry.rule.id not in self._silenced
+
     def _inhibit(self) -> dict[str, str]:
         """Inhibited rules and who inhibits them; a change of that is told as well."""
-        by = {
-            name: entry.rule.id
-            for entry, _, _ in reversed(self._active)
-            if entry.acts
-            for name in entry.rule.inhibits
-        }
+        by = unheard(self._active, self._silenced)
         told = {transition.whose for transition in self._transitions}
         inhibited = {}
         for entry, status, target in self._active:
@@ -376,7 +384,7 @@ class RunState:
 
     def _remember(self, frame: StepFrame) -> None:
         """Make a frame part of the past, and compare what the other ranks have told by now."""
-        self._rank.history.absorb(frame.values)
+        self._rank.history.absorb(usual(frame.values, self._active, self.newest))
         for seed in self._live:
             seed.history.absorb(seed.values)
         if self._live:  # the next step has seeds as well, and is not decided fast

@@ -23,7 +23,7 @@ from esper_tamiyo.judging.guards import (
 )
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
-from esper_tamiyo.language.operators import ON_BASELINES, Operator
+from esper_tamiyo.language.operators import ON_BASELINES, ON_RECORDS, Operator
 from esper_tamiyo.language.table import Condition, Rule, Table, acts_on_updates, is_guarded
 
 
@@ -146,12 +146,14 @@ def _moving_bound(condition: Condition, history: History) -> MovingBound:
 
         def of_baseline() -> tuple[float, float]:
             median = reference.value
-            if median is None:
+            if not median:
                 return inf, 0.0
-            bound = number * median if median >= 0.0 else times(number, median)
+            bound = number * median if median > 0.0 else times(number, median)
             return sign * bound, abs(bound - median)
 
         return of_baseline
+    if condition.operator in ON_RECORDS:
+        return _record_bound(condition, history, sign)
     bound = bound_of(condition, history)
     if condition.operator is Operator.RISES_BY:
         half = number / 2  # well clear of rounding
@@ -162,6 +164,18 @@ def _moving_bound(condition: Condition, history: History) -> MovingBound:
 
         return of_last
     return lambda: (sign * bound(), 0.0)
+
+
+def _record_bound(condition: Condition, history: History, sign: float) -> MovingBound:
+    excursions = history.excursions[condition.metric, sign < 0.0]
+
+    def of_record() -> tuple[float, float]:
+        bound = excursions.bound(condition.hold, condition.number, rising=condition.rising)
+        if bound is None or excursions.level is None:
+            return inf, 0.0
+        return sign * bound, abs(bound - excursions.level)
+
+    return of_record
 
 
 SLACK = 0.1

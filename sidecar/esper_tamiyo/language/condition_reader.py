@@ -9,6 +9,7 @@ from esper_tamiyo.language.operators import (
     FORMS,
     ON_BASELINES,
     ON_PEERS,
+    ON_RECORDS,
     BaselineKind,
     Form,
     Operand,
@@ -26,7 +27,9 @@ from esper_tamiyo.language.yaml_nodes import NodeReader, shown
 
 OPERATORS = frozenset(operator.value for operator in Operator)
 GROUPS = frozenset(combine.value for combine in Combine)
-CONDITION_FIELDS = frozenset({"metric", "baseline_of", "baseline", "release"}) | OPERATORS
+CONDITION_FIELDS = (
+    frozenset({"metric", "baseline_of", "baseline", "release", "rising"}) | OPERATORS
+)
 
 
 class ConditionReader(NodeReader):
@@ -100,7 +103,8 @@ class ConditionReader(NodeReader):
         if metric is None or whose is None:
             return None
         self.fits(fields, field, operator, metric)
-        return Condition(metric, operator, number or 0.0, whose, kind, release)
+        rising = self.rising(fields, field, operator)
+        return Condition(metric, operator, number or 0.0, whose, kind, release, rising)
 
     def operand(self, node: yaml.Node, field: str, form: Form) -> float | None:
         """The number of an operator, None when it is none."""
@@ -166,6 +170,15 @@ class ConditionReader(NodeReader):
             self.fault(at, f"{field}.baseline", f"has a meaning only beside {names}")
             return BaselineKind.ROLLING
         return self.choice(at, f"{field}.baseline", BaselineKind) or BaselineKind.ROLLING
+
+    def rising(self, fields: dict[str, yaml.Node], field: str, operator: Operator) -> bool:
+        """Whether only what goes on rising is meant."""
+        at = fields.get("rising")
+        if at is not None and operator not in ON_RECORDS:
+            names = " or ".join(ON_RECORDS)
+            self.fault(at, f"{field}.rising", f"has a meaning only beside {names}")
+            return False
+        return self.flag(at, f"{field}.rising")
 
     def fits(
         self, fields: dict[str, yaml.Node], field: str, operator: Operator, metric: str

@@ -17,7 +17,8 @@ from esper_otel.leyline.decisions import MAX_NORM, SKIP_STEP
 from esper_otel.leyline.metrics import Metric
 from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.derived import KNOWN
-from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -88,6 +89,7 @@ def doubts(table: Table) -> list[Doubt]:
             *_never_fires(rule),
             *_never_ends(rule),
             *_never_asked(rule),
+            *_norm_unknown(rule),
             *(
                 f"inhibits {name} in vain: that speaks while nothing comes, whatever else fired"
                 for name in rule.inhibits
@@ -140,7 +142,7 @@ def _never_ends(rule: Rule) -> Iterator[str]:
 def _never_asked(rule: Rule) -> Iterator[str]:
     """Whether it asks something of updates that is decided before they are made, when it is
     only judged after them."""
-    asked = [name for name in (MAX_NORM, SKIP_STEP) if name in rule.parameters]
+    asked = [name for name in (MAX_NORM, USUAL_NORM, SKIP_STEP) if name in rule.parameters]
     if not asked:
         return
     if rule.downgrade or rule.about_seeds or rule.about_ranks:
@@ -155,6 +157,19 @@ def _never_asked(rule: Rule) -> Iterator[str]:
         return
     for name in asked:
         yield f"asks for {name} in vain: no update is checked by a rule that {why}"
+
+
+def _norm_unknown(rule: Rule) -> Iterator[str]:
+    """Whether it asks for the usual norm without a condition that tells it."""
+    if USUAL_NORM in rule.parameters and not any(
+        part.metric == "gradient_norm"
+        and part.operator in (Operator.ABOVE_RECORD, Operator.ABOVE_BASELINE)
+        for part in conditions(rule.when)
+    ):
+        yield (
+            f"asks for {USUAL_NORM} in vain: no condition tells the record or baseline of "
+            "gradient_norm"
+        )
 
 
 def _ways(when: Condition | Group) -> Iterator[tuple[Condition, ...]]:
@@ -229,7 +244,9 @@ def _factors_at_odds(way: Iterable[Condition]) -> str:
     """Why no value is so many times the same reference, which is never below zero."""
     asked: dict[tuple[str, str, BaselineKind], list[Condition]] = {}
     for condition in way:
-        if FORMS[condition.operator].operand is Operand.FACTOR:
+        if condition.operator not in ON_RECORDS and (
+            FORMS[condition.operator].operand is Operand.FACTOR
+        ):
             reference = condition.metric, condition.baseline_of, condition.baseline
             asked.setdefault(reference, []).append(condition)
     for (key, _, _), others in asked.items():
@@ -272,7 +289,7 @@ def _as_strict(part: Condition, other: Condition) -> bool:
         other.metric,
         other.baseline_of,
         other.baseline,
-    ):
+    ) or (other.rising and not part.rising):
         return False
     if Operand.BOUND is FORMS[part.operator].operand is FORMS[other.operator].operand:
         return _holds(part).within(_holds(other)) == _holds(part)

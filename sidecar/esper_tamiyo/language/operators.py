@@ -19,6 +19,8 @@ class Operator(StrEnum):
     AT_MOST = "at_most"
     ABOVE_BASELINE = "above_baseline"
     BELOW_BASELINE = "below_baseline"
+    ABOVE_RECORD = "above_record"
+    BELOW_RECORD = "below_record"
     ABOVE_PEERS = "above_peers"
     BELOW_PEERS = "below_peers"
     RISES_BY = "rises_by"
@@ -29,6 +31,7 @@ class Operator(StrEnum):
 
 
 ON_BASELINES = (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE)
+ON_RECORDS = (Operator.ABOVE_RECORD, Operator.BELOW_RECORD)
 ON_PEERS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
 
 
@@ -90,6 +93,18 @@ FORMS: dict[Operator, Form] = {
         Operand.FACTOR,
         "the value is below so many times the baseline, as `above_baseline`",
         1,
+    ),
+    Operator.ABOVE_RECORD: Form(
+        Operand.FACTOR,
+        "the value is farther above its ordinary state than so many times what the run's own "
+        "excursions explain: those of as many values at once as the rule's `for` and `of` say, "
+        "at the risk that `record` states; unknown during warm-up",
+        -1,
+    ),
+    Operator.BELOW_RECORD: Form(
+        Operand.FACTOR,
+        "as `above_record`, below its ordinary state",
+        -1,
     ),
     Operator.ABOVE_PEERS: Form(
         Operand.FACTOR,

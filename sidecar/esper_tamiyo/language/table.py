@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from math import inf
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from esper_otel.leyline.decisions import LR_SCALE, MAX_NORM, SKIP_STEP, Action, Severity
+from esper_otel.leyline.decisions import Action, Severity
 from esper_otel.leyline.wire import GUARDED
-from esper_tamiyo.language.operators import FORMS, BaselineKind, Operand, Operator
+from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
 
 MAX_COUNT = 1 << 31
 
@@ -30,6 +29,7 @@ ID = r"[a-z][a-z0-9_]*"
 KNOWN_BEFORE_UPDATE = frozenset(
     {
         *("step", "loss", "gradient_norm", "optimizer_lr", "optimizer_momentum", "lr_scale"),
+        "optimizer_lr_base",
         *("nonfinite", "loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma"),
         "grad_var",
     }
@@ -65,6 +65,17 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
         ),
     ] = None
 
+    rising: Annotated[
+        bool,
+        Meta(
+            description="beside `above_record` or `below_record`: only while the value goes on "
+            "moving away, beyond the first values of the excursion. A change that is meant, as "
+            "other data, is farthest out at its beginning"
+        ),
+    ] = False
+    hold: tuple[int, int] = (1, 1)
+    """``for`` and ``of`` of its rule, for conditions on a record."""
+
     def __str__(self) -> str:
         """The condition as a person would say it."""
         release = "" if self.release is None else f" (release {self.release:g})"
@@ -82,6 +93,10 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
             kind = "" if self.baseline is BaselineKind.ROLLING else f" {self.baseline.value}"
             side = name.split()[0]
             return f"{self.metric} {side} {self.number:g} × {own}{kind} baseline{of}"
+        if self.operator in ON_RECORDS:
+            side = name.split()[0]
+            still = ", and rising" if self.rising else ""
+            return f"{self.metric} {side} {self.number:g} × what its record explains{still}"
         if form.operand is Operand.FACTOR:
             return f"{self.metric} {name.split()[0]} {self.number:g} × that of its peers"
         return f"{self.metric} {name} {self.number:g}"
@@ -106,41 +121,6 @@ class Group(msgspec.Struct, frozen=True, tag=True):
         return joint.join(
             f"({part})" if isinstance(part, Group) else str(part) for part in self.parts
         )
-
-
-class Parameter(NamedTuple):
-    """What a rule may ask of an update: what it means, whose it may be, and its values.
-
-    A number is more than 0 and at most ``most``. A ``flag`` is ``true`` in a table and 1.0 in
-    a decision.
-    """
-
-    meaning: str
-    actions: tuple[Action, ...]
-    most: float = inf
-    flag: bool = False
-
-
-PARAMETERS: dict[str, Parameter] = {
-    LR_SCALE: Parameter(
-        "the learning rates of the optimizer are taken times this factor: for the update at "
-        "hand when the rule fires before it, and from the next update on when the rule fires "
-        "after a step",
-        (Action.OPTIMIZER,),
-        most=10.0,
-    ),
-    MAX_NORM: Parameter(
-        "before the update its gradients are scaled down to this norm, all of them together, "
-        "if theirs is larger",
-        (Action.OPTIMIZER, Action.PAUSE),
-    ),
-    SKIP_STEP: Parameter(
-        "the update is left out; the step counts as one of the loop and not of the optimizer",
-        (Action.OPTIMIZER, Action.PAUSE),
-        flag=True,
-    ),
-}
-"""By the name they have in tables and decisions."""
 
 
 class RuleScope(StrEnum):
@@ -259,6 +239,32 @@ class Baseline(msgspec.Struct, frozen=True):
     ] = 20
 
 
+class RecordSpan(msgspec.Struct, frozen=True):
+    """Records of excursions: what they span, and the risk at which rules use them."""
+
+    window: Annotated[
+        int,
+        Meta(ge=8, le=1024, description="observations of which level and scatter are taken"),
+    ] = 160
+    warmup: Annotated[
+        int,
+        Meta(
+            ge=8,
+            le=1024,
+            description="observations before there is a level; at most `window`",
+        ),
+    ] = 16
+    false_alarm_steps: Annotated[
+        int,
+        Meta(
+            ge=100,
+            le=MAX_COUNT,
+            description="the budget of false alarms: chance alone may take a metric beyond "
+            "its record once in so many observations",
+        ),
+    ] = 50_000
+
+
 class Conservative(msgspec.Struct, frozen=True):
     """Conservative mode: while it is on every seed operation becomes a PAUSE."""
 
@@ -274,6 +280,7 @@ class Table(msgspec.Struct, frozen=True):
     version: str
     rules: tuple[Rule, ...]
     baseline: Baseline = Baseline()
+    record: RecordSpan = RecordSpan()
     clean_steps: int = Conservative().clean_steps
     """Steps without trouble after which conservative mode is left."""
 
@@ -285,6 +292,13 @@ def conditions(when: Condition | Group) -> Iterator[Condition]:
         return
     for part in when.parts:
         yield from conditions(part)
+
+
+def held(when: Condition | Group, hold: tuple[int, int]) -> Condition | Group:
+    """``when``, its conditions on records knowing the ``for`` and ``of`` of their rule."""
+    if isinstance(when, Group):
+        return Group(when.combine, tuple(held(part, hold) for part in when.parts))
+    return msgspec.structs.replace(when, hold=hold) if when.operator in ON_RECORDS else when
 
 
 def eased(when: Condition | Group) -> Condition | Group | None:

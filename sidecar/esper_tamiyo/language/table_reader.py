@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
 
+import msgspec
 import yaml
 
 from esper_otel.leyline.decisions import (
@@ -20,27 +21,30 @@ from esper_otel.leyline.decisions import (
 from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, ConditionReader
 from esper_tamiyo.language.derived import is_seeds
 from esper_tamiyo.language.operators import ON_PEERS
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
     ID,
-    PARAMETERS,
     Baseline,
     Condition,
     Conservative,
     Group,
-    Parameter,
+    RecordSpan,
     Rule,
     RuleMode,
     RuleScope,
     Table,
     conditions,
+    held,
     is_silence,
     span,
 )
-from esper_tamiyo.language.yaml_nodes import Fault, shown
+from esper_tamiyo.language.yaml_nodes import Fault, fault_at, shown
 
 RESERVED = {NOMINAL, CONSERVATIVE_MODE, NOT_ASKED, *FAILED_OPEN}
 ACTIONS = (Action.CONTINUE, Action.OPTIMIZER, Action.PAUSE)
-TOP_FIELDS = ("version", "baseline", "conservative", "rules")
+TOP_FIELDS = ("version", "baseline", "record", "conservative", "rules")
+EXTENDS, REMOVE = "extends", "remove"
+"""Fields of a table that is written as what differs from another one."""
 OUTDATED = "silences"
 """What ``inhibits`` was called. It is still read."""
 
@@ -51,7 +55,7 @@ _MEANINGLESS_IN_SILENCE = (
     *("for", "of", "cooldown", "downgrade", "conservative"),
     *("inhibits", OUTDATED),
 )
-_KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS | {OUTDATED}
+KNOWN_RULE_FIELDS = frozenset(RULE_FIELDS) | CONDITION_FIELDS | GROUPS | {OUTDATED}
 
 
 class TableReader(ConditionReader):
@@ -61,17 +65,22 @@ class TableReader(ConditionReader):
         super().__init__()
         self.lines: dict[str, int] = {}
         """The line that each rule's id stands on."""
+        self.sources: dict[str, str] = {}
+        """The file that it is in, "" for the one that is read."""
         self.outdated: list[Fault] = []
         """Where the table says :data:`OUTDATED`: no fault, but worth a word."""
 
     def table(self, root: yaml.Node, content: str) -> Table:
         """The table; ``content`` names what is in the file."""
-        fields = self.mapping(root, "", TOP_FIELDS)
+        fields = self.mapping(root, "", (*TOP_FIELDS, EXTENDS, REMOVE))
+        if REMOVE in fields:
+            self.fault(fields[REMOVE], REMOVE, "has a meaning only beside extends")
         version = self.text(self.required(fields, root, "", "version"), "version")
         return Table(
             version=f"{version}+{content}",
             rules=self.rules(self.required(fields, root, "", "rules")),
             baseline=self.baseline(fields.get("baseline")),
+            record=self.record(fields.get("record")),
             clean_steps=self.clean_steps(fields.get("conservative")),
         )
 
@@ -90,6 +99,26 @@ class TableReader(ConditionReader):
             at = fields.get("warmup", node)
             self.fault(at, "baseline.warmup", f"expected at most the window of {window}")
         return Baseline(window, warmup)
+
+    def record(self, node: yaml.Node | None) -> RecordSpan:
+        """What records of excursions span, and their risk."""
+        default = RecordSpan()
+        if node is None:
+            return default
+        fields = self.mapping(node, "record", RecordSpan.__struct_fields__)
+        usual = msgspec.structs.asdict(default)
+        found: dict[str, int] = {}
+        for name in RecordSpan.__struct_fields__:
+            low, high = span(RecordSpan, name)
+            most = (
+                min(usual[name], found.get("window", high)) if name == "warmup" else usual[name]
+            )
+            found[name] = self.whole(fields.get(name), f"record.{name}", low, high, most)
+        if found["warmup"] > found["window"]:
+            at = fields.get("warmup", node)
+            message = f"expected at most the window of {found['window']}"
+            self.fault(at, "record.warmup", message)
+        return RecordSpan(**found)
 
     def clean_steps(self, node: yaml.Node | None) -> int:
         """When conservative mode is left."""
@@ -121,7 +150,7 @@ class TableReader(ConditionReader):
         self, node: yaml.Node, field: str, inhibits: list[tuple[Rule, str, yaml.Node]]
     ) -> Rule | None:
         """The rule, None when it lacks too much to be one."""
-        fields = self.mapping(node, field, _KNOWN_RULE_FIELDS)
+        fields = self.mapping(node, field, KNOWN_RULE_FIELDS)
         if not isinstance(node, yaml.MappingNode):
             return None
         rule_id = self.rule_id(self.required(fields, node, field, "id"), field)
@@ -154,7 +183,7 @@ class TableReader(ConditionReader):
             self.check_silence_rule(fields, field, action)
         rule = Rule(
             id=rule_id,
-            when=when,
+            when=held(when, (persistence, of)),
             action=action,
             severity=severity,
             text=text or str(when),
@@ -182,7 +211,7 @@ class TableReader(ConditionReader):
             message = "is what inhibits was called; expected one of them"
             self.fault(key, f"{field}.{OUTDATED}", message)
         message = f"is called inhibits now; {OUTDATED} is still read"
-        self.outdated.append(Fault(key.start_mark.line + 1, f"{field}.{OUTDATED}", message))
+        self.outdated.append(fault_at(key, f"{field}.{OUTDATED}", message))
         return OUTDATED
 
     def rule_id(self, node: yaml.Node | None, field: str) -> str:
@@ -201,6 +230,7 @@ class TableReader(ConditionReader):
                 node, f"{field}.id", f'"{rule_id}" is already the rule of line {ids[rule_id]}'
             )
         ids.setdefault(rule_id, node.start_mark.line + 1)
+        self.sources.setdefault(rule_id, node.start_mark.name)
         return rule_id
 
     def persistence(self, fields: Mapping[str, yaml.Node], field: str) -> tuple[int, int]:

@@ -24,14 +24,19 @@ _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong; line 0 means the whole file."""
+    """One thing that is wrong; line 0 means the whole file.
+
+    ``source`` is the file where that is another than the one that was read.
+    """
 
     line: int
     field: str
     message: str
+    source: str = ""
 
     def at(self, source: str) -> str:
         """``file:line: field: message``, without the parts that are not known."""
+        source = self.source or source
         place = f"{source}:{self.line}" if self.line else source
         return ": ".join(part for part in (place, self.field, self.message) if part)
 
@@ -57,10 +62,19 @@ def read_document(path: Path) -> bytes:
         raise BrokenDocumentError(0, f"cannot be read: {reason}") from None
 
 
-def compose_document(data: bytes, what: str) -> yaml.Node:
+class JoinedList(yaml.SequenceNode):
+    """A list whose entries come from several places; ``fields`` are the names of those."""
+
+    def __init__(self, entries: list[yaml.Node], fields: list[str], at: yaml.Node) -> None:
+        super().__init__(f"{_TAG}seq", entries, at.start_mark, at.end_mark)
+        self.fields = fields
+
+
+def compose_document(data: bytes, what: str, source: str = "") -> yaml.Node:
     """The root of the document in ``data``; raises :class:`BrokenDocumentError`.
 
-    ``what`` is what the document is, as errors call it.
+    ``what`` is what the document is, as errors call it. ``source`` is the file, as faults in
+    its nodes are to name it where they lie among nodes of another one.
     """
     if len(data) > MAX_BYTES:
         raise BrokenDocumentError(0, f"larger than {MAX_BYTES} bytes")
@@ -70,7 +84,9 @@ def compose_document(data: bytes, what: str) -> yaml.Node:
         line = data.count(b"\n", 0, error.start) + 1
         raise BrokenDocumentError(line, f"not UTF-8 text: byte {error.start}") from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader(text)
+        loader.name = source
+        root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = ": ".join(part for part in (error.context, error.problem) if part)
@@ -106,6 +122,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def fault_at(node: yaml.Node, field: str, message: str) -> Fault:
+    """What is wrong with ``field``, at the line, and in the file, of ``node``."""
+    return Fault(node.start_mark.line + 1, field, message, node.start_mark.name)
+
+
 class NodeReader:
     """Typed access to nodes. A wrong one gives its default and a fault in ``faults``."""
 
@@ -114,7 +135,7 @@ class NodeReader:
 
     def fault(self, node: yaml.Node, field: str, message: str) -> None:
         """Note what is wrong with ``field`` at the line of ``node``."""
-        self.faults.append(Fault(node.start_mark.line + 1, field, message))
+        self.faults.append(fault_at(node, field, message))
 
     def mapping(
         self, node: yaml.Node, field: str, known: Collection[str]
@@ -140,6 +161,8 @@ class NodeReader:
         if not isinstance(node, yaml.SequenceNode):
             self.fault(node, field, f"expected a list, got {shown(node)}")
             return []
+        if isinstance(node, JoinedList):
+            return list(zip(node.fields, node.value, strict=True))
         return [(f"{field}[{place}]", entry) for place, entry in enumerate(node.value)]
 
     def required(

@@ -16,7 +16,8 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
-from esper_tamiyo.language.table import PARAMETERS, Parameter, Table
+from esper_tamiyo.language.parameters import PARAMETERS, Parameter
+from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import load, shipped_tables
 from esper_tamiyo.language.yaml_nodes import (
     BrokenDocumentError,

@@ -9,6 +9,7 @@ from pathlib import Path
 from esper_otel.leyline.wire import (
     LatestRequest,
     MessageBuffer,
+    SilenceRequest,
     StatusRequest,
     ToClient,
     WireError,
@@ -21,12 +22,14 @@ from esper_otel.leyline.wire import (
 
 PATIENCE_S = 2.0
 
+ToolRequest = LatestRequest | StatusRequest | SilenceRequest
+
 
 class NoAnswerError(Exception):
     """Nobody answered at the socket; the text says which one and why."""
 
 
-def reply_to(request: LatestRequest | StatusRequest, path: Path) -> ToClient:
+def reply_to(request: ToolRequest, path: Path) -> ToClient:
     """What the sidecar at ``path`` replies; raises :class:`NoAnswerError`."""
     try:
         check_socket_path(path)

@@ -19,6 +19,7 @@ from esper_otel.leyline.wire import (
     WireError,
     decode_to_server,
     encode,
+    peer_uid,
 )
 from esper_tamiyo.judging.update_guards import AnnouncedGuards
 
@@ -142,6 +143,11 @@ class ClientConnection:
             return False
         del self._outgoing[:sent]
         return True
+
+    @property
+    def uid(self) -> int:
+        """The user at the other end, as the kernel knows it."""
+        return peer_uid(self._socket)
 
     @property
     def backlog(self) -> int:

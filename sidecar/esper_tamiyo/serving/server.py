@@ -33,6 +33,7 @@ from esper_otel.leyline.wire import (
     Latest,
     LatestRequest,
     Refusal,
+    SilenceRequest,
     Status,
     StatusRequest,
     ToServer,
@@ -49,11 +50,11 @@ from esper_tamiyo.serving.connection import ClientConnection, Trainer
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
 from esper_tamiyo.serving.reloading import Reloading
+from esper_tamiyo.serving.silencing import silence
 
 log = logging.getLogger("tamiyo")
 
 MAX_CONNECTIONS = 512
-
 TICK_S = 1.0
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
@@ -260,6 +261,8 @@ class Server:
             return connection.send(Latest(self._engine.latest(message.run, message.rank)))
         if type(message) is StatusRequest:
             return self._send_status(connection)
+        if type(message) is SilenceRequest:
+            return connection.send(silence(self._engine, self._log, message, connection.uid))
         raise WireError("not a message a client sends")
 
     def _answer(self, connection: ClientConnection, ask: Ask) -> bool:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from esper_tamiyo.language.table import Table
-from esper_tamiyo.language.table_file import TableError, load
+from esper_tamiyo.language.table_file import TableError, files_behind, load
 from esper_tamiyo.receiving.pipe import Unusable, pack
 from esper_tamiyo.serving.latency import never_preempt
 
@@ -30,7 +30,7 @@ half a table can be a valid one."""
 NICE = 10
 
 Signature = tuple[int, int, int, int]
-_NEVER: Signature = (-1, -1, -1, -1)
+_NEVER: list[Signature | None] = []
 
 
 def signature(name: str) -> Signature | None:
@@ -56,27 +56,40 @@ def read(name: str, warn: bool = True) -> Table | Unusable:
 
 
 class FileWatch:
-    """One file, and which states of it have been dealt with. Pure but for the file."""
+    """A table's file with those that it extends, and which states of them have been dealt with.
+
+    Pure but for the files.
+    """
 
     def __init__(self, name: str, version: str) -> None:
         self._name = name
-        self._last = signature(name)
+        self._files = files_behind(name)
+        self._last = self._signatures()
         found = read(name, warn=False)  # who serves it has read it as well
         # It may have changed before we looked: then this state is news like any other.
         told = isinstance(found, Table) and found.version == version
         self._taken = self._last if told else _NEVER
 
     def look(self, now: bool) -> Table | Unusable | None:
-        """What the file has become, None when there is nothing new; ``now``: tell anyway."""
-        seen = signature(self._name)
+        """What the table has become, None when there is nothing new; ``now``: tell anyway."""
+        seen = self._signatures()
         settled, self._last = seen == self._last, seen
         if not now and (seen == self._taken or not settled):
             return None
+        files = files_behind(self._name)
+        if files != self._files:
+            self._files = files
+            seen = self._last = self._signatures()
+            if not now:  # the files that are new among them have to settle as well
+                return None
         found = read(self._name)
-        if now or signature(self._name) == seen:
+        if now or self._signatures() == seen:
             self._taken = seen
             return found
         return None
+
+    def _signatures(self) -> list[Signature | None]:
+        return [signature(name) for name in self._files]
 
 
 def serve(pipe: socket.socket, watch: FileWatch) -> None:

@@ -28,8 +28,8 @@ class EsperCallback(Callback):
         self.training = Training(**settings)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first optimizer's steps are the run's."""
-        self.training.start(next(iter(trainer.optimizers), None))
+        """The first optimizer's steps are the run's; a model fitted again begins a phase."""
+        self.training.start(*trainer.optimizers, model=pl_module, phase="fit")
         if trainer.accumulate_grad_batches > 1:
             self.training.share_losses()
 

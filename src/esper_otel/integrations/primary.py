@@ -15,8 +15,8 @@ class Primary:
 
     It is the first that steps, so that a loop with several (a generator and its critic)
     counts one step per cycle. Another takes its place when it is gone, when one steps that
-    took no part in the cycles so far (a second model, trained after the first), or when it
-    has rested for far longer than any cycle lasted.
+    took no part in the cycles so far (one made anew for the next part of the training), or
+    when it has rested for far longer than any cycle lasted.
 
     ``wanted`` overrides this: the name of a class (``AdamW``), or a number, the place in
     the order in which optimizers first stepped, from 0.
@@ -35,6 +35,16 @@ class Primary:
     def current(self) -> Any:
         """The optimizer that was chosen, None when there is none or it is gone."""
         return None if self._ref is None else self._ref()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the user has said which it is."""
+        return bool(self._wanted)
+
+    @property
+    def patience(self) -> int:
+        """Steps of others in a row after which it is taken to have ended."""
+        return 2 * self._most_others + PATIENCE
 
     def may_be(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` is the one, or none has been chosen yet."""
@@ -74,26 +84,3 @@ class Primary:
             return True
         self._others += 1
         return self._others > 2 * self._most_others + PATIENCE
-
-
-class Trained:
-    """What the run's optimizer trains: tells one training from another that follows it.
-
-    A new optimizer over a parameter of the one before goes on with the same training, as
-    where layers are unfrozen; over others, or where those of before are gone, another begins.
-    """
-
-    def __init__(self) -> None:
-        self._optimizer: weakref.ref[Any] | None = None
-        self._parameter: weakref.ref[Any] | None = None
-
-    def begins_another(self, optimizer: Any) -> bool:
-        """``optimizer`` sets the run's steps now; whether that is another training."""
-        before = self._optimizer
-        if before is not None and before() is optimizer:
-            return False
-        parameter = None if self._parameter is None else self._parameter()
-        parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        self._optimizer = weakref.ref(optimizer)
-        self._parameter = weakref.ref(parameters[0]) if parameters else None
-        return before is not None and not any(each is parameter for each in parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,14 +41,19 @@ class Training:
         """The hooks on torch that are its own; None before and after, and where others are."""
         self._restored: Mapping[str, Any] | None = None
 
-    def start(self, optimizer: Any = None) -> None:
-        """Training begins, and ``optimizer`` sets its steps. Never raises."""
+    def start(self, *optimizers: Any, model: Any = None, phase: str = "training") -> None:
+        """Training of ``model`` begins with ``optimizers``, whose first one sets its steps.
+
+        ``phase`` is what it is called where the model was trained before. Never raises.
+        """
         try:
-            self._start(optimizer)
+            self._start([each for each in optimizers if each is not None], phase)
+            if model is not None and self.run is not None:
+                self.run._responses.restoring.protected.add_module(model, whole=False)
         except Exception:
             log.exception("the training could not be watched; it goes on without")
 
-    def _start(self, optimizer: Any) -> None:
+    def _start(self, optimizers: Sequence[Any], phase: str) -> None:
         before = Training._watching
         if before is not None:
             # It was interrupted, of which not every framework tells; what it has left on
@@ -56,12 +61,6 @@ class Training:
             before.stop()
         automatic = process.automatic()
         self.run = run = self._own_run() if automatic is None else automatic
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-        if optimizer is not None:
-            run._loop.prefer(optimizer)
-        if self._restored is not None:
-            run._restore(self._restored)
-            self._restored = None
         if automatic is None:
             import torch
 
@@ -71,6 +70,13 @@ class Training:
             Training._watching = self
         elif self._settings:
             process.tell_ignored(run.settings, self._settings)
+        if run._jobs is not None:
+            # Accelerate wraps optimizers.
+            inner = [getattr(each, "optimizer", each) for each in optimizers]
+            self.run = run = run._jobs.announced(inner, phase)
+        if self._restored is not None:
+            _load_state(run, self._restored)
+            self._restored = None
 
     def _own_run(self) -> Run:
         return Run(EsperSettings.from_environment(**self._settings))
@@ -91,7 +97,7 @@ class Training:
         if self.run is None:
             self._restored = state
         else:
-            self.run._restore(state)
+            _load_state(self.run, state)
 
     def share_losses(self) -> None:
         """The framework divides each loss by the number of micro-batches in a step."""
@@ -105,6 +111,8 @@ class Training:
         """
         if self.run is not None:
             self.run._loop.prefer(None)
+            if self.run._jobs is not None:
+                self.run._jobs.ended(self.run)
             self.run._loop.recorder.losses_prescaled(self.run.settings.losses_prescaled)
         if Training._watching is self:
             Training._watching = None
@@ -178,7 +186,15 @@ def load_beside(run: Run, folder: Any, rank: int) -> None:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         tell_once(f"esper-otel: {file} is not used: {error}")
     else:
-        run._restore(state)
+        _load_state(run, state)
+
+
+def _load_state(run: Run, state: Mapping[str, Any]) -> None:
+    """Go on from ``state`` of a checkpoint; what cannot be used is reported, once."""
+    try:
+        run.load_state_dict(state)
+    except ValueError as error:
+        tell_once(f"esper-otel: a checkpoint's state of the run is not used: {error}")
 
 
 def _file_in(folder: Any, rank: int) -> Path:

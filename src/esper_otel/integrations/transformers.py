@@ -30,8 +30,8 @@ class EsperCallback(TrainerCallback):
         self._settings = settings
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer's optimizer sets the run's steps."""
-        self.training.start(kwargs.get("optimizer"))
+        """The Trainer's optimizer sets the steps; a model trained again begins a phase."""
+        self.training.start(kwargs.get("optimizer"), model=kwargs.get("model"), phase="train")
         self.training.share_losses()
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if saved and state.global_step:  # resumed from a checkpoint

@@ -24,8 +24,8 @@ from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
 
-from esper_otel.integrations.primary import Primary, Trained
-from esper_otel.loop import tell_once
+from esper_otel.integrations.jobs import Job, Jobs
+from esper_otel.loop import has_closure, tell_once
 from esper_otel.run import Run
 from esper_otel.tolaria.fetches import Source, samples_in
 from esper_otel.tolaria.gradients import whole_norm, with_gradients
@@ -39,20 +39,21 @@ MAX_CLIPS = 8
 
 
 class Watch:
-    """The hooks and wrappers on one torch, and how to take them off."""
+    """The hooks and wrappers on one torch, and how to take them off.
+
+    What is seen before an optimizer steps goes to the training that stepped last, and from
+    there to that of the optimizer.
+    """
 
     def __init__(self, torch: Any, run: Run) -> None:
-        self.run = run
-        self._loop = run._loop
-        self._recorder = run._loop.recorder
-        self._begin = run._loop.scalars.read_async
+        self.jobs = run._jobs = Jobs(run)
+        self._use(self.jobs.current)
         self._is_graded: Callable[[], bool] = torch.is_grad_enabled
-        self._primary = Primary(run.settings.primary_optimizer)
-        self._trained = Trained()
         self._thread = 0
         self._steps = 0
         self._backward_depth = 0
-        self._steps_in_backward = False
+        self._fresh = False
+        """Whether ``backward`` was called since an optimizer stepped last."""
         self._stepped: Any = None
         self._scaled: tuple[Any, Any] | None = None
         self._clips: deque[tuple[list[int], Any]] = deque(maxlen=MAX_CLIPS)
@@ -66,6 +67,14 @@ class Watch:
         except BaseException:
             self.undo()  # half of it would be worse than nothing
             raise
+
+    def _use(self, job: Job) -> None:
+        self._job = job
+        self.run = job.run
+        self._loop = job.run._loop
+        self._recorder = job.recorder
+        self._begin = self._loop.scalars.read_async
+        self._primary = job.primary
 
     def _put_on(self, torch: Any) -> None:
         self._hook_optimizers()
@@ -140,9 +149,11 @@ class Watch:
         if self._backward_depth or self._elsewhere:
             return original(*args, **kwargs)
         self._backward_depth += 1
+        self._fresh = True
         try:
             self.quietly(self._recorder.backward_begins)
-            if self._steps_in_backward:
+            self.quietly(self.jobs.note_gradients)
+            if self._job.steps_in_backward:
                 # Its updates are about to be made, on threads that must not wait for answers.
                 self.quietly(self._recorder.collect)
             result = original(*args, **kwargs)
@@ -151,7 +162,7 @@ class Watch:
             stepped, self._stepped = self._stepped, None
         self.quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
         if stepped is not None:
-            self._steps_in_backward = True
+            self._job.steps_in_backward = True
             self._thread = get_ident()
             self.quietly(self._loop.measure, stepped)
             self.quietly(self._end_step, stepped)
@@ -186,7 +197,7 @@ class Watch:
 
     def _exit(self, pid: int, original: Any, *args: Any, **kwargs: Any) -> None:
         if os.getpid() == pid:  # and not a child that was forked
-            self.quietly(self.run._end)
+            self.quietly(self.jobs.first._end)
         original(*args, **kwargs)
 
     def _clip(
@@ -271,9 +282,16 @@ class Watch:
 
     def _begin_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # A seed's optimizer steps within the primary's own step.
-        if self._loop.is_seed_optimizer(optimizer):
+        if self.jobs.is_seed_optimizer(optimizer):
             return
-        is_primary = self._primary.begins(optimizer, self._loop.preferred)
+        fresh, self._fresh = self._fresh, False
+        closure = has_closure(args, kwargs)
+        job = self.jobs.of(optimizer, fresh=fresh, has_closure=closure)
+        if job is not self._job:
+            self._use(job)
+        is_primary = job.sets_step(optimizer, fresh=fresh or closure)
+        if is_primary:
+            job.steps_by(optimizer)
         if self._backward_depth:
             # Optimizers that step within backward, one per parameter: the step of the run
             # ends when backward does, and its loss is known. The thread may be autograd's.
@@ -285,8 +303,6 @@ class Watch:
             self._recorder.before_update(optimizer, collects=not self._elsewhere)
             return
         self._thread = get_ident()
-        if self._trained.begins_another(optimizer):
-            self._recorder.forget_decisions()
         if self._clips:
             self.quietly(self._tell_clips, optimizer)
         self._loop.optimizer_begins(optimizer, args, kwargs)
@@ -295,13 +311,14 @@ class Watch:
         self.quietly(self._recorder.control.updates.put_back, optimizer)
         if self._backward_depth:
             return
+        self._fresh = False  # also of what a closure has called
         if self._primary.current is optimizer:
             self.quietly(self._end_step, optimizer, args, kwargs)
         else:
             self.quietly(self._another_ended, optimizer)
 
     def _another_ended(self, optimizer: Any) -> None:
-        if not (self._elsewhere or self._loop.is_seed_optimizer(optimizer)):
+        if not (self._elsewhere or self.jobs.is_seed_optimizer(optimizer)):
             self._recorder.another_stepped()
 
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:

@@ -60,6 +60,10 @@ LR_SCALE, MAX_NORM, SKIP_STEP = "lr_scale", "max_norm", "skip_step"
 """Parameters of a decision: times which learning rates are taken; the largest gradient norm
 of one update; 1.0 to leave that update out."""
 
+RESTORE = "restore"
+"""Parameter of a decision: 1.0 to put the last good snapshot of weights and optimizer state
+back in place of an update."""
+
 
 class SeedOperation(StrEnum):
     """What the garden proposes, and a SEED decision allows, for one seed."""

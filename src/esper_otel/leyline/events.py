@@ -1,4 +1,4 @@
-"""Events: what happened to a seed, once, where metrics say how it is at every step."""
+"""Events: what happened to a seed or the weights, once, where metrics say how each step is."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ FAULT = "esper.seed.fault"
 
 UNUSED_SLOT = "esper.slot.unused"
 """The module of a slot takes no part in the step, so nothing can grow there."""
+
+RESTORED = "esper.weights.restored"
+"""Weights and optimizer state of ``esper.snapshot.step`` were put back at the end of
+``esper.step``."""
+
+RESTORE_REFUSED = "esper.weights.restore_refused"
+"""A decision about ``esper.step`` asked for that, and it is not done."""
 
 SEED_ID_ATTRIBUTE = "esper.seed.id"
 

@@ -77,7 +77,7 @@ class StepTimeline(NamedTuple):
     it changed something in the run; its phase ``tamiyo.decide`` may end within the next
     step. ``events`` happened during the step, their marks Unix nanoseconds. ``update`` is
     what was decided about the step's own update before it was made, None when it was not
-    checked.
+    checked. ``phase`` is the name of the training's phase, "" before the first was named.
     """
 
     step: int
@@ -89,6 +89,7 @@ class StepTimeline(NamedTuple):
     applied: bool = False
     events: Sequence[Event] = ()
     update: Decision | None = None
+    phase: str = ""
 
     @property
     def spans(self) -> int:

@@ -80,10 +80,23 @@ STEP_METRICS: tuple[Metric, ...] = (
         "1 when a decision left out the optimizer's update of this step, otherwise 0",
     ),
     Metric(
+        "restored",
+        "{restore}",
+        "1 when a decision put a snapshot of weights and optimizer state back at the end of "
+        "this step, otherwise 0",
+        "where snapshots are kept",
+    ),
+    Metric(
         "unjudged_steps",
         "{step}",
         "decision requests in a row, up to this step, that the sidecar did not answer",
         "when Tamiyo is asked",
+    ),
+    Metric(
+        "phase",
+        "{phase}",
+        "how many times the loop has said that a new phase begins (run.phase_begins): values "
+        "of before are no measure for those after",
     ),
     Metric(
         "step_latency_ms",
@@ -161,6 +174,14 @@ STEP_METRICS: tuple[Metric, ...] = (
         "1",
         "learning rate that the update used (the script's own times lr_scale), mean over "
         "parameter groups",
+        "when the optimizer is known",
+        gated=True,
+    ),
+    Metric(
+        "optimizer_lr_base",
+        "1",
+        "base learning rate: `initial_lr` of the parameter groups, which torch's schedules "
+        "write, else the first rate that was seen; mean over parameter groups",
         "when the optimizer is known",
         gated=True,
     ),

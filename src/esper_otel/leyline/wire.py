@@ -7,8 +7,8 @@ because whoever can write to the socket must not be able to run code.
 A connection begins with :class:`Hello`, answered by :class:`Welcome` (or
 :class:`Refusal`, after which the server closes). Then each :class:`Ask` is answered by
 one :class:`Answer` with the same ``request_id``, and so is each :class:`Check`. A client may
-send its first Ask right behind the Hello without waiting. Tools send :class:`StatusRequest`
-or :class:`LatestRequest` without a Hello.
+send its first Ask right behind the Hello without waiting. Tools send :class:`StatusRequest`,
+:class:`LatestRequest` or :class:`SilenceRequest` without a Hello.
 
 Answers also carry the *guards* of the rank, when they have changed: bounds that no update
 may cross unjudged. A trainer whose next update crosses one sends a Check before it makes
@@ -99,7 +99,8 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
 
     ``values`` are in the order of ``Hello.step_columns``; NaN is absent or not known yet,
     and what was not finite is counted in ``nonfinite``. The decision of the answer is about
-    this one update: its parameters may be ``lr_scale``, ``max_norm`` and ``skip_step``.
+    this one update: its parameters may be ``lr_scale``, ``max_norm``, ``skip_step`` and
+    ``restore``.
     The step itself is told by the Ask or the stream, after the update.
     """
 
@@ -160,8 +161,27 @@ class Latest(msgspec.Struct, frozen=True, array_like=True, tag="latest"):
     decision: Decision | None
 
 
-ToServer = Hello | Ask | Check | StatusRequest | LatestRequest
-ToClient = Welcome | Refusal | Answer | Status | Latest
+class SilenceRequest(msgspec.Struct, frozen=True, array_like=True, tag="silence?"):
+    """A tool asks that a rule neither acts nor is among the findings for one run.
+
+    ``steps`` says for how many, None until the run ends; ``undo`` ends it.
+    """
+
+    run: str
+    rule: str
+    steps: int | None = None
+    undo: bool = False
+
+
+class SilenceReply(msgspec.Struct, frozen=True, array_like=True, tag="silence"):
+    """What became of it, in words; ``error`` says why nothing did, "" when it was done."""
+
+    told: str
+    error: str = ""
+
+
+ToServer = Hello | Ask | Check | StatusRequest | LatestRequest | SilenceRequest
+ToClient = Welcome | Refusal | Answer | Status | Latest | SilenceReply
 
 _encoder = msgspec.msgpack.Encoder()
 _server_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

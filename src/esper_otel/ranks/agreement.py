@@ -161,6 +161,9 @@ class Agreement:
     def __init__(self, group: ProcessGroup, run: str) -> None:
         self.group = group
         self.shared: Shared | None = None
+        self.unsound = self.any_unsound = False
+        """Whether this rank had trouble of its own in the step that is settled next; and
+        whether any rank had, in the one that was settled last."""
         self.holds = True
         """False once it is over."""
         self._run = run
@@ -218,17 +221,19 @@ class Agreement:
             return None
         (prepared, sent), self._sent = self._sent, None
         settled = decode_round(prepared.step, prepared.digest, len(prepared.flags), sent.wait())
+        self.any_unsound = settled.flags[0] > 0
         if prepared.shared is not None:
-            prepared.shared.on_round(settled.flags, settled.message.command)
+            prepared.shared.on_round(settled.flags[1:], settled.message.command)
         return settled
 
     def _prepare(self, step: int) -> None:
-        shared = self.shared
+        shared, flag = self.shared, bytes((self.unsound,))
         if shared is None:
-            self._prepared = _Prepared(step, 0, b"", None, None)
+            self._prepared = _Prepared(step, 0, flag, None, None)
         else:
             command = shared.command() if self.leads else None
-            self._prepared = _Prepared(step, shared.digest(), shared.flags(), command, shared)
+            flags = flag + shared.flags()
+            self._prepared = _Prepared(step, shared.digest(), flags, command, shared)
         if not self.leads:
             self._post(None)
 

@@ -65,6 +65,7 @@ class Rendezvous:
         global _met
         _met += 1
         self._name = f"meeting/{_met}"
+        self.unsound = False
         self._run = run
         self._alike = alike
         self._timeout_s = timeout_s
@@ -76,6 +77,11 @@ class Rendezvous:
         self._start_step: _StartStep | None = None
         self._group: ProcessGroup | None = None
         self._left = Event()
+
+    @property
+    def any_unsound(self) -> bool:
+        """As of :class:`Agreement`; before the ranks have met nobody knows of the others."""
+        return self._agreement is None or self._agreement.any_unsound
 
     def submit_answer(self, decision: Decision) -> None:
         """As :meth:`Agreement.submit_answer`; before the ranks have met it goes nowhere."""
@@ -89,6 +95,7 @@ class Rendezvous:
         begun, at the one step where all begin.
         """
         if self._agreement is not None:
+            self._agreement.unsound = self.unsound
             return self._agreement.settle(step)
         self._step = step
         if self._thread is None:

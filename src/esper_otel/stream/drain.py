@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,11 +46,29 @@ _SKIPPED = STEP_SLOT["update_skipped"]
 _UNJUDGED = STEP_SLOT["unjudged_steps"]
 
 
+_SUMMED = (
+    "steps",
+    "nonfinite_steps",
+    "skipped_updates",
+    "unjudged_steps",
+    "held_unjudged_steps",
+    "decisions",
+    "applied",
+    "_timed_steps",
+    "_sums",
+    "_counts",
+)
+
+
 class RunTotals:
     """Sums of one run. Read while it is written it may be a few steps behind, never wrong
     by more than those."""
 
     def __init__(self) -> None:
+        self.runs = 1
+        """How many are summed."""
+        self.complete = False
+        """Whether no step follows."""
         self.steps = 0
         self.first_unix_nano = 0
         self.last_unix_nano = 0
@@ -71,6 +90,21 @@ class RunTotals:
         self._timed_steps = 0
         self._sums = np.zeros(len(STEP_KEYS))
         self._counts = np.zeros(len(STEP_KEYS), np.int64)
+
+    @classmethod
+    def sum_of(cls, several: Sequence[RunTotals]) -> RunTotals:
+        """Those of several runs, one after the other or in turn; no losses of one are kept."""
+        total = cls()
+        total.runs = sum(each.runs for each in several)
+        total.complete = all(each.complete for each in several)
+        some = [each for each in several if each.steps]
+        total.first_unix_nano = min((each.first_unix_nano for each in some), default=0)
+        total.last_unix_nano = max((each.last_unix_nano for each in some), default=0)
+        for each in several:
+            for name in _SUMMED:
+                setattr(total, name, getattr(total, name) + getattr(each, name))
+            total.unanswered |= each.unanswered
+        return total
 
     def add(self, times: NDArray[Any], rows: NDArray[Any]) -> None:
         """Take in ``rows`` (steps × metrics, NaN is absent), at Unix ``times`` (steps)."""
@@ -115,12 +149,25 @@ class RunTotals:
         return float(self._sums[STEP_SLOT[key]]) / self._timed_steps
 
 
-class Drain:
-    """Empties the ring every ``interval_s`` into the spool, and into a recording.
+MOST_TOTALS = 256
+"""Trainings whose sums are kept apart. Beyond it those in the middle are added up."""
 
-    Only signals in ``sent`` go to the spool and are accounted for; the others are made
-    when there is a recording to hold them.
-    """
+
+def shortened(totals: Iterable[tuple[str, RunTotals]]) -> list[tuple[str, RunTotals]]:
+    """``totals``, those that are complete added up where there are too many."""
+    kept = list(totals)
+    if len(kept) <= MOST_TOTALS:
+        return kept
+    first, others = kept[: MOST_TOTALS // 4], kept[MOST_TOTALS // 4 :]
+    complete = [each for _, each in others if each.complete]
+    rest = [(name, each) for name, each in others if not each.complete]
+    if not complete:
+        return kept
+    return [*first, ("", RunTotals.sum_of(complete)), *rest]
+
+
+class Lane:
+    """What one run hands over, and what makes OTLP of it."""
 
     def __init__(
         self,
@@ -131,22 +178,48 @@ class Drain:
         resource: bytes,
         trainer: TrainerIdentity,
         tracers: Tracers,
-        spool: Spool,
         recording: Recording | None,
-        totals: RunTotals,
-        sent: frozenset[Signal],
-        interval_s: float,
     ) -> None:
-        self._ring = ring
-        self._timelines = timelines
-        self._events = events
-        self._resource = resource
-        self._trainer = trainer
-        self._encoder = FrameEncoder(resource)
-        self._tracers = tracers
+        self.ring = ring
+        self.timelines = timelines
+        self.events = events
+        self.resource = resource
+        self.trainer = trainer
+        self.encoder = FrameEncoder(resource)
+        self.tracers = tracers
+        self.recording = recording
+        self.totals = RunTotals()
+        self.over = False
+        """Whether nothing more is handed over."""
+
+
+def drop_all(
+    ring: FrameRing, timelines: deque[StepTimeline], events: deque[Event], spool: Spool
+) -> None:
+    """Count as dropped what a run has handed over and nobody will turn into OTLP."""
+    frames = ring.drain()
+    if frames is not None:
+        spool.drop_unencoded(Signal.METRICS, points(frames))
+    spans = sum(timeline.spans for timeline in timelines)
+    if spans:
+        spool.drop_unencoded(Signal.TRACES, spans)
+    if events:
+        spool.drop_unencoded(Signal.LOGS, len(events))
+
+
+class Drain:
+    """Empties the rings of ``lanes`` every ``interval_s`` into the spool, and into recordings.
+
+    Only signals in ``sent`` go to the spool and are accounted for; the others are made
+    when there is a recording to hold them.
+    """
+
+    def __init__(
+        self, lane: Lane, *, spool: Spool, sent: frozenset[Signal], interval_s: float
+    ) -> None:
+        self.lanes = [lane]
+        """Those that are not over, or not emptied yet; whoever begins another appends it."""
         self._spool = spool
-        self._recording = recording
-        self._totals = totals
         self._sent = sent
         self._interval_s = interval_s
         self._faults: set[str] = set()
@@ -168,80 +241,89 @@ class Drain:
         while not self._stopping.wait(self._interval_s):
             self._drain()
         self._drain()
-        if self._recording is not None:
-            self._recording.close()
 
     def _drain(self) -> None:
-        self._drain_frames()
-        self._drain_events()
-        if time.monotonic() < self._spans_due and not self._stopping.is_set():
-            return
-        self._spans_due = time.monotonic() + SPAN_INTERVAL_S
-        try:
-            self._drain_timelines()
-        except Exception as error:
-            self._fault("spans", error)
+        stopping = self._stopping.is_set()
+        due = stopping or time.monotonic() >= self._spans_due
+        if due:
+            self._spans_due = time.monotonic() + SPAN_INTERVAL_S
+        for lane in list(self.lanes):
+            over = stopping or lane.over  # looked at before it is emptied for the last time
+            self._drain_frames(lane, over)
+            self._drain_events(lane)
+            if due or over:
+                try:
+                    self._drain_timelines(lane)
+                except Exception as error:
+                    self._fault("spans", error)
+            if over:
+                if lane.recording is not None:
+                    lane.recording.close()
+                lane.totals.complete = True
+                self.lanes.remove(lane)
 
-    def _drain_frames(self) -> None:
+    def _drain_frames(self, lane: Lane, over: bool) -> None:
         # Prometheus keeps milliseconds, and refuses a whole request for a sample whose
         # millisecond has come in another one. So a millisecond is sent in one piece.
-        now_ns = None if self._stopping.is_set() else time.time_ns()
-        frames = self._ring.drain(now_ns)
+        now_ns = None if over else time.time_ns()
+        frames = lane.ring.drain(now_ns)
         if frames is None:
             return
-        self._totals.add(frames.steps.times, frames.steps.values)
-        if not self._is_wanted(Signal.METRICS):
+        lane.totals.add(frames.steps.times, frames.steps.values)
+        if not self._is_wanted(lane, Signal.METRICS):
             return
         try:
-            requests = list(self._encoder.encode(frames))
+            requests = list(lane.encoder.encode(frames))
         except Exception as error:
             self._fault("frames", error)
             self._spool.drop_unencoded(Signal.METRICS, points(frames))
             return
         for request in requests:
-            self._put(Signal.METRICS, request.body, request.points)
+            self._put(lane, Signal.METRICS, request.body, request.points)
 
-    def _drain_events(self) -> None:
-        if not self._events:
+    def _drain_events(self, lane: Lane) -> None:
+        if not lane.events:
             return
-        events = [self._events.popleft() for _ in range(len(self._events))]
+        events = [lane.events.popleft() for _ in range(len(lane.events))]
         logger = users_logger()
         if logger is not None:
             try:
-                emit_events(events, logger, self._trainer)
+                emit_events(events, logger, lane.trainer)
             except Exception as error:
                 self._fault("events", error)
         sent = Signal.LOGS in self._sent and logger is None
-        if self._recording is None and not (sent and self._is_wanted(Signal.LOGS)):
+        if lane.recording is None and not (sent and self._is_wanted(lane, Signal.LOGS)):
             return
         try:
-            body = encode_events(events, self._resource, self._trainer)
+            body = encode_events(events, lane.resource, lane.trainer)
         except Exception as error:
             self._fault("events", error)
             if sent:
                 self._spool.drop_unencoded(Signal.LOGS, len(events))
             return
-        if self._recording is not None:
-            self._recording.append(Signal.LOGS, body)
+        if lane.recording is not None:
+            lane.recording.append(Signal.LOGS, body)
         if sent:
             self._spool.put(Signal.LOGS, body, len(events))
 
-    def _drain_timelines(self) -> None:
-        while self._timelines:
-            timeline = self._timelines.popleft()
-            self._totals.count_decision(timeline)
-            if self._tracers.are_users or self._is_wanted(Signal.TRACES):
-                emit_spans(timeline, self._tracers)
-        self._tracers.encode_finished(lambda body, spans: self._put(Signal.TRACES, body, spans))
+    def _drain_timelines(self, lane: Lane) -> None:
+        while lane.timelines:
+            timeline = lane.timelines.popleft()
+            lane.totals.count_decision(timeline)
+            if lane.tracers.are_users or self._is_wanted(lane, Signal.TRACES):
+                emit_spans(timeline, lane.tracers)
+        lane.tracers.encode_finished(
+            lambda body, spans: self._put(lane, Signal.TRACES, body, spans)
+        )
 
-    def _is_wanted(self, signal: Signal) -> bool:
+    def _is_wanted(self, lane: Lane, signal: Signal) -> bool:
         """Whether anybody will see telemetry of this signal."""
         is_sent = signal in self._sent and not self._spool.is_closed(signal)
-        return is_sent or self._recording is not None
+        return is_sent or lane.recording is not None
 
-    def _put(self, signal: Signal, body: bytes, items: int) -> None:
-        if self._recording is not None:
-            self._recording.append(signal, body)
+    def _put(self, lane: Lane, signal: Signal, body: bytes, items: int) -> None:
+        if lane.recording is not None:
+            lane.recording.append(signal, body)
         if signal in self._sent:
             self._spool.put(signal, body, items)
 

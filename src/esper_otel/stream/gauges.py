@@ -29,6 +29,8 @@ class _Shown:
 
     def __init__(self) -> None:
         self.ring: FrameRing | None = None
+        self.others: list[FrameRing] = []
+        """Of runs that began before and are not over."""
         self.registered = False
         self.lock = threading.Lock()
 
@@ -39,6 +41,8 @@ _shown = _Shown()
 def register(ring: FrameRing) -> None:
     """Report the latest frame of ``ring`` from now on; gauges are made once a process."""
     with _shown.lock:
+        if _shown.ring is not None:
+            _shown.others.append(_shown.ring)
         _shown.ring = ring
         if _shown.registered:
             return
@@ -55,10 +59,11 @@ def register(ring: FrameRing) -> None:
 
 
 def unregister(ring: FrameRing) -> None:
-    """Report nothing more of ``ring``."""
+    """Report nothing more of ``ring``, but of the run before that, if there is one."""
     # Without the lock: a forked child calls this, and the lock may be held there forever.
+    _shown.others = [other for other in _shown.others if other is not ring]
     if _shown.ring is ring:
-        _shown.ring = None
+        _shown.ring = _shown.others.pop() if _shown.others else None
 
 
 def _step_callback(slot: int) -> _Callback:

@@ -58,6 +58,11 @@ def trainer_resource(
     return resource
 
 
+def resource_of_another(resource: Resource, run_id: str, instance_id: str) -> Resource:
+    """``resource`` of one run of this process, for another one."""
+    return resource.merge(Resource({RUN_ID: run_id, INSTANCE_ID: instance_id}))
+
+
 def serialised_resource(resource: Resource) -> bytes:
     """``resource`` as the SDK's own encoder writes it, taken from around a span."""
     span = ReadableSpan("resource", context=SpanContext(1, 1, False), resource=resource)

@@ -30,6 +30,7 @@ STEP_ATTRIBUTES = (
     "gradient_norm",
     "optimizer_lr",
     "lr_scale",
+    "restored",
     "samples_per_s",
     "nonfinite",
 )
@@ -77,6 +78,8 @@ def emit_spans(timeline: StepTimeline, tracers: Tracers) -> None:
 
 def _step_attributes(timeline: StepTimeline) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {"esper.step": timeline.step}
+    if timeline.phase:
+        attributes["esper.phase.name"] = timeline.phase
     if timeline.row:
         for key in STEP_ATTRIBUTES:
             value = timeline.row[STEP_SLOT[key]]

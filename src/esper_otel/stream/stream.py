@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -27,7 +27,7 @@ from esper_otel.stream.recording import Recording, stem, write_unsent
 from esper_otel.stream.spool import Account, Batch, Spool
 
 if TYPE_CHECKING:
-    from esper_otel.stream.drain import Drain, RunTotals
+    from esper_otel.stream.drain import Drain, Lane, RunTotals
     from esper_otel.stream.ring import SeedRows
     from esper_otel.stream.sender import Sender
 
@@ -58,11 +58,27 @@ class StreamReport(msgspec.Struct, frozen=True):
     recordings: tuple[Path, ...] = ()
 
 
+class _Counts(NamedTuple):
+    """What a stream has taken, and what had no room in it."""
+
+    frames: int = 0
+    refused_frames: int = 0
+    points: int = 0
+    spans: int = 0
+    events: int = 0
+
+    def plus(self, other: _Counts) -> _Counts:
+        """Both together."""
+        return _Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class Stream:
-    """Frames and timelines of one training process on their way to OTLP.
+    """Frames and timelines of one run on their way to OTLP.
 
     ``environ`` holds the ``OTEL_*`` variables that say where telemetry goes (default: the
-    process's). In a forked child every method does nothing.
+    process's). ``beside``, which is started, shares its threads with this one: then what is
+    delivered, or left in files, is that one's to tell and to wait for. In a forked child every
+    method does nothing.
     """
 
     def __init__(
@@ -72,6 +88,7 @@ class Stream:
         run_id: str,
         instance_id: str,
         environ: Mapping[str, str] | None = None,
+        beside: Stream | None = None,
     ) -> None:
         from esper_otel.stream.ring import FrameRing
 
@@ -84,8 +101,14 @@ class Stream:
         self._refused_spans = 0
         self._events: deque[Event] = deque()
         self._refused_events = 0
-        self._spool = Spool(int(settings.spool_mb * 1e6))
-        self._recording: Recording | None = None
+        self._beside = beside
+        self._others: list[Stream] = []
+        """Those beside this one that are open; of the others only counts are kept."""
+        self._lost_by_others = _Counts()
+        self._spool: Spool = beside._spool if beside else Spool(int(settings.spool_mb * 1e6))
+        self._resource: Any = None
+        self._lane: Lane | None = None
+        self._recordings: list[Recording] = [] if beside is None else beside._recordings
         self.totals: RunTotals | None = None
         """What the run was like so far; None when nothing is recorded."""
         self._drain: Drain | None = None
@@ -106,10 +129,13 @@ class Stream:
         first DataLoader worker half done, and that worker would find the import locks
         held for ever.
         """
-        if self._drain is not None or self._closed or os.getpid() != self._pid:
+        if self._lane is not None or self._closed or os.getpid() != self._pid:
             return
         try:
-            self._start()
+            if self._beside is None:
+                self._start()
+            else:
+                self._start_beside(self._beside)
         except Exception as error:
             self._on = False
             log.warning("telemetry is off, it could not be started: %r", error)
@@ -146,17 +172,23 @@ class Stream:
 
     def snapshot(self) -> StreamReport:
         """What became of everything handed over so far."""
-        ring, recording = self._ring, self._recording
-        lost_points, lost_spans = ring.refused_points, self._refused_spans
+        counts = self._counts.plus(self._lost_by_others)
+        for other in self._others:
+            counts = counts.plus(other._counts)
         return StreamReport(
-            frames=ring.accepted,
-            refused_frames=ring.refused_frames,
-            metrics=_with_lost(self._spool.account(Signal.METRICS), lost_points),
-            traces=_with_lost(self._spool.account(Signal.TRACES), lost_spans),
-            logs=_with_lost(self._spool.account(Signal.LOGS), self._refused_events),
+            frames=counts.frames,
+            refused_frames=counts.refused_frames,
+            metrics=_with_lost(self._spool.account(Signal.METRICS), counts.points),
+            traces=_with_lost(self._spool.account(Signal.TRACES), counts.spans),
+            logs=_with_lost(self._spool.account(Signal.LOGS), counts.events),
             files=self._files,
-            recordings=() if recording is None else recording.paths,
+            recordings=tuple(path for each in self._recordings for path in each.paths),
         )
+
+    @property
+    def _counts(self) -> _Counts:
+        ring, spans, events = self._ring, self._refused_spans, self._refused_events
+        return _Counts(ring.accepted, ring.refused_frames, ring.refused_points, spans, events)
 
     def close(self, timeout_s: float | None = None) -> StreamReport:
         """Deliver what can be delivered in time, leave the rest in files, and stop.
@@ -171,6 +203,9 @@ class Stream:
             return self.snapshot()
         self._closed = True
         self._on = False
+        if self._beside is not None:
+            self._leave_beside(self._beside)
+            return StreamReport(frames=self._ring.accepted)
         budget_s = self._settings.flush_timeout_s if timeout_s is None else timeout_s
         end = time.monotonic() + budget_s
         # The last part of the time is for writing what could not be sent.
@@ -184,23 +219,17 @@ class Stream:
             sender.finish_by(deadline)
         for sender in self._senders.values():
             sender.join()
-        self._abandon_ring()
+        self._abandon_lanes()
         self._leave(self._spool.seal(), end)
         return self.snapshot()
 
     def _start(self) -> None:
-        from esper_otel.stream.drain import Drain, RunTotals
-        from esper_otel.stream.gauges import register, unregister
-        from esper_otel.stream.logs import TrainerIdentity
-        from esper_otel.stream.providers import (
-            Tracers,
-            serialised_resource,
-            trainer_resource,
-        )
+        from esper_otel.stream.drain import Drain
+        from esper_otel.stream.providers import trainer_resource
         from esper_otel.stream.sender import Outage, Sender
 
         settings = self._settings
-        resource = trainer_resource(
+        self._resource = trainer_resource(
             self._run_id,
             self._instance_id,
             settings.rank,
@@ -211,10 +240,6 @@ class Stream:
             f"up to {settings.spool_mb:g} MB are kept, and what is unsent at the end is "
             f"left in {settings.spool_path}"
         )
-        if settings.recording_dir:
-            self._recording = Recording(
-                Path(settings.recording_dir), stem(self._run_id, settings.rank)
-            )
         for destination in destinations(self._environ).values():
             try:
                 self._senders[destination.signal] = Sender(destination, self._spool, outage)
@@ -226,38 +251,76 @@ class Stream:
                     destination.endpoint,
                     error,
                 )
-        self.totals = RunTotals()
         self._drain = Drain(
-            ring=self._ring,
-            timelines=self._timelines,
-            events=self._events,
-            resource=serialised_resource(resource),
-            trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
-            tracers=Tracers(resource),
+            self._new_lane(self._resource),
             spool=self._spool,
-            recording=self._recording,
-            totals=self.totals,
             sent=frozenset(self._senders),
             interval_s=settings.stream_interval_ms / 1e3,
         )
         self._drain.start()
         for sender in self._senders.values():
             sender.start()
+        self._register()
+
+    def _start_beside(self, other: Stream) -> None:
+        from esper_otel.stream.providers import resource_of_another
+
+        if other._drain is None or other._resource is None or other._closed:
+            self._on = False
+            return
+        resource = resource_of_another(other._resource, self._run_id, self._instance_id)
+        other._others.append(self)
+        other._drain.lanes.append(self._new_lane(resource))
+        self._register()
+
+    def _leave_beside(self, other: Stream) -> None:
+        """Have the thread of ``other`` take what is there; it is not waited for."""
+        if self._unregister is not None:
+            self._unregister()
+        if self in other._others:
+            other._others.remove(self)
+            other._lost_by_others = other._lost_by_others.plus(self._counts)
+        if self._lane is not None:
+            self._lane.over = True
+
+    def _new_lane(self, resource: Any) -> Lane:
+        from esper_otel.stream.drain import Lane
+        from esper_otel.stream.logs import TrainerIdentity
+        from esper_otel.stream.providers import Tracers, serialised_resource
+
+        settings = self._settings
+        recording = None
+        if settings.recording_dir:
+            name = stem(self._run_id, settings.rank)
+            recording = Recording(Path(settings.recording_dir), name)
+            self._recordings.append(recording)
+        self._lane = Lane(
+            ring=self._ring,
+            timelines=self._timelines,
+            events=self._events,
+            resource=serialised_resource(resource),
+            trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
+            tracers=Tracers(resource),
+            recording=recording,
+        )
+        self.totals = self._lane.totals
+        return self._lane
+
+    def _register(self) -> None:
+        from esper_otel.stream.gauges import register, unregister
+
         register(self._ring)
         self._unregister = lambda: unregister(self._ring)
 
-    def _abandon_ring(self) -> None:
+    def _abandon_lanes(self) -> None:
         """Count what nobody will turn into OTLP any more."""
-        from esper_otel.stream.ring import points
+        from esper_otel.stream.drain import drop_all
 
-        frames = self._ring.drain()
-        if frames is not None:
-            self._spool.drop_unencoded(Signal.METRICS, points(frames))
-        spans = sum(timeline.spans for timeline in self._timelines)
-        if spans:
-            self._spool.drop_unencoded(Signal.TRACES, spans)
-        if self._events:
-            self._spool.drop_unencoded(Signal.LOGS, len(self._events))
+        if self._drain is None:
+            drop_all(self._ring, self._timelines, self._events, self._spool)
+            return
+        for lane in self._drain.lanes:
+            drop_all(lane.ring, lane.timelines, lane.events, self._spool)
 
     def _leave(self, batches: list[Batch], end: float) -> None:
         """Write what is unsent to files, on a thread so that a dead disk holds up nobody."""

@@ -43,6 +43,9 @@ class Asking:
         """Whether decisions come here at all, from the sidecar or from another rank."""
         self.is_shared = False
         """Whether decisions are those that all ranks have settled."""
+        self.unsound = self.any_unsound = False
+        """Whether this rank had trouble of its own in the step that ends; and whether any of
+        those that agree had, in the step that was settled last."""
         self._client = client
         self._agreement: DecisionAgreement | None = None
         self.sent = 0
@@ -123,7 +126,9 @@ class Asking:
         if agreement is None:
             return None
         began = perf_counter_ns()
+        agreement.unsound = self.unsound
         decision = agreement.settle(step)
+        self.any_unsound = agreement.any_unsound
         if self.asks and not self.sent:
             # All ranks do what they do together in the same order: nothing is to come later.
             agreement.submit_answer(unanswered(self._run, step, NOT_ASKED))

@@ -1,4 +1,4 @@
-"""Ports: whom a recorder talks to, as far as it knows them."""
+"""Ports: whom a recorder talks to, as far as it knows them, and who stands in for them."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ class DecisionClient(Protocol):
 class DecisionAgreement(Protocol):
     """Who makes one decision of what the ranks of a run are told."""
 
+    unsound: bool
+    """To be set before :meth:`settle`: this rank had trouble of its own in the step."""
+
+    @property
+    def any_unsound(self) -> bool:
+        """Whether any rank had, in the step that was settled last."""
+
     def submit_answer(self, decision: Decision) -> None:
         """On the rank that asks: the answer about the step that was settled last."""
 
@@ -91,3 +98,79 @@ class GardenPort(Protocol):
 
     def take_events(self) -> list[Event]:
         """What has happened since last asked."""
+
+
+class HeldRun:
+    """Keeps what a run would send and ask until it is known to be one.
+
+    After :meth:`release` it hands on what comes.
+    """
+
+    guards: Guards | None = None
+
+    def __init__(self) -> None:
+        self._frames: list[tuple[Any, ...]] = []
+        self._timelines: list[StepTimeline] = []
+        self._events: list[Event] = []
+        self._asks: list[tuple[Any, ...]] = []
+        self._sink: FrameSink | None = None
+
+    def release(self, sink: FrameSink, client: DecisionClient | None) -> None:
+        """It is a run: ``sink`` gets what was kept, and ``client`` is asked about it."""
+        self._sink = sink
+        for frame in self._frames:
+            sink.frame(*frame)
+        for timeline in self._timelines:
+            sink.timeline(timeline)
+        for event in self._events:
+            sink.event(event)
+        if client is not None:
+            for ask in self._asks:
+                client.send(*ask)  # the answers are dropped: their updates have been made
+        for kept in (self._frames, self._timelines, self._events, self._asks):
+            kept.clear()
+        self.frame = sink.frame  # type: ignore[method-assign]  # without the detour
+
+    def frame(
+        self,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+    ) -> None:
+        """Keep one step's values."""
+        self._frames.append((time_unix_nano, row, seeds))
+
+    def timeline(self, timeline: StepTimeline) -> None:
+        """Keep one step's phases, or hand them on."""
+        if self._sink is not None:
+            self._sink.timeline(timeline)
+        else:
+            self._timelines.append(timeline)
+
+    def event(self, event: Event) -> None:
+        """Keep what happened to a seed, or hand it on."""
+        if self._sink is not None:
+            self._sink.event(event)
+        else:
+            self._events.append(event)
+
+    def send(
+        self,
+        step: int,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: Sequence[tuple[str, list[float]]] = (),
+        proposal: Proposal | None = None,
+    ) -> None:
+        """Keep a request."""
+        self._asks.append((step, time_unix_nano, row, seeds))
+
+    def collect(self) -> Decision | None:
+        """Nobody has been asked yet."""
+        return None
+
+    def check(
+        self, step: int, time_unix_nano: int, row: list[float], waited_ns: int = 0
+    ) -> Decision:
+        """Never called, as there are no guards."""
+        raise NotImplementedError

@@ -20,8 +20,9 @@ from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking, Taken
 from esper_otel.tolaria.garden_calls import SafeGarden
 from esper_otel.tolaria.ports import DecisionClient, FrameSink, GardenPort
+from esper_otel.tolaria.rates import put_optimizer
 from esper_otel.tolaria.responses import Responses
-from esper_otel.tolaria.seal import PendingFrame, Sealer, parse_state, put_optimizer
+from esper_otel.tolaria.seal import PendingFrame, Sealer, parse_state
 from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import Clock, EndedStep, Timelines
 from esper_otel.tolaria.update_control import Measure, UpdateControl
@@ -34,9 +35,8 @@ _STEP = STEP_SLOT["step"]
 _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _TAMIYO = STEP_SLOT["tamiyo_latency_ms"]
-_LR_SCALE = STEP_SLOT["lr_scale"]
-_SKIPPED = STEP_SLOT["update_skipped"]
 _UNJUDGED = STEP_SLOT["unjudged_steps"]
+_PHASE = STEP_SLOT["phase"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
@@ -78,7 +78,6 @@ class Recorder:
         self._garden: SafeGarden | None = None
         self._off = False
         self._faults: set[str] = set()
-
         self._sealer = Sealer(enriched=enriched)
         self._timelines = Timelines(
             frames.timeline, self.clock.offset, every=span_every, slow_factor=span_slow_factor
@@ -91,7 +90,6 @@ class Recorder:
         self._in_hand_of: EndedStep | None = None
         self._backwards_asked = 0
         """Times that backward had been called when the newest request was sent."""
-
         step = self._under_way = StepUnderWay(enriched=enriched)
         self.control = UpdateControl(
             step,
@@ -100,8 +98,7 @@ class Recorder:
             sealer=self._sealer,
             clock=self.clock,
         )
-        # Who decides is told to the asking, what the loop does to the step under way, both
-        # without a detour.
+        # What is told of the loop goes to whoever keeps it, without a detour.
         self.set_client = self._asking.set_client
         self.share_decisions = self._asking.share_decisions
         self.batch_came = step.batch_came
@@ -119,8 +116,9 @@ class Recorder:
         self.update_skipped = step.update_skipped
         self.losses_prescaled = step.losses_prescaled
         self.loss_prescaled = step.loss_prescaled
-        stages = self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans
-        self._stages = stages
+        self.phase_begins = step.phase_begins
+        ask = (self.control.end_update, self._seeds, self._seal, self._stream, self._ask)
+        self._stages = (*ask, self._apply, self._spans, self.control.keep)
 
     # Around an optimizer's step.
 
@@ -210,9 +208,10 @@ class Recorder:
             for frame in self._sealer.flush():
                 self._frames.frame(frame.time, frame.row, frame.seeds)
 
-    def forget_decisions(self) -> None:
-        """Another training begins: what decisions held of the one before is no matter of it."""
-        self._responses.rate.reset()
+    def take_over(self, other: Recorder) -> None:
+        """What the loop has done since the last step of ``other`` is of this training."""
+        self._under_way.take(other._under_way, self._last_end)
+        self._hook_ms = self._apply_ms = 0.0
 
     def attach_garden(self, garden: GardenPort | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
@@ -231,6 +230,7 @@ class Recorder:
         parsed = parse_state(state)
         self.step = max(self.step, parsed.step)
         self._latest = parsed.row()
+        self._under_way.go_on_with_phase(self._latest)
         self._sealer.load_state(parsed)
 
     def switch_off(self) -> None:
@@ -271,6 +271,7 @@ class Recorder:
         """Do what ``taken`` says of the rate, and of what is paused; seeds follow later."""
         decision = self.decision = self._in_hand = taken.decision
         timeline = self._in_hand_of = self._timelines.on_decision(taken, self.step + 1)
+        self.control.decided(decision, timeline)
         scales = self._responses.apply_rate(decision)
         if timeline is not None:
             timeline.scales = scales
@@ -298,10 +299,8 @@ class Recorder:
         row[_TAMIYO] = asking.spent_ns / 1e6
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
-        control = self.control
-        scale = self._responses.lr_scale if control.scale is None else control.used_scale
-        row[_LR_SCALE] = scale
-        row[_SKIPPED] = 1.0 if control.skipped else 0.0
+        scale = self.control.put_values(row)
+        row[_PHASE], ending.phase = step.training_phase.number, step.training_phase
         if asking.decides:
             row[_UNJUDGED] = asking.unjudged
         since = ending.since = ending.since or step.begun or ended
@@ -313,7 +312,7 @@ class Recorder:
         step.put_times(row, latency_ms if ending.has_step_before else None)
         row[_APPLY], row[_FINALIZE] = self._apply_ms, finalize_ms
         if self.optimizer is not None:
-            put_optimizer(row, self.optimizer.param_groups, scale)
+            put_optimizer(row, self.optimizer.param_groups, scale, self.control.base_rate)
         for key, value in self._device_values().items():
             row[STEP_SLOT[key]] = value
 
@@ -326,10 +325,8 @@ class Recorder:
             ending.newest = (self.step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            frame = PendingFrame(
-                self.step, time, row, loss, parts, step.norm, step.reported, seeds
-            )
-            for done in self._sealer.seal_in_order(frame):
+            known = self.step, time, row, loss, parts, step.norm, step.reported, seeds
+            for done in self._sealer.seal_in_order(PendingFrame(*known)):
                 ending.newest = (done.step, done.time, done.row, done.seeds)
                 self._frames.frame(done.time, done.row, done.seeds)
         if ending.newest is not None:
@@ -338,6 +335,7 @@ class Recorder:
     def _ask(self, ending: EndedStep) -> None:
         asking, newest, garden = self._asking, ending.newest, self._garden
         ending.update = self.control.decision
+        self.control.sealed(newest)
         self._timelines.open(ending)
         if asking.decides:
             ending.waits = asking.is_shared
@@ -387,10 +385,11 @@ class Recorder:
         garden = self._garden
         if garden is not None:
             ending.events = garden.events(self.step, self.clock.offset)
-            for event in ending.events:
-                self._frames.event(event)
             if garden.over:
                 self._garden = None
+        ending.events = [*ending.events, *self.control.take_events()]
+        for event in ending.events:
+            self._frames.event(event)
         self._timelines.choose(ending)
         self._timelines.on_update(self.step, self.control)
 

@@ -1,7 +1,7 @@
 """Responses: what a decision does to the run, in the one place where anything is applied.
 
 What it does to the learning rates is one number, :class:`RateFactor`, that is given back in
-time.
+time. Weights are put back by :class:`~esper_otel.tolaria.restoring.Restoring`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import msgspec
 from esper_otel.leyline.decisions import (
     LR_SCALE,
     MAX_NORM,
+    RESTORE,
     SKIP_STEP,
     UNJUDGED,
     Action,
     Decision,
 )
+from esper_otel.tolaria.restoring import Restoring
 from esper_otel.tolaria.updates import AS_IT_IS, UpdateOrder
 
 log = logging.getLogger("esper_otel")
@@ -33,6 +35,7 @@ class RateState(msgspec.Struct, forbid_unknown_fields=True):
     wait: int
     clean_steps: int
     return_factor: float
+    safe: float = 1.0
 
 
 SMALLEST = 1e-9
@@ -44,10 +47,11 @@ class RateFactor:
 
     Each ``lr_scale`` multiplies it; the product of all of them stays within
     ``[minimum, maximum]``. After ``release_steps`` clean steps it is given back
-    geometrically over as many more. Trouble that comes back meanwhile, or just after,
-    doubles the wait, as a circuit breaker's cool-down does: a cause that never goes away
-    is tried again ever more rarely. A step is clean when the sidecar has judged it and
-    asked for no cut; an unjudged step changes nothing here.
+    geometrically over as many more. Trouble that comes back meanwhile, or just after, brings
+    back the factor under which there was none, and doubles the wait, as a circuit breaker's
+    cool-down does: a cause that never goes away is tried again ever more rarely. A step is
+    clean when the sidecar has judged it and asked for no cut; an unjudged step changes
+    nothing here.
     """
 
     LONGEST_WAIT = 16
@@ -62,6 +66,7 @@ class RateFactor:
         self._wait = release_steps
         self._clean_steps = 0
         self._return_factor = 1.0
+        self._safe = 1.0
         self._at_rest = True
         self._told = False
 
@@ -72,11 +77,13 @@ class RateFactor:
         """
         if not self._is_usable(factor):
             return False
-        if self._clean_steps > self._wait:
-            self._wait = min(2 * self._wait, self.LONGEST_WAIT * self._release_steps)
-        self._clean_steps = 0
         before = self.value
-        self.value = self._within_bounds(before * factor)
+        after = before * factor
+        if self._clean_steps > self._wait and factor < 1.0:
+            self._wait = min(2 * self._wait, self.LONGEST_WAIT * self._release_steps)
+            after = min(after, self._safe)
+        self._clean_steps = 0
+        self.value = self._within_bounds(after)
         self._at_rest = self._at_rest and self.value == 1.0
         return self.value != before
 
@@ -89,6 +96,7 @@ class RateFactor:
         if past <= 0:
             return
         if past == 1:
+            self._safe = self.value
             self._return_factor = (1.0 / self.value) ** (1.0 / self._release_steps)
         if past < self._release_steps:
             self.value = self._within_bounds(self.value * self._return_factor)
@@ -107,7 +115,7 @@ class RateFactor:
 
     def reset(self) -> None:
         """As it was at the beginning: the rates are the script's own."""
-        self.value = self._return_factor = 1.0
+        self.value = self._return_factor = self._safe = 1.0
         self._wait, self._clean_steps, self._at_rest = self._release_steps, 0, True
 
     @property
@@ -117,7 +125,9 @@ class RateFactor:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for :meth:`load_state_dict`."""
-        state = RateState(self.value, self._wait, self._clean_steps, self._return_factor)
+        state = RateState(
+            self.value, self._wait, self._clean_steps, self._return_factor, self._safe
+        )
         return msgspec.structs.asdict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,7 +139,7 @@ class RateFactor:
             new = msgspec.convert(dict(state), RateState)
         except (TypeError, msgspec.ValidationError) as error:
             raise ValueError(f"rate: {error}") from None
-        for name in ("factor", "return_factor"):
+        for name in ("factor", "return_factor", "safe"):
             number = getattr(new, name)
             if not (isfinite(number) and number > 0.0):
                 raise ValueError(f"{name}={number!r}: expected a positive number")
@@ -141,7 +151,7 @@ class RateFactor:
             )
         self.value = self._within_bounds(new.factor)
         self._wait, self._clean_steps = new.wait, new.clean_steps
-        self._return_factor = new.return_factor
+        self._return_factor, self._safe = new.return_factor, new.safe
         self._at_rest = self.value == 1.0 and not new.clean_steps
 
     def _within_bounds(self, factor: float) -> float:
@@ -163,8 +173,11 @@ class RateFactor:
 class Responses:
     """Applies decisions to a run in ``enforce``, and nothing otherwise."""
 
-    def __init__(self, rate: RateFactor, *, enforce: bool) -> None:
+    def __init__(
+        self, rate: RateFactor, *, enforce: bool, restoring: Restoring | None = None
+    ) -> None:
         self.rate = rate
+        self.restoring = restoring or Restoring()
         self._enforce = enforce
         self._on_pause: list[Callable[[Decision], None]] = []
 
@@ -189,10 +202,19 @@ class Responses:
         """
         if not self._enforce or decision.reason in UNJUDGED:
             return False
-        if decision.action is Action.OPTIMIZER and LR_SCALE in decision.parameters:
-            return self.rate.scale_by(decision.parameters[LR_SCALE])
+        parameters = decision.parameters
+        if LR_SCALE in parameters and (
+            decision.action is Action.OPTIMIZER or RESTORE in parameters
+        ):
+            return self.rate.scale_by(parameters[LR_SCALE])
         self.rate.clean_step()
         return False
+
+    def asks_to_restore(self, decision: Decision) -> bool:
+        """Whether ``decision``, about a step, is to put weights back: of whichever action, as
+        the stronger one of another rule takes nothing from it."""
+        asks = decision.parameters.get(RESTORE) == 1.0
+        return asks and self._enforce and decision.reason not in UNJUDGED
 
     def order_of(self, decision: Decision) -> UpdateOrder:
         """What ``decision``, made about one update, asks for; within the bounds of the rate."""
@@ -203,7 +225,10 @@ class Responses:
         if max_norm is not None and not (isfinite(max_norm) and max_norm > 0.0):
             max_norm = None
         return UpdateOrder(
-            self.rate.bounded(scale), max_norm, skip=parameters.get(SKIP_STEP) == 1.0
+            self.rate.bounded(scale),
+            max_norm,
+            skip=parameters.get(SKIP_STEP) == 1.0,
+            restore=parameters.get(RESTORE) == 1.0,
         )
 
     def apply_pause(self, decision: Decision) -> bool:

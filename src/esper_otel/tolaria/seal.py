@@ -32,8 +32,6 @@ _LOSS_EWMA = STEP_SLOT["loss_ewma"]
 _LOSS_VOLATILITY = STEP_SLOT["loss_volatility"]
 _GRAD_NORM_EWMA = STEP_SLOT["grad_norm_ewma"]
 _GRAD_VAR = STEP_SLOT["grad_var"]
-_LR = STEP_SLOT["optimizer_lr"]
-_MOMENTUM = STEP_SLOT["optimizer_momentum"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
 
@@ -318,57 +316,3 @@ def put(row: list[float], slot: int, number: float) -> bool:
         return True
     row[_NONFINITE] += 1.0
     return False
-
-
-def put_optimizer(row: list[float], groups: list[dict[str, Any]], factor: float) -> None:
-    """Mean learning rate used and momentum of parameter groups, as far as the host has them.
-
-    ``factor`` is what decisions multiplied the script's own rates by. A group may hold
-    anything under these names: what is no number of the host leaves its metric out.
-    """
-    if len(groups) == 1:
-        group = groups[0]
-        rate, momentum = group.get("lr"), group.get("momentum")
-        if type(rate) is float and type(momentum) is float and isfinite(rate + momentum):
-            row[_LR], row[_MOMENTUM] = rate * factor, momentum
-            return
-    rate = mean_rate(groups)
-    if rate is not None:
-        put(row, _LR, rate * factor)
-    known = [number for group in groups if (number := _momentum_of(group)) is not None]
-    if known:
-        put(row, _MOMENTUM, sum(known) / len(known))
-
-
-def mean_rate(groups: list[dict[str, Any]]) -> float | None:
-    """Mean of the groups' learning rates; None unless all are numbers of the host."""
-    total = 0.0
-    for group in groups:
-        rate = host_number(group.get("lr"))
-        if rate is None:
-            return None
-        total += rate
-    return total / len(groups) if groups else None
-
-
-def _momentum_of(group: dict[str, Any]) -> float | None:
-    """``momentum``, or the first of ``betas``."""
-    momentum = group.get("momentum")
-    if momentum is None:
-        betas = group.get("betas")
-        momentum = betas[0] if isinstance(betas, tuple | list) and betas else None
-    return host_number(momentum)
-
-
-def host_number(value: object) -> float | None:
-    """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
-    if type(value) is float:
-        return value
-    if isinstance(value, int | float):
-        return float(value)
-    if getattr(getattr(value, "device", None), "type", None) != "cpu":
-        return None
-    try:
-        return float(value.detach())  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError):  # a vector, for example
-        return None

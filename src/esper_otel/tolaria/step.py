@@ -7,8 +7,9 @@ and the hook that ended the one before add up to the step. Marks are nanoseconds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
+from typing import NamedTuple
 
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.leyline.readings import Reading, Value
@@ -25,6 +26,7 @@ _NO_LOSS: tuple[Value | None, int] = None, 0
 _GRADIENT_NORM = STEP_SLOT["gradient_norm"]
 _CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
 _SKIPPED = STEP_SLOT["update_skipped"]
+_PHASE = STEP_SLOT["phase"]
 _H2D = STEP_SLOT["h2d_copy_ms"]
 _STEP_LATENCY = STEP_SLOT["step_latency_ms"]
 _FORWARD = STEP_SLOT["forward_ms"]
@@ -39,6 +41,16 @@ REPORTABLE = {
 """Keys that a loop may report itself, besides its loss, and their slots."""
 
 
+class TrainingPhase(NamedTuple):
+    """A part of a training that is not to be measured by what was before it.
+
+    ``number`` is how many began before it.
+    """
+
+    number: int = 0
+    name: str = ""
+
+
 class StepUnderWay:
     """What the loop has done since the last step ended; :meth:`start_next` turns to the next.
 
@@ -46,6 +58,8 @@ class StepUnderWay:
     """
 
     # All of these are made anew by start_next().
+    started: int
+    """Mark at which the step before was over, 0 for the first."""
     mark: int
     begun: int
     wait_ns: int
@@ -77,12 +91,13 @@ class StepUnderWay:
         self._steps = 0
         self.backwards = 0
         """Times that backward was called, in all steps."""
+        self.training_phase = TrainingPhase()
         self.start_next(0, 0)
 
     def start_next(self, mark: int, steps: int) -> None:
         """The next step begins at ``mark``, after ``steps`` before it."""
         self._steps = steps
-        self.span_start = self.mark = mark
+        self.started = self.span_start = self.mark = mark
         self.begun = 0
         self.forward_ns = self.backward_ns = self.optimizer_ns = 0
         self.wait_ns = -1
@@ -96,6 +111,31 @@ class StepUnderWay:
         self._shares = self._all_shares
         self.reported = {}
         self.phases = []
+
+    def phase_begins(self, name: str) -> None:
+        """From this step on values of before are no measure for what comes."""
+        self.training_phase = TrainingPhase(self.training_phase.number + 1, name)
+
+    def go_on_with_phase(self, latest: Sequence[float]) -> None:
+        """The phase is that of ``latest``, the newest row before a restart."""
+        number = latest[_PHASE]
+        if number > self.training_phase.number:
+            self.training_phase = TrainingPhase(int(number))
+
+    def take(self, other: StepUnderWay, last_end: int) -> None:
+        """What ``other`` has seen since its last step is of this training, and not of that.
+
+        What lies between ``last_end``, the mark at which this one's own last step ended (0:
+        there was none), and the end of that step of ``other`` is in no step's time.
+        """
+        own = self.training_phase, self._steps, self._all_shares
+        backwards = self.backwards + other.backwards
+        self.__dict__.update(other.__dict__)
+        self.training_phase, self._steps, self._all_shares = own
+        self.backwards, self._shares = backwards, self._shares or self._all_shares
+        if last_end and self.started:
+            self.outside_ns += self.started - last_end
+        other.start_next(0, other._steps)
 
     # What the loop does, in the order in which a step does it.
 

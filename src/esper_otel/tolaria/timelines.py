@@ -18,6 +18,7 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import GardenFrame, StepTimeline, step_row
 from esper_otel.leyline.metrics import WEIGHT
 from esper_otel.tolaria.asking import Taken
+from esper_otel.tolaria.step import TrainingPhase
 
 _EMPTY_ROW = step_row()
 
@@ -76,6 +77,7 @@ class EndedStep:
         "has_step_before",
         "latency_ms",
         "newest",
+        "phase",
         "phases",
         "row",
         "scales",
@@ -103,6 +105,7 @@ class EndedStep:
         self.has_step_before = last_end > 0
         self.start = start
         self.phases = phases
+        self.phase = TrainingPhase()
         self.row = _EMPTY_ROW.copy()
         self.latency_ms = nan
         self.growing: GardenFrame | None = None
@@ -143,8 +146,8 @@ class Timelines:
     """The open timelines of a run, in the order of their steps.
 
     ``put`` takes each that becomes spans: every ``every``-th, those that took ``slow_factor``
-    times as long as usual, and those in which something happened. ``offset`` makes Unix times
-    of marks.
+    times as long as usual, and those in which something happened or a phase began. ``offset``
+    makes Unix times of marks.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class Timelines:
         self._every = every
         self._slow_factor = slow_factor
         self._usual_ms = 0.0
+        self._phase = TrainingPhase()
         self._open: deque[EndedStep] = deque()
 
     def open(self, ended: EndedStep) -> None:
@@ -177,7 +181,13 @@ class Timelines:
                 usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
             )
         every = self._every
-        ended.wanted = slow or bool(ended.events) or bool(every and ended.step % every == 0)
+        begins, self._phase = ended.phase is not self._phase, ended.phase
+        ended.wanted = (
+            slow
+            or (begins and ended.phase.number > 0)
+            or bool(ended.events)
+            or bool(every and ended.step % every == 0)
+        )
 
     def on_decision(self, taken: Taken, first_update: int) -> EndedStep | None:
         """A decision has come; returns the step that waits for it, None when none does.
@@ -242,6 +252,7 @@ class Timelines:
                 applied=ended.acted or _was_done_before(ended),
                 events=ended.events,
                 update=ended.update,
+                phase=ended.phase.name,
             )
         )
 

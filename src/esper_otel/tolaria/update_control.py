@@ -8,13 +8,15 @@ from math import isfinite, nan
 from time import perf_counter_ns
 
 from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.events import Event
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking
+from esper_otel.tolaria.rates import BaseRate, mean_rate, put_optimizer
 from esper_otel.tolaria.responses import Responses
-from esper_otel.tolaria.seal import Sealer, mean_rate, put_optimizer
+from esper_otel.tolaria.seal import Sealer
 from esper_otel.tolaria.step import StepUnderWay
-from esper_otel.tolaria.timelines import Clock
+from esper_otel.tolaria.timelines import Clock, EndedStep, Newest
 from esper_otel.tolaria.updates import AS_IT_IS, Optimizer, UpdateOrder, Updates
 
 log = logging.getLogger("esper_otel")
@@ -29,6 +31,8 @@ Measure = Callable[[], Value | None]
 _STEP = STEP_SLOT["step"]
 _LR_SCALE = STEP_SLOT["lr_scale"]
 _NONFINITE = STEP_SLOT["nonfinite"]
+_SKIPPED = STEP_SLOT["update_skipped"]
+_RESTORED = STEP_SLOT["restored"]
 
 
 class UpdateControl:
@@ -59,11 +63,19 @@ class UpdateControl:
         self._sealer = sealer
         self._clock = clock
         self._factor = 1.0
+        self.base_rate = BaseRate()
         self._skips = 0
         self._skipped_at: int | None = None
         """How many times backward was called when an update was left out last; None: it was
         made."""
         self._told = False
+        self._restored = False
+        """Whether weights were put back at the end of this step."""
+        self._waits_for_primary = False
+        """Whether they were put back since the run's own optimizer last was about to step."""
+        self._nonfinite_at = -1
+        """The newest step with a value that is not finite, as far as is known."""
+        self._restores_for: EndedStep | None = None
 
     @property
     def skips_nonfinite(self) -> bool:
@@ -84,17 +96,20 @@ class UpdateControl:
         That of a ``primary`` optimizer is the run's own update: its values are known, and are
         asked about when they cross a guard. Where a closure is still to compute them,
         ``measure`` gives the gradient norm once it has. What is left out of the run's own
-        update is left out of those of the loop's other optimizers that follow it.
+        update is left out of those of the loop's other optimizers that follow it; where weights
+        were put back, until the run's own steps again: gradients may be of lost weights yet.
         """
         if not self._responses.enforcing:
             return
+        self._responses.restoring.update_begins(optimizer)
         factor = self._factor = self._responses.lr_scale
         updates = self.updates
         if not is_primary:
-            skips = self._skipped_at == self._step.backwards
+            skips = self._waits_for_primary or self._skipped_at == self._step.backwards
             updates.prepare(optimizer, factor, UpdateOrder(skip=True) if skips else AS_IT_IS)
             return
         self.decision = None
+        self._waits_for_primary = False
         if measure is not None:
             self.scale, self._skipped_at = factor, None
 
@@ -126,13 +141,69 @@ class UpdateControl:
     def start_next(self) -> None:
         """The step is over."""
         self.scale, self.skipped, self.decision = None, False, None
-        self.updates.scaled = False
+        self.updates.scaled = self._restored = False
+
+    # What a step's end has to do with it, in this order.
+
+    def end_update(self, ending: EndedStep) -> None:
+        """The updates of a step have been made, or left out: put weights back if so decided."""
+        if not self._responses.restoring.ordered:
+            return
+        timeline, self._restores_for = self._restores_for, None
+        self._restored = self._responses.restoring.restore(ending.step)
+        if self._restored:
+            self._waits_for_primary = self.scale is not None
+            if timeline is not None:
+                timeline.acted = True
+
+    def put_values(self, row: list[float]) -> float:
+        """Tell in ``row`` how the update was made; returns the factor that it was made with."""
+        responses = self._responses
+        scale = responses.lr_scale if self.scale is None else self.used_scale
+        row[_LR_SCALE] = scale
+        row[_SKIPPED] = 1.0 if self.skipped else 0.0
+        if responses.restoring.keeps:
+            row[_RESTORED] = 1.0 if self._restored else 0.0
+        return scale
+
+    def sealed(self, newest: Newest | None) -> None:
+        """The step whose values have all arrived by now, None if none has."""
+        unsound = newest is not None and newest[2][_NONFINITE] > 0.0
+        if newest is not None and unsound:
+            self._nonfinite_at = newest[0]
+        restoring = self._responses.restoring
+        self._asking.unsound = unsound or restoring.failed or not restoring.keeps
+        restoring.failed = False
+
+    def decided(self, decision: Decision, timeline: EndedStep | None) -> None:
+        """A decision about a step has come, of this rank or of all that agree."""
+        asking, responses = self._asking, self._responses
+        shared = asking.is_shared
+        finite = not asking.any_unsound if shared else decision.step != self._nonfinite_at
+        responses.restoring.judged(decision, finite=finite)
+        if responses.asks_to_restore(decision) and responses.restoring.order(
+            decision, agreed=shared
+        ):
+            self._restores_for = timeline
+
+    def keep(self, ending: EndedStep) -> None:
+        """Everything else of the step's end is done: make a snapshot, if one is due."""
+        self._responses.restoring.step_ended(ending.step)
+
+    def take_events(self) -> list[Event]:
+        """What happened to the weights since last asked, at Unix times."""
+        offset, restoring = self._clock.offset, self._responses.restoring
+        events, restoring.events = restoring.events, []
+        return [event._replace(mark=event.mark + offset) for event in events]
 
     def _judged(self, optimizer: Optimizer, number: int, factor: float) -> UpdateOrder:
         """What is to be done to the run's own update."""
         order = AS_IT_IS
         try:
-            order = self._order_for(optimizer, number, factor)
+            if self._responses.restoring.ordered:  # its gradients are of lost weights
+                order = order._replace(skip=True)
+            else:
+                order = self._order_for(optimizer, number, factor)
         except Exception:  # what is in force is still in force
             if not self._told:
                 self._told = True
@@ -162,11 +233,13 @@ class UpdateControl:
         row[_NONFINITE] = 0.0
         row[_LR_SCALE] = factor
         self._sealer.preview(row, loss, norm)
-        put_optimizer(row, optimizer.param_groups, factor)
+        put_optimizer(row, optimizer.param_groups, factor, self.base_rate)
         decision = self._asking.check_update(
             number, perf_counter_ns() + self._clock.offset, row
         )
         order = self._responses.order_of(decision)
+        if order.restore and self._responses.restoring.order(decision, agreed=False):
+            order = order._replace(skip=True)
         if not order.skip:
             self._skips = 0
         elif isfinite(norm if norm is not None else loss if loss is not None else nan):

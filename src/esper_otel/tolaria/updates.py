@@ -34,12 +34,13 @@ class UpdateOrder(NamedTuple):
 
     ``lr_scale`` multiplies the learning rates for this update alone. Where ``max_norm`` is
     set, gradients whose norm is greater are scaled down to it. ``skip`` leaves it out: the
-    optimizer's own ``step`` is not called.
+    optimizer's own ``step`` is not called. ``restore`` asks for a snapshot in its place.
     """
 
     lr_scale: float = 1.0
     max_norm: float | None = None
     skip: bool = False
+    restore: bool = False
 
 
 AS_IT_IS = UpdateOrder()

@@ -1,0 +1,40 @@
+"""``tamiyo table``: print a table that comes with the package, or the JSON Schema of tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from esper_tamiyo.commands.common import CommandError, Commands
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser("table", help="print a table that comes with the package")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "name", nargs="?", default="default", help="default or prototype (default: %(default)s)"
+    )
+    what.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of tables, for editors"
+    )
+    parser.set_defaults(command=_table)
+
+
+def _table(options: argparse.Namespace) -> int:
+    from esper_tamiyo.language.table_file import SCHEMA
+
+    path = SCHEMA if options.schema else _shipped(options.name)
+    sys.stdout.write(path.read_text(encoding="utf-8"))
+    return 0
+
+
+def _shipped(name: str) -> Path:
+    """The file of a table; raises :class:`CommandError` when there is no such table."""
+    from esper_tamiyo.language.table_file import path_of, shipped_tables
+
+    names = shipped_tables()
+    if name not in names:
+        raise CommandError(f"{name}: no such table; expected one of {', '.join(names)}")
+    return path_of(name)

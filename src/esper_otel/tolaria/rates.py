@@ -1,0 +1,100 @@
+"""What an optimizer's groups say of its learning rate and momentum, read without a device."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.tolaria.seal import put
+
+_LR = STEP_SLOT["optimizer_lr"]
+_LR_BASE = STEP_SLOT["optimizer_lr_base"]
+_MOMENTUM = STEP_SLOT["optimizer_momentum"]
+
+
+class BaseRate:
+    """The learning rate that a run is meant to have at most, as far as that is said.
+
+    It is the mean of ``initial_lr``, which every schedule of torch writes into the groups; in a
+    loop that sets its rates by hand it is the first rate that was seen.
+    """
+
+    __slots__ = ("_first",)
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def of(self, groups: list[dict[str, Any]]) -> float | None:
+        """The base rate of ``groups``; None where the host knows none."""
+        base = _mean_of("initial_lr", groups)
+        if base is not None and isfinite(base):
+            return base
+        if self._first is None:
+            first = mean_rate(groups)
+            self._first = first if first is not None and isfinite(first) else None
+        return self._first
+
+
+def put_optimizer(
+    row: list[float], groups: list[dict[str, Any]], factor: float, base: BaseRate
+) -> None:
+    """Mean learning rate used, base rate and momentum of parameter groups, as far as the host
+    has them.
+
+    ``factor`` is what decisions multiplied the script's own rates by. A group may hold
+    anything under these names: what is no number of the host leaves its metric out.
+    """
+    base_rate = base.of(groups)
+    if base_rate is not None and isfinite(base_rate):  # the rate itself counts what is not
+        row[_LR_BASE] = base_rate
+    if len(groups) == 1:
+        group = groups[0]
+        rate, momentum = group.get("lr"), group.get("momentum")
+        if type(rate) is float and type(momentum) is float and isfinite(rate + momentum):
+            row[_LR], row[_MOMENTUM] = rate * factor, momentum
+            return
+    rate = mean_rate(groups)
+    if rate is not None:
+        put(row, _LR, rate * factor)
+    known = [number for group in groups if (number := _momentum_of(group)) is not None]
+    if known:
+        put(row, _MOMENTUM, sum(known) / len(known))
+
+
+def mean_rate(groups: list[dict[str, Any]]) -> float | None:
+    """Mean of the groups' learning rates; None unless all are numbers of the host."""
+    return _mean_of("lr", groups)
+
+
+def _mean_of(name: str, groups: list[dict[str, Any]]) -> float | None:
+    total = 0.0
+    for group in groups:
+        rate = host_number(group.get(name))
+        if rate is None:
+            return None
+        total += rate
+    return total / len(groups) if groups else None
+
+
+def _momentum_of(group: dict[str, Any]) -> float | None:
+    """``momentum``, or the first of ``betas``."""
+    momentum = group.get("momentum")
+    if momentum is None:
+        betas = group.get("betas")
+        momentum = betas[0] if isinstance(betas, tuple | list) and betas else None
+    return host_number(momentum)
+
+
+def host_number(value: object) -> float | None:
+    """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
+    if type(value) is float:
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    if getattr(getattr(value, "device", None), "type", None) != "cpu":
+        return None
+    try:
+        return float(value.detach())  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):  # a vector, for example
+        return None

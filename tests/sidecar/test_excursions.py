@@ -1,0 +1,140 @@
+"""Level, scatter and record of a metric's excursions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from esper_tamiyo.judging.excursions import LAG, PATIENCE, Excursions
+
+RISK = 1 / 50_000
+ONE, LASTING = (1, 1), (6, 8)
+WINDOW, WARMUP = 160, 16
+
+
+def excursions(*, below: bool = False) -> Excursions:
+    return Excursions((ONE, LASTING), WINDOW, WARMUP, RISK, below=below)
+
+
+def beyond(values: list[float], hold: tuple[int, int] = ONE) -> list[int]:
+    """Places at which so many of the newest values are beyond the record of those before."""
+    made, found = excursions(), []
+    k, n = hold
+    newest: list[bool] = []
+    for place, value in enumerate(values):
+        bound = made.bound(hold, 1.0)
+        newest = [*newest, bound is not None and value > bound][-n:]
+        if sum(newest) >= k:
+            found.append(place)
+        made.add(value)
+    return found
+
+
+def noise(count: int, seed: int = 0) -> list[float]:
+    source = random.Random(seed)
+    return [1.0 + 0.1 * source.gauss(0, 1) for _ in range(count)]
+
+
+def test_nothing_is_known_during_warm_up():
+    made = excursions()
+    for value in noise(WARMUP + LAG - 1):
+        made.add(value)
+    assert made.level is None
+    assert made.bound(ONE, 1.0) is None
+
+
+def test_level_and_scatter_are_those_of_the_noise():
+    made = excursions()
+    for value in noise(2000):
+        made.add(value)
+    assert made.level == pytest.approx(1.0, abs=0.1)
+    assert made.scatter == pytest.approx(0.205, rel=0.4)  # 2.05 σ is the 98th percentile
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chance_does_not_exceed_the_record(seed):
+    assert len(beyond(noise(10_000, seed))) <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_with_outliers_is_used_to_them(seed):
+    source = random.Random(seed)
+    values = [abs(source.gauss(0, 1) / max(source.random(), 1e-3) ** 0.7) for _ in range(5000)]
+    assert len(beyond(values)) <= 4
+    assert not beyond(values, LASTING)
+
+
+def test_what_is_far_out_for_the_first_time_is_seen_at_once():
+    values = noise(400)
+    values[300] = 5.0
+    assert beyond(values) == [300]
+
+
+def test_the_same_again_and_again_is_explained():
+    values = noise(3000)
+    for place in range(300, 3000, 60):
+        values[place] = 5.0
+    found = beyond(values)
+    assert found[0] == 300
+    assert found[-1] < 1500
+
+
+def test_a_slow_rise_is_part_of_the_scatter_and_a_jump_is_not():
+    rising = [value + 0.002 * place for place, value in enumerate(noise(1000))]
+    assert not beyond(rising)
+    assert beyond([*rising[:500], *(value + 3 for value in rising[500:])])[0] == 500
+
+
+def test_a_level_that_stays_becomes_the_ordinary_one():
+    made = excursions()
+    for value in [*noise(300), *(value + 3 for value in noise(PATIENCE + WARMUP + LAG))]:
+        made.add(value)
+    assert made.level == pytest.approx(4.0, abs=0.15)
+    assert made.records[LASTING].peaks == 1
+
+
+def test_an_excursion_does_not_move_what_it_is_compared_with():
+    made = excursions()
+    for value in noise(300):
+        made.add(value)
+    before = made.level, made.scatter
+    for _ in range(PATIENCE - 1):
+        made.add(9.0)
+    assert (made.level, made.scatter) == before
+
+
+def test_one_outlier_says_nothing_of_many_at_once():
+    made = excursions()
+    values = noise(400)
+    values[300] = 500.0
+    for value in values:
+        made.add(value)
+    assert made.records[ONE].largest > 100
+    assert made.records[LASTING].largest == 0.0
+
+
+def test_below_is_above_upside_down():
+    up, down = excursions(), excursions(below=True)
+    for value in noise(600):
+        up.add(value)
+        down.add(-value)
+    bound = up.bound(ONE, 2.0)
+    assert bound is not None
+    assert down.bound(ONE, 2.0) == pytest.approx(-bound)
+
+
+def test_what_never_moved_has_no_scatter_and_a_metric_of_zeros_no_bound():
+    made = excursions()
+    for _ in range(300):
+        made.add(0.0)
+    assert made.level == 0.0
+    assert made.bound(ONE, 1.0) is None
+
+
+def test_a_metric_that_comes_to_rest_keeps_some_of_its_scatter():
+    made = excursions()
+    for value in [*noise(300), *([0.01] * 300)]:
+        made.add(value)
+    assert made.scatter is not None
+    assert made.scatter > 1e-3
