@@ -28,7 +28,7 @@ not applied.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper_otel.integrations.primary import Primary
@@ -165,6 +165,8 @@ class Jobs:
         """Name and sums of each run but the first one, in the order in which they began."""
         self.lost = 0
         """Values of closed ones that never came back from a device."""
+        self.follow: Callable[[Job], None] | None = None
+        """Told which training the loop works on, whenever that changes."""
         self._turns = [Job(run)]
         self._open = [self._turns[0]]
         self._of: weakref.WeakKeyDictionary[Any, Job] = weakref.WeakKeyDictionary()
@@ -325,10 +327,12 @@ class Jobs:
         elif job in self._open:
             self._confirm_all()
             self._turns = [job]
-            self._close_finished()
         else:
             self._turns.append(job)
-        job.recorder.take_over(before.recorder)
+        job.recorder.take_over(before.recorder)  # before that is closed, if it is over
+        self._close_finished()
+        if self.follow is not None:
+            self.follow(job)
 
     def _merge(self, other: Job, job: Job) -> None:
         """``other`` was no training of its own, but a part of ``job``'s loop."""

@@ -47,6 +47,7 @@ class Watch:
 
     def __init__(self, torch: Any, run: Run) -> None:
         self.jobs = run._jobs = Jobs(run)
+        self.jobs.follow = self._use
         self._use(self.jobs.current)
         self._is_graded: Callable[[], bool] = torch.is_grad_enabled
         self._thread = 0
