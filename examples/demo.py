@@ -46,7 +46,7 @@ PHASES = {
     "optimizer_ms": ("optimizer", "magenta"),
     "hook_latency_ms": ("esper", "red"),
 }
-ACTION_STYLE = {"PAUSE": "red", "OPTIMIZER": "bold yellow"}
+ACTION_STYLE = {"PAUSE": "red", "OPTIMIZER": "bold yellow", "UPDATE": "bold yellow"}
 
 SHOW = os.path.relpath(BIN / "esper-otel")
 
@@ -66,6 +66,22 @@ class Told:
     def seen(self) -> str:
         """The values the rule saw, in words."""
         return ", ".join(f"{key} {value:.4g}" for key, value in self.values.items())
+
+
+def seen_by(span: Any, rule: str) -> dict[str, float]:
+    """The values behind the finding of ``rule`` among the events of a span."""
+    for event in span.events:
+        finding = {a.key: a.value for a in event.attributes}
+        if (
+            "esper.finding.rule" in finding
+            and finding["esper.finding.rule"].string_value == rule
+        ):
+            return {
+                key.removeprefix("esper.finding.value."): value.double_value
+                for key, value in finding.items()
+                if key.startswith("esper.finding.value.")
+            }
+    return {}
 
 
 def bar(values: dict[str, float], width: int) -> Text:
@@ -95,10 +111,11 @@ class Observed:
 
     @property
     def accident(self) -> int | None:
-        """The first step at the faulty rate."""
-        for before, after in zip(self.steps, self.steps[1:], strict=False):
-            if after["optimizer_lr"] > 10 * before["optimizer_lr"]:
-                return int(after["step"])
+        """The first step at which the script's own rate is the faulty one."""
+        rates = [step["optimizer_lr"] / step.get("lr_scale", 1.0) for step in self.steps]
+        for before, after, step in zip(rates, rates[1:], self.steps[1:], strict=False):
+            if after > 10 * before:
+                return int(step["step"])
         return None
 
     def newest(self) -> list[dict[str, float]]:
@@ -136,6 +153,8 @@ class Observed:
                     for span in scope_spans.spans:
                         if span.name == "tamiyo.decide":
                             self._take_decision(span)
+                        elif span.name == "train.step":
+                            self._take_update(span)
 
     def _take_decision(self, span: Any) -> None:
         said = {a.key: a.value for a in span.attributes}
@@ -143,18 +162,18 @@ class Observed:
         if action == "CONTINUE":
             return
         rule = said["esper.decision.reason"].string_value
-        values: dict[str, float] = {}
-        for event in span.events:
-            finding = {a.key: a.value for a in event.attributes}
-            if finding["esper.finding.rule"].string_value == rule:
-                values = {
-                    key.removeprefix("esper.finding.value."): value.double_value
-                    for key, value in finding.items()
-                    if key.startswith("esper.finding.value.")
-                }
+        values = seen_by(span, rule)
         step = int(said["esper.decision.id"].string_value.rsplit("/", 1)[1])
         applied = said["esper.decision.applied"].bool_value
         self.told[step] = Told(step, action, rule, applied, values)
+
+    def _take_update(self, span: Any) -> None:
+        """What was decided about the update of a step before it was made."""
+        said = {a.key: a.value for a in span.attributes}
+        if "esper.update.reason" not in said:
+            return
+        rule, step = said["esper.update.reason"].string_value, said["esper.step"].int_value
+        self.told[step] = Told(step, "UPDATE", rule, True, seen_by(span, rule))
 
     def picture(self, *, ended: bool = False) -> Group:
         """The newest steps, oldest first; once it has ended, how it came to its end."""

@@ -242,7 +242,7 @@ def test_the_demo_runs_and_tells_what_was_decided(tmp_path):
         output, _ = process.communicate(timeout=360)
     assert process.returncode == 0, output
     assert "multiplied the learning rate by 50 at step 133" in output
-    assert "loss_diverging" in output
+    assert "learning_rate_leap" in output
     recordings = [path.name for path in (tmp_path / "recordings").glob("*/*.metrics.otlp")]
     assert sorted(recordings) == [
         "digits-advise-rank0.metrics.otlp",

@@ -424,3 +424,29 @@ def test_a_vector_of_rates_loses_nothing_but_its_own_metric(clock, caplog):
     assert used[1] == used[2] == (rates / 2).tolist(), "and it is scaled as any other"
     assert "optimizer_lr" not in frames.rows[0]
     assert frames.column("optimizer_momentum") == [0.9] * 3
+
+
+# --- where nobody answers any more
+
+
+def test_what_was_made_smaller_stays_so_while_nobody_answers_and_the_guard_is_crossed(clock):
+    def answer(step, values):
+        return decided(1, lr_scale=0.5, max_norm=0.5) if step == 1 else None
+
+    recorder, _, sidecar = guarded(clock)
+    sidecar.update = answer
+    made = []
+    for loss, answers in [(OUTSIDE, True), (OUTSIDE, False), (INSIDE, False), (OUTSIDE, False)]:
+        if not answers:
+            sidecar.update = lambda step, values: unanswered("r", step, "timeout")
+        made += train(recorder, clock, [loss])
+    smaller = pytest.approx((0.05, 0.5), rel=1e-5)
+    assert made == [smaller, smaller, (0.1, 2.0), (0.1, 2.0)]
+
+
+def test_nothing_is_left_out_because_the_update_before_was(clock):
+    recorder, _, sidecar = guarded(clock, decided(1, skip_step=1.0))
+    (first,) = train(recorder, clock, [OUTSIDE])
+    sidecar.update = lambda step, values: unanswered("r", step, "timeout")
+    (second,) = train(recorder, clock, [OUTSIDE])
+    assert (first, second) == ((0.1, None), (0.1, 2.0))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from math import isfinite, nan
 from time import perf_counter_ns
 
-from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.decisions import UNJUDGED, Decision
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.readings import Value
@@ -65,6 +65,9 @@ class UpdateControl:
         self._factor = 1.0
         self.base_rate = BaseRate()
         self._skips = 0
+        self._standing = AS_IT_IS
+        """What the last answer made smaller about an update outside its guards: where nobody
+        answers, the next one outside is made so as well. It is left out by an answer alone."""
         self._skipped_at: int | None = None
         """How many times backward was called when an update was left out last; None: it was
         made."""
@@ -214,8 +217,8 @@ class UpdateControl:
 
     def _order_for(self, optimizer: Optimizer, number: int, factor: float) -> UpdateOrder:
         guards = self._asking.guards
-        if guards is None or self._asking.unjudged:
-            return AS_IT_IS  # who did not answer just now is not waited for once more
+        if guards is None:
+            return AS_IT_IS
         step = self._step
         total, parts = step.loss
         loss = total / parts if type(total) is float and parts else None
@@ -226,8 +229,10 @@ class UpdateControl:
             if rate is not None:
                 rate *= factor
         if not guards.crossed(loss, norm, rate):
-            self._skips = 0
+            self._skips, self._standing = 0, AS_IT_IS
             return AS_IT_IS
+        if self._asking.unjudged:
+            return self._standing  # who did not answer just now is not waited for once more
         row = [nan] * len(STEP_KEYS)
         row[_STEP] = number
         row[_NONFINITE] = 0.0
@@ -237,7 +242,10 @@ class UpdateControl:
         decision = self._asking.check_update(
             number, perf_counter_ns() + self._clock.offset, row
         )
+        if decision.reason in UNJUDGED:
+            return self._standing
         order = self._responses.order_of(decision)
+        self._standing = UpdateOrder(order.lr_scale, order.max_norm)
         if order.restore and self._responses.restoring.order(decision, agreed=False):
             order = order._replace(skip=True)
         if not order.skip:
