@@ -21,36 +21,16 @@ from typing import Any
 
 import msgspec
 
-from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
-from esper_otel.leyline.wire import (
-    MAX_BODY,
-    PROTOCOL,
-    Answer,
-    Ask,
-    Check,
-    Guard,
-    Hello,
-    Latest,
-    LatestRequest,
-    Refusal,
-    SilenceRequest,
-    Status,
-    StatusRequest,
-    ToServer,
-    Welcome,
-    WireError,
-    may_steer,
-    peer_uid,
-)
+from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError, may_steer, peer_uid
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
-from esper_tamiyo.serving.connection import ClientConnection, Trainer
+from esper_tamiyo.serving.connection import ClientConnection
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
 from esper_tamiyo.serving.reloading import Reloading
-from esper_tamiyo.serving.silencing import silence
+from esper_tamiyo.serving.replies import Replies
 
 log = logging.getLogger("tamiyo")
 
@@ -85,11 +65,10 @@ class Server:
         self._buffer = bytearray(MAX_BODY)
         self._view = memoryview(self._buffer)
         self._counts: Counter[str] = Counter()
-        self._actions: Counter[str] = Counter()
-        self._decided_fast = 0
         self._garbage = GarbageSchedule()
+        self._replies = Replies(engine, reporter, self._garbage, self._status)
         self._started_at = time.monotonic()
-        self._last_frame_at: float | None = None
+        self._last_streamed_at: float | None = None
         self._tick_at = 0.0
         self._seen_at = 0
         """Mark of ``perf_counter_ns`` at which this turn saw what there is to do."""
@@ -170,7 +149,7 @@ class Server:
         now = time.monotonic()
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
-            seen = self._last_frame_at
+            seen = self._last_frame_at()
             if seen is not None and now - seen > TICK_S:
                 self._garbage.collect_all()
             now_ns = time.perf_counter_ns()
@@ -223,13 +202,7 @@ class Server:
             return
         try:
             for message in connection.messages(self._view[:count]):
-                if type(message) is Ask:  # first and without detour: a trainer waits
-                    alive = self._answer(connection, message)
-                elif type(message) is Check:
-                    alive = self._check(connection, message)
-                else:
-                    alive = self._reply(connection, message)
-                if not alive:
+                if not self._replies.reply(connection, message, self._seen_at):
                     self._counts["gave_up"] += 1
                     self._hang_up(connection)
                     return
@@ -248,99 +221,6 @@ class Server:
         if not connection.backlog:
             self._epoll.modify(connection.fd, _READ)
         return True
-
-    def _reply(self, connection: ClientConnection, message: ToServer) -> bool:
-        """False when the client has to be given up; raises :class:`WireError`."""
-        if type(message) is Hello:
-            if message.protocol != PROTOCOL:
-                raise WireError(f"this is protocol {PROTOCOL}, not {message.protocol}")
-            connection.trainer = Trainer(message)
-            self._log.on_hello(message)
-            return connection.send(Welcome(PROTOCOL, self._engine.table.version))
-        if type(message) is LatestRequest:
-            return connection.send(Latest(self._engine.latest(message.run, message.rank)))
-        if type(message) is StatusRequest:
-            return self._send_status(connection)
-        if type(message) is SilenceRequest:
-            return connection.send(silence(self._engine, self._log, message, connection.uid))
-        raise WireError("not a message a client sends")
-
-    def _answer(self, connection: ClientConnection, ask: Ask) -> bool:
-        trainer = connection.trainer
-        if trainer is None:
-            raise WireError("an Ask came before a Hello")
-        fast = None
-        if trainer.in_registry_order:
-            fast = self._engine.decide_fast(trainer.key, trainer.instance, ask)
-        if fast is not None and trainer.announced is None:
-            # The trainer goes on; what the step did to the history is worked out meanwhile,
-            # and so is whether the rows were well-formed.
-            sent = connection.send(Answer(ask.request_id, fast))
-            self._reporter.record_answer(self._seen_at)
-            self._log.set_context(self._seen_at, asked=True, proposal=ask.proposal)
-            self._engine.commit(trainer.frame_of_ask(ask), fast, self._seen_at)
-            self._decided_fast += 1
-        else:
-            self._log.set_context(self._seen_at, asked=True, proposal=ask.proposal)
-            frame = trainer.frame_of_ask(ask)
-            if fast is not None:
-                # The guards of its next update are those behind this step.
-                decision = fast
-                self._engine.commit(frame, fast, self._seen_at)
-                self._decided_fast += 1
-            else:
-                decision = self._engine.observe(frame, ask.proposal, self._seen_at)
-                self._actions[decision.action.value] += 1
-            guards = self._new_guards(trainer)
-            sent = self._send_decision(connection, ask.request_id, decision, guards)
-            self._reporter.record_answer(self._seen_at)
-        self._last_frame_at = time.monotonic()
-        self._garbage.count_step()
-        return sent
-
-    def _new_guards(self, trainer: Trainer) -> list[Guard] | None:
-        """The guards of its updates, if it has any and has to be told."""
-        if trainer.announced is None:
-            return None
-        guards = self._engine.update_guards(trainer.key, trainer.instance)
-        return trainer.announced.to_send(guards)
-
-    def _check(self, connection: ClientConnection, check: Check) -> bool:
-        """Answer a trainer that waits with its update; nothing else follows from it."""
-        trainer = connection.trainer
-        if trainer is None:
-            raise WireError("a Check came before a Hello")
-        known = trainer.frame_of_check(check)
-        decision = self._engine.check(known)
-        sent = self._send_decision(connection, check.request_id, decision)
-        self._reporter.record_answer(self._seen_at)
-        self._log.on_check(decision, known, self._seen_at)
-        self._garbage.count_step()
-        return sent
-
-    def _send_decision(
-        self,
-        connection: ClientConnection,
-        request_id: int,
-        decision: Decision,
-        guards: list[Guard] | None = None,
-    ) -> bool:
-        try:
-            return connection.send(Answer(request_id, decision, guards))
-        except WireError:  # findings about seeds with very long names
-            self._engine.note_bad_frame()
-            empty = unanswered(decision.run, decision.step, PROTOCOL_ERROR)
-            return connection.send(Answer(request_id, empty, guards))
-
-    def _send_status(self, connection: ClientConnection) -> bool:
-        report = self._status()
-        try:
-            return connection.send(Status(report))
-        except WireError:  # many ranks with many rules that fire, or very long names
-            report["engine"]["rules"] = None
-            for run in report["engine"]["runs"]:
-                run["rules"] = None
-            return connection.send(Status(report))
 
     def _hang_up(self, connection: ClientConnection) -> None:
         if self._connections.pop(connection.fd, None) is not None:
@@ -369,20 +249,25 @@ class Server:
         self._log.set_context(began_at, asked=False)
         self._engine.observe(streamed, at_ns=began_at)
         self._reporter.record_lag(streamed.time_unix_nano)
-        self._last_frame_at = time.monotonic()
+        self._last_streamed_at = time.monotonic()
         self._counts["frames_streamed"] += 1
         self._garbage.count_step()
 
+    def _last_frame_at(self) -> float | None:
+        """When a frame came last, asked about or streamed."""
+        times = [self._replies.last_ask_at, self._last_streamed_at]
+        return max((at for at in times if at is not None), default=None)
+
     def _status(self) -> dict[str, Any]:
         now = time.monotonic()
-        seen = self._last_frame_at
+        seen = self._last_frame_at()
         return {
             "pid": os.getpid(),
             "uptime_s": now - self._started_at,
             "last_frame_age_s": None if seen is None else now - seen,
             "table": self._reloading.status(),
             "connections": {"open": len(self._connections), **self._counts},
-            "answers": {"at_a_glance": self._decided_fast, **self._actions},
+            "answers": self._replies.counts(),
             "engine": self._engine.overview(time.perf_counter_ns()),
             "ingest": None if self._ingest is None else self._ingest.status(),
             **self._reporter.status(),

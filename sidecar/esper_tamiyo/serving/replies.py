@@ -1,0 +1,160 @@
+"""Replies: what each message of a client is answered, and what an ask brings about."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
+from esper_otel.leyline.wire import (
+    PROTOCOL,
+    Answer,
+    Ask,
+    Check,
+    Guard,
+    Hello,
+    Latest,
+    LatestRequest,
+    SilenceRequest,
+    Status,
+    StatusRequest,
+    ToServer,
+    Welcome,
+    WireError,
+)
+from esper_tamiyo.journaling.reporter import Reporter
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.serving.connection import ClientConnection, Trainer
+from esper_tamiyo.serving.latency import GarbageSchedule
+from esper_tamiyo.serving.silencing import silence
+
+
+class Replies:
+    """Answers the messages of all connections, asks before all else."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reporter: Reporter,
+        garbage: GarbageSchedule,
+        status: Callable[[], dict[str, Any]],
+    ) -> None:
+        """``status`` is what a tool that asks for it is told."""
+        self._engine = engine
+        self._reporter = reporter
+        self._log = reporter.decision_log
+        self._garbage = garbage
+        self._status = status
+        self._actions: Counter[str] = Counter()
+        self._decided_fast = 0
+        self.last_ask_at: float | None = None
+        """When a trainer asked last, of the monotonic clock; None before the first."""
+
+    def counts(self) -> dict[str, int]:
+        """How many asks were answered, by what they were told."""
+        return {"at_a_glance": self._decided_fast, **self._actions}
+
+    def reply(self, connection: ClientConnection, message: ToServer, seen_at: int) -> bool:
+        """Answer one message, which was seen at ``seen_at`` (of ``perf_counter_ns``).
+
+        False when the client has to be given up; raises :class:`WireError`.
+        """
+        if type(message) is Ask:  # first and without detour: a trainer waits
+            return self._answer(connection, message, seen_at)
+        if type(message) is Check:
+            return self._check(connection, message, seen_at)
+        return self._reply(connection, message)
+
+    def _reply(self, connection: ClientConnection, message: ToServer) -> bool:
+        if type(message) is Hello:
+            if message.protocol != PROTOCOL:
+                raise WireError(f"this is protocol {PROTOCOL}, not {message.protocol}")
+            connection.trainer = Trainer(message)
+            self._log.on_hello(message)
+            return connection.send(Welcome(PROTOCOL, self._engine.table.version))
+        if type(message) is LatestRequest:
+            return connection.send(Latest(self._engine.latest(message.run, message.rank)))
+        if type(message) is StatusRequest:
+            return self._send_status(connection)
+        if type(message) is SilenceRequest:
+            return connection.send(silence(self._engine, self._log, message, connection.uid))
+        raise WireError("not a message a client sends")
+
+    def _answer(self, connection: ClientConnection, ask: Ask, seen_at: int) -> bool:
+        trainer = connection.trainer
+        if trainer is None:
+            raise WireError("an Ask came before a Hello")
+        fast = None
+        if trainer.in_registry_order:
+            fast = self._engine.decide_fast(trainer.key, trainer.instance, ask)
+        if fast is not None and trainer.announced is None:
+            # The trainer goes on; what the step did to the history is worked out meanwhile,
+            # and so is whether the rows were well-formed.
+            sent = connection.send(Answer(ask.request_id, fast))
+            self._reporter.record_answer(seen_at)
+            self._log.set_context(seen_at, asked=True, proposal=ask.proposal)
+            self._engine.commit(trainer.frame_of_ask(ask), fast, seen_at)
+            self._decided_fast += 1
+        else:
+            self._log.set_context(seen_at, asked=True, proposal=ask.proposal)
+            frame = trainer.frame_of_ask(ask)
+            if fast is not None:
+                # The guards of its next update are those behind this step.
+                decision = fast
+                self._engine.commit(frame, fast, seen_at)
+                self._decided_fast += 1
+            else:
+                decision = self._engine.observe(frame, ask.proposal, seen_at)
+                self._actions[decision.action.value] += 1
+            guards = self._new_guards(trainer)
+            sent = self._send_decision(connection, ask.request_id, decision, guards)
+            self._reporter.record_answer(seen_at)
+        self.last_ask_at = time.monotonic()
+        self._garbage.count_step()
+        return sent
+
+    def _new_guards(self, trainer: Trainer) -> list[Guard] | None:
+        """The guards of its updates, if it has any and has to be told."""
+        if trainer.announced is None:
+            return None
+        guards = self._engine.update_guards(trainer.key, trainer.instance)
+        return trainer.announced.to_send(guards)
+
+    def _check(self, connection: ClientConnection, check: Check, seen_at: int) -> bool:
+        """Answer a trainer that waits with its update; nothing else follows from it."""
+        trainer = connection.trainer
+        if trainer is None:
+            raise WireError("a Check came before a Hello")
+        known = trainer.frame_of_check(check)
+        decision = self._engine.check(known)
+        sent = self._send_decision(connection, check.request_id, decision)
+        self._reporter.record_answer(seen_at)
+        self._log.on_check(decision, known, seen_at)
+        self._garbage.count_step()
+        return sent
+
+    def _send_decision(
+        self,
+        connection: ClientConnection,
+        request_id: int,
+        decision: Decision,
+        guards: list[Guard] | None = None,
+    ) -> bool:
+        try:
+            return connection.send(Answer(request_id, decision, guards))
+        except WireError:  # findings about seeds with very long names
+            self._engine.note_bad_frame()
+            empty = unanswered(decision.run, decision.step, PROTOCOL_ERROR)
+            return connection.send(Answer(request_id, empty, guards))
+
+    def _send_status(self, connection: ClientConnection) -> bool:
+        report = self._status()
+        try:
+            return connection.send(Status(report))
+        except WireError:  # many ranks with many rules that fire, or very long names
+            report["engine"]["rules"] = None
+            for run in report["engine"]["runs"]:
+                run["rules"] = None
+            return connection.send(Status(report))
