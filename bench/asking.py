@@ -4,8 +4,9 @@
   sidecar is asked about it, by the client that training uses, in two ways: the answer is
   *collected* when the step after it is all but over, as training does, or *waited for* at
   once. What counts is the time within the client, sending included. A bare Python echo with
-  messages of the same sizes is asked in turn with both, in short blocks; first with an idle
-  sidecar, then while 50,000 OTLP points per second come in.
+  messages of the same sizes is asked in turn with both, in both ways and in short blocks; first
+  with an idle sidecar, then while 50,000 OTLP points per second come in. The echo that is
+  *collected* is the floor: the two system calls, which no client can do without.
 * One step held against its guards, which happens before every update.
 * Time per step of a small CNN and a transformer: bare, recorded but not asking, and asking at
   every step, in turn in one process, under zero-code instrumentation.
@@ -32,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bench.figures import Figure, median, percentile, run
-from bench.roundtrip import Ask, Feed, echo, feeder, tamiyo
+from bench.roundtrip import Echo, Feed, echo, feeder, tamiyo
 from bench.roundtrip_peers import FRAME
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import FAILED_OPEN, Decision
@@ -131,7 +132,7 @@ def work(ms: float) -> None:
         pass
 
 
-def asks_of(ask: Ask) -> Block:
+def waiting_echo(echo: Echo) -> Block:
     """Blocks of bare round trips."""
 
     def block(step_ms: float, steps: int) -> list[float]:
@@ -139,8 +140,26 @@ def asks_of(ask: Ask) -> Block:
         for _ in range(steps):
             work(step_ms)
             began = perf_counter_ns()
-            ask()
+            echo()
             times.append((perf_counter_ns() - began) / 1e3)
+        return times
+
+    return block
+
+
+def collected_echo(echo: Echo) -> Block:
+    """Blocks of bare round trips whose second half is done a step later."""
+
+    def block(step_ms: float, steps: int) -> list[float]:
+        times = []
+        for _ in range(steps):
+            began = perf_counter_ns()
+            echo.send()
+            sent = perf_counter_ns()
+            work(step_ms)
+            asked = perf_counter_ns()
+            echo.receive()
+            times.append((perf_counter_ns() - asked + sent - began) / 1e3)
         return times
 
     return block
@@ -172,6 +191,9 @@ def rows_of(times: dict[str, list[float]], where: str) -> Iterator[Figure]:
     yield Figure.at_most(BENCH, f"asking p50, {where}", ours, "µs", bar=BAR_US)
     yield Figure.at_most(
         BENCH, f"the same over a bare echo, {where}", ours, "µs", p50["echo"], bar=1.0
+    )
+    yield Figure.report(
+        BENCH, f"the same over a collected echo, {where}", ours, "µs", p50["collected echo"]
     )
     yield Figure.report(BENCH, f"the same over waiting, {where}", ours, "µs", p50["waited for"])
     yield Figure.report(
@@ -314,7 +336,8 @@ def figures() -> list[Figure]:
         ways = {
             "collected": collecting.collecting,
             "waited for": waiting.waiting,
-            "echo": asks_of(bare),
+            "echo": waiting_echo(bare),
+            "collected echo": collected_echo(bare),
         }
         with feeder(words["otlp_http"], POINTS_PER_S) as feed:
             feed.begin(1.0)  # the first requests find the receiver still importing

@@ -198,7 +198,7 @@ def tamiyo(path: Path, *options: str) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def echo(path: Path, ask_bytes: int, answer_bytes: int) -> Iterator[Ask]:
+def echo(path: Path, ask_bytes: int, answer_bytes: int) -> Iterator[Echo]:
     """Asks a bare echo process."""
     message = bytes(ask_bytes)
     with (
@@ -206,14 +206,31 @@ def echo(path: Path, ask_bytes: int, answer_bytes: int) -> Iterator[Ask]:
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection,
     ):
         connection.connect(str(path))
+        yield Echo(connection, message, answer_bytes)
 
-        def ask() -> None:
-            connection.sendall(message)
-            missing = answer_bytes
-            while missing:
-                missing -= len(connection.recv(65536))
 
-        yield ask
+class Echo:
+    """The two system calls of a round trip, and nothing else."""
+
+    def __init__(self, connection: socket.socket, message: bytes, answer_bytes: int) -> None:
+        self._connection = connection
+        self._message = message
+        self._answer_bytes = answer_bytes
+
+    def __call__(self) -> None:
+        """One round trip."""
+        self.send()
+        self.receive()
+
+    def send(self) -> None:
+        """Its first half."""
+        self._connection.sendall(self._message)
+
+    def receive(self) -> None:
+        """Its second half; waits."""
+        missing = self._answer_bytes
+        while missing:
+            missing -= len(self._connection.recv(65536))
 
 
 @contextmanager
