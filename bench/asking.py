@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bench.figures import Figure, median, percentile, run
-from bench.roundtrip import Echo, Feed, echo, feeder, tamiyo
+from bench.roundtrip import Echo, Feed, echo, feeder, put_step, tamiyo
 from bench.roundtrip_peers import FRAME
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import FAILED_OPEN, Decision
@@ -81,7 +81,7 @@ class Asked:
     def stepped(self) -> None:
         """The next step has ended."""
         self.step += 1
-        self.row[STEP_SLOT["step"]] = self.step
+        put_step(self.row, self.step)
 
     def waiting(self, step_ms: float, steps: int) -> list[float]:
         """A block whose answers are waited for."""

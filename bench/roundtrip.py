@@ -25,7 +25,7 @@ from pathlib import Path
 from time import perf_counter, perf_counter_ns
 
 from bench.figures import Figure, percentile, run
-from bench.roundtrip_peers import FRAME
+from bench.roundtrip_peers import FRAME, varying
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import FAILED_OPEN, Decision
 from esper_otel.leyline.frames import step_row
@@ -51,7 +51,7 @@ def figures() -> list[Figure]:
         sidecar = stack.enter_context(tamiyo(folder / "tamiyo.sock"))
         asked = stack.enter_context(Asked(folder / "tamiyo.sock"))
         ask_bytes, answer_bytes = asked.sizes()
-        rivals = {
+        rivals: dict[str, Ask] = {
             "echo": stack.enter_context(echo(folder / "echo.sock", ask_bytes, answer_bytes)),
             "gRPC": stack.enter_context(grpc(folder / "grpc.sock", ask_bytes, answer_bytes)),
         }
@@ -128,6 +128,13 @@ def timed(ask: Ask, gap_s: float) -> float:
     return (perf_counter_ns() - began) / 1e3
 
 
+def put_step(row: list[float], step: int) -> None:
+    """Make ``row`` that of ``step``."""
+    row[STEP_SLOT["step"]] = step
+    for key, value in varying(step).items():
+        row[STEP_SLOT[key]] = value
+
+
 class Asked:
     """The sidecar, asked as training asks it: the client, a whole frame, a step at a time."""
 
@@ -148,7 +155,7 @@ class Asked:
     def ask(self) -> Decision:
         """Ask about the next step; an ask that fails open is no measurement."""
         self._step = step = self._step + 1
-        self._row[STEP_SLOT["step"]] = step
+        put_step(self._row, step)
         decision = self._client.ask(step, time.time_ns(), self._row)
         if decision.reason in FAILED_OPEN:
             raise RuntimeError(f"the sidecar did not answer: {decision.reason}")
