@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.terminal import say, say_json
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator
     try:
         for entry in read(folder):
             if isinstance(entry, journal.Damage):
-                print(f"tamiyo: {entry}", file=sys.stderr)
+                say(f"tamiyo: {entry}", file=sys.stderr)
             else:
                 yield entry
     except FileNotFoundError:
@@ -58,10 +59,10 @@ def _journal(options: argparse.Namespace) -> int:
         for entry in entries_of(options, follow=options.follow):
             if options.run and getattr(entry, "run", "") != options.run:
                 continue
-            line = (
-                encode_entry(entry).decode().rstrip() if options.json else format_entry(entry)
-            )
-            print(line, flush=options.follow)
+            if options.json:
+                say_json(encode_entry(entry).decode().rstrip(), flush=options.follow)
+            else:
+                say(format_entry(entry), flush=options.follow)
     except KeyboardInterrupt:  # how one ends --follow
         return 130
     return 0

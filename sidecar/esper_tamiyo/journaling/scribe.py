@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Journal, JournalThread
@@ -222,7 +223,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
-    logging.basicConfig(format="tamiyo: %(message)s", level=logging.WARNING)
+    log_to_stderr(logging.WARNING)
     pipe = socket.socket(fileno=int(fd))
     Scribe(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
     sys.stderr.flush()

@@ -22,7 +22,6 @@ from esper_tamiyo.language.yaml_nodes import (
     Fault,
     compose_document,
     fault_at,
-    printable,
     read_document,
 )
 
@@ -183,7 +182,7 @@ def _base(
         base = TableSource(str(path), read_document(path))
     except BrokenDocumentError as error:
         hint = f"expected a file, or one of {', '.join(shipped_tables())}"
-        _refuse(source, node, f"{printable(str(path))} {error}; {hint}")
+        _refuse(source, node, f"{path} {error}; {hint}")
     document = _document(base, line)
     if path.parent != SHIPPED:
         reader = TableReader()

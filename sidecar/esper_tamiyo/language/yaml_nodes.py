@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import yaml
 
+from esper_otel.leyline.terminal import printable
+
 Choice = TypeVar("Choice", bound=StrEnum)
 
 MAX_BYTES = 1 << 20
@@ -35,10 +37,10 @@ class Fault(NamedTuple):
     source: str = ""
 
     def at(self, source: str) -> str:
-        """``file:line: field: message``, without the parts that are not known."""
+        """``file:line: field: message`` on one line, without the parts that are not known."""
         source = self.source or source
         place = f"{source}:{self.line}" if self.line else source
-        return ": ".join(part for part in (place, self.field, self.message) if part)
+        return printable(": ".join(part for part in (place, self.field, self.message) if part))
 
 
 class BrokenDocumentError(ValueError):
@@ -117,11 +119,6 @@ def shown(node: yaml.Node) -> str:
     return f'"{value}"' if node.tag == f"{_TAG}str" else value
 
 
-def printable(text: str) -> str:
-    """``text`` on one line, whatever is in it."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def fault_at(node: yaml.Node, field: str, message: str) -> Fault:
     """What is wrong with ``field``, at the line, and in the file, of ``node``."""
     return Fault(node.start_mark.line + 1, field, message, node.start_mark.name)
@@ -147,7 +144,7 @@ class NodeReader:
         fields: dict[str, yaml.Node] = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else shown(key)
-            where = printable(f"{field}.{name}" if field else name)
+            where = f"{field}.{name}" if field else name
             if name not in known or not isinstance(key, yaml.ScalarNode):
                 self.fault(key, where, f"unknown field{self.meant(name, known)}")
             elif name in fields:
