@@ -33,7 +33,8 @@ import msgspec
 from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
-from esper_tamiyo.journaling.journal import Journal, JournalThread
+from esper_tamiyo.journaling.journal import Journal
+from esper_tamiyo.journaling.journal_thread import JournalThread
 from esper_tamiyo.journaling.messages import (
     Heartbeat,
     Message,
@@ -209,6 +210,7 @@ class Scribe:
         self._said = ScribeStatus(
             written=journal.written if journal else 0,
             lost=journal.all_lost if journal else 0,
+            files_taken_away=journal.taken_away if journal else 0,
             error=journal.error if journal else "",
             exports=self._telemetry.endpoints,
         )
