@@ -150,9 +150,7 @@ def _serve(options: argparse.Namespace) -> int:
             ingest,
             reporter,
             Reloading(engine, options.table, watched=options.table not in shipped_tables()),
-            lambda: say(
-                _ready_line(listener.path, ingest, table.version, health), flush=True
-            ),
+            lambda: say(_ready_line(listener.path, ingest, table.version, health), flush=True),
         ).run()
     except (SocketError, IngestError) as error:
         raise CommandError(str(error)) from None

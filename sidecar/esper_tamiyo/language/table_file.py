@@ -120,7 +120,11 @@ def files_behind(name: str) -> tuple[str, ...]:
     """
     files: list[str] = []
     path = path_of(name)
-    while str(path) not in files and not (files and path.parent == SHIPPED):
+    while (
+        len(files) < MAX_LEVELS
+        and str(path) not in files
+        and not (files and path.parent == SHIPPED)
+    ):
         files.append(str(path))
         try:
             node = extended(compose_document(read_document(path), "table"))
