@@ -274,7 +274,7 @@ def remove_the_folder(folder):
 
 
 def move_the_folder(folder):
-    folder.rename(folder.with_name("elsewhere"))
+    folder.rename(folder.with_name(f"before-{files_of(folder)[-1].name}"))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,10 @@ def move_the_folder(folder):
         move_the_folder,
     ],
 )
-def test_what_is_written_after_a_file_was_taken_away_is_found(folder, tidy_up, caplog):
+def test_what_is_written_after_a_file_was_taken_away_is_found(
+    folder, tidy_up, caplog, monkeypatch
+):
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.SYNC_S", 60.0)
     thread = JournalThread(Disk(folder).open, folder)
     thread.start()
     thread.put([table("loss_spike"), decided(1)])
@@ -328,6 +331,7 @@ def test_a_file_that_is_taken_away_while_nothing_happens_is_noticed_as_well(
 
 def test_a_journal_whose_folder_cannot_be_made_again_is_told_of(folder, monkeypatch):
     monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.RETRY_S", 0.0)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.SYNC_S", 60.0)
     thread = JournalThread(Disk(folder).open, folder)
     thread.start()
     thread.put([decided(1)])

@@ -116,7 +116,7 @@ class _WaysLeft:
     def __init__(self, most: int) -> None:
         self._left = most
 
-    def of(self, rule: Rule) -> list[tuple[Condition, ...]]:
+    def take(self, rule: Rule) -> list[tuple[Condition, ...]]:
         """All ways in which ``rule`` may come true; none when there are too many."""
         most = min(MAX_WAYS, self._left)
         ways = list(islice(_ways(rule.when), most + 1))
@@ -126,7 +126,7 @@ class _WaysLeft:
 
 def _never_fires(rule: Rule, left: _WaysLeft) -> Iterator[str]:
     """One message when no way is left, else one for each part that cannot hold."""
-    ways = left.of(rule)
+    ways = left.take(rule)
     if not ways:
         return
     reasons = [_impossible(way) for way in ways]
