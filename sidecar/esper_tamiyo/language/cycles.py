@@ -53,7 +53,7 @@ def components(edges: Mapping[str, Collection[str]]) -> Iterator[list[str]]:
                 if path:
                     lowest[path[-1]] = min(lowest[path[-1]], lowest[node])
                 if lowest[node] == order[node]:
-                    component = []
+                    component: list[str] = []
                     while not component or component[-1] != node:
                         component.append(stack.pop())
                     stacked.difference_update(component)

@@ -23,7 +23,12 @@ from opentelemetry.sdk.trace import (
 )
 from opentelemetry.sdk.trace import Tracer as SdkTracer
 from opentelemetry.sdk.trace.id_generator import IdGenerator
-from opentelemetry.sdk.trace.sampling import ParentBased, StaticSampler, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import (
+    Decision,
+    ParentBased,
+    StaticSampler,
+    TraceIdRatioBased,
+)
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext
 
@@ -189,7 +194,8 @@ class Tracers:
             root.attributes,
             (),
         )
-        return self._encoder if sampled.decision.is_sampled() else _Forgetting()
+        is_sampled = sampled.decision is Decision.RECORD_AND_SAMPLE
+        return self._encoder if is_sampled else _Forgetting()
 
     def _fits(self, span: SpanContent) -> bool:
         """Whether the limits of ``OTEL_*`` leave it as it is."""
