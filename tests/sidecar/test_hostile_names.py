@@ -7,6 +7,7 @@ import pytest
 
 from esper_otel import cli as trainer_cli
 from esper_otel.leyline.decisions import Action, Decision, Finding, Severity
+from esper_otel.leyline.terminal import printable
 from esper_otel.leyline.wire import Latest, SilenceReply, Status
 from esper_otel.stream import StreamReport
 from esper_otel.summary import TrainingSummary, summary_of
@@ -112,6 +113,17 @@ def test_the_journal_is_read_on_our_lines(tamiyo, journal, arguments):
 def test_json_of_the_journal_has_the_names_as_they_are(tamiyo, journal):
     lines = map(json.loads, tamiyo("journal", "--json", "--journal", journal).out.splitlines())
     assert EVIL in {line.get("run") for line in lines}
+
+
+def test_what_was_printed_can_be_asked_for(tamiyo, journal, recording):
+    shown = printable(EVIL)
+    explained = tamiyo("explain", f"{shown}/0/3", "--journal", journal)
+    assert explained.status == 0
+    assert explained == tamiyo("explain", f"{EVIL}/0/3", "--journal", journal)
+    listed = tamiyo("journal", "--run", shown, "--journal", journal).out
+    assert listed
+    assert listed == tamiyo("journal", "--run", EVIL, "--journal", journal).out
+    assert tamiyo("replay", recording, "--run", shown).status == 0
 
 
 def test_a_folder_that_is_not_there_is_named_on_our_line(tamiyo, tmp_path):

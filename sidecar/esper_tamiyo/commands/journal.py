@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.leyline.terminal import say, say_json
+from esper_otel.leyline.terminal import printable, say, say_json
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket
 
 if TYPE_CHECKING:
@@ -55,9 +55,12 @@ def _journal(options: argparse.Namespace) -> int:
     from esper_tamiyo.journaling.journal import encode_entry
     from esper_tamiyo.journaling.lines import format_entry
 
+    run = printable(
+        options.run
+    )  # compared as runs are shown, so that what was printed is found
     try:
         for entry in entries_of(options, follow=options.follow):
-            if options.run and getattr(entry, "run", "") != options.run:
+            if run and printable(getattr(entry, "run", "")) != run:
                 continue
             if options.json:
                 say_json(encode_entry(entry).decode().rstrip(), flush=options.follow)

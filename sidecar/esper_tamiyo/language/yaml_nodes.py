@@ -92,7 +92,7 @@ def compose_document(data: bytes, what: str, source: str = "") -> yaml.Node:
         line = data.count(b"\n", 0, error.start) + 1
         raise BrokenDocumentError(line, f"not UTF-8 text: byte {error.start}") from None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _BoundedLoader(text)
         loader.name = source
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -106,12 +106,33 @@ def compose_document(data: bytes, what: str, source: str = "") -> yaml.Node:
     except RecursionError:
         line = loader.line + 1
         raise BrokenDocumentError(line, "not valid YAML: nested too deeply") from None
+    except BrokenDocumentError:
+        raise
     except (ValueError, OverflowError) as error:  # an escape beyond Unicode, in PyYAML 6
         raise BrokenDocumentError(1, f"not valid YAML: {error}") from None
     if root is None:
         raise BrokenDocumentError(1, f"the {what} is empty")
     _check_size(root)
     return root
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Gives up at the first value that is too many, which saves seconds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise _too_many(self.line + 1)
+        return super().compose_node(parent, index)
+
+
+def _too_many(line: int) -> BrokenDocumentError:
+    message = f"more than {MAX_VALUES:,} values, those behind aliases included"
+    return BrokenDocumentError(line, message)
 
 
 def _check_size(root: yaml.Node) -> None:
@@ -130,8 +151,7 @@ def _check_size(root: yaml.Node) -> None:
             above.discard(key)
             sizes[key] = 1 + sum(sizes.get(id(each), 1) for each in _below(node))
             if sizes[key] > MAX_VALUES:
-                message = f"more than {MAX_VALUES:,} values, those behind aliases included"
-                raise BrokenDocumentError(node.start_mark.line + 1, message)
+                raise _too_many(node.start_mark.line + 1)
         elif key in above:
             message = "an alias stands within what it is an alias of"
             raise BrokenDocumentError(node.start_mark.line + 1, message)
