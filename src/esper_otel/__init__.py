@@ -17,11 +17,9 @@ torch along, and is done in milliseconds.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from esper_otel._version import __version__
-from esper_otel.leyline.terminal import EscapingFilter
 
 if TYPE_CHECKING:  # for editors and type checkers: what is loaded when it is used
     from esper_otel.kasmina.garden import Garden, GardenError
@@ -64,10 +62,6 @@ _HOMES = {
     "esper_otel.tolaria.gradients": ("PCGrad", "pcgrad"),
 }
 """Module → what of it belongs to this face; a test holds it to ``__all__``."""
-
-
-# Here, as the handlers are the script's, and no module of ours logs before this one is loaded.
-logging.getLogger("esper_otel").addFilter(EscapingFilter())
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,7 @@ def test_what_the_trainers_side_logs_is_escaped_whatever_handler_the_script_has(
     script = """
 import logging
 logging.basicConfig(format="script: %(message)s")
-import esper_otel
+import esper_otel.leyline
 logging.getLogger("esper_otel").warning("run %s", "x\\nscript: all is well")
 logging.getLogger("mine").warning("one\\ntwo")
 """
