@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esper_tamiyo.cli import main
 from esper_tamiyo.language import lint, yaml_nodes
 from esper_tamiyo.language.lint import doubts
 from esper_tamiyo.language.table import MAX_CONDITIONS, MAX_ID, MAX_RULES, MAX_TEXT
@@ -127,6 +128,23 @@ def test_of_many_faults_the_first_are_told():
     lines = refused(table(*["nonsense: 1"] * 400))
     assert len(lines) == MAX_FAULTS + 1
     assert "and more is wrong; the first 100 faults are told" in lines[-1]
+
+
+def test_of_many_doubts_the_first_are_told(tmp_path, capsys):
+    path = tmp_path / "t.yaml"
+    path.write_text(
+        table(
+            *(
+                f"id: r{n}, metric: loss, above: 1, {REST}, "
+                f"inhibits: [{', '.join(f'r{m}' for m in range(n))}]"
+                for n in range(20)
+            )
+        )
+    )
+    assert main(["check", str(path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == MAX_FAULTS + 1
+    assert lines[-1] == "and 90 more of the kind"
 
 
 def test_a_chain_of_tables_is_followed_to_its_allowed_end(tmp_path):

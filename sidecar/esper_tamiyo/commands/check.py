@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
 def _check(options: argparse.Namespace) -> int:
     from esper_tamiyo.language.lint import doubts
     from esper_tamiyo.language.table_file import TableError, locate, read
-    from esper_tamiyo.language.yaml_nodes import Fault
+    from esper_tamiyo.language.yaml_nodes import MAX_FAULTS, Fault
 
     try:
         source = read(options.table)
@@ -44,8 +44,11 @@ def _check(options: argparse.Namespace) -> int:
         for doubt in doubts(table)
     ]
     if found:
-        for fault in sorted(found):
-            say(fault.at(source.name), file=sys.stderr)
+        found.sort()
+        lines = [fault.at(source.name) for fault in found[:MAX_FAULTS]]
+        if len(found) > MAX_FAULTS:
+            lines.append(f"and {len(found) - MAX_FAULTS:,} more of the kind")
+        say(*lines, file=sys.stderr)
         return 1
     _describe(options.table, table, located.extends)
     return 0
