@@ -24,6 +24,8 @@ from esper_tamiyo.language.operators import (
 from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
     KNOWN_BEFORE_UPDATE,
+    MAX_CONDITIONS,
+    MAX_RULES,
     Baseline,
     Condition,
     Conservative,
@@ -31,6 +33,7 @@ from esper_tamiyo.language.table import (
     Rule,
     meta,
 )
+from esper_tamiyo.language.yaml_nodes import MAX_BYTES, MAX_VALUES
 from ops.generate.files import COMMAND
 from ops.generate.table_schema import OPERANDS, REQUIRED, property_of, rule_fields, yaml_name
 
@@ -55,6 +58,10 @@ def page() -> str:
         baseline_fields=_fields(Baseline, Baseline.__struct_fields__),
         record_fields=_fields(RecordSpan, RecordSpan.__struct_fields__),
         conservative_fields=_fields(Conservative, Conservative.__struct_fields__),
+        max_bytes=MAX_BYTES,
+        max_values=MAX_VALUES,
+        max_rules=MAX_RULES,
+        max_conditions=MAX_CONDITIONS,
         lag=LAG,
         calm=CALM,
         patience=PATIENCE,
@@ -183,7 +190,9 @@ its file, line and field, and rules that can never fire, never be heard or never
 that inhibit in vain. `tamiyo table default` prints a shipped table with its comments, and
 `tamiyo table --schema > table.schema.json` writes the JSON Schema of tables: with
 `# yaml-language-server: $schema=table.schema.json` as the first line most editors
-complete and check a table while it is written.
+complete and check a table while it is written. A file has at most {max_bytes:,} bytes and
+{max_values:,} values, what stands behind an alias counted wherever it is used; a table at most
+{max_rules:,} rules, and a rule {max_conditions} conditions.
 
 ```yaml
 version: mine-1

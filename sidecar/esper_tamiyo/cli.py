@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from esper_otel.leyline.terminal import say
 from esper_tamiyo.commands import (
     ask,
     check,
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = options.command(options)
     except CommandError as error:
-        print(f"tamiyo: {error}", file=sys.stderr)
+        first, *others = error.lines
+        say(f"tamiyo: {first}", *others, file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()

@@ -13,6 +13,7 @@ import msgspec
 
 from esper_otel._version import __version__
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.terminal import say, say_json
 from esper_otel.settings import EsperSettings, Mode, SettingsError
 
 _RUN = """\
@@ -135,9 +136,9 @@ def _resend(options: argparse.Namespace) -> int:
     report = resend(options.files)
     for file in report.files:
         rejected = f", {file.rejected:,} rejected by the receiver" if file.rejected else ""
-        print(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept")
+        say(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept")
         if file.problem:
-            print(f"esper-otel: resend: {file.problem}", file=sys.stderr)
+            say(f"esper-otel: resend: {file.problem}", file=sys.stderr)
     return 0 if report.is_complete else 1
 
 
@@ -154,12 +155,12 @@ def _show(options: argparse.Namespace) -> int:
         try:
             for frame in read_frames(path):
                 if options.json:
-                    print(json.dumps(msgspec.structs.asdict(frame)))
+                    say_json(json.dumps(msgspec.structs.asdict(frame)))
                 else:
-                    print(_line(frame, columns))
+                    say(_line(frame, columns))
         except (RecordingError, OSError) as error:
             known = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
-            print(f"esper-otel: show: {known}", file=sys.stderr)
+            say(f"esper-otel: show: {known}", file=sys.stderr)
             status = 1
     return status
 
@@ -176,7 +177,7 @@ def _line(frame: StepFrame, columns: Sequence[str]) -> str:
 
 
 def _refuse(message: str) -> int:
-    print(f"esper-otel: {message}", file=sys.stderr)
+    say(f"esper-otel: {message}", file=sys.stderr)
     return 2
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from esper_otel.leyline.terminal import printable, printable_json
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
 from esper_otel.tolaria.restoring import SnapshotReport
@@ -155,7 +156,7 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  unsent    esper-otel resend {' '.join(self.unsent)}")
         if self.recordings:
             lines.append(f"  recorded  {' '.join(self.recordings)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _unjudged(self) -> str:
         text = "did not answer"
@@ -300,7 +301,8 @@ def tell_summary(
             others=others,
         )
         as_json = settings.summary is Summaries.JSON
-        print(summary.as_json() if as_json else summary.as_text(), file=sys.stderr, flush=True)
+        text = printable_json(summary.as_json()) if as_json else summary.as_text()
+        print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass  # nobody reads any more
 

@@ -38,4 +38,4 @@ def test_the_page_has_every_field(name):
 
 def test_words_of_a_reader_are_those_of_the_page():
     """A table in the page's words has no unknown fields."""
-    assert NodeReader.meant("abov", CONDITION_FIELDS) == "; did you mean above?"
+    assert NodeReader().meant("abov", CONDITION_FIELDS) == "; did you mean above?"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from itertools import islice
 
 import pytest
@@ -14,7 +15,6 @@ from esper_tamiyo.journaling.entries import Closed, Gap, Opened
 from esper_tamiyo.journaling.journal import (
     Damage,
     Journal,
-    JournalThread,
     default_folder,
     encode_entry,
     files_of,
@@ -22,6 +22,7 @@ from esper_tamiyo.journaling.journal import (
     read,
     rfc3339,
 )
+from esper_tamiyo.journaling.journal_thread import JournalThread
 from sidecar.entries_made import AT, changed, decided, reported, table
 from sidecar.running import until
 
@@ -207,7 +208,7 @@ class Disk:
 
 
 def test_a_journal_that_cannot_be_written_is_told_of_and_tried_again(folder, monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.journaling.journal.RETRY_S", 0.0)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.RETRY_S", 0.0)
     disk = Disk(folder)
     disk.broken = True
     thread = JournalThread(disk.open, folder)
@@ -229,7 +230,7 @@ def test_a_journal_that_cannot_be_written_is_told_of_and_tried_again(folder, mon
 
 
 def test_a_disk_that_stands_still_costs_entries_and_no_time(folder, monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.journaling.journal.MAX_QUEUE", 2)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.MAX_QUEUE", 2)
     thread = JournalThread(
         Disk(folder).open, folder
     )  # not started: as a disk that never returns
@@ -240,3 +241,134 @@ def test_a_disk_that_stands_still_costs_entries_and_no_time(folder, monkeypatch)
     thread.close(5.0)
     kinds = [type(entry).__name__ for entry in read(folder)]
     assert kinds == ["Opened", "Gap", "Decided", "Decided", "Closed"]
+
+
+def delete(folder):
+    files_of(folder)[-1].unlink()
+
+
+def move_as_logrotate_does(folder):
+    path = files_of(folder)[-1]
+    path.rename(path.with_name(f"{path.name}.1"))
+
+
+def move_and_create(folder):
+    path = files_of(folder)[-1]
+    path.rename(path.with_name(f"{path.name}.1"))
+    path.touch()
+
+
+def copy_and_truncate(folder):
+    path = files_of(folder)[-1]
+    path.with_name(f"{path.name}.1").write_bytes(path.read_bytes())
+    os.truncate(path, 0)
+
+
+def cut_in_the_middle_of_a_line(folder):
+    path = files_of(folder)[-1]
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def remove_the_folder(folder):
+    shutil.rmtree(folder)
+
+
+def move_the_folder(folder):
+    folder.rename(folder.with_name(f"before-{files_of(folder)[-1].name}"))
+
+
+@pytest.mark.parametrize(
+    "tidy_up",
+    [
+        delete,
+        move_as_logrotate_does,
+        move_and_create,
+        copy_and_truncate,
+        cut_in_the_middle_of_a_line,
+        remove_the_folder,
+        move_the_folder,
+    ],
+)
+def test_what_is_written_after_a_file_was_taken_away_is_found(
+    folder, tidy_up, caplog, monkeypatch
+):
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.SYNC_S", 60.0)
+    thread = JournalThread(Disk(folder).open, folder)
+    thread.start()
+    thread.put([table("loss_spike"), decided(1)])
+    until(lambda: thread.written == 2)
+    gone = files_of(folder)[-1]
+    tidy_up(folder)
+    thread.put([decided(2)])
+    until(lambda: thread.written == 3)
+    tidy_up(folder)
+    thread.put([decided(3)])
+    thread.close(5.0)
+    assert thread.taken_away == 2
+    assert (thread.all_lost, thread.error) == (0, "")
+    found = [entry for entry in read(folder) if not isinstance(entry, Damage)]
+    assert decided(3) in found
+    assert found[found.index(decided(3)) - 1] == table("loss_spike"), "the file explains itself"
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1, "once in a while, not each time"
+    assert f"{gone} was " in told[0]
+    assert "goes on in" in told[0]
+
+
+def test_a_file_that_is_taken_away_while_nothing_happens_is_noticed_as_well(
+    folder, monkeypatch
+):
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.SYNC_S", 0.01)
+    thread = JournalThread(Disk(folder).open, folder)
+    thread.start()
+    until(lambda: folder.exists() and files_of(folder))
+    until(lambda: list(read(folder)))
+    delete(folder)
+    until(lambda: thread.taken_away == 1)
+    thread.close(5.0)
+    assert isinstance(list(read(folder))[-1], Closed)
+
+
+def test_a_journal_whose_folder_cannot_be_made_again_is_told_of(folder, monkeypatch):
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.RETRY_S", 0.0)
+    monkeypatch.setattr("esper_tamiyo.journaling.journal_thread.SYNC_S", 60.0)
+    thread = JournalThread(Disk(folder).open, folder)
+    thread.start()
+    thread.put([decided(1)])
+    until(lambda: thread.written == 1)
+    shutil.rmtree(folder)
+    folder.write_text("a file where the folder was")
+    thread.put([decided(2)])
+    until(lambda: thread.all_lost == 1)
+    assert thread.error.startswith(f"{folder}: ")
+    folder.unlink()
+    thread.put([decided(3)])
+    until(lambda: not thread.error)
+    thread.close(5.0)
+    _, gap, entry, _ = read(folder)
+    assert (gap.lost, entry) == (1, decided(3))
+
+
+@pytest.mark.parametrize("tidy_up", [delete, move_and_create, copy_and_truncate])
+def test_following_goes_on_in_the_file_that_is_begun_instead(folder, tidy_up):
+    journal = Journal(folder, 1_000_000, 8)
+    journal.append([decided(1)])
+    followed = follow(folder, poll_s=0.0)
+    assert next(followed) == decided(1)
+    tidy_up(folder)
+    assert journal.go_on()
+    assert journal.go_on() == ""
+    journal.append([decided(2)])
+    assert next(followed) == decided(2)
+    journal.close()
+
+
+def test_another_sidecar_that_took_the_place_keeps_it(folder):
+    first = Journal(folder, 1000, 2)
+    shutil.rmtree(folder)
+    second = Journal(folder, 1000, 2)
+    with pytest.raises(OSError, match="another sidecar writes its journal there"):
+        first.go_on()
+    second.close()
+    assert first.go_on() == "was replaced"
+    first.close()

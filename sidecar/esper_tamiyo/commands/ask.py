@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from esper_otel.leyline.terminal import say
 from esper_otel.leyline.wire import Latest, LatestRequest
 from esper_tamiyo.commands.common import (
     CommandError,
@@ -34,13 +35,13 @@ def _ask(options: argparse.Namespace) -> int:
     if options.json:
         print_json(plain(decision))
         return 0
-    print(f"{decision.action}  {decision.severity}  {decision.reason}")
-    print(f"run {decision.run}, step {decision.step}, table {decision.table_version}")
+    say(f"{decision.action}  {decision.severity}  {decision.reason}")
+    say(f"run {decision.run}, step {decision.step}, table {decision.table_version}")
     if decision.conservative:
-        print("conservative mode is on")
+        say("conservative mode is on")
     for name, value in decision.parameters.items():
-        print(f"{name} {value:g}")
+        say(f"{name} {value:g}")
     for finding in decision.findings:
         values = ", ".join(f"{key} {value:g}" for key, value in finding.values.items())
-        print(f"  {finding.rule}: {finding.text} ({values})")
+        say(f"  {finding.rule}: {finding.text} ({values})")
     return 0

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from esper_otel.leyline.decisions import Action
+from esper_otel.leyline.terminal import say
 from esper_tamiyo.commands.common import Commands
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ def add(commands: Commands) -> None:
 def _check(options: argparse.Namespace) -> int:
     from esper_tamiyo.language.lint import doubts
     from esper_tamiyo.language.table_file import TableError, locate, read
-    from esper_tamiyo.language.yaml_nodes import Fault
+    from esper_tamiyo.language.yaml_nodes import MAX_FAULTS, Fault
 
     try:
         source = read(options.table)
         located = locate(source)
     except TableError as error:
-        print(error, file=sys.stderr)
+        say(*str(error).split("\n"), file=sys.stderr)
         return 1
     table = located.table
     found = [
@@ -43,26 +44,29 @@ def _check(options: argparse.Namespace) -> int:
         for doubt in doubts(table)
     ]
     if found:
-        for fault in sorted(found):
-            print(fault.at(source.name), file=sys.stderr)
+        found.sort()
+        lines = [fault.at(source.name) for fault in found[:MAX_FAULTS]]
+        if len(found) > MAX_FAULTS:
+            lines.append(f"and {len(found) - MAX_FAULTS:,} more of the kind")
+        say(*lines, file=sys.stderr)
         return 1
     _describe(options.table, table, located.extends)
     return 0
 
 
 def _describe(name: str, table: Table, extends: tuple[str, ...]) -> None:
-    print(f"{name}: valid, version {table.version}, {len(table.rules)} rules")
+    say(f"{name}: valid, version {table.version}, {len(table.rules)} rules")
     if extends:
-        print(f"extends {', which extends '.join(extends)}")
+        say(f"extends {', which extends '.join(extends)}")
     window, warmup = table.baseline.window, table.baseline.warmup
-    print(f"baseline: median of {window} observations, after {warmup}")
-    print(f"conservative mode: left after {table.clean_steps} clean steps")
+    say(f"baseline: median of {window} observations, after {warmup}")
+    say(f"conservative mode: left after {table.clean_steps} clean steps")
     for action in sorted({rule.action for rule in table.rules}):
-        print(f"\n{action.value}")
+        say("", action.value)
         for rule in table.rules:
             if rule.action is action:
                 tail = "".join(f", {extra}" for extra in _extras(rule))
-                print(f"  {rule.id:24} {rule.severity.value:9} {rule.when}{tail}")
+                say(f"  {rule.id:24} {rule.severity.value:9} {rule.when}{tail}")
 
 
 def _changes_nothing(rule: Rule) -> bool:

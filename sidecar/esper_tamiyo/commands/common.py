@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from esper_otel.leyline.terminal import say, say_json
 from esper_otel.leyline.wire import default_socket_path as default_path
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 
 class CommandError(Exception):
-    """A mistake of the user's, told without a traceback."""
+    """A mistake of the user's, told without a traceback: one line, or several arguments."""
+
+    @property
+    def lines(self) -> list[str]:
+        """What is told; a line break within one of them is not ours."""
+        return [str(line) for line in self.args]
 
 
 class Commands(Protocol):
@@ -51,7 +57,7 @@ def table_named(name: str) -> Table:
     try:
         return load(name)
     except TableError as error:
-        raise CommandError(f"the table cannot be used\n{error}") from None
+        raise CommandError("the table cannot be used", *str(error).split("\n")) from None
 
 
 def pairs(report: dict[str, Any]) -> str:
@@ -70,7 +76,7 @@ def plain(decision: object) -> dict[str, Any]:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print an object for jq and the like."""
-    print(json.dumps(value, indent=2))
+    say_json(json.dumps(value, indent=2))
 
 
 def add_recording(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +102,7 @@ def recorded(path: Path) -> RecordedRuns:
 def check_recorded(recording: RecordedRuns, path: Path, run: str, steps: int) -> None:
     """Say what could not be read; raises :class:`CommandError` when nothing could."""
     for problem in recording.problems:
-        print(f"tamiyo: warning: {problem}", file=sys.stderr)
+        say(f"tamiyo: warning: {problem}", file=sys.stderr)
     if steps:
         return
     if run and recording.runs:

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.terminal import say, say_json
 from esper_tamiyo.commands.common import (
     CommandError,
     Commands,
@@ -39,7 +40,8 @@ def _compare(options: argparse.Namespace) -> int:
     try:
         return _compared(options)
     except CommandError as error:
-        print(f"tamiyo: {error}", file=sys.stderr)
+        first, *others = error.lines
+        say(f"tamiyo: {first}", *others, file=sys.stderr)
         return TROUBLE
 
 
@@ -51,13 +53,13 @@ def _compared(options: argparse.Namespace) -> int:
     comparison = Comparison(*tables)
     for difference in comparison.differences(recording.steps(options.run)):
         if options.json:
-            print(_json(difference))
+            say_json(_json(difference))
         else:
             _print(difference, options.a, options.b)
     check_recorded(recording, options.recording, options.run, comparison.steps)
     if not options.json:
         silences = f", and {comparison.silences:,} silences" if comparison.silences else ""
-        print(f"{comparison.differing:,} of {comparison.steps:,} steps differ{silences}")
+        say(f"{comparison.differing:,} of {comparison.steps:,} steps differ{silences}")
     return DIFFERENT if comparison.differing or comparison.silences else SAME
 
 
@@ -67,9 +69,9 @@ def _print(difference: Difference, a: str, b: str) -> None:
     if difference.silence:
         where = f"silence behind step {first}"
     width = max(len(a), len(b))
-    print(f"{difference.run}/{difference.rank}  {where}")
+    say(f"{difference.run}/{difference.rank}  {where}")
     for name, effect in ((a, difference.a), (b, difference.b)):
-        print(f"  {name:{width}}  {format_effect(effect)}")
+        say(f"  {name:{width}}  {format_effect(effect)}")
 
 
 def format_effect(effect: DecisionEffect | None) -> str:

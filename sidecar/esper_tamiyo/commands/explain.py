@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from esper_otel.leyline.terminal import say
 from esper_tamiyo.commands.common import CommandError, Commands, print_json
 from esper_tamiyo.commands.journal import add_folder, entries_of
 
@@ -36,5 +37,5 @@ def _explain(options: argparse.Namespace) -> int:
     if options.json:
         print_json(plain(story))
     else:
-        print("\n".join(format_story(story)))
+        say(*format_story(story))
     return 0

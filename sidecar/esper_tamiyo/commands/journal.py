@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.terminal import printable, say, say_json
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def entries_of(options: argparse.Namespace, *, follow: bool = False) -> Iterator
     try:
         for entry in read(folder):
             if isinstance(entry, journal.Damage):
-                print(f"tamiyo: {entry}", file=sys.stderr)
+                say(f"tamiyo: {entry}", file=sys.stderr)
             else:
                 yield entry
     except FileNotFoundError:
@@ -54,14 +55,17 @@ def _journal(options: argparse.Namespace) -> int:
     from esper_tamiyo.journaling.journal import encode_entry
     from esper_tamiyo.journaling.lines import format_entry
 
+    run = printable(
+        options.run
+    )  # compared as runs are shown, so that what was printed is found
     try:
         for entry in entries_of(options, follow=options.follow):
-            if options.run and getattr(entry, "run", "") != options.run:
+            if run and printable(getattr(entry, "run", "")) != run:
                 continue
-            line = (
-                encode_entry(entry).decode().rstrip() if options.json else format_entry(entry)
-            )
-            print(line, flush=options.follow)
+            if options.json:
+                say_json(encode_entry(entry).decode().rstrip(), flush=options.follow)
+            else:
+                say(format_entry(entry), flush=options.follow)
     except KeyboardInterrupt:  # how one ends --follow
         return 130
     return 0

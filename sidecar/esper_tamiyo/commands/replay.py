@@ -7,6 +7,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.leyline.terminal import say, say_json
 from esper_tamiyo.commands.common import (
     Commands,
     add_recording,
@@ -44,7 +45,10 @@ def _replay(options: argparse.Namespace) -> int:
     for judged in replay(recording.steps(options.run), table):
         summary.add(judged)
         if options.all or not judged.is_nominal:
-            print(json.dumps(_object(judged)) if options.json else format_decision(judged))
+            if options.json:
+                say_json(json.dumps(_object(judged)))
+            else:
+                say(format_decision(judged))
     took_s = time.perf_counter() - start
     check_recorded(recording, options.recording, options.run, summary.steps)
     print_summary = _print_json_summary if options.json else _print_summary
@@ -85,14 +89,14 @@ def _object(judged: Judged) -> dict[str, Any]:
 
 def _print_summary(summary: ReplaySummary, version: str, took_s: float) -> None:
     ranks = len(summary.ranks)
-    print(
+    say(
         f"{summary.steps:,} steps of {ranks} rank{'s' * (ranks != 1)}, "
         f"{summary.recorded_s:,.1f} s recorded, by table {version}"
     )
     for (action, reason), count in summary.decided.most_common():
-        print(f"  {count:10,}  {action:9} {reason}")
+        say(f"  {count:10,}  {action:9} {reason}")
     pace = f", {summary.recorded_s / took_s:,.0f} times its own pace" if took_s else ""
-    print(f"replayed in {took_s:,.2f} s: {summary.steps / took_s:,.0f} steps/s{pace}")
+    say(f"replayed in {took_s:,.2f} s: {summary.steps / took_s:,.0f} steps/s{pace}")
 
 
 def _print_json_summary(summary: ReplaySummary, version: str, took_s: float) -> None:
@@ -108,4 +112,4 @@ def _print_json_summary(summary: ReplaySummary, version: str, took_s: float) -> 
         "replayed_s": took_s,
         "decided": decided,
     }
-    print(json.dumps({"summary": content}))
+    say_json(json.dumps({"summary": content}))

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.leyline.terminal import log_to_stderr, say
 from esper_otel.leyline.wire import default_socket_path as default_path
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
@@ -117,7 +118,7 @@ def _serve(options: argparse.Namespace) -> int:
     from esper_tamiyo.serving.reloading import Reloading
     from esper_tamiyo.serving.server import Server
 
-    logging.basicConfig(format="tamiyo: %(message)s", level=logging.INFO)
+    log_to_stderr(logging.INFO)
     credentials = Credentials(
         options.tls_cert, options.tls_key, options.tls_client_ca, options.token_file
     )
@@ -149,9 +150,7 @@ def _serve(options: argparse.Namespace) -> int:
             ingest,
             reporter,
             Reloading(engine, options.table, watched=options.table not in shipped_tables()),
-            lambda: print(
-                _ready_line(listener.path, ingest, table.version, health), flush=True
-            ),
+            lambda: say(_ready_line(listener.path, ingest, table.version, health), flush=True),
         ).run()
     except (SocketError, IngestError) as error:
         raise CommandError(str(error)) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from esper_otel.leyline.terminal import say
 from esper_otel.leyline.wire import SilenceReply, SilenceRequest
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, reply
 
@@ -43,5 +44,5 @@ def _silence(options: argparse.Namespace) -> int:
         raise CommandError(getattr(answer, "message", "the sidecar did not understand it"))
     if answer.error:
         raise CommandError(answer.error)
-    print(f"run {options.run}: {options.rule} {answer.told}")
+    say(f"run {options.run}: {options.rule} {answer.told}")
     return 0

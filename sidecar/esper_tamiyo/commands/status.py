@@ -10,6 +10,7 @@ import argparse
 import sys
 from typing import Any
 
+from esper_otel.leyline.terminal import printable, say
 from esper_otel.leyline.wire import Status, StatusRequest
 from esper_tamiyo.commands.common import Commands, add_socket, pairs, print_json, reply
 
@@ -40,7 +41,7 @@ def _status(options: argparse.Namespace) -> int:
         _show(report)
     troubles = troubles_in(report)
     for trouble in troubles:
-        print(f"tamiyo: {trouble}", file=sys.stderr)
+        say(*f"tamiyo: {trouble}".split("\n"), file=sys.stderr)
     return IMPAIRED if troubles else 0
 
 
@@ -53,7 +54,7 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
     if scribe is not None and scribe["state"] in ("down", "silent"):
         troubles.append(f"nothing is written down: the scribe process is {scribe['state']}")
     elif scribe is not None and scribe["error"]:
-        troubles.append(f"the journal cannot be written: {scribe['error']}")
+        troubles.append(f"the journal cannot be written: {printable(scribe['error'])}")
     error = report["table"].get("last_error")
     if error:
         troubles.append(f"the table was not reloaded: {error}")
@@ -63,23 +64,23 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
 def _show(report: dict[str, Any]) -> None:
     age = report["last_frame_age_s"]
     seen = "it has seen no step yet" if age is None else f"newest step {age:.1f} s ago"
-    print(f"tamiyo {report['pid']}, up {report['uptime_s']:.0f} s; {seen}")
+    say(f"tamiyo {report['pid']}, up {report['uptime_s']:.0f} s; {seen}")
     for name in ("table", "connections", "answers", "checks", "answer_ms"):
         if name in report:  # a sidecar of before there were checks has none to tell
-            print(f"{name}: {pairs(report[name])}")
+            say(f"{name}: {pairs(report[name])}")
     engine = report["engine"]
-    print(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
+    say(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
     for name in ("ingest", "scribe"):
-        print(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
-    print(f"ranks: {pairs(engine['states'])}")
+        say(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
+    say(f"ranks: {pairs(engine['states'])}")
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
         stale = run.get("state") == "stale"
         silent = f"; stale, silent for {run['silent_s']:.0f} s" if stale else ""
-        print(
+        say(
             f"  {run['run']}/{run['rank']}: step {run['newest_step']}, "
             f"{run['action']} ({run['reason']}){mode}{silent}"
         )
     for each in engine.get("silences", ()):
         until = "the run ends" if each["until_step"] is None else f"step {each['until_step']}"
-        print(f"silenced for run {each['run']}: {each['rule']}, until {until}")
+        say(f"silenced for run {each['run']}: {each['rule']}, until {until}")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.terminal import printable, say
 from esper_tamiyo.commands.common import Commands
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ def _run(path: Path) -> int:
     try:
         table, tests = load_tests(path)
     except (TableTestError, TableError) as error:
-        print(error, file=sys.stderr)
+        say(*str(error).split("\n"), file=sys.stderr)
         return TROUBLE
     failed = 0
     for test in tests:
         failures = test.failures(table)
         failed += bool(failures)
         for failure in failures:
-            print(format_failure(path, failure))
-    print(f"{path}: {len(tests) - failed} of {len(tests)} tests passed, table {table.version}")
+            say(*format_failure(path, failure).split("\n"))
+    say(f"{path}: {len(tests) - failed} of {len(tests)} tests passed, table {table.version}")
     return FAILED if failed else PASSED
 
 
@@ -55,7 +56,7 @@ def format_failure(path: Path, failure: TableTestFailure) -> str:
         f"expected {failure.expected}, got {failure.got}{also}"
     ]
     if failure.judged is None:
-        return lines[0]
+        return printable(lines[0])
     frame, decision = failure.judged
     lines.append(f"  decided: {decision.action} {decision.severity} {decision.reason}")
     for finding in decision.findings:
@@ -64,7 +65,7 @@ def format_failure(path: Path, failure: TableTestFailure) -> str:
     lines.append(f"  values: {_values(frame.values)}")
     for seed_id, values in frame.seeds.items():
         lines.append(f"  seed {seed_id}: {_values(values)}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _values(values: dict[str, float]) -> str:

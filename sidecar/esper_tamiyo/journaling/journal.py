@@ -5,20 +5,18 @@ being written, the lowest go when there are too many. A line is complete when it
 is there; what a kill has cut short is recognised when it is read. Nothing is ever renamed
 or changed, so a reader needs no lock.
 
-A thread writes it, so that a slow disk holds up nothing else: it is given entries through
-a bounded queue, writes them at once, has the disk keep them about once a second, and tries
-again when the journal cannot be written.
+Others may do so: whoever tidies up deletes or moves the file that is being written, or its
+folder, or cuts it short (as ``logrotate`` does, by renaming or with ``copytruncate``). That is
+looked for before each writing and once a second, and the next file is begun.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import queue
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -26,16 +24,10 @@ from typing import NamedTuple
 import msgspec
 
 from esper_otel.leyline.wire import default_socket_path
-from esper_tamiyo import release
-from esper_tamiyo.journaling.entries import AnyEntry, Closed, Gap, Opened, TableInUse, rfc3339
+from esper_tamiyo.journaling.entries import AnyEntry, TableInUse, rfc3339
 
 MAX_FILE_MB = 8.0
 MAX_FILES = 8
-
-SYNC_S = 1.0
-RETRY_S = 5.0
-MAX_QUEUE = 1024
-"""Lists of entries that wait for the disk; beyond it they are dropped, and counted."""
 
 _NAME = re.compile(r"journal-(\d{6,})\.jsonl")
 _encoder = msgspec.json.Encoder()
@@ -87,16 +79,32 @@ class Journal:
         self._max_files = max_files
         self._table: TableInUse | None = None
         self._dirty = False
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._lock = _locked(folder)
         try:
-            self._take_lock()
             files = files_of(folder)
             self._number = _number(files[-1]) if files else 1
             self._open()
         except BaseException:
             os.close(self._lock)
             raise
+
+    @property
+    def path(self) -> Path:
+        """The file that is being written."""
+        return self.folder / f"journal-{self._number:06d}.jsonl"
+
+    def go_on(self) -> str:
+        """Begin the next file when somebody took this one away; returns what happened to it.
+
+        "" while it is where readers look for it, as long as it was left. The folder is made
+        again. The number is a new one, so that whoever follows the journal sees it.
+        """
+        what = self._what_happened()
+        if what:
+            self._keep_folder()
+            files = files_of(self.folder)
+            self._begin(max(self._number, *map(_number, files), 0) + 1)
+        return what
 
     def append(self, entries: Sequence[AnyEntry]) -> None:
         """Write ``entries``, each a whole line, in one go."""
@@ -123,14 +131,26 @@ class Journal:
             os.close(self._file)
             os.close(self._lock)
 
-    def _take_lock(self) -> None:
+    def _what_happened(self) -> str:
+        ours = os.fstat(self._file)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(error.errno, "another sidecar writes its journal there") from None
+            there = self.path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return "was deleted or moved"
+        if not os.path.samestat(ours, there):
+            return "was replaced"
+        return "was cut short" if ours.st_size < self._size else ""
+
+    def _keep_folder(self) -> None:
+        """Lock the folder that is there now, when it is another one."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.fstat(self._lock), self.folder.stat()):
+                return
+        before, self._lock = self._lock, _locked(self.folder)
+        os.close(before)
 
     def _open(self) -> None:
-        path = self.folder / f"journal-{self._number:06d}.jsonl"
+        path = self.path
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._file = os.open(path, flags, 0o600)
         self._size = os.fstat(self._file).st_size
@@ -147,126 +167,21 @@ class Journal:
 
     def _rotate(self) -> None:
         self.sync()
-        old, self._number = self._file, self._number + 1
+        self._begin(self._number + 1)
+
+    def _begin(self, number: int) -> None:
+        """Go on in the file of that number."""
+        old, before, self._number = self._file, self._number, number
         try:
             self._open()
         except OSError:
-            self._number -= 1
+            self._number = before
             raise
         os.close(old)
         if self._table is not None:
             self._write(encode_entry(self._table))  # so that each file explains itself
         for path in files_of(self.folder)[: -self._max_files]:
             path.unlink(missing_ok=True)
-
-
-class JournalThread:
-    """Owns a :class:`Journal` and the thread that writes to it.
-
-    ``opening`` opens the journal and may raise ``OSError``, as everything of a journal.
-    """
-
-    def __init__(self, opening: Callable[[], Journal], folder: Path) -> None:
-        self.error = ""
-        """Why the journal cannot be written, "" while it can."""
-        self.written = 0
-        self.lost = 0
-        self._opening = opening
-        self._folder = folder
-        self._journal: Journal | None = None
-        self._table: TableInUse | None = None
-        self._accounted = 0
-        self._retry_at = 0.0
-        self._queue: queue.Queue[list[AnyEntry] | None] = queue.Queue(MAX_QUEUE)
-        self._dropped = 0
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-
-    def start(self) -> None:
-        """Open the journal and write from now on."""
-        self._thread.start()
-
-    def put(self, entries: list[AnyEntry]) -> None:
-        """Have ``entries`` written; never waits."""
-        try:
-            self._queue.put_nowait(entries)
-        except queue.Full:
-            self._dropped += len(entries)
-
-    def close(self, timeout_s: float) -> None:
-        """Write what is queued and stop, within a time."""
-        with suppress(queue.Full):
-            self._queue.put(None, timeout=timeout_s)
-        self._thread.join(timeout_s)
-
-    @property
-    def all_lost(self) -> int:
-        """Entries that were given and are not in the journal."""
-        return self.lost + self._dropped
-
-    def _run(self) -> None:
-        self._attempt([])
-        sync_at = time.monotonic() + SYNC_S
-        while True:
-            try:
-                entries = self._queue.get(timeout=max(0.0, sync_at - time.monotonic()))
-            except queue.Empty:
-                entries = []
-            if entries is None:
-                break
-            self._attempt(entries)
-            if time.monotonic() >= sync_at:
-                sync_at = time.monotonic() + SYNC_S
-                self._sync()
-        self._attempt([Closed(time_unix_nano=time.time_ns(), pid=os.getpid())])
-        if self._journal is not None:
-            with suppress(OSError):
-                self._journal.close()
-
-    def _attempt(self, entries: list[AnyEntry]) -> None:
-        """Write ``entries``, or count them as lost."""
-        self._table = next((e for e in entries if isinstance(e, TableInUse)), self._table)
-        try:
-            if self._journal is None:
-                if time.monotonic() < self._retry_at:
-                    self.lost += len(entries)
-                    return
-                self._journal = self._open_journal()
-            self._journal.append(self._with_gap(entries))
-        except OSError as error:
-            self._failed(error)
-            self.lost += len(entries)
-        else:
-            self.written += len(entries)
-            self._accounted = self.all_lost
-            self.error = ""
-
-    def _open_journal(self) -> Journal:
-        journal = self._opening()
-        opened = Opened(time_unix_nano=time.time_ns(), pid=os.getpid(), release=release())
-        journal.append([opened, *([self._table] if self._table else [])])
-        return journal
-
-    def _with_gap(self, entries: list[AnyEntry]) -> list[AnyEntry]:
-        lost = self.all_lost - self._accounted
-        if not lost:
-            return entries
-        because = self.error or "the disk did not keep up"
-        return [Gap(time_unix_nano=time.time_ns(), lost=lost, because=because), *entries]
-
-    def _sync(self) -> None:
-        try:
-            if self._journal is not None:
-                self._journal.sync()
-        except OSError as error:
-            self._failed(error)
-
-    def _failed(self, error: OSError) -> None:
-        self.error = f"{self._folder}: {(error.strerror or str(error)).lower()}"
-        self._retry_at = time.monotonic() + RETRY_S
-        journal, self._journal = self._journal, None
-        if journal is not None:
-            with suppress(OSError):
-                journal.close()
 
 
 def encode_entry(entry: AnyEntry) -> bytes:
@@ -296,8 +211,9 @@ def follow(folder: Path, poll_s: float = 0.2) -> Iterator[AnyEntry | Damage]:
     it is rotated away meanwhile.
     """
     number = 0
+    files_of(folder)  # raises where there is none to begin with
     while True:
-        path = next((each for each in files_of(folder) if _number(each) >= number), None)
+        path = next((each for each in _files_now(folder) if _number(each) >= number), None)
         if path is None:
             time.sleep(poll_s)
             continue
@@ -306,7 +222,7 @@ def follow(folder: Path, poll_s: float = 0.2) -> Iterator[AnyEntry | Damage]:
             rest, lines = b"", 0
             is_followed = False
             while not is_followed:
-                is_followed = any(_number(each) > number for each in files_of(folder))
+                is_followed = any(_number(each) > number for each in _files_now(folder))
                 data = rest + file.read()
                 whole = data if is_followed else data[: data.rfind(b"\n") + 1]
                 yield from _entries(path, whole.splitlines(keepends=True), lines + 1)
@@ -326,6 +242,29 @@ def _entries(path: Path, lines: list[bytes], first_line: int) -> Iterator[AnyEnt
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             cut = not line.endswith(b"\n") or "truncated" in str(error)
             yield Damage(path, number, "ends in the middle" if cut else f"no entry: {error}")
+
+
+def _files_now(folder: Path) -> list[Path]:
+    """As :func:`files_of`; none while somebody has taken the folder away."""
+    try:
+        return files_of(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder, made where it is missing, whose lock is ours."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            message = "another sidecar writes its journal there"
+            raise OSError(error.errno, message) from None
+        raise
+    return lock
 
 
 def _match(path: Path) -> re.Match[str] | None:

@@ -102,11 +102,13 @@ class ScribeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the scribe sends to the decide process, about once a second and on every change.
 
     ``error`` says why the journal cannot be written, "" when it can; ``written`` and
-    ``lost`` count entries; ``exports`` names the endpoints its own telemetry goes to.
+    ``lost`` count entries, ``files_taken_away`` how often others deleted, moved or cut the
+    file that was being written; ``exports`` names the endpoints its own telemetry goes to.
     """
 
     written: int = 0
     lost: int = 0
+    files_taken_away: int = 0
     error: str = ""
     exports: list[str] = []
 

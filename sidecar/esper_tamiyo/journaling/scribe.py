@@ -30,9 +30,11 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
-from esper_tamiyo.journaling.journal import Journal, JournalThread
+from esper_tamiyo.journaling.journal import Journal
+from esper_tamiyo.journaling.journal_thread import JournalThread
 from esper_tamiyo.journaling.messages import (
     Heartbeat,
     Message,
@@ -208,6 +210,7 @@ class Scribe:
         self._said = ScribeStatus(
             written=journal.written if journal else 0,
             lost=journal.all_lost if journal else 0,
+            files_taken_away=journal.taken_away if journal else 0,
             error=journal.error if journal else "",
             exports=self._telemetry.endpoints,
         )
@@ -222,7 +225,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
-    logging.basicConfig(format="tamiyo: %(message)s", level=logging.WARNING)
+    log_to_stderr(logging.WARNING)
     pipe = socket.socket(fileno=int(fd))
     Scribe(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
     sys.stderr.flush()

@@ -62,6 +62,7 @@ class ScribeChild(ChildProcess):
         self._written_before = 0
         self._lost_before = 0
         """Entries that scribes before this one had written, and had not been able to."""
+        self._taken_away_before = 0
         self._logged_error = ""
 
     def start(self) -> None:
@@ -123,6 +124,7 @@ class ScribeChild(ChildProcess):
         status = self._status or ScribeStatus()
         self._written_before += status.written
         self._lost_before += status.lost
+        self._taken_away_before += status.files_taken_away
         self.lost += self._handed - status.written - status.lost
         self._status, self._handed = None, 0
         log.warning(
@@ -144,6 +146,8 @@ class ScribeChild(ChildProcess):
             "error": status.error if status else "",
             "written": self._written_before + (status.written if status else 0),
             "lost": self.lost + self._lost_before + (status.lost if status else 0),
+            "files_taken_away": self._taken_away_before
+            + (status.files_taken_away if status else 0),
             "exports": status.exports if status else [],
         }
 

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import RANK_OF, Action
+from esper_otel.leyline.terminal import printable
 from esper_tamiyo.journaling.entries import (
     AnyEntry,
     Changed,
@@ -66,6 +67,8 @@ class _Search:
     """What of the entries seen so far belongs to the decision that is looked for."""
 
     def __init__(self, wanted: str, run: str) -> None:
+        # Ids and runs are compared as they are shown, so that what was printed is found.
+        wanted, run = printable(wanted), printable(run)
         self._wanted = wanted
         self._run = run
         self._decision: Decided | None = None
@@ -83,7 +86,7 @@ class _Search:
         if isinstance(entry, TableInUse):
             self._tables[entry.version] = entry
         elif isinstance(entry, Decided):
-            self._run_of[entry.id] = entry.run
+            self._run_of[printable(entry.id)] = printable(entry.run)
             if self._is_wanted(entry):
                 self._decision, self._report, self._ended = entry, None, None
         elif self._is_over(entry):
@@ -106,12 +109,13 @@ class _Search:
         before = self._decision
         if self._wanted == LATEST:  # every run falls silent some day
             is_news = before is None or not _is_of_silence(entry)
-            return self._run in ("", entry.run) and is_news
-        if entry.id == self._wanted:
+            return self._run in ("", printable(entry.run)) and is_news
+        shown = printable(entry.id)
+        if shown == self._wanted:
             return not _is_beside(entry, before)
-        if before is not None and before.id == self._wanted:
+        if before is not None and printable(before.id) == self._wanted:
             return False
-        is_of_rank = _parts(entry.id)[0] == self._rank
+        is_of_rank = _parts(shown)[0] == self._rank
         return entry.action is Action.CONTINUE and is_of_rank and entry.step < self._step
 
     def _is_over(self, entry: AnyEntry) -> bool:
@@ -120,7 +124,7 @@ class _Search:
         return (
             isinstance(entry, Changed)
             and notice is not None
-            and self._wanted not in (LATEST, notice.id)
+            and self._wanted not in (LATEST, printable(notice.id))
             and entry.step <= self._step
             and _lets_go(entry, notice)
         )

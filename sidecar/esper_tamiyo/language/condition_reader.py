@@ -16,6 +16,7 @@ from esper_tamiyo.language.operators import (
     Operator,
 )
 from esper_tamiyo.language.table import (
+    MAX_CONDITIONS,
     MAX_COUNT,
     Combine,
     Condition,
@@ -57,11 +58,18 @@ class ConditionReader(NodeReader):
             self.fault(node, field, "expected conditions: groups nest once")
             return None
         entries = self.entries(node, field)
+        if len(entries) > MAX_CONDITIONS:
+            where, beyond = entries[MAX_CONDITIONS]
+            self.fault(beyond, where, f"expected at most {MAX_CONDITIONS} conditions")
+            return None
         if not entries and isinstance(node, yaml.SequenceNode):
             self.fault(node, field, "expected at least one condition")
         parts = [self.part(entry, at, depth + 1) for at, entry in entries]
         group = Group(combine, tuple(part for part in parts if part is not None))
         looks_at = list(conditions(group))
+        if len(looks_at) > MAX_CONDITIONS:
+            message = f"expected at most {MAX_CONDITIONS} conditions, got {len(looks_at)}"
+            self.fault(node, field, message)
         seeds = any(is_seeds(part.metric) for part in looks_at)
         if seeds and any(part.operator in ON_PEERS for part in looks_at):
             self.fault(node, field, "one rule cannot compare ranks and look at seeds")

@@ -72,7 +72,7 @@ class _Joiner(NodeReader):
         rules_key, rules_of_base = inherited.pop(RULES)
         entries = self.entries(rules_of_base, RULES)
         ids = [_id_of(node) for _, node in entries]
-        removed = self._removed(own.get(REMOVE), ids)
+        removed = self._removed(own.get(REMOVE), dict.fromkeys(ids))
         kept = self._rules(own.get(RULES), entries, removed)
         rules = JoinedList(*kept, own.get(RULES) or own.get(REMOVE) or root)
         joint = _over(list(inherited.values()), [_deepened(pair, inherited) for pair in pairs])
@@ -97,15 +97,16 @@ class _Joiner(NodeReader):
     ) -> tuple[list[yaml.Node], list[str]]:
         """Those of the base, changed, and the new ones; and the names of their places."""
         ids = [_id_of(entry) for _, entry in inherited]
+        known = frozenset(ids)
         changes: dict[str, tuple[str, yaml.Node]] = {}
         new: list[tuple[str, yaml.Node]] = []
         for field, entry in self.entries(node, RULES) if node is not None else ():
             name = _id_of(entry)
             if name in removed:
                 self.fault(entry, f"{field}.id", f'"{name}" is removed as well')
-            elif name in ids and name not in changes:
+            elif name in known and name not in changes:
                 changes[name] = field, entry
-            elif name and name not in ids and not _names_of(entry) & _CONDITION:
+            elif name and name not in known and not _names_of(entry) & _CONDITION:
                 message = f"{self._no_rule(name, ids)}; a new rule needs a condition"
                 self.fault(entry, f"{field}.id", message)
             else:

@@ -31,8 +31,10 @@ from esper_tamiyo.language.table import (
     is_guarded,
 )
 
-MAX_WAYS = 4096
-"""Ways in which one rule may come true that are looked at."""
+MAX_WAYS = 1024
+"""Ways in which one rule may come true that are looked at; one with more is passed over."""
+MAX_WAYS_OF_TABLE = 16_384
+"""Ways of all rules of a table; rules behind that are passed over."""
 
 _COUNTS = frozenset({"{flag}", "{state}", "{step}", "{violation}", "{value}", "{seed}"})
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -75,18 +77,17 @@ class Span(NamedTuple):
 def doubts(table: Table) -> list[Doubt]:
     """All that is odd, in the order of the table."""
     by_id = {rule.id: rule for rule in table.rules}
-    inhibitors = [
-        (rule, by_id[name])
-        for rule in table.rules
-        if rule.mode is RuleMode.ACT
-        for name in rule.inhibits
-        if name in by_id
-    ]
+    inhibitors: dict[str, list[Rule]] = {}
+    for rule in table.rules:
+        if rule.mode is RuleMode.ACT:
+            for name in rule.inhibits:
+                inhibitors.setdefault(name, []).append(rule)
+    ways = _WaysLeft(MAX_WAYS_OF_TABLE)
     return [
         Doubt(rule.id, message)
         for rule in table.rules
         for message in (
-            *_never_fires(rule),
+            *_never_fires(rule, ways),
             *_never_ends(rule),
             *_never_asked(rule),
             *_norm_unknown(rule),
@@ -97,8 +98,8 @@ def doubts(table: Table) -> list[Doubt]:
             ),
             *(
                 f"is never heard: whenever it fires, {by.id} does, which inhibits it"
-                for by, inhibited in inhibitors
-                if inhibited is rule and _implies(rule, by)
+                for by in inhibitors.get(rule.id, ())
+                if _implies(rule, by)
             ),
         )
     ]
@@ -109,10 +110,24 @@ def limits(metric: Metric) -> Span:
     return Span(*_LIMITS.get(metric.key, _LIMITS.get(metric.unit, (-inf, inf))))
 
 
-def _never_fires(rule: Rule) -> Iterator[str]:
+class _WaysLeft:
+    """How many ways of rules are still looked at."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self, rule: Rule) -> list[tuple[Condition, ...]]:
+        """All ways in which ``rule`` may come true; none when there are too many."""
+        most = min(MAX_WAYS, self._left)
+        ways = list(islice(_ways(rule.when), most + 1))
+        self._left -= min(len(ways), most)
+        return ways if len(ways) <= most else []
+
+
+def _never_fires(rule: Rule, left: _WaysLeft) -> Iterator[str]:
     """One message when no way is left, else one for each part that cannot hold."""
-    ways = list(islice(_ways(rule.when), MAX_WAYS + 1))
-    if len(ways) > MAX_WAYS:
+    ways = left.take(rule)
+    if not ways:
         return
     reasons = [_impossible(way) for way in ways]
     if all(reasons):
@@ -277,10 +292,15 @@ def _implies(rule: Rule, by: Rule) -> bool:
         return False
     if any(part.release is not None for part in conditions(rule.when)):
         return False  # it goes on when the other may have ended
-    ways = list(islice(_ways(rule.when), MAX_WAYS + 1))
-    return len(ways) <= MAX_WAYS and all(
-        any(_as_strict(part, condition) for part in way) for way in ways
-    )
+    return _is_as_strict(rule.when, condition)
+
+
+def _is_as_strict(when: Condition | Group, other: Condition) -> bool:
+    """Whether each way in which ``when`` comes true has a condition as strict as ``other``."""
+    if isinstance(when, Condition):
+        return _as_strict(when, other)
+    joined = any if when.combine is Combine.ALL else all
+    return joined(_is_as_strict(part, other) for part in when.parts)
 
 
 def _as_strict(part: Condition, other: Condition) -> bool:

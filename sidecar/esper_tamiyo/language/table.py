@@ -26,6 +26,16 @@ MAX_OF = 1024
 
 ID = r"[a-z][a-z0-9_]*"
 
+# Limits of size, so that reading and checking a table ends in seconds whatever is in it, and
+# what a rule says fits into an answer.
+MAX_RULES = 1000
+MAX_CONDITIONS = 32
+"""Conditions of one rule."""
+MAX_ID = 100
+"""Characters of a rule's id, and of the table's version."""
+MAX_TEXT = 1000
+"""Characters of what people are told."""
+
 KNOWN_BEFORE_UPDATE = frozenset(
     {
         *("step", "loss", "gradient_norm", "optimizer_lr", "optimizer_momentum", "lr_scale"),
@@ -143,14 +153,24 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
 
     id: Annotated[
         str,
-        Meta(pattern=f"^{ID}$", description="name of the rule, the reason of its decisions"),
+        Meta(
+            pattern=f"^{ID}$",
+            max_length=MAX_ID,
+            description="name of the rule, the reason of its decisions",
+        ),
     ]
     when: Condition | Group
     action: Annotated[Action, Meta(description="what a decision by this rule asks of the run")]
     severity: Annotated[
         Severity, Meta(description="which rule wins among those with the same action")
     ]
-    text: Annotated[str, Meta(description="what people are told; the condition unless given")]
+    text: Annotated[
+        str,
+        Meta(
+            max_length=MAX_TEXT,
+            description="what people are told; the condition unless given",
+        ),
+    ]
     persistence: Annotated[
         int,
         Meta(

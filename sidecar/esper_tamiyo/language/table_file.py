@@ -22,7 +22,6 @@ from esper_tamiyo.language.yaml_nodes import (
     Fault,
     compose_document,
     fault_at,
-    printable,
     read_document,
 )
 
@@ -121,7 +120,11 @@ def files_behind(name: str) -> tuple[str, ...]:
     """
     files: list[str] = []
     path = path_of(name)
-    while str(path) not in files and not (files and path.parent == SHIPPED):
+    while (
+        len(files) < MAX_LEVELS
+        and str(path) not in files
+        and not (files and path.parent == SHIPPED)
+    ):
         files.append(str(path))
         try:
             node = extended(compose_document(read_document(path), "table"))
@@ -183,7 +186,7 @@ def _base(
         base = TableSource(str(path), read_document(path))
     except BrokenDocumentError as error:
         hint = f"expected a file, or one of {', '.join(shipped_tables())}"
-        _refuse(source, node, f"{printable(str(path))} {error}; {hint}")
+        _refuse(source, node, f"{path} {error}; {hint}")
     document = _document(base, line)
     if path.parent != SHIPPED:
         reader = TableReader()

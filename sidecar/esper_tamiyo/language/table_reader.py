@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from math import inf
 
 import msgspec
@@ -19,11 +19,15 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_tamiyo.language.condition_reader import CONDITION_FIELDS, GROUPS, ConditionReader
+from esper_tamiyo.language.cycles import cycles
 from esper_tamiyo.language.derived import is_seeds
 from esper_tamiyo.language.operators import ON_PEERS
 from esper_tamiyo.language.parameters import PARAMETERS, Parameter
 from esper_tamiyo.language.table import (
     ID,
+    MAX_ID,
+    MAX_RULES,
+    MAX_TEXT,
     Baseline,
     Condition,
     Conservative,
@@ -75,7 +79,7 @@ class TableReader(ConditionReader):
         fields = self.mapping(root, "", (*TOP_FIELDS, EXTENDS, REMOVE))
         if REMOVE in fields:
             self.fault(fields[REMOVE], REMOVE, "has a meaning only beside extends")
-        version = self.text(self.required(fields, root, "", "version"), "version")
+        version = self.text(self.required(fields, root, "", "version"), "version", MAX_ID)
         return Table(
             version=f"{version}+{content}",
             rules=self.rules(self.required(fields, root, "", "rules")),
@@ -137,6 +141,10 @@ class TableReader(ConditionReader):
         entries = self.entries(node, "rules")
         if not entries and isinstance(node, yaml.SequenceNode):
             self.fault(node, "rules", "expected at least one rule")
+        if len(entries) > MAX_RULES:
+            where, beyond = entries[MAX_RULES]
+            self.fault(beyond, where, f"expected at most {MAX_RULES:,} rules")
+            return ()
         rules: list[Rule] = []
         inhibits: list[tuple[Rule, str, yaml.Node]] = []
         for field, entry in entries:
@@ -174,7 +182,9 @@ class TableReader(ConditionReader):
         low, high = span(Rule, "cooldown")
         cooldown = self.whole(fields.get("cooldown"), f"{field}.cooldown", low, high, 0)
         mode = self.choice(fields.get("mode"), f"{field}.mode", RuleMode) or RuleMode.ACT
-        text = self.text(fields.get("text"), f"{field}.text") if "text" in fields else ""
+        text = ""
+        if "text" in fields:
+            text = self.text(fields["text"], f"{field}.text", MAX_TEXT)
         word = self.word_for_inhibits(node, fields, field)
         inhibited = self.ids(fields.get(word), f"{field}.{word}")
         if when is None or action is None or severity is None:
@@ -216,7 +226,7 @@ class TableReader(ConditionReader):
 
     def rule_id(self, node: yaml.Node | None, field: str) -> str:
         """The id, which no other rule of the table may have."""
-        rule_id = self.text(node, f"{field}.id")
+        rule_id = self.text(node, f"{field}.id", MAX_ID)
         if node is None or not rule_id:
             return ""
         ids = self.lines
@@ -340,25 +350,3 @@ class TableReader(ConditionReader):
             self.fault(node, field, f"expected more than 0{most}, got {shown(node)}")
             return None
         return number
-
-
-def cycles(inhibited: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
-    """Rules that inhibit each other all the way round, so that none is ever heard: their ids.
-
-    Each rule of a cycle inhibits the next of the list, the last one the first. Where cycles
-    share a rule at least one of them is found, and the rest once that is gone.
-    """
-    done: set[str] = set()
-    for first in inhibited:
-        path = {} if first in done else {first: iter(inhibited[first])}
-        while path:
-            rule, rest = next(reversed(path.items()))
-            name = next(rest, None)
-            if name is None:
-                done.add(rule)
-                del path[rule]
-            elif name in path:
-                ids = list(path)
-                yield ids[ids.index(name) :]
-            elif name not in done:
-                path[name] = iter(inhibited[name])

@@ -6,7 +6,7 @@ person means by them. What is wrong is noted with its line, and reading goes on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
@@ -14,10 +14,18 @@ from typing import NamedTuple, TypeVar
 
 import yaml
 
+from esper_otel.leyline.terminal import printable
+
 Choice = TypeVar("Choice", bound=StrEnum)
 
 MAX_BYTES = 1 << 20
 """Largest document."""
+MAX_VALUES = 250_000
+"""Most values of a document, those behind aliases counted wherever they are used."""
+MAX_FAULTS = 100
+"""Faults of one document that are told."""
+MAX_SHOWN = 60
+"""Characters of a name or value that a fault shows."""
 
 _TAG = "tag:yaml.org,2002:"
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
@@ -35,10 +43,10 @@ class Fault(NamedTuple):
     source: str = ""
 
     def at(self, source: str) -> str:
-        """``file:line: field: message``, without the parts that are not known."""
+        """``file:line: field: message`` on one line, without the parts that are not known."""
         source = self.source or source
         place = f"{source}:{self.line}" if self.line else source
-        return ": ".join(part for part in (place, self.field, self.message) if part)
+        return printable(": ".join(part for part in (place, self.field, self.message) if part))
 
 
 class BrokenDocumentError(ValueError):
@@ -84,7 +92,7 @@ def compose_document(data: bytes, what: str, source: str = "") -> yaml.Node:
         line = data.count(b"\n", 0, error.start) + 1
         raise BrokenDocumentError(line, f"not UTF-8 text: byte {error.start}") from None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _BoundedLoader(text)
         loader.name = source
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -96,12 +104,70 @@ def compose_document(data: bytes, what: str, source: str = "") -> yaml.Node:
         line = text.count("\n", 0, error.position) + 1
         raise BrokenDocumentError(line, f"not valid YAML: {error.reason}") from None
     except RecursionError:
-        raise BrokenDocumentError(1, "not valid YAML: nested too deeply") from None
+        line = loader.line + 1
+        raise BrokenDocumentError(line, "not valid YAML: nested too deeply") from None
+    except BrokenDocumentError:
+        raise
     except (ValueError, OverflowError) as error:  # an escape beyond Unicode, in PyYAML 6
         raise BrokenDocumentError(1, f"not valid YAML: {error}") from None
     if root is None:
         raise BrokenDocumentError(1, f"the {what} is empty")
+    _check_size(root)
     return root
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Gives up at the first value that is too many, which saves seconds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise _too_many(self.line + 1)
+        return super().compose_node(parent, index)
+
+
+def _too_many(line: int) -> BrokenDocumentError:
+    message = f"more than {MAX_VALUES:,} values, those behind aliases included"
+    return BrokenDocumentError(line, message)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Raise :class:`BrokenDocumentError` where aliases multiply values without end.
+
+    Ten lines of ten aliases each stand for ten thousand million values ("billion laughs").
+    Each node is looked at once.
+    """
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+    waiting = [(root, False)]
+    while waiting:
+        node, is_over = waiting.pop()
+        key = id(node)
+        if is_over:
+            above.discard(key)
+            sizes[key] = 1 + sum(sizes.get(id(each), 1) for each in _below(node))
+            if sizes[key] > MAX_VALUES:
+                raise _too_many(node.start_mark.line + 1)
+        elif key in above:
+            message = "an alias stands within what it is an alias of"
+            raise BrokenDocumentError(node.start_mark.line + 1, message)
+        elif key not in sizes and not isinstance(node, yaml.ScalarNode):
+            above.add(key)
+            waiting.append((node, True))
+            waiting += [(each, False) for each in _below(node)]
+
+
+def _below(node: yaml.Node) -> Iterator[yaml.Node]:
+    """What a list or mapping consists of."""
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
 
 
 def shown(node: yaml.Node) -> str:
@@ -113,13 +179,13 @@ def shown(node: yaml.Node) -> str:
     value = str(node.value)
     if node.tag == f"{_TAG}null":
         return "nothing"
-    value = printable(value if len(value) <= 60 else value[:59] + "…")
+    value = printable(cut(value))
     return f'"{value}"' if node.tag == f"{_TAG}str" else value
 
 
-def printable(text: str) -> str:
-    """``text`` on one line, whatever is in it."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+def cut(text: str) -> str:
+    """``text``, its end left out where it is longer than an error shows."""
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
 def fault_at(node: yaml.Node, field: str, message: str) -> Fault:
@@ -135,7 +201,11 @@ class NodeReader:
 
     def fault(self, node: yaml.Node, field: str, message: str) -> None:
         """Note what is wrong with ``field`` at the line of ``node``."""
-        self.faults.append(fault_at(node, field, message))
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(fault_at(node, field, message))
+        elif len(self.faults) == MAX_FAULTS:
+            more = f"and more is wrong; the first {MAX_FAULTS} faults are told"
+            self.faults.append(fault_at(node, "", more))
 
     def mapping(
         self, node: yaml.Node, field: str, known: Collection[str]
@@ -147,7 +217,7 @@ class NodeReader:
         fields: dict[str, yaml.Node] = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else shown(key)
-            where = printable(f"{field}.{name}" if field else name)
+            where = f"{field}.{cut(name)}" if field else cut(name)
             if name not in known or not isinstance(key, yaml.ScalarNode):
                 self.fault(key, where, f"unknown field{self.meant(name, known)}")
             elif name in fields:
@@ -173,15 +243,20 @@ class NodeReader:
             self.fault(parent, f"{field}.{name}" if field else name, "missing")
         return fields.get(name)
 
-    def text(self, node: yaml.Node | None, field: str) -> str:
-        """A word or sentence; numbers are taken as they are written."""
+    def text(self, node: yaml.Node | None, field: str, most: int = MAX_BYTES) -> str:
+        """A word or sentence of at most ``most`` characters; numbers are taken as written."""
         if node is None:
             return ""
         is_text = isinstance(node, yaml.ScalarNode) and node.tag != f"{_TAG}null"
         if not is_text or not node.value.strip():
             self.fault(node, field, f"expected text, got {shown(node)}")
             return ""
-        return str(node.value).strip()
+        text = str(node.value).strip()
+        if len(text) > most:
+            message = f"expected at most {most:,} characters, got {len(text):,}"
+            self.fault(node, field, message)
+            return text[:most]
+        return text
 
     def number(self, node: yaml.Node, field: str) -> float | None:
         """A finite number. ``1e3`` counts, which YAML 1.1 alone takes for a word."""
@@ -230,9 +305,13 @@ class NodeReader:
             return None
         return by_value[node.value]
 
-    @staticmethod
-    def meant(name: str, known: Iterable[str]) -> str:
-        """``; did you mean …?`` when something known is close to ``name``."""
+    def meant(self, name: str, known: Iterable[str]) -> str:
+        """``; did you mean …?`` when something known is close to ``name``.
+
+        Not for a fault that is not told: looking costs milliseconds in a large table.
+        """
+        if len(self.faults) >= MAX_FAULTS:
+            return ""
         from difflib import get_close_matches  # only a faulty table pays for it
 
         folded = {word.lower(): word for word in known}

@@ -11,6 +11,7 @@ last as JSON.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -36,6 +37,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceResponse,
 )
 
+from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.receiving.addresses import Address, bind_refusal
 from esper_tamiyo.receiving.credentials import BearerAuth, Credentials, CredentialsError
 from esper_tamiyo.receiving.otlp_frames import frames_of
@@ -346,6 +348,7 @@ def main() -> None:
     fd, grpc_at, http_at, credentials = sys.argv[1:5]
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)
+    log_to_stderr(logging.WARNING)
     os.nice(NICE)
     with suppress(OSError):  # a batch process never takes the core from whom it finds there
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -21,6 +21,7 @@ from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.otlp_file import RecordingError
+from esper_otel.leyline.terminal import printable
 from esper_tamiyo.receiving.otlp_frames import (
     Harvest,
     Identity,
@@ -78,7 +79,7 @@ class RecordedRuns:
         for frame in frames:
             if frame.run not in self.runs:
                 self.runs.append(frame.run)
-            if not run or frame.run == run:
+            if not run or printable(frame.run) == printable(run):
                 yield frame, self.proposals.at(frame)
 
     def _read_proposals(self) -> None:

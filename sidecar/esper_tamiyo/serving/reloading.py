@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.leyline.terminal import Lines, printable
 from esper_tamiyo.child_process import ChildProcess
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.rulebook import ReloadReport
@@ -105,7 +106,7 @@ class Reloading(ChildProcess):
         except Exception as error:  # whatever it is, asks go on by the table in use
             log.exception("a table that was read could not be taken")
             self._refused += 1
-            self._last_error = repr(error)
+            self._last_error = printable(repr(error))
 
     def _load(self, table: Table) -> None:
         change = self._engine.reload(table)
@@ -118,7 +119,9 @@ class Reloading(ChildProcess):
         self._refused += 1
         if message != self._last_error:
             log.warning(
-                "the table cannot be used, %s stays:\n%s", self._engine.table.version, message
+                "the table cannot be used, %s stays:\n%s",
+                printable(self._engine.table.version),
+                Lines(message),
             )
         self._last_error = message
 

@@ -18,6 +18,7 @@ import socket
 import sys
 from pathlib import Path
 
+from esper_otel.leyline.terminal import log_to_stderr, printable
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, files_behind, load
 from esper_tamiyo.receiving.pipe import Unusable, pack
@@ -52,7 +53,7 @@ def read(name: str, warn: bool = True) -> Table | Unusable:
     except TableError as error:
         return Unusable(str(error))
     except Exception as error:  # the watch must outlive whatever a file can hold
-        return Unusable(f"{name}: {error!r}")
+        return Unusable(printable(f"{name}: {error!r}"))
 
 
 class FileWatch:
@@ -110,7 +111,7 @@ def main() -> None:
     fd, name, version = sys.argv[1:4]
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(format="tamiyo: %(message)s", level=logging.WARNING)
+    log_to_stderr(logging.WARNING)
     os.nice(NICE)
     never_preempt()
     try:

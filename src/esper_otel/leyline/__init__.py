@@ -1,1 +1,8 @@
 """The shared language: metrics, stages, decisions, frames, wire. Imports nothing of ours."""
+
+import logging
+
+from esper_otel.leyline.terminal import EscapingFilter
+
+# Here, as the handlers are the script's, and whatever logs a name of a run loads this package.
+logging.getLogger("esper_otel").addFilter(EscapingFilter())

@@ -36,7 +36,9 @@ log = logging.getLogger("esper_otel")
 
 SPAN_INTERVAL_S = 1.0
 """Frames are decided about, spans are looked at: a second later is soon enough, and one
-request with the spans of several steps costs little more than one with a single step's."""
+request with the spans of several steps costs little more than one with a single step's. They
+are encoded before that, as a timeline that waits is dozens of containers for Python's garbage
+collector."""
 
 _LATENCY = STEP_SLOT["step_latency_ms"]
 _LOSS = STEP_SLOT["loss"]
@@ -194,13 +196,20 @@ class Lane:
 
 
 def drop_all(
-    ring: FrameRing, timelines: deque[StepTimeline], events: deque[Event], spool: Spool
+    ring: FrameRing,
+    timelines: deque[StepTimeline],
+    events: deque[Event],
+    spool: Spool,
+    made: int = 0,
 ) -> None:
-    """Count as dropped what a run has handed over and nobody will turn into OTLP."""
+    """Count as dropped what a run has handed over and nobody will turn into OTLP.
+
+    ``made`` are spans that are made and were not handed on.
+    """
     frames = ring.drain()
     if frames is not None:
         spool.drop_unencoded(Signal.METRICS, points(frames))
-    spans = sum(timeline.spans for timeline in timelines)
+    spans = made + sum(timeline.spans for timeline in timelines)
     if spans:
         spool.drop_unencoded(Signal.TRACES, spans)
     if events:
@@ -251,11 +260,12 @@ class Drain:
             over = stopping or lane.over  # looked at before it is emptied for the last time
             self._drain_frames(lane, over)
             self._drain_events(lane)
-            if due or over:
-                try:
-                    self._drain_timelines(lane)
-                except Exception as error:
-                    self._fault("spans", error)
+            try:
+                self._drain_timelines(lane)
+                if due or over:
+                    self._put_spans(lane)
+            except Exception as error:
+                self._fault("spans", error)
             if over:
                 if lane.recording is not None:
                     lane.recording.close()
@@ -312,6 +322,8 @@ class Drain:
             lane.totals.count_decision(timeline)
             if lane.tracers.are_users or self._is_wanted(lane, Signal.TRACES):
                 emit_spans(timeline, lane.tracers)
+
+    def _put_spans(self, lane: Lane) -> None:
         lane.tracers.encode_finished(
             lambda body, spans: self._put(lane, Signal.TRACES, body, spans)
         )

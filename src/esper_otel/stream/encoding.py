@@ -106,7 +106,7 @@ class FrameEncoder:
     """
 
     def __init__(self, resource: bytes, max_request: int = MAX_REQUEST) -> None:
-        self._resource = _RESOURCE + _varint(len(resource)) + resource
+        self._resource = _RESOURCE + varint(len(resource)) + resource
         self._max_request = max_request - len(self._resource) - 16
         self._templates: dict[tuple[bytes, str | None], Template | None] = {}
 
@@ -129,7 +129,7 @@ class FrameEncoder:
         while start < len(steps):
             end = max(bisect_right(sizes, before + self._max_request), start + 1)
             seed_end = ends[end - 1]
-            length = _varint(len(self._resource) + sizes[end - 1] - before)
+            length = varint(len(self._resource) + sizes[end - 1] - before)
             scopes = [*steps[start:end], *seeds[seed_start:seed_end]]
             yield Encoded(
                 b"".join((_RESOURCE_METRICS, length, self._resource, *scopes)),
@@ -210,7 +210,7 @@ def _places(first: bytes, second: bytes) -> tuple[list[int], list[int]]:
     return times, values
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     """A length as protobuf writes it: seven bits a byte, least first."""
     out = bytearray()
     while number > 0x7F:

@@ -7,25 +7,41 @@ and tracers that never touch the process's random numbers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from opentelemetry import _logs, trace
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import (
+    ReadableSpan,
+    SpanLimits,
+    SpanProcessor,
+    TracerProvider,
+)
 from opentelemetry.sdk.trace import Tracer as SdkTracer
 from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.sampling import (
+    Decision,
+    ParentBased,
+    StaticSampler,
+    TraceIdRatioBased,
+)
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext
 
 from esper_otel._version import __version__
 from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID, WORLD_SIZE
 from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream.encoding import SCOPE
+from esper_otel.stream.span_encoding import SPANS_PER_REQUEST, SpanContent, SpanEncoder
 
 log = logging.getLogger("esper_otel")
 
-SPANS_PER_REQUEST = 512
+_SAMPLERS = (StaticSampler, TraceIdRatioBased, ParentBased)
+"""Those that ``OTEL_TRACES_SAMPLER`` names: they decide alike of all spans of a step."""
 
 
 def trainer_resource(
@@ -93,11 +109,19 @@ class StepIds(IdGenerator):
 
     def generate_trace_id(self) -> int:
         """The trace of the step."""
-        return trace_id(self._run, self._step)
+        return self.trace_of(self._step)
 
     def generate_span_id(self) -> int:
         """The announced span of the step."""
-        return span_id(self._run, self._rank, self._instance, self._step, self._name)
+        return self.span_of(self._step, self._name)
+
+    def trace_of(self, step: int) -> int:
+        """The trace of ``step``."""
+        return trace_id(self._run, step)
+
+    def span_of(self, step: int, name: str) -> int:
+        """The span of ``step`` called ``name``."""
+        return span_id(self._run, self._rank, self._instance, step, name)
 
     def is_trace_id_random(self) -> bool:
         """A hash is spread as evenly as random bits, which is what samplers ask for."""
@@ -108,8 +132,9 @@ class Tracers:
     """The tracer that spans go through: the user's provider, or one of our own.
 
     A global SDK ``TracerProvider`` is looked for every time, since a script may set one
-    after the stream began. Spans of our own provider are collected here, for
-    :meth:`encode_finished` to encode.
+    after the stream began. Where there is none, spans are encoded at once and kept for
+    :meth:`encode_finished`. Our own provider is for what an encoder cannot do: limits that a
+    span exceeds, and samplers that we do not know. Its spans are collected here as well.
     """
 
     def __init__(self, resource: Resource) -> None:
@@ -118,11 +143,20 @@ class Tracers:
             str(who.get(RUN_ID, "")), int(str(who.get(RANK, 0))), str(who.get(INSTANCE_ID, ""))
         )
         self._finished = _Collector()
+        self._limits = SpanLimits()
         # shutdown_on_exit=False: the stream is closed by its owner, within its time.
         self._own = TracerProvider(
-            resource=resource, shutdown_on_exit=False, id_generator=self.ids
+            resource=resource,
+            shutdown_on_exit=False,
+            id_generator=self.ids,
+            span_limits=self._limits,
         )
         self._own.add_span_processor(self._finished)
+        is_on = isinstance(self._own.get_tracer(SCOPE, __version__), SdkTracer)
+        self._encoder = SpanEncoder(
+            serialised_resource(resource), _serialised_scope(), resource.schema_url
+        )
+        self._encodes = is_on and isinstance(self._own.sampler, _SAMPLERS)
 
     @property
     def are_users(self) -> bool:
@@ -138,8 +172,50 @@ class Tracers:
             tracer.id_generator = self.ids
         return tracer
 
+    @property
+    def waiting(self) -> int:
+        """Spans that are made, and not handed on yet."""
+        return self._encoder.waiting + len(self._finished.spans)
+
+    def encoder_for(self, spans: Sequence[SpanContent], step: int) -> SpanAdder | None:
+        """What takes the spans of ``step`` as they are; None where a tracer has to.
+
+        The first of ``spans`` is the one above the others. Spans that are not sampled are
+        taken and forgotten.
+        """
+        if not self._encodes or self.are_users or not all(map(self._fits, spans)):
+            return None
+        root = spans[0]
+        sampled = self._own.sampler.should_sample(
+            Context(),
+            self.ids.trace_of(step),
+            root.name,
+            trace.SpanKind.INTERNAL,
+            root.attributes,
+            (),
+        )
+        is_sampled = sampled.decision is Decision.RECORD_AND_SAMPLE
+        return self._encoder if is_sampled else _Forgetting()
+
+    def _fits(self, span: SpanContent) -> bool:
+        """Whether the limits of ``OTEL_*`` leave it as it is."""
+        limits = self._limits
+        return (
+            limits.max_attribute_length is None
+            and limits.max_span_attribute_length is None
+            and _within(len(span.attributes), limits.max_span_attributes)
+            and _within(len(span.events), limits.max_events)
+            and all(
+                _within(len(event.attributes), limits.max_event_attributes)
+                for event in span.events
+            )
+        )
+
     def encode_finished(self, put: Callable[[bytes, int], None]) -> None:
-        """Hand the finished spans of our own provider to ``put`` as (request, spans)."""
+        """Hand the finished spans, but those of the user's provider, to ``put`` as
+        (request, spans)."""
+        for body, count in self._encoder.take():
+            put(body, count)
         spans, self._finished.spans = self._finished.spans, []
         for start in range(0, len(spans), SPANS_PER_REQUEST):
             some = spans[start : start + SPANS_PER_REQUEST]
@@ -155,6 +231,31 @@ def users_logger() -> _logs.Logger | None:
     if not isinstance(provider, LoggerProvider):
         return None
     return provider.get_logger(SCOPE, __version__)
+
+
+class SpanAdder(Protocol):
+    """Takes spans with their ids."""
+
+    def add(self, span: SpanContent, trace: int, span_id: int, parent: int) -> None:
+        """Take one span; ``parent`` is 0 where it has none."""
+
+
+class _Forgetting:
+    """Takes spans that are not sampled."""
+
+    def add(self, span: SpanContent, trace: int, span_id: int, parent: int) -> None:
+        """Nothing comes of it."""
+
+
+def _within(count: int, most: int | None) -> bool:
+    return most is None or count <= most
+
+
+def _serialised_scope() -> bytes:
+    """Our scope as the SDK's own encoder writes it, taken from around a span."""
+    scope = InstrumentationScope(SCOPE, __version__)
+    span = ReadableSpan("scope", context=SpanContext(1, 1, False), instrumentation_scope=scope)
+    return encode_spans([span]).resource_spans[0].scope_spans[0].scope.SerializeToString()
 
 
 class _Collector(SpanProcessor):

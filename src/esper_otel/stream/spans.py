@@ -2,12 +2,14 @@
 
 The training thread keeps a :class:`~esper_otel.leyline.frames.StepTimeline`, plain
 numbers. The stream's thread makes spans of it: ``train.step`` and below it one span per
-phase.
+phase. Where nobody but us takes them they become bytes at once
+(:mod:`~esper_otel.stream.span_encoding`), else they go through the user's tracer provider.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -15,14 +17,17 @@ from esper_otel.leyline.decisions import FAILED_OPEN, Decision, Finding
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN
+from esper_otel.stream.span_encoding import CLIENT, AttributeValue, SpanContent, SpanEvent
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span
-    from opentelemetry.util.types import AttributeValue
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span, Tracer
 
-    from esper_otel.stream.providers import Tracers
+    from esper_otel.stream.providers import StepIds, Tracers
 
 FINDING_EVENT = "esper.finding"
+
+_NONE: Mapping[str, AttributeValue] = {}
 
 STEP_ATTRIBUTES = (
     "loss",
@@ -39,41 +44,113 @@ STEP_ATTRIBUTES = (
 
 def emit_spans(timeline: StepTimeline, tracers: Tracers) -> None:
     """Make the spans of one step, each with its own start and end."""
+    root, phases = _step_span(timeline), list(_phase_spans(timeline))
+    ids = tracers.ids
+    encoder = tracers.encoder_for((root, *phases), timeline.step)
+    if encoder is None:
+        _start_and_end(timeline.step, root, phases, tracers)
+        return
+    trace, parent = ids.trace_of(timeline.step), ids.span_of(timeline.step, STEP_SPAN)
+    for key, phase in _keyed(phases):
+        encoder.add(phase, trace, ids.span_of(timeline.step, key), parent)
+    encoder.add(root, trace, parent, 0)
+
+
+def _start_and_end(
+    step: int, root: SpanContent, phases: Sequence[SpanContent], tracers: Tracers
+) -> None:
+    """The same through a tracer: the user's own, or one whose sampler and limits ask for it."""
     from opentelemetry.context import Context
-    from opentelemetry.trace import SpanKind, set_span_in_context
+    from opentelemetry.trace import set_span_in_context
 
     tracer = tracers.tracer()
-    tracers.ids.next(timeline.step, STEP_SPAN)
-    step = tracer.start_span(
-        STEP_SPAN,
-        # An empty context: the thread's own has nothing to do with the step.
-        context=Context(),
-        attributes=_step_attributes(timeline),
-        start_time=timeline.start_unix_nano,
+    # An empty context: the thread's own has nothing to do with the step.
+    whole = _started(tracer, tracers.ids, step, STEP_SPAN, root, Context())
+    inside = set_span_in_context(whole, Context())
+    for key, phase in _keyed(phases):
+        span = _started(tracer, tracers.ids, step, key, phase, inside)
+        _end(span, phase)
+    _end(whole, root)
+
+
+def _started(
+    tracer: Tracer, ids: StepIds, step: int, key: str, content: SpanContent, context: Context
+) -> Span:
+    from opentelemetry.trace import SpanKind
+
+    ids.next(step, key)
+    return tracer.start_span(
+        content.name,
+        context=context,
+        kind=SpanKind.CLIENT if content.kind == CLIENT else SpanKind.INTERNAL,
+        attributes=content.attributes,
+        start_time=content.start,
     )
-    inside = set_span_in_context(step, Context())
+
+
+def _end(span: Span, content: SpanContent) -> None:
+    from opentelemetry.trace import Status, StatusCode
+
+    for event in content.events:
+        span.add_event(event.name, event.attributes, event.time_unix_nano)
+    if content.error:
+        span.set_status(Status(StatusCode.ERROR, content.error))
+    span.end(content.end)
+
+
+def _keyed(phases: Sequence[SpanContent]) -> Iterator[tuple[str, SpanContent]]:
+    """Phases, each with what its id is made of."""
     seen: Counter[str] = Counter()
-    for name, start, end in timeline.phases:
-        seen[name] += 1
+    for phase in phases:
+        seen[phase.name] += 1
         # Micro-batches: the second train.forward of a step is a span of its own.
-        tracers.ids.next(timeline.step, name if seen[name] == 1 else f"{name}#{seen[name]}")
-        is_decide = name == DECIDE_SPAN
-        span = tracer.start_span(
-            name,
-            context=inside,
-            kind=SpanKind.CLIENT if is_decide else SpanKind.INTERNAL,
-            start_time=start,
-        )
-        if is_decide and timeline.decision is not None:
-            _tell_decision(span, timeline.decision, end)
-            span.set_attribute("esper.decision.applied", timeline.applied)
-        span.end(end)
+        times = seen[phase.name]
+        yield (phase.name if times == 1 else f"{phase.name}#{times}"), phase
+
+
+def _step_span(timeline: StepTimeline) -> SpanContent:
+    events: list[SpanEvent] = []
     if timeline.update is not None:
-        for finding in timeline.update.findings:
-            step.add_event(FINDING_EVENT, _finding_attributes(finding), timeline.end_unix_nano)
-    for event in timeline.events:
-        step.add_event(event.name, {**event.attributes, "message": event.text}, event.mark)
-    step.end(timeline.end_unix_nano)
+        events += _finding_events(timeline.update, timeline.end_unix_nano)
+    events += [
+        SpanEvent(event.name, {**event.attributes, "message": event.text}, event.mark)
+        for event in timeline.events
+    ]
+    return SpanContent(
+        STEP_SPAN,
+        timeline.start_unix_nano,
+        timeline.end_unix_nano,
+        _step_attributes(timeline),
+        events,
+    )
+
+
+def _phase_spans(timeline: StepTimeline) -> Iterator[SpanContent]:
+    for name, start, end in timeline.phases:
+        if name != DECIDE_SPAN:
+            yield SpanContent(name, start, end, _NONE)
+        elif timeline.decision is None:
+            yield SpanContent(name, start, end, _NONE, (), CLIENT)
+        else:
+            yield _decide_span(timeline.decision, start, end, timeline.applied)
+
+
+def _decide_span(decision: Decision, start: int, end: int, applied: bool) -> SpanContent:
+    """Attributes of a decision, one event per finding, an error when nobody decided."""
+    attributes, error = _decision_attributes(decision), ""
+    if decision.reason in FAILED_OPEN:
+        attributes["error.type"] = decision.reason
+        error = f"no decision: {decision.reason}"
+    attributes["esper.decision.applied"] = applied
+    events = _finding_events(decision, end)
+    return SpanContent(DECIDE_SPAN, start, end, attributes, events, CLIENT, error)
+
+
+def _finding_events(decision: Decision, time_unix_nano: int) -> list[SpanEvent]:
+    return [
+        SpanEvent(FINDING_EVENT, _finding_attributes(finding), time_unix_nano)
+        for finding in decision.findings
+    ]
 
 
 def _step_attributes(timeline: StepTimeline) -> dict[str, AttributeValue]:
@@ -101,18 +178,6 @@ def _step_attributes(timeline: StepTimeline) -> dict[str, AttributeValue]:
         attributes["esper.decision.severity"] = str(decision.severity)
         attributes["esper.decision.reason"] = decision.reason
     return attributes
-
-
-def _tell_decision(span: Span, decision: Decision, time_unix_nano: int) -> None:
-    """Attributes of a decision, one event per finding, an error when nobody decided."""
-    from opentelemetry.trace import Status, StatusCode
-
-    span.set_attributes(_decision_attributes(decision))
-    for finding in decision.findings:
-        span.add_event(FINDING_EVENT, _finding_attributes(finding), time_unix_nano)
-    if decision.reason in FAILED_OPEN:
-        span.set_attribute("error.type", decision.reason)
-        span.set_status(Status(StatusCode.ERROR, f"no decision: {decision.reason}"))
 
 
 def _decision_attributes(decision: Decision) -> dict[str, AttributeValue]:

@@ -320,7 +320,8 @@ class Stream:
             drop_all(self._ring, self._timelines, self._events, self._spool)
             return
         for lane in self._drain.lanes:
-            drop_all(lane.ring, lane.timelines, lane.events, self._spool)
+            made = lane.tracers.waiting
+            drop_all(lane.ring, lane.timelines, lane.events, self._spool, made)
 
     def _leave(self, batches: list[Batch], end: float) -> None:
         """Write what is unsent to files, on a thread so that a dead disk holds up nobody."""
