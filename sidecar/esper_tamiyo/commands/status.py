@@ -69,6 +69,11 @@ def _show(report: dict[str, Any]) -> None:
             print(f"{name}: {pairs(report[name])}")
     engine = report["engine"]
     print(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
+    if refused := {why: count for why, count in engine.get("refused", {}).items() if count}:
+        print(f"refused: {pairs(refused)}")
+    if "room_for" in engine:
+        kept = {name: f"{engine[name]} of {most}" for name, most in engine["room_for"].items()}
+        print(f"kept: {pairs(kept)}")
     for name in ("ingest", "scribe"):
         print(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
     print(f"ranks: {pairs(engine['states'])}")
