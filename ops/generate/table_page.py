@@ -14,6 +14,7 @@ from esper_tamiyo.judging.excursions import CALM, LAG, PATIENCE
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS
+from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.language.derived import DERIVED
 from esper_tamiyo.language.operators import (
     BASELINES,
@@ -33,6 +34,7 @@ from esper_tamiyo.language.table import (
     Rule,
     meta,
 )
+from esper_tamiyo.language.table_file import load
 from esper_tamiyo.language.yaml_nodes import MAX_BYTES, MAX_VALUES
 from ops.generate.files import COMMAND
 from ops.generate.table_schema import OPERANDS, REQUIRED, property_of, rule_fields, yaml_name
@@ -83,6 +85,7 @@ def page() -> str:
         arrival=f"{ARRIVAL_NS / 1e9:g} s",
         hindsight=f"{HINDSIGHT_NS / 1e9:g} s",
         stale_after=STALE_AFTER_STEPS,
+        warm_after=Rulebook(load("default")).warm_after,
         states=_rows(
             ("state", "meaning"),
             [(f"`{state.value}`", meaning) for state, meaning in STATES.items()],
@@ -352,6 +355,20 @@ a table, below `conservative`:
 Each rule has a state for each rank and, if it is about seeds, for each seed.
 
 {states}
+
+## Warming up
+
+A rank warms up while rules about its steps that act (their action is not `CONTINUE`, or they
+begin conservative mode; neither `mode: observe` nor `downgrade`) have no past to compare with.
+It lasts for as many steps, from the rank's first, as the longest of their conditions needs:
+`warmup` for a baseline, `warmup` and `window` for a `frozen` one and for `runs_out_within`, and
+twice the `warmup` of `record` and 16 for a record. So it ends after those steps also where a
+metric never comes. A new process, a new phase of the training, and another table that needs
+another past begin it anew. For the table `default` it is {warm_after} steps.
+
+Meanwhile rules that need no past act, and a decision for which no rule fired has the reason
+`warming_up` in place of `nominal`: `CONTINUE`, or `SEED` where the garden proposed something. A
+trainer counts no such step as a clean one, and gives back nothing that it holds.
 
 ## Ranks and seeds
 

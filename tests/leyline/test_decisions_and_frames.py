@@ -52,6 +52,7 @@ def test_failing_open_is_never_taken_for_a_verdict() -> None:
         "unreachable",
         "protocol_error",
         "breaker_open",
+        "superseded",
         "not_agreed",
     } == FAILED_OPEN
     assert FAILED_OPEN.isdisjoint({NOMINAL, CONSERVATIVE_MODE, NOT_ASKED})

@@ -3,19 +3,22 @@
 import logging
 
 import pytest
+from msgspec import structs
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
     NOMINAL,
     PROTOCOL_ERROR,
+    SUPERSEDED,
     Action,
     Proposal,
     SeedOperation,
     Severity,
 )
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.judging.engine import MAX_NAME, Engine
-from esper_tamiyo.judging.run_state import MAX_SEEDS
+from esper_otel.leyline.limits import MAX_NAME
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.seeds import MAX_SEEDS
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 
@@ -284,12 +287,14 @@ def test_pasts_of_seeds_are_bounded():
 
 
 def test_what_is_known_of_runs_and_of_replaced_processes_is_bounded(monkeypatch):
-    monkeypatch.setattr("esper_tamiyo.judging.engine.MAX_RETIRED", 3)
-    deciding = Engine(load("prototype"), max_runs=2)
+    monkeypatch.setattr("esper_tamiyo.judging.roster.MAX_RETIRED", 3)
+    deciding = Engine(load("prototype"))
+    deciding.roster.capacity = deciding.roster.capacity._replace(ranks=2)
     for number in range(9):
         deciding.observe(frame(0, run=f"run{number}", loss=1.0))
         deciding.observe(frame(0, run="again", instance=f"p{number}", loss=1.0))
-    assert (len(deciding._runs), len(deciding._boards), len(deciding._retired)) == (2, 2, 3)
+    roster = deciding.roster
+    assert (len(roster.ranks), len(roster._boards), len(roster._retired)) == (2, 2, 3)
 
 
 def test_the_second_copy_of_a_step_changes_nothing():
@@ -333,10 +338,14 @@ def test_a_late_step_gets_the_latest_findings():
 def test_a_restarted_process_starts_anew_and_its_predecessor_does_not_come_back():
     deciding = engine("metric: loss, above: 1, for: 2")
     assert deciding.observe(frame(100, loss=2.0)).reason == NOMINAL
-    assert deciding.observe(frame(3, instance="two", loss=2.0)).reason == NOMINAL
+    later = [
+        structs.replace(frame(step, instance="two", loss=2.0), time_unix_nano=102 + step)
+        for step in (3, 4)
+    ]
+    assert deciding.observe(later[0]).reason == NOMINAL
     stale = deciding.observe(frame(101, loss=2.0))
-    assert (stale.action, stale.reason) == (Action.CONTINUE, PROTOCOL_ERROR)
-    assert deciding.observe(frame(4, instance="two", loss=2.0)).reason == "r0"
+    assert (stale.action, stale.reason) == (Action.CONTINUE, SUPERSEDED)
+    assert deciding.observe(later[1]).reason == "r0"
     assert deciding.overview()["frames"]["superseded"] == 1
 
 
@@ -358,7 +367,8 @@ def test_runs_and_ranks_are_apart():
 
 
 def test_the_rank_not_heard_of_for_longest_is_forgotten():
-    deciding = Engine(load("prototype"), max_runs=2)
+    deciding = Engine(load("prototype"))
+    deciding.roster.capacity = deciding.roster.capacity._replace(ranks=2)
     for run in ("a", "b", "a", "c"):
         deciding.observe(frame(0, run=run))
     assert deciding.latest("b") is None

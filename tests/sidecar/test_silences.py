@@ -221,7 +221,8 @@ def test_an_overview_has_what_lasts(engine):
 
 
 def test_what_is_forgotten_is_not_silenced():
-    engine = Engine(parse(TableSource("t", TABLE.encode())), max_runs=1)
+    engine = Engine(parse(TableSource("t", TABLE.encode())))
+    engine.roster.capacity = engine.roster.capacity._replace(ranks=1)
     engine.observe(frame(0, loss=1.0))
     silence(engine, "high")
     engine.observe(frame(0, run="other", loss=1.0))

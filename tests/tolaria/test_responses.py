@@ -5,6 +5,7 @@ from esper_otel.leyline.decisions import (
     FAILED_OPEN,
     NOMINAL,
     NOT_ASKED,
+    WARMING_UP,
     Action,
     Decision,
     Severity,
@@ -44,7 +45,7 @@ def test_a_judged_step_without_a_cut_is_a_clean_one(decision):
     assert subject.lr_scale > 0.5
 
 
-@pytest.mark.parametrize("reason", sorted(FAILED_OPEN | {NOT_ASKED}))
+@pytest.mark.parametrize("reason", sorted(FAILED_OPEN | {NOT_ASKED, WARMING_UP}))
 def test_while_nobody_judges_what_is_held_stays_held(reason):
     subject = responses(release_steps=3)
     subject.apply_rate(optimizer(lr_scale=0.5))

@@ -13,6 +13,7 @@ from esper_otel.leyline.decisions import (
     NOMINAL,
     NOT_ASKED,
     TIMEOUT,
+    WARMING_UP,
     Action,
     unanswered,
 )
@@ -87,6 +88,7 @@ def test_two_are_in_memory_at_most():
         (decided(0, Action.PAUSE), True),
         (unanswered("r", 0, TIMEOUT), True),
         (unanswered("r", 0, BREAKER_OPEN), True),
+        (unanswered("r", 0, WARMING_UP), True),
         (unanswered("r", 0, NOMINAL), False),
     ],
 )

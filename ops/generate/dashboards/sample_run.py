@@ -189,6 +189,7 @@ _CHECKS: dict[str, Callable[[float], float]] = {
 }
 _ONE_ATTRIBUTE = {
     "tamiyo.frames": ("judged", "duplicate", "late"),
+    "tamiyo.frames.refused": ("step_leap", "name_too_long"),
     "tamiyo.ingest.points": ("used", "foreign"),
     "tamiyo.ingest.requests": ("accepted", "busy"),
     "tamiyo.queue.depth": ("frames", "notes"),

@@ -34,6 +34,10 @@ STATES = {
 _LATENCIES = (50, 95, 99)
 
 
+CALM = "nominal|warming_up"
+"""Reasons of decisions for which no rule fired."""
+
+
 def tamiyo() -> Dashboard:
     """The dashboard."""
     made = board(
@@ -81,11 +85,12 @@ def _deciding() -> list[PanelBuilder]:
             "short",
             [
                 Line(
-                    increase("tamiyo.decisions", "rule", "action", where='rule!="nominal"'),
+                    increase("tamiyo.decisions", "rule", "action", where=f'rule!~"{CALM}"'),
                     "{{rule}}: {{action}}",
                 )
             ],
-            "Those that are not `nominal`; `conservative_mode` refused a seed operation.",
+            "Those that are neither `nominal` nor `warming_up`; `conservative_mode` refused a "
+            "seed operation.",
         ),
         stacked(
             "All decisions by action",
@@ -159,6 +164,7 @@ def _seeing() -> list[PanelBuilder]:
             [
                 Line(increase("tamiyo.frames", "state"), "{{state}}"),
                 Line(increase("tamiyo.frames.missed"), "missed"),
+                Line(increase("tamiyo.frames.refused", "reason"), "refused: {{reason}}"),
             ],
             "`duplicate` is no fault: an ask and the stream tell the same step.",
         ),

@@ -29,6 +29,13 @@ def add(commands: Commands) -> None:
     parser.add_argument("--otlp-grpc", default="127.0.0.1:4317", metavar="HOST:PORT")
     parser.add_argument("--otlp-http", default="127.0.0.1:4318", metavar="HOST:PORT")
     parser.add_argument("--no-ingest", action="store_true", help="hear asks only, no OTLP")
+    parser.add_argument(
+        "--state-mb",
+        type=_positive,
+        default=192.0,
+        metavar="MB",
+        help="memory for what is known of all runs (default: %(default)g)",
+    )
     _add_senders(parser)
     _add_record(parser)
     parser.set_defaults(command=_serve)
@@ -143,7 +150,8 @@ def _serve(options: argparse.Namespace) -> int:
     reporter = _reporter(options, health)
     try:
         listener = DecisionSocket(options.socket or default_path())
-        engine = Engine(table, observer=reporter.decision_log)
+        state_bytes = int(options.state_mb * (1 << 20))
+        engine = Engine(table, state_bytes, observer=reporter.decision_log)
         Server(
             engine,
             listener,

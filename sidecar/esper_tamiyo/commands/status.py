@@ -70,6 +70,11 @@ def _show(report: dict[str, Any]) -> None:
             say(f"{name}: {pairs(report[name])}")
     engine = report["engine"]
     say(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
+    if refused := {why: count for why, count in engine.get("refused", {}).items() if count}:
+        say(f"refused: {pairs(refused)}")
+    if "room_for" in engine:
+        kept = {name: f"{engine[name]} of {most}" for name, most in engine["room_for"].items()}
+        say(f"kept: {pairs(kept)}")
     for name in ("ingest", "scribe"):
         say(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
     say(f"ranks: {pairs(engine['states'])}")

@@ -6,6 +6,7 @@ reports and counts are made of it afterwards, when no trainer waits.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
@@ -37,11 +38,16 @@ from esper_tamiyo.judging.observer import RuleChange, RuleState
 from esper_tamiyo.judging.silences import SilenceOrder
 from esper_tamiyo.language.table import Table, conditions
 
+log = logging.getLogger("tamiyo")
+
+MAX_COUNT = (1 << 63) - 1
+"""A sum stays here: no message can carry more."""
+
 MAX_QUEUED = 16_384
 """Things kept until there is time for them; beyond it they are dropped, and counted."""
 
 MAX_RANKS = 4096
-MAX_RULES = 4096
+MAX_RULES = 256
 """Rules, of a rank and of each of its seeds, whose beginning is remembered."""
 
 MAX_CONDITIONS = 400
@@ -113,7 +119,7 @@ class DecisionLog:
         self.missed = 0
         """Steps that lie between two that were seen, and were not seen in their turn."""
         self.dropped = 0
-        """Things heard for which there was no room."""
+        """Things heard for which there was no room, or of which no entry could be made."""
         self._queue: deque[_Heard] = deque()
         self._ranks: OrderedDict[tuple[str, int], _Rank] = OrderedDict()
         self._reports = FieldReports()
@@ -186,16 +192,23 @@ class DecisionLog:
         heard = self._queue
         for _ in range(min(limit, len(heard))):
             thing = heard.popleft()
-            if isinstance(thing, StepFrame):
-                self._count_step(thing)
-                entries += self._reports.add_frame(thing, now_s)
-            elif isinstance(thing, RuleChange):
-                entries.append(self._change(thing))
-            elif isinstance(thing, RuleSilence):
-                entries.append(thing)
-            elif not self._goes_on(thing):
-                entries.append(self._decision(thing))
+            try:
+                entries += self._entries_of(thing, now_s)
+            except Exception:
+                if not self.dropped:  # one is enough to find out why
+                    log.exception("nothing can be written down of %.200r", thing)
+                self.dropped += 1
         return entries
+
+    def _entries_of(self, thing: _Heard, now_s: float) -> list[AnyEntry | DueReport]:
+        if isinstance(thing, StepFrame):
+            self._count_step(thing)
+            return [*self._reports.add_frame(thing, now_s)]
+        if isinstance(thing, RuleChange):
+            return [self._change(thing)]
+        if isinstance(thing, RuleSilence):
+            return [thing]
+        return [] if self._goes_on(thing) else [self._decision(thing)]
 
     def expire(self, now_s: float) -> list[AnyEntry | DueReport]:
         """Reports about runs that have ended, as far as silence can tell."""
@@ -227,7 +240,7 @@ class DecisionLog:
         if rank.instance != frame.instance:
             rank.start_over(frame.instance)
         elif 0 <= rank.newest < frame.step:
-            self.missed += frame.step - rank.newest - 1
+            self.missed = min(self.missed + frame.step - rank.newest - 1, MAX_COUNT)
         rank.newest = frame.step
         rank.moved.clear()
 

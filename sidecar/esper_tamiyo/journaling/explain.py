@@ -19,6 +19,7 @@ from esper_otel.leyline.decisions import (
     RANK_OF,
     RESTORE,
     SKIP_STEP,
+    WARMING_UP,
     Action,
 )
 from esper_tamiyo.journaling.entries import Decided, Found, Reported, rfc3339
@@ -82,6 +83,9 @@ def _why(story: Story) -> Iterator[str]:
         return
     if decision.reason == NOMINAL:
         yield "Nothing was wrong, so what was proposed is granted."
+    elif decision.reason == WARMING_UP:
+        yield "No rule fired, and those that compare with the past have none yet:"
+        yield "what was proposed is granted."
     elif decision.reason == CONSERVATIVE_MODE:
         yield "Conservative mode: seeds wait until the run has been calm for a while."
     for found in story.told:

@@ -104,7 +104,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.decisions",
         InstrumentKind.COUNTER,
         "{decision}",
-        "decisions made; `rule` is the rule that won, `nominal` or `conservative_mode`",
+        "decisions made; `rule` is the rule that won, `nominal`, `warming_up` or "
+        "`conservative_mode`",
         ("action", "severity", "rule"),
         _decisions,
     ),
@@ -142,7 +143,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         InstrumentKind.COUNTER,
         "{frame}",
         "step frames that came: judged, seen before (`duplicate`), older than the newest "
-        "and never seen (`late`), of a replaced process (`superseded`), unreadable (`bad`)",
+        "and never seen (`late`), of a replaced process (`superseded`), unreadable or refused "
+        "(`bad`)",
         ("state",),
         _each(
             "state",
@@ -150,6 +152,17 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
             "engine",
             "frames",
         ),
+    ),
+    OwnMetric(
+        "tamiyo.frames.refused",
+        InstrumentKind.COUNTER,
+        "{frame}",
+        "step frames, and trainers that introduced themselves, beyond a limit, by which one",
+        ("reason",),
+        lambda report: [
+            (count, {"reason": reason})
+            for reason, count in ((report.get("engine") or {}).get("refused") or {}).items()
+        ],
     ),
     OwnMetric(
         "tamiyo.frames.missed",

@@ -6,6 +6,7 @@ the server has one thing to call at the end of each turn.
 
 from __future__ import annotations
 
+import logging
 import select
 import time
 from collections.abc import Callable
@@ -13,9 +14,20 @@ from typing import Any
 
 from esper_tamiyo.journaling.decision_log import DecisionLog, table_entry
 from esper_tamiyo.journaling.entries import Gap
-from esper_tamiyo.journaling.messages import ANSWER_MS, LAG_MS, Heartbeat, Histogram
+from esper_tamiyo.journaling.messages import (
+    ANSWER_MS,
+    LAG_MS,
+    Heartbeat,
+    Histogram,
+    Message,
+)
 from esper_tamiyo.journaling.scribe_child import ScribeChild
 from esper_tamiyo.language.table import Table
+
+log = logging.getLogger("tamiyo")
+
+MAX_FAILURES_TOLD = 16
+"""Kinds of failure that are said, each of them once."""
 
 HEARTBEAT_S = 0.95
 """A little less than the tick that wakes the loop, or every other one would pass by."""
@@ -41,6 +53,9 @@ class Reporter:
         self._heartbeat_at = 0.0
         self._table: Table | None = None
         self._accounted = 0
+        self._failed = 0
+        self._failures: set[str] = set()
+        """Kinds of failure that have been said."""
 
     def start(self, epoll: select.epoll) -> None:
         """Start the scribe; ``epoll`` tells when it has something to say."""
@@ -75,7 +90,16 @@ class Reporter:
         return None if self._scribe is None else self._scribe.due_in()
 
     def write_down(self, table: Table, status: Callable[[], dict[str, Any]]) -> None:
-        """Write down some of what was heard; once a second say how things are."""
+        """Write down some of what was heard; once a second say how things are.
+
+        Never raises: what cannot be written down is counted, and said once for each kind.
+        """
+        try:
+            self._write_down(table, status)
+        except Exception as error:
+            self._note_failure(error)
+
+    def _write_down(self, table: Table, status: Callable[[], dict[str, Any]]) -> None:
         now_s = time.monotonic()
         log = self.decision_log
         entries = log.make_entries(WRITTEN_PER_TURN, now_s) if log.waiting else []
@@ -89,17 +113,17 @@ class Reporter:
             entry = table_entry(table, self._table_source)
             self._table = table if scribe.send([entry]) else None
         if entries:
-            scribe.send([*entries])
+            self._send(scribe, [*entries])
         if now_s >= self._heartbeat_at:
             self._heartbeat_at = now_s + HEARTBEAT_S
             self._send_gap(scribe)
-            scribe.send([*log.expire(now_s), self._heartbeat(status())])
+            self._send(scribe, [*log.expire(now_s), self._heartbeat(status())])
 
     def close(self) -> None:
         """Write down the rest and let the scribe end."""
         scribe = self._scribe
         if scribe is not None:
-            scribe.send([*self.decision_log.close()])
+            self._send(scribe, [*self.decision_log.close()])
             self._send_gap(scribe)
             scribe.close()
 
@@ -115,6 +139,7 @@ class Reporter:
             "ingest_lag_ms": _summary(self._lag),
             "checks": dict(self.decision_log.checks),
             "missed_steps": self.decision_log.missed,
+            "recording_failed": self._failed,
             "scribe": self._scribe_status(),
         }
 
@@ -127,9 +152,27 @@ class Reporter:
             "field_reports_pending": self.decision_log.reports_pending,
         }
 
+    def _send(self, scribe: ScribeChild, messages: list[Message]) -> None:
+        """Hand messages over; one that no message can carry is that one's failure."""
+        try:
+            scribe.send(messages)
+        except Exception as error:
+            if len(messages) > 1:
+                for message in messages:
+                    self._send(scribe, [message])
+            else:
+                self._note_failure(error)
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failed += 1
+        kind = f"{type(error).__name__}: {error}"[:100]
+        if kind not in self._failures and len(self._failures) < MAX_FAILURES_TOLD:
+            self._failures.add(kind)
+            log.error("cannot write something down, and go on: %s", kind, exc_info=error)
+
     def _send_gap(self, scribe: ScribeChild) -> None:
         """What was lost since this was last said, to be said where it is missing."""
-        lost = scribe.lost + self.decision_log.dropped - self._accounted
+        lost = scribe.lost + self.decision_log.dropped + self._failed - self._accounted
         gap = Gap(
             time_unix_nano=time.time_ns(),
             lost=lost,

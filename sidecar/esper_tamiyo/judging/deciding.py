@@ -14,6 +14,7 @@ from esper_otel.leyline.decisions import (
     NOMINAL,
     RESTORE,
     SKIP_STEP,
+    WARMING_UP,
     Action,
     Decision,
     Finding,
@@ -37,13 +38,16 @@ def decide(
     *,
     conservative: bool,
     table_version: str,
+    warming_up: bool = False,
 ) -> Decision:
     """The decision about ``step`` of a run and rank that is known up to ``newest``.
 
     The strongest rule decides. What a rule asks that has weights restored is asked beside it,
-    as far as the strongest leaves it open: a pause of seeds heals no weights.
+    as far as the strongest leaves it open: a pause of seeds heals no weights. With
+    ``warming_up`` rules had no past to compare with, and nothing is called nominal.
     """
-    action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
+    nominal = WARMING_UP if warming_up else NOMINAL
+    action, severity, reason = Action.CONTINUE, Severity.NORMAL, nominal
     target_seed: str | None = None
     operation: SeedOperation | None = None
     parameters: dict[str, float] = {}
@@ -67,7 +71,7 @@ def decide(
             action, severity, reason = Action.PAUSE, Severity.WARNING, CONSERVATIVE_MODE
             target_seed = None
         else:
-            action, severity, reason = Action.SEED, Severity.NORMAL, NOMINAL
+            action, severity, reason = Action.SEED, Severity.NORMAL, nominal
             target_seed, operation = proposal.seed_id, proposal.operation
     run, rank = key
     return Decision(

@@ -9,40 +9,41 @@ That is why a sidecar that hears asks and one that reads the stream agree.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter
 from typing import Any
 
 from esper_otel.leyline.decisions import (
     PROTOCOL_ERROR,
+    SUPERSEDED,
     Decision,
     Finding,
     Proposal,
     unanswered,
 )
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import (
+    MAX_NAME,
+    MAX_SEEDS_PER_FRAME,
+    MAX_STEP,
+    MAX_TIME_UNIX_NANO,
+)
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
+from esper_tamiyo.judging.admission import RefusalReason, fault_of
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
 from esper_tamiyo.judging.liveness import Key, overview
 from esper_tamiyo.judging.observer import EngineObserver
-from esper_tamiyo.judging.peers import PeerBoard
+from esper_tamiyo.judging.roster import STATE_BYTES, Roster
 from esper_tamiyo.judging.rule_status import RuleTransition
 from esper_tamiyo.judging.rulebook import ReloadReport, Rulebook, difference, earlier_places
 from esper_tamiyo.judging.run_state import RunState
-from esper_tamiyo.judging.silences import SilenceOrder, Silences
+from esper_tamiyo.judging.silences import SilenceOrder
 from esper_tamiyo.judging.update_guards import UpdateGuards
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
 
-MAX_RUNS = 4096
-"""Ranks kept in memory; beyond it the one not heard of for longest is forgotten."""
-
-MAX_NAME = 256
-"""Longest name of a run or instance, in characters, that answers can carry."""
-
-MAX_RETIRED = 1024
-"""Instances remembered as replaced, so that their late frames do not bring them back."""
+_PHASE = STEP_SLOT["phase"]
 
 SWITCHED_AT_ONCE = 8
 """Ranks that go over to another table in one tick, when they send nothing themselves."""
@@ -51,29 +52,33 @@ SWITCHED_AT_ONCE = 8
 class Engine:
     """Judges frames of many runs by one table.
 
-    Memory is bounded: :data:`MAX_RUNS` ranks, each with one window per baseline the
-    table uses and :data:`~esper_tamiyo.judging.run_state.MAX_SEEDS` seeds.
+    Memory is bounded: so many ranks, seeds and steps as :mod:`~esper_tamiyo.judging.roster`
+    says, each with one window per baseline the table uses.
     """
 
     def __init__(
-        self, table: Table, max_runs: int = MAX_RUNS, observer: EngineObserver | None = None
+        self,
+        table: Table,
+        state_bytes: int = STATE_BYTES,
+        observer: EngineObserver | None = None,
     ) -> None:
-        """``observer`` is told of every change and decision; it cannot disturb them."""
+        """``observer`` is told of every change and decision; it cannot disturb them.
+
+        What is known of all ranks takes about ``state_bytes`` at most."""
         self._book = Rulebook(table)
-        self._max_runs = max_runs
         self._observer = observer
-        self._runs: OrderedDict[Key, RunState] = OrderedDict()
-        self._boards: dict[str, PeerBoard] = {}
-        self._silences = Silences()
-        self._retired: OrderedDict[tuple[str, int, str], None] = OrderedDict()
+        self.roster = Roster(self._book, state_bytes)
+        """Which ranks there are; a process that asks is introduced to it."""
+        self._runs = self.roster.ranks
+        self._silences = self.roster.silences
         self._observer_failed = 0
+        self._refused = Counter({reason.value: 0 for reason in RefusalReason})
         self._counts = {
             "judged": 0,
             "duplicate": 0,
             "late": 0,
             "superseded": 0,
             "bad": 0,
-            "runs_forgotten": 0,
         }
 
     @property
@@ -82,17 +87,26 @@ class Engine:
         return self._book.table
 
     def observe(
-        self, frame: StepFrame, proposal: Proposal | None = None, at_ns: int | None = None
+        self,
+        frame: StepFrame,
+        proposal: Proposal | None = None,
+        at_ns: int | None = None,
+        *,
+        asked: bool = False,
     ) -> Decision:
         """Judge ``frame`` unless it was seen before, and decide. Never raises.
 
         A frame that cannot be judged, or that a newer process of the same run and rank
         has replaced, is counted and gets the CONTINUE that says nobody judged. ``at_ns`` is
-        when it was heard, by the clock of :meth:`tick`; its own time unless given.
+        when it was heard, by the clock of :meth:`tick`; its own time unless given. ``asked``:
+        by a process that was introduced, and not from the stream.
         """
         try:
+            fault = fault_of(frame, proposal)
+            if fault is not None:
+                return self.refuse(frame.run, frame.step, fault)
             heard_ns = frame.time_unix_nano if at_ns is None else at_ns
-            return self._observe(frame, proposal, heard_ns)
+            return self._observe(frame, proposal, heard_ns, asked=asked)
         except Exception:
             self._count_failure(frame)
             return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
@@ -112,15 +126,23 @@ class Engine:
             or state.acting
             or state.conservative
             or state.instance != instance
-            or step <= state.newest
+            or not state.newest < step <= MAX_STEP
+            or not 0 <= ask.time_unix_nano <= MAX_TIME_UNIX_NANO
             or len(ask.values) != len(STEP_KEYS)
-            or (ask.seeds and self._book.judges_seeds)
+            or (ask.seeds and (self._book.judges_seeds or len(ask.seeds) > MAX_SEEDS_PER_FRAME))
+            or (ask.proposal is not None and len(ask.proposal.seed_id) > MAX_NAME)
         ):
             return None
+        warm_up, phase = state.warm_up, ask.values[_PHASE]
+        if phase != warm_up.phase and (phase == phase or warm_up.phase):
+            return None  # another phase begins
         ask.values[STEP_SLOT["step"]] = step  # two places say it, and frames follow this one
         if state.guards.crossed(ask.values):
             return None
-        return self._decision(state, key, step, ask.proposal, step, [])
+        is_warming_up = warm_up.steps < self._book.warm_after
+        return self._decision(
+            state, key, step, ask.proposal, step, [], warming_up=is_warming_up
+        )
 
     def commit(self, frame: StepFrame, decision: Decision, at_ns: int | None = None) -> None:
         """Remember a frame that :meth:`decide_fast` has decided about. Never raises."""
@@ -145,6 +167,9 @@ class Engine:
         """
         run, step, key = frame.run, frame.step, (frame.run, frame.rank)
         try:
+            fault = fault_of(frame)
+            if fault is not None:
+                return self.refuse(run, step, fault)
             state = self._runs.get(key)
             if state is None or step <= state.newest:
                 return unanswered(run, step, PROTOCOL_ERROR)
@@ -178,6 +203,7 @@ class Engine:
         found by the frame that ended it, with the same instants.
         """
         try:
+            self.roster.trim()
             behind = SWITCHED_AT_ONCE
             for key, state in self._runs.items():
                 if state.book is not self._book:
@@ -198,6 +224,7 @@ class Engine:
         """
         before = self._book.table
         self._book = Rulebook(table)
+        self.roster.use_table(self._book)
         return difference(before, table)
 
     def silence(self, request: SilenceRequest) -> SilenceOrder:
@@ -206,13 +233,13 @@ class Engine:
         Raises :class:`~esper_tamiyo.judging.silences.SilenceError`.
         """
         rules = [rule.id for rule in self.table.rules]
-        return self._silences.order(request, self._newest_steps(), rules)
+        return self._silences.order(request, self.roster.newest_steps(), rules)
 
-    def _newest_steps(self) -> dict[str, int]:
-        newest: dict[str, int] = {}
-        for (run, _), state in self._runs.items():
-            newest[run] = max(state.newest, newest.get(run, -1))
-        return newest
+    def refuse(self, run: str, step: int, reason: RefusalReason) -> Decision:
+        """Count what is beyond a limit; the decision that says that nobody judged it."""
+        self._refused[reason.value] += 1
+        self.note_bad_frame()
+        return unanswered(run[:MAX_NAME], step, PROTOCOL_ERROR)
 
     def note_bad_frame(self) -> None:
         """Count a frame that could not even be read."""
@@ -236,33 +263,47 @@ class Engine:
         :class:`~esper_tamiyo.judging.liveness.RankState`.
         """
         return {
-            "frames": dict(self._counts),
-            "ranks": len(self._runs),
+            "frames": {**self._counts, "runs_forgotten": self.roster.forgotten},
+            "refused": dict(self._refused),
+            **self.roster.overview(),
             "witness_failed": self._observer_failed,
             "silences": self._silences.overview(
-                self._newest_steps() if self._silences.used else {}
+                self.roster.newest_steps() if self._silences.used else {}
             ),
             **overview(reversed(self._runs.items()), now_ns),
         }
 
-    def _observe(self, frame: StepFrame, proposal: Proposal | None, at_ns: int) -> Decision:
+    def _observe(
+        self, frame: StepFrame, proposal: Proposal | None, at_ns: int, *, asked: bool
+    ) -> Decision:
         key = (frame.run, frame.rank)
         state = self._runs.get(key)
         if state is None or (frame.instance and state.instance != frame.instance):
-            admitted = self._admit(key, frame.instance, state)
+            admitted = self.roster.admit(frame, self._book, at_ns, asked=asked)
             if admitted is None:
-                return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
+                self._counts["superseded"] += 1
+                return unanswered(frame.run, frame.step, SUPERSEDED)
             state = admitted
-        else:
-            self._runs.move_to_end(key)
-        if state.book is not self._book:
-            self._catch_up(state, key)
         is_new = frame.step > state.newest
         if is_new:
+            fault = self.roster.fault_of_next(state, frame, at_ns, asked=asked)
+            if fault is not None:
+                return self.refuse(frame.run, frame.step, fault)
+        self._runs.move_to_end(key)
+        if state.book is not self._book:
+            self._catch_up(state, key)
+        if is_new:
             self._judge(state, key, frame, at_ns)
+        elif state.was_seen(frame.step):
+            self._counts["duplicate"] += 1
         else:
-            self._counts["duplicate" if state.was_seen(frame.step) else "late"] += 1
-        decision = self._decision(state, key, frame.step, proposal, state.newest, state.fired)
+            self._counts["late"] += 1
+            if asked:
+                return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
+        decision = self._decision(
+            *(state, key, frame.step, proposal, state.newest, state.fired),
+            warming_up=state.warm_up.under_way,
+        )
         # The stream's copy of a step that was asked about must not hide what was answered.
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
@@ -278,7 +319,9 @@ class Engine:
     def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:
         self._counts["judged"] += 1
         self._find_silence(state, key, frame.time_unix_nano - state.time_unix_nano)
+        seeds = len(state.seeds)
         transitions = state.judge(frame, at_ns)
+        self.roster.seeds += len(state.seeds) - seeds
         if transitions:
             self._notify(key, frame.step, frame.time_unix_nano, transitions)
 
@@ -326,45 +369,12 @@ class Engine:
                 continue
             finding = Finding(rule.id, rule.action, rule.severity, rule.text, seen)
             decision = self._decision(
-                state, key, state.newest, None, state.newest, [(entry, finding)]
+                *(state, key, state.newest, None, state.newest, [(entry, finding)]),
+                warming_up=state.warm_up.under_way,
             )
             run, rank = key
             empty = StepFrame(run, state.instance, rank, state.newest, ended, {})
             self._conclude(state, empty, decision, is_new=False)
-
-    def _admit(self, key: Key, instance: str, before: RunState | None) -> RunState | None:
-        """A fresh state for a new rank or a restarted one; None when it has no place.
-
-        A producer that names no instance shares the state of whoever does.
-        """
-        run, rank = key
-        if len(run) > MAX_NAME or len(instance) > MAX_NAME:
-            self._counts["bad"] += 1
-            return None
-        if (run, rank, instance) in self._retired:
-            self._counts["superseded"] += 1
-            return None
-        if before is not None and not before.instance:
-            before.instance = instance
-            return before
-        board = self._boards.get(run)
-        if board is None:
-            board = self._boards[run] = PeerBoard()
-        if before is not None:
-            board.remove_rank(rank)
-            self._retired[(run, rank, before.instance)] = None
-            if len(self._retired) > MAX_RETIRED:
-                self._retired.popitem(last=False)
-        state = RunState(instance, self._book, board, rank, self._silences.of_run(run))
-        self._runs[key] = state
-        self._runs.move_to_end(key)
-        if len(self._runs) > self._max_runs:
-            (forgotten, _), _ = self._runs.popitem(last=False)
-            self._counts["runs_forgotten"] += 1
-            if all(run != forgotten for run, _ in self._runs):
-                del self._boards[forgotten]
-                self._silences.forget_run(forgotten)
-        return state
 
     def _decision(
         self,
@@ -374,6 +384,8 @@ class Engine:
         proposal: Proposal | None,
         newest: int,
         fired: list[Fired],
+        *,
+        warming_up: bool,
     ) -> Decision:
         return decide(
             key,
@@ -383,4 +395,5 @@ class Engine:
             proposal,
             conservative=state.conservative,
             table_version=self._book.table.version,
+            warming_up=warming_up,
         )

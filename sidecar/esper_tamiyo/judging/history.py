@@ -306,15 +306,18 @@ class History:
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
 
-    def enter_phase(self, phase: float) -> None:
+    def enter_phase(self, phase: float) -> bool:
         """A phase of the training that its loop has named: what is usual begins anew.
 
         ``phase`` counts them, 0.0 is the first. What excursions have reached stays known.
+        True when it is another one than before.
         """
-        if phase != self._phase:
-            self._phase = phase
-            for past in self._own:
-                past.clear()
+        if phase == self._phase:
+            return False
+        self._phase = phase
+        for past in self._own:
+            past.clear()
+        return True
 
     def absorb(self, values: Mapping[str, float]) -> None:
         """Take in the values of a frame; what is absent leaves its baselines as they were."""
@@ -329,6 +332,26 @@ class History:
                 last.add(value)
             else:
                 last.missed += 1
+
+
+class WarmUp:
+    """Whether a rank has a past that the rules which act can compare a step with."""
+
+    __slots__ = ("phase", "steps", "under_way")
+
+    def __init__(self) -> None:
+        self.phase = 0.0
+        self.steps = 0
+        """Steps that the past holds, of this phase of the training."""
+        self.under_way = False
+        """Whether the newest step had too few of them behind it."""
+
+    def begin_step(self, past: History, phase: float, needed: int) -> None:
+        """A step of that phase, which needs so many behind it; ``past`` enters the phase."""
+        self.phase = phase
+        if past.enter_phase(phase):
+            self.steps = 0
+        self.under_way = self.steps < needed
 
 
 def _excursions(watched: Watched, before: History | None) -> dict[tuple[str, bool], Excursions]:

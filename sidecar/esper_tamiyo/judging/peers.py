@@ -45,6 +45,9 @@ KEPT_STEPS = 16
 MAX_STEPS = 4096
 """Steps kept at most, whatever their times say."""
 
+MAX_POSTS = 65_536
+"""What all ranks of a run told of the steps that are kept, at most: many ranks, fewer steps."""
+
 
 class _Told:
     """One step: what each rank told of it, and when it had ended it."""
@@ -76,9 +79,13 @@ class _Told:
 class PeerBoard:
     """The newest steps of all ranks of one run. Times are those of the frames."""
 
-    __slots__ = ("_first_ns", "_steps")
+    __slots__ = ("_first_ns", "_steps", "posts", "ranks")
 
     def __init__(self) -> None:
+        self.ranks = 0
+        """Ranks of the run that are known."""
+        self.posts = 0
+        """What is kept of all ranks and steps."""
         # A plain dict would look over every step that it has forgotten to find the oldest.
         self._steps: OrderedDict[int, _Told] = OrderedDict()
         self._first_ns: dict[int, int] = {}
@@ -91,6 +98,7 @@ class PeerBoard:
             told = self._steps[step] = _Told()
             if len(self._steps) > KEPT_STEPS:
                 self._let_go(time_ns - KEPT_NS)
+        self.posts += rank not in told.posts
         told.posts[rank] = time_ns, values
         told.latest_ns = max(told.latest_ns, time_ns)
         told.ordered.clear()
@@ -98,8 +106,20 @@ class PeerBoard:
     def remove_rank(self, rank: int) -> None:
         """A rank began anew: it may tell its steps a second time."""
         for told in self._steps.values():
-            told.posts.pop(rank, None)
+            self.posts -= told.posts.pop(rank, None) is not None
             told.ordered.clear()
+
+    def forget_rank(self, rank: int) -> None:
+        """A rank is not known any more."""
+        self.ranks -= 1
+        self._first_ns.pop(rank, None)
+        if self.ranks:
+            self.remove_rank(rank)
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that are kept at most."""
+        return max(KEPT_STEPS, min(MAX_STEPS, MAX_POSTS // (len(self._first_ns) or 1)))
 
     def has_others(self, rank: int, by_ns: int) -> bool:
         """Whether any rank but ``rank`` had ended a step ``by_ns``."""
@@ -130,10 +150,11 @@ class PeerBoard:
 
     def _let_go(self, before_ns: int) -> None:
         """Forget the oldest step or two. More come only one by one, so that will do."""
-        steps = self._steps
+        steps, most = self._steps, self.most_steps
         for step in list(islice(steps, 2)):
             is_old = steps[step].latest_ns < before_ns
-            if len(steps) > MAX_STEPS or (is_old and len(steps) > KEPT_STEPS):
+            if len(steps) > most or (is_old and len(steps) > KEPT_STEPS):
+                self.posts -= len(steps[step].posts)
                 del steps[step]
 
 
@@ -179,7 +200,10 @@ class PeerComparison:
         picked = {key: values[key] for key in keys if key in values}
         self._board.post(self._rank, frame.step, frame.time_unix_nano, picked)
         if self._company:
-            self._waiting.append(Waiting(frame.step, frame.time_unix_nano, picked))
+            waiting = self._waiting
+            waiting.append(Waiting(frame.step, frame.time_unix_nano, picked))
+            if len(waiting) > self._board.most_steps:
+                self.turn_to(waiting.popleft().values)
 
     def due(self, time_ns: int) -> list[Waiting]:
         """The steps to compare now that the rank has come to ``time_ns``."""

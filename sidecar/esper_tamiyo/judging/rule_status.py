@@ -114,6 +114,9 @@ class RuleStatus:
         self.silenced_by = ""
 
 
+_OF_OTHERS = RuleStatus()
+
+
 class RuleTransition(NamedTuple):
     """A rule's state changed, or who inhibits it."""
 
@@ -158,10 +161,23 @@ class RuleTarget:
 
     __slots__ = ("history", "seed_id", "statuses", "values")
 
-    def __init__(self, seed_id: str | None, rules: int, history: History) -> None:
+    def __init__(
+        self,
+        seed_id: str | None,
+        rules: int,
+        history: History,
+        places: Iterable[int] | None = None,
+    ) -> None:
+        """``places`` are those of the rules that are about it, all of them unless said: the
+        others have one status in common, which nothing changes."""
         self.seed_id = seed_id
         self.history = history
-        self.statuses = [RuleStatus() for _ in range(rules)]
+        if places is None:
+            self.statuses = [RuleStatus() for _ in range(rules)]
+        else:
+            self.statuses = [_OF_OTHERS] * rules
+            for place in places:
+                self.statuses[place] = RuleStatus()
         self.values: Values = {}
 
     def rearrange(self, places: list[int | None], history: History) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
+from esper_tamiyo.judging.excursions import LAG
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
 from esper_tamiyo.judging.rules import Values, compiled
@@ -70,12 +71,15 @@ class Rulebook:
         "rank_watch",
         "ranks",
         "rules",
+        "seed_places",
         "seed_watch",
         "silence",
         "step_watch",
         "table",
         "update_plan",
         "updates",
+        "warm_after",
+        "warmed_by",
     )
 
     def __init__(self, table: Table) -> None:
@@ -85,6 +89,7 @@ class Rulebook:
         self.inhibits = any(entry.rule.inhibits and entry.acts for entry in self.rules)
         self._sort_rules()
         self._watch_steps()
+        self._warm_up()
         self._watch_peers()
         self.guard_plan = plan(table)
         self.updates = UpdateRules(table)
@@ -137,12 +142,32 @@ class Rulebook:
             for place, entry in self.silence
         }
         """Steps without which they fire, by place."""
-        of_seeds = [entry.rule for entry in self.rules if entry.rule.about_seeds]
+        self.seed_places = tuple(place for place, one in placed if one.rule.about_seeds)
+        """Places of the rules about seeds."""
+        of_seeds = [self.rules[place].rule for place in self.seed_places]
         self.judges_seeds = bool(of_seeds)
         self.mixes = any(
             not is_seeds(part.metric) for rule in of_seeds for part in conditions(rule.when)
         )
         """Whether a rule about seeds looks at values of the step as well."""
+
+    def _warm_up(self) -> None:
+        """From when on the rules that act can have a past to compare a step with."""
+        acting = [
+            entry.rule
+            for entry in self.rules
+            if entry.is_trouble and not (entry.rule.about_seeds or entry.rule.about_ranks)
+        ]
+        needs = {
+            (part.metric, part.operator, part.baseline_of, part.baseline, steps)
+            for rule in acting
+            for part in conditions(rule.when)
+            if (steps := steps_to_warm(part, self.table))
+        }
+        self.warm_after = max((need[-1] for need in needs), default=0)
+        """Steps after which each of them can, if its metric comes with every step."""
+        self.warmed_by = frozenset(needs)
+        """What that takes: a table that needs more warms up anew."""
 
     def _watch_steps(self) -> None:
         """What frames have to be remembered for."""
@@ -174,6 +199,18 @@ def _looked_at(part: Condition) -> tuple[str, ...]:
     if part.operator is Operator.NONFINITE:
         return (part.metric, "nonfinite")
     return (part.metric, part.baseline_of) if part.baseline_of else (part.metric,)
+
+
+def steps_to_warm(part: Condition, table: Table) -> int:
+    """Observations after which a condition can have what it compares with; 0 where it needs
+    none, or only the one before."""
+    spans = table.baseline
+    if part.operator in ON_BASELINES:
+        frozen = part.baseline is BaselineKind.FROZEN
+        return spans.warmup + (spans.window if frozen else 0)
+    if part.operator in ON_RECORDS:  # first the level, then the scatter around it
+        return 2 * (table.record.warmup + LAG)
+    return spans.warmup + spans.window if part.operator is Operator.RUNS_OUT_WITHIN else 0
 
 
 def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Watched:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.deciding import Fired
 from esper_tamiyo.judging.guards import AskGuards
-from esper_tamiyo.judging.history import History
+from esper_tamiyo.judging.history import History, WarmUp
 from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import PeerBoard, PeerComparison
 from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget, RuleTransition, usual
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
+from esper_tamiyo.judging.seeds import bring_up
 from esper_tamiyo.judging.silences import SilencedRules, unheard
 from esper_tamiyo.judging.update_guards import UpdateGuards
 
 MAX_GAPS = 64
 """Stretches of missing steps remembered, to tell a late frame from a second copy."""
-
-MAX_SEEDS = 256
-"""Seeds whose past is kept once they are no longer in the frames."""
 
 _UNKNOWN, _INACTIVE, _FIRING = RuleState.UNKNOWN, RuleState.INACTIVE, RuleState.FIRING
 _HELD = (RuleState.FIRING, RuleState.RECOVERING)
@@ -49,12 +48,14 @@ class RunState:
         "decision",
         "fired",
         "first",
+        "first_ns",
         "guards",
         "instance",
         "newest",
         "pace",
         "silences",
         "update_guards",
+        "warm_up",
     )
 
     def __init__(
@@ -68,6 +69,8 @@ class RunState:
         self.instance = instance
         self.newest = -1
         self.first = -1
+        self.first_ns = 0
+        self.warm_up = WarmUp()
         self.pace = StepPace()
         self.conservative = False
         self.clean_steps = 0
@@ -93,6 +96,11 @@ class RunState:
     def time_unix_nano(self) -> int:
         """When the newest step ended, 0 before the first."""
         return self.pace.last_ns
+
+    @property
+    def seeds(self) -> Mapping[str, RuleTarget]:
+        """Those whose past is kept."""
+        return self._seeds
 
     def was_seen(self, step: int) -> bool:
         """Whether a step that is not newer than the newest was judged before."""
@@ -155,6 +163,8 @@ class RunState:
         is new. What is gone while it was pending or fired is told as having become unknown.
         """
         kept = {place for place in places if place is not None}
+        if not book.warmed_by <= self.book.warmed_by:
+            self.warm_up.steps = 0
         lost = [
             transition
             for target in (self._rank, *self._live)
@@ -209,7 +219,8 @@ class RunState:
         self._begin_step(frame, at_ns)
         rank, book = self._rank, self.book
         rank.values = frame.values
-        rank.history.enter_phase(frame.values.get("phase", 0.0))
+        phase = frame.values.get("phase", 0.0)
+        self.warm_up.begin_step(rank.history, phase, book.warm_after)
         ended_ns = frame.time_unix_nano
         in_company = bool(book.ranks) and self._comparison.in_company(ended_ns, rank.history)
         if book.judges_seeds and (frame.seeds or self._live):
@@ -240,7 +251,7 @@ class RunState:
     def _begin_step(self, frame: StepFrame, at_ns: int) -> None:
         """First of all, so that a frame that breaks a rule is not judged twice."""
         if self.first < 0:
-            self.first = frame.step
+            self.first, self.first_ns = frame.step, frame.time_unix_nano
         elif frame.step > self.newest + 1:
             self._gaps.append((self.newest + 1, frame.step - 1))
         self.pace.heard(frame.time_unix_nano, frame.step - self.newest, at_ns)
@@ -260,17 +271,9 @@ class RunState:
                 for entry, status in zip(book.rules, seed.statuses, strict=True):
                     status.reset()
                     self._enter(entry, status, seed, _UNKNOWN)
-        if [seed.seed_id for seed in self._live] != list(seeds):
+        before, self._live = self._live, bring_up(self._seeds, frame, book, self._rank.history)
+        if before != self._live:
             self._unrest = None
-        live = []
-        for seed_id, own in seeds.items():
-            known = self._seeds.get(seed_id)
-            if known is None:
-                past = History(book.seed_watch, self._rank.history)
-                known = self._seeds[seed_id] = RuleTarget(seed_id, len(book.rules), past)
-            known.values = book.values_of_seed(frame.values, own)
-            live.append(known)
-        self._live = live
 
     def _guard_updates(self, step: int) -> None:
         """Which rules are silenced at ``step``, and what the rest checks updates for."""
@@ -384,6 +387,7 @@ class RunState:
 
     def _remember(self, frame: StepFrame) -> None:
         """Make a frame part of the past, and compare what the other ranks have told by now."""
+        self.warm_up.steps += 1
         self._rank.history.absorb(usual(frame.values, self._active, self.newest))
         for seed in self._live:
             seed.history.absorb(seed.values)
@@ -391,9 +395,6 @@ class RunState:
             self.guards.mark_stale()
         else:
             self.guards.move_bounds()
-        if len(self._seeds) > MAX_SEEDS:
-            live = {seed.seed_id for seed in self._live}
-            self._seeds = {key: seed for key, seed in self._seeds.items() if key in live}
         if self.book.ranks:
             self._comparison.record(frame, self.book.rank_keys)
             self._look_back(frame.time_unix_nano)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from esper_otel.leyline.limits import MAX_STEP
 from esper_otel.leyline.wire import SilenceRequest
 from esper_tamiyo.judging.rules import CompiledRule
 
@@ -117,7 +118,7 @@ class Silences:
             raise SilenceError(f"{rule} is not silenced for run {run}; silenced: {there}")
         if not request.undo and rule not in rules:
             raise SilenceError(f"no rule is called {rule}; {_known('rule', rule, rules)}")
-        if request.steps is not None and request.steps < 1:
+        if request.steps is not None and not 1 <= request.steps <= MAX_STEP:
             raise SilenceError(f"expected at least one step, got {request.steps}")
         until = None if request.steps is None else newest[run] + request.steps
         self.used = True

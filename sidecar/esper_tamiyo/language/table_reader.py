@@ -11,10 +11,9 @@ import yaml
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
-    FAILED_OPEN,
     NOMINAL,
-    NOT_ASKED,
     RANK_OF,
+    UNJUDGED,
     Action,
     Severity,
 )
@@ -44,7 +43,7 @@ from esper_tamiyo.language.table import (
 )
 from esper_tamiyo.language.yaml_nodes import Fault, fault_at, shown
 
-RESERVED = {NOMINAL, CONSERVATIVE_MODE, NOT_ASKED, *FAILED_OPEN}
+RESERVED = {NOMINAL, CONSERVATIVE_MODE, *UNJUDGED}
 ACTIONS = (Action.CONTINUE, Action.OPTIMIZER, Action.PAUSE)
 TOP_FIELDS = ("version", "baseline", "record", "conservative", "rules")
 EXTENDS, REMOVE = "extends", "remove"

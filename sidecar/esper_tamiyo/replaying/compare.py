@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import msgspec
 
-from esper_otel.leyline.decisions import Action, Decision, SeedOperation, Severity
+from esper_otel.leyline.decisions import (
+    NOMINAL,
+    WARMING_UP,
+    Action,
+    Decision,
+    SeedOperation,
+    Severity,
+)
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.replaying.replay import Judge, Judged, Steps, once
 
@@ -24,11 +31,14 @@ class DecisionEffect(msgspec.Struct, frozen=True):
 
 
 def effect_of(decision: Decision) -> DecisionEffect:
-    """The part of a decision that two tables are compared by."""
+    """The part of a decision that two tables are compared by.
+
+    That one of them warms up for longer is no difference, as long as nothing comes of it.
+    """
     return DecisionEffect(
         decision.action,
         decision.severity,
-        decision.reason,
+        NOMINAL if decision.reason == WARMING_UP else decision.reason,
         decision.target_seed,
         decision.seed_operation,
         decision.parameters,

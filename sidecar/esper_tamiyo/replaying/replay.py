@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.decisions import NOMINAL, Action, Decision, Proposal
+from esper_otel.leyline.decisions import NOMINAL, WARMING_UP, Action, Decision, Proposal
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.observer import RuleChange
@@ -39,7 +39,9 @@ class Judged(NamedTuple):
     @property
     def is_nominal(self) -> bool:
         """Whether there is nothing to tell."""
-        return self.decision.action is Action.CONTINUE and self.decision.reason == NOMINAL
+        decision = self.decision
+        is_plain = decision.reason in (NOMINAL, WARMING_UP)
+        return decision.action is Action.CONTINUE and is_plain
 
 
 class Judge:

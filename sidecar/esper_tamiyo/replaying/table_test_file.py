@@ -10,6 +10,7 @@ import yaml
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
     NOMINAL,
+    WARMING_UP,
     Action,
     Proposal,
     SeedOperation,
@@ -267,7 +268,7 @@ class _TestReader(NodeReader):
 
     def rule(self, node: yaml.Node, field: str) -> str:
         name = self.text(node, field)
-        known = {*self.reasons, NOMINAL, CONSERVATIVE_MODE}
+        known = {*self.reasons, NOMINAL, WARMING_UP, CONSERVATIVE_MODE}
         if name and name not in known:
             self.fault(
                 node, field, f"the table has no rule {shown(node)}{self.meant(name, known)}"

@@ -12,7 +12,15 @@ from math import isfinite
 
 import msgspec
 
-from esper_otel.leyline.decisions import Action, Decision, Proposal, SeedOperation, Severity
+from esper_otel.leyline.decisions import (
+    NOMINAL,
+    WARMING_UP,
+    Action,
+    Decision,
+    Proposal,
+    SeedOperation,
+    Severity,
+)
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.replaying.replay import Judge, Judged
@@ -137,6 +145,11 @@ class Expectation(msgspec.Struct, frozen=True):
     parameters: Mapping[str, float | None] = {}
     """What must be asked for, by name; None: nothing of that name."""
 
+    def _reason_of(self, decision: Decision) -> str:
+        """Its reason; a test that is too short to warm up may call it nominal."""
+        reason = decision.reason
+        return NOMINAL if (self.reason, reason) == (NOMINAL, WARMING_UP) else reason
+
     def difference(self, decision: Decision) -> tuple[str, str] | None:
         """(expected, got) in words, None when ``decision`` is as it should be."""
         found = {finding.rule: None for finding in decision.findings}
@@ -145,7 +158,7 @@ class Expectation(msgspec.Struct, frozen=True):
             (f"{name} {_shown(wanted)}".strip(), f"{name} {_shown(got)}".strip())
             for name, wanted, got in (
                 ("", self.action, decision.action),
-                ("reason", self.reason, decision.reason),
+                ("reason", self.reason, self._reason_of(decision)),
                 ("severity", self.severity, decision.severity),
                 ("seed", self.seed, decision.target_seed),
                 ("operation", self.operation, decision.seed_operation),

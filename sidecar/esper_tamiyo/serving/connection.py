@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterable
 from itertools import compress
 from math import isfinite
@@ -22,6 +23,9 @@ from esper_otel.leyline.wire import (
     peer_uid,
 )
 from esper_tamiyo.judging.update_guards import AnnouncedGuards
+
+IDLE_NS = 600_000_000_000
+"""Ten minutes without a message, after which a connection that asked once may have to go."""
 
 MAX_BACKLOG = 256 * 1024
 """Unread answers, in bytes, after which a client is given up."""
@@ -99,13 +103,17 @@ class Trainer:
 class ClientConnection:
     """A client's socket with what it has not yet sent and not yet read."""
 
-    __slots__ = ("_incoming", "_outgoing", "_socket", "fd", "trainer")
+    __slots__ = ("_incoming", "_outgoing", "_socket", "asks", "fd", "heard_ns", "trainer")
 
     def __init__(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)
         self._socket = accepted
         self.fd = accepted.fileno()
         self.trainer: Trainer | None = None
+        self.asks = False
+        """Whether it has ever asked about a step."""
+        self.heard_ns = time.perf_counter_ns()
+        """When it was made or asked last."""
         self._incoming = MessageBuffer()
         self._outgoing = bytearray()
 
@@ -157,3 +165,15 @@ class ClientConnection:
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
+
+
+def idlest(connections: Iterable[ClientConnection]) -> ClientConnection | None:
+    """Who has to go when there are too many: who was never asked anything by, for longest.
+
+    A trainer asks within a step, a tool at once. Of those that have asked, one goes that did
+    not for :data:`IDLE_NS`, as a trainer connects anew; None where there is none.
+    """
+    oldest = min(connections, key=lambda each: (each.asks, each.heard_ns), default=None)
+    if oldest is None or not oldest.asks:
+        return oldest
+    return oldest if time.perf_counter_ns() - oldest.heard_ns > IDLE_NS else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
+from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.wire import (
     PROTOCOL,
     Answer,
@@ -25,6 +26,7 @@ from esper_otel.leyline.wire import (
     WireError,
 )
 from esper_tamiyo.journaling.reporter import Reporter
+from esper_tamiyo.judging.admission import RefusalReason, fault_of_hello
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.serving.connection import ClientConnection, Trainer
 from esper_tamiyo.serving.latency import GarbageSchedule
@@ -69,11 +71,7 @@ class Replies:
 
     def _reply(self, connection: ClientConnection, message: ToServer) -> bool:
         if type(message) is Hello:
-            if message.protocol != PROTOCOL:
-                raise WireError(f"this is protocol {PROTOCOL}, not {message.protocol}")
-            connection.trainer = Trainer(message)
-            self._log.on_hello(message)
-            return connection.send(Welcome(PROTOCOL, self._engine.table.version))
+            return self._welcome(connection, message)
         if type(message) is LatestRequest:
             return connection.send(Latest(self._engine.latest(message.run, message.rank)))
         if type(message) is StatusRequest:
@@ -82,10 +80,32 @@ class Replies:
             return connection.send(silence(self._engine, self._log, message, connection.uid))
         raise WireError("not a message a client sends")
 
+    def _welcome(self, connection: ClientConnection, hello: Hello) -> bool:
+        if hello.protocol != PROTOCOL:
+            raise WireError(f"this is protocol {PROTOCOL}, not {hello.protocol}")
+        fault = fault_of_hello(hello)
+        if fault is not None:
+            self._engine.refuse("", 0, fault)
+            raise WireError(f"what the trainer says of itself: {fault.value}")
+        self.part(connection)
+        connection.trainer = trainer = Trainer(hello)
+        now = time.perf_counter_ns()
+        began = hello.began_unix_nano
+        self._engine.roster.introduce(trainer.key, trainer.instance, began, now)
+        self._log.on_hello(hello)
+        return connection.send(Welcome(PROTOCOL, self._engine.table.version))
+
+    def part(self, connection: ClientConnection) -> None:
+        """A connection ends, or somebody else introduces itself on it."""
+        trainer, connection.trainer = connection.trainer, None
+        if trainer is not None:
+            self._engine.roster.leave(trainer.key, trainer.instance)
+
     def _answer(self, connection: ClientConnection, ask: Ask, seen_at: int) -> bool:
         trainer = connection.trainer
         if trainer is None:
             raise WireError("an Ask came before a Hello")
+        connection.asks, connection.heard_ns = True, seen_at
         fast = None
         if trainer.in_registry_order:
             fast = self._engine.decide_fast(trainer.key, trainer.instance, ask)
@@ -99,14 +119,13 @@ class Replies:
             self._decided_fast += 1
         else:
             self._log.set_context(seen_at, asked=True, proposal=ask.proposal)
-            frame = trainer.frame_of_ask(ask)
             if fast is not None:
                 # The guards of its next update are those behind this step.
                 decision = fast
-                self._engine.commit(frame, fast, seen_at)
+                self._engine.commit(trainer.frame_of_ask(ask), fast, seen_at)
                 self._decided_fast += 1
             else:
-                decision = self._engine.observe(frame, ask.proposal, seen_at)
+                decision = self._judged(trainer, ask, seen_at)
                 self._actions[decision.action.value] += 1
             guards = self._new_guards(trainer)
             sent = self._send_decision(connection, ask.request_id, decision, guards)
@@ -114,6 +133,13 @@ class Replies:
         self.last_ask_at = time.monotonic()
         self._garbage.count_step()
         return sent
+
+    def _judged(self, trainer: Trainer, ask: Ask, seen_at: int) -> Decision:
+        """The decision about an ask that is not answered at a glance."""
+        if len(ask.seeds) > MAX_SEEDS_PER_FRAME:  # before they are copied
+            return self._engine.refuse(trainer.key[0], ask.step, RefusalReason.SEEDS)
+        frame = trainer.frame_of_ask(ask)
+        return self._engine.observe(frame, ask.proposal, seen_at, asked=True)
 
     def _new_guards(self, trainer: Trainer) -> list[Guard] | None:
         """The guards of its updates, if it has any and has to be told."""

@@ -26,7 +26,7 @@ from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
-from esper_tamiyo.serving.connection import ClientConnection
+from esper_tamiyo.serving.connection import ClientConnection, idlest
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
 from esper_tamiyo.serving.reloading import Reloading
@@ -176,7 +176,7 @@ class Server:
         except OSError:  # it went away again
             return
         uid = peer_uid(accepted)
-        if not may_steer(uid) or len(self._connections) >= MAX_CONNECTIONS:
+        if not may_steer(uid) or not self._has_room():
             self._counts["turned_away"] += 1
             log.warning("turned away a connection of user %d", uid)
             accepted.close()
@@ -185,6 +185,17 @@ class Server:
         self._connections[connection.fd] = connection
         self._epoll.register(connection.fd, _READ)
         self._counts["connections"] += 1
+
+    def _has_room(self) -> bool:
+        """Whether one more connection can be kept, where need be after an idle one has gone."""
+        if len(self._connections) < MAX_CONNECTIONS:
+            return True
+        idle = idlest(self._connections.values())
+        if idle is None:
+            return False
+        self._counts["gave_up_idle"] += 1
+        self._hang_up(idle)
+        return True
 
     def _serve(self, connection: ClientConnection, events: int) -> None:
         if events & _WRITE and not self._flush(connection):
@@ -224,6 +235,7 @@ class Server:
 
     def _hang_up(self, connection: ClientConnection) -> None:
         if self._connections.pop(connection.fd, None) is not None:
+            self._replies.part(connection)
             self._epoll.unregister(connection.fd)
             connection.close()
 

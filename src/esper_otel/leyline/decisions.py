@@ -34,6 +34,10 @@ RANK_OF: dict[Severity, int] = {severity: rank for rank, severity in enumerate(S
 NOMINAL = "nominal"
 """Reason of a decision when no rule fired."""
 
+WARMING_UP = "warming_up"
+"""Reason in place of :data:`NOMINAL` while rules that act have no past to compare with yet:
+no rule fired, but some could not have. Such a step is not a clean one."""
+
 CONSERVATIVE_MODE = "conservative_mode"
 """Reason of a PAUSE that conservative mode put in place of a SEED."""
 
@@ -42,19 +46,21 @@ TIMEOUT = "timeout"
 UNREACHABLE = "unreachable"
 PROTOCOL_ERROR = "protocol_error"
 BREAKER_OPEN = "breaker_open"
+SUPERSEDED = "superseded"  # the sidecar says it: a newer process is that rank
 NOT_ASKED = "not_asked"
 
 NOT_AGREED = "not_agreed"
 """Reason of a CONTINUE where the ranks of a run have settled nothing, or no longer can."""
 
 FAILED_OPEN: frozenset[str] = frozenset(
-    {TIMEOUT, UNREACHABLE, PROTOCOL_ERROR, BREAKER_OPEN, NOT_AGREED}
+    {TIMEOUT, UNREACHABLE, PROTOCOL_ERROR, BREAKER_OPEN, SUPERSEDED, NOT_AGREED}
 )
 """Reasons which say that nobody judged the step. Unknown is not healthy."""
 
 
-UNJUDGED: frozenset[str] = FAILED_OPEN | {NOT_ASKED}
-"""Reasons of decisions that no sidecar made: such a step is not a clean one."""
+UNJUDGED: frozenset[str] = FAILED_OPEN | {NOT_ASKED, WARMING_UP}
+"""Reasons of decisions that no sidecar made, or that it had nothing to go by for: such a step
+is not a clean one."""
 
 LR_SCALE, MAX_NORM, SKIP_STEP = "lr_scale", "max_norm", "skip_step"
 """Parameters of a decision: times which learning rates are taken; the largest gradient norm
@@ -100,7 +106,8 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
 
     ``step`` is the step it was asked for, ``observed_step`` the newest step the
     sidecar had seen of this rank, -1 when it had seen none. ``reason`` is the id of the
-    rule that won, ``nominal``, ``conservative_mode`` or one of :data:`FAILED_OPEN`.
+    rule that won, ``nominal``, ``warming_up``, ``conservative_mode`` or one of
+    :data:`FAILED_OPEN`.
     """
 
     id: str

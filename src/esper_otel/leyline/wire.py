@@ -46,8 +46,9 @@ class WireError(ValueError):
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """A trainer introduces itself and names the columns of the rows it will send.
 
-    ``mode`` says what it does with decisions (``enforce`` or ``advise``); trainers of
-    before there was this field send none, which is "".
+    ``mode`` says what it does with decisions (``enforce`` or ``advise``), and
+    ``began_unix_nano`` when its run began: of two processes that claim one rank the one that
+    began later is it. Trainers of before there were these fields send none: "" and 0.
     """
 
     protocol: int
@@ -58,6 +59,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     step_columns: list[str]
     seed_columns: list[str]
     mode: str = ""
+    began_unix_nano: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):

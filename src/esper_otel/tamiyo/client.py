@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter_ns, time_ns
 
 import msgspec
 
@@ -67,6 +67,7 @@ class TamiyoClient:
             step_columns=list(STEP_KEYS),
             seed_columns=list(SEED_KEYS),
             mode=mode,
+            began_unix_nano=time_ns(),
         )
         self.path = path
         self.breaker = Breaker()

@@ -1,0 +1,295 @@
+"""The roster: which ranks are known, which process speaks for each, and who is forgotten.
+
+A process that asks on a connection is the rank for as long as that is open: the stream may add
+to what it says, and does not replace it. Of two that ask the one that began later is the rank,
+and where neither says when it began the one that introduced itself last. Of two that only
+stream, one that tells of a time before the other's first step is of an earlier attempt,
+whenever it comes: a spool that is delivered late, a Collector that catches up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
+from esper_tamiyo.judging.admission import RefusalReason, leaps
+from esper_tamiyo.judging.history import Watched
+from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS, Key
+from esper_tamiyo.judging.peers import PeerBoard
+from esper_tamiyo.judging.rulebook import Rulebook
+from esper_tamiyo.judging.run_state import RunState
+from esper_tamiyo.judging.seeds import NEW_AT_ONCE
+from esper_tamiyo.judging.silences import Silences
+
+MAX_RUNS = 4096
+"""Ranks kept in memory at most, of all runs together, whatever there is room for."""
+
+STATE_BYTES = 192 << 20
+"""What all of it may take unless said otherwise: with the process itself, 28 MB, and what its
+allocator does not give back, it stays below 256 MB."""
+
+PEER_STEP_BYTES = 600
+"""What one step of one rank takes that is kept for the others: measured, 562."""
+
+MAX_RETIRED = 1024
+"""Instances remembered as replaced, so that their late frames do not bring them back."""
+
+GONE_AFTER_NS = 3_600_000_000_000
+"""After an hour without a word a rank is anybody's, whatever the times of frames say: a clock
+that was wrong must not keep a run out for ever."""
+
+TRIMMED_AT_ONCE = 16
+"""Ranks that go at once, about once a second, where there are too many."""
+
+BRIEF = 16
+"""Ranks, those not heard of for longest, among which one goes first that told a single step."""
+
+
+class Capacity(NamedTuple):
+    """How many ranks, seeds of all ranks, and steps of ranks kept for the others, there may
+    be."""
+
+    ranks: int
+    seeds: int
+    peer_steps: int
+
+
+def capacity_of(book: Rulebook, state_bytes: int) -> Capacity:
+    """What there is room for in ``state_bytes``, by what a table needs of the past.
+
+    Nine parts of sixteen are for ranks, four for seeds and three for comparing ranks.
+    """
+    part = state_bytes / 16
+    of_rank = 8_000 + 500 * len(book.rules) + past_bytes(book.step_watch)
+    of_seed = 4_000 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
+    return Capacity(
+        max(1, min(MAX_RUNS, int(9 * part / of_rank))),
+        max(MAX_SEEDS_PER_FRAME, int(4 * part / of_seed)),
+        int(3 * part / PEER_STEP_BYTES),
+    )
+
+
+def past_bytes(watched: Watched) -> int:
+    """What a full past takes: fitted to that of the tables here, 40 bytes for each number."""
+    sides = {(each.metric, each.below) for each in watched.records}
+    return (
+        (1_300 + 40 * watched.window) * len(watched.baselines)
+        + (1_000 + 40 * watched.window) * len(watched.slopes)
+        + (3_000 + 40 * watched.record.window) * len(sides)
+        + 1_000 * len(watched.records)
+    )
+
+
+class Speaker:
+    """A process that asks: which one, since when, and on how many connections."""
+
+    __slots__ = ("began_unix_nano", "connections", "heard_ns", "instance")
+
+    def __init__(self, instance: str, began_unix_nano: int, heard_ns: int) -> None:
+        self.instance = instance
+        self.began_unix_nano = began_unix_nano
+        self.connections = 1
+        self.heard_ns = heard_ns
+
+
+class Roster:
+    """All ranks in the order in which they were heard of last."""
+
+    def __init__(self, book: Rulebook, state_bytes: int) -> None:
+        self._state_bytes = state_bytes
+        self.use_table(book)
+        self.ranks: OrderedDict[Key, RunState] = OrderedDict()
+        self.silences = Silences()
+        self.forgotten = 0
+        """Ranks that went to make room."""
+        self.seeds = 0
+        """Seeds kept, of all ranks."""
+        self._peer_steps = 0
+        self._boards: dict[str, PeerBoard] = {}
+        self._speakers: dict[Key, Speaker] = {}
+        self._retired: OrderedDict[tuple[Key, str], None] = OrderedDict()
+
+    def use_table(self, book: Rulebook) -> None:
+        """Have room for as much as that table allows; the next :meth:`trim` sees to it."""
+        self.capacity = capacity_of(book, self._state_bytes)
+
+    def introduce(self, key: Key, instance: str, began_unix_nano: int, at_ns: int) -> bool:
+        """A process of a rank asks from now on; False: a living one that is newer does.
+
+        ``began_unix_nano`` is when it began, 0 where it does not say; ``at_ns`` is now.
+        """
+        now = self._speakers.get(key)
+        if now is not None and now.instance == instance:
+            now.connections += 1
+            now.heard_ns = at_ns
+            return True
+        if now is not None and self._is_living(key, now, at_ns):
+            began_earlier = 0 < began_unix_nano < now.began_unix_nano
+            if began_earlier or (key, instance) in self._retired:
+                return False
+        self._retired.pop((key, instance), None)
+        if now is not None:
+            self._retire(key, now.instance)
+        self._speakers[key] = Speaker(instance, began_unix_nano, at_ns)
+        return True
+
+    def leave(self, key: Key, instance: str) -> None:
+        """A connection of that process has ended."""
+        speaker = self._speakers.get(key)
+        if speaker is not None and speaker.instance == instance:
+            speaker.connections -= 1
+            if not speaker.connections:
+                del self._speakers[key]
+
+    def overview(self) -> dict[str, Any]:
+        """How much is kept, as plain data; ``asking`` are ranks of which a process asks."""
+        return {
+            "ranks": len(self.ranks),
+            "asking": len(self._speakers),
+            "seeds": self.seeds,
+            "peer_steps": self._peer_steps,
+            "room_for": self.capacity._asdict(),
+        }
+
+    def admit(
+        self, frame: StepFrame, book: Rulebook, at_ns: int, *, asked: bool
+    ) -> RunState | None:
+        """The state that a frame of a new rank, or of another process, belongs to; None when a
+        newer process is the rank.
+
+        Where there are too many, one goes of which no process asks: of the few not heard of
+        for longest one that has told a single step, as ids made up at random do, or else the
+        very first.
+        """
+        key = (frame.run, frame.rank)
+        before, speaker = self.ranks.get(key), self._speakers.get(key)
+        if asked and speaker is not None:
+            if speaker.instance != frame.instance:
+                return None
+        elif not self._may_stream(frame, key, before, at_ns):
+            return None
+        elif speaker is not None and speaker.instance not in ("", frame.instance):
+            del self._speakers[key]  # its connection is open, and nothing has come for long
+            self._retire(key, speaker.instance)
+        if before is not None and not before.instance and before.newest < frame.step:
+            before.instance = frame.instance
+            return before
+        state = self._new_state(frame, book, before)
+        self.ranks[key] = state
+        self.ranks.move_to_end(key)
+        if len(self.ranks) > self.capacity.ranks:
+            self._make_room()
+        return state
+
+    def fault_of_next(
+        self, state: RunState, frame: StepFrame, at_ns: int, *, asked: bool
+    ) -> RefusalReason | None:
+        """Why a frame with a step beyond the newest is not that rank's next one."""
+        if not asked and state.newest >= 0:
+            is_held = (frame.run, frame.rank) in self._speakers
+            if is_held and state.instance and not frame.instance:
+                return RefusalReason.UNNAMED
+            if leaps(state.pace, frame.step - state.newest, at_ns, held=is_held):
+                return RefusalReason.LEAP
+        if frame.seeds and state.book.judges_seeds and not self._has_room_for(state, frame):
+            return RefusalReason.SEEDS
+        return None
+
+    def trim(self) -> None:
+        """Let some ranks go where there are more, or more of their steps, than there is room
+        for."""
+        ranks, _, peer_steps = self.capacity
+        for _ in range(TRIMMED_AT_ONCE):
+            kept = sum(board.posts for board in self._boards.values())
+            self._peer_steps = kept
+            if len(self.ranks) < 2 or (kept <= peer_steps and len(self.ranks) <= ranks):
+                break
+            self._make_room()
+
+    def newest_steps(self) -> dict[str, int]:
+        """The newest step of each run."""
+        newest: dict[str, int] = {}
+        for (run, _), state in self.ranks.items():
+            newest[run] = max(state.newest, newest.get(run, -1))
+        return newest
+
+    def _has_room_for(self, state: RunState, frame: StepFrame) -> bool:
+        """Whether the seeds of a frame can be kept, after silent ranks have gone for them."""
+        wanted = min(len(frame.seeds.keys() - state.seeds.keys()), NEW_AT_ONCE)
+        while self.seeds + wanted > self.capacity.seeds:
+            oldest = next((key for key in self._silent() if self.ranks[key].seeds), None)
+            if oldest is None or self.ranks[oldest] is state:
+                return False
+            self._forget(oldest)
+        return True
+
+    def _may_stream(
+        self, frame: StepFrame, key: Key, before: RunState | None, at_ns: int
+    ) -> bool:
+        """Whether a process that does not ask may be the rank from now on."""
+        instance, speaker = frame.instance, self._speakers.get(key)
+        is_others = speaker is not None and speaker.instance not in ("", instance)
+        if is_others and self._is_living(key, speaker, at_ns):
+            return False
+        if (key, instance) in self._retired:
+            return False
+        if before is None or not before.instance:
+            return True
+        is_older = 0 < frame.time_unix_nano < before.first_ns
+        return not (is_older and at_ns - before.pace.heard_ns < GONE_AFTER_NS)
+
+    def _is_living(self, key: Key, speaker: Speaker | None, at_ns: int) -> bool:
+        """Whether a process whose connection is open was heard of lately."""
+        if speaker is None:
+            return False
+        state, heard_ns = self.ranks.get(key), speaker.heard_ns
+        if state is None or state.instance != speaker.instance:
+            return at_ns - heard_ns < GONE_AFTER_NS
+        patience = state.pace.patience_ns(STALE_AFTER_STEPS)
+        return at_ns - max(heard_ns, state.pace.heard_ns) <= patience
+
+    def _new_state(self, frame: StepFrame, book: Rulebook, before: RunState | None) -> RunState:
+        run, rank = frame.run, frame.rank
+        board = self._boards.get(run)
+        if board is None:
+            board = self._boards[run] = PeerBoard()
+        if before is None:
+            board.ranks += 1
+        else:
+            board.remove_rank(rank)
+            self.seeds -= len(before.seeds)
+            if not 0 < frame.time_unix_nano < before.first_ns:
+                self._retire((run, rank), before.instance)
+        return RunState(frame.instance, book, board, rank, self.silences.of_run(run))
+
+    def _retire(self, key: Key, instance: str) -> None:
+        if instance:
+            self._retired[key, instance] = None
+            if len(self._retired) > MAX_RETIRED:
+                self._retired.popitem(last=False)
+
+    def _silent(self) -> Iterator[Key]:
+        """The ranks of which no process asks, those not heard of for longest first."""
+        return (key for key in self.ranks if key not in self._speakers)
+
+    def _make_room(self) -> None:
+        """Forget a rank, never the newest."""
+        newest = next(reversed(self.ranks))
+        first = [key for key in islice(self._silent(), BRIEF) if key != newest]
+        brief = (key for key in first if not self.ranks[key].pace.step_ns)
+        self._forget(next(brief, first[0] if first else next(iter(self.ranks))))
+
+    def _forget(self, key: Key) -> None:
+        state = self.ranks.pop(key)
+        self.seeds -= len(state.seeds)
+        self.forgotten += 1
+        run, rank = key
+        board = self._boards[run]
+        board.forget_rank(rank)
+        if not board.ranks:
+            del self._boards[run]
+            self.silences.forget_run(run)
