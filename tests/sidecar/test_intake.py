@@ -5,9 +5,9 @@ import asyncio
 import msgspec
 import pytest
 
-from esper_tamiyo.receiving import ingest
+from esper_tamiyo.receiving import intake as intake_module
 from esper_tamiyo.receiving.credentials import BearerAuth
-from esper_tamiyo.receiving.ingest import (
+from esper_tamiyo.receiving.intake import (
     BusyError,
     Intake,
     MalformedError,
@@ -30,7 +30,7 @@ class Pipe:
         self.messages = []
 
     def set_write_buffer_limits(self, high):
-        assert high == ingest.PIPE_BACKLOG
+        assert high == intake_module.PIPE_BACKLOG
 
     async def drain(self):
         await self.reads.wait()
@@ -83,7 +83,7 @@ def test_requests_are_taken_in_the_order_they_came():
 
 
 def test_what_comes_while_too_much_waits_is_refused_and_afterwards_it_is_not(monkeypatch):
-    monkeypatch.setattr(ingest, "MAX_HELD", 2 * len(request(0)))
+    monkeypatch.setattr(intake_module, "MAX_HELD", 2 * len(request(0)))
 
     async def test(intake, pipe):
         pipe.reads.clear()
@@ -100,7 +100,7 @@ def test_what_comes_while_too_much_waits_is_refused_and_afterwards_it_is_not(mon
 
 
 def test_while_the_pipe_is_full_all_are_refused_at_once_not_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(ingest, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(intake_module, "PATIENCE_S", 0.5)
 
     async def test(intake, pipe):
         pipe.reads.clear()
@@ -119,7 +119,7 @@ def test_while_the_pipe_is_full_all_are_refused_at_once_not_one_after_the_other(
     ("data", "error", "field"),
     [
         (b"\xff\xff", MalformedError, "malformed"),
-        (bytes(ingest.MAX_REQUEST + 1), TooLargeError, "too_large"),
+        (bytes(intake_module.MAX_REQUEST + 1), TooLargeError, "too_large"),
     ],
 )
 def test_what_cannot_be_taken_is_counted_and_holds_nobody_up(data, error, field):
@@ -148,7 +148,7 @@ def test_a_producer_that_hangs_up_while_it_waits_leaves_its_place():
 
 def test_what_came_too_late_to_be_decided_on_is_dropped_and_counted(monkeypatch):
     now = 0
-    monkeypatch.setattr(ingest, "StalenessFilter", lambda: StalenessFilter(lambda: now))
+    monkeypatch.setattr(intake_module, "StalenessFilter", lambda: StalenessFilter(lambda: now))
 
     async def test(intake, pipe):
         nonlocal now

@@ -21,11 +21,13 @@ from typing import Any
 
 import msgspec
 
-from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError, may_steer, peer_uid
+from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError
+from esper_tamiyo.child_process import raise_descriptor_limit
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
+from esper_tamiyo.serving.accepting import Accepting
 from esper_tamiyo.serving.connection import ClientConnection
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
@@ -34,7 +36,6 @@ from esper_tamiyo.serving.replies import Replies
 
 log = logging.getLogger("tamiyo")
 
-MAX_CONNECTIONS = 512
 TICK_S = 1.0
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
@@ -65,6 +66,7 @@ class Server:
         self._buffer = bytearray(MAX_BODY)
         self._view = memoryview(self._buffer)
         self._counts: Counter[str] = Counter()
+        self._accepting = Accepting(listener.socket, self._epoll, self._counts)
         self._garbage = GarbageSchedule()
         self._replies = Replies(engine, reporter, self._garbage, self._status)
         self._started_at = time.monotonic()
@@ -76,6 +78,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until told to end; raises what the ingest process could not start for."""
+        raise_descriptor_limit()
         wake, woken = socket.socketpair()
         wake.setblocking(False)
         woken.setblocking(False)
@@ -84,7 +87,7 @@ class Server:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
         self._epoll.register(wake, _READ)
-        self._epoll.register(self._listener.socket, _READ)
+        self._accepting.start()
         try:
             self._reporter.start(self._epoll)
             self._reloading.start(self._epoll)
@@ -149,6 +152,11 @@ class Server:
         now = time.monotonic()
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
+            self._accepting.resume()
+            self._reporter.check_pulse()
+            self._reloading.check_pulse()
+            if self._ingest is not None:
+                self._ingest.check_pulse()
             seen = self._last_frame_at()
             if seen is not None and now - seen > TICK_S:
                 self._garbage.collect_all()
@@ -171,20 +179,10 @@ class Server:
         return min(due for due in dues if due is not None)
 
     def _accept(self) -> None:
-        try:
-            accepted, _ = self._listener.socket.accept()
-        except OSError:  # it went away again
-            return
-        uid = peer_uid(accepted)
-        if not may_steer(uid) or len(self._connections) >= MAX_CONNECTIONS:
-            self._counts["turned_away"] += 1
-            log.warning("turned away a connection of user %d", uid)
-            accepted.close()
-            return
-        connection = ClientConnection(accepted)
-        self._connections[connection.fd] = connection
-        self._epoll.register(connection.fd, _READ)
-        self._counts["connections"] += 1
+        connection = self._accepting.accept(len(self._connections))
+        if connection is not None:
+            self._connections[connection.fd] = connection
+            self._epoll.register(connection.fd, _READ)
 
     def _serve(self, connection: ClientConnection, events: int) -> None:
         if events & _WRITE and not self._flush(connection):
