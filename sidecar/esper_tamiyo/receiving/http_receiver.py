@@ -162,7 +162,7 @@ class HttpReceiver:
             request.writer.output_size = 0  # it is no part of the answer
         loop = asyncio.get_running_loop()
         patience = asyncio.timeout(REQUEST_S)
-        with self._intake.place(lambda: patience.reschedule(loop.time())) as place:
+        with Place(self._intake, lambda: patience.reschedule(loop.time())) as place:
             await self._read(request, place, patience)
             self.connections.answers(connection)
             return await self._intake.finish(place, compressed)

@@ -11,8 +11,7 @@ import asyncio
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
@@ -103,7 +102,8 @@ class UnauthenticatedError(Exception):
 class Place:
     """Bytes of one request, as they come in, and its part of :data:`MAX_HELD`.
 
-    ``evict`` is called when others need the room; then ``data`` is gone and ``evicted`` true.
+    It is held within the ``with`` block. ``evict`` is called when others need the room; then
+    ``data`` is gone and ``evicted`` true.
     """
 
     __slots__ = ("_evict", "_intake", "data", "evicted", "held")
@@ -114,6 +114,13 @@ class Place:
         self.data = bytearray()
         self.held = 0
         self.evicted = False
+
+    def __enter__(self) -> Place:
+        self._intake.enter(self)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._intake.leave(self)
 
     def extend(self, chunk: bytes) -> None:
         """Take in what came; raises :class:`TooLargeError` and :class:`BusyError`."""
@@ -160,16 +167,14 @@ class Intake:
                 "expected the header `Authorization: Bearer` and the token"
             )
 
-    @contextmanager
-    def place(self, evict: Callable[[], object]) -> Iterator[Place]:
-        """Room for a request that is coming in, until the block ends."""
-        place = Place(self, evict)
+    def enter(self, place: Place) -> None:
+        """A request is coming in."""
         self._coming[place] = None
-        try:
-            yield place
-        finally:
-            self._coming.pop(place, None)
-            self._held -= place.held
+
+    def leave(self, place: Place) -> None:
+        """It is done with."""
+        self._coming.pop(place, None)
+        self._held -= place.held
 
     def reserve(self, place: Place, size: int) -> None:
         """Hold ``size`` bytes more for a place, in the room of older ones if need be.
@@ -189,7 +194,7 @@ class Intake:
 
     async def ingest(self, data: bytes) -> bytes:
         """Hand the frames of a request on; returns the bytes of the OTLP response."""
-        with self.place(lambda: None) as place:
+        with Place(self, _nothing) as place:
             place.extend(data)
             return await self.finish(place)
 
@@ -301,6 +306,10 @@ class Intake:
             if place % _PACKED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         return packed
+
+
+def _nothing() -> None:
+    """A request that is there in whole need not be told that it has to go."""
 
 
 def success(harvest: Harvest) -> bytes:

@@ -29,7 +29,7 @@ from esper_otel.leyline.limits import (
     MAX_TIME_UNIX_NANO,
 )
 from esper_otel.leyline.metrics import BY_INSTRUMENT, INSTANCE_ID, RANK, RUN_ID, SEED_ID
-from esper_tamiyo.receiving.pieces import PIECE, head_of, metrics_of, resources_of
+from esper_tamiyo.receiving.pieces import PAUSE, PIECE, head_of, metrics_of, resources_of
 
 SERVICE_NAME = "service.name"
 
@@ -41,11 +41,8 @@ MAX_SEED_ROWS = 32_768
 
 MAX_RESOURCES = 4096
 MAX_WALKED = 1 << 18
-"""Most resources, and metrics and data points together, that a request may have: it takes the
-processor a second to go through so many."""
-
-STRIDE = 1024
-"""Metrics and points between two pauses: some milliseconds."""
+"""Most resources, and metrics with data points of no use to us, that a request may have: its
+bytes bound the others."""
 
 NO_STEP, NAME, TIME, SEEDS, AMOUNT = "no_step", "name", "time", "seeds", "amount"
 """Why points of ours cannot be used: no number, seed_id or step at their time; a name (or rank)
@@ -80,7 +77,7 @@ class Harvest(msgspec.Struct):
     steps_left: int = _ANY
     seeds_left: int = _ANY
     walked: int = 0
-    """Metrics and data points that were looked at."""
+    """Metrics that were looked at."""
 
     @classmethod
     def of_request(cls) -> Harvest:
@@ -165,10 +162,14 @@ def gather(
     Yields between pieces, so that whoever calls can look after other things. Raises
     ``OutlineError`` and ``DecodeError`` for what is no request, and :class:`TooMuchError`.
     """
-    pause_at = STRIDE
+    walked = 0
     for count, (begin, end) in enumerate(resources_of(data), 1):
         if count > MAX_RESOURCES:
             raise TooMuchError(f"a request may have {MAX_RESOURCES} resources")
+        walked += end - begin
+        if walked > PIECE:
+            walked = 0
+            yield
         if end - begin <= PIECE:
             group = ResourceMetrics.FromString(data[begin:end])
             whose: Identity | None = identity_of(group)
@@ -182,11 +183,10 @@ def gather(
         moments: dict[int, Moment] = {}
         for metrics in pieces:
             _take(metrics, moments, harvest)
-            if harvest.walked >= pause_at:
-                if harvest.walked > MAX_WALKED:
-                    raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
-                pause_at = harvest.walked + STRIDE
+            if metrics is PAUSE:
                 yield
+            elif harvest.walked + harvest.foreign + harvest.unusable > MAX_WALKED:
+                raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
         _reap(whose, moments, harvest, is_old)
 
 
@@ -242,7 +242,6 @@ def _take_step_points(
     moments: dict[int, Moment],
     harvest: Harvest,
 ) -> None:
-    harvest.walked += len(points)
     for point in points:
         value = _value(point)
         if value is None:
@@ -264,7 +263,6 @@ def _take_seed_points(
     moments: dict[int, Moment],
     harvest: Harvest,
 ) -> None:
-    harvest.walked += len(points)
     for point in points:
         value = _value(point)
         seed_id = text_of(point.attributes, SEED_ID)

@@ -27,6 +27,9 @@ _SECOND = 2 << 3 | _LENGTH
 _DATA = frozenset(number << 3 | _LENGTH for number in (5, 7, 9, 10, 11))
 """Keys of what a metric may hold: gauge, sum and the kinds of histograms."""
 
+PAUSE: Sequence[Metric] = ()
+"""Stands between the metrics of two pieces: so far went some milliseconds."""
+
 _EMPTY_POINT = b"\x0a\x00"
 """What stands for a data point that is too large to be looked at: one without a value."""
 
@@ -56,7 +59,8 @@ def head_of(data: bytes, begin: int, end: int) -> ResourceMetrics | None:
 
 
 def metrics_of(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
-    """The metrics of the ``ResourceMetrics`` from ``begin`` to ``end``, some at a time.
+    """The metrics of the ``ResourceMetrics`` from ``begin`` to ``end``, some at a time, with
+    :data:`PAUSE` after each piece.
 
     Raises :class:`OutlineError` and ``DecodeError``.
     """
@@ -64,6 +68,7 @@ def metrics_of(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
         if stop - start <= PIECE:
             for scope in ResourceMetrics.FromString(data[start:stop]).scope_metrics:
                 yield scope.metrics
+            yield PAUSE
         else:
             yield from _metrics_of_scope(data, body, stop)
 
@@ -73,9 +78,11 @@ def _metrics_of_scope(data: bytes, begin: int, end: int) -> Iterator[Sequence[Me
     for start, body, stop in _runs(data, begin, end, _SECOND):
         if stop - start <= PIECE:
             yield ScopeMetrics.FromString(data[start:stop]).metrics
+            yield PAUSE
         else:
             for metric in _parts_of_metric(data, body, stop):
                 yield (metric,)
+                yield PAUSE
 
 
 def _parts_of_metric(data: bytes, begin: int, end: int) -> Iterator[Metric]:

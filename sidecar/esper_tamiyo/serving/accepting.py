@@ -1,4 +1,4 @@
-"""Who connects to the decision socket: let in, turned away, or left to wait for a descriptor."""
+"""Who connects to the decision socket: let in, turned away, or left waiting a moment."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Accepting:
         if not self._told:
             self._told = True
             log.warning(
-                "cannot accept a connection at the decision socket: %s; it is tried again every "
-                "second, and this is only counted from now on",
+                "cannot accept a connection at the decision socket: %s; it is tried again "
+                "every second, and this is only counted from now on",
                 error.strerror or error,
             )
