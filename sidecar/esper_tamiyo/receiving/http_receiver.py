@@ -238,7 +238,8 @@ class _HttpConnection(web.RequestHandler):
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """Once for each kind, and without a traceback."""
         error = kw.get("exc_info")
-        if isinstance(error, BaseException) and not isinstance(error, HttpProcessingError):
+        known = HttpProcessingError | ConnectionError  # counted, or nobody is left to be told
+        if isinstance(error, BaseException) and not isinstance(error, known):
             self._intake.failed(error)
 
 
