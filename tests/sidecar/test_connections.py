@@ -139,15 +139,15 @@ def test_without_descriptors_it_waits_and_is_told_once(monkeypatch, caplog):
 def test_a_call_that_does_not_end_makes_room_for_one_that_waits():
     async def run():
         places = ReadingPlaces(2)
-        first, second = await places.enter(), await places.enter()
-        waiting = asyncio.create_task(places.enter())
+        first, second = await places.occupy(), await places.occupy()
+        waiting = asyncio.create_task(places.occupy())
         await asyncio.wait_for(first, 10)
         assert not waiting.done()
-        places.leave(first)
+        places.free(first)
         third = await asyncio.wait_for(waiting, 10)
-        places.leave(second)
-        places.leave(third)
-        await asyncio.wait_for(places.enter(), 10)
+        places.free(second)
+        places.free(third)
+        await asyncio.wait_for(places.occupy(), 10)
 
     asyncio.run(run())
 
@@ -158,10 +158,10 @@ def test_who_finds_no_place_in_time_does_not_wait_for_ever(monkeypatch):
 
     async def run():
         places = ReadingPlaces(1)
-        reader = await places.enter()
+        reader = await places.occupy()
         with pytest.raises(TimeoutError):
-            await places.enter()
-        places.leave(reader)
-        await asyncio.wait_for(places.enter(), 10)
+            await places.occupy()
+        places.free(reader)
+        await asyncio.wait_for(places.occupy(), 10)
 
     asyncio.run(run())

@@ -82,7 +82,7 @@ class ReadingPlaces:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def enter(self) -> asyncio.Future[None]:
+    async def occupy(self) -> asyncio.Future[None]:
         """Wait for a place; the future is done when the place has to be left.
 
         Raises ``TimeoutError`` when there is none in time.
@@ -101,7 +101,7 @@ class ReadingPlaces:
         self._readers[eviction] = self._loop.time()
         return eviction
 
-    def leave(self, eviction: asyncio.Future[None]) -> None:
+    def free(self, eviction: asyncio.Future[None]) -> None:
         """Give the place back."""
         del self._readers[eviction]
         self._free.release()
@@ -205,7 +205,7 @@ class GrpcReceiver:
         """The request of a call. What is under way in the core is not to be cancelled: it ends
         when the call does."""
         try:
-            eviction = await self._places.enter()
+            eviction = await self._places.occupy()
         except TimeoutError:
             raise self._intake.busy("more requests come in than can be read") from None
         reading = asyncio.ensure_future(anext(requests))
@@ -221,7 +221,7 @@ class GrpcReceiver:
         except StopAsyncIteration:
             raise self._intake.malformed("a call without a request that can be read") from None
         finally:
-            self._places.leave(eviction)
+            self._places.free(eviction)
             reading.add_done_callback(_look_at)
 
 

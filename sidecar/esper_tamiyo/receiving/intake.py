@@ -116,11 +116,11 @@ class Place:
         self.evicted = False
 
     def __enter__(self) -> Place:
-        self._intake.enter(self)
+        self._intake.expect(self)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._intake.leave(self)
+        self._intake.settle(self)
 
     def extend(self, chunk: bytes) -> None:
         """Take in what came; raises :class:`TooLargeError` and :class:`BusyError`."""
@@ -167,11 +167,11 @@ class Intake:
                 "expected the header `Authorization: Bearer` and the token"
             )
 
-    def enter(self, place: Place) -> None:
+    def expect(self, place: Place) -> None:
         """A request is coming in."""
         self._coming[place] = None
 
-    def leave(self, place: Place) -> None:
+    def settle(self, place: Place) -> None:
         """It is done with."""
         self._coming.pop(place, None)
         self._held -= place.held
