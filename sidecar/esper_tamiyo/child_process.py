@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("tamiyo")
@@ -37,6 +38,12 @@ START_TICKS = 60
 """Ticks that a process has until its first heartbeat: it loads its modules, and on a busy
 machine that takes long."""
 
+STARVED_NS = 500_000_000
+"""A child that waited so long for a processor within a tick had none to say anything with."""
+
+STARVED_TICK = 0.25
+"""What such a tick counts: a child that turns in a circle waits for a processor as well."""
+
 WANTED_DESCRIPTORS = 8192
 
 
@@ -48,22 +55,22 @@ class Pulse:
     """
 
     def __init__(self) -> None:
-        self._missed = 0
+        self._missed = 0.0
         self._began = False
 
     def started(self) -> None:
         """It is another process now."""
-        self._missed = 0
+        self._missed = 0.0
         self._began = False
 
     def heard(self) -> None:
         """It said something."""
-        self._missed = 0
+        self._missed = 0.0
         self._began = True
 
-    def missed(self) -> None:
-        """A tick went by."""
-        self._missed += 1
+    def missed(self, starved: bool = False) -> None:
+        """A tick went by; ``starved``: for most of it there was no processor for the child."""
+        self._missed += STARVED_TICK if starved else 1.0
 
     @property
     def began(self) -> bool:
@@ -142,6 +149,7 @@ class ChildProcess:
         self._epoll: select.epoll | None = None
         self._title = title or module
         self._killed: list[subprocess.Popen[bytes]] = []
+        self._waited_ns = 0
         self.pulse = Pulse()
         self.hung = 0
         """Processes that were killed because they said nothing any more."""
@@ -194,7 +202,7 @@ class ChildProcess:
         if self.pipe is None:
             return
         was_silent = self.pulse.is_silent
-        self.pulse.missed()
+        self.pulse.missed(self._is_starved())
         if self.pulse.is_lost:
             self.hung += 1
             log.warning(
@@ -214,6 +222,11 @@ class ChildProcess:
         for killed in self._killed:
             with suppress(subprocess.TimeoutExpired):  # it waits for a disk
                 killed.wait(self._end_patience_s)
+
+    def _is_starved(self) -> bool:
+        """Whether the process has mostly waited for a processor since this was asked last."""
+        before, self._waited_ns = self._waited_ns, waited_ns(self.pid or 0)
+        return self._waited_ns - before > STARVED_NS
 
     def _launch(
         self,
@@ -250,6 +263,7 @@ class ChildProcess:
         self.pipe = ours
         self._restarts.started()
         self.pulse.started()
+        self._waited_ns = 0
         if self._epoll is not None:
             self._epoll.register(ours, select.EPOLLIN)
         return ours
@@ -274,6 +288,17 @@ class ChildProcess:
             self.pipe = None
         process, self._process = self._process, None
         end(process, patience_s)
+
+
+def waited_ns(pid: int) -> int:
+    """How long the main thread of a process could have run but had no processor, in all.
+
+    0 where the system does not say.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def raise_descriptor_limit() -> None:

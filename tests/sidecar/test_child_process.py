@@ -155,7 +155,12 @@ def test_a_child_has_time_to_begin_and_less_to_be_silent_afterwards():
     assert (pulse.is_silent, pulse.is_lost) == (False, False)
 
 
-def test_a_child_that_hangs_is_told_killed_and_started_again(caplog):
+@pytest.fixture
+def idle_machine(monkeypatch):
+    monkeypatch.setattr(child_process, "waited_ns", lambda pid: 0)
+
+
+def test_a_child_that_hangs_is_told_killed_and_started_again(idle_machine, caplog):
     child = TableWatch()
     child.start()
     assert child.state == "starting"
@@ -181,7 +186,7 @@ def test_a_child_that_hangs_is_told_killed_and_started_again(caplog):
     child.close()
 
 
-def test_whoever_did_not_listen_for_long_has_missed_one_tick():
+def test_whoever_did_not_listen_for_long_has_missed_one_tick(idle_machine):
     """Asleep, or without a processor: a child that was asleep as well is not killed for it."""
     child = TableWatch()
     child.start()
@@ -207,3 +212,37 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(monkeypatch):
     limits.append((1024, resource.RLIM_INFINITY))
     raise_descriptor_limit()
     assert limits[-1] == (8192, resource.RLIM_INFINITY)
+
+
+def test_a_tick_without_a_processor_counts_little():
+    pulse = Pulse()
+    pulse.started()
+    pulse.heard()
+    for _ in range(4 * SILENT_AFTER - 1):
+        pulse.missed(starved=True)
+    assert not pulse.is_silent
+    pulse.missed(starved=True)
+    assert pulse.is_silent, "it may turn in a circle"
+
+
+def test_a_child_that_waits_for_a_processor_is_not_taken_for_one_that_hangs(monkeypatch):
+    waited = [0]
+    monkeypatch.setattr(child_process, "waited_ns", lambda pid: waited[0])
+    child = TableWatch()
+    child.start()
+    child.hear()
+    os.kill(child.pid, signal.SIGSTOP)
+    for _ in range(REPLACED_AFTER):
+        waited[0] += 900_000_000
+        child.check_pulse()
+    assert child.state == "working"
+    for _ in range(REPLACED_AFTER):
+        child.check_pulse()
+    assert (child.state, child.hung) == ("down", 1)
+    child.close()
+
+
+def test_how_long_a_process_had_no_processor_is_what_the_system_says():
+    before = child_process.waited_ns(os.getpid())
+    assert 0 <= before <= child_process.waited_ns(os.getpid())
+    assert child_process.waited_ns(0) == 0
