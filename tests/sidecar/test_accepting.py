@@ -5,7 +5,7 @@ import select
 import socket
 from collections import Counter
 
-from esper_tamiyo.serving.accepting import MAX_CONNECTIONS, Accepting
+from esper_tamiyo.serving.accepting import Accepting
 
 
 class Listening:
@@ -43,12 +43,12 @@ def test_the_loop_does_not_spin_and_who_waits_is_served_later(tmp_path, caplog):
     def test(accepting, epoll, counts):
         for tick in range(1, 3):
             assert epoll.poll(0), "somebody waits"
-            assert accepting.accept(0) is None
+            assert accepting.accept(lambda: True) is None
             assert epoll.poll(0) == [], "nobody is told of it before the next tick"
             assert counts["accepts_failed"] == tick
             accepting.resume()
         assert epoll.poll(0)
-        connection = accepting.accept(0)
+        connection = accepting.accept(lambda: True)
         assert connection is not None
         connection.close()
         accepting.resume()
@@ -58,9 +58,9 @@ def test_the_loop_does_not_spin_and_who_waits_is_served_later(tmp_path, caplog):
     assert caplog.text.count("cannot accept a connection at the decision socket") == 1
 
 
-def test_nobody_is_let_in_beyond_the_limit(tmp_path):
+def test_nobody_is_let_in_where_there_is_no_room(tmp_path):
     def test(accepting, epoll, counts):
-        assert accepting.accept(MAX_CONNECTIONS) is None
+        assert accepting.accept(lambda: False) is None
         assert dict(counts) == {"turned_away": 1}
 
     connected(tmp_path / "s", 0, test)

@@ -168,7 +168,7 @@ def test_whole_requests_of_many_at_once_are_taken_or_told_to_come_again(attacked
 
 def test_one_that_has_more_than_it_may_have_starts_anew(tmp_path, capfd):
     """With next to nothing allowed: what it has without a request is too much then."""
-    with sidecar(tmp_path / "t.sock", "--memory-mb", "20", ingest=True) as running:
+    with sidecar(tmp_path / "t.sock", "--ingest-mb", "20", ingest=True) as running:
         until(lambda: running.status()["ingest"]["restarts"])
     assert "MB it may have: it starts anew" in capfd.readouterr().err
 

@@ -14,12 +14,6 @@ from esper_otel.leyline.wire import default_socket_path as default_path
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
 
-MEMORY_MB = 512.0
-"""Default of ``--memory-mb``, in MB of 2**20 bytes."""
-
-INGEST_SHARE = 3 / 8
-"""Part of it that the ingest process may have."""
-
 if TYPE_CHECKING:
     from esper_tamiyo.journaling.reporter import Reporter
 
@@ -31,17 +25,16 @@ def add(commands: Commands) -> None:
         "--table", default="default", help="default, prototype or a file (default: %(default)s)"
     )
     add_socket(parser)
+    parser.add_argument(
+        "--ingest-mb",
+        type=_positive,
+        default=192.0,
+        metavar="MB",
+        help="memory for receiving OTLP (default: %(default)g)",
+    )
     parser.add_argument("--otlp-grpc", default="127.0.0.1:4317", metavar="HOST:PORT")
     parser.add_argument("--otlp-http", default="127.0.0.1:4318", metavar="HOST:PORT")
     parser.add_argument("--no-ingest", action="store_true", help="hear asks only, no OTLP")
-    parser.add_argument(
-        "--memory-mb",
-        type=_positive,
-        default=MEMORY_MB,
-        metavar="MB",
-        help="memory that the sidecar may have, three eighths of it for receiving OTLP "
-        "(default: %(default)g)",
-    )
     _add_senders(parser)
     _add_record(parser)
     parser.set_defaults(command=_serve)
@@ -151,12 +144,9 @@ def _serve(options: argparse.Namespace) -> int:
             logging.getLogger("tamiyo").warning("%s: %s", shown, warning)
         addresses.append(address)
     table = table_named(options.table)
-    memory_mb = options.memory_mb * INGEST_SHARE
-    ingest = (
-        None
-        if options.no_ingest
-        else IngestChild(addresses[0], addresses[1], credentials, memory_mb)
-    )
+    ingest = None if options.no_ingest else IngestChild(addresses[0], addresses[1], credentials)
+    if ingest is not None:
+        ingest.memory_mb = options.ingest_mb
     health = _health_socket(options)
     reporter = _reporter(options, health)
     try:

@@ -44,15 +44,11 @@ class IngestChild(ChildProcess):
     """Starts the process, queues its frames undecoded, and starts it again when it dies."""
 
     def __init__(
-        self,
-        grpc_at: Address,
-        http_at: Address,
-        credentials: Credentials | None = None,
-        memory_mb: float = MEMORY_MB,
+        self, grpc_at: Address, http_at: Address, credentials: Credentials | None = None
     ) -> None:
-        """``memory_mb`` is the most memory that the process may have."""
         super().__init__("esper_tamiyo.receiving.ingest", END_PATIENCE_S, "ingest")
-        self._memory_mb = memory_mb
+        self.memory_mb = MEMORY_MB
+        """Most memory that the process may have, from its next start on."""
         self._beat = Beat()
         self._addresses = (str(grpc_at), str(http_at))
         self._credentials = msgspec.json.encode(credentials or Credentials()).decode()
@@ -66,7 +62,7 @@ class IngestChild(ChildProcess):
     def start(self) -> None:
         """Start the process, at the same addresses when it is not the first."""
         arguments = [*self._addresses, self._credentials]  # no secrets, only names
-        self._launch([*arguments, str(self._memory_mb)], environment=_ENVIRONMENT)
+        self._launch([*arguments, str(self.memory_mb)], environment=_ENVIRONMENT)
         self._inlet = Inlet()
         self._beat = Beat()
 

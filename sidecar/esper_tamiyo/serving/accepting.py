@@ -6,13 +6,12 @@ import logging
 import select
 import socket
 from collections import Counter
+from collections.abc import Callable
 
 from esper_otel.leyline.wire import may_steer, peer_uid
 from esper_tamiyo.serving.connection import ClientConnection
 
 log = logging.getLogger("tamiyo")
-
-MAX_CONNECTIONS = 512
 
 
 class Accepting:
@@ -36,8 +35,8 @@ class Accepting:
         """Have the loop told of who connects."""
         self._epoll.register(self._listening, select.EPOLLIN)
 
-    def accept(self, connected: int) -> ClientConnection | None:
-        """Who connected, if it may, with ``connected`` others there."""
+    def accept(self, has_room: Callable[[], bool]) -> ClientConnection | None:
+        """Who connected, if it may, and ``has_room`` says so."""
         try:
             accepted, _ = self._listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -46,7 +45,7 @@ class Accepting:
             self._pause(error)
             return None
         uid = peer_uid(accepted)
-        if not may_steer(uid) or connected >= MAX_CONNECTIONS:
+        if not may_steer(uid) or not has_room():
             self._counts["turned_away"] += 1
             log.warning("turned away a connection of user %d", uid)
             accepted.close()

@@ -36,6 +36,7 @@ from esper_tamiyo.serving.replies import Replies
 
 log = logging.getLogger("tamiyo")
 
+MAX_CONNECTIONS = 512
 TICK_S = 1.0
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
@@ -179,10 +180,14 @@ class Server:
         return min(due for due in dues if due is not None)
 
     def _accept(self) -> None:
-        connection = self._accepting.accept(len(self._connections))
+        connection = self._accepting.accept(self._has_room)
         if connection is not None:
             self._connections[connection.fd] = connection
             self._epoll.register(connection.fd, _READ)
+
+    def _has_room(self) -> bool:
+        """Whether one more connection can be kept."""
+        return len(self._connections) < MAX_CONNECTIONS
 
     def _serve(self, connection: ClientConnection, events: int) -> None:
         if events & _WRITE and not self._flush(connection):
