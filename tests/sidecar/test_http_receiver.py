@@ -218,3 +218,20 @@ def test_gzip_is_read_to_its_last_member():
         assert await receiver.status(head % len(rubbish) + rubbish) == 400
 
     served(test)
+
+
+def test_headers_without_an_end_are_held_within_a_limit(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_HEADS", 20_000)
+    head = HEAD + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(6))
+
+    async def test(receiver):
+        endless = [await receiver.connect(head) for _ in range(6)]
+        assert [await answer(reader) for reader, _ in endless[:2]] == [0, 0]
+        assert await receiver.status(whole(1)) == 200
+        assert receiver.http.connections._heads <= 20_000
+        for _, writer in endless:
+            writer.close()
+        while receiver.http.connections._heads:
+            await asyncio.sleep(0)
+
+    served(test)

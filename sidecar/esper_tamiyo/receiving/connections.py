@@ -36,6 +36,9 @@ SWEEP_S = 1.0
 PAUSE_S = 0.5
 """How long nobody is accepted when the system has no descriptors left."""
 
+MAX_HEADS = 4 << 20
+"""Most bytes of requests whose headers are not complete, of all connections together."""
+
 _AT_ONCE = 64
 
 
@@ -59,6 +62,7 @@ class Connections:
         self._waiting: dict[Abortable, float] = {}
         """Until when, of those that are silent or unfinished; the longest so come first."""
         self._answering: dict[Abortable, float] = {}
+        self._heads = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._answering)
@@ -77,6 +81,12 @@ class Connections:
         """It is closed."""
         self._waiting.pop(connection, None)
         self._answering.pop(connection, None)
+
+    def hold_head(self, size: int) -> None:
+        """Some more, or less, of headers that are not complete is held."""
+        self._heads += size
+        while self._heads > MAX_HEADS and self.evict():
+            pass
 
     def make_room(self) -> None:
         """See that one more is within the limit."""

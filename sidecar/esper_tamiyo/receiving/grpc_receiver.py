@@ -31,7 +31,7 @@ from esper_tamiyo.receiving.intake import (
 
 METRICS_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 
-MAX_CALLS = 1024
+MAX_CALLS = 512
 """Most calls at once, of all connections; of each 64 KiB may be there already."""
 
 MAX_STREAMS = 100

@@ -100,6 +100,7 @@ class HttpReceiver:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
         assert isinstance(connection, _HttpConnection)
+        connection.release_head()
         self.connections.waits(connection, REQUEST_S + LINGER_S)
         try:
             return await self._answer(request, connection)
@@ -185,13 +186,14 @@ class HttpReceiver:
 class _HttpConnection(web.RequestHandler):
     """One connection, which tells when it waits for its peer."""
 
-    __slots__ = ("_connections", "_intake", "_rests")
+    __slots__ = ("_connections", "_head", "_intake", "_rests")
 
     def __init__(self, server: web.Server, connections: Connections, intake: Intake) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **server._kwargs)
         self._connections = connections
         self._intake = intake
         self._rests = False
+        self._head = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It may send now."""
@@ -204,6 +206,14 @@ class _HttpConnection(web.RequestHandler):
             self._rests = False
             self._connections.waits(self, FIRST_S)
         super().data_received(data)
+        if not (self._messages or self._request_in_progress):
+            self._head += len(data)
+            self._connections.hold_head(len(data))
+
+    def release_head(self) -> None:
+        """The headers are complete, or nobody waits for them any more."""
+        head, self._head = self._head, 0
+        self._connections.hold_head(-head)
 
     def rest(self) -> None:
         """A request is done with, and the next one may take its time."""
@@ -213,11 +223,13 @@ class _HttpConnection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """It is gone."""
+        self.release_head()
         self._connections.forget(self)
         super().connection_lost(exc)
 
     def abort(self) -> None:
         """Close it without waiting for its peer to read."""
+        self.release_head()
         transport = self.transport
         self.force_close()
         if isinstance(transport, asyncio.Transport):
