@@ -33,6 +33,7 @@ from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
 from esper_tamiyo.serving.reloading import Reloading
 from esper_tamiyo.serving.replies import Replies
+from esper_tamiyo.serving.supervision import ALIVE, READY, STOPPING, notify
 
 log = logging.getLogger("tamiyo")
 
@@ -153,6 +154,7 @@ class Server:
         now = time.monotonic()
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
+            notify(ALIVE)
             self._accepting.resume()
             self._reporter.check_pulse()
             self._reloading.check_pulse()
@@ -170,6 +172,7 @@ class Server:
         if self._on_ready is not None and (self._ingest is None or self._ingest.listening):
             self._on_ready()
             self._on_ready = None
+            notify(READY)
 
     def _patience(self) -> float:
         """How long to wait for something to do, at most until the next tick."""
@@ -277,6 +280,7 @@ class Server:
         }
 
     def _close(self) -> None:
+        notify(STOPPING)
         for connection in list(self._connections.values()):
             self._hang_up(connection)
         self._listener.close()
