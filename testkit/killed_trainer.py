@@ -1,9 +1,9 @@
 """A trainer without torch, to be killed: it hands over steps, and says so as it goes.
 
 ``python -m testkit.killed_trainer FOLDER URL`` streams a step every millisecond to an OTLP
-receiver at ``URL`` until it is killed, or has made ``--steps``. Its spool is ``FOLDER/spool``; in
-``FOLDER/told`` it writes the number and Unix time of each step after it was handed over, so what
-is there was recorded. :class:`Trainer` starts one, kills it, and says what is left of it.
+receiver at ``URL`` until it is killed, or has made ``--steps``. Its spool is ``FOLDER/spool``;
+in ``FOLDER/told`` it writes the number and Unix time of each step after it was handed over, so
+what is there was recorded. :class:`Trainer` starts one, kills it, and says what is left of it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("--steps", type=int, default=sys.maxsize)
     parser.add_argument("--step-ms", type=float, default=1.0)
-    parser.add_argument("--at-end-only", action="store_true", help="keep nothing on disk before")
+    parser.add_argument("--at-end-only", action="store_true", help="no files before")
     options = parser.parse_args()
     if options.at_end_only:
         Keeper.look = lambda self: None  # type: ignore[method-assign]

@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.leyline.endpoints import hiding
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Journal, JournalThread
@@ -223,6 +224,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     logging.basicConfig(format="tamiyo: %(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(hiding(os.environ))  # exporters log the headers that they cannot read
     pipe = socket.socket(fileno=int(fd))
     Scribe(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
     sys.stderr.flush()

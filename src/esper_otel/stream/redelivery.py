@@ -151,6 +151,19 @@ class EarlierProcesses:
         return []
 
 
+_Request = tuple[bytes, int]
+"""A request and how many points, spans or records it holds."""
+
+
+class _Sent(msgspec.Struct):
+    """What became of a file's requests so far; ``problem`` says what stopped it."""
+
+    problem: str = ""
+    delivered: int = 0
+    rejected: int = 0
+    later: bool = False
+
+
 class _Resending:
     """Receivers and locks while files are delivered one after the other."""
 
@@ -221,40 +234,45 @@ class _Resending:
         elif not requests and not problem:
             return FileReport(path, problem=f"{path}: the file is empty")
         waiting = deque(_groups(requests))
-        destination = self._receivers[signal]
         # A file of one request goes as soon as that is delivered; a long one is not written
         # anew for each of its requests.
         is_short = path.stat().st_size <= 2 * MAX_GROUP
-        delivered = rejected = 0
-        later = False
+        sent = _Sent(problem)
         try:
-            while waiting:
-                group = waiting[0]
-                outcome = self._send(b"".join(body for body, _ in group), signal)
-                if outcome.verdict is Verdict.REFUSED and len(group) > 1:
-                    # One bad request should not keep its neighbours from being delivered.
-                    waiting.popleft()
-                    waiting.extendleft([each] for each in reversed(group))
-                    continue
-                if outcome.verdict is not Verdict.DELIVERED:
-                    problem = f"{path}: {destination.shown}: {outcome.reason}"
-                    later = outcome.verdict in (Verdict.RETRY, Verdict.UNREACHABLE)
-                    break
-                waiting.popleft()
-                items = sum(number for _, number in group)
-                refused = min(outcome.rejected, items)
-                delivered += items - refused
-                rejected += refused
+            while waiting and self._send_first(waiting, signal, sent):
                 if is_short:
                     _keep(path, waiting, rest)
+        except OSError as error:
+            sent.problem = f"{sent.delivered:,} were delivered, and are still in it: {error}"
         finally:
             # Also when interrupted: what was delivered need not be delivered again.
-            try:
+            with suppress(OSError):
                 _keep(path, waiting, rest)
-            except OSError as error:
-                problem = f"{path}: {delivered:,} were delivered, and are still in it: {error}"
+        problem = f"{path}: {sent.problem}" if sent.problem else ""
         kept = sum(number for group in waiting for _, number in group)
-        return FileReport(path, delivered, rejected, kept, problem, later, cut_bytes)
+        return FileReport(
+            path, sent.delivered, sent.rejected, kept, problem, sent.later, cut_bytes
+        )
+
+    def _send_first(self, waiting: deque[list[_Request]], signal: Signal, sent: _Sent) -> bool:
+        """Send the first of ``waiting`` and take it out; False where that cannot be now."""
+        group = waiting[0]
+        outcome = self._send(b"".join(body for body, _ in group), signal)
+        if outcome.verdict is Verdict.REFUSED and len(group) > 1:
+            # One bad request should not keep its neighbours from being delivered.
+            waiting.popleft()
+            waiting.extendleft([each] for each in reversed(group))
+            return True
+        if outcome.verdict is not Verdict.DELIVERED:
+            sent.problem = f"{self._receivers[signal].shown}: {outcome.reason}"
+            sent.later = outcome.verdict in (Verdict.RETRY, Verdict.UNREACHABLE)
+            return False
+        waiting.popleft()
+        items = sum(number for _, number in group)
+        rejected = min(outcome.rejected, items)
+        sent.delivered += items - rejected
+        sent.rejected += rejected
+        return True
 
     def _send(self, body: bytes, signal: Signal) -> SendResult:
         """Send one request, again while that makes sense."""
@@ -275,10 +293,6 @@ class _Resending:
         return outcome
 
 
-_Request = tuple[bytes, int]
-"""A request and how many points, spans or records it holds."""
-
-
 def _readable_part(path: Path, signal: Signal) -> tuple[list[_Request], int, str]:
     """(requests, offset behind the last good one, what is wrong there)."""
     requests: list[_Request] = []
@@ -291,7 +305,7 @@ def _readable_part(path: Path, signal: Signal) -> tuple[list[_Request], int, str
             requests.append((body, items))
             offset += len(body) + SIZE_BYTES
     except RecordingError as error:
-        return requests, offset, str(error)
+        return requests, offset, str(error).removeprefix(f"{path}: ")
     return requests, offset, ""
 
 

@@ -23,6 +23,7 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -189,7 +190,7 @@ class SpoolFiles:
         self._segment_bytes = segment_bytes
         self._segments: list[Segment] = []
         self._newest: dict[Signal, Segment] = {}
-        self._numbered = 0
+        self._numbered: Counter[Signal] = Counter()
         self._lock: SpoolLock | None = None
 
     @property
@@ -241,8 +242,9 @@ class SpoolFiles:
         if self._lock is None:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = SpoolLock.take(self._folder / f"{self._name}.lock")
-        self._numbered += 1
-        segment = Segment(self._folder / f"{self._name}.{self._numbered:06}.{signal}.otlp")
+        self._numbered[signal] += 1
+        name = f"{self._name}.{self._numbered[signal]:06}.{signal}.otlp"
+        segment = Segment(self._folder / name)
         self._segments.append(segment)
         self._newest[signal] = segment
         return segment
