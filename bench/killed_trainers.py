@@ -1,16 +1,16 @@
 """What a trainer that is killed at a random moment takes with it.
 
 A trainer without torch hands over a step of 24 metrics each millisecond and writes down, as it
-goes, which it has handed over. It is killed (SIGKILL) at a random moment, nobody listening; every
-fifth time another one follows that leaves its files at the end alone, as the baseline. What is
-lost is counted in time: from the oldest step that is in no file to the kill. Then what is left is
-delivered to a receiver, which counts what is missing and what comes twice.
+goes, which it has handed over. It is killed (SIGKILL) at a random moment, nobody listening;
+every fifth time another one follows that writes files at its end only, as the baseline. What is
+lost is counted in time: from the oldest step that is in no file to the kill. Then what is left
+is delivered to a receiver, which counts what is missing and what comes twice.
 
 Two more: killed while the receiver takes all, and within a quarter of a second of the moment in
 which a receiver that was away is there again, when files are delivered and go.
 
-What it costs: CPU time of all threads but the training one, per step, with files and without, in
-turn; nobody listening, and with a receiver in a process of its own.
+What it costs: CPU time of all threads but the training one, per step, with files and without,
+in turn; nobody listening, and with a receiver in a process of its own.
 
     python -m bench.killed_trainers [--json PATH]
 """
@@ -21,6 +21,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from testkit.killed_trainer import Trainer, steps_in
 from testkit.receiver import HttpReceiver, ReceiverProcess
 
 BENCH = "killed_trainers"
-KILLS, BASELINES, OTHER_KILLS = 50, 10, 20
+KILLS, BASELINE_EVERY, OTHER_KILLS = 50, 5, 20
 EARLIEST_S, LATEST_S = 0.15, 2.0
 NOBODY = "http://127.0.0.1:9"
 
@@ -53,8 +54,11 @@ class Killed(NamedTuple):
 
 def figures() -> list[Figure]:
     moments = random.Random(13)
-    away = [_killed_without_receiver(moments) for _ in range(KILLS)]
-    at_end = [_killed_without_receiver(moments, "--at-end-only") for _ in range(BASELINES)]
+    away, at_end = [], []
+    for kill in range(KILLS):
+        away.append(_killed_without_receiver(moments))
+        if kill % BASELINE_EVERY == 0:
+            at_end.append(_killed_without_receiver(moments, "--at-end-only"))
     healthy = [_killed_with_receiver(moments) for _ in range(OTHER_KILLS)]
     back = [_killed_in_recovery(moments) for _ in range(OTHER_KILLS)]
     worst, before = max(k.lost_ms for k in away), max(k.lost_ms for k in at_end)
@@ -150,8 +154,8 @@ def _costs() -> list[Figure]:
         for url, where in ((NOBODY, "nobody listens"), (receiver.url, "receiver answers")):
             for pace_ms in PACES_MS:
                 with_files, without = alternate(
-                    lambda url=url, pace=pace_ms: _cost_us(url, pace),
-                    lambda url=url, pace=pace_ms: _cost_us(url, pace, "--at-end-only"),
+                    partial(_cost_us, url, pace_ms),
+                    partial(_cost_us, url, pace_ms, "--at-end-only"),
                     PAIRS,
                 )
                 figure = f"CPU of the stream's threads, steps of {pace_ms} ms, {where}"

@@ -9,6 +9,7 @@ what is there was recorded. :class:`Trainer` starts one, kills it, and says what
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=1.0)
     parser.add_argument("--at-end-only", action="store_true", help="no files before")
     options = parser.parse_args()
+    logging.getLogger("esper_otel").setLevel(logging.ERROR)  # that nobody listens is known
     if options.at_end_only:
         Keeper.look = lambda self: None  # type: ignore[method-assign]
     stream = Stream(

@@ -134,7 +134,7 @@ def test_what_lies_in_one_file_is_one_request(tmp_path):
         spool.put(M, body, 1)
     spool.put_back(spool.next_group(M))
     for each in spool.unkept():
-        files.append(each)
+        files.write(each)
     spool.put(M, b"6", 1)
     assert [spool.next_group(M).body() for _ in range(3)] == [b"1234", b"5", b"6"]
     files.close()
@@ -147,12 +147,12 @@ def test_files_hold_what_is_unsent_and_go_when_it_was_sent(tmp_path):
     files = SpoolFiles(tmp_path, "run-rank0-1", 10)
     batches = [batch(b"12345"), batch(b"67890"), batch(b"abc"), batch(b"t", T)]
     for each in batches:
-        files.append(each)
+        files.write(each)
     assert contents(tmp_path) == [[b"12345", b"67890"], [b"t"], [b"abc"]]
     batches[0].settled = True
     files.trim([batches[0].segment])
     assert contents(tmp_path) == [[b"67890"], [b"t"], [b"abc"]]
-    files.append(batch(b"more"))
+    files.write(batch(b"more"))
     batches[1].settled = batches[3].settled = True
     files.remove_settled()
     assert contents(tmp_path) == [[b"abc", b"more"]]
@@ -165,10 +165,10 @@ def test_after_a_part_of_the_newest_file_has_gone_it_is_written_on(tmp_path):
     files = SpoolFiles(tmp_path, "run", 100)
     first, second = batch(b"1"), batch(b"2")
     for each in (first, second):
-        files.append(each)
+        files.write(each)
     first.settled = True
     files.trim([first.segment])
-    files.append(batch(b"3"))
+    files.write(batch(b"3"))
     assert contents(tmp_path) == [[b"2", b"3"]]
     files.close()
 
@@ -176,7 +176,7 @@ def test_after_a_part_of_the_newest_file_has_gone_it_is_written_on(tmp_path):
 def test_a_batch_larger_than_a_file_has_one_of_its_own(tmp_path):
     files = SpoolFiles(tmp_path, "run", 3)
     for body in (b"1", b"larger", b"2"):
-        files.append(batch(body))
+        files.write(batch(body))
     assert contents(tmp_path) == [[b"1"], [b"larger"], [b"2"]]
     files.close()
 
@@ -190,7 +190,7 @@ def test_whatever_happens_the_files_are_what_is_unsent(tmp_path_factory, steps):
     for number, (what, size) in enumerate(steps):
         if what == "write":
             waiting.append(batch(bytes([number % 256]) * (size + 1)))
-            files.append(waiting[-1])
+            files.write(waiting[-1])
         elif waiting:
             gone = waiting.pop(0)
             gone.settled = True
@@ -206,7 +206,7 @@ def test_no_two_processes_share_a_file(tmp_path):
     # As after a restart in a container, where both have the number 1.
     for body in (b"1", b"2"):
         files = SpoolFiles(tmp_path, "run-rank0-1", 100)
-        files.append(batch(body))
+        files.write(batch(body))
         files.close()
     assert sorted(contents(tmp_path)) == [[b"1"], [b"2"]]
 
@@ -222,7 +222,7 @@ def test_on_a_full_disk_there_are_whole_requests_and_no_empty_file(tmp_path, ful
     for body in (b"123", b"456"):
         each = batch(body)
         try:
-            files.append(each)
+            files.write(each)
         except OSError:
             assert each.segment is None
             break
@@ -302,7 +302,7 @@ def test_a_disk_that_hangs_holds_up_nobody(keeper, monkeypatch):
         hangs.set()
         goes_on.wait(30)
 
-    monkeypatch.setattr(SpoolFiles, "append", hang)
+    monkeypatch.setattr(SpoolFiles, "write", hang)
     monkeypatch.setattr("esper_otel.stream.spool_files.PATIENCE_S", 0.05)
     keeper.look()
     assert hangs.wait(10)
@@ -345,17 +345,17 @@ def test_what_is_delivered_while_it_is_written_does_not_stay(keeper, tmp_path, m
     spool.put(M, b"2", 1)
     spool.put_back(spool.next_group(M))
     group = spool.next_group(M)
-    append = SpoolFiles.append
+    write = SpoolFiles.write
 
-    def appending(files: SpoolFiles, each: Batch) -> None:
-        append(files, each)
+    def writing_and(files: SpoolFiles, each: Batch) -> None:
+        write(files, each)
         if each.number == 1:
             spool.deliver(group)
             keeper._at_work.release()  # the sender comes before the writer is done
             keeper.settled(group.batches[1:])
             keeper._at_work.acquire()
 
-    monkeypatch.setattr(SpoolFiles, "append", appending)
+    monkeypatch.setattr(SpoolFiles, "write", writing_and)
     with keeper._at_work:
         keeper._write(spool.unkept())
     assert contents(tmp_path / "spool") == []
@@ -393,12 +393,12 @@ print(SpoolLock.take(Path({str(path)!r})) is None)
 """
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
-    lock.release()
+    lock.close()
     assert not path.exists()
     assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
     again = SpoolLock.take(path)  # the process that held it has ended
     assert again is not None
-    again.release()
+    again.close()
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
@@ -407,7 +407,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     files = SpoolFiles(tmp_path, "run", 100)
-    files.append(batch(b"1"))
+    files.write(batch(b"1"))
     files.close()
     assert contents(tmp_path) == [[b"1"]]
 

@@ -63,7 +63,7 @@ class HttpTransport:
         self._connection = self._open(url, _tls(destination) if url.scheme == "https" else None)
         self._answers = _Answers()
         # What its class says is any class, is for any callable that makes a response.
-        self._connection.response_class = self._answers.of  # type: ignore[assignment]
+        self._connection.response_class = self._answers.new  # type: ignore[assignment]
 
     def send(self, body: bytes, timeout_s: float) -> SendResult:
         """POST one request; the answer is read up to 64 KiB, and for ``timeout_s`` in all."""
@@ -158,7 +158,7 @@ class _Answers:
         """From here on it is counted for the next request."""
         self._deadline = time.monotonic() + timeout_s
 
-    def of(self, connected: socket.socket, *args: Any, **options: Any) -> HTTPResponse:
+    def new(self, connected: socket.socket, *args: Any, **options: Any) -> HTTPResponse:
         """A response that comes over ``connected``."""
         bounded: Any = _Bounded(connected, self._deadline)
         return HTTPResponse(bounded, *args, **options)

@@ -189,7 +189,7 @@ class _Resending:
             if lock is not None:
                 with suppress(OSError):
                     _remove_parts(path)
-                lock.release()
+                lock.close()
 
     def is_held(self, path: Path) -> bool:
         """Whether another process, or another part of this one, was found to be at ``path``."""

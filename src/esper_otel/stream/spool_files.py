@@ -113,7 +113,7 @@ class SpoolLock:
                 return cls(path, file)
             os.close(file)  # who held it before has taken its file away meanwhile
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give it back, and take its file away."""
         with suppress(OSError):
             self._path.unlink()
@@ -145,7 +145,7 @@ class Segment:
         self.size = 0
         self.file = open_to_append(path)
 
-    def append(self, batch: Batch) -> None:
+    def add(self, batch: Batch) -> None:
         """Write ``batch`` whole, or nothing of it and :class:`OSError`."""
         write_whole(self.file, framed(batch.body))
         self.batches.append(batch)
@@ -198,13 +198,13 @@ class SpoolFiles:
         """The files that are there, by name."""
         return tuple(sorted(segment.path for segment in self._segments))
 
-    def append(self, batch: Batch) -> None:
+    def write(self, batch: Batch) -> None:
         """Write one batch; raises :class:`OSError`, and leaves no empty file then."""
         segment = self._newest.get(batch.signal)
         if segment is None or segment.size + len(batch.body) > self._segment_bytes:
             segment = self._begin(batch.signal)
         try:
-            segment.append(batch)
+            segment.add(batch)
         except OSError:
             if not segment.batches:
                 self._remove(segment)
@@ -235,7 +235,7 @@ class SpoolFiles:
             for segment in self._segments:
                 os.close(segment.file)
             if self._lock is not None:
-                self._lock.release()
+                self._lock.close()
                 self._lock = None
 
     def _begin(self, signal: Signal) -> Segment:
@@ -343,7 +343,7 @@ class Keeper:
                 if batch.settled or batch.signal in full:
                     continue
                 try:
-                    self._files.append(batch)
+                    self._files.write(batch)
                 except OSError as error:
                     full.add(batch.signal)
                     self._fail(error)
