@@ -212,6 +212,21 @@ def test_a_pause_is_granted_up_to_a_bound(value, least_s, most_s):
     assert least_s <= Backoff().pause_s(outcome.retry_after_s) <= most_s
 
 
+@pytest.mark.parametrize("value", ["3600", "1e300", "Wed, 21 Oct 2099 07:28:00 GMT"])
+def test_a_receiver_that_asked_for_too_much_is_tried_once_more_at_the_end(
+    open_stream, row, value
+):
+    answers = [Answer(429, {"Retry-After": value})]
+    with HttpReceiver() as http:
+        http.answer = lambda request: answers.pop() if answers else Answer(200)
+        stream = open_stream(http.url)
+        stream.frame(1, row(1))
+        while not http.inbox.attempts:
+            time.sleep(0.005)
+        stream.frame(2, row(2))
+        assert stream.close().metrics.delivered == 4
+
+
 @pytest.mark.parametrize("asked_s", [float("inf"), float("nan"), -1.0, 1e300])
 def test_whatever_is_asked_for_is_a_pause_that_can_be_made(asked_s):
     assert 0 <= Backoff().pause_s(asked_s) <= LONGEST_ASKED_S

@@ -234,8 +234,11 @@ class Sender:
         pause_s = self._backoff.pause_s(outcome.retry_after_s)
         if not self._finishing.is_set():
             began = time.monotonic()
-            if not self._finishing.wait(pause_s) or outcome.retry_after_s is None:
+            asked_s = outcome.retry_after_s
+            if not self._finishing.wait(pause_s) or asked_s is None:
                 return True
+            if asked_s > LONGEST_ASKED_S:
+                return True  # it was not granted in full: at the end it is tried once more
             pause_s -= time.monotonic() - began
         # The end has come during the pause, or before it. A receiver that named its pause
         # gets it where time allows; else this was the last attempt.
