@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.stream import read_recording, resend
+from esper_otel.stream.over_http import HttpTransport
 from esper_otel.stream.recording import framed
 from esper_otel.stream.redelivery import ATTEMPTS
 from testkit.receiver import METRICS, Answer, HttpReceiver
@@ -225,6 +226,23 @@ def test_the_next_start_of_the_run_delivers_what_the_last_has_left(
     assert http.inbox.steps() == dict.fromkeys([*range(30), 100], 1)
     assert len(http.inbox.spans()) == 2
     assert list(stranger.parent.iterdir()) == [stranger]
+
+
+def test_what_was_to_take_a_files_place_goes_with_it(left, http):
+    # As a process leaves it that was killed between writing and renaming.
+    part = left[0].with_name(left[0].name + ".part")
+    part.write_bytes(left[0].read_bytes())
+    assert send(left, http).is_complete
+    assert list(part.parent.iterdir()) == []
+
+
+def test_a_transport_that_raises_is_a_receiver_that_is_away(left, http, monkeypatch):
+    def faulty(*_: object) -> None:
+        raise ArithmeticError("ours")
+
+    monkeypatch.setattr(HttpTransport, "send", faulty)
+    (file,) = send(left[:1], http).files
+    assert (file.delivered, file.kept, file.later) == (0, 60, True)
 
 
 def test_the_next_start_waits_for_the_receiver(left, open_stream, wait_until):

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, SIZE_BYTES, RecordingError, framed
-from esper_otel.stream.destination import Signal, destinations
+from esper_otel.stream.destination import Destination, Signal, destinations
 from esper_otel.stream.recording import read_recording, signal_of
 from esper_otel.stream.sender import Backoff, open_transport
 from esper_otel.stream.spool import MAX_GROUP
@@ -74,7 +74,7 @@ def resend(
     resend, or loses an answer, may deliver a request twice. Of a file that is larger than two
     requests, which no trainer leaves, who *kills* a resend repeats all.
     """
-    with _Resending(environ, sleep, ATTEMPTS) as resending:
+    with _Resending(destinations(environ), sleep, ATTEMPTS) as resending:
         return ResendReport(tuple(resending.deliver_file(path) for path in files))
 
 
@@ -86,11 +86,11 @@ class EarlierProcesses:
     """
 
     def __init__(
-        self, folder: Path, stem: str, environ: Mapping[str, str] | None = None
+        self, folder: Path, stem: str, receivers: Mapping[Signal, Destination]
     ) -> None:
         self._folder = folder
         self._stem = stem
-        self._environ = environ
+        self._receivers = receivers
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="esper-resend", daemon=True)
 
@@ -124,7 +124,7 @@ class EarlierProcesses:
             if not files:
                 break
             pause_s = 0.0
-            with _Resending(self._environ, self._stopping.wait, attempts=1) as resending:
+            with _Resending(self._receivers, self._stopping.wait, attempts=1) as resending:
                 for path in files:
                     report = resending.deliver_file(path)
                     points += report.delivered
@@ -169,11 +169,11 @@ class _Resending:
 
     def __init__(
         self,
-        environ: Mapping[str, str] | None,
+        receivers: Mapping[Signal, Destination],
         sleep: Callable[[float], object],
         attempts: int,
     ) -> None:
-        self._receivers = destinations(environ)
+        self._receivers = receivers
         self._sleep = sleep
         self._attempts = attempts
         self._transports: dict[Signal, Transport] = {}
@@ -284,12 +284,16 @@ class _Resending:
             return SendResult(Verdict.REFUSED, plain(error))
         transport = self._transports[signal]
         backoff = Backoff()
-        outcome = transport.send(body, destination.timeout_s)
-        for _ in range(self._attempts - 1):
+        for attempt in range(self._attempts):
+            try:
+                outcome = transport.send(body, destination.timeout_s)
+            except Exception as error:
+                log.debug("sending failed", exc_info=True)
+                outcome = SendResult(Verdict.RETRY, plain(error))
             if outcome.verdict not in (Verdict.RETRY, Verdict.UNREACHABLE):
                 break
-            self._sleep(backoff.pause_s(outcome.retry_after_s))
-            outcome = transport.send(body, destination.timeout_s)
+            if attempt < self._attempts - 1:
+                self._sleep(backoff.pause_s(outcome.retry_after_s))
         return outcome
 
 

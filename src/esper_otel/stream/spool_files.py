@@ -97,35 +97,47 @@ class SpoolLock:
     def take(cls, path: Path) -> SpoolLock | None:
         """The lock at ``path``, None while somebody else has it; raises :class:`OSError`."""
         path = path.absolute()
-        # Closing any descriptor of a file gives up all record locks of this process on it.
-        if path in _held:
+        # Closing any descriptor of a file gives up all record locks of this process on it. One
+        # call says whether it is ours alone, as two threads may ask at once.
+        ours = object()
+        if _held.setdefault(path, ours) is not ours:
             return None
-        while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    os.close(file)
-                    return None
-            if _is_at(path, file):
-                _held.add(path)
-                return cls(path, file)
-            os.close(file)  # who held it before has taken its file away meanwhile
+        file = None
+        try:
+            file = _locked(path)
+        finally:
+            if file is None:
+                del _held[path]
+        return None if file is None else cls(path, file)
 
     def close(self) -> None:
         """Give it back, and take its file away."""
         with suppress(OSError):
             self._path.unlink()
         os.close(self._file)
-        _held.discard(self._path)
+        _held.pop(self._path, None)
 
 
-_held: set[Path] = set()
+_held: dict[Path, object] = {}
 """Locks of this process."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems say that have no locks: there nobody holds any."""
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor of the file at ``path`` with a lock on it, None where another has that."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(file)
+                return None
+        if _is_at(path, file):
+            return file
+        os.close(file)  # who held it before has taken its file away meanwhile
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -245,7 +245,8 @@ class Stream:
         name = stem(self._run_id, settings.rank)
         keeper = Keeper(self._spool, settings.spool_path, f"{name}-{self._pid}")
         self._keeper = keeper
-        for destination in destinations(self._environ).values():
+        receivers = destinations(self._environ)
+        for destination in receivers.values():
             try:
                 sender = Sender(destination, self._spool, outage, keeper)
                 self._senders[destination.signal] = sender
@@ -267,7 +268,7 @@ class Stream:
         self._drain.start()
         for sender in self._senders.values():
             sender.start()
-        self._earlier = EarlierProcesses(settings.spool_path, name, self._environ)
+        self._earlier = EarlierProcesses(settings.spool_path, name, receivers)
         self._earlier.start()
         self._register()
 
