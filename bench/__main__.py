@@ -29,6 +29,7 @@ BENCHES = (
     "roundtrip",
     "training",
     "outage",
+    "killed_trainers",
     "sidecar_faults",
     "answers_under_load",
     "ingest",

@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="run a module")
     run.add_argument("script", nargs=argparse.REMAINDER, help="what `python` would be given")
     resend = commands.add_parser("resend", help="deliver telemetry that a run left unsent")
-    resend.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    resend.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="or a folder of spool files"
+    )
     show = commands.add_parser("show", help="print recorded steps")
     show.add_argument("files", nargs="+", type=Path, metavar="FILE")
     show.add_argument("--json", action="store_true", help="one JSON object per frame")
@@ -132,11 +134,19 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
 
 def _resend(options: argparse.Namespace) -> int:
     from esper_otel.stream import resend
+    from esper_otel.stream.spool_files import spool_files_in
 
-    report = resend(options.files)
+    files: list[Path] = []
+    for path in options.files:
+        there = spool_files_in(path) if path.is_dir() else [path]
+        files += there
+        if not there:
+            say(f"{path}: nothing to deliver")
+    report = resend(files)
     for file in report.files:
         rejected = f", {file.rejected:,} rejected by the receiver" if file.rejected else ""
-        say(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept")
+        cut = f", {file.cut_bytes:,} bytes of a cut request removed" if file.cut_bytes else ""
+        say(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept{cut}")
         if file.problem:
             say(f"esper-otel: resend: {file.problem}", file=sys.stderr)
     return 0 if report.is_complete else 1

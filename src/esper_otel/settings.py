@@ -140,10 +140,10 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Step frames, and seed frames, that may wait to be turned into OTLP."""
 
     spool_mb: float = 64.0
-    """Unsent OTLP held in memory; beyond it the oldest is dropped, and counted."""
+    """Unsent OTLP held in memory and on disk; beyond it the oldest is dropped, and counted."""
 
     spool_dir: str = ""
-    """Where unsent OTLP is left at exit; empty: ``$XDG_STATE_HOME/esper/spool``."""
+    """Where files of unsent OTLP are; empty: ``$XDG_STATE_HOME/esper/spool``."""
 
     recording_dir: str = ""
     """When set, all OTLP of the run is also written to files below it."""
@@ -307,7 +307,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def spool_path(self) -> Path:
-        """The folder in which unsent OTLP is left."""
+        """The folder of files of unsent OTLP."""
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(self.spool_dir or Path(state, "esper", "spool"))
 

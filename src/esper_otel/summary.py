@@ -12,6 +12,7 @@ import msgspec
 from esper_otel.leyline.terminal import printable, printable_json
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
+from esper_otel.stream.spool_files import resend_words
 from esper_otel.tolaria.restoring import SnapshotReport
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  Tamiyo    {self._unjudged()}")
         lines.append(f"  telemetry {self._telemetry()}")
         if self.unsent:
-            lines.append(f"  unsent    esper-otel resend {' '.join(self.unsent)}")
+            lines.append(f"  unsent    esper-otel resend {resend_words(self.unsent)}")
         if self.recordings:
             lines.append(f"  recorded  {' '.join(self.recordings)}")
         return "\n".join(map(printable, lines))

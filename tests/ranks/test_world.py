@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from esper_otel.leyline.limits import MAX_NAME
 from esper_otel.ranks import world
 from esper_otel.settings import EsperSettings
 
@@ -45,6 +46,37 @@ def test_one_process_names_its_run_itself(caplog) -> None:
 
 def test_a_name_that_is_given_is_taken(agent) -> None:
     assert world.with_identity(EsperSettings(world_size=2, run_id="mine")).run_id == "mine"
+
+
+@pytest.mark.parametrize("name", ["mine", "a/b c", "ünïcode", "x" * MAX_NAME])
+def test_a_name_that_can_be_borne_is_borne_as_it_is(name, caplog):
+    assert world.with_identity(EsperSettings(run_id=name)).run_id == name
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two\nlines", "\x1b[2Jscreen", "\udcff", "x" * (MAX_NAME + 1), "ü" * 5000, "a\u202eb"],
+)
+def test_another_name_is_the_same_short_one_on_all_ranks(name, caplog):
+    got = {
+        world.with_identity(EsperSettings(run_id=name, rank=rank, world_size=2)).run_id
+        for rank in (0, 1)
+    }
+    (run,) = got
+    assert len(run) <= MAX_NAME
+    assert run.isprintable()
+    run.encode()
+    assert run != world.usable_run_id(name + "!")
+    assert world.usable_run_id(run) == run
+    assert run in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+def test_only_the_first_rank_of_a_host_says_so(caplog):
+    settings = EsperSettings(run_id="a\nb", rank=1, world_size=2, local_rank=1)
+    assert world.with_identity(settings).run_id.startswith("a_b-")
+    assert not caplog.records
 
 
 def test_torchruns_workers_have_one_name_for_each_of_their_runs(agent, monkeypatch) -> None:

@@ -176,6 +176,25 @@ def test_a_check_has_a_span_of_its_own_below_the_step():
     assert decision.attributes["esper.decision.parameter.skip_step"] == 1.0
 
 
+def test_status_and_log_show_no_secret(tmp_path, receiver, environment, capfd):
+    said = []
+
+    def log():
+        said.append(capfd.readouterr().err)
+        return "".join(said)
+
+    url = receiver.url.replace("//", "//user:hunter2@")
+    environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"{url}?key=hunter2")
+    environment.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer hunter2")
+    environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")
+    with sidecar(tmp_path / "t.sock", ingest=True) as running:
+        exports = until(lambda: running.status()["scribe"]["exports"])
+        assert exports == [receiver.url] * 2
+        assert "Header format invalid" in until(lambda: "***" in log() and log())
+        assert "hunter2" not in str(running.status())
+    assert "hunter2" not in log()
+
+
 def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
     environment.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{receiver.url}/v1/metrics")
     environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")

@@ -145,3 +145,23 @@ def test_a_signal_can_be_switched_off():
 def test_everything_can_be_switched_off(value, disabled):
     assert is_disabled({"OTEL_SDK_DISABLED": value}) is disabled
     assert not is_disabled({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "protocol"),
+    [
+        ("ENDPOINT", "ftp://user:hunter2@host", "http/protobuf"),
+        ("ENDPOINT", "user:hunter2@host:4318", "http/protobuf"),
+        ("ENDPOINT", "http://user:a/hunter2@host", "http/protobuf"),
+        ("METRICS_ENDPOINT", "http://user:hunter2@host:0/v1/metrics?hunter2", "http/protobuf"),
+        ("ENDPOINT", "http://user:hunter2@:nan", "grpc"),
+        ("ENDPOINT", "user:hunter2@host:4317", "grpc"),
+        ("HEADERS", "Authorization: Bearer hunter2", "grpc"),
+        ("HEADERS", "key=hunter2\x00", "http/protobuf"),
+    ],
+)
+def test_no_secret_is_shown(name, value, protocol, caplog):
+    caplog.set_level(logging.DEBUG)
+    got = metrics(**{E + name: value, E + "PROTOCOL": protocol})
+    assert "hunter2" not in caplog.text
+    assert "hunter2" not in got.shown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import struct
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from esper_otel.stream import RecordingError, read_frames, read_recording
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.recording import Recording, framed, stem, write_unsent
+from esper_otel.stream.recording import LONGEST_RUN, Recording, framed, stem
 
 M, T = Signal.METRICS, Signal.TRACES
 
@@ -86,30 +86,36 @@ def test_a_disk_that_fails_ends_the_recording_with_one_warning(tmp_path, caplog)
     assert recording.paths == ()
 
 
-def test_a_write_that_fails_half_way_leaves_no_half_request(tmp_path, monkeypatch):
-    path = write_unsent(tmp_path, "run", M, [b"first"])
-    write = os.write
-    allowed = [2]
-
-    def failing(file: int, data: bytes) -> int:
-        if not allowed:
-            raise OSError(28, "No space left on device")
-        return write(file, bytes(data[: allowed.pop()]))
-
-    monkeypatch.setattr(os, "write", failing)
-    with pytest.raises(OSError, match="No space"):
-        write_unsent(tmp_path, "run", M, [b"second"])
-    assert list(read_recording(path)) == [b"first"]
+@pytest.mark.parametrize("run", ["plain-1.0_x", "x" * LONGEST_RUN])
+def test_a_runs_name_is_that_of_its_files_where_it_can_be(run):
+    assert stem(run, 3) == f"{run}-rank3"
+    assert stem(run, 3, 77) == f"{run}-rank3-77"
 
 
 @pytest.mark.parametrize(
-    ("run", "name"),
+    ("run", "begins"),
     [
-        ("plain-1.0_x", "plain-1.0_x-rank3"),
-        ("../../etc/pass wd", "_.._etc_pass_wd-rank3"),
-        ("naïve/ü", "na_ve__-rank3"),
+        ("../../etc/pass wd", "_.._etc_pass_wd-"),
+        ("naïve/ü", "na_ve__-"),
+        ("a\nb\x1b[2J", "a_b__2J-"),
+        ("\udcff", "_-"),
+        ("", "-"),
+        ("x" * (LONGEST_RUN + 1), "xxxx"),
+        ("x" * 5000, "xxxx"),
     ],
 )
-def test_a_runs_name_makes_a_harmless_file_name(run, name):
-    assert stem(run, 3) == name
-    assert stem(run, 3, 77) == f"{name}-77"
+def test_another_name_makes_a_harmless_and_short_file_name_of_its_own(run, begins):
+    name = stem(run, 3)
+    assert name.startswith(begins)
+    assert name.endswith("-rank3")
+    assert len(name) <= LONGEST_RUN + len("-rank3")
+    assert re.fullmatch(r"[\w.-]+", name, re.ASCII)
+
+
+def test_names_that_would_become_one_stay_two(tmp_path):
+    runs = ["a/b", "a_b", "a:b", "x" * 300, "x" * 301, ".a_b"]
+    assert len({stem(run, 0) for run in runs}) == len(runs)
+    recording = Recording(tmp_path, stem("ü" * 256, 12_345))
+    recording.append(M, b"body")
+    recording.close()
+    assert [body for path in recording.paths for body in read_recording(path)] == [b"body"]

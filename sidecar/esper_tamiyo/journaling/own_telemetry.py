@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from esper_otel.leyline.endpoints import shown_endpoint
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN, span_id, trace_id
 from esper_tamiyo import release
 from esper_tamiyo.journaling.entries import Decided, Found
@@ -120,7 +121,7 @@ class OwnTelemetry:
 
     def __init__(self) -> None:
         self.endpoints: list[str] = []
-        """Where it is sent, one entry per signal."""
+        """Where it is sent, one entry per signal, without what is secret in it."""
         self._heartbeat: Heartbeat | None = None
         self._tracers: TracerProvider | None = None
         self._meters: MeterProvider | None = None
@@ -162,7 +163,7 @@ class OwnTelemetry:
             "" if is_ours(endpoint, ours) else endpoint
             for endpoint in (endpoint_of("TRACES"), endpoint_of("METRICS"))
         )
-        self.endpoints = [each for each in (traces, metrics) if each]
+        self.endpoints = [shown_endpoint(each) for each in (traces, metrics) if each]
         if not self.endpoints:
             return
         resource = resource_of(heartbeat.report.get("pid"))

@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.leyline.endpoints import hiding
 from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
@@ -237,7 +238,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
-    log_to_stderr(logging.WARNING)
+    # Exporters log the headers that they cannot read.
+    log_to_stderr(logging.WARNING, hiding(os.environ))
     pipe = socket.socket(fileno=int(fd))
     Scribe(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
     sys.stderr.flush()

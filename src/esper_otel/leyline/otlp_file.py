@@ -16,6 +16,9 @@ MAX_MESSAGE = 64 << 20
 
 _SIZE = struct.Struct(">I")
 
+SIZE_BYTES = _SIZE.size
+"""Bytes before each request, which say how long it is."""
+
 
 class RecordingError(ValueError):
     """A file that is no recording from some place on: ``offset`` says where."""

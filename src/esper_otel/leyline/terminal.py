@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 
@@ -86,13 +87,18 @@ class EscapingFilter(logging.Filter):
             record.exc_text = "\n".join(f"  {printable(line)}" for line in text.split("\n"))
 
 
-def log_to_stderr(level: int) -> None:
+def log_to_stderr(
+    level: int, hide: Callable[[logging.LogRecord], bool] = lambda record: True
+) -> None:
     """Have a process of the sidecar log to standard error, escaped, from ``level`` on.
+
+    ``hide`` is a filter that comes before: it sees what is logged as it was written.
 
     On the handlers and not on our logger: what libraries log is escaped as well.
     """
     logging.basicConfig(format="tamiyo: %(message)s", level=level)
     for handler in logging.getLogger().handlers:
+        handler.addFilter(hide)
         handler.addFilter(EscapingFilter())
 
 

@@ -8,6 +8,7 @@ come writes one down, and all take what stands there.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -21,6 +22,7 @@ from threading import Thread
 from typing import Any, cast
 
 from esper_otel.finalization import FinalizingError, no_shutdown_inside
+from esper_otel.leyline.limits import MAX_NAME
 from esper_otel.settings import EsperSettings
 
 log = logging.getLogger("esper_otel")
@@ -36,6 +38,20 @@ _named = 0
 def new_run_id() -> str:
     """A name for a run: readable, sortable, and not from the global random state."""
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+
+
+def usable_run_id(name: str) -> str:
+    """``name`` as all of its run's telemetry and requests bear it, the same on every rank.
+
+    A name that has more than :data:`MAX_NAME` characters, which the sidecar refuses, is cut.
+    What cannot be printed, or is no text at all, becomes _. Either ends in a hash of the whole
+    name then, so that two runs stay two.
+    """
+    printable = "".join(sign if sign.isprintable() else "_" for sign in name)
+    if printable == name and len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{printable[: MAX_NAME - len(digest) - 1]}-{digest}"
 
 
 def is_shared() -> bool:
@@ -61,7 +77,15 @@ def with_identity(settings: EsperSettings) -> EsperSettings:
     if settings.world_size == 1 and dist is not None:
         settings = settings.changed(rank=dist.get_rank(), world_size=dist.get_world_size())
     if settings.run_id:
-        return settings
+        usable = usable_run_id(settings.run_id)
+        if usable != settings.run_id and settings.local_rank <= 0:
+            log.warning(
+                "run_id=%.60r: expected at most %d printable characters; the run is called %s",
+                settings.run_id,
+                MAX_NAME,
+                usable,
+            )
+        return settings.changed(run_id=usable)
     name = new_run_id()
     if settings.world_size > 1:
         _named += 1

@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from esper_otel.leyline.endpoints import shown_endpoint
+
 log = logging.getLogger("esper_otel")
 
 _T = TypeVar("_T")
@@ -53,6 +55,11 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
     certificate: str | None = None
     client_key: str | None = None
     client_certificate: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The endpoint as a message may name it: without user, password and query."""
+        return shown_endpoint(self.endpoint)
 
 
 def is_disabled(environ: Mapping[str, str] | None = None) -> bool:
@@ -171,7 +178,8 @@ def _http_url(signal: Signal, variables: _Variables) -> str:
     variable, value = variables.find("ENDPOINT")
     default = "http://localhost:4318"
     if value and not _is_http(value):
-        variables.warn(variable, repr(value), "an http:// or https:// URL", default)
+        shown = repr(shown_endpoint(value))
+        variables.warn(variable, shown, "an http:// or https:// URL", default)
         value = ""
     if value and variable != "OTEL_EXPORTER_OTLP_ENDPOINT":
         return value
@@ -196,9 +204,12 @@ def _grpc_target(variables: _Variables) -> tuple[str, bool]:
             url = urlsplit(value)
             return url.netloc.rpartition("@")[2], url.scheme == "https"
         expected = "a URL or a gRPC target such as host:4317"
-        variables.warn(variable, repr(value), expected, "http://localhost:4317")
+        shown = repr(shown_endpoint(value))
+        variables.warn(variable, shown, expected, "http://localhost:4317")
         return "localhost:4317", False
     insecure = variables.choose("INSECURE", False, "true or false", _boolean)
+    if not value.startswith("unix"):
+        value = value.rpartition("@")[2]  # a target has no user, and errors of gRPC show it
     return value, not insecure
 
 

@@ -11,7 +11,14 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from esper_otel.stream.destination import Destination, Signal
-from esper_otel.stream.transport import USER_AGENT, SendResult, Verdict, delivered, plain
+from esper_otel.stream.transport import (
+    USER_AGENT,
+    SendResult,
+    Verdict,
+    delivered,
+    one_line,
+    plain,
+)
 
 _EXPORT = {
     Signal.METRICS: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
@@ -72,7 +79,7 @@ class GrpcTransport:
 
 def _judge_call(error: grpc.RpcError) -> SendResult:
     code = error.code().name
-    reason = f"{code}: {error.details()}"
+    reason = one_line(f"{code}: {error.details()}")
     after = _retry_info(error.trailing_metadata() or ())
     if code == "UNIMPLEMENTED":
         return SendResult(Verdict.UNSUPPORTED, reason)
@@ -91,12 +98,11 @@ def _retry_info(metadata: Any) -> float | None:
         if key != "grpc-status-details-bin":
             continue
         try:
-            details = Status.FromString(value).details
+            for detail in Status.FromString(value).details:
+                if detail.Unpack(info):
+                    return float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
         except DecodeError:
             continue
-        for detail in details:
-            if detail.Unpack(info):
-                return float(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
     return None
 
 

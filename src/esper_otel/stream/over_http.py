@@ -8,6 +8,8 @@ a pause of 100 ms).
 from __future__ import annotations
 
 import gzip
+import io
+import logging
 import os
 import select
 import socket
@@ -17,7 +19,8 @@ from base64 import b64encode
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from math import isfinite
+from math import inf, isfinite
+from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -28,8 +31,14 @@ from esper_otel.stream.transport import (
     SendResult,
     Verdict,
     delivered,
+    one_line,
     plain,
 )
+
+log = logging.getLogger("esper_otel")
+
+MOST_READ = 4 * MAX_ANSWER
+"""Bytes that are taken in for one answer, its headers and what comes before it included."""
 
 
 class HttpTransport:
@@ -52,12 +61,16 @@ class HttpTransport:
             **dict(destination.headers),
         }
         self._connection = self._open(url, _tls(destination) if url.scheme == "https" else None)
+        self._answers = _Answers()
+        # What its class says is any class, is for any callable that makes a response.
+        self._connection.response_class = self._answers.new  # type: ignore[assignment]
 
     def send(self, body: bytes, timeout_s: float) -> SendResult:
-        """POST one request; the answer is read up to 64 KiB."""
+        """POST one request; the answer is read up to 64 KiB, and for ``timeout_s`` in all."""
         # Level 1: what repeats in a batch are whole names, which the fastest level finds.
         data = gzip.compress(body, 1) if self._gzip else body
         connection = self._connection
+        self._answers.begin(timeout_s)
         try:
             self._connect(timeout_s)
         except (OSError, HTTPException) as error:
@@ -66,10 +79,18 @@ class HttpTransport:
         try:
             connection.request("POST", self._target, data, self._headers)
             response = connection.getresponse()
-            answer = response.read(MAX_ANSWER)
-        except (OSError, HTTPException) as error:
+        except Exception as error:
+            # Not only OSError and HTTPException: bytes that are no HTTP raise many things.
             connection.close()
             return SendResult(Verdict.RETRY, plain(error))
+        answer = b""
+        try:
+            answer = response.read(MAX_ANSWER)
+        except Exception as error:
+            # The status has said what became of the request: to send it again because the rest
+            # does not come would deliver it twice.
+            log.debug("the rest of an answer did not come: %s", plain(error))
+            connection.close()
         if not response.isclosed():
             # More than anybody needs to say; the rest would be read as the next answer.
             connection.close()
@@ -97,7 +118,7 @@ class HttpTransport:
         status = response.status
         if 200 <= status < 300:
             return delivered(self._signal, answer)
-        reason = f"HTTP {status} {response.reason}".rstrip()
+        reason = one_line(f"HTTP {status} {response.reason}")
         if status in (429, 502, 503, 504):
             after = _retry_after(response.headers.get("Retry-After", ""))
             return SendResult(Verdict.RETRY, reason, retry_after_s=after)
@@ -110,7 +131,7 @@ class HttpTransport:
         host = url.hostname or ""
         proxy = _proxy(url)
         there = proxy or url
-        address = (there.hostname or "", there.port)
+        address = (there.hostname or "", _port(there))
         if tls is None:
             if proxy is not None:
                 self._target = f"http://{url.netloc.rpartition('@')[2]}{self._target}"
@@ -121,6 +142,62 @@ class HttpTransport:
             headers = _authorization("Proxy-Authorization", proxy)
             connection.set_tunnel(host, url.port, headers)
         return connection
+
+
+class _Answers:
+    """Makes responses of a connection that are read within the time of their request.
+
+    A time-out of a socket holds for one receive: a receiver that sends a byte now and then, or
+    one interim answer after the other, would be waited for without end.
+    """
+
+    def __init__(self) -> None:
+        self._deadline = inf
+
+    def begin(self, timeout_s: float) -> None:
+        """From here on it is counted for the next request."""
+        self._deadline = time.monotonic() + timeout_s
+
+    def new(self, connected: socket.socket, *args: Any, **options: Any) -> HTTPResponse:
+        """A response that comes over ``connected``."""
+        bounded: Any = _Bounded(connected, self._deadline)
+        return HTTPResponse(bounded, *args, **options)
+
+
+class _Bounded(io.RawIOBase):
+    """The bytes of a socket, until a moment of the monotonic clock, and :data:`MOST_READ` at
+    most. To a response it is a socket of which it makes its file."""
+
+    def __init__(self, connected: socket.socket, deadline: float) -> None:
+        self._socket = connected
+        self._bytes = connected.makefile("rb", buffering=0)
+        self._deadline = deadline
+        self._left = MOST_READ
+
+    def makefile(self, *args: Any, **options: Any) -> io.BufferedReader:
+        """What a response reads from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes; raises :class:`OSError` when no more is waited for or taken."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the answer was not complete in time")
+        if self._left <= 0:
+            raise OSError(f"the answer has more than {MOST_READ:,} bytes")
+        self._socket.settimeout(left_s)
+        count = self._bytes.readinto(buffer) or 0
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._bytes.close()
+        super().close()
 
 
 def _has_something_to_read(idle: socket.socket) -> bool:
@@ -137,6 +214,15 @@ def _proxy(url: SplitResult) -> SplitResult | None:
     if not proxy or proxy_bypass(url.netloc.rpartition("@")[2]):
         return None
     return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+
+
+def _port(url: SplitResult) -> int | None:
+    """Its port; raises :class:`ValueError`, which shows nothing of it."""
+    try:
+        return url.port
+    except ValueError:
+        # Python's own error shows what stands there: of a password with a / a part.
+        raise ValueError("the address of the proxy is none") from None
 
 
 def _tls(destination: Destination) -> ssl.SSLContext:
@@ -156,12 +242,17 @@ def _authorization(header: str, url: SplitResult) -> dict[str, str]:
 
 
 def _retry_after(value: str) -> float | None:
-    """Seconds of a ``Retry-After`` header: a number, or a date (RFC 9110, 10.2.3)."""
+    """Seconds of a ``Retry-After`` header: a number, or a date (RFC 9110, 10.2.3).
+
+    None for what is neither.
+    """
     try:
         seconds = float(value)
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
+        except (
+            Exception
+        ):  # a year that no clock has, or what the parser of mail dates stumbles on
             return None
     return max(seconds, 0.0) if isfinite(seconds) else None

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("esper_otel")
 
 
+LONGEST_RUN = 120
+"""Characters of a run's name in the names of its files, which may have 255 in all."""
+
+
 def stem(run_id: str, rank: int, pid: int | None = None) -> str:
-    """Name of a run's files without folder and ending; what no file name has becomes _."""
-    name = f"{run_id}-rank{rank}" + ("" if pid is None else f"-{pid}")
-    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII).lstrip(".")
+    """Name of a run's files without folder and ending.
+
+    What no file name has becomes _. A name that changes by this, or is cut, ends in a hash of
+    the whole one, so that no two runs share their files.
+    """
+    name = re.sub(r"[^\w.-]", "_", run_id, flags=re.ASCII).lstrip(".")
+    if name != run_id or not 0 < len(name) <= LONGEST_RUN:
+        digest = hashlib.sha256(run_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        name = f"{name[: LONGEST_RUN - len(digest) - 1]}-{digest}"
+    return f"{name}-rank{rank}" + ("" if pid is None else f"-{pid}")
 
 
 def signal_of(path: Path) -> Signal | None:
@@ -74,7 +86,7 @@ class Recording:
         if self._failed:
             return
         try:
-            _write(self._file(signal), framed(body))
+            write_whole(self._file(signal), framed(body))
         except OSError as error:
             self._failed = True
             log.warning("recording to %s stopped: %s", self._folder, error)
@@ -87,30 +99,21 @@ class Recording:
     def _file(self, signal: Signal) -> int:
         if signal not in self._files:
             path = self._folder / f"{self._stem}.{signal}.otlp"
-            self._files[signal] = _open(path)
+            self._files[signal] = open_to_append(path)
             self._paths[signal] = path
         return self._files[signal]
 
 
-def write_unsent(folder: Path, stem: str, signal: Signal, bodies: Iterable[bytes]) -> Path:
-    """Append requests to the file of ``signal`` in ``folder``; raises :class:`OSError`."""
-    path = folder / f"{stem}.{signal}.otlp"
-    file = _open(path)
-    try:
-        for body in bodies:
-            _write(file, framed(body))
-    finally:
-        os.close(file)
-    return path
+def open_to_append(path: Path) -> int:
+    """A descriptor that appends to ``path``, which is made with its folder.
 
-
-def _open(path: Path) -> int:
-    """A descriptor that appends. Unbuffered: a forked child has nothing to flush twice."""
+    Unbuffered: a forked child has nothing to flush twice. Raises :class:`OSError`.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
 
-def _write(file: int, data: bytes) -> None:
+def write_whole(file: int, data: bytes) -> None:
     """All of ``data``, or none of it and :class:`OSError`."""
     before = os.fstat(file).st_size
     try:

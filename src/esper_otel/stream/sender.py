@@ -12,9 +12,11 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from math import isnan
 
 from esper_otel.stream.destination import Destination, OtlpProtocol, Signal
 from esper_otel.stream.spool import BatchGroup, Spool
+from esper_otel.stream.spool_files import Keeper
 from esper_otel.stream.transport import SendResult, Transport, Verdict
 
 log = logging.getLogger("esper_otel")
@@ -22,6 +24,12 @@ log = logging.getLogger("esper_otel")
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 """Short, so that a receiver that comes back is found soon."""
+
+LONGEST_ASKED_S = 30.0
+"""Longest pause that a receiver is granted. "The client SHOULD honour the waiting interval
+specified in the Retry-After header", says the OTLP specification, and of gRPC's RetryInfo the
+same; neither bounds it. A receiver that asks for an hour, by mistake or not, would leave the
+run without telemetry for an hour, and one at fault could silence it for good."""
 
 
 def open_transport(destination: Destination) -> Transport:
@@ -33,6 +41,14 @@ def open_transport(destination: Destination) -> Transport:
     from esper_otel.stream.over_http import HttpTransport
 
     return HttpTransport(destination)
+
+
+def granted_s(asked_s: float | None) -> float | None:
+    """The pause that a receiver which asks for ``asked_s`` seconds gets; None where that is no
+    number."""
+    if asked_s is None or isnan(asked_s):
+        return None
+    return min(max(asked_s, 0.0), LONGEST_ASKED_S)
 
 
 class Backoff:
@@ -50,10 +66,11 @@ class Backoff:
         self._failures = 0
 
     def pause_s(self, asked_s: float | None) -> float:
-        """Seconds to wait after one more failure, at least what the receiver asked for."""
+        """Seconds to wait after one more failure, at least what the receiver asked for, as far
+        as :data:`LONGEST_ASKED_S` allows."""
         full = min(FIRST_PAUSE_S * 2.0**self._failures, LONGEST_PAUSE_S)
         self._failures = min(self._failures + 1, 16)
-        return max(full * self._random.uniform(0.5, 1.0), asked_s or 0.0)
+        return max(full * self._random.uniform(0.5, 1.0), granted_s(asked_s) or 0.0)
 
 
 class Outage:
@@ -74,7 +91,7 @@ class Outage:
         log.log(
             level,
             "telemetry cannot be delivered to %s (%s); training goes on, %s",
-            destination.endpoint,
+            destination.shown,
             reason,
             self._kept,
         )
@@ -85,7 +102,7 @@ class Outage:
             was_down = destination.signal in self._down
             self._down.discard(destination.signal)
         if was_down:
-            log.info("telemetry is delivered to %s again", destination.endpoint)
+            log.info("telemetry is delivered to %s again", destination.shown)
 
 
 class Sender:
@@ -96,15 +113,17 @@ class Sender:
         destination: Destination,
         spool: Spool,
         outage: Outage,
+        keeper: Keeper,
         open_transport: Callable[[Destination], Transport] = open_transport,
     ) -> None:
         self._destination = destination
         self._spool = spool
         self._outage = outage
+        self._keeper = keeper
         self._backoff = Backoff()
         self._finishing = threading.Event()
         self._deadline = float("inf")
-        self._refused = False
+        self._told: set[str] = set()
         self._transport = open_transport(destination)
         self._thread = threading.Thread(
             target=self._run, name=f"esper-send-{destination.signal}", daemon=True
@@ -131,8 +150,16 @@ class Sender:
             if timeout_s <= 0:
                 self._spool.put_back(group)
                 return
-            if not self._settle(group, self._send(group, timeout_s)):
-                return
+            try:
+                if not self._settle(group, self._send(group, timeout_s)):
+                    return
+            except Exception as error:
+                # A fault of our own must not end what delivers this signal.
+                self._spool.put_back(group)
+                self._warn_once("fault", "sending to %s failed in esper-otel itself: %r", error)
+                log.debug("the fault", exc_info=True)
+                if self._finishing.wait(LONGEST_PAUSE_S):
+                    return
 
     def _send(self, group: BatchGroup, timeout_s: float) -> SendResult:
         try:
@@ -157,26 +184,34 @@ class Sender:
 
     def _delivered(self, group: BatchGroup, outcome: SendResult) -> None:
         self._spool.deliver(group, outcome.rejected)
+        self._keeper.settled(group.batches)
         self._backoff.reset()
         self._outage.came_back(self._destination)
         if outcome.rejected:
             self._warn_refused(f"{outcome.rejected} items", outcome.reason)
+        elif outcome.reason:
+            taken = f"%s has taken {self._destination.signal}, and says: %s"
+            self._warn_once("taken", taken, outcome.reason)
 
     def _refuse(self, group: BatchGroup, outcome: SendResult) -> None:
         self._backoff.reset()
         if self._spool.refuse(group):
+            self._keeper.settled(group.batches)
             self._warn_refused("a request", outcome.reason)
 
     def _warn_refused(self, what: str, reason: str) -> None:
-        if not self._refused:
-            self._refused = True
-            log.warning(
-                "%s refused %s of %s for good (%s); such telemetry is dropped and counted",
-                self._destination.endpoint,
-                what,
-                self._destination.signal,
-                reason,
-            )
+        self._warn_once(
+            "refused",
+            f"%s refused {what} of {self._destination.signal} for good (%s); such telemetry is "
+            "dropped and counted",
+            reason,
+        )
+
+    def _warn_once(self, kind: str, message: str, told: object) -> None:
+        """Say ``message`` of the receiver and ``told``, the first time of its kind."""
+        if kind not in self._told:
+            self._told.add(kind)
+            log.warning(message, self._destination.shown, told)
 
     def _unsupported(self, group: BatchGroup, outcome: SendResult) -> bool:
         """No such endpoint: only without metrics is a run not whole."""
@@ -185,11 +220,13 @@ class Sender:
             self._refuse(group, outcome)
             return True
         self._spool.close_line(signal)
-        log.info("%s takes no %s (%s)", self._destination.endpoint, signal, outcome.reason)
+        self._keeper.settled(group.batches)
+        log.info("%s takes no %s (%s)", self._destination.shown, signal, outcome.reason)
         return False
 
     def _try_later(self, group: BatchGroup, outcome: SendResult) -> bool:
         self._spool.put_back(group)
+        self._keeper.look()
         self._outage.went_down(self._destination, outcome.reason)
         if self._finishing.is_set() and outcome.verdict is Verdict.UNREACHABLE:
             # Nobody is there: waiting for the deadline would only hold up the exit.
@@ -197,8 +234,11 @@ class Sender:
         pause_s = self._backoff.pause_s(outcome.retry_after_s)
         if not self._finishing.is_set():
             began = time.monotonic()
-            if not self._finishing.wait(pause_s) or outcome.retry_after_s is None:
+            asked_s = outcome.retry_after_s
+            if not self._finishing.wait(pause_s) or asked_s is None:
                 return True
+            if asked_s > LONGEST_ASKED_S:
+                return True  # it was not granted in full: at the end it is tried once more
             pause_s -= time.monotonic() - began
         # The end has come during the pause, or before it. A receiver that named its pause
         # gets it where time allows; else this was the last attempt.

@@ -7,6 +7,7 @@ one lock guards the four numbers and the queue. The training thread never takes 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
@@ -18,11 +19,15 @@ from esper_otel.stream.destination import Signal
 MAX_GROUP = 2 << 20
 """Bytes sent in one request; a single batch may be larger."""
 
+OVERDUE_S = 0.1
+"""A receiver that has not taken a batch by then is away. A healthy one answers within
+milliseconds, and what is on its way for so long is too much to lose with the process."""
+
 
 class Account(msgspec.Struct, frozen=True):
     """Data points, or spans, of one signal.
 
-    ``spooled`` waits in memory or was left in a file. ``refused`` is the part of
+    ``spooled`` waits to be sent or was left in a file. ``refused`` is the part of
     ``dropped`` that a receiver did not want.
     """
 
@@ -36,14 +41,20 @@ class Account(msgspec.Struct, frozen=True):
 class Batch(msgspec.Struct, eq=False):
     """One serialised request and how many points or spans it holds.
 
-    ``alone``: it was refused together with others, so it is sent by itself.
+    ``put_s`` is the monotonic time of its coming. ``alone``: it was refused together with
+    others, so it is sent by itself. ``settled``: it was delivered, refused or dropped, and
+    nobody waits for it. ``segment`` is the file that holds it as well, if one does
+    (:class:`~esper_otel.stream.spool_files.Segment`).
     """
 
     signal: Signal
     body: bytes
     items: int
     number: int
+    put_s: float = 0.0
     alone: bool = False
+    settled: bool = False
+    segment: object | None = None
 
 
 class BatchGroup(msgspec.Struct, eq=False):
@@ -82,7 +93,10 @@ class Spool:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         # What is in flight cannot be dropped, so it should leave room for what is newer.
-        self._max_group = min(MAX_GROUP, max_bytes // 4)
+        self.max_group = min(MAX_GROUP, max_bytes // 4)
+        """Bytes of one request, where it has more than one batch."""
+        self.away: set[Signal] = set()
+        """Signals that nobody takes at the moment: theirs is kept on disk as well."""
         self._bytes = 0
         self._numbered = 0
         self._lines: dict[Signal, deque[Batch]] = {signal: deque() for signal in Signal}
@@ -104,7 +118,8 @@ class Spool:
                 self._count(signal, produced=items, dropped=items)
                 return
             self._numbered += 1
-            self._lines[signal].append(Batch(signal, body, items, self._numbered))
+            batch = Batch(signal, body, items, self._numbered, time.monotonic())
+            self._lines[signal].append(batch)
             self._bytes += len(body)
             self._count(signal, produced=items, spooled=items)
             while self._bytes > self._max_bytes and self._drop_oldest():
@@ -123,11 +138,13 @@ class Spool:
                 self._changed[signal].wait()
             if not line or self._phase is _Phase.SEALED:
                 return None
-            group = BatchGroup([line.popleft()])
-            size = len(group.batches[0].body)
-            while line and not (line[0].alone or group.batches[0].alone):
+            first = line.popleft()
+            group = BatchGroup([first])
+            size = len(first.body)
+            # What lies in one file travels together, so that the file goes with its delivery.
+            while line and not (line[0].alone or first.alone):
                 size += len(line[0].body)
-                if size > self._max_group:
+                if size > self.max_group or line[0].segment is not first.segment:
                     break
                 group.batches.append(line.popleft())
             self._in_flight[signal] = group
@@ -139,6 +156,10 @@ class Spool:
             if self._settle(group):
                 items = group.items
                 rejected = min(max(rejected, 0), items)
+                for batch in group.batches:
+                    batch.settled = True
+                if not self._lines[group.signal]:
+                    self.away.discard(group.signal)
                 self._count(
                     group.signal,
                     spooled=-items,
@@ -157,7 +178,7 @@ class Spool:
             if len(group.batches) > 1:
                 for batch in group.batches:
                     batch.alone = True
-                self.put_back(group)
+                self._return(group)
                 return False
             if self._settle(group):
                 self._drop(group.batches, refused=True)
@@ -166,11 +187,30 @@ class Spool:
     def put_back(self, group: BatchGroup) -> None:
         """``group`` was not taken now; it is first in line again."""
         with self._lock:
-            if self._settle(group):
-                self._lines[group.signal].extendleft(reversed(group.batches))
-                self._bytes += sum(len(batch.body) for batch in group.batches)
-                while self._bytes > self._max_bytes and self._drop_oldest():
-                    pass
+            self.away.add(group.signal)
+            self._return(group)
+
+    def look_for_overdue(self, now: float) -> None:
+        """Take a receiver for away that has let a batch wait, at monotonic time ``now``."""
+        with self._lock:
+            for signal in self._lines.keys() - self.away - self._closed:
+                oldest = self._oldest(signal)
+                if oldest is not None and now - oldest.put_s >= OVERDUE_S:
+                    self.away.add(signal)
+
+    def unkept(self) -> list[Batch]:
+        """Batches of the signals that are away which no file holds yet, oldest first."""
+        found: list[Batch] = []
+        with self._lock:
+            for signal in self.away:
+                group = self._in_flight[signal]
+                if group is not None:
+                    found += [each for each in group.batches if each.segment is None]
+                for batch in reversed(self._lines[signal]):
+                    if batch.segment is not None:
+                        break
+                    found.append(batch)
+        return sorted(found, key=lambda batch: batch.number)
 
     def close_line(self, signal: Signal) -> None:
         """No receiver for ``signal``: what waits and what still comes is refused."""
@@ -178,7 +218,8 @@ class Spool:
             self._closed.add(signal)
             group = self._in_flight[signal]
             if group is not None:
-                self.put_back(group)
+                self._return(group)
+            self.away.discard(signal)
             line = self._lines[signal]
             self._bytes -= sum(len(batch.body) for batch in line)
             self._drop(line, refused=True)
@@ -239,6 +280,20 @@ class Spool:
         self._bytes -= sum(len(batch.body) for batch in group.batches)
         return True
 
+    def _return(self, group: BatchGroup) -> None:
+        if self._settle(group):
+            self._lines[group.signal].extendleft(reversed(group.batches))
+            self._bytes += sum(len(batch.body) for batch in group.batches)
+            while self._bytes > self._max_bytes and self._drop_oldest():
+                pass
+
+    def _oldest(self, signal: Signal) -> Batch | None:
+        """The oldest unsent batch of ``signal``, in flight or waiting."""
+        group, line = self._in_flight[signal], self._lines[signal]
+        if group is not None:
+            return group.batches[0]
+        return line[0] if line else None
+
     def _drop_oldest(self) -> bool:
         """Drop the oldest waiting batch; False when all that is left is in flight."""
         waiting = [line for line in self._lines.values() if line]
@@ -251,6 +306,7 @@ class Spool:
 
     def _drop(self, batches: Iterable[Batch], refused: bool = False) -> None:
         for batch in batches:
+            batch.settled = True
             self._count(
                 batch.signal,
                 spooled=-batch.items,

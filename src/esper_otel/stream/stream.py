@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -23,8 +22,10 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.settings import EsperSettings
 from esper_otel.stream.destination import Signal, destinations
-from esper_otel.stream.recording import Recording, stem, write_unsent
+from esper_otel.stream.recording import Recording, stem
+from esper_otel.stream.redelivery import EarlierProcesses
 from esper_otel.stream.spool import Account, Batch, Spool
+from esper_otel.stream.spool_files import Keeper, resend_words
 
 if TYPE_CHECKING:
     from esper_otel.stream.drain import Drain, Lane, RunTotals
@@ -113,6 +114,8 @@ class Stream:
         """What the run was like so far; None when nothing is recorded."""
         self._drain: Drain | None = None
         self._senders: dict[Signal, Sender] = {}
+        self._keeper: Keeper | None = None
+        self._earlier: EarlierProcesses | None = None
         self._unregister: Callable[[], None] | None = None
         self._files: tuple[Path, ...] = ()
         self._on = True
@@ -206,6 +209,8 @@ class Stream:
         if self._beside is not None:
             self._leave_beside(self._beside)
             return StreamReport(frames=self._ring.accepted)
+        if self._earlier is not None:
+            self._earlier.stop()
         budget_s = self._settings.flush_timeout_s if timeout_s is None else timeout_s
         end = time.monotonic() + budget_s
         # The last part of the time is for writing what could not be sent.
@@ -236,30 +241,35 @@ class Stream:
             settings.world_size,
             settings.local_rank,
         )
-        outage = Outage(
-            f"up to {settings.spool_mb:g} MB are kept, and what is unsent at the end is "
-            f"left in {settings.spool_path}"
-        )
-        for destination in destinations(self._environ).values():
+        outage = Outage(f"up to {settings.spool_mb:g} MB are kept in {settings.spool_path}")
+        name = stem(self._run_id, settings.rank)
+        keeper = Keeper(self._spool, settings.spool_path, f"{name}-{self._pid}")
+        self._keeper = keeper
+        receivers = destinations(self._environ)
+        for destination in receivers.values():
             try:
-                self._senders[destination.signal] = Sender(destination, self._spool, outage)
+                sender = Sender(destination, self._spool, outage, keeper)
+                self._senders[destination.signal] = sender
             except (OSError, ValueError) as error:
                 # Certificates that are none: ssl.SSLError is an OSError.
                 log.warning(
                     "%s are not sent to %s: %s",
                     destination.signal,
-                    destination.endpoint,
+                    destination.shown,
                     error,
                 )
         self._drain = Drain(
             self._new_lane(self._resource),
             spool=self._spool,
+            keeper=keeper,
             sent=frozenset(self._senders),
             interval_s=settings.stream_interval_ms / 1e3,
         )
         self._drain.start()
         for sender in self._senders.values():
             sender.start()
+        self._earlier = EarlierProcesses(settings.spool_path, name, receivers)
+        self._earlier.start()
         self._register()
 
     def _start_beside(self, other: Stream) -> None:
@@ -324,42 +334,26 @@ class Stream:
             drop_all(lane.ring, lane.timelines, lane.events, self._spool, made)
 
     def _leave(self, batches: list[Batch], end: float) -> None:
-        """Write what is unsent to files, on a thread so that a dead disk holds up nobody."""
-        if not batches:
+        """Leave what is unsent in files, which hold most of it already."""
+        if self._keeper is None:
             return
-        left: dict[Signal, Path] = {}
-        thread = threading.Thread(
-            target=self._write_files, args=(batches, left), name="esper-leave", daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError:
-            # Python 3.12 and later start no threads while the interpreter ends.
-            self._write_files(batches, left)
-        else:
-            thread.join(max(end - time.monotonic(), 0.0) + 1.0)
-        self._files = tuple(left.values())
-        for signal in Signal:
-            items = sum(batch.items for batch in batches if batch.signal is signal)
-            if items and signal not in left:
-                self._spool.drop_spooled(signal, items)
-        if left:
+        self._files = self._keeper.finish(batches, end)
+        lost = [batch for batch in batches if batch.segment is None]
+        for batch in lost:
+            self._spool.drop_spooled(batch.signal, batch.items)
+        for signal in sorted({batch.signal for batch in lost}):
+            items = sum(batch.items for batch in lost if batch.signal is signal)
+            log.warning(
+                "unsent %s are lost: %d could not be left in %s",
+                signal,
+                items,
+                self._settings.spool_path,
+            )
+        if self._files:
             log.warning(
                 "unsent telemetry is left in files; deliver it with: esper-otel resend %s",
-                " ".join(map(str, self._files)),
+                resend_words(self._files),
             )
-
-    def _write_files(self, batches: list[Batch], left: dict[Signal, Path]) -> None:
-        folder = self._settings.spool_path
-        name = stem(self._run_id, self._settings.rank, self._pid)
-        for signal in Signal:
-            bodies = [batch.body for batch in batches if batch.signal is signal]
-            if not bodies:
-                continue
-            try:
-                left[signal] = write_unsent(folder, name, signal, bodies)
-            except OSError as error:
-                log.warning("unsent %s are lost, %s: %s", signal, folder, error)
 
     def _fault(self, error: Exception) -> None:
         """A frame that is none: counted and said once; its points are not known."""

@@ -87,10 +87,17 @@ def delivered(signal: Signal, answer: bytes) -> SendResult:
             reason = traces.partial_success.error_message
     except DecodeError:
         # 2xx was said; a body that is no protobuf does not take it back.
-        return SendResult(Verdict.DELIVERED)
-    return SendResult(Verdict.DELIVERED, reason, rejected)
+        return SendResult(Verdict.DELIVERED, "something that is no answer of OTLP")
+    return SendResult(Verdict.DELIVERED, one_line(reason), max(rejected, 0))
 
 
 def plain(error: BaseException) -> str:
     """An error in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """``text``, which may come from anybody, as a message can show it: short, and without signs
+    that a terminal obeys."""
+    line = " ".join(text.split())[:400]
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
