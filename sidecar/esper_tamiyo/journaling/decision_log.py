@@ -19,12 +19,14 @@ from esper_otel.leyline.decisions import (
     Finding,
     Proposal,
 )
+from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.wire import Hello
 from esper_tamiyo.journaling.entries import (
     AnyEntry,
     Changed,
     Decided,
+    Ended,
     Found,
     Proposed,
     RuleSilence,
@@ -72,9 +74,15 @@ _Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence
 class _Rank:
     """What is known of one rank besides what the engine knows."""
 
-    __slots__ = ("instance", "mode", "moved", "newest", "noticed", "rules", "silenced")
+    __slots__ = (
+        *("decisions", "instance", "mode", "moved", "newest", "noticed", "rules"),
+        *("silenced", "steps"),
+    )
 
     def __init__(self) -> None:
+        self.steps = 0
+        self.decisions = 0
+        """Those that are not CONTINUE."""
         self.mode = ""
         self.instance = ""
         self.newest = -1
@@ -89,6 +97,7 @@ class _Rank:
     def start_over(self, instance: str) -> None:
         """Another process took the rank over, and its first step has just been told."""
         self.instance = instance
+        self.steps = self.decisions = 0
         self.noticed = (-1, [])
         moved = self.moved
         self.rules = {rule: when for rule, when in self.rules.items() if rule in moved}
@@ -110,6 +119,8 @@ class DecisionLog:
         """Decisions by (action, severity, reason)."""
         self.checks: Counter[str] = Counter(dict.fromkeys(CHECKED, 0))
         """Updates that were checked before they were made, by what was decided."""
+        self.ends: Counter[str] = Counter(dict.fromkeys(HowEnded, 0))
+        """Ranks that said that their run has ended, by how."""
         self.missed = 0
         """Steps that lie between two that were seen, and were not seen in their turn."""
         self.dropped = 0
@@ -138,6 +149,12 @@ class DecisionLog:
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """A frame was judged."""
         self._enqueue(frame)
+
+    def on_end(self, frame: StepFrame) -> None:
+        """A rank said that its run has ended."""
+        if frame.ended is not None:
+            self.ends[frame.ended.how] += 1
+            self._enqueue(frame)
 
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank."""
@@ -186,7 +203,10 @@ class DecisionLog:
         heard = self._queue
         for _ in range(min(limit, len(heard))):
             thing = heard.popleft()
-            if isinstance(thing, StepFrame):
+            if isinstance(thing, StepFrame) and thing.ended is not None:
+                entries.append(self._end(thing, thing.ended))
+                entries += self._reports.end_rank(thing.run, thing.rank)
+            elif isinstance(thing, StepFrame):
                 self._count_step(thing)
                 entries += self._reports.add_frame(thing, now_s)
             elif isinstance(thing, RuleChange):
@@ -229,6 +249,7 @@ class DecisionLog:
         elif 0 <= rank.newest < frame.step:
             self.missed += frame.step - rank.newest - 1
         rank.newest = frame.step
+        rank.steps += 1
         rank.moved.clear()
 
     def _goes_on(self, made: _DecisionMade) -> bool:
@@ -244,6 +265,7 @@ class DecisionLog:
     def _decision(self, made: _DecisionMade) -> Decided:
         decision, frame = made.decision, made.frame
         rank = self._rank((frame.run, frame.rank))
+        rank.decisions += decision.action is not Action.CONTINUE
         if made.update:
             self._reports.add_check(decision, frame, rank.mode)
         else:
@@ -275,6 +297,20 @@ class DecisionLog:
             findings=[_found(finding, rank) for finding in decision.findings],
             silenced=[Silenced(rule, by, seed) for (rule, seed), by in rank.silenced.items()],
             update=made.update,
+        )
+
+    def _end(self, frame: StepFrame, ended: RunEnd) -> Ended:
+        rank = self._rank((frame.run, frame.rank))
+        return Ended(
+            time_unix_nano=frame.time_unix_nano,
+            run=frame.run,
+            rank=frame.rank,
+            instance=frame.instance,
+            step=frame.step,
+            how=ended.how,
+            exception=ended.exception,
+            steps=rank.steps,
+            decisions=rank.decisions,
         )
 
     def _change(self, change: RuleChange) -> Changed:

@@ -23,6 +23,7 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
+from esper_tamiyo.judging.endings import Endings, end_silences
 from esper_tamiyo.judging.liveness import Key, overview
 from esper_tamiyo.judging.observer import EngineObserver
 from esper_tamiyo.judging.peers import PeerBoard
@@ -36,7 +37,7 @@ from esper_tamiyo.language.table import Table
 log = logging.getLogger("tamiyo")
 
 MAX_RUNS = 4096
-"""Ranks kept in memory; beyond it the one not heard of for longest is forgotten."""
+"""Ranks kept in memory; beyond it one is forgotten (:meth:`Endings.forget_one`)."""
 
 MAX_NAME = 256
 """Longest name of a run or instance, in characters, that answers can carry."""
@@ -65,6 +66,7 @@ class Engine:
         self._runs: OrderedDict[Key, RunState] = OrderedDict()
         self._boards: dict[str, PeerBoard] = {}
         self._silences = Silences()
+        self._endings = Endings()
         self._retired: OrderedDict[tuple[str, int, str], None] = OrderedDict()
         self._observer_failed = 0
         self._counts = {
@@ -248,6 +250,8 @@ class Engine:
     def _observe(self, frame: StepFrame, proposal: Proposal | None, at_ns: int) -> Decision:
         key = (frame.run, frame.rank)
         state = self._runs.get(key)
+        if frame.ended is not None:
+            return self._end(state, frame)
         if state is None or (frame.instance and state.instance != frame.instance):
             admitted = self._admit(key, frame.instance, state)
             if admitted is None:
@@ -267,6 +271,14 @@ class Engine:
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
         return decision
+
+    def _end(self, state: RunState | None, frame: StepFrame) -> Decision:
+        """The rank of ``state`` says that its run has ended; there is nothing to decide."""
+        if self._endings.add_end(state, frame):
+            end_silences(frame.run, self._runs, self._silences)
+            if self._observer is not None:
+                self._observer.on_end(frame)
+        return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""
@@ -359,7 +371,7 @@ class Engine:
         self._runs[key] = state
         self._runs.move_to_end(key)
         if len(self._runs) > self._max_runs:
-            (forgotten, _), _ = self._runs.popitem(last=False)
+            forgotten = self._endings.forget_one(self._runs)
             self._counts["runs_forgotten"] += 1
             if all(run != forgotten for run, _ in self._runs):
                 del self._boards[forgotten]
