@@ -468,3 +468,43 @@ def test_a_trainer_that_trains_again_begins_a_phase(captured, tmp_path, monkeypa
         TorchInstrumentor().uninstrument()
     steps = ROWS // BATCH
     assert phases_of(captured) == [(i + 1, float(i >= steps)) for i in range(2 * steps)]
+
+
+def test_a_trainer_that_raises_under_zero_code_says_so_at_once(captured, tmp_path, monkeypatch):
+    hf = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+            self.calls = 0
+
+        def forward(self, x=None, labels=None):
+            self.calls += 1
+            if self.calls == 3:
+                raise ValueError
+            return {"loss": nn.functional.mse_loss(self.network(x), labels)}
+
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        trainer = hf.Trainer(
+            model=Model(),
+            args=hf.TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=BATCH,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=[
+                {"x": x, "labels": y} for x, y in zip(*loader().dataset.tensors, strict=True)
+            ],
+        )
+        with pytest.raises(ValueError):  # noqa: PT011  (it has no message)
+            trainer.train()
+        assert captured.ends == [(2, "exception ValueError")]
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert len(captured.ends) == 1

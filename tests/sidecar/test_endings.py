@@ -13,6 +13,7 @@ from esper_otel.stream.encoding import encode_end
 from esper_tamiyo.journaling.decision_log import DecisionLog
 from esper_tamiyo.journaling.entries import Decided, Ended
 from esper_tamiyo.journaling.field_reports import DueReport
+from esper_tamiyo.journaling.journal import encode_entry
 from esper_tamiyo.journaling.lines import format_entry
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import TableSource, parse
@@ -148,6 +149,53 @@ def test_steps_up_to_the_last_that_come_late_leave_the_end_as_it_is():
         assert told(engine, 5_000)[0]["states"] == {"finished": 1}
     engine.observe(frame(24))
     assert told(engine, 25)[0]["states"] == {"healthy": 1}
+
+
+def test_a_last_step_that_is_far_off_holds_no_end_against_what_follows_it():
+    engine = engine_after(20)
+    far = end(20, FAILED)
+    engine.observe(msgspec.structs.replace(far, step=2**53 - 1))
+    assert told(engine, 21)[0]["states"] == {"failed": 1}
+    engine.observe(frame(21))
+    assert told(engine, 22)[0]["states"] == {"healthy": 1}
+
+
+@pytest.mark.parametrize("time_unix_nano", [0, 2**64 - 1])
+@pytest.mark.parametrize("step", [20, 2**63 - 1])
+def test_whatever_numbers_an_end_has_the_journal_can_hold_it(step, time_unix_nano):
+    log = DecisionLog()
+    engine = engine_after(20, observer=log)
+    odd = msgspec.structs.replace(end(20), step=step, time_unix_nano=time_unix_nano)
+    engine.observe(odd)
+    (ended,) = (each for each in log.make_entries(100, 0.0) if isinstance(each, Ended))
+    assert str(step) in format_entry(ended)
+    assert str(time_unix_nano) in encode_entry(ended).decode()
+    assert told(engine, 21)[0]["frames"]["bad"] == 0
+
+
+def test_ranks_that_go_on_are_not_compared_with_one_that_has_ended():
+    table = parse(
+        TableSource(
+            "t",
+            b"""
+version: t
+rules:
+  - {id: slow, metric: loss, above_peers: 2, severity: HIGH, action: PAUSE}
+  - {id: fast, metric: loss, below_peers: 0.5, severity: HIGH, action: PAUSE}
+""",
+        )
+    )
+    engine = Engine(table)
+    decided = set()
+    for step in range(1, 100):
+        for rank in range(3):
+            if rank == 0 and step == 20:
+                engine.observe(end(19, rank=0))
+            if rank or step < 20:
+                # Without the first the others are alike, and no longer what they were.
+                loss = 1.0 if step < 20 else 9.0
+                decided.add(engine.observe(frame(step, rank, loss=loss)).reason)
+    assert decided == {"nominal"}
 
 
 @pytest.mark.parametrize(

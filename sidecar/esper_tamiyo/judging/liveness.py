@@ -93,9 +93,10 @@ class StepPace:
             self.step_ns = each
         self.last_ns = time_ns
         self.heard_ns = at_ns
-        if self.ending is not None:
+        ending = self.ending
+        if ending is not None:
             self.awaited -= steps
-            if self.awaited < 0:  # it was not the end
+            if self.awaited < 0 or time_ns > ending.time_unix_nano:  # it was not the end
                 self.ending = None
 
     def patience_ns(self, steps: float) -> int:
