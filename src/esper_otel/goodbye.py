@@ -88,7 +88,7 @@ class LastWords:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
         if error is not None:
             return end_by(error)
-        clock = self._run._recorder.clock
+        clock = self._run._in_use.clock  # of the training that stepped last
         return end_by_status(_exits.status_after(clock.last_end - clock.offset))
 
 
