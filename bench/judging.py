@@ -74,6 +74,9 @@ class Listener:
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """Nothing."""
 
+    def on_end(self, frame: StepFrame) -> None:
+        """Nothing."""
+
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """Nothing."""
 

@@ -146,13 +146,17 @@ def test_nan_is_counted_and_reaches_tamiyo(tmp_path):
         env = environment(tmp_path, OTEL_METRICS_EXPORTER="none", OTEL_TRACES_EXPORTER="none")
         socket = ["--socket", str(tmp_path / "s.sock")]
         run([ESPER, "run", *socket, "--record", str(tmp_path), str(script)], env)
+        until(lambda: tamiyo.status()["engine"]["states"] == {"finished": 1})
         (told,) = tamiyo.status()["engine"]["runs"]
         actions = tamiyo.status()["answers"]
+        with tamiyo.client() as client:
+            newest = client.latest()
     (recording,) = tmp_path.glob("*.metrics.otlp")
     counts = {frame.step: frame.values["nonfinite"] for frame in read_frames(recording)}
     assert [step for step, count in counts.items() if count] == [26]
     assert actions["PAUSE"] == 1
-    assert told["conservative"] is True
+    assert newest.conservative is True
+    assert told["conservative"] is False  # the run is over
 
 
 def test_workers_of_a_data_loader_emit_nothing(tmp_path):

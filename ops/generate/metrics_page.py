@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from esper_otel.leyline.endings import HowEnded
 from esper_otel.leyline.metrics import (
+    EXCEPTION_TYPE,
+    HOW_ENDED,
     INSTANCE_ID,
     LOCAL_RANK,
     RANK,
+    RUN_ENDED,
     RUN_ID,
     SEED_ID,
     SEED_METRICS,
@@ -34,6 +38,10 @@ def page() -> str:
         command=COMMAND,
         steps=_table(STEP_METRICS),
         seeds=_table(SEED_METRICS),
+        ended=_table([RUN_ENDED]),
+        how_ended=HOW_ENDED,
+        hows=", ".join(f"`{how.value}`" for how in HowEnded),
+        exception_type=EXCEPTION_TYPE,
         stages=_stages(),
         seed_id=SEED_ID,
         run_id=RUN_ID,
@@ -52,7 +60,7 @@ def _table(metrics: Sequence[Metric]) -> str:
     rows += [
         (
             f"`{metric.instrument}`",
-            f"`{metric.key}`",
+            "none" if metric.scope == "run" else f"`{metric.key}`",
             f"`{metric.unit}`",
             "yes" if metric.gated else "",
             metric.meaning,
@@ -101,6 +109,17 @@ Every point carries the attribute `{seed_id}`.
 Values of `kasmina.seed.stage`:
 
 {stages}
+
+## Of a run
+
+{ended}
+
+The attribute `{how_ended}` says how it ended: {hows}. Where an
+exception did, or an interruption, `{exception_type}` names its type. It is one point with a
+time of its own, behind all steps.
+A process that is killed, by SIGKILL or by a SIGTERM that the script does not handle, says
+nothing, nor does one that leaves by `os._exit`. Where a step follows after all, as after the
+first of two trainings of one model, it was not the end, and another point says the next one.
 
 ## Whose values they are
 

@@ -393,6 +393,8 @@ noticed it first, it began at the same instant of the frames' time, so that a re
 alike; only a frame that was late and not missing is told differently. One step counts for
 ten times the others at most: a pause makes a rank a little more patient.
 
+A rank that has said that its run ended is silent with good reason, and breaks no such rule.
+
 With such a rule or without, `tamiyo status` and Tamiyo's metrics say `stale` of a rank that
 was not heard of for {stale_after} of its step times, and for ten seconds at least, or for
 ten minutes while only one step of it is known. Then its other rules are `unknown`, with what

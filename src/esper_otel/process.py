@@ -90,7 +90,7 @@ def end_automatic() -> None:
     global _automatic
     run, _automatic = _automatic, None
     if run is not None:
-        run._end()
+        run._end(end=run._goodbye.at_hand())
 
 
 def _forget_in_child() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.goodbye import Closing, Ending, LastWords, leave_exits, watch_exits
 from esper_otel.leyline.decisions import Decision
 from esper_otel.loop import LoopCalls, LoopObserver
 from esper_otel.ranks.world import new_run_id, with_identity
@@ -35,7 +36,7 @@ STATE_VERSION = 1
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run(LoopCalls):
+class Run(LoopCalls, Closing):
     """A training run as it is recorded, streamed and decided about.
 
     :func:`esper_otel.start` makes one; so does ``esper-otel run`` for a script that knows
@@ -99,6 +100,7 @@ class Run(LoopCalls):
         )
         if settings.losses_prescaled:
             self._recorder.losses_prescaled()
+        self._goodbye = LastWords(self)
         self._sharing = SharedDecisions(self._recorder, self._client, settings, self.run_id)
         self._loop = LoopObserver(
             self._recorder,
@@ -120,7 +122,8 @@ class Run(LoopCalls):
         self._stream.start()
         if self._beside is None:
             self._devices.start()
-            atexit.register(self._end)
+            atexit.register(self._end_at_exit)
+            watch_exits()
         held, self._held = self._held, None
         if held is not None:
             self._client = self._new_client()
@@ -283,30 +286,40 @@ class Run(LoopCalls):
         """What became of the telemetry so far."""
         return self._report or self._stream.snapshot()
 
-    def close(self, timeout_s: float | None = None) -> StreamReport:
+    def close(
+        self, timeout_s: float | None = None, *, error: BaseException | None = None
+    ) -> StreamReport:
         """Send what is unsent, and stop; returns what became of the telemetry.
 
         ``timeout_s`` is the longest that takes, in seconds (default: ``flush_timeout_s``);
         what is unsent by then is left in files for ``esper-otel resend``. Called again, and
-        at the end of the process, it does nothing more.
+        at the end of the process, it does nothing more. The run is said to have ended: by
+        ``error``, by the exception that is passing or handled, or well. ``with`` calls it.
 
         A process that was instrumented from outside (``esper-otel run``) goes on being
         recorded: then this lets go of the script's optimizer and garden, and no more.
         """
-        return self._let_go() if self._outlives_script else self._end(timeout_s)
+        end = self._goodbye.at_hand(error)
+        return self._let_go(end) if self._outlives_script else self._end(timeout_s, end)
 
-    def _end(self, timeout_s: float | None = None) -> StreamReport:
+    def _end_at_exit(self) -> None:
+        self._end(end=self._goodbye.at_exit())
+
+    def _end(self, timeout_s: float | None = None, end: Ending = None) -> StreamReport:
         """What :meth:`close` does for a run that nobody but the script began.
 
-        In a forked child there is nothing to send: the run is its parent's.
+        In a forked child there is nothing to send: the run is its parent's. ``end`` None:
+        nobody is told how it ended.
         """
         if self._report is not None:
             return self._report
         if self._jobs is not None and self._beside is None:
-            self._jobs.close()
-        atexit.unregister(self._end)
+            end = self._jobs.close(end)
+        atexit.unregister(self._end_at_exit)
         _runs.discard(self)
-        self._finish()
+        if not _runs:
+            leave_exits()
+        self._finish(end)
         if self._beside is None:
             _end_each([self._devices.stop])
         self._report = self._stream.close(timeout_s)
@@ -314,13 +327,13 @@ class Run(LoopCalls):
             self._tell_summary(self._report)
         return self._report
 
-    def _finish(self) -> None:
+    def _finish(self, end: Ending) -> None:
         """The training is over: what it has recorded is still to be sent. Once."""
         if not self._finished:
             self._finished = True
-            _end_each(self._ends())
+            _end_each(self._ends(end))
 
-    def _ends(self) -> Iterator[Callable[[], Any]]:
+    def _ends(self, end: Ending) -> Iterator[Callable[[], Any]]:
         """What ends each part of the run but the stream, in order."""
         yield self._loop.close
         yield self._recorder.control.updates.close
@@ -329,6 +342,7 @@ class Run(LoopCalls):
         yield self._recorder.flush
         yield self._recorder.switch_off
         yield self._sharing.close
+        yield partial(self._goodbye.say, end)
         if self._client is not None:
             yield self._client.close
 
@@ -354,10 +368,10 @@ class Run(LoopCalls):
         """Whether ``optimizer`` trains a seed of this run: then its steps are not the run's."""
         return self.garden is not None and self.garden.is_seed_optimizer(optimizer)
 
-    def _let_go(self) -> StreamReport:
+    def _let_go(self, end: Ending) -> StreamReport:
         self._loop.prefer(None)
         if self._jobs is not None:
-            self._jobs.ended(self)
+            self._jobs.ended(self, end)
         if self.garden is not None:
             self.garden.close()
             self._recorder.attach_garden(None)

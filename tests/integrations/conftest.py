@@ -15,6 +15,8 @@ class CapturedStream:
         self.frames: list[dict[str, float]] = []
         self.timelines: list[object] = []
         self.events: list[object] = []
+        self.ends: list[tuple[int, str]] = []
+        """Each end of the run: its last step, and how it ended."""
         self.closed = False
 
     def start(self) -> None:
@@ -28,6 +30,9 @@ class CapturedStream:
 
     def event(self, event):
         self.events.append(event)
+
+    def end(self, frame):
+        self.ends.append((frame.step, str(frame.ended)))
 
     def snapshot(self):
         return None

@@ -98,6 +98,58 @@ def test_every_way_in_delivers_what_it_owes(captured, way, framework, automatic,
         assert abs(unaccounted(frame)) <= max(0.05 * frame["step_latency_ms"], 0.02)
 
 
+@pytest.mark.parametrize(("framework", "automatic"), WAYS)
+def test_every_way_in_says_once_that_the_training_is_done(captured, way, framework, automatic):
+    way(framework, automatic)
+    assert captured.ends == [(ROWS // BATCH, "done")]
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (ValueError, "exception ValueError"),
+        (KeyboardInterrupt, "interrupted KeyboardInterrupt"),
+    ],
+)
+def test_lightning_says_what_ended_a_training(captured, tmp_path, automatic, error, ended):
+    pl = pytest.importorskip("lightning.pytorch")
+    from esper_otel.integrations.lightning import EsperCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, batch, index):
+            if index == 2:
+                raise error
+            return self.network(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    if automatic:
+        TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[] if automatic else [EsperCallback()],
+        )
+        with pytest.raises((error, SystemExit)):
+            trainer.fit(Module(), loader())
+        assert captured.ends == [(2, ended)]  # and not when the process is done
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert captured.ends == [(2, ended)]
+
+
 HALVED = 3
 """The step whose answer halves the learning rate, once."""
 
@@ -416,3 +468,43 @@ def test_a_trainer_that_trains_again_begins_a_phase(captured, tmp_path, monkeypa
         TorchInstrumentor().uninstrument()
     steps = ROWS // BATCH
     assert phases_of(captured) == [(i + 1, float(i >= steps)) for i in range(2 * steps)]
+
+
+def test_a_trainer_that_raises_under_zero_code_says_so_at_once(captured, tmp_path, monkeypatch):
+    hf = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+            self.calls = 0
+
+        def forward(self, x=None, labels=None):
+            self.calls += 1
+            if self.calls == 3:
+                raise ValueError
+            return {"loss": nn.functional.mse_loss(self.network(x), labels)}
+
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        trainer = hf.Trainer(
+            model=Model(),
+            args=hf.TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=BATCH,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=[
+                {"x": x, "labels": y} for x, y in zip(*loader().dataset.tensors, strict=True)
+            ],
+        )
+        with pytest.raises(ValueError):  # noqa: PT011  (it has no message)
+            trainer.train()
+        assert captured.ends == [(2, "exception ValueError")]
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert len(captured.ends) == 1

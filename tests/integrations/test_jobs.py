@@ -16,6 +16,7 @@ from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations import jobs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.leyline import wire  # noqa: E402
+from esper_otel.leyline.endings import end_by  # noqa: E402
 from esper_otel.stream import read_frames  # noqa: E402
 from integrations.conftest import CapturedStream  # noqa: E402
 from sidecar.running import sidecar  # noqa: E402
@@ -158,6 +159,61 @@ def test_optimizers_of_single_parameters_are_one_training_each_time(watched):
     told = all_steps(watched)
     assert [len(steps) for steps in told.values()] == kept
     assert list(told) == ["job", "job-2", "job-3"]
+
+
+def ends(streams):
+    return {name: stream.ends for name, stream in streams.made if stream.frames}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "let go"])
+def test_each_training_says_that_it_is_done_when_another_has_taken_its_place(watched, kept):
+    held = []
+    for steps in (12, 20, 15):
+        training = Training().train(steps)
+        if kept:
+            held.append(training)
+    known = ends(watched)
+    assert (known["job"], known["job-3"]) == ([(12, "done")], [])
+    all_steps(watched)
+    assert ends(watched) == {
+        "job": [(12, "done")],
+        "job-2": [(20, "done")],
+        "job-3": [(15, "done")],
+    }
+
+
+def test_an_exception_ends_the_training_under_way_and_no_other(watched):
+    held = [Training().train(12), Training().train(12)]
+    run = esper_otel.process.automatic()
+    run._end(end=end_by(ValueError()))
+    assert len(held) == 2
+    assert ends(watched) == {"job": [(12, "done")], "job-2": [(12, "exception ValueError")]}
+
+
+def test_a_training_that_the_script_closes_and_goes_on_with_ends_twice(watched):
+    training = Training()
+    run = esper_otel.start(training.optimizer)
+    training.train(12)
+    run.close()
+    run.close()
+    training.train(3)
+    assert ends(watched) == {"job": [(12, "done")]}
+    training.train(1)
+    with pytest.raises(KeyError), run:
+        raise KeyError
+    all_steps(watched)
+    assert ends(watched) == {"job": [(12, "done"), (16, "exception KeyError")]}
+
+
+def test_what_is_handled_while_a_run_begins_did_not_end_it(streams):
+    try:
+        raise MemoryError
+    except MemoryError:  # the script tries once more, with smaller batches
+        training = Training()
+        run = esper_otel.start(training.optimizer)
+        training.train(2)
+        run.close()
+    assert ends(streams) == {"job": [(2, "done")]}
 
 
 # In turn.

@@ -82,11 +82,14 @@ to_server = st.one_of(
         seeds=st.lists(seed_rows, max_size=3),
         proposal=st.none() | proposals,
     ),
+    st.builds(wire.Goodbye, step=integers, time_unix_nano=integers, how=text, exception=text),
     st.builds(wire.StatusRequest),
     st.builds(wire.LatestRequest, run=text, rank=integers),
 )
 to_client = st.one_of(
-    st.builds(wire.Welcome, protocol=integers, table_version=text),
+    st.builds(
+        wire.Welcome, protocol=integers, table_version=text, takes_goodbyes=st.booleans()
+    ),
     st.builds(wire.Refusal, message=text),
     st.builds(wire.Answer, request_id=integers, decision=decisions),
     st.builds(wire.Status, report=reports),
@@ -134,6 +137,13 @@ def test_a_message_is_a_length_and_an_array_that_begins_with_its_tag() -> None:
 def test_an_older_peer_may_leave_out_the_fields_that_have_defaults() -> None:
     body = msgspec.msgpack.encode(["ask", 1, 2, 3, [0.5]])
     assert wire.decode_to_server(body) == wire.Ask(1, 2, 3, [0.5], [], None)
+    welcome = msgspec.msgpack.encode(["welcome", 1, "t"])
+    assert wire.decode_to_client(welcome) == wire.Welcome(1, "t", takes_goodbyes=False)
+
+
+def test_an_older_client_passes_over_what_a_welcome_says_beyond_what_it_knows() -> None:
+    body = msgspec.msgpack.encode(["welcome", 1, "t", True, "what later versions add"])
+    assert wire.decode_to_client(body) == wire.Welcome(1, "t", takes_goodbyes=True)
 
 
 @settings(deadline=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from esper_otel.leyline.metrics import BY_KEY
+from esper_otel.leyline.metrics import BY_KEY, RUN_ENDED
 from esper_otel.leyline.stages import Stage
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from ops.generate.dashboards.answers import chosen, queries
@@ -36,7 +36,7 @@ def test_every_metric_of_the_registry_and_of_tamiyo_has_a_panel():
     asked = set().union(*(names_in(query.expr) for query in EVERY))
     asked = {re.sub(r"_bucket$", "", name) for name in asked}
     own = {series_name(metric.name, metric.unit, metric.kind.value) for metric in OWN_METRICS}
-    assert asked == own | {prometheus_name(metric) for metric in BY_KEY.values()}
+    assert asked == own | {prometheus_name(metric) for metric in (*BY_KEY.values(), RUN_ENDED)}
 
 
 @each_board
@@ -54,9 +54,9 @@ def test_it_can_be_told_what_to_show(name):
 
 
 @each_board
-def test_decisions_and_stage_changes_are_marked(name):
+def test_decisions_stage_changes_and_ends_are_marked(name):
     marks = {one["name"]: one for one in BOARDS[name]["annotations"]["list"]}
-    assert {*marks} == {"Decision", "Stage change"}
+    assert {*marks} == {"Decision", "Stage change", "Run ended"}
     for mark in marks.values():
         assert names_in(mark["expr"])
         assert "$__" not in mark["expr"], "Grafana has no interval to put into annotations"

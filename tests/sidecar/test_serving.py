@@ -16,6 +16,7 @@ from esper_otel.leyline.wire import (
     PROTOCOL,
     Ask,
     Check,
+    Goodbye,
     Guard,
     Hello,
     Refusal,
@@ -433,3 +434,44 @@ def test_the_fixture_s_sidecar_is_the_installed_command(shared):
     client = Client(shared.socket)
     assert client.status()["pid"] == shared.process.pid
     client.close()
+
+
+def test_a_trainer_that_says_goodbye_has_finished(shared, client):
+    client.hello(run="leaving", instance="one")
+    client.ask(1)
+    client.send(Goodbye(1, 2, "done"))
+    client.close()
+
+    def state():
+        runs = shared.status()["engine"]["runs"]
+        return next(run for run in runs if run["run"] == "leaving")
+
+    assert until(lambda: state()["state"] == "finished")
+    assert state()["ended"] == "done"
+
+
+def test_goodbyes_are_heard_of_the_connection_s_own_trainer_only(shared, client, bystander):
+    client.hello(run="staying", instance="one")
+    client.ask(1)
+    with shared.client() as stranger:
+        stranger.hello(run="staying", instance="another")
+        stranger.send(Goodbye(1, 2, "exception", "ValueError"))
+        # Its connection is as good as before.
+        assert stranger.latest("staying").step == 1
+    (found,) = (run for run in shared.status()["engine"]["runs"] if run["run"] == "staying")
+    assert (found["state"], found["instance"]) == ("healthy", "one")
+
+
+def test_who_goes_on_after_a_goodbye_is_answered_as_before(shared, client):
+    client.hello(run="back", instance="one")
+    client.ask(1)
+    client.send(Goodbye(1, 2, "interrupted", "KeyboardInterrupt"))
+    client.send(Goodbye(1, 2, "in a way that later versions know"))
+    assert client.ask(2).reason == "nominal"
+    (found,) = (run for run in shared.status()["engine"]["runs"] if run["run"] == "back")
+    assert found["state"] == "healthy"
+
+
+def test_a_goodbye_before_a_hello_is_refused(shared, client, bystander):
+    assert isinstance(client.call(Goodbye(1, 2, "done")), Refusal)
+    assert client.receive() is None

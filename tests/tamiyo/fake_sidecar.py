@@ -60,6 +60,8 @@ class FakeSidecar:
         self.asks_of: dict[str, list[wire.Ask]] = {}
         """Asks by the run of the connection."""
         self.checks: list[wire.Check] = []
+        self.goodbyes: list[wire.Goodbye] = []
+        self.takes_goodbyes = True
         self.hellos: list[wire.Hello] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(os.fspath(path))
@@ -108,7 +110,10 @@ class FakeSidecar:
                 if isinstance(message, wire.Hello):
                     hello = message
                     self.hellos.append(message)
-                    connection.sendall(wire.encode(wire.Welcome(wire.PROTOCOL, "table 1")))
+                    welcome = wire.Welcome(wire.PROTOCOL, "table 1", self.takes_goodbyes)
+                    connection.sendall(wire.encode(welcome))
+                elif isinstance(message, wire.Goodbye):
+                    self.goodbyes.append(message)
                 elif isinstance(message, Request):
                     (self.asks if isinstance(message, wire.Ask) else self.checks).append(
                         message

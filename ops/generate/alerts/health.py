@@ -1,14 +1,16 @@
-"""Alerts about those who watch: Tamiyo, and the Collector between it and the trainers."""
+"""Alerts about runs that end, and about those who watch: Tamiyo, and the Collector between it
+and the trainers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from esper_otel.leyline.metrics import BY_KEY
+from esper_otel.leyline.endings import HowEnded
+from esper_otel.leyline.metrics import BY_KEY, EXCEPTION_TYPE, HOW_ENDED, RUN_ENDED, RUN_ID
 from esper_otel.settings import EsperSettings
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from ops.generate.alerts.alert import Alert, Severity
-from ops.generate.prometheus_names import prometheus_name, series_name
+from ops.generate.prometheus_names import label_name, prometheus_name, series_name
 
 WITHIN = "5m"
 
@@ -61,6 +63,24 @@ def _alert(
     )
 
 
+def runs() -> list[Alert]:
+    """About runs that end as they should not, as their trainers say."""
+    run, exception = label_name(RUN_ID), label_name(EXCEPTION_TYPE)
+    failed = f'{label_name(HOW_ENDED)}="{HowEnded.EXCEPTION}"'
+    ends = f"last_over_time({prometheus_name(RUN_ENDED)}{{{failed}}}[{WITHIN}])"
+    return [
+        Alert(
+            name="EsperRunFailed",
+            expr=f"count by ({run}, {exception}) ({ends})",
+            for_="0s",
+            severity="high",
+            anchor="esperrunfailed",
+            summary=f"An exception ended a run: {{{{ $labels.{exception} }}}}.",
+            description=f"Run {{{{ $labels.{run} }}}}, on {{{{ $value }}}} of its ranks.",
+        )
+    ]
+
+
 def tamiyo() -> list[Alert]:
     """About the sidecar, from its own metrics."""
     high = 'severity=~"HIGH|CRITICAL"'
@@ -75,6 +95,14 @@ def tamiyo() -> list[Alert]:
             summary="Tamiyo decided {{ $labels.action }} by the rule {{ $labels.rule }}.",
             description="{{ $value | humanize }} times in five minutes; what the rule means "
             "stands in the runbook under its name.",
+        ),
+        _alert(
+            "TamiyoRunFailed",
+            "high",
+            "0s",
+            _rises("tamiyo.runs.ended", f'how="{HowEnded.EXCEPTION}"', "instance"),
+            "Tamiyo was told of runs that an exception ended.",
+            "{{ $value | humanize }} ranks in five minutes; the journal names them.",
         ),
         _alert(
             "TamiyoSilent",

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from esper_otel.leyline.metrics import RUN_ENDED
 from esper_tamiyo.language.table import Table
 from ops.generate.alerts.alert import RUNBOOK, Alert
 from ops.generate.alerts.from_table import Translation
 from ops.generate.alerts.promql import PAST_S
 from ops.generate.files import COMMAND
+from ops.generate.prometheus_names import prometheus_name
 
 
-def page(table: Table, made: Translation, about_health: Sequence[Alert]) -> str:
+def page(
+    table: Table,
+    made: Translation,
+    about_runs: Sequence[Alert],
+    about_health: Sequence[Alert],
+) -> str:
     """The whole page, as Markdown."""
     texts = {rule.id: rule.text for rule in table.rules}
     untranslated = [
@@ -22,10 +29,12 @@ def page(table: Table, made: Translation, about_health: Sequence[Alert]) -> str:
         command=COMMAND,
         version=table.version.partition("+")[0],
         longest_s=f"{PAST_S / table.baseline.warmup:g}",
+        ended=prometheus_name(RUN_ENDED),
         said=_table(made.alerts),
         untranslated="\n".join(
             ["| rule | says | why not |", "| --- | --- | --- |", *untranslated]
         ),
+        runs=_table(about_runs),
         health=_table(about_health),
         runbook=Path(RUNBOOK).name,
     )
@@ -78,8 +87,9 @@ and may differ about a single step:
 - `unchanged_for` is an hour without a change and with so many observations: never wrong, and
   late for fast steps;
 - a rank is missing when it has told nothing for a minute and others of its run are so many
-  steps ahead of it, for a day at most; it may come back as another process. Whether a run of
-  one rank has ended or fallen silent nobody can see from outside;
+  steps ahead of it, for a day at most; it may come back as another process. One that has said
+  how its run ended (`{ended}`) is not missing. Whether a run of one rank that has
+  said nothing ended or fell silent nobody can see from outside;
 - `release` and `cooldown` have no counterpart; Tamiyo's do.
 
 ## Rules that alert
@@ -92,6 +102,12 @@ What they find is in `tamiyo_decisions_total` when it decides, and `TamiyoDecide
 the grave ones.
 
 {untranslated}
+
+## About runs that end
+
+A trainer says how its run ended; of one that is done, or was interrupted, nobody is told.
+
+{runs}
 
 ## About those who watch
 

@@ -9,7 +9,8 @@ A table counts observations, PromQL knows times:
 - A record of excursions is the farthest of ten minutes, five minutes ago: a value is beyond it
   when it is out by more than twice as much. So trouble that lasts is not compared with itself
   before its alert has fired.
-- A rank is missing by the steps that others of its run are ahead of it, not by its own time.
+- A rank is missing by the steps that others of its run are ahead of it, not by its own time;
+  one that has said that its run ended is not.
 - ``unchanged_for`` is sound and late: nothing changed for an hour with so many observations.
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import RANK, RUN_ENDED, RUN_ID, SEED_ID
 from esper_tamiyo.language.derived import DERIVED, KNOWN
 from esper_tamiyo.language.operators import ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
@@ -223,12 +224,16 @@ class Translator:
         newest = f"esper:{series}:newest"
         whoever = ", ".join(WHOEVER_KEYS)
         self._record(newest, f"max by ({whoever}) (last_over_time({series}[{RECENT}]))")
-        # A run that has ended is quiet as well: then there is nobody to be behind of.
         run = f"max by ({RUN}) (last_over_time({newest}[{PAST}]))"
         behind = f"{run} - on({RUN}) group_right () last_over_time({newest}[{EVER}])"
+        # Who has said that it is done is not missed; of who has said nothing a run without
+        # anybody to be behind of may have ended as well.
+        ended = f"max by ({whoever}) (last_over_time({prometheus_name(RUN_ENDED)}[{EVER}]))"
         return (
             f"({behind} >= {condition.number:g})"
             f" unless {_on(WHOEVER_KEYS)} count_over_time({series}[{RECENT}])"
+            f" unless {_on(WHOEVER_KEYS)}"
+            f" ({ended} >= {_on(WHOEVER_KEYS)} last_over_time({newest}[{EVER}]))"
         )
 
     def _series(self, key: str) -> str:

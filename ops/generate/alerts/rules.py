@@ -25,7 +25,7 @@ def files(table_name: str = "default") -> dict[Path, str]:
     return {
         RULES / "table.yaml": _text(table_groups(from_table)),
         RULES / "health.yaml": _text(health_groups()),
-        PAGE: page(table, from_table, [*health.tamiyo(), *health.collector()]),
+        PAGE: page(table, from_table, health.runs(), [*health.tamiyo(), *health.collector()]),
     }
 
 
@@ -39,8 +39,9 @@ def table_groups(made: Translation) -> list[dict[str, object]]:
 
 
 def health_groups() -> list[dict[str, object]]:
-    """The alerts about those who watch."""
+    """The alerts about runs that end, and about those who watch."""
     return [
+        {"name": "esper-runs", "rules": [alert.written() for alert in health.runs()]},
         {"name": "esper-tamiyo", "rules": [alert.written() for alert in health.tamiyo()]},
         {"name": "esper-collector", "rules": [alert.written() for alert in health.collector()]},
     ]

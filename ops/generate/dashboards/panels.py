@@ -22,11 +22,12 @@ from grafana_foundation_sdk.cog import variants
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common, dashboard
 
-from esper_otel.leyline.metrics import BY_KEY, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import BY_KEY, EXCEPTION_TYPE, HOW_ENDED, RUN_ID, SEED_ID
 from esper_otel.leyline.stages import Stage
 from ops.generate.dashboards.queries import (
     CHOSEN_RANKS,
     DECISIONS,
+    ENDS,
     RANK_OF_RUN,
     RUN,
     STAGE_CHANGES,
@@ -238,6 +239,17 @@ def board(uid: str, title: str, text: str, *, seeds: bool = False) -> Dashboard:
                     "blue",
                     f"{{{{{SEED_ID}}}}} changed its stage",
                     SEED_ID,
+                )
+            )
+        )
+        .annotation(
+            Built(
+                EventAnnotation(
+                    "Run ended",
+                    ENDS,
+                    "purple",
+                    f"{{{{{label_name(HOW_ENDED)}}}}} {{{{{label_name(EXCEPTION_TYPE)}}}}}",
+                    RANK_OF_RUN,
                 )
             )
         )

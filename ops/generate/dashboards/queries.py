@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper_otel.leyline.metrics import BY_KEY, RANK, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import BY_KEY, RANK, RUN_ENDED, RUN_ID, SEED_ID
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind
 from ops.generate.prometheus_names import label_name, prometheus_name, series_name
 
@@ -84,6 +84,7 @@ def share(name: str, percent: float) -> str:
 
 _STAGE = prometheus_name(BY_KEY["kasmina.seed.stage"])
 STAGE_CHANGES = f"changes({_STAGE}{{{CHOSEN_RANKS}}}[30s]) > 0"
+ENDS = f"last_over_time({prometheus_name(RUN_ENDED)}{{{CHOSEN_RANKS}}}[30s])"
 DECISIONS = (
     increase("tamiyo.decisions", "action", "rule", where='action!="CONTINUE"', span="1m")
     + " > 0"

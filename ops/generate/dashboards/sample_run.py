@@ -17,7 +17,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality, Metric
 
-from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.endings import HowEnded, RunEnd
+from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
@@ -60,6 +61,8 @@ def send_sample_run(
             stream.frame(end_ns, *rows(values, seed_values(step / steps, rank)))
             if values["step_latency_ms"] > 1500 * step_s:
                 stream.timeline(_timeline(step, end_ns, values))
+        done = RunEnd(HowEnded.DONE)
+        stream.end(StepFrame(RUN, f"{RUN}-{rank}", rank, step, end_ns + 1, {}, ended=done))
         stream.close(30.0)
     for at_s in range(0, round(steps * step_s), REPORT_S):
         _post(endpoint, tamiyo_report(begin_s, at_s, at_s / (steps * step_s)))
@@ -194,7 +197,8 @@ _ONE_ATTRIBUTE = {
     "tamiyo.ingest.requests": ("accepted", "busy"),
     "tamiyo.queue.depth": ("frames", "notes"),
     "tamiyo.journal.entries": ("written", "lost"),
-    "tamiyo.runs": ("healthy", "stale"),
+    "tamiyo.runs": ("healthy", "stale", "finished", "failed"),
+    "tamiyo.runs.ended": ("done", "exception", "interrupted"),
     "tamiyo.restarts": ("ingest", "scribe"),
     "tamiyo.table.reloads": ("taken", "refused"),
     "tamiyo.table.info": ("default-2+0badcafe",),

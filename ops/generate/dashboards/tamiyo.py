@@ -56,7 +56,7 @@ def tamiyo() -> Dashboard:
 
 def _head() -> list[PanelBuilder]:
     return [
-        number("Ranks heard of", "none", f"sum({reported('tamiyo.runs')})"),
+        number("Ranks heard of", "none", f"sum({_ranks('healthy')})"),
         number(
             "In conservative mode",
             "none",
@@ -131,6 +131,10 @@ def _in_state(state: RuleState) -> str:
     return f"last_over_time({series}[{REPORTED_WITHIN}])"
 
 
+def _ranks(state: str) -> str:
+    return f'last_over_time({own("tamiyo.runs")}{{state="{state}"}}[{REPORTED_WITHIN}])'
+
+
 def _seeing() -> list[PanelBuilder]:
     return [
         lines(
@@ -186,9 +190,17 @@ def _seeing() -> list[PanelBuilder]:
             "What is `lost` cannot be replayed.",
         ),
         stacked(
-            "Ranks by whether they are heard of",
+            "Ranks by how they are",
             "none",
             [Line(f"sum by (state) ({reported('tamiyo.runs')})", "{{state}}")],
+            "`stale`: not heard of for too long, and nobody knows why. `finished` and `failed` "
+            "have said that their run ended, and are forgotten first.",
+        ),
+        lines(
+            "Ends of runs",
+            "short",
+            [Line(increase("tamiyo.runs.ended", "how"), "{{how}}")],
+            "As their ranks have said.",
         ),
         lines(
             "Restarts and reloads",

@@ -84,8 +84,10 @@ def _show(report: dict[str, Any]) -> None:
     say(f"ranks: {pairs(engine['states'])}")
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
-        stale = run.get("state") == "stale"
-        silent = f"; stale, silent for {run['silent_s']:.0f} s" if stale else ""
+        state = run.get("state")
+        silent = f"; stale, silent for {run['silent_s']:.0f} s" if state == "stale" else ""
+        if "ended" in run:
+            silent = f"; {state}: {run['ended']}"
         say(
             f"  {run['run']}/{run['rank']}: step {run['newest_step']}, "
             f"{run['action']} ({run['reason']}){mode}{silent}"

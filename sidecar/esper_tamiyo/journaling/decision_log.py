@@ -20,12 +20,14 @@ from esper_otel.leyline.decisions import (
     Finding,
     Proposal,
 )
+from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.wire import Hello
 from esper_tamiyo.journaling.entries import (
     AnyEntry,
     Changed,
     Decided,
+    Ended,
     Found,
     Proposed,
     RuleSilence,
@@ -78,9 +80,15 @@ _Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence
 class _Rank:
     """What is known of one rank besides what the engine knows."""
 
-    __slots__ = ("instance", "mode", "moved", "newest", "noticed", "rules", "silenced")
+    __slots__ = (
+        *("decisions", "instance", "mode", "moved", "newest", "noticed", "rules"),
+        *("silenced", "steps"),
+    )
 
     def __init__(self) -> None:
+        self.steps = 0
+        self.decisions = 0
+        """Those that are not CONTINUE."""
         self.mode = ""
         self.instance = ""
         self.newest = -1
@@ -95,6 +103,7 @@ class _Rank:
     def start_over(self, instance: str) -> None:
         """Another process took the rank over, and its first step has just been told."""
         self.instance = instance
+        self.steps = self.decisions = 0
         self.noticed = (-1, [])
         moved = self.moved
         self.rules = {rule: when for rule, when in self.rules.items() if rule in moved}
@@ -116,6 +125,8 @@ class DecisionLog:
         """Decisions by (action, severity, reason)."""
         self.checks: Counter[str] = Counter(dict.fromkeys(CHECKED, 0))
         """Updates that were checked before they were made, by what was decided."""
+        self.ends: Counter[str] = Counter(dict.fromkeys(HowEnded, 0))
+        """Ranks that said that their run has ended, by how."""
         self.missed = 0
         """Steps that lie between two that were seen, and were not seen in their turn."""
         self.dropped = 0
@@ -144,6 +155,12 @@ class DecisionLog:
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """A frame was judged."""
         self._enqueue(frame)
+
+    def on_end(self, frame: StepFrame) -> None:
+        """A rank said that its run has ended."""
+        if frame.ended is not None:
+            self.ends[frame.ended.how] += 1
+            self._enqueue(frame)
 
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank."""
@@ -201,6 +218,9 @@ class DecisionLog:
         return entries
 
     def _entries_of(self, thing: _Heard, now_s: float) -> list[AnyEntry | DueReport]:
+        if isinstance(thing, StepFrame) and thing.ended is not None:
+            ended = self._end(thing, thing.ended)
+            return [ended, *self._reports.end_rank(thing.run, thing.rank)]
         if isinstance(thing, StepFrame):
             self._count_step(thing)
             return [*self._reports.add_frame(thing, now_s)]
@@ -242,6 +262,7 @@ class DecisionLog:
         elif 0 <= rank.newest < frame.step:
             self.missed = min(self.missed + frame.step - rank.newest - 1, MAX_COUNT)
         rank.newest = frame.step
+        rank.steps += 1
         rank.moved.clear()
 
     def _goes_on(self, made: _DecisionMade) -> bool:
@@ -257,6 +278,7 @@ class DecisionLog:
     def _decision(self, made: _DecisionMade) -> Decided:
         decision, frame = made.decision, made.frame
         rank = self._rank((frame.run, frame.rank))
+        rank.decisions += decision.action is not Action.CONTINUE
         if made.update:
             self._reports.add_check(decision, frame, rank.mode)
         else:
@@ -288,6 +310,20 @@ class DecisionLog:
             findings=[_found(finding, rank) for finding in decision.findings],
             silenced=[Silenced(rule, by, seed) for (rule, seed), by in rank.silenced.items()],
             update=made.update,
+        )
+
+    def _end(self, frame: StepFrame, ended: RunEnd) -> Ended:
+        rank = self._rank((frame.run, frame.rank))
+        return Ended(
+            time_unix_nano=frame.time_unix_nano,
+            run=frame.run,
+            rank=frame.rank,
+            instance=frame.instance,
+            step=frame.step,
+            how=ended.how,
+            exception=ended.exception,
+            steps=rank.steps,
+            decisions=rank.decisions,
         )
 
     def _change(self, change: RuleChange) -> Changed:

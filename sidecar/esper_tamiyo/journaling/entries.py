@@ -171,6 +171,24 @@ class RuleSilence(Entry, frozen=True, kw_only=True, tag="silence"):
     uid: int
 
 
+class Ended(Entry, frozen=True, kw_only=True, tag="ended"):
+    """A rank said that its run has ended, ``how`` (``done``, ``exception``, ``interrupted``).
+
+    ``exception`` is the name of the type that ended it, "" if none did. ``step`` is the last
+    that it made; ``steps`` is how many the sidecar has seen of that process, ``decisions`` how
+    many of its decisions about them were not CONTINUE.
+    """
+
+    run: str
+    rank: int
+    instance: str
+    step: int
+    how: str
+    exception: str
+    steps: int
+    decisions: int
+
+
 class RuleText(msgspec.Struct, frozen=True):
     """One rule of a table, as far as people need it to understand a decision.
 
@@ -219,7 +237,9 @@ class Gap(Entry, frozen=True, kw_only=True, tag="gap"):
     because: str
 
 
-AnyEntry = Decided | Changed | Reported | RuleSilence | TableInUse | Opened | Closed | Gap
+AnyEntry = (
+    Decided | Changed | Reported | RuleSilence | Ended | TableInUse | Opened | Closed | Gap
+)
 
 
 def rfc3339(time_unix_nano: int) -> str:

@@ -178,6 +178,11 @@ class FieldReports:
         sample = _sample(known)._replace(lr_scale=None, skipped=None)
         past.checked.append(_Pending(decision, known.rank, mode, sample, update=True))
 
+    def end_rank(self, run: str, rank: int) -> list[DueReport]:
+        """Give up on a rank that has ended."""
+        past = self._ranks.get((run, rank))
+        return [] if past is None else _given_up(past, "the run ended")
+
     def expire(self, now_s: float) -> list[DueReport]:
         """Give up on ranks that have ended, as far as silence can tell."""
         return [

@@ -12,6 +12,7 @@ from esper_tamiyo.journaling.entries import (
     Changed,
     Closed,
     Decided,
+    Ended,
     Gap,
     Opened,
     Reported,
@@ -141,6 +142,15 @@ def _(entry: RuleSilence) -> str:
         entry.run, entry.rule, entry.after_step, entry.until_step, entry.undone
     )
     return f"{entry.run}  {entry.rule} {order.told}, by user {entry.uid}"
+
+
+@_told.register
+def _(entry: Ended) -> str:
+    how = f"{entry.how} {entry.exception}".strip()
+    return (
+        f"{entry.run}/{entry.rank}/{entry.step}  run ended: {how}; "
+        f"{entry.steps} steps seen, {entry.decisions} decisions"
+    )
 
 
 @_told.register

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from esper_otel.leyline.endings import HowEnded
+
 Report = Mapping[str, Any]
 Values = Iterable[tuple[float, dict[str, str]]]
 """Values with their attributes."""
@@ -271,9 +273,18 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.runs",
         InstrumentKind.GAUGE,
         "{rank}",
-        "ranks, by whether they are still heard of",
+        "ranks: heard of (`healthy`), not for too long (`stale`), ended (`finished`), or "
+        "ended by an exception (`failed`)",
         ("state",),
         _runs,
+    ),
+    OwnMetric(
+        "tamiyo.runs.ended",
+        InstrumentKind.COUNTER,
+        "{rank}",
+        "ranks that said that their run has ended, by how it did",
+        ("how",),
+        _each("how", {how.value: how.value for how in HowEnded}, "ends"),
     ),
     OwnMetric(
         "tamiyo.rules",

@@ -143,6 +143,7 @@ class Reporter:
             "answer_ms": _summary(self._answers),
             "ingest_lag_ms": _summary(self._lag),
             "checks": dict(self.decision_log.checks),
+            "ends": dict(self.decision_log.ends),
             "missed_steps": self.decision_log.missed,
             "recording_failed": self._failed,
             "scribe": self._scribe_status(),

@@ -31,6 +31,7 @@ from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.admission import RefusalReason, fault_of
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
+from esper_tamiyo.judging.endings import end_silences
 from esper_tamiyo.judging.liveness import Key, overview
 from esper_tamiyo.judging.observer import EngineObserver
 from esper_tamiyo.judging.roster import STATE_BYTES, Roster
@@ -278,6 +279,8 @@ class Engine:
     ) -> Decision:
         key = (frame.run, frame.rank)
         state = self._runs.get(key)
+        if frame.ended is not None:
+            return self._end(state, frame)
         if state is None or (frame.instance and state.instance != frame.instance):
             admitted = self.roster.admit(frame, self._book, at_ns, asked=asked)
             if admitted is None:
@@ -308,6 +311,14 @@ class Engine:
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
         return decision
+
+    def _end(self, state: RunState | None, frame: StepFrame) -> Decision:
+        """The rank of ``state`` says that its run has ended; there is nothing to decide."""
+        if self.roster.endings.add_end(state, frame):
+            end_silences(frame.run, self._runs, self._silences)
+            if self._observer is not None:
+                self._observer.on_end(frame)
+        return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""

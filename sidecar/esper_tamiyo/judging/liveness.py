@@ -1,4 +1,4 @@
-"""How ranks are doing, and since when one that sends nothing is stale.
+"""How ranks are doing: heard of, ended, or since when one that sends nothing is stale.
 
 When a silence began is said in the times of frames alone, so that a replay finds the same
 ones: whether a frame that came at last ended it or the clock did, which the server hands in,
@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.leyline.endings import HowEnded
+from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.observer import RuleState
 
 if TYPE_CHECKING:
@@ -49,9 +51,12 @@ class RankState(StrEnum):
     STALE = "stale"
     """It was not heard of for too long: nobody can say how it is doing."""
     FINISHED = "finished"
-    """It said that its run has ended."""
+    """It said that its run has ended, or that somebody interrupted it."""
     FAILED = "failed"
-    """It said that its run broke off."""
+    """It said that an exception ended its run."""
+
+
+ENDED = frozenset({RankState.FINISHED, RankState.FAILED})
 
 
 class StepPace:
@@ -59,15 +64,24 @@ class StepPace:
 
     A pause that was no trouble, an evaluation or a checkpoint, makes it slower for a
     while, and so a little more patient. ``last_ns`` is when the newest step ended, and
-    ``heard_ns`` when that was heard, by the clock that silence is measured with.
+    ``heard_ns`` when that was heard, by the clock that silence is measured with. ``ending``
+    is the frame by which the rank said that its run has ended, None while it goes on;
+    ``awaited`` how many of its steps up to then have not been heard.
     """
 
-    __slots__ = ("heard_ns", "last_ns", "step_ns")
+    __slots__ = ("awaited", "ending", "heard_ns", "last_ns", "step_ns")
 
     def __init__(self) -> None:
         self.heard_ns = 0
         self.last_ns = 0
         self.step_ns = 0.0
+        self.ending: StepFrame | None = None
+        self.awaited = 0
+
+    def end(self, ending: StepFrame, newest: int) -> None:
+        """The rank has ended, of which steps up to ``newest`` have been heard."""
+        self.ending = ending
+        self.awaited = ending.step - newest
 
     def heard(self, time_ns: int, steps: int, at_ns: int) -> None:
         """A frame that ended at ``time_ns``, ``steps`` after the one before it."""
@@ -79,19 +93,36 @@ class StepPace:
             self.step_ns = each
         self.last_ns = time_ns
         self.heard_ns = at_ns
+        ending = self.ending
+        if ending is not None:
+            self.awaited -= steps
+            if self.awaited < 0 or time_ns > ending.time_unix_nano:  # it was not the end
+                self.ending = None
 
     def patience_ns(self, steps: float) -> int:
         """How long ``steps`` step times are, the floor at least."""
         return max(FLOOR_NS, int(steps * self.step_ns)) if self.step_ns else FIRST_NS
 
     def silent_since(self, silent_ns: int, steps: float) -> int | None:
-        """When patience ended with a silence that has lasted ``silent_ns``; None before."""
+        """When patience ended with a silence that has lasted ``silent_ns``; None before.
+
+        Nobody waits for a rank that has ended.
+        """
+        if self.ending is not None:
+            return None
         patience = self.patience_ns(steps)
         return self.last_ns + patience if self.last_ns and silent_ns > patience else None
 
 
 def rank_state(state: RunState, now_ns: int | None) -> RankState:
-    """How a rank is doing at ``now_ns``, by the clock of ``heard_ns``; healthy without one."""
+    """How a rank is doing at ``now_ns``, by the clock of ``heard_ns``.
+
+    Without one it is healthy, unless it has ended.
+    """
+    ending = state.pace.ending
+    if ending is not None and ending.ended is not None:
+        failed = ending.ended.how is HowEnded.EXCEPTION
+        return RankState.FAILED if failed else RankState.FINISHED
     if now_ns is None:
         return RankState.HEALTHY
     silent_ns = now_ns - state.pace.heard_ns
@@ -102,24 +133,27 @@ def rank_state(state: RunState, now_ns: int | None) -> RankState:
 def overview(ranks: Iterable[tuple[Key, RunState]], now_ns: int | None) -> dict[str, Any]:
     """How all ranks are doing, as plain data.
 
-    ``states``, ``rules`` and ``conservative`` are counts over every one. ``runs`` are some
-    of them in detail: first those that are stale, then those for which a rule acts, each in
-    the order of ``ranks``. Without ``now_ns`` none is stale.
+    ``states``, ``rules`` and ``conservative`` are counts over every one; of those that have
+    ended rules and conservative mode count no more. ``runs`` are some of them in detail:
+    first those that are stale, then those that failed, those for which a rule acts and those
+    that finished last, each in the order of ``ranks``. Without ``now_ns`` none is stale.
     """
     states: Counter[str] = Counter()
     rules: Counter[tuple[str, str]] = Counter()
     conservative = 0
     stale: list[tuple[Key, RunState]] = []
+    failed: list[tuple[Key, RunState]] = []
     acting: list[tuple[Key, RunState]] = []
     others: list[tuple[Key, RunState]] = []
+    finished: list[tuple[Key, RunState]] = []
+    places = {RankState.STALE: stale, RankState.FAILED: failed, RankState.FINISHED: finished}
     for key, state in ranks:
         how = rank_state(state, now_ns)
-        is_stale = how is RankState.STALE
         states[how.value] += 1
-        conservative += state.conservative
-        for rule in _rules(state, is_stale):
+        conservative += state.conservative and how not in ENDED
+        for rule in _rules(state, how):
             rules[str(rule["rule"]), str(rule["state"])] += 1
-        (stale if is_stale else acting if state.acting else others).append((key, state))
+        places.get(how, acting if state.acting else others).append((key, state))
     return {
         "states": {} if now_ns is None else dict(states),
         "rules": [
@@ -129,18 +163,20 @@ def overview(ranks: Iterable[tuple[Key, RunState]], now_ns: int | None) -> dict[
         "conservative": conservative,
         "runs": [
             _detail(key, state, now_ns)
-            for key, state in [*stale, *acting, *others][:TOLD_RANKS]
+            for key, state in [*stale, *failed, *acting, *others, *finished][:TOLD_RANKS]
         ],
     }
 
 
-def _rules(state: RunState, is_stale: bool) -> list[dict[str, str | int]]:
-    """The rules that are not at rest.
+def _rules(state: RunState, how: RankState) -> list[dict[str, str | int]]:
+    """The rules that are not at rest; none of a rank that has ended.
 
     Of a stale rank nobody can say how they stand, but for the rule on silence itself.
     """
+    if how in ENDED:
+        return []
     rules = state.rules()
-    if not is_stale:
+    if how is not RankState.STALE:
         return rules
     about_silence = {entry.rule.id for _, entry in state.book.silence}
     return [
@@ -161,9 +197,12 @@ def _detail(key: Key, state: RunState, now_ns: int | None) -> dict[str, Any]:
         "time_unix_nano": state.time_unix_nano,
         "action": state.decision.action.value if state.decision else None,
         "reason": state.decision.reason if state.decision else None,
-        "conservative": state.conservative,
-        "rules": _rules(state, how is RankState.STALE),
+        "conservative": state.conservative and how not in ENDED,
+        "rules": _rules(state, how),
     }
+    ending = state.pace.ending
+    if ending is not None and ending.ended is not None:
+        detail["ended"] = str(ending.ended)
     if now_ns is not None:
         detail["state"] = how.value
         detail["silent_s"] = max(0.0, (now_ns - state.pace.heard_ns) / 1e9)

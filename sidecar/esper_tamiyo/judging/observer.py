@@ -59,6 +59,9 @@ class EngineObserver(Protocol):
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """A frame was judged, which happens once however often it comes."""
 
+    def on_end(self, frame: StepFrame) -> None:
+        """A rank said that its run has ended: a frame with ``ended`` and without values."""
+
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank: about a new frame, or about the same
         step once more because a proposal came with it."""

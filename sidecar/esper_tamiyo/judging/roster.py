@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
 from esper_tamiyo.judging.admission import RefusalReason, leaps
+from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.history import Watched
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS, Key
 from esper_tamiyo.judging.peers import PeerBoard
@@ -104,6 +105,7 @@ class Roster:
         self.use_table(book)
         self.ranks: OrderedDict[Key, RunState] = OrderedDict()
         self.silences = Silences()
+        self.endings = Endings()
         self.forgotten = 0
         """Ranks that went to make room."""
         self.seeds = 0
@@ -277,7 +279,11 @@ class Roster:
         return (key for key in self.ranks if key not in self._speakers)
 
     def _make_room(self) -> None:
-        """Forget a rank, never the newest."""
+        """Forget a rank, first those that have ended, and never the newest."""
+        ended = self.endings.take_oldest(self.ranks)
+        if ended is not None:
+            self._forget(ended)
+            return
         newest = next(reversed(self.ranks))
         first = [key for key in islice(self._silent(), BRIEF) if key != newest]
         brief = (key for key in first if not self.ranks[key].pace.step_ns)

@@ -76,6 +76,10 @@ class SilencedRules:
         else:
             self._until[order.rule] = order.until_step
 
+    def clear(self) -> None:
+        """All of them end."""
+        self._until.clear()
+
     def lasting(self, newest: int) -> dict[str, int | None]:
         """Those that last beyond step ``newest``, and until when."""
         return {
@@ -100,6 +104,11 @@ class Silences:
     def forget_run(self, run: str) -> None:
         """Nothing is known of that run any more."""
         self._runs.pop(run, None)
+
+    def end_run(self, run: str) -> None:
+        """The run is over, and with it its silences."""
+        if run in self._runs:
+            self._runs[run].clear()
 
     def order(
         self, request: SilenceRequest, newest: Mapping[str, int], rules: Collection[str]

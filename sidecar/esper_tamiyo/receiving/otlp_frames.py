@@ -20,6 +20,7 @@ from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, ResourceMetrics
 
+from esper_otel.leyline.endings import RunEnd, run_end
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import (
     MAX_NAME,
@@ -28,7 +29,16 @@ from esper_otel.leyline.limits import (
     MAX_STEP,
     MAX_TIME_UNIX_NANO,
 )
-from esper_otel.leyline.metrics import BY_INSTRUMENT, INSTANCE_ID, RANK, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import (
+    BY_INSTRUMENT,
+    EXCEPTION_TYPE,
+    HOW_ENDED,
+    INSTANCE_ID,
+    RANK,
+    RUN_ENDED,
+    RUN_ID,
+    SEED_ID,
+)
 from esper_tamiyo.receiving.pieces import PAUSE, PIECE, head_of, metrics_of, resources_of
 
 SERVICE_NAME = "service.name"
@@ -101,9 +111,11 @@ class Identity(NamedTuple):
 class Moment:
     """Points of one trainer that share a timestamp."""
 
-    __slots__ = ("nonfinite", "points", "seeds", "values")
+    __slots__ = ("end", "nonfinite", "points", "seeds", "values")
 
     def __init__(self) -> None:
+        self.end: tuple[int, RunEnd] | None = None
+        """The last step of a run that ended then, and how it ended."""
         self.values: dict[str, float] = {}
         self.seeds: dict[str, dict[str, float]] = {}
         self.points = 0
@@ -116,6 +128,7 @@ class Moment:
         self.values.update(other.values)
         for seed_id, values in other.seeds.items():
             self.seeds.setdefault(seed_id, {}).update(values)
+        self.end = self.end or other.end
         self.points += other.points
         self.nonfinite += other.nonfinite
 
@@ -138,6 +151,14 @@ class Moment:
             self.values,
             self.seeds,
         )
+
+    def end_frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
+        """The end of a run that it was, None when it was none."""
+        if self.end is None or time_unix_nano > MAX_TIME_UNIX_NANO:
+            return None
+        run, rank, instance = whose
+        step, ended = self.end
+        return StepFrame(run, instance, rank, step, time_unix_nano, {}, ended=ended)
 
 
 def _never(whose: Identity, time_unix_nano: int) -> bool:
@@ -201,10 +222,15 @@ def _reap(
         for moment in moments.values():
             harvest.refuse(NAME, moment.points)
         return
-    frames = []
+    frames, ends = [], []
     for time_unix_nano, moment in moments.items():
         frame = moment.step_frame(whose, time_unix_nano)
-        if frame is None:
+        end = moment.end_frame(whose, time_unix_nano)
+        if end is not None:  # however late: nothing is decided about it
+            ends.append(end)
+        if frame is None and end is not None:
+            harvest.used += moment.points
+        elif frame is None:
             harvest.refuse(TIME if "step" in moment.values else NO_STEP, moment.points)
         elif is_old(whose, time_unix_nano):
             harvest.old += moment.points
@@ -212,7 +238,7 @@ def _reap(
             harvest.used += moment.points
             frames.append(frame)
     frames.sort(key=_step)
-    harvest.frames += frames
+    harvest.frames += frames + ends
 
 
 def moments_of(group: ResourceMetrics, harvest: Harvest) -> dict[int, Moment]:
@@ -228,7 +254,9 @@ def _take(metrics: Sequence[OtlpMetric], moments: dict[int, Moment], harvest: Ha
     for metric in metrics:
         known = BY_INSTRUMENT.get(metric.name)
         points = _number_points(metric) if known else None
-        if known is None or points is None:
+        if known is None and metric.name == RUN_ENDED.instrument:
+            _take_ends(metric, moments, harvest)
+        elif known is None or points is None:
             harvest.foreign += _point_count(metric)
         elif known.scope == "seed":
             _take_seed_points(known.key, points, moments, harvest)
@@ -282,6 +310,20 @@ def _take_seed_points(
             seed[key] = value
         else:
             moment.nonfinite += 1
+
+
+def _take_ends(metric: OtlpMetric, moments: dict[int, Moment], harvest: Harvest) -> None:
+    for point in metric.gauge.data_points:
+        step, how = _value(point), text_of(point.attributes, HOW_ENDED)
+        end = run_end(how, text_of(point.attributes, EXCEPTION_TYPE))
+        if end is None or step is None or not 0 <= step <= MAX_STEP or step != int(step):
+            harvest.refuse(NO_STEP)
+            continue
+        moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
+        if moment is None:
+            continue
+        moment.points += 1
+        moment.end = int(step), end
 
 
 def _at(moments: dict[int, Moment], point: NumberDataPoint, harvest: Harvest) -> Moment | None:

@@ -169,12 +169,15 @@ class Assembly:
         while due and (due[0][0] <= time_unix_nano or len(due) > MAX_HELD):
             time, whose = heappop(due)
             moment = self._held[whose].pop(time)
-            frame = moment.step_frame(whose, time)
-            if frame is None:
+            frame, end = moment.step_frame(whose, time), moment.end_frame(whose, time)
+            if frame is None and end is None:
                 self.tally.unusable += moment.points
                 continue
             self.tally.used += moment.points
-            yield frame
+            if frame is not None:
+                yield frame
+            if end is not None:
+                yield end
 
 
 class Proposals:

@@ -80,6 +80,9 @@ class _DecisionCollector:
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """Comes once more to :meth:`on_decision`."""
 
+    def on_end(self, frame: StepFrame) -> None:
+        """Not of interest."""
+
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         self._decided.append(Judged(frame, decision))
 
@@ -89,7 +92,9 @@ def once(steps: Steps) -> Iterator[tuple[StepFrame, Proposal | None]]:
     newest: dict[tuple[str, int, str], int] = {}
     for frame, proposal in steps:
         whose = (frame.run, frame.rank, frame.instance)
-        if frame.step > newest.get(whose, -1):
+        if frame.ended is not None:
+            yield frame, None
+        elif frame.step > newest.get(whose, -1):
             newest[whose] = frame.step
             yield frame, proposal
 

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
+from esper_otel.leyline.endings import run_end
+from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.wire import (
     PROTOCOL,
     Answer,
     Ask,
     Check,
+    Goodbye,
     Guard,
     Hello,
     Latest,
@@ -67,6 +70,8 @@ class Replies:
             return self._answer(connection, message, seen_at)
         if type(message) is Check:
             return self._check(connection, message, seen_at)
+        if type(message) is Goodbye:
+            return self._end(connection, message, seen_at)
         return self._reply(connection, message)
 
     def _reply(self, connection: ClientConnection, message: ToServer) -> bool:
@@ -93,7 +98,8 @@ class Replies:
         began = hello.began_unix_nano
         self._engine.roster.introduce(trainer.key, trainer.instance, began, now)
         self._log.on_hello(hello)
-        return connection.send(Welcome(PROTOCOL, self._engine.table.version))
+        version = self._engine.table.version
+        return connection.send(Welcome(PROTOCOL, version, takes_goodbyes=True))
 
     def part(self, connection: ClientConnection) -> None:
         """A connection ends, or somebody else introduces itself on it."""
@@ -160,6 +166,23 @@ class Replies:
         self._log.on_check(decision, known, seen_at)
         self._garbage.count_step()
         return sent
+
+    def _end(self, connection: ClientConnection, goodbye: Goodbye, seen_at: int) -> bool:
+        """The run of a connection's own trainer has ended; it waits for no answer."""
+        trainer = connection.trainer
+        if trainer is None:
+            raise WireError("a Goodbye came before a Hello")
+        ended = run_end(goodbye.how, goodbye.exception)
+        if ended is not None:
+            run, rank = trainer.key
+            self._log.set_context(seen_at, asked=False)
+            self._engine.observe(
+                StepFrame(
+                    *(run, trainer.instance, rank, goodbye.step, goodbye.time_unix_nano, {}),
+                    ended=ended,
+                )
+            )
+        return True
 
     def _send_decision(
         self,

@@ -31,6 +31,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.goodbye import DONE, Ending
 from esper_otel.integrations.primary import Primary
 from esper_otel.run import Run
 from esper_otel.tolaria.ports import HeldRun
@@ -232,23 +233,25 @@ class Jobs:
         job.run._loop.prefer(first)
         return job.run
 
-    def ended(self, run: Run) -> None:
+    def ended(self, run: Run, end: Ending) -> None:
         """A framework or the script says that the training of ``run`` is over."""
         for job in [self.current] if run is self.first else self._open:
             if job.run is run or run is self.first:
                 job.is_announced, job.is_ended = False, True
+                job.run._goodbye.say(end)
 
     def is_seed_optimizer(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` trains a seed of any of them."""
         return any(job.run._is_seed_optimizer(optimizer) for job in self._open)
 
-    def close(self) -> None:
-        """The process ends: what is held back was trainings of its own."""
+    def close(self, end: Ending = None) -> Ending:
+        """The process ends, what is held back was trainings; returns how the first ended."""
         if not self._is_off:
             self._confirm_all()
         for job in list(self._open):
             if job.run is not self.first:
-                self._close(job)
+                self._close(job, end if job is self.current else end and DONE)
+        return end if self.current.run is self.first else end and DONE
 
     @property
     def _is_off(self) -> bool:
@@ -357,12 +360,13 @@ class Jobs:
             self._close_finished()
 
     def _confirm_all(self) -> None:
-        for job in self._turns[1:]:
-            self._confirm(job)
-        del self._turns[:-1]
+        while len(self._turns) > 1:
+            self._confirm(self._turns[1])
+            del self._turns[0]
 
     def _confirm(self, job: Job) -> None:
         """``job`` is a training: from here on it is sent and asked about."""
+        self._turns[0].run._goodbye.say(DONE)  # it takes that one's place
         self._begun += 1
         job.turns.clear()
         if job.run.enabled and not self._is_off:
@@ -381,14 +385,14 @@ class Jobs:
             if job.is_over and not job.is_ended and job not in self._turns:
                 self._close(job)
 
-    def _close(self, job: Job) -> None:
+    def _close(self, job: Job, end: Ending = DONE) -> None:
         job.is_closed = True
         self._open.remove(job)
         if job.run is self.first:
-            job.run._finish()  # it still sends for the others
+            job.run._finish(end)  # it still sends for the others
         else:
             self.lost += job.run._loop.scalars.lost
-            job.run._end()
+            job.run._end(end=end)
 
 
 def parameters_of(optimizer: Any) -> list[Any]:

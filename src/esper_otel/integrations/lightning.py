@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 
 from esper_otel import process
 from esper_otel.integrations.training import Training, require, suits
+from esper_otel.leyline.endings import end_by
 
 OLDEST = "2.2"
 
@@ -47,7 +48,7 @@ class EsperCallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Training has failed, or was interrupted."""
-        self.training.stop()
+        self.training.stop(end_by(exception))
 
 
 def callbacks() -> list[Callback]:

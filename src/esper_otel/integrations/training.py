@@ -12,6 +12,8 @@ import msgspec
 from packaging.version import InvalidVersion, Version
 
 from esper_otel import process
+from esper_otel.goodbye import INTERRUPTED
+from esper_otel.leyline.endings import RunEnd
 from esper_otel.loop import tell_once
 from esper_otel.run import Run
 from esper_otel.settings import EsperSettings, SettingsError
@@ -58,7 +60,7 @@ class Training:
         if before is not None:
             # It was interrupted, of which not every framework tells; what it has left on
             # torch would record this training as well.
-            before.stop()
+            before.stop(INTERRUPTED)
         automatic = process.automatic()
         self.run = run = self._own_run() if automatic is None else automatic
         if automatic is None:
@@ -104,15 +106,15 @@ class Training:
         if self.run is not None:
             self.run._loop.recorder.losses_prescaled()
 
-    def stop(self) -> None:
+    def stop(self, end: RunEnd | None = None) -> None:
         """Training is over, well or not: send what is unsent, and take everything off.
 
-        Never raises.
+        ``end`` says how, None: as the exception at hand says. Never raises.
         """
         if self.run is not None:
             self.run._loop.prefer(None)
             if self.run._jobs is not None:
-                self.run._jobs.ended(self.run)
+                self.run._jobs.ended(self.run, end or self.run._goodbye.at_hand())
             self.run._loop.recorder.losses_prescaled(self.run.settings.losses_prescaled)
         if Training._watching is self:
             Training._watching = None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from esper_otel.leyline.decisions import Decision, Proposal
+from esper_otel.leyline.endings import RunEnd
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 
@@ -27,6 +28,9 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True):
     ``run``, ``rank`` and ``instance`` (unique per process) say whose step it is,
     ``time_unix_nano`` when it ended. ``values`` maps the keys of step metrics that are
     present to finite values, ``seeds`` does the same per seed id.
+
+    One with ``ended`` is the last of its process and has no values: ``step`` is the last step
+    that was made, ``time_unix_nano`` when the run ended.
     """
 
     run: str
@@ -36,6 +40,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True):
     time_unix_nano: int
     values: dict[str, float]
     seeds: dict[str, dict[str, float]] = {}
+    ended: RunEnd | None = None
 
 
 def step_row() -> list[float]:

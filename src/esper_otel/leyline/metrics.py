@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Scope = Literal["step", "seed"]
+Scope = Literal["step", "seed", "run"]
 
 WEIGHT = 0.2
 """Weight of the newest observation in every weighted statistic of the registry."""
@@ -19,8 +19,8 @@ class Metric(NamedTuple):
     """One row of the registry.
 
     ``gated`` metrics vanish when ``TOLARIA_STEP_ENRICHMENT_ENABLED`` is false.
-    ``scope`` says whose value it is: the step's, or one seed's (then every point
-    carries the attribute ``seed_id``).
+    ``scope`` says whose value it is: the step's, one seed's (then every point carries the
+    attribute ``seed_id``), or the run's, which no rule of a table is about.
     """
 
     key: str
@@ -253,6 +253,16 @@ SEED_METRICS: tuple[Metric, ...] = (
     ),
 )
 
+RUN_ENDED = Metric(
+    "run.ended",
+    "{step}",
+    "number of the last step of a run that has ended on this rank; how it ended is said by the "
+    "attributes",
+    "once, when the run ends",
+    scope="run",
+)
+"""In no frame of a step, and so in no table."""
+
 STEP_KEYS: tuple[str, ...] = tuple(metric.key for metric in STEP_METRICS)
 SEED_KEYS: tuple[str, ...] = tuple(metric.key for metric in SEED_METRICS)
 
@@ -267,6 +277,10 @@ BY_INSTRUMENT: dict[str, Metric] = {metric.instrument: metric for metric in BY_K
 
 SEED_ID = "seed_id"
 """Attribute carried by every point of a seed metric."""
+
+HOW_ENDED, EXCEPTION_TYPE = "esper.run.ended", "exception.type"
+"""Attributes of the point of :data:`RUN_ENDED`: ``done``, ``exception`` or ``interrupted``, and
+the name of the exception's type, where there was one."""
 
 RUN_ID, RANK, LOCAL_RANK, WORLD_SIZE, INSTANCE_ID = (
     "esper.run_id",

@@ -13,6 +13,9 @@ send its first Ask right behind the Hello without waiting. Tools send :class:`St
 Answers also carry the *guards* of the rank, when they have changed: bounds that no update
 may cross unjudged. A trainer whose next update crosses one sends a Check before it makes
 that update. A sidecar that never sent guards does not know the message, and gets none.
+
+A trainer whose run ends says so with a :class:`Goodbye`, which is not answered. A sidecar that
+does not say in its Welcome that it takes them gets none: it would hang up.
 """
 
 from __future__ import annotations
@@ -63,10 +66,15 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """The sidecar accepts; ``table_version`` is the table it decides by."""
+    """The sidecar accepts; ``table_version`` is the table it decides by.
+
+    ``takes_goodbyes``: it knows the message :class:`Goodbye`, which sidecars of before there
+    was this field do not.
+    """
 
     protocol: int
     table_version: str
+    takes_goodbyes: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
@@ -110,6 +118,20 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
     step: int
     time_unix_nano: int
     values: list[float]
+
+
+class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
+    """The run of this connection's trainer has ended behind ``step``, the last that it made.
+
+    ``how`` is a :class:`~esper_otel.leyline.endings.HowEnded`, or what later versions add to
+    it; ``exception`` the name of the type that ended it. An Ask about a later step takes it
+    back.
+    """
+
+    step: int
+    time_unix_nano: int
+    how: str
+    exception: str = ""
 
 
 class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -182,7 +204,7 @@ class SilenceReply(msgspec.Struct, frozen=True, array_like=True, tag="silence"):
     error: str = ""
 
 
-ToServer = Hello | Ask | Check | StatusRequest | LatestRequest | SilenceRequest
+ToServer = Hello | Ask | Check | Goodbye | StatusRequest | LatestRequest | SilenceRequest
 ToClient = Welcome | Refusal | Answer | Status | Latest | SilenceReply
 
 _encoder = msgspec.msgpack.Encoder()

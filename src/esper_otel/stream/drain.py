@@ -18,10 +18,10 @@ import numpy as np
 
 from esper_otel.leyline.decisions import FAILED_OPEN, Action
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.encoding import FrameEncoder
+from esper_otel.stream.encoding import FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
 from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
@@ -186,6 +186,8 @@ class Lane:
         self.ring = ring
         self.timelines = timelines
         self.events = events
+        self.ends: deque[StepFrame] = deque()
+        """How the run ended; several where steps followed after all."""
         self.resource = resource
         self.trainer = trainer
         self.encoder = FrameEncoder(resource)
@@ -272,6 +274,7 @@ class Drain:
             over = stopping or lane.over  # looked at before it is emptied for the last time
             for what, drain in (
                 ("frames", self._drain_frames),
+                ("ends", self._drain_ends),
                 ("events", self._drain_events),
                 ("timelines", self._drain_timelines),
                 ("spans", self._put_spans),
@@ -309,6 +312,12 @@ class Drain:
             return
         for request in requests:
             self._put(lane, Signal.METRICS, request.body, request.points)
+
+    def _drain_ends(self, lane: Lane, over: bool) -> None:
+        while lane.ends:
+            end = lane.ends.popleft()
+            if self._is_wanted(lane, Signal.METRICS):
+                self._put(lane, Signal.METRICS, encode_end(end, lane.resource), 1)
 
     def _drain_events(self, lane: Lane, over: bool) -> None:
         if not lane.events:

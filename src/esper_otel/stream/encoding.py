@@ -17,10 +17,22 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
 
 from esper_otel._version import __version__
-from esper_otel.leyline.metrics import SEED_ID, SEED_METRICS, STEP_METRICS, Metric
+from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.metrics import (
+    EXCEPTION_TYPE,
+    HOW_ENDED,
+    RUN_ENDED,
+    SEED_ID,
+    SEED_METRICS,
+    STEP_METRICS,
+    Metric,
+)
 from esper_otel.stream.ring import Frames, Rows, chosen, part, points
 
 SCOPE = "esper_otel"
@@ -167,6 +179,24 @@ class FrameEncoder:
                 Template(metrics, columns, seed_id or "") if columns else None
             )
         return self._templates[mask, seed_id]
+
+
+def encode_end(frame: StepFrame, resource: bytes) -> bytes:
+    """One export request that says how a run ended; ``resource`` is serialised already."""
+    request = ExportMetricsServiceRequest()
+    of_us = request.resource_metrics.add()
+    of_us.resource.ParseFromString(resource)
+    scope = of_us.scope_metrics.add()
+    scope.scope.name, scope.scope.version = SCOPE, __version__
+    metric = scope.metrics.add(name=RUN_ENDED.instrument, unit=RUN_ENDED.unit)
+    point = metric.gauge.data_points.add(
+        time_unix_nano=frame.time_unix_nano, as_double=float(frame.step)
+    )
+    if frame.ended is not None:
+        point.attributes.add(key=HOW_ENDED).value.string_value = frame.ended.how.value
+        if frame.ended.exception:
+            point.attributes.add(key=EXCEPTION_TYPE).value.string_value = frame.ended.exception
+    return request.SerializeToString()
 
 
 def _alike(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.settings import EsperSettings
 from esper_otel.stream.destination import Signal, destinations
 from esper_otel.stream.recording import Recording, stem
@@ -172,6 +172,11 @@ class Stream:
             self._events.append(event)
         else:
             self._refused_events += 1
+
+    def end(self, frame: StepFrame) -> None:
+        """Hand over how the run ended, to be sent behind its frames. Never raises."""
+        if self._on and self._lane is not None:
+            self._lane.ends.append(frame)
 
     def snapshot(self) -> StreamReport:
         """What became of everything handed over so far."""

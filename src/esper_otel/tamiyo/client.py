@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter_ns, time_ns
 
@@ -15,6 +16,7 @@ import msgspec
 
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import BREAKER_OPEN, Decision, Proposal, unanswered
+from esper_otel.leyline.endings import RunEnd
 from esper_otel.leyline.guards import Guards
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo.breaker import Breaker, State
@@ -180,6 +182,17 @@ class TamiyoClient:
             self._reported_down = False
             log.info("esper-otel: Tamiyo answers again at %s", self.path)
         return answer.decision
+
+    def say_goodbye(self, step: int, time_unix_nano: int, end: RunEnd) -> None:
+        """The run has ended behind ``step``; does not wait, and nobody answers.
+
+        Nothing is sent to a sidecar that is away, or too old to know what that is.
+        """
+        if self.breaker.state is State.CLOSED and self._connection.takes_goodbyes:
+            with suppress(RequestFailure):
+                self._connection.send(
+                    wire.Goodbye(step, time_unix_nano, end.how.value, end.exception)
+                )
 
     def close(self) -> None:
         """End the connection, and the thread if there is one; does not wait for it."""

@@ -36,6 +36,8 @@ class Connection:
         """Table the sidecar decides by, once it has said so."""
         self.guards: Guards | None = None
         """Bounds that no update may cross unjudged; None before the sidecar has sent any."""
+        self.takes_goodbyes = False
+        """Whether who is connected knows what a Goodbye is."""
         self._hello = wire.encode(hello)
         self._socket: socket.socket | None = None
         self._poll = select.poll()
@@ -44,7 +46,7 @@ class Connection:
         self._view = memoryview(self._incoming)
         self._buffer = wire.MessageBuffer()
 
-    def send(self, message: wire.Ask | wire.Check) -> None:
+    def send(self, message: wire.Ask | wire.Check | wire.Goodbye) -> None:
         """Send ``message`` without waiting for anything.
 
         Raises :class:`RequestFailure` and nothing else. Anything but a sidecar that does not
@@ -68,6 +70,7 @@ class Connection:
 
     def close(self) -> None:
         """End it."""
+        self.takes_goodbyes = False
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -104,7 +107,7 @@ class Connection:
             self.close()
         return error
 
-    def _send(self, message: wire.Ask | wire.Check) -> None:
+    def _send(self, message: wire.Ask | wire.Check | wire.Goodbye) -> None:
         connection = self._socket or self._connect()
         data = self._unsent + wire.encode(message)
         try:
@@ -166,6 +169,7 @@ class Connection:
                         found = message
                 elif isinstance(message, wire.Welcome):
                     self.table_version = message.table_version
+                    self.takes_goodbyes = message.takes_goodbyes
                 elif isinstance(message, wire.Refusal):
                     raise RequestFailure(
                         PROTOCOL_ERROR, f"the sidecar refused: {message.message}"

@@ -40,11 +40,12 @@ class Clock:
     its Unix time.
     """
 
-    __slots__ = ("_last_end", "offset")
+    __slots__ = ("last_end", "offset")
 
     def __init__(self) -> None:
         self.offset = time_ns() - perf_counter_ns()
-        self._last_end = 0
+        self.last_end = 0
+        """Unix time of the newest step's end; 0 before the first."""
 
     def step_end(self, mark: int) -> int:
         """Unix time of a step's end: later than every one before it.
@@ -52,9 +53,9 @@ class Clock:
         Two steps with one time would be one point to a backend.
         """
         end = mark + self.offset
-        if end <= self._last_end:
-            end = self._last_end + 1
-        self._last_end = end
+        if end <= self.last_end:
+            end = self.last_end + 1
+        self.last_end = end
         return end
 
 

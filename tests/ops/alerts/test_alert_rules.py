@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from esper_otel.leyline.metrics import BY_KEY
+from esper_otel.leyline.metrics import BY_KEY, RUN_ENDED
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from ops.generate.alerts import health
 from ops.generate.alerts.alert import RUNBOOK
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 DEFAULT = load("default")
 MADE = translated(DEFAULT)
-HEALTH = [*health.tamiyo(), *health.collector()]
+HEALTH = [*health.runs(), *health.tamiyo(), *health.collector()]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_what_promql_cannot_say_has_a_reason(row, reason):
 
 def test_only_series_that_somebody_makes_are_asked_for():
     records = {one.record for one in MADE.recordings}
-    known = records | {prometheus_name(metric) for metric in BY_KEY.values()}
+    known = records | {prometheus_name(metric) for metric in (*BY_KEY.values(), RUN_ENDED)}
     for expr in [*(a.expr for a in MADE.alerts), *(one.expr for one in MADE.recordings)]:
         used = set(re.findall(r"\b(?:tolaria|kasmina|esper:)[\w:]+", expr))
         assert used

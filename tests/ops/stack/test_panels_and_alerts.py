@@ -41,7 +41,10 @@ assert report.traces.delivered == report.traces.produced > 0, report
 MADE = translated(load("default"))
 EXPRESSIONS = {
     **{alert.name: alert.expr for alert in MADE.alerts},
-    **{alert.name: alert.expr for alert in (*health.tamiyo(), *health.collector())},
+    **{
+        alert.name: alert.expr
+        for alert in (*health.runs(), *health.tamiyo(), *health.collector())
+    },
     **{one.record: one.expr for one in MADE.recordings},
 }
 

@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import STAGE_CHANGED, Event
-from esper_otel.leyline.metrics import SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.metrics import RUN_ENDED, SEED_METRICS, STEP_METRICS
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
 from esper_tamiyo.serving.asking import reply_to
@@ -262,3 +262,42 @@ def test_sampled_spans_are_counted_by_name_in_prometheus(stack, wait_until, trac
     wait_until(
         lambda: stack.prometheus.value(f'{count}{{job="loop", span_name="train.step"}}') == 20
     )
+
+
+FAILING = """
+import esper_otel
+run = esper_otel.start(mode="off")
+for step in range(5):
+    run.report(loss=1.0)
+    run.step()
+raise ValueError
+"""
+
+
+def test_how_a_run_ended_comes_to_prometheus_and_tamiyo_by_the_stream_alone(
+    stack, wait_until, tmp_path
+):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": stack.url, "ESPER_RUN_ID": "failing"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=clean_environment(environment),
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    selector = f'{prometheus_name(RUN_ENDED)}{{esper_run_id="failing"}}'
+    (series,) = wait_until(lambda: stack.prometheus.series(selector))
+    assert series.labels.items() >= {
+        ("esper_run_ended", "exception"),
+        ("exception_type", "ValueError"),
+    }
+    assert [value for _, value in series.samples] == [5.0]
+
+    def told():
+        runs = status(stack)["engine"]["runs"]
+        return [run for run in runs if run["run"] == "failing"]
+
+    (run,) = wait_until(lambda: [one for one in told() if one["state"] == "failed"])
+    assert (run["ended"], run["newest_step"]) == ("exception ValueError", 5)

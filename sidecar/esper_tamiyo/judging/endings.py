@@ -1,0 +1,67 @@
+"""Endings: which ranks have said that their run is over, and what that changes.
+
+A rank that has ended is not missed, its rules and its conservative mode count no more, and it
+is the first to be forgotten. Its past stays as it is: a step behind the one that it called its
+last takes the end back, and it goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from esper_otel.leyline.endings import HowEnded
+from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.liveness import Key
+
+if TYPE_CHECKING:
+    from esper_tamiyo.judging.run_state import RunState
+    from esper_tamiyo.judging.silences import Silences
+
+
+class Endings:
+    """The ranks that have ended, in the order of their ends."""
+
+    def __init__(self) -> None:
+        self._ended: OrderedDict[Key, None] = OrderedDict()
+
+    def add_end(self, state: RunState | None, frame: StepFrame) -> bool:
+        """``frame`` says that the rank of ``state`` has ended; returns whether that is news.
+
+        It is none of a rank or process that is not known, of one that has gone on since, and
+        when it comes again: by the socket and in the stream.
+        """
+        if state is None or state.instance != frame.instance or frame.step < state.newest:
+            return False
+        before = state.pace.ending
+        if before is not None and before.step == frame.step:
+            return False
+        state.pace.end(frame, state.newest)
+        key = frame.run, frame.rank
+        self._ended[key] = None
+        self._ended.move_to_end(key)
+        return True
+
+    def take_oldest(self, ranks: Mapping[Key, RunState]) -> Key | None:
+        """The one of ``ranks`` whose end is longest ago, from here on no more among them; None
+        where none has ended."""
+        while self._ended:
+            key, _ = self._ended.popitem(last=False)
+            state = ranks.get(key)
+            if state is not None and state.pace.ending is not None:  # it may have gone on
+                return key
+        return None
+
+
+def end_silences(run: str, ranks: Mapping[Key, RunState], silences: Silences) -> None:
+    """The silences of ``run`` end, if all its ranks have ended and none of them failed.
+
+    The next attempt at a run that failed is the same run.
+    """
+    if not silences.used:
+        return
+    ends = [state.pace.ending for (name, _), state in ranks.items() if name == run]
+    hows = [None if end is None or end.ended is None else end.ended.how for end in ends]
+    if None not in hows and HowEnded.EXCEPTION not in hows:
+        silences.end_run(run)
