@@ -30,6 +30,7 @@ from esper_tamiyo.journaling.entries import (
     RuleSilence,
     RuleText,
     Silenced,
+    StateRestored,
     TableInUse,
 )
 from esper_tamiyo.journaling.field_reports import DueReport, FieldReports
@@ -66,7 +67,7 @@ class _DecisionMade(NamedTuple):
     update: bool = False
 
 
-_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence
+_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence | StateRestored
 
 
 class _Rank:
@@ -168,6 +169,10 @@ class DecisionLog:
         entry = RuleSilence(time_unix_nano=time.time_ns(), uid=uid, **order._asdict())
         self._enqueue(entry)
 
+    def on_restored(self, restored: StateRestored) -> None:
+        """This sidecar began with what the one before it knew."""
+        self._enqueue(restored)
+
     # Afterwards, when there is time.
 
     @property
@@ -191,7 +196,7 @@ class DecisionLog:
                 entries += self._reports.add_frame(thing, now_s)
             elif isinstance(thing, RuleChange):
                 entries.append(self._change(thing))
-            elif isinstance(thing, RuleSilence):
+            elif isinstance(thing, RuleSilence | StateRestored):
                 entries.append(thing)
             elif not self._goes_on(thing):
                 entries.append(self._decision(thing))
