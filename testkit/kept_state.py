@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 from esper_otel.leyline.decisions import Decision, Proposal
 from esper_otel.leyline.frames import StepFrame
@@ -49,6 +50,11 @@ class _KeeperHere(StateKeeper):
     def start_here(self) -> None:
         """Keep state from now on."""
         self._start()
+
+    def turn(self) -> None:
+        """The end of a turn, at which nothing waits for more."""
+        self._write_at = self._retry_at = 0.0
+        self.keep()
 
     def write_out(self) -> None:
         """Have in files all that was kept."""
@@ -106,10 +112,15 @@ class KeptEngine:
         self.turn()
         return decision
 
-    def turn(self) -> None:
-        """What a server does at the end of a turn."""
-        self._keeper.keep()
-        self._keeper.write_out()
+    def turn(self, *, write_out: bool = True) -> None:
+        """What a server does at the end of a turn; and what the writer does then."""
+        self._keeper.turn()
+        if write_out:
+            self._keeper.write_out()
+
+    def status(self) -> dict[str, Any]:
+        """How state is kept."""
+        return self._keeper.status()
 
     def kill(self) -> None:
         """End as by SIGKILL."""

@@ -1,7 +1,8 @@
 """Saved state: what the engine knows as plain data, and back into an engine.
 
 Of each stateful class a struct of :mod:`~esper_tamiyo.judging.saved_structs` has the fields;
-what is worked out of them, or of the table, is in :data:`DERIVED`. A field that is in neither
+what is worked out of them, or of the table, is in
+:data:`~esper_tamiyo.judging.saved_structs.DERIVED`. A field that is in neither
 is forgotten by a restart, and a test looks for it. What is put back goes into objects that
 were made by the rank's table, in place, because guards and rules hold on to them.
 """
@@ -12,105 +13,26 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-import msgspec
-
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.excursions import Excursions, Record
-from esper_tamiyo.judging.history import (
-    Extreme,
-    FrozenMedian,
-    History,
-    Last,
-    RollingMedian,
-    Slope,
-)
-from esper_tamiyo.judging.liveness import Key, StepPace
-from esper_tamiyo.judging.peers import (
-    ARRIVAL_NS,
-    HINDSIGHT_NS,
-    KEPT_STEPS,
-    PeerBoard,
-    PeerComparison,
-)
+from esper_tamiyo.judging.excursions import Excursions
+from esper_tamiyo.judging.history import Extreme, FrozenMedian, History, RollingMedian
+from esper_tamiyo.judging.liveness import Key
+from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS, KEPT_STEPS, PeerBoard
 from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.saved_structs import (
-    SavedComparison,
+    SAVED,
     SavedEngine,
-    SavedExcursions,
-    SavedExtreme,
-    SavedFrozenMedian,
     SavedHistory,
-    SavedLast,
-    SavedMedian,
-    SavedPace,
     SavedRank,
-    SavedRecord,
-    SavedSlope,
     SavedStatus,
-    SavedTarget,
 )
 from esper_tamiyo.judging.silences import SilencedRules, Silences
 
 LOOKED_BACK_NS = ARRIVAL_NS + HINDSIGHT_NS
 """How far before its newest step another rank may still want to look at a rank's steps."""
-
-
-SAVED: dict[type, type[msgspec.Struct]] = {
-    RollingMedian: SavedMedian,
-    FrozenMedian: SavedFrozenMedian,
-    Extreme: SavedExtreme,
-    Last: SavedLast,
-    Slope: SavedSlope,
-    Record: SavedRecord,
-    Excursions: SavedExcursions,
-    History: SavedHistory,
-    RuleStatus: SavedStatus,
-    RuleTarget: SavedTarget,
-    PeerComparison: SavedComparison,
-    StepPace: SavedPace,
-    RunState: SavedRank,
-    Engine: SavedEngine,
-}
-"""What each class is saved as."""
-
-DERIVED: dict[type, frozenset[str]] = {
-    RollingMedian: frozenset({"_ordered", "_warmup", "_window"}),
-    FrozenMedian: frozenset({"_spans"}),
-    Extreme: frozenset({"_better", "_rolling"}),
-    Slope: frozenset({"_window"}),
-    Record: frozenset({"_nth", "_size"}),
-    Excursions: frozenset({"_ordered", "_risk", "_sign", "_warmup"}),
-    History: frozenset({"_own", "_own_lasts", "_pushes", "_watched"}),
-    RuleStatus: frozenset({"idle"}),
-    PeerComparison: frozenset({"_board", "_rank", "_watched"}),
-    StepPace: frozenset({"heard_ns"}),
-    RunState: frozenset(
-        {
-            *("_active", "_transitions", "_undecided"),  # of the step that is being judged
-            *("_silenced", "_unrest", "guards", "update_guards"),
-            *("book", "silences"),
-        }
-    ),
-    Engine: frozenset(
-        {
-            *("_book", "_max_runs", "_observer"),  # by whoever makes it
-            *("_runs", "_boards"),  # rank by rank
-            *("_counts", "_observer_failed"),  # of this process
-        }
-    ),
-}
-"""Fields that are not saved, since they follow from the rest, from the table or from who runs
-the engine."""
-
-BY_HAND: dict[type, frozenset[str]] = {
-    PeerBoard: frozenset({"_first_ns", "_steps"}),
-    SilencedRules: frozenset({"_until", "used"}),
-    Silences: frozenset({"_runs", "orders", "used"}),
-}
-"""Classes that several ranks share, and their fields: saved with each rank or the engine."""
 
 
 _NAMES: dict[type, tuple[str, ...]] = {
@@ -209,12 +131,17 @@ def note_company(saved: SavedRank, engine: Engine, key: Key) -> None:
         first_ns[key[1]] = min(saved.first_ns, first_ns.get(key[1], saved.first_ns))
 
 
-def post_again(engine: Engine, frame: StepFrame) -> None:
-    """Show the other ranks a step of one that will be put back as it was after it."""
+def post_again(engine: Engine, frame: StepFrame, *, began_anew: bool) -> None:
+    """Show the other ranks a step of one that will be put back as it was after it.
+
+    ``began_anew``: it is the first of another process.
+    """
     if engine._book.ranks:
         values = frame.values
         picked = {key: values[key] for key in engine._book.rank_keys if key in values}
         board = engine._boards.setdefault(frame.run, PeerBoard())
+        if began_anew:
+            board.remove_rank(frame.rank)
         board.post(frame.rank, frame.step, frame.time_unix_nano, picked)
 
 

@@ -9,8 +9,22 @@ from __future__ import annotations
 import msgspec
 
 from esper_otel.leyline.decisions import Decision, Finding
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.excursions import Excursions, Record
+from esper_tamiyo.judging.history import (
+    Extreme,
+    FrozenMedian,
+    History,
+    Last,
+    RollingMedian,
+    Slope,
+)
+from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observer import RuleState
-from esper_tamiyo.judging.peers import Waiting
+from esper_tamiyo.judging.peers import PeerBoard, PeerComparison, Waiting
+from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
+from esper_tamiyo.judging.run_state import RunState
+from esper_tamiyo.judging.silences import SilencedRules, Silences
 from esper_tamiyo.language.table import Rule
 
 
@@ -163,3 +177,58 @@ class SavedEngine(msgspec.Struct, frozen=True, array_like=True):
 
     retired: list[tuple[str, int, str]]
     silences: dict[str, dict[str, int | None]]
+
+
+SAVED: dict[type, type[msgspec.Struct]] = {
+    RollingMedian: SavedMedian,
+    FrozenMedian: SavedFrozenMedian,
+    Extreme: SavedExtreme,
+    Last: SavedLast,
+    Slope: SavedSlope,
+    Record: SavedRecord,
+    Excursions: SavedExcursions,
+    History: SavedHistory,
+    RuleStatus: SavedStatus,
+    RuleTarget: SavedTarget,
+    PeerComparison: SavedComparison,
+    StepPace: SavedPace,
+    RunState: SavedRank,
+    Engine: SavedEngine,
+}
+"""What each class is saved as."""
+
+DERIVED: dict[type, frozenset[str]] = {
+    RollingMedian: frozenset({"_ordered", "_warmup", "_window"}),
+    FrozenMedian: frozenset({"_spans"}),
+    Extreme: frozenset({"_better", "_rolling"}),
+    Slope: frozenset({"_window"}),
+    Record: frozenset({"_nth", "_size"}),
+    Excursions: frozenset({"_ordered", "_risk", "_sign", "_warmup"}),
+    History: frozenset({"_own", "_own_lasts", "_pushes", "_watched"}),
+    RuleStatus: frozenset({"idle"}),
+    PeerComparison: frozenset({"_board", "_rank", "_watched"}),
+    StepPace: frozenset({"heard_ns"}),
+    RunState: frozenset(
+        {
+            *("_active", "_transitions", "_undecided"),  # of the step that is being judged
+            *("_silenced", "_unrest", "guards", "update_guards"),
+            *("book", "silences"),
+        }
+    ),
+    Engine: frozenset(
+        {
+            *("_book", "_max_runs", "_observer"),  # by whoever makes it
+            *("_runs", "_boards"),  # rank by rank
+            *("_counts", "_observer_failed"),  # of this process
+        }
+    ),
+}
+"""Fields that are not saved, since they follow from the rest, from the table or from who runs
+the engine."""
+
+BY_HAND: dict[type, frozenset[str]] = {
+    PeerBoard: frozenset({"_first_ns", "_steps"}),
+    SilencedRules: frozenset({"_until", "used"}),
+    Silences: frozenset({"_runs", "orders", "used"}),
+}
+"""Classes that several ranks share, and their fields: saved with each rank or the engine."""

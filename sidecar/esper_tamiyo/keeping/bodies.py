@@ -38,7 +38,6 @@ class RankBody(msgspec.Struct, frozen=True, array_like=True):
 
     run: str
     rank: int
-    instance: str
     heard_unix_nano: int
     saved: msgspec.Raw
 
@@ -55,6 +54,14 @@ class StepsBody(msgspec.Struct, frozen=True, array_like=True):
     frames: list[StepFrame]
 
 
+class WriterStatus(msgspec.Struct, frozen=True):
+    """How the process that writes stands, as it says: what it cannot write, bytes, when."""
+
+    error: str = ""
+    written: int = 0
+    at: int = 0
+
+
 _encoder = msgspec.msgpack.Encoder()
 _headers = msgspec.msgpack.Decoder(Header)
 _starts = msgspec.msgpack.Decoder(HeaderStart)
@@ -63,6 +70,7 @@ _engines = msgspec.msgpack.Decoder(SavedEngine)
 _rank_bodies = msgspec.msgpack.Decoder(RankBody)
 _ranks = msgspec.msgpack.Decoder(SavedRank)
 _steps = msgspec.msgpack.Decoder(StepsBody)
+_writer_status = msgspec.json.Decoder(WriterStatus)
 
 
 class ForeignStateError(ValueError):
@@ -77,7 +85,7 @@ def encode_body(body: Header | Table | SavedEngine | StepsBody) -> bytes:
 def encode_rank(key: Key, saved: SavedRank, heard_unix_nano: int) -> bytes:
     """The bytes of a :class:`RankBody`."""
     raw = msgspec.Raw(_encoder.encode(saved))
-    return _encoder.encode(RankBody(*key, saved.instance, heard_unix_nano, raw))
+    return _encoder.encode(RankBody(*key, heard_unix_nano, raw))
 
 
 def header(body: bytes | memoryview) -> Header:
@@ -116,3 +124,8 @@ def rank(saved: bytes | msgspec.Raw) -> SavedRank:
 def steps(body: bytes | memoryview) -> StepsBody:
     """The steps in a body."""
     return _steps.decode(body)
+
+
+def writer_status(line: bytes) -> WriterStatus:
+    """What the process that writes has said."""
+    return _writer_status.decode(line)

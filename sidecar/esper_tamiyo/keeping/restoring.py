@@ -85,11 +85,10 @@ class Restored(msgspec.Struct, kw_only=True):
 
 
 class _Place(NamedTuple):
-    """Where a rank was saved last: number of the segment and of the entry in it."""
+    """Where an entry is: number of the segment, and its own in it."""
 
     segment: int
     entry: int
-    instance: str
 
 
 class _Survey:
@@ -104,19 +103,18 @@ class _Survey:
             for number, kind, body in _entries(path):
                 if kind == EntryKind.RANK:
                     found = bodies.rank_body(body)
-                    place = _Place(segment, number, found.instance)
-                    self.saved_at[found.key] = place
+                    self.saved_at[found.key] = _Place(segment, number)
                     self.heard[found.key] = found.heard_unix_nano
                 elif kind == EntryKind.STEPS:
                     turn = bodies.steps(body)
                     for frame in turn.frames:
                         self.heard[frame.run, frame.rank] = turn.at_unix_nano
 
-    def walk(self) -> Iterator[tuple[tuple[int, int], int, memoryview]]:
+    def walk(self) -> Iterator[tuple[_Place, int, memoryview]]:
         """Place, kind and body of every entry."""
         for segment, path in enumerate(self.paths):
             for number, kind, body in _entries(path):
-                yield (segment, number), kind, body
+                yield _Place(segment, number), kind, body
 
 
 def restore(
@@ -166,7 +164,7 @@ def _restored(
     survey = _Survey(folder)
     restoring = _Restoring(survey, Engine(table, observer=observer))
     if survey.heard:
-        restoring.run(table)
+        restoring.walk_to_end(table)
     return restoring.engine, restoring.report
 
 
@@ -179,9 +177,11 @@ class _Restoring:
         self._survey = survey
         self._now_unix_ns, self._now_ns = time.time_ns(), time.perf_counter_ns()
         oldest = self._now_unix_ns - MAX_AGE_S * 1e9
+        self._shown: dict[Key, str] = {}
+        """The processes whose steps the other ranks were shown."""
         self._old = {key for key, at in survey.heard.items() if at < oldest}
 
-    def run(self, table: Table) -> None:
+    def walk_to_end(self, table: Table) -> None:
         """Go through all entries, and over to ``table`` at the end."""
         survey, engine, report = self._survey, self.engine, self.report
         self._introduce()
@@ -216,15 +216,15 @@ class _Restoring:
                 with suppress(msgspec.MsgspecError):
                     note_company(bodies.rank(found.saved), self.engine, found.key)
 
-    def _is_last(self, place: tuple[int, int], key: Key) -> bool:
+    def _is_last(self, place: _Place, key: Key) -> bool:
         """Whether a rank that is not too old was saved at ``place`` last."""
-        return key not in self._old and place == self._survey.saved_at[key][:2]
+        return key not in self._old and place == self._survey.saved_at[key]
 
     def _reload(self, table: Table) -> None:
         if table != self.engine.table:
             self.engine.reload(table)
 
-    def _put_back(self, place: tuple[int, int], found: bodies.RankBody) -> None:
+    def _put_back(self, place: _Place, found: bodies.RankBody) -> None:
         if not self._is_last(place, found.key):
             return
         try:
@@ -233,17 +233,19 @@ class _Restoring:
             self.report.unfit += 1
             log.warning("the state of a rank does not fit and is left out: %.200s", error)
 
-    def _judge(self, place: tuple[int, int], turn: bodies.StepsBody) -> None:
+    def _judge(self, place: _Place, turn: bodies.StepsBody) -> None:
         for frame in turn.frames:
             key = (frame.run, frame.rank)
             saved_at = self._survey.saved_at.get(key)
             if key in self._old:
                 continue
-            if saved_at is None or place > saved_at[:2]:
+            if saved_at is None or place > saved_at:
                 self.engine.observe(frame, at_ns=self._now_ns)
                 self.report.steps += 1
-            elif frame.instance == saved_at.instance:
-                post_again(self.engine, frame)
+            else:
+                began_anew = self._shown.get(key, frame.instance) != frame.instance
+                self._shown[key] = frame.instance
+                post_again(self.engine, frame, began_anew=began_anew)
 
 
 def _entries(path: Path) -> Iterator[tuple[int, int, memoryview]]:
