@@ -1,6 +1,7 @@
 """Keeping state: files that are cut, damaged, foreign, old or in the way, and what is told."""
 
 import os
+import random
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -143,6 +144,24 @@ def test_a_body_that_is_not_what_it_should_be_is_set_aside(tmp_path):
     with segments_of(tmp_path)[-1].open("ab") as file:
         file.write(framed(EntryKind.STEPS, b"\xc1"))
     assert "set aside as" in restore(tmp_path, table())[1].problem
+
+
+def test_whatever_a_body_says_a_start_goes_on(tmp_path):
+    judge(tmp_path, range(4))
+    segment = segments_of(tmp_path)[-1]
+    found = [(kind, bytes(body)) for kind, body in entries(segment.read_bytes(), "s")]
+    chance = random.Random(3)
+    for _ in range(300):
+        kind, body = found[place := chance.randrange(len(found))]
+        changed = bytearray(body)
+        for _ in range(chance.choice([1, 1, 3, 30])):
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        lying = [*found[:place], (kind, bytes(changed)), *found[place + 1 :]]
+        segment.write_bytes(b"".join(framed(EntryKind(kind), body) for kind, body in lying))
+        engine, restored = restore(tmp_path, table())
+        assert engine.observe(frame(9, run="another")).reason == "nominal"
+        if restored.problem:
+            segment.with_name(segment.name + ".unusable").rename(segment)
 
 
 def test_a_rank_that_does_not_fit_begins_anew_alone(tmp_path):

@@ -219,9 +219,14 @@ def _state_folder(options: argparse.Namespace) -> Path | None:
 
     if options.no_state:
         return None
-    journal: Path = options.journal or default_folder(options.socket)
-    folder: Path = options.state or journal.with_suffix(".state")
-    return folder.absolute()
+    if options.state is not None:
+        folder: Path = options.state.absolute()
+        return folder
+    try:
+        journal: Path = options.journal or default_folder(options.socket)
+    except RuntimeError:  # of a user without a home, who may well do without a journal
+        return None
+    return journal.with_suffix(".state").absolute()
 
 
 def _ready_line(path: Path, ingest: Any, version: str, health: socket.socket | None) -> str:
