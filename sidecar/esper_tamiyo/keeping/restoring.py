@@ -125,7 +125,7 @@ def restore(
     What cannot be used is set aside, and the engine begins anew; the reason is in the report.
     """
     try:
-        return _restored(folder, table, observer)
+        engine, report = _restored(folder, table, observer)
     except FileNotFoundError:
         return Engine(table, observer=observer), Restored()
     except OSError as error:
@@ -135,6 +135,11 @@ def restore(
     except Exception as error:  # whatever it is, a sidecar that begins anew is better than none
         log.exception("the state in %s could not be put back", folder)
         problem = f"{error!r}; {_aside(folder)}"
+    else:
+        if report.found:
+            log.info("%s, from %s", report, folder)
+        return engine, report
+    log.warning("state is not restored, all ranks begin anew: %s", problem)
     return Engine(table, observer=observer), Restored(problem=problem)
 
 

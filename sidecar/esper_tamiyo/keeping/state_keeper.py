@@ -155,7 +155,6 @@ class StateKeeper(ChildProcess):
             self._take_lock(self._folder)
             if self._lock is not None:
                 engine, self.restored = restore(self._folder, table, self)
-                self._report(self._folder)
         self._engine = engine or Engine(table, observer=self)
         self._hears = True
         return self._engine
@@ -219,14 +218,17 @@ class StateKeeper(ChildProcess):
         except OSError:
             data = b""
         if not data:
-            wait_s = self._reap()
-            log.warning("state is not kept: its writer ended; again in %g s", wait_s)
+            self.reap()
             return
         *lines, self._incoming = (self._incoming + data).split(b"\n")
         for line in lines:
             with suppress(msgspec.MsgspecError):
                 self._told = writer_status(line)
                 self._take_in(self._told.error)
+
+    def reap(self) -> None:
+        """The writer is gone, or given up: plan the next one."""
+        log.warning("state is not kept: its writer ended; again in %g s", self._reap())
 
     def close(self) -> None:
         """Save the ranks that have gone on, and let the writer end."""
@@ -275,14 +277,6 @@ class StateKeeper(ChildProcess):
         except OSError as error:
             self._error = f"{folder}: {(error.strerror or str(error)).lower()}"
             log.warning("state is not kept: %s; a restart forgets it", self._error)
-
-    def _report(self, folder: Path) -> None:
-        """Say what became of the state that was found."""
-        restored = self.restored
-        if restored.problem:
-            log.warning("state is not restored, all ranks begin anew: %s", restored.problem)
-        elif restored.age_s is not None:
-            log.info("%s, from %s", restored, folder)
 
     def _start(self) -> None:
         assert self._folder is not None

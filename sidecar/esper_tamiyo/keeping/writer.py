@@ -7,8 +7,8 @@ ever it did, the rest is written first.
 
 Run as ``python -m esper_tamiyo.keeping.writer FD FOLDER LOCK``, the lock being an open
 descriptor of the folder that only needs to stay open. Each header that comes begins another
-segment. It says how it stands about once a second, as a line of JSON, and what cannot be
-written at once; nothing is written then before the next header.
+segment. It says how it stands once a second, as a line of JSON, and at once what cannot be
+written; nothing is written then before the next header.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class SegmentWriter:
     def __init__(self, folder: Path) -> None:
         self.error = ""
         self.written = 0
+        self.written_at = 0
+        """Unix time of that, in nanoseconds; 0 before the first."""
         self._folder = folder
         self._file: int | None = None
         self._rest = bytearray()
@@ -107,6 +109,7 @@ class SegmentWriter:
                 rest = rest[count:]
                 self.written += count
                 self._dirty = True
+            self.written_at = time.time_ns()
         except OSError as error:
             self._give_up(error)
 
@@ -133,7 +136,7 @@ def serve(pipe: socket.socket, writer: SegmentWriter) -> None:
     poll.register(pipe, select.POLLIN)
     status_at = 0.0
     sync_at = time.monotonic() + SYNC_S
-    said: tuple[str, int] | None = None
+    said = ""
     while True:
         poll.poll(STATUS_S * 1e3)
         ended = _drain(pipe, writer)
@@ -143,10 +146,10 @@ def serve(pipe: socket.socket, writer: SegmentWriter) -> None:
             writer.sync()
         if ended:
             return
-        how = (writer.error, writer.written)
-        if how != said and (now >= status_at or said is None or said[0] != how[0]):
-            said, status_at = how, now + STATUS_S
-            line = json.dumps({"error": how[0], "written": how[1], "at": time.time_ns()})
+        if now >= status_at or writer.error != said:
+            said, status_at = writer.error, now + STATUS_S
+            how = {"error": said, "written": writer.written, "at": writer.written_at}
+            line = json.dumps(how)
             with suppress(OSError):  # nobody reads: it is not for us to wait
                 pipe.send(line.encode() + b"\n", socket.MSG_DONTWAIT)
         time.sleep(GATHER_S)
