@@ -5,12 +5,10 @@ import pytest
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.wire import PROTOCOL, Hello
 from esper_tamiyo.journaling.decision_log import (
-    MAX_CONDITIONS,
     MAX_QUEUED,
     DecisionLog,
-    table_entry,
 )
-from esper_tamiyo.journaling.entries import Changed, Decided
+from esper_tamiyo.journaling.entries import MAX_CONDITIONS, Changed, Decided, table_entry
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.messages import pack
 from esper_tamiyo.journaling.outcomes import OutcomeReports

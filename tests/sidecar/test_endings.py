@@ -225,7 +225,8 @@ def test_another_process_is_another_attempt():
 
 
 def test_those_that_ended_are_forgotten_first_in_the_order_of_their_ends():
-    engine = Engine(TABLE, max_runs=4)
+    engine = Engine(TABLE)
+    engine.roster.capacity = engine.roster.capacity._replace(ranks=4)
     for run in "abcd":
         engine.observe(frame(1, run=run))
     for run in "cba":

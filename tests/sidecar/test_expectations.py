@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from esper_otel.leyline.decisions import Action
-from esper_tamiyo.journaling.decision_log import table_entry
-from esper_tamiyo.journaling.entries import Found
+from esper_tamiyo.journaling.entries import Found, table_entry
 from esper_tamiyo.journaling.expectations import (
     as_yaml,
     expected,

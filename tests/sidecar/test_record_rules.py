@@ -3,7 +3,7 @@
 import pytest
 
 from esper_otel.leyline.decisions import NOMINAL, WARMING_UP
-from esper_tamiyo.journaling.decision_log import table_entry
+from esper_tamiyo.journaling.entries import table_entry
 from esper_tamiyo.journaling.expectations import as_yaml, expected, passing
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.lint import doubts

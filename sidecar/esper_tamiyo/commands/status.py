@@ -59,10 +59,29 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
         troubles.append(f"the journal cannot be written: {printable(scribe['error'])}")
     if report["table"].get("watch") in ("down", "silent"):
         troubles.append(f"the table is not watched: that process is {report['table']['watch']}")
+    state = report.get("state")
+    if state and state["error"]:
+        troubles.append(f"a restart forgets all ranks, state is not kept: {state['error']}")
     error = report["table"].get("last_error")
     if error:
         troubles.append(f"the table was not reloaded: {error}")
     return troubles
+
+
+def _state(state: dict[str, Any]) -> str:
+    """How state is kept for a restart, on one line."""
+    if not state:
+        return "off"
+    restored = state["restored"]
+    said = [f"{state['bytes']} bytes written to {state['folder']}"]
+    if restored["problem"]:
+        said.append(f"nothing restored: {restored['problem']}")
+    elif restored["age_s"] is not None:
+        said.append(
+            f"restored {restored['ranks']} ranks, {restored['age_s']:.1f} s after their newest "
+            f"step; {restored['too_old'] + restored['unfit']} left out"
+        )
+    return "; ".join(said)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -72,6 +91,8 @@ def _show(report: dict[str, Any]) -> None:
     for name in ("table", "connections", "answers", "checks", "answer_ms"):
         if name in report:  # a sidecar of before there were checks has none to tell
             say(f"{name}: {pairs(report[name])}")
+    if "state" in report:
+        say(f"state: {_state(report['state'])}")
     engine = report["engine"]
     say(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
     if refused := {why: count for why, count in engine.get("refused", {}).items() if count}:

@@ -31,14 +31,12 @@ from esper_tamiyo.journaling.entries import (
     Found,
     Proposed,
     RuleSilence,
-    RuleText,
     Silenced,
-    TableInUse,
+    StateRestored,
 )
 from esper_tamiyo.journaling.field_reports import DueReport, FieldReports
 from esper_tamiyo.judging.observer import RuleChange, RuleState
 from esper_tamiyo.judging.silences import SilenceOrder
-from esper_tamiyo.language.table import Table, conditions
 
 log = logging.getLogger("tamiyo")
 
@@ -51,9 +49,6 @@ MAX_QUEUED = 16_384
 MAX_RANKS = 4096
 MAX_RULES = 256
 """Rules, of a rank and of each of its seeds, whose beginning is remembered."""
-
-MAX_CONDITIONS = 400
-"""Conditions of a table, about 140 bytes each, that its entry can have."""
 
 RuleOf = tuple[str, str | None]
 """A rule, and the seed it is about."""
@@ -74,7 +69,7 @@ class _DecisionMade(NamedTuple):
     update: bool = False
 
 
-_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence
+_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence | StateRestored
 
 
 class _Rank:
@@ -191,6 +186,10 @@ class DecisionLog:
         entry = RuleSilence(time_unix_nano=time.time_ns(), uid=uid, **order._asdict())
         self._enqueue(entry)
 
+    def on_restored(self, restored: StateRestored) -> None:
+        """This sidecar began with what the one before it knew."""
+        self._enqueue(restored)
+
     # Afterwards, when there is time.
 
     @property
@@ -226,7 +225,7 @@ class DecisionLog:
             return [*self._reports.add_frame(thing, now_s)]
         if isinstance(thing, RuleChange):
             return [self._change(thing)]
-        if isinstance(thing, RuleSilence):
+        if isinstance(thing, RuleSilence | StateRestored):
             return [thing]
         return [] if self._goes_on(thing) else [self._decision(thing)]
 
@@ -370,28 +369,6 @@ def _became(decision: Decision) -> str:
     if SKIP_STEP in decision.parameters or RESTORE in decision.parameters:
         return "skipped"
     return "smaller" if decision.parameters else "unchanged"
-
-
-def table_entry(table: Table, source: str) -> TableInUse:
-    """The entry that says which table is decided by, and by which name or file it was got.
-
-    Without the conditions where there are too many for one message to the scribe.
-    """
-    count = sum(1 for rule in table.rules for _ in conditions(rule.when))
-    is_small = count <= MAX_CONDITIONS
-    return TableInUse(
-        time_unix_nano=time.time_ns(),
-        version=table.version,
-        rules=[
-            RuleText(
-                *(rule.id, rule.action, rule.severity, str(rule.when), rule.text),
-                condition=rule.when if is_small else None,
-            )
-            for rule in table.rules
-        ],
-        source=source,
-        window=table.baseline.window,
-    )
 
 
 def _found(finding: Finding, rank: _Rank) -> Found:

@@ -6,13 +6,17 @@ not know, and a field is never given another meaning.
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 
 import msgspec
 
 from esper_otel.leyline.decisions import Action, SeedOperation, Severity
 from esper_tamiyo.judging.observer import RuleState
-from esper_tamiyo.language.table import Condition, Group
+from esper_tamiyo.language.table import Condition, Group, Table, conditions
+
+MAX_CONDITIONS = 400
+"""Conditions of a table, about 140 bytes each, that its entry can have."""
 
 _LAST_SECOND = 253_402_300_799.0
 """The end of the year 9999."""
@@ -237,8 +241,38 @@ class Gap(Entry, frozen=True, kw_only=True, tag="gap"):
     because: str
 
 
+class StateRestored(Entry, frozen=True, kw_only=True, tag="restored"):
+    """A sidecar began with what the one before it knew, kept in ``folder``.
+
+    ``ranks`` were put back, ``steps`` judged again on the way; ``too_old`` ranks and ``unfit``
+    ones, which could not be read, began anew. ``age_s`` is how long before the start a step
+    was judged last, ``table`` the version of the table then. ``problem`` says why nothing was
+    put back, ``table_error`` why the table's file could not be used and the last good one
+    stayed.
+    """
+
+    folder: str
+    ranks: int
+    steps: int
+    too_old: int
+    unfit: int
+    age_s: float | None
+    table: str
+    problem: str
+    table_error: str
+
+
 AnyEntry = (
-    Decided | Changed | Reported | RuleSilence | Ended | TableInUse | Opened | Closed | Gap
+    Decided
+    | Changed
+    | Reported
+    | RuleSilence
+    | Ended
+    | TableInUse
+    | Opened
+    | Closed
+    | Gap
+    | StateRestored
 )
 
 
@@ -247,3 +281,25 @@ def rfc3339(time_unix_nano: int) -> str:
     seconds = min(max(time_unix_nano, 0) / 1e9, _LAST_SECOND)
     at = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
     return at.replace("+00:00", "Z")
+
+
+def table_entry(table: Table, source: str) -> TableInUse:
+    """The entry that says which table is decided by, and by which name or file it was got.
+
+    Without the conditions where there are too many for one message to the scribe.
+    """
+    count = sum(1 for rule in table.rules for _ in conditions(rule.when))
+    is_small = count <= MAX_CONDITIONS
+    return TableInUse(
+        time_unix_nano=time.time_ns(),
+        version=table.version,
+        rules=[
+            RuleText(
+                *(rule.id, rule.action, rule.severity, str(rule.when), rule.text),
+                condition=rule.when if is_small else None,
+            )
+            for rule in table.rules
+        ],
+        source=source,
+        window=table.baseline.window,
+    )

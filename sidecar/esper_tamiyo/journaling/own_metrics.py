@@ -101,6 +101,14 @@ def _rules(report: Report) -> Values:
         yield row["count"], {"rule": row["rule"], "state": row["state"]}
 
 
+PROCESSES = (
+    ("ingest", "ingest"),
+    ("scribe", "scribe"),
+    ("table_watch", "table"),
+    ("state_writer", "state"),
+)
+"""The sidecar's processes beside the one that decides, and their parts of a report."""
+
 OWN_METRICS: tuple[OwnMetric, ...] = (
     OwnMetric(
         "tamiyo.decisions",
@@ -310,11 +318,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         ("process",),
         lambda report: [
             (value, {"process": process})
-            for process, part in (
-                ("ingest", "ingest"),
-                ("scribe", "scribe"),
-                ("table_watch", "table"),
-            )
+            for process, part in PROCESSES
             for value, _ in _one(part, "restarts")(report)
         ],
     ),
@@ -326,11 +330,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         ("process",),
         lambda report: [
             (value, {"process": process})
-            for process, part in (
-                ("ingest", "ingest"),
-                ("scribe", "scribe"),
-                ("table_watch", "table"),
-            )
+            for process, part in PROCESSES
             for value, _ in _one(part, "hung")(report)
         ],
     ),

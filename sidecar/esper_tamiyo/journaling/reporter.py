@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from esper_tamiyo.journaling.decision_log import DecisionLog, table_entry
-from esper_tamiyo.journaling.entries import Gap
+from esper_tamiyo.journaling.decision_log import DecisionLog
+from esper_tamiyo.journaling.entries import Gap, table_entry
 from esper_tamiyo.journaling.messages import (
     ANSWER_MS,
     LAG_MS,

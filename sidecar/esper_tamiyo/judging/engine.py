@@ -33,7 +33,7 @@ from esper_tamiyo.judging.admission import RefusalReason, fault_of
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
 from esper_tamiyo.judging.endings import end_silences
 from esper_tamiyo.judging.liveness import Key, overview
-from esper_tamiyo.judging.observer import EngineObserver
+from esper_tamiyo.judging.observer import EngineObserver, Observed
 from esper_tamiyo.judging.roster import STATE_BYTES, Roster
 from esper_tamiyo.judging.rule_status import RuleTransition
 from esper_tamiyo.judging.rulebook import ReloadReport, Rulebook, difference, earlier_places
@@ -67,12 +67,11 @@ class Engine:
 
         What is known of all ranks takes about ``state_bytes`` at most."""
         self._book = Rulebook(table)
-        self._observer = observer
+        self._observed = Observed(observer)
         self.roster = Roster(self._book, state_bytes)
         """Which ranks there are; a process that asks is introduced to it."""
         self._runs = self.roster.ranks
         self._silences = self.roster.silences
-        self._observer_failed = 0
         self._refused = Counter({reason.value: 0 for reason in RefusalReason})
         self._counts = {
             "judged": 0,
@@ -267,7 +266,7 @@ class Engine:
             "frames": {**self._counts, "runs_forgotten": self.roster.forgotten},
             "refused": dict(self._refused),
             **self.roster.overview(),
-            "witness_failed": self._observer_failed,
+            "witness_failed": self._observed.failed,
             "silences": self._silences.overview(
                 self.roster.newest_steps() if self._silences.used else {}
             ),
@@ -316,8 +315,7 @@ class Engine:
         """The rank of ``state`` says that its run has ended; there is nothing to decide."""
         if self.roster.endings.add_end(state, frame):
             end_silences(frame.run, self._runs, self._silences)
-            if self._observer is not None:
-                self._observer.on_end(frame)
+            self._observed.tell_end(frame)
         return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
     def _catch_up(self, state: RunState, key: Key) -> None:
@@ -340,27 +338,14 @@ class Engine:
         self, state: RunState, frame: StepFrame, decision: Decision, *, is_new: bool
     ) -> None:
         state.decision = decision
-        observer = self._observer
-        if observer is None:
-            return
-        try:
-            if is_new:
-                observer.on_frame(frame, decision)
-            observer.on_decision(decision, frame)
-        except Exception:
-            self._observer_failed += 1
+        self._observed.tell_decision(frame, decision, is_new=is_new)
 
     def _notify(
         self, key: Key, step: int, time_ns: int, transitions: list[RuleTransition]
     ) -> None:
-        observer = self._observer
-        if observer is None:
-            return
-        for transition in transitions:
-            try:
-                observer.on_rule_change(transition.as_change(*key, step, time_ns))
-            except Exception:
-                self._observer_failed += 1
+        self._observed.tell_changes(
+            transition.as_change(*key, step, time_ns) for transition in transitions
+        )
 
     def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> None:
         """Let the rules on silence fire whose patience ended within ``silent_ns``."""

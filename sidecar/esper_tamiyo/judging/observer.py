@@ -5,6 +5,7 @@ An observer is called on the thread that answers: it hands over what it is told 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
 
@@ -65,3 +66,42 @@ class EngineObserver(Protocol):
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank: about a new frame, or about the same
         step once more because a proposal came with it."""
+
+
+class Observed:
+    """Tells an observer, which cannot disturb whoever tells it."""
+
+    def __init__(self, observer: EngineObserver | None) -> None:
+        self._observer = observer
+        self.failed = 0
+        """Times that the observer raised."""
+
+    def tell_decision(self, frame: StepFrame, decision: Decision, *, is_new: bool) -> None:
+        """A decision became the newest of its rank; ``is_new``: about a frame just judged."""
+        if self._observer is None:
+            return
+        try:
+            if is_new:
+                self._observer.on_frame(frame, decision)
+            self._observer.on_decision(decision, frame)
+        except Exception:
+            self.failed += 1
+
+    def tell_changes(self, changes: Iterable[RuleChange]) -> None:
+        """States of rules changed."""
+        if self._observer is None:
+            return
+        for change in changes:
+            try:
+                self._observer.on_rule_change(change)
+            except Exception:
+                self.failed += 1
+
+    def tell_end(self, frame: StepFrame) -> None:
+        """A rank said that its run has ended."""
+        if self._observer is None:
+            return
+        try:
+            self._observer.on_end(frame)
+        except Exception:
+            self.failed += 1

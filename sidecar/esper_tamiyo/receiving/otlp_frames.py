@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
-from typing import NamedTuple
 
 import msgspec
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -20,14 +19,13 @@ from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, ResourceMetrics
 
-from esper_otel.leyline.endings import RunEnd, run_end
+from esper_otel.leyline.endings import run_end
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import (
     MAX_NAME,
     MAX_RANK,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
-    MAX_TIME_UNIX_NANO,
 )
 from esper_otel.leyline.metrics import (
     BY_INSTRUMENT,
@@ -39,6 +37,7 @@ from esper_otel.leyline.metrics import (
     RUN_ID,
     SEED_ID,
 )
+from esper_tamiyo.receiving.moments import Identity, Moment
 from esper_tamiyo.receiving.pieces import PAUSE, PIECE, head_of, metrics_of, resources_of
 
 SERVICE_NAME = "service.name"
@@ -98,67 +97,6 @@ class Harvest(msgspec.Struct):
         """Count points that cannot be used."""
         self.unusable += points
         self.reasons[reason] = self.reasons.get(reason, 0) + points
-
-
-class Identity(NamedTuple):
-    """Whose points a resource holds."""
-
-    run: str
-    rank: int
-    instance: str
-
-
-class Moment:
-    """Points of one trainer that share a timestamp."""
-
-    __slots__ = ("end", "nonfinite", "points", "seeds", "values")
-
-    def __init__(self) -> None:
-        self.end: tuple[int, RunEnd] | None = None
-        """The last step of a run that ended then, and how it ended."""
-        self.values: dict[str, float] = {}
-        self.seeds: dict[str, dict[str, float]] = {}
-        self.points = 0
-        self.nonfinite = 0
-
-    def join(self, other: Moment) -> None:
-        """Take in what came in another request, unless that is a second copy of the step."""
-        if "step" in self.values and "step" in other.values:
-            return
-        self.values.update(other.values)
-        for seed_id, values in other.seeds.items():
-            self.seeds.setdefault(seed_id, {}).update(values)
-        self.end = self.end or other.end
-        self.points += other.points
-        self.nonfinite += other.nonfinite
-
-    def step_frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
-        """The step it was, None when no point says which."""
-        step = self.values.get("step")
-        if step is None or not 0 <= step <= MAX_STEP or step != int(step):
-            return None
-        if time_unix_nano > MAX_TIME_UNIX_NANO:
-            return None
-        if self.nonfinite:
-            self.values["nonfinite"] = self.values.get("nonfinite", 0.0) + self.nonfinite
-            self.nonfinite = 0
-        return StepFrame(
-            whose.run,
-            whose.instance,
-            whose.rank,
-            int(step),
-            time_unix_nano,
-            self.values,
-            self.seeds,
-        )
-
-    def end_frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
-        """The end of a run that it was, None when it was none."""
-        if self.end is None or time_unix_nano > MAX_TIME_UNIX_NANO:
-            return None
-        run, rank, instance = whose
-        step, ended = self.end
-        return StepFrame(run, instance, rank, step, time_unix_nano, {}, ended=ended)
 
 
 def _never(whose: Identity, time_unix_nano: int) -> bool:

@@ -22,14 +22,8 @@ from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.otlp_file import RecordingError
 from esper_otel.leyline.terminal import printable
-from esper_tamiyo.receiving.otlp_frames import (
-    Harvest,
-    Identity,
-    Moment,
-    identity_of,
-    moments_of,
-    text_of,
-)
+from esper_tamiyo.receiving.moments import Identity, Moment
+from esper_tamiyo.receiving.otlp_frames import Harvest, identity_of, moments_of, text_of
 from esper_tamiyo.replaying.decompression import ZstdMissingError
 from esper_tamiyo.replaying.otlp_files import Kind, requests
 
