@@ -64,11 +64,12 @@ class Engine:
     ) -> None:
         """``observer`` is told of every change and decision; it cannot disturb them.
 
-        What is known of all ranks takes about ``state_bytes`` at most."""
+        What is known takes about ``state_bytes`` at most."""
         self._book = Rulebook(table)
         self._observer = observer
-        self.roster = Roster(self._book, state_bytes)
-        """Which ranks there are; a process that asks is introduced to it."""
+        self.roster = Roster(
+            self._book, state_bytes
+        )  # knows who asks, and which ranks there are
         self._runs = self.roster.ranks
         self._silences = self.roster.silences
         self._observer_failed = 0
@@ -283,6 +284,8 @@ class Engine:
             if admitted is None:
                 self._counts["superseded"] += 1
                 return unanswered(frame.run, frame.step, SUPERSEDED)
+            if isinstance(admitted, RefusalReason):
+                return self.refuse(frame.run, frame.step, admitted)
             state = admitted
         is_new = frame.step > state.newest
         if is_new:
