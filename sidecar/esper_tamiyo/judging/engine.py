@@ -53,7 +53,7 @@ class Engine:
     """Judges frames of many runs by one table.
 
     Memory is bounded: so many ranks, seeds and steps as :mod:`~esper_tamiyo.judging.roster`
-    says, each with one window per baseline the table uses.
+    has room for in ``state_bytes``.
     """
 
     def __init__(
@@ -62,14 +62,10 @@ class Engine:
         state_bytes: int = STATE_BYTES,
         observer: EngineObserver | None = None,
     ) -> None:
-        """``observer`` is told of every change and decision; it cannot disturb them.
-
-        What is known takes about ``state_bytes`` at most."""
+        """``observer`` is told of every change and decision; it cannot disturb them."""
         self._book = Rulebook(table)
         self._observer = observer
-        self.roster = Roster(
-            self._book, state_bytes
-        )  # knows who asks, and which ranks there are
+        self.roster = Roster(self._book, state_bytes)
         self._runs = self.roster.ranks
         self._silences = self.roster.silences
         self._observer_failed = 0
