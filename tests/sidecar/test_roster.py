@@ -1,10 +1,14 @@
 """Who speaks for a rank, how far its steps may go at once, and who is forgotten."""
 
+import gc
+import tracemalloc
+
 import pytest
 from msgspec import structs
 
 from esper_otel.leyline.decisions import NOMINAL, PROTOCOL_ERROR, SUPERSEDED
 from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_STEP
+from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_tamiyo.judging import peers
 from esper_tamiyo.judging.admission import FREE_LEAP, HELD_LEAP
 from esper_tamiyo.judging.engine import Engine
@@ -342,3 +346,43 @@ def test_there_is_room_for_fewer_ranks_where_a_table_looks_further_back():
     plain.tick(0)
     assert plain.overview()["ranks"] == 5
     assert plain.latest("r19") is not None
+
+
+def test_of_more_ranks_than_there_is_room_for_those_there_are_keep_their_past():
+    engine = room_for(Engine(TABLE), ranks=4)
+    for step in range(1, 4):
+        for number in range(4):
+            assert engine.observe(frame(step, run=f"r{number}")).reason == NOMINAL
+    for step in range(4, 7):
+        for number in range(6):
+            engine.observe(frame(step, run=f"r{number}"))
+    report = engine.overview()
+    assert report["frames"]["judged"] == 4 * 6
+    assert report["refused"]["too_many_ranks"] == 2 * 3
+    late = structs.replace(frame(7, run="r5"), time_unix_nano=HOUR)
+    assert engine.observe(late).reason == NOMINAL  # the others have ended
+    engine.roster.introduce(("asks", 0), "one", 0, HOUR)
+    assert engine.observe(frame(1, run="asks"), at_ns=HOUR, asked=True).reason == NOMINAL
+
+
+def test_what_is_kept_takes_no_more_memory_than_it_may():
+    allowed = 3 << 19
+    engine = Engine(load("default"), allowed)
+    values = {key: 1.0 for key in STEP_KEYS if key not in ("step", "phase")}
+    seeds = {f"s{n}": dict.fromkeys(SEED_KEYS, 0.5) for n in range(10)}
+    for rank in range(9):  # one after the other, as many as there is room for
+        engine.observe(frame(0, seeds, run="before", rank=rank, **values))
+    tracemalloc.start()
+    try:
+        for step in range(1, 190):
+            for rank in range(8):
+                own = {key: value + (step * 37 + rank) % 101 for key, value in values.items()}
+                engine.observe(frame(step, seeds if step > 186 else {}, rank=rank, **own))
+        engine.tick(0)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1.25 * allowed
+    finally:
+        tracemalloc.stop()
+    room = engine.overview()["room_for"]
+    assert engine.overview()["ranks"] <= room["ranks"] <= 8
+    assert engine.overview()["seeds"] <= room["seeds"]

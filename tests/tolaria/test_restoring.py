@@ -104,6 +104,12 @@ def test_trouble_and_a_step_that_nobody_judged_drop_the_newer_one(decision, fini
     assert loop.subject.report.good_step > 12, "but another is made when it is over"
 
 
+def test_a_young_run_has_a_snapshot_before_the_rules_have_a_past():
+    loop = Loop()
+    loop.train(7, unanswered("r", 0, WARMING_UP))
+    assert loop.subject.report.good_step == 2
+
+
 @pytest.mark.parametrize("action", [Action.CONTINUE, Action.SEED])
 def test_what_is_no_trouble_does_not(action):
     loop = Loop()

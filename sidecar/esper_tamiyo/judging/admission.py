@@ -44,6 +44,7 @@ class RefusalReason(StrEnum):
     NAME = "name_too_long"
     SEEDS = "too_many_seeds"
     COLUMNS = "too_many_columns"
+    ROOM = "too_many_ranks"
     LEAP = "step_leap"
     UNNAMED = "unnamed_beside_an_asking_process"
 

@@ -54,7 +54,7 @@ class Engine:
     """Judges frames of many runs by one table.
 
     Memory is bounded: so many ranks, seeds and steps as :mod:`~esper_tamiyo.judging.roster`
-    says, each with one window per baseline the table uses.
+    has room for in ``state_bytes``.
     """
 
     def __init__(
@@ -63,13 +63,10 @@ class Engine:
         state_bytes: int = STATE_BYTES,
         observer: EngineObserver | None = None,
     ) -> None:
-        """``observer`` is told of every change and decision; it cannot disturb them.
-
-        What is known of all ranks takes about ``state_bytes`` at most."""
+        """``observer`` is told of every change and decision; it cannot disturb them."""
         self._book = Rulebook(table)
         self._observed = Observed(observer)
         self.roster = Roster(self._book, state_bytes)
-        """Which ranks there are; a process that asks is introduced to it."""
         self._runs = self.roster.ranks
         self._silences = self.roster.silences
         self._refused = Counter({reason.value: 0 for reason in RefusalReason})
@@ -285,6 +282,8 @@ class Engine:
             if admitted is None:
                 self._counts["superseded"] += 1
                 return unanswered(frame.run, frame.step, SUPERSEDED)
+            if isinstance(admitted, RefusalReason):
+                return self.refuse(frame.run, frame.step, admitted)
             state = admitted
         is_new = frame.step > state.newest
         if is_new:

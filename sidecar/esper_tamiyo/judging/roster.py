@@ -159,13 +159,14 @@ class Roster:
 
     def admit(
         self, frame: StepFrame, book: Rulebook, at_ns: int, *, asked: bool
-    ) -> RunState | None:
+    ) -> RunState | RefusalReason | None:
         """The state that a frame of a new rank, or of another process, belongs to; None when a
         newer process is the rank.
 
         Where there are too many, one goes of which no process asks: of the few not heard of
         for longest one that has told a single step, as ids made up at random do, or else the
-        very first.
+        very first. Where that one goes on as well, whoever comes has no place, unless it asks:
+        else each would push the next out, and none ever had a past.
         """
         key = (frame.run, frame.rank)
         before, speaker = self.ranks.get(key), self._speakers.get(key)
@@ -180,11 +181,12 @@ class Roster:
         if before is not None and not before.instance and before.newest < frame.step:
             before.instance = frame.instance
             return before
-        state = self._new_state(frame, book, before)
-        self.ranks[key] = state
-        self.ranks.move_to_end(key)
-        if len(self.ranks) > self.capacity.ranks:
-            self._make_room()
+        if before is None and len(self.ranks) >= self.capacity.ranks:
+            oldest = self._next_to_go()
+            if oldest is None or not (asked or self._is_over(self.ranks[oldest], at_ns)):
+                return RefusalReason.ROOM
+            self._forget(oldest)
+        state = self.ranks[key] = self._new_state(frame, book, before)
         return state
 
     def fault_of_next(
@@ -208,9 +210,10 @@ class Roster:
         for _ in range(TRIMMED_AT_ONCE):
             kept = sum(board.posts for board in self._boards.values())
             self._peer_steps = kept
-            if len(self.ranks) < 2 or (kept <= peer_steps and len(self.ranks) <= ranks):
+            oldest = self._next_to_go()
+            if oldest is None or (kept <= peer_steps and len(self.ranks) <= ranks):
                 break
-            self._make_room()
+            self._forget(oldest)
 
     def newest_steps(self) -> dict[str, int]:
         """The newest step of each run."""
@@ -278,16 +281,25 @@ class Roster:
         """The ranks of which no process asks, those not heard of for longest first."""
         return (key for key in self.ranks if key not in self._speakers)
 
-    def _make_room(self) -> None:
-        """Forget a rank, first those that have ended, and never the newest."""
-        ended = self.endings.take_oldest(self.ranks)
-        if ended is not None:
-            self._forget(ended)
-            return
-        newest = next(reversed(self.ranks))
-        first = [key for key in islice(self._silent(), BRIEF) if key != newest]
+    def _next_to_go(self) -> Key | None:
+        """The rank to forget next, first those that have ended; None where a process asks of
+        each."""
+        ended = self.endings.oldest(self.ranks)
+        if ended is not None and ended not in self._speakers:
+            return ended
+        first = list(islice(self._silent(), BRIEF))
         brief = (key for key in first if not self.ranks[key].pace.step_ns)
-        self._forget(next(brief, first[0] if first else next(iter(self.ranks))))
+        return next(brief, first[0] if first else None)
+
+    @staticmethod
+    def _is_over(state: RunState, at_ns: int) -> bool:
+        """Whether a rank has ended, told a single step, or nothing for as long as makes it
+        stale."""
+        if state.pace.ending is not None:
+            return True
+        silent_ns = at_ns - state.pace.heard_ns
+        patience_ns = state.pace.patience_ns(STALE_AFTER_STEPS)
+        return not state.pace.step_ns or silent_ns > patience_ns
 
     def _forget(self, key: Key) -> None:
         state = self.ranks.pop(key)

@@ -26,8 +26,10 @@ import msgspec
 
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
+    NOMINAL,
     NOT_ASKED,
     UNJUDGED,
+    WARMING_UP,
     Action,
     Decision,
     Severity,
@@ -91,7 +93,7 @@ class Restoring:
         """The one whose copies a device may not have made yet."""
         self._good_after = 0
         """Good steps since the newer one was made."""
-        self._calm = False
+        self._calm = self._was_nominal = False
         self._due = 0
         self._restored_to = self._restored_at = -1
         self._good_since = 0
@@ -141,7 +143,10 @@ class Restoring:
         step, reason = decision.step, decision.reason
         if not self.keeps or reason == NOT_ASKED or step <= self._restored_at:
             return
-        self._calm = finite and reason not in UNJUDGED and not _is_trouble(decision)
+        self._was_nominal = self._was_nominal or reason == NOMINAL
+        # A young run has nothing better to go back to; one whose sidecar begins anew waits.
+        is_judged = reason not in UNJUDGED or (reason == WARMING_UP and not self._was_nominal)
+        self._calm = finite and is_judged and not _is_trouble(decision)
         newer = self._newer
         if not self._calm:
             if newer is not None:
