@@ -123,6 +123,8 @@ class Sender:
         self._backoff = Backoff()
         self._finishing = threading.Event()
         self._deadline = float("inf")
+        self._began_at_end = False
+        """Whether the newest attempt began when the end had come."""
         self._told: set[str] = set()
         self._transport = open_transport(destination)
         self._thread = threading.Thread(
@@ -162,6 +164,7 @@ class Sender:
                     return
 
     def _send(self, group: BatchGroup, timeout_s: float) -> SendResult:
+        self._began_at_end = self._finishing.is_set()
         try:
             return self._transport.send(group.body(), timeout_s)
         except Exception as error:
@@ -231,15 +234,15 @@ class Sender:
         if self._finishing.is_set() and outcome.verdict is Verdict.UNREACHABLE:
             # Nobody is there: waiting for the deadline would only hold up the exit.
             return False
-        pause_s = self._backoff.pause_s(outcome.retry_after_s)
+        asked_s = outcome.retry_after_s
+        pause_s = self._backoff.pause_s(asked_s)
         if not self._finishing.is_set():
             began = time.monotonic()
-            asked_s = outcome.retry_after_s
             if not self._finishing.wait(pause_s) or asked_s is None:
                 return True
-            if asked_s > LONGEST_ASKED_S:
-                return True  # it was not granted in full: at the end it is tried once more
             pause_s -= time.monotonic() - began
+        if asked_s is not None and asked_s > LONGEST_ASKED_S and not self._began_at_end:
+            return True  # it was not granted in full: at the end there is one attempt more
         # The end has come during the pause, or before it. A receiver that named its pause
         # gets it where time allows; else this was the last attempt.
         if time.monotonic() + pause_s >= self._deadline:
