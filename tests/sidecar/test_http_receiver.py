@@ -235,3 +235,45 @@ def test_headers_without_an_end_are_held_within_a_limit(monkeypatch):
             await asyncio.sleep(0)
 
     served(test)
+
+
+def test_one_that_is_closed_while_its_body_comes_in_is_no_failure(monkeypatch, caplog):
+    body = otlp_of(*(frame(step) for step in range(100))).SerializeToString()
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+
+    async def test(receiver):
+        reader, writer = await receiver.connect(head + body[:-1])
+        while receiver.intake.held < len(body) - 1:
+            await asyncio.sleep(0)
+        assert receiver.http.connections._heads == 0, "a body is no head"
+        assert receiver.http.connections.evict()
+        assert await answer(reader) == 0
+        while receiver.intake.held:
+            await asyncio.sleep(0)
+        assert receiver.pipe.told("failed") == 0
+        assert await receiver.status(whole(1)) == 200
+        writer.close()
+
+    served(test)
+    assert caplog.text == ""
+
+
+def test_what_is_left_of_a_refused_body_is_no_head(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_HEADS", 1000)
+
+    async def test(receiver):
+        head = HEAD.replace(b"-protobuf", b"-json") + b"Content-Length: 100000\r\n\r\n"
+        reader, writer = await receiver.connect(head)
+        assert await answer(reader) == 415
+        (length,) = [
+            int(line.split()[1])
+            for line in (await reader.readuntil(b"\r\n\r\n")).splitlines()
+            if line.startswith(b"Content-Length")
+        ]
+        await reader.readexactly(length)
+        writer.write(bytes(100_000) + whole(1))
+        assert await answer(reader) == 200, "it is still open"
+        assert receiver.pipe.told("connections_evicted") == 0
+        writer.close()
+
+    served(test)

@@ -195,14 +195,24 @@ _ONE_ATTRIBUTE = {
     "tamiyo.frames.refused": ("step_leap", "name_too_long"),
     "tamiyo.ingest.points": ("used", "foreign"),
     "tamiyo.ingest.requests": ("accepted", "busy"),
+    "tamiyo.ingest.unusable": ("no_step", "name"),
+    "tamiyo.ingest.connections.closed": ("timed_out", "evicted"),
     "tamiyo.queue.depth": ("frames", "notes"),
     "tamiyo.journal.entries": ("written", "lost"),
     "tamiyo.runs": ("healthy", "stale", "finished", "failed"),
     "tamiyo.runs.ended": ("done", "exception", "interrupted"),
     "tamiyo.restarts": ("ingest", "scribe"),
+    "tamiyo.hung": ("ingest",),
     "tamiyo.table.reloads": ("taken", "refused"),
     "tamiyo.table.info": ("default-2+0badcafe",),
 }
+_RARE = (
+    "tamiyo.hung",
+    "tamiyo.ingest.connections.closed",
+    "tamiyo.ingest.unusable",
+    "tamiyo.restarts",
+    "tamiyo.table.reloads",
+)
 _RULES = {"loss_diverging": "firing", "loss_spike": "recovering", "slow_input": "pending"}
 
 
@@ -258,7 +268,7 @@ def _points(
     elif metric.attributes:
         (attribute,) = metric.attributes
         for place, told in enumerate(_ONE_ATTRIBUTE[metric.name]):
-            rare = metric.name in ("tamiyo.restarts", "tamiyo.table.reloads") or place > 1
+            rare = metric.name in _RARE or place > 1
             amount = (done > SLIP) if rare else at_s / 10**place
             yield {attribute: told}, float(amount // 1) if grows else 1.0
     else:

@@ -107,6 +107,8 @@ class HttpReceiver:
         except ConnectionError:
             raise  # it hung up: nobody is there to answer
         except Exception as error:  # whatever one request brings about, others are served
+            if connection.transport is None:  # closed by us, to make room or for its silence
+                raise ConnectionResetError from error
             self._intake.failed(error)
             response = _problem(500, "internal error", code_pb2.INTERNAL)
             response.force_close()
@@ -206,7 +208,7 @@ class _HttpConnection(web.RequestHandler):
             self._rests = False
             self._connections.waits(self, FIRST_S)
         super().data_received(data)
-        if not (self._messages or self._request_in_progress):
+        if self._waiter is not None and not self._messages:  # it is no body, nor a whole head
             self._head += len(data)
             self._connections.hold_head(len(data))
 
@@ -248,7 +250,9 @@ class _HttpConnection(web.RequestHandler):
         return super().handle_error(request, status, exc, message)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """Once for each kind, and without a traceback."""
+        """Once for each kind, and without a traceback; nothing once it is closed."""
+        if self.transport is None:
+            return
         error = kw.get("exc_info")
         known = HttpProcessingError | ConnectionError  # counted, or nobody is left to be told
         if isinstance(error, BaseException) and not isinstance(error, known):
