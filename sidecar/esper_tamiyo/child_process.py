@@ -1,23 +1,91 @@
-"""Child processes of the sidecar: started, ended, and started again when they die.
+"""Child processes of the sidecar: started, ended, and started again when they die or hang.
 
 A child runs a module of ours at the other end of a socket pair and ends when the pipe does,
-so that it cannot outlive the decide process, however that dies.
+so that it cannot outlive the decide process, however that dies. About once a second it says
+something through the pipe, from its main loop: that is how a child that hangs is known.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import resource
 import select
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("tamiyo")
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 STABLE_AFTER_S = 10.0
 """A process that lived this long has the first wait again when it dies."""
+
+
+SILENT_AFTER = 4
+"""Ticks without a heartbeat after which a child is said to be silent."""
+
+REPLACED_AFTER = 8
+"""Ticks without a heartbeat after which a child is killed, and another one started."""
+
+START_TICKS = 60
+"""Ticks that a process has until its first heartbeat: it loads its modules, and on a busy
+machine that takes long."""
+
+STARVED_NS = 500_000_000
+"""A child that waited so long for a processor within a tick had none to say anything with."""
+
+STARVED_TICK = 0.25
+"""What such a tick counts: a child that turns in a circle waits for a processor as well."""
+
+WANTED_DESCRIPTORS = 8192
+
+
+class Pulse:
+    """Whether a child has said something, by ticks of whoever listens, about a second each.
+
+    Not by a clock: when the machine was asleep, or the listener itself had no processor, it
+    heard nothing because it did not listen, and that is one tick, however long it took.
+    """
+
+    def __init__(self) -> None:
+        self._missed = 0.0
+        self._began = False
+
+    def started(self) -> None:
+        """It is another process now."""
+        self._missed = 0.0
+        self._began = False
+
+    def heard(self) -> None:
+        """It said something."""
+        self._missed = 0.0
+        self._began = True
+
+    def missed(self, starved: bool = False) -> None:
+        """A tick went by; ``starved``: for most of it there was no processor for the child."""
+        self._missed += STARVED_TICK if starved else 1.0
+
+    @property
+    def began(self) -> bool:
+        """Whether it has said anything yet."""
+        return self._began
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it should have said something long ago."""
+        return self._missed >= (SILENT_AFTER if self._began else START_TICKS)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is not to be waited for any more."""
+        return self._missed >= (REPLACED_AFTER if self._began else START_TICKS)
 
 
 class Restarts:
@@ -69,8 +137,9 @@ class ChildProcess:
     kind = socket.SOCK_STREAM
     """Of the socket pair; ``SOCK_SEQPACKET`` keeps messages whole."""
 
-    def __init__(self, module: str, end_patience_s: float) -> None:
-        """``module`` is run as ``python -m MODULE FD ARGUMENTS``."""
+    def __init__(self, module: str, end_patience_s: float, title: str = "") -> None:
+        """``module`` is run as ``python -m MODULE FD ARGUMENTS``; ``title`` names it in the
+        log."""
         self.pipe: socket.socket | None = None
         """None while no process runs."""
         self._module = module
@@ -78,6 +147,12 @@ class ChildProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts = Restarts()
         self._epoll: select.epoll | None = None
+        self._title = title or module
+        self._killed: list[subprocess.Popen[bytes]] = []
+        self._waited_ns = 0
+        self.pulse = Pulse()
+        self.hung = 0
+        """Processes that were killed because they said nothing any more."""
 
     @property
     def pid(self) -> int | None:
@@ -88,6 +163,15 @@ class ChildProcess:
     def restarts(self) -> int:
         """How often the process was started again."""
         return self._restarts.count
+
+    @property
+    def state(self) -> str:
+        """``working``, ``starting``, ``silent`` (it lives and says nothing) or ``down``."""
+        if self.pipe is None:
+            return "down"
+        if self.pulse.is_silent:
+            return "silent"
+        return "working" if self.pulse.began else "starting"
 
     def watch(self, epoll: select.epoll) -> None:
         """Have ``epoll`` tell of what comes through the pipe, of every process from now on."""
@@ -105,14 +189,55 @@ class ChildProcess:
         """State and counts as plain data, for ``tamiyo status``."""
         raise NotImplementedError
 
+    def reap(self) -> None:
+        """The process is gone, or given up: plan the next one."""
+        raise NotImplementedError
+
+    def check_pulse(self) -> None:
+        """Once in each tick of the decide process: kill the process if it hangs.
+
+        What it said before must have been read, and :meth:`Pulse.heard` told.
+        """
+        self._killed = [process for process in self._killed if process.poll() is None]
+        if self.pipe is None:
+            return
+        was_silent = self.pulse.is_silent
+        self.pulse.missed(self._is_starved())
+        if self.pulse.is_lost:
+            self.hung += 1
+            log.warning(
+                "the %s process does not respond: it is killed and replaced", self._title
+            )
+            self.reap()
+        elif self.pulse.is_silent and not was_silent:
+            log.warning(
+                "the %s process does not respond: it has said nothing for %d s",
+                self._title,
+                SILENT_AFTER,
+            )
+
     def close(self) -> None:
         """End the process and wait for it, not long."""
         self._end(self._end_patience_s)
+        for killed in self._killed:
+            with suppress(subprocess.TimeoutExpired):  # it waits for a disk
+                killed.wait(self._end_patience_s)
 
-    def _launch(self, arguments: Sequence[str], inherited: Sequence[int] = ()) -> socket.socket:
+    def _is_starved(self) -> bool:
+        """Whether the process has mostly waited for a processor since this was asked last."""
+        before, self._waited_ns = self._waited_ns, waited_ns(self.pid or 0)
+        return self._waited_ns - before > STARVED_NS
+
+    def _launch(
+        self,
+        arguments: Sequence[str],
+        inherited: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> socket.socket:
         """Start the process; our end of its pipe. Raises ``OSError`` when that cannot be.
 
-        ``inherited`` are descriptors that it gets besides its end of the pipe.
+        ``inherited`` are descriptors that it gets besides its end of the pipe, ``environment``
+        variables besides ours; ours hold over them.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, self.kind)
         with theirs:
@@ -129,6 +254,7 @@ class ChildProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno(), *inherited],
+                    env=None if environment is None else {**environment, **os.environ},
                 )
             except BaseException:
                 ours.close()
@@ -136,12 +262,21 @@ class ChildProcess:
         ours.setblocking(False)
         self.pipe = ours
         self._restarts.started()
+        self.pulse.started()
+        self._waited_ns = 0
         if self._epoll is not None:
             self._epoll.register(ours, select.EPOLLIN)
         return ours
 
     def _reap(self) -> float:
-        """The process is gone, or did not start: seconds until it is due again."""
+        """The process is gone, hangs or did not start: seconds until it is due again.
+
+        It is killed and not waited for: one that waits for a disk cannot die yet.
+        """
+        if self._process is not None:
+            self._process.kill()
+            self._killed.append(self._process)
+            self._process = None
         self._end(0.0)
         return self._restarts.ended()
 
@@ -153,6 +288,30 @@ class ChildProcess:
             self.pipe = None
         process, self._process = self._process, None
         end(process, patience_s)
+
+
+def waited_ns(pid: int) -> int:
+    """How long the main thread of a process could have run but had no processor, in all.
+
+    0 where the system does not say.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process and its children have more descriptors, if the system allows it.
+
+    1,024 is the usual limit of those who have not asked, for the sake of programs that call
+    ``select``; ours do not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    wanted = min(wanted, WANTED_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def end(process: subprocess.Popen[bytes] | None, patience_s: float) -> None:

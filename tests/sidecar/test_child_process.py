@@ -1,5 +1,7 @@
 """Child processes: their pipe, their end, and when one that died is started again."""
 
+import os
+import resource
 import select
 import signal
 import subprocess
@@ -11,10 +13,15 @@ from esper_tamiyo import child_process
 from esper_tamiyo.child_process import (
     FIRST_WAIT_S,
     LONGEST_WAIT_S,
+    REPLACED_AFTER,
+    SILENT_AFTER,
     STABLE_AFTER_S,
+    START_TICKS,
     ChildProcess,
+    Pulse,
     Restarts,
     end,
+    raise_descriptor_limit,
 )
 from sidecar.running import is_alive, until
 
@@ -67,13 +74,21 @@ class TableWatch(ChildProcess):
     """The process that watches a table's file."""
 
     def __init__(self):
-        super().__init__("esper_tamiyo.serving.table_watch", end_patience_s=10.0)
+        super().__init__("esper_tamiyo.serving.table_watch", 10.0, "table watch")
 
     def start(self):
         return self._launch(["default", "another version"])  # so it tells of the one it finds
 
     def reap(self):
         return self._reap()
+
+    def hear(self):
+        """Wait until it says something."""
+        with select.epoll() as epoll:
+            epoll.register(self.pipe, select.EPOLLIN)
+            assert epoll.poll(15.0)
+        assert self.pipe.recv(100_000)
+        self.pulse.heard()
 
 
 def test_a_child_is_heard_through_its_pipe_and_ends_with_it():
@@ -118,3 +133,116 @@ def test_a_process_that_does_not_end_is_killed():
     assert process.returncode == -signal.SIGKILL
     end(process, 0.0)
     end(None, 0.0)
+
+
+def test_a_child_has_time_to_begin_and_less_to_be_silent_afterwards():
+    pulse = Pulse()
+    pulse.started()
+    for _ in range(START_TICKS - 1):
+        pulse.missed()
+    assert (pulse.began, pulse.is_silent, pulse.is_lost) == (False, False, False)
+    pulse.missed()
+    assert pulse.is_lost
+    pulse.started()
+    pulse.heard()
+    silent = []
+    for _ in range(REPLACED_AFTER):
+        pulse.missed()
+        silent.append(pulse.is_silent)
+    assert silent.index(True) == SILENT_AFTER - 1
+    assert pulse.is_lost
+    pulse.heard()
+    assert (pulse.is_silent, pulse.is_lost) == (False, False)
+
+
+@pytest.fixture
+def idle_machine(monkeypatch):
+    monkeypatch.setattr(child_process, "waited_ns", lambda pid: 0)
+
+
+def test_a_child_that_hangs_is_told_killed_and_started_again(idle_machine, caplog):
+    child = TableWatch()
+    child.start()
+    assert child.state == "starting"
+    child.hear()
+    assert child.state == "working"
+    os.kill(child.pid, signal.SIGSTOP)
+    hung = child.pid
+    for _ in range(SILENT_AFTER):
+        child.check_pulse()
+    assert (child.state, child.pid) == ("silent", hung)
+    assert "the table watch process does not respond" in caplog.text
+    for _ in range(REPLACED_AFTER - SILENT_AFTER):
+        child.check_pulse()
+    assert (child.state, child.hung) == ("down", 1)
+    assert child.due_in() is not None
+    assert caplog.text.count("does not respond") == 2, "once when it is told, once at its end"
+    until(lambda: not is_alive(hung))
+    child.start()
+    child.hear()
+    assert (child.state, child.restarts) == ("working", 1)
+    child.check_pulse()
+    assert child._killed == [], "nobody is left a zombie"
+    child.close()
+
+
+def test_whoever_did_not_listen_for_long_has_missed_one_tick(idle_machine):
+    """Asleep, or without a processor: a child that was asleep as well is not killed for it."""
+    child = TableWatch()
+    child.start()
+    child.hear()
+    os.kill(child.pid, signal.SIGSTOP)
+    child.check_pulse()  # the first tick after an hour
+    os.kill(child.pid, signal.SIGCONT)
+    child.hear()
+    for _ in range(SILENT_AFTER - 1):
+        child.check_pulse()
+    assert child.state == "working"
+    child.close()
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(monkeypatch):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
+    raise_descriptor_limit()
+    assert limits[-1] == (4096, 4096)
+    raise_descriptor_limit()
+    assert len(limits) == 2, "there is nothing to raise"
+    limits.append((1024, resource.RLIM_INFINITY))
+    raise_descriptor_limit()
+    assert limits[-1] == (8192, resource.RLIM_INFINITY)
+
+
+def test_a_tick_without_a_processor_counts_little():
+    pulse = Pulse()
+    pulse.started()
+    pulse.heard()
+    for _ in range(4 * SILENT_AFTER - 1):
+        pulse.missed(starved=True)
+    assert not pulse.is_silent
+    pulse.missed(starved=True)
+    assert pulse.is_silent, "it may turn in a circle"
+
+
+def test_a_child_that_waits_for_a_processor_is_not_taken_for_one_that_hangs(monkeypatch):
+    waited = [0]
+    monkeypatch.setattr(child_process, "waited_ns", lambda pid: waited[0])
+    child = TableWatch()
+    child.start()
+    child.hear()
+    os.kill(child.pid, signal.SIGSTOP)
+    for _ in range(REPLACED_AFTER):
+        waited[0] += 900_000_000
+        child.check_pulse()
+    assert child.state == "working"
+    for _ in range(REPLACED_AFTER):
+        child.check_pulse()
+    assert (child.state, child.hung) == ("down", 1)
+    child.close()
+
+
+def test_how_long_a_process_had_no_processor_is_what_the_system_says():
+    before = child_process.waited_ns(os.getpid())
+    assert 0 <= before <= child_process.waited_ns(os.getpid())
+    assert child_process.waited_ns(0) == 0

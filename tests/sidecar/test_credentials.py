@@ -291,6 +291,66 @@ def test_a_new_token_counts_once_it_is_looked_at_and_a_bad_one_never(tmp_path, m
     assert BearerAuth("").admits(None)
 
 
+def test_a_token_of_which_nothing_can_be_made_is_told_once(tmp_path, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(credentials_module.time, "monotonic", lambda: now[0])
+    path = written(tmp_path / "token", TOKEN)
+    door = BearerAuth(str(path))
+    written(path, "short")
+    for _ in range(3):
+        now[0] += 2.0
+        assert door.admits(f"Bearer {TOKEN}")
+    assert len(caplog.records) == 1
+    assert "at least 16 printable ASCII characters" in caplog.text
+    assert "the last good one holds" in caplog.text
+
+
+def issued(folder, authority):
+    """Certificate and key of this host by an authority, put in the place of those before."""
+    cert = authority.issue_cert("localhost", "127.0.0.1")
+    chain = b"".join(pem.bytes() for pem in cert.cert_chain_pems)
+    for name, data in (("c.pem", chain), ("k.pem", cert.private_key_pem.bytes())):
+        written(folder / f"fresh-{name}", data).replace(folder / name)
+
+
+def test_certificates_can_be_replaced_while_it_runs(tmp_path, capfd):
+    authorities = [trustme.CA(), trustme.CA()]
+    trusted = [
+        written(tmp_path / f"ca{number}.pem", authority.cert_pem.bytes())
+        for number, authority in enumerate(authorities)
+    ]
+    issued(tmp_path, authorities[0])
+    options = ("--tls-cert", tmp_path / "c.pem", "--tls-key", tmp_path / "k.pem")
+    with sidecar(tmp_path / "t.sock", *options, ingest=True) as running:
+
+        def delivers(protocol, which):
+            body = request_of(f"renewed-{protocol}-{which}")
+            sent = sent_by_own(running, protocol, body, CERTIFICATE=trusted[which])
+            return sent.verdict is Verdict.DELIVERED
+
+        for protocol in ("http", "grpc"):
+            assert (delivers(protocol, 0), delivers(protocol, 1)) == (True, False)
+        issued(tmp_path, authorities[1])
+        for protocol in ("http", "grpc"):
+            until(lambda protocol=protocol: delivers(protocol, 1))
+            assert not delivers(protocol, 0)
+        good = (tmp_path / "k.pem").read_bytes()
+        written(tmp_path / "k.pem", "half a ke")
+        told = []
+
+        def refused():
+            assert delivers("http", 1)
+            assert delivers("grpc", 1)
+            told.append(capfd.readouterr().err)
+            return "the last good one holds" in "".join(told)
+
+        until(refused)
+        written(tmp_path / "k.pem", good)
+        assert delivers("grpc", 1)
+    assert "".join(told).count("the last good one holds") == 1
+    assert "the certificates have changed and were read again" in "".join(told)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -15,7 +15,7 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
-from esper_tamiyo.receiving import ingest
+from esper_tamiyo.receiving import intake
 from esper_tamiyo.receiving.otlp_frames import frames_of
 from esper_tamiyo.receiving.pipe import Inlet, MessageKind, pack
 from esper_tamiyo.receiving.pipe import frame as frame_of
@@ -143,9 +143,9 @@ def test_resources_are_apart():
 
 def test_status_bytes_are_google_rpc_status():
     message = "no room, " * 40
-    status = Status.FromString(ingest.refusal(code_pb2.UNAVAILABLE, message, retry=True))
+    status = Status.FromString(intake.refusal(code_pb2.UNAVAILABLE, message, retry=True))
     assert (status.code, status.message) == (14, message)
     info = RetryInfo()
     assert status.details[0].Unpack(info)
-    assert info.retry_delay.seconds == ingest.RETRY_AFTER_S
-    assert not Status.FromString(ingest.refusal(3, "x")).details
+    assert info.retry_delay.seconds == intake.RETRY_AFTER_S
+    assert not Status.FromString(intake.refusal(3, "x")).details

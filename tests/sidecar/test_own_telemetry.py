@@ -221,14 +221,11 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
     assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"healthy": 1}
     rules = {(at["rule"], at["state"]): point.as_int for at, point in told["tamiyo.rules"]}
     assert rules[("loss_spike", "firing")] == 1
-    requests, used = (
-        {at["state"] for at, _ in told[f"tamiyo.ingest.{what}"]}
-        for what in ("requests", "points")
-    )
-    fates = len(IngestCounts.__struct_fields__)
-    assert len(requests) + len(used) == fates, "whatever became of a request is told"
-    restarted = {at["process"] for at, _ in told["tamiyo.restarts"]}
-    assert restarted == {"ingest", "scribe", "table_watch"}
+    ways = ("requests", "points", "unusable", "connections.closed")
+    shown = sum(len(told[f"tamiyo.ingest.{what}"]) for what in ways)
+    assert shown == len(IngestCounts.__struct_fields__), "whatever became of a request is told"
+    for metric in ("tamiyo.restarts", "tamiyo.hung"):
+        assert {at["process"] for at, _ in told[metric]} == {"ingest", "scribe", "table_watch"}
 
 
 @pytest.mark.parametrize(

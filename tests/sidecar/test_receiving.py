@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
-from esper_tamiyo.receiving.ingest import MAX_REQUEST, PIPE_BACKLOG
+from esper_tamiyo.receiving.intake import MAX_REQUEST, PIPE_BACKLOG
 from sidecar.frames_made import add_point, frame, otlp_of
 from sidecar.running import is_alive, sidecar, tamiyo, until
 

@@ -217,6 +217,12 @@ def asked(address, path):
             return error.code, json.load(error)
 
 
+NOT_DECIDING = {
+    "deciding": False,
+    "reason": "the decide process has said nothing for 3 s",
+}
+
+
 def test_health_says_whether_the_decide_process_beats(tmp_path):
     with sidecar(tmp_path / "t.sock", "--health", "127.0.0.1:0") as running:
         address = running.words["health"]
@@ -229,9 +235,7 @@ def test_health_says_whether_the_decide_process_beats(tmp_path):
         }
         assert asked(address, "/")[0] == 404
         os.kill(running.process.pid, signal.SIGSTOP)
-        until(
-            lambda: asked(address, "/livez") == (503, {"status": "failing", "deciding": False})
-        )
+        until(lambda: asked(address, "/livez") == (503, {"status": "failing", **NOT_DECIDING}))
         os.kill(running.process.pid, signal.SIGCONT)
         until(lambda: asked(address, "/livez")[0] == 200)
 
@@ -240,12 +244,14 @@ def test_who_does_not_receive_what_it_should_is_alive_and_not_ready():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         health = HealthEndpoint(listening.detach())
     assert health.checks("/livez") == {"deciding": False}
-    for ingest, receives in (
-        ({"listening": True}, True),
-        ({"listening": False}, False),
-        (None, True),
+    for ingest, receives, reason in (
+        ({"listening": True, "state": "working"}, True, ""),
+        ({"listening": False, "state": "down"}, False, "the ingest process is being started"),
+        ({"listening": False, "state": "silent"}, False, "the ingest process does not respond"),
+        (None, True, ""),
     ):
         health.on_heartbeat({"ingest": ingest})
+        assert health.reason(health.checks("/readyz")) == reason
         assert health.checks("/livez") == {"deciding": True}
         assert health.checks("/readyz") == {"deciding": True, "receiving": receives}
     health._server.server_close()

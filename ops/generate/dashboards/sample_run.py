@@ -191,13 +191,23 @@ _ONE_ATTRIBUTE = {
     "tamiyo.frames": ("judged", "duplicate", "late"),
     "tamiyo.ingest.points": ("used", "foreign"),
     "tamiyo.ingest.requests": ("accepted", "busy"),
+    "tamiyo.ingest.unusable": ("no_step", "name"),
+    "tamiyo.ingest.connections.closed": ("timed_out", "evicted"),
     "tamiyo.queue.depth": ("frames", "notes"),
     "tamiyo.journal.entries": ("written", "lost"),
     "tamiyo.runs": ("healthy", "stale"),
     "tamiyo.restarts": ("ingest", "scribe"),
+    "tamiyo.hung": ("ingest",),
     "tamiyo.table.reloads": ("taken", "refused"),
     "tamiyo.table.info": ("default-2+0badcafe",),
 }
+_RARE = (
+    "tamiyo.hung",
+    "tamiyo.ingest.connections.closed",
+    "tamiyo.ingest.unusable",
+    "tamiyo.restarts",
+    "tamiyo.table.reloads",
+)
 _RULES = {"loss_diverging": "firing", "loss_spike": "recovering", "slow_input": "pending"}
 
 
@@ -253,7 +263,7 @@ def _points(
     elif metric.attributes:
         (attribute,) = metric.attributes
         for place, told in enumerate(_ONE_ATTRIBUTE[metric.name]):
-            rare = metric.name in ("tamiyo.restarts", "tamiyo.table.reloads") or place > 1
+            rare = metric.name in _RARE or place > 1
             amount = (done > SLIP) if rare else at_s / 10**place
             yield {attribute: told}, float(amount // 1) if grows else 1.0
     else:

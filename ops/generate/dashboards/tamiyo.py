@@ -165,12 +165,21 @@ def _seeing() -> list[PanelBuilder]:
         lines(
             "Points received",
             "short",
-            [Line(increase("tamiyo.ingest.points", "state"), "{{state}}")],
+            [
+                Line(increase("tamiyo.ingest.points", "state"), "{{state}}"),
+                Line(increase("tamiyo.ingest.unusable", "reason"), "unusable: {{reason}}"),
+            ],
         ),
         lines(
             "OTLP requests",
             "short",
-            [Line(increase("tamiyo.ingest.requests", "state"), "{{state}}")],
+            [
+                Line(increase("tamiyo.ingest.requests", "state"), "{{state}}"),
+                Line(
+                    increase("tamiyo.ingest.connections.closed", "reason"),
+                    "connections: {{reason}}",
+                ),
+            ],
         ),
         lines("Waiting", "short", [Line(reported("tamiyo.queue.depth"), "{{queue}}")]),
         lines(
@@ -189,6 +198,7 @@ def _seeing() -> list[PanelBuilder]:
             "none",
             [
                 Line(increase("tamiyo.restarts", "process"), "{{process}} started again"),
+                Line(increase("tamiyo.hung", "process"), "{{process}} did not respond"),
                 Line(increase("tamiyo.table.reloads", "state"), "another table {{state}}"),
             ],
         ),

@@ -25,6 +25,13 @@ def add(commands: Commands) -> None:
         "--table", default="default", help="default, prototype or a file (default: %(default)s)"
     )
     add_socket(parser)
+    parser.add_argument(
+        "--ingest-mb",
+        type=_positive,
+        default=192.0,
+        metavar="MB",
+        help="memory for receiving OTLP (default: %(default)g)",
+    )
     parser.add_argument("--otlp-grpc", default="127.0.0.1:4317", metavar="HOST:PORT")
     parser.add_argument("--otlp-http", default="127.0.0.1:4318", metavar="HOST:PORT")
     parser.add_argument("--no-ingest", action="store_true", help="hear asks only, no OTLP")
@@ -138,6 +145,8 @@ def _serve(options: argparse.Namespace) -> int:
         addresses.append(address)
     table = table_named(options.table)
     ingest = None if options.no_ingest else IngestChild(addresses[0], addresses[1], credentials)
+    if ingest is not None:
+        ingest.memory_mb = options.ingest_mb
     health = _health_socket(options)
     reporter = _reporter(options, health)
     try:

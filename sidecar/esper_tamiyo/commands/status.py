@@ -48,12 +48,16 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
     """The parts that do not work, in words."""
     troubles = []
     ingest, scribe = report["ingest"], report["scribe"]
-    if ingest is not None and not ingest["listening"]:
+    if ingest is not None and ingest.get("state") == "silent":
+        troubles.append("OTLP is not received: the ingest process does not respond")
+    elif ingest is not None and not ingest["listening"]:
         troubles.append("OTLP is not received: the ingest process is being started again")
     if scribe is not None and scribe["state"] in ("down", "silent"):
         troubles.append(f"nothing is written down: the scribe process is {scribe['state']}")
     elif scribe is not None and scribe["error"]:
         troubles.append(f"the journal cannot be written: {scribe['error']}")
+    if report["table"].get("watch") in ("down", "silent"):
+        troubles.append(f"the table is not watched: that process is {report['table']['watch']}")
     error = report["table"].get("last_error")
     if error:
         troubles.append(f"the table was not reloaded: {error}")

@@ -190,6 +190,43 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
                 "too_large": "too_large",
                 "turned_away_busy": "busy",
                 "unauthorized": "unauthorized",
+                "timed_out": "timed_out",
+                "failed": "failed",
+            },
+            "ingest",
+        ),
+    ),
+    OwnMetric(
+        "tamiyo.ingest.unusable",
+        InstrumentKind.COUNTER,
+        "{point}",
+        "data points of ours that could not be used, by reason: no number, seed_id or step at "
+        "their time (`no_step`), a `name` too long, a `time` or step out of range, too many "
+        "`seeds` in a step, too many steps or seeds in a request (`amount`)",
+        ("reason",),
+        _each(
+            "reason",
+            {
+                f"unusable_{reason}": reason
+                for reason in ("no_step", "name", "time", "seeds", "amount")
+            },
+            "ingest",
+        ),
+    ),
+    OwnMetric(
+        "tamiyo.ingest.connections.closed",
+        InstrumentKind.COUNTER,
+        "{connection}",
+        "connections over HTTP that were closed to make room for others (`evicted`), or "
+        "because nothing came (`timed_out`); or not accepted yet, for want of descriptors "
+        "(`not_accepted`)",
+        ("reason",),
+        _each(
+            "reason",
+            {
+                "connections_evicted": "evicted",
+                "connections_timed_out": "timed_out",
+                "accepts_failed": "not_accepted",
             },
             "ingest",
         ),
@@ -255,6 +292,22 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
                 ("table_watch", "table"),
             )
             for value, _ in _one(part, "restarts")(report)
+        ],
+    ),
+    OwnMetric(
+        "tamiyo.hung",
+        InstrumentKind.COUNTER,
+        "{process}",
+        "processes of the sidecar that stopped responding, and were killed and replaced",
+        ("process",),
+        lambda report: [
+            (value, {"process": process})
+            for process, part in (
+                ("ingest", "ingest"),
+                ("scribe", "scribe"),
+                ("table_watch", "table"),
+            )
+            for value, _ in _one(part, "hung")(report)
         ],
     ),
     OwnMetric(

@@ -57,6 +57,11 @@ class Reporter:
         if self._scribe is not None and not self._scribe.read():
             self._scribe.reap()
 
+    def check_pulse(self) -> None:
+        """Once in each tick: a scribe that hangs is replaced."""
+        if self._scribe is not None:
+            self._scribe.check_pulse()
+
     def record_answer(self, seen_at: int) -> None:
         """An ask that was seen at a mark of ``perf_counter_ns`` has been answered."""
         self._answers.add((time.perf_counter_ns() - seen_at) / 1e6)

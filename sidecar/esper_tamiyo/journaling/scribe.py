@@ -90,6 +90,15 @@ class HealthEndpoint:
             "receiving": alive and (ingest is None or bool(ingest["listening"])),
         }
 
+    def reason(self, checks: dict[str, bool]) -> str:
+        """What is the matter, in words; "" when nothing is."""
+        if not checks["deciding"]:
+            return f"the decide process has said nothing for {STALE_AFTER_S:g} s"
+        if checks.get("receiving", True):
+            return ""
+        silent = self._report["ingest"].get("state") == "silent"
+        return "the ingest process " + ("does not respond" if silent else "is being started")
+
 
 class _HealthServer(ThreadingHTTPServer):
     daemon_threads = True
@@ -118,8 +127,11 @@ class _HealthHandler(BaseHTTPRequestHandler):
         if checks is None:
             self._reply(404, {"error": "expected /livez or /readyz"})
             return
-        good = all(checks.values())
-        self._reply(200 if good else 503, {"status": "ok" if good else "failing", **checks})
+        if all(checks.values()):
+            self._reply(200, {"status": "ok", **checks})
+        else:
+            reason = self.server.health.reason(checks)
+            self._reply(503, {"status": "failing", **checks, "reason": reason})
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """A probe every second is not worth a line."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ PIPE_BYTES = 1 << 20
 """Messages that may wait in the pipe; the system may allow less."""
 
 MAX_MESSAGE = 128 * 1024
-SILENT_AFTER_S = 5.0
 END_PATIENCE_S = 2.0
 
 
@@ -50,7 +48,7 @@ class ScribeChild(ChildProcess):
     kind = socket.SOCK_SEQPACKET
 
     def __init__(self, orders: Orders) -> None:
-        super().__init__("esper_tamiyo.journaling.scribe", END_PATIENCE_S)
+        super().__init__("esper_tamiyo.journaling.scribe", END_PATIENCE_S, "scribe")
         self.orders = orders
         self.lost = 0
         """Entries that never reached a scribe, or that one had not accounted for when it
@@ -58,7 +56,6 @@ class ScribeChild(ChildProcess):
         self._status: ScribeStatus | None = None
         self._handed = 0
         """Entries for the journal that the pipe to this scribe took."""
-        self._heard_at = 0.0
         self._written_before = 0
         self._lost_before = 0
         """Entries that scribes before this one had written, and had not been able to."""
@@ -66,7 +63,6 @@ class ScribeChild(ChildProcess):
 
     def start(self) -> None:
         """Start the process; never raises."""
-        self._heard_at = time.monotonic()
         orders = msgspec.json.encode(self.orders, enc_hook=str).decode()
         inherited = [] if self.orders.health is None else [self.orders.health]
         try:
@@ -113,7 +109,7 @@ class ScribeChild(ChildProcess):
             return False
         with suppress(msgspec.MsgspecError):
             self._status = decode_status(data)
-            self._heard_at = time.monotonic()
+            self.pulse.heard()
             self._log_change(self._status.error)
         return True
 
@@ -132,27 +128,20 @@ class ScribeChild(ChildProcess):
     def status(self) -> dict[str, Any]:
         """State and counts as plain data.
 
-        ``state`` is ``working``, ``starting``, ``silent`` (it lives and does not say so) or
-        ``down``; ``error`` says why the journal cannot be written.
+        ``error`` says why the journal cannot be written.
         """
         status = self._status
         return {
-            "state": self._state(),
+            "state": self.state,
             "pid": self.pid,
             "restarts": self.restarts,
+            "hung": self.hung,
             "journal": str(self.orders.journal) if self.orders.journal else None,
             "error": status.error if status else "",
             "written": self._written_before + (status.written if status else 0),
             "lost": self.lost + self._lost_before + (status.lost if status else 0),
             "exports": status.exports if status else [],
         }
-
-    def _state(self) -> str:
-        if self.pipe is None:
-            return "down"
-        if time.monotonic() - self._heard_at > SILENT_AFTER_S:
-            return "silent"
-        return "working" if self._status else "starting"
 
     def _log_change(self, error: str) -> None:
         """Once for each thing that is wrong, and once when it is right again."""

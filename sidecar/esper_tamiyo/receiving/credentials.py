@@ -6,22 +6,27 @@ Frames are what decisions follow from, so whoever can send frames can steer a ru
 from __future__ import annotations
 
 import hmac
+import logging
 import ssl
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from esper_tamiyo.receiving.addresses import Address
 
+log = logging.getLogger("tamiyo")
+
 MIN_TOKEN = 16
 """Fewest characters of a token: less can be guessed."""
 
 MAX_FILE = 1 << 20
 LOOK_AGAIN_S = 1.0
-"""How often a token file is looked at for a new token, at most."""
+"""How often files are looked at for a new token or certificate, at most."""
 
-_BEARER = "bearer "
+_BEARER = b"bearer "
 
 
 class CredentialsError(Exception):
@@ -107,6 +112,74 @@ class Credentials(msgspec.Struct, frozen=True):
         return ""
 
 
+class RenewedFiles:
+    """When files have changed, and that they cannot be used: told once for each reason."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
+        self._seen = self._signatures()
+        self._look_at = time.monotonic() + LOOK_AGAIN_S
+        self._told = ""
+
+    def renew(self, take: Callable[[], None]) -> None:
+        """Call ``take`` if they have changed; what was taken before holds when it raises
+        :class:`CredentialsError`, and it is tried again."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_AGAIN_S
+        seen = self._signatures()
+        if seen == self._seen:
+            return
+        try:
+            take()
+        except CredentialsError as error:  # half written, perhaps
+            if str(error) != self._told:
+                log.warning("%s; the last good one holds", error)
+            self._told = str(error)
+            return
+        if seen == self._signatures():  # else one was exchanged while they were read
+            self._seen = seen
+            self._told = ""
+
+    def _signatures(self) -> list[tuple[int, int, int] | None]:
+        return [_signature(path) for path in self._paths]
+
+
+class Certificates:
+    """What TLS needs, read again about a second after one of its files changed.
+
+    Connections that are open keep what they began with. May be asked from any thread.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        """Raises :class:`CredentialsError`."""
+        self._credentials = credentials
+        self._lock = threading.Lock()
+        paths = (credentials.tls_cert, credentials.tls_key, credentials.tls_client_ca)
+        self._files = RenewedFiles([path for path in paths if path])
+        self._context = credentials.ssl_context()
+        self._pem = credentials.pem()
+
+    def context(self) -> ssl.SSLContext:
+        """For a connection that comes now."""
+        with self._lock:
+            self._files.renew(self._take)
+            return self._context
+
+    def pem(self) -> tuple[bytes, bytes, bytes | None]:
+        """Key, certificate chain and the clients' CA; the same object while they are the
+        same."""
+        with self._lock:
+            self._files.renew(self._take)
+            return self._pem
+
+    def _take(self) -> None:
+        context, pem = self._credentials.ssl_context(), self._credentials.pem()
+        self._context, self._pem = context, pem
+        log.warning("the certificates have changed and were read again")
+
+
 class BearerAuth:
     """Holds the ``Authorization`` of a request against the token file.
 
@@ -117,36 +190,22 @@ class BearerAuth:
     def __init__(self, token_file: str) -> None:
         self._path = token_file
         self._token = read_token(token_file) if token_file else b""
-        self._seen = _signature(token_file)
-        self._look_at = time.monotonic() + LOOK_AGAIN_S
+        self._file = RenewedFiles([token_file])
 
     def admits(self, authorization: str | bytes | None) -> bool:
         """Whether a request with that header may come in."""
         if not self._path:
             return True
-        self._look()
-        given = authorization or ""
-        if isinstance(given, bytes):
-            given = given.decode("latin-1")
+        self._file.renew(self._take)
+        given = authorization or b""
+        if isinstance(given, str):  # bytes that are no UTF-8 came as surrogates
+            given = given.encode("utf-8", "surrogateescape")
         bearer, token = given[: len(_BEARER)], given[len(_BEARER) :]
         # Compared in constant time: how far a guess was right must not show.
-        return hmac.compare_digest(token.strip().encode(), self._token) and (
-            bearer.lower() == _BEARER
-        )
+        return hmac.compare_digest(token.strip(), self._token) and bearer.lower() == _BEARER
 
-    def _look(self) -> None:
-        now = time.monotonic()
-        if now < self._look_at:
-            return
-        self._look_at = now + LOOK_AGAIN_S
-        seen = _signature(self._path)
-        if seen == self._seen:
-            return
-        try:
-            self._token = read_token(self._path)
-        except CredentialsError:
-            return  # half written, perhaps: it is looked at again
-        self._seen = seen
+    def _take(self) -> None:
+        self._token = read_token(self._path)
 
 
 def read_token(path: str) -> bytes:

@@ -7,7 +7,7 @@ costs about 5 µs each, so metrics are told apart by name before a point is touc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -21,11 +21,38 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, ResourceMetrics
 
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import (
+    MAX_NAME,
+    MAX_RANK,
+    MAX_SEEDS_PER_FRAME,
+    MAX_STEP,
+    MAX_TIME_UNIX_NANO,
+)
 from esper_otel.leyline.metrics import BY_INSTRUMENT, INSTANCE_ID, RANK, RUN_ID, SEED_ID
+from esper_tamiyo.receiving.pieces import PAUSE, PIECE, head_of, metrics_of, resources_of
 
 SERVICE_NAME = "service.name"
-MAX_STEP = 1 << 53
-"""From here on a double no longer tells one step from the next."""
+
+MAX_STEPS = 16_384
+"""Steps that are taken of one request; of those of our own sender it has 256 at most."""
+
+MAX_SEED_ROWS = 32_768
+"""Seeds of steps that are taken of one request, each counted in every step that reports it."""
+
+MAX_RESOURCES = 4096
+MAX_WALKED = 1 << 18
+"""Most resources, and metrics with data points of no use to us, that a request may have: its
+bytes bound the others."""
+
+NO_STEP, NAME, TIME, SEEDS, AMOUNT = "no_step", "name", "time", "seeds", "amount"
+"""Why points of ours cannot be used: no number, seed_id or step at their time; a name (or rank)
+that is too long; a time or step out of range; too many seeds; too many steps in one request."""
+
+_ANY = 1 << 62
+
+
+class TooMuchError(Exception):
+    """A request has more resources, metrics or points than are gone through."""
 
 
 class Harvest(msgspec.Struct):
@@ -33,8 +60,12 @@ class Harvest(msgspec.Struct):
 
     ``used`` points are in the frames. ``foreign`` ones belong to other metrics and are
     none of our business. ``unusable`` ones carry a name of ours but no step at their
-    time, no ``seed_id`` or no number; the producer is told about them. ``old`` ones are
-    of steps that came too late to be decided on.
+    time, no ``seed_id`` or no number, or are beyond a limit; the producer is told about
+    them, and ``reasons`` has how many for which. ``old`` ones are of steps that came too
+    late to be decided on.
+
+    ``steps_left`` and ``seeds_left`` are how many more are taken: a recording may have any
+    number, a request from a network may not.
     """
 
     frames: list[StepFrame]
@@ -42,6 +73,21 @@ class Harvest(msgspec.Struct):
     foreign: int = 0
     unusable: int = 0
     old: int = 0
+    reasons: dict[str, int] = {}
+    steps_left: int = _ANY
+    seeds_left: int = _ANY
+    walked: int = 0
+    """Metrics that were looked at."""
+
+    @classmethod
+    def of_request(cls) -> Harvest:
+        """An empty one, for a request from a network."""
+        return cls([], steps_left=MAX_STEPS, seeds_left=MAX_SEED_ROWS)
+
+    def refuse(self, reason: str, points: int = 1) -> None:
+        """Count points that cannot be used."""
+        self.unusable += points
+        self.reasons[reason] = self.reasons.get(reason, 0) + points
 
 
 class Identity(NamedTuple):
@@ -76,7 +122,9 @@ class Moment:
     def step_frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
         """The step it was, None when no point says which."""
         step = self.values.get("step")
-        if step is None or not 0 <= step < MAX_STEP or step != int(step):
+        if step is None or not 0 <= step <= MAX_STEP or step != int(step):
+            return None
+        if time_unix_nano > MAX_TIME_UNIX_NANO:
             return None
         if self.nonfinite:
             self.values["nonfinite"] = self.values.get("nonfinite", 0.0) + self.nonfinite
@@ -102,51 +150,106 @@ def frames_of(
     """The step frames in ``request``, by resource and step, without those that are old."""
     harvest = Harvest([])
     for group in request.resource_metrics:
-        whose = identity_of(group)
-        frames = []
-        for time_unix_nano, moment in moments_of(group, harvest).items():
-            frame = moment.step_frame(whose, time_unix_nano)
-            if frame is None:
-                harvest.unusable += moment.points
-                continue
-            if is_old(whose, time_unix_nano):
-                harvest.old += moment.points
-                continue
+        _reap(identity_of(group), moments_of(group, harvest), harvest, is_old)
+    return harvest
+
+
+def gather(
+    data: bytes, harvest: Harvest, is_old: Callable[[Identity, int], bool] = _never
+) -> Iterator[None]:
+    """As :func:`frames_of`, of a request that is not parsed yet, a piece at a time.
+
+    Yields between pieces, so that whoever calls can look after other things. Raises
+    ``OutlineError`` and ``DecodeError`` for what is no request, and :class:`TooMuchError`.
+    """
+    walked = 0
+    for count, (begin, end) in enumerate(resources_of(data), 1):
+        if count > MAX_RESOURCES:
+            raise TooMuchError(f"a request may have {MAX_RESOURCES} resources")
+        walked += end - begin
+        if walked > PIECE:
+            walked = 0
+            yield
+        if end - begin <= PIECE:
+            group = ResourceMetrics.FromString(data[begin:end])
+            whose: Identity | None = identity_of(group)
+            pieces: Iterable[Sequence[OtlpMetric]] = (
+                scope.metrics for scope in group.scope_metrics
+            )
+        else:
+            head = head_of(data, begin, end)
+            whose = None if head is None else identity_of(head)
+            pieces = metrics_of(data, begin, end)
+        moments: dict[int, Moment] = {}
+        for metrics in pieces:
+            _take(metrics, moments, harvest)
+            if metrics is PAUSE:
+                yield
+            elif harvest.walked + harvest.foreign + harvest.unusable > MAX_WALKED:
+                raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
+        _reap(whose, moments, harvest, is_old)
+
+
+def _reap(
+    whose: Identity | None,
+    moments: dict[int, Moment],
+    harvest: Harvest,
+    is_old: Callable[[Identity, int], bool],
+) -> None:
+    """Make frames of the moments of one resource; ``whose`` None: its names are too long."""
+    if whose is None or max(len(whose.run), len(whose.instance)) > MAX_NAME or whose.rank < 0:
+        for moment in moments.values():
+            harvest.refuse(NAME, moment.points)
+        return
+    frames = []
+    for time_unix_nano, moment in moments.items():
+        frame = moment.step_frame(whose, time_unix_nano)
+        if frame is None:
+            harvest.refuse(TIME if "step" in moment.values else NO_STEP, moment.points)
+        elif is_old(whose, time_unix_nano):
+            harvest.old += moment.points
+        else:
             harvest.used += moment.points
             frames.append(frame)
-        frames.sort(key=_step)
-        harvest.frames += frames
-    return harvest
+    frames.sort(key=_step)
+    harvest.frames += frames
 
 
 def moments_of(group: ResourceMetrics, harvest: Harvest) -> dict[int, Moment]:
     """The points of one resource by their time; those that have no place are counted."""
     moments: dict[int, Moment] = {}
     for scope in group.scope_metrics:
-        for metric in scope.metrics:
-            known = BY_INSTRUMENT.get(metric.name)
-            points = _number_points(metric) if known else None
-            if known is None or points is None:
-                harvest.foreign += _point_count(metric)
-            elif known.scope == "seed":
-                _take_seed_points(known.key, points, moments, harvest)
-            else:
-                _take_step_points(known.key, points, moments, harvest)
+        _take(scope.metrics, moments, harvest)
     return moments
+
+
+def _take(metrics: Sequence[OtlpMetric], moments: dict[int, Moment], harvest: Harvest) -> None:
+    harvest.walked += len(metrics) + 1
+    for metric in metrics:
+        known = BY_INSTRUMENT.get(metric.name)
+        points = _number_points(metric) if known else None
+        if known is None or points is None:
+            harvest.foreign += _point_count(metric)
+        elif known.scope == "seed":
+            _take_seed_points(known.key, points, moments, harvest)
+        else:
+            _take_step_points(known.key, points, moments, harvest)
 
 
 def _take_step_points(
     key: str,
-    points: Iterable[NumberDataPoint],
+    points: Sequence[NumberDataPoint],
     moments: dict[int, Moment],
     harvest: Harvest,
 ) -> None:
     for point in points:
         value = _value(point)
         if value is None:
-            harvest.unusable += 1
+            harvest.refuse(NO_STEP)
             continue
-        moment = _at(moments, point.time_unix_nano)
+        moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
+        if moment is None:
+            continue
         moment.points += 1
         if isfinite(value):
             moment.values[key] = value
@@ -156,7 +259,7 @@ def _take_step_points(
 
 def _take_seed_points(
     key: str,
-    points: Iterable[NumberDataPoint],
+    points: Sequence[NumberDataPoint],
     moments: dict[int, Moment],
     harvest: Harvest,
 ) -> None:
@@ -164,22 +267,46 @@ def _take_seed_points(
         value = _value(point)
         seed_id = text_of(point.attributes, SEED_ID)
         if value is None or not seed_id:
-            harvest.unusable += 1
+            harvest.refuse(NO_STEP)
             continue
-        moment = _at(moments, point.time_unix_nano)
+        moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
+        if moment is None:
+            continue
+        seed = moment.seeds.get(seed_id)
+        if seed is None:
+            seed = _seed_at(moment, seed_id, harvest)
+            if seed is None:
+                continue
         moment.points += 1
-        seed = moment.seeds.setdefault(seed_id, {})
         if isfinite(value):
             seed[key] = value
         else:
             moment.nonfinite += 1
 
 
-def _at(moments: dict[int, Moment], time_unix_nano: int) -> Moment:
-    moment = moments.get(time_unix_nano)
-    if moment is None:
-        moment = moments[time_unix_nano] = Moment()
+def _at(moments: dict[int, Moment], point: NumberDataPoint, harvest: Harvest) -> Moment | None:
+    """A new moment, at the time of ``point``; None if the request has too many."""
+    if harvest.steps_left <= 0:
+        harvest.refuse(AMOUNT)
+        return None
+    harvest.steps_left -= 1
+    moment = moments[point.time_unix_nano] = Moment()
     return moment
+
+
+def _seed_at(moment: Moment, seed_id: str, harvest: Harvest) -> dict[str, float] | None:
+    """A seed that is new at its moment; None if that is more than a step may report."""
+    if len(seed_id) > MAX_NAME:
+        harvest.refuse(NAME)
+    elif len(moment.seeds) >= MAX_SEEDS_PER_FRAME:
+        harvest.refuse(SEEDS)
+    elif harvest.seeds_left <= 0:
+        harvest.refuse(AMOUNT)
+    else:
+        harvest.seeds_left -= 1
+        seed = moment.seeds[seed_id] = {}
+        return seed
+    return None
 
 
 def _number_points(metric: OtlpMetric) -> Sequence[NumberDataPoint] | None:
@@ -210,10 +337,16 @@ def identity_of(group: ResourceMetrics | ResourceLogs) -> Identity:
     """Whose it is; the service's name stands in for a missing run."""
     attributes = group.resource.attributes
     run = text_of(attributes, RUN_ID) or text_of(attributes, SERVICE_NAME)
-    rank = text_of(attributes, RANK)
-    # isdecimal alone accepts the digits of every script
-    number = int(rank) if rank.isascii() and rank.isdecimal() and len(rank) < 10 else 0
-    return Identity(run, number, text_of(attributes, INSTANCE_ID))
+    return Identity(run, _rank(text_of(attributes, RANK)), text_of(attributes, INSTANCE_ID))
+
+
+def _rank(text: str) -> int:
+    """The rank that a resource says, 0 when it says none, below 0 for a number beyond any."""
+    if not (
+        text.isascii() and text.isdecimal()
+    ):  # the latter alone knows every script's digits
+        return 0
+    return rank if len(text) <= 10 and (rank := int(text)) <= MAX_RANK else -1
 
 
 def text_of(attributes: Iterable[KeyValue], key: str) -> str:

@@ -25,6 +25,7 @@ class MessageKind(IntEnum):
     COUNTS = 3
     TABLE = 4
     UNUSABLE = 5
+    BEAT = 6
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):
@@ -46,11 +47,27 @@ class Unusable(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
+class Beat(msgspec.Struct, frozen=True, array_like=True):
+    """The process turns its loop, said about once a second; and how it is.
+
+    ``connections`` are those of the HTTP receiver, ``calls`` those of gRPC that are under way,
+    ``held_bytes`` what of requests is coming in or waits.
+    """
+
+    connections: int = 0
+    calls: int = 0
+    held_bytes: int = 0
+    rss_mb: float = 0.0
+
+
 class IngestCounts(msgspec.Struct, array_like=True):
     """What came in since it was last told.
 
     Every data point of a request that could be read is one of used, foreign, unusable and
-    old. Of requests that were turned away nothing was taken.
+    old; ``unusable_*`` say why, and add up to unusable. Of requests that were refused
+    (malformed, too large, turned away, unauthorized, timed out, failed) nothing was taken.
+    ``connections_evicted`` were closed to make room for others, ``connections_timed_out``
+    because nothing came from them; ``accepts_failed`` found the system without descriptors.
     """
 
     requests: int = 0
@@ -62,6 +79,16 @@ class IngestCounts(msgspec.Struct, array_like=True):
     too_large: int = 0
     turned_away_busy: int = 0
     unauthorized: int = 0
+    timed_out: int = 0
+    failed: int = 0
+    unusable_no_step: int = 0
+    unusable_name: int = 0
+    unusable_time: int = 0
+    unusable_seeds: int = 0
+    unusable_amount: int = 0
+    connections_evicted: int = 0
+    connections_timed_out: int = 0
+    accepts_failed: int = 0
 
 
 _HEAD = struct.Struct("<IB")
@@ -73,12 +100,17 @@ _KINDS: dict[type, MessageKind] = {
     Ready: MessageKind.READY,
     StartFailed: MessageKind.FAILED,
     IngestCounts: MessageKind.COUNTS,
+    Beat: MessageKind.BEAT,
     Table: MessageKind.TABLE,
     Unusable: MessageKind.UNUSABLE,
 }
 
 
-def pack(message: StepFrame | Ready | StartFailed | IngestCounts | Table | Unusable) -> bytes:
+Told = StepFrame | Ready | StartFailed | IngestCounts | Table | Unusable | Beat
+"""What goes down these pipes."""
+
+
+def pack(message: Told) -> bytes:
     """The bytes of one message."""
     body = _encoder.encode(message)
     return _HEAD.pack(len(body), _KINDS[type(message)]) + body

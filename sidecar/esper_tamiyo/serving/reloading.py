@@ -37,7 +37,7 @@ class Reloading(ChildProcess):
 
     def __init__(self, engine: Engine, name: str, *, watched: bool) -> None:
         """``watched`` is false for a table that comes with the package and never changes."""
-        super().__init__("esper_tamiyo.serving.table_watch", END_PATIENCE_S)
+        super().__init__("esper_tamiyo.serving.table_watch", END_PATIENCE_S, "table watch")
         self._engine = engine
         self._name = name
         self._watched = watched
@@ -71,11 +71,17 @@ class Reloading(ChildProcess):
             return
         except OSError:
             data = b""
+        if data:
+            self.pulse.heard()
         for kind, body in self._inlet.feed(data):
             self._handle(kind, body)
         if not data:
-            wait_s = self._reap()
-            log.warning("the watch of %s ended; starting it again in %g s", self._name, wait_s)
+            self.reap()
+
+    def reap(self) -> None:
+        """The process is gone: plan the next one."""
+        wait_s = self._reap()
+        log.warning("the watch of %s ended; starting it again in %g s", self._name, wait_s)
 
     def restart_when_due(self) -> None:
         """Start the process again when it is time."""
@@ -93,7 +99,9 @@ class Reloading(ChildProcess):
             "reloads": self._reloads,
             "refused": self._refused,
             "last_error": self._last_error,
+            "watch": self.state if self._watched else "off",
             "restarts": self.restarts,
+            "hung": self.hung,
         }
 
     def _handle(self, kind: int, body: bytes) -> None:

@@ -21,16 +21,19 @@ from typing import Any
 
 import msgspec
 
-from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError, may_steer, peer_uid
+from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError
+from esper_tamiyo.child_process import raise_descriptor_limit
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
+from esper_tamiyo.serving.accepting import Accepting
 from esper_tamiyo.serving.connection import ClientConnection
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
 from esper_tamiyo.serving.reloading import Reloading
 from esper_tamiyo.serving.replies import Replies
+from esper_tamiyo.serving.supervision import ALIVE, READY, STOPPING, notify
 
 log = logging.getLogger("tamiyo")
 
@@ -65,6 +68,7 @@ class Server:
         self._buffer = bytearray(MAX_BODY)
         self._view = memoryview(self._buffer)
         self._counts: Counter[str] = Counter()
+        self._accepting = Accepting(listener.socket, self._epoll, self._counts)
         self._garbage = GarbageSchedule()
         self._replies = Replies(engine, reporter, self._garbage, self._status)
         self._started_at = time.monotonic()
@@ -76,6 +80,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until told to end; raises what the ingest process could not start for."""
+        raise_descriptor_limit()
         wake, woken = socket.socketpair()
         wake.setblocking(False)
         woken.setblocking(False)
@@ -84,7 +89,7 @@ class Server:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
         self._epoll.register(wake, _READ)
-        self._epoll.register(self._listener.socket, _READ)
+        self._accepting.start()
         try:
             self._reporter.start(self._epoll)
             self._reloading.start(self._epoll)
@@ -149,6 +154,12 @@ class Server:
         now = time.monotonic()
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
+            notify(ALIVE)
+            self._accepting.resume()
+            self._reporter.check_pulse()
+            self._reloading.check_pulse()
+            if self._ingest is not None:
+                self._ingest.check_pulse()
             seen = self._last_frame_at()
             if seen is not None and now - seen > TICK_S:
                 self._garbage.collect_all()
@@ -161,6 +172,7 @@ class Server:
         if self._on_ready is not None and (self._ingest is None or self._ingest.listening):
             self._on_ready()
             self._on_ready = None
+            notify(READY)
 
     def _patience(self) -> float:
         """How long to wait for something to do, at most until the next tick."""
@@ -171,20 +183,14 @@ class Server:
         return min(due for due in dues if due is not None)
 
     def _accept(self) -> None:
-        try:
-            accepted, _ = self._listener.socket.accept()
-        except OSError:  # it went away again
-            return
-        uid = peer_uid(accepted)
-        if not may_steer(uid) or len(self._connections) >= MAX_CONNECTIONS:
-            self._counts["turned_away"] += 1
-            log.warning("turned away a connection of user %d", uid)
-            accepted.close()
-            return
-        connection = ClientConnection(accepted)
-        self._connections[connection.fd] = connection
-        self._epoll.register(connection.fd, _READ)
-        self._counts["connections"] += 1
+        connection = self._accepting.accept(self._has_room)
+        if connection is not None:
+            self._connections[connection.fd] = connection
+            self._epoll.register(connection.fd, _READ)
+
+    def _has_room(self) -> bool:
+        """Whether one more connection can be kept."""
+        return len(self._connections) < MAX_CONNECTIONS
 
     def _serve(self, connection: ClientConnection, events: int) -> None:
         if events & _WRITE and not self._flush(connection):
@@ -274,6 +280,7 @@ class Server:
         }
 
     def _close(self) -> None:
+        notify(STOPPING)
         for connection in list(self._connections.values()):
             self._hang_up(connection)
         self._listener.close()

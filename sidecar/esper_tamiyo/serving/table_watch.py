@@ -16,16 +16,20 @@ import select
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, files_behind, load
-from esper_tamiyo.receiving.pipe import Unusable, pack
+from esper_tamiyo.receiving.pipe import Beat, Unusable, pack
 from esper_tamiyo.serving.latency import never_preempt
 
 LOOK_EVERY_S = 0.4
 """A change is taken once two looks in a row saw the same: editors write in pieces, and
 half a table can be a valid one."""
+
+BEAT_S = 1.0
+"""How often the process says that it turns its loop."""
 
 NICE = 10
 
@@ -96,7 +100,11 @@ def serve(pipe: socket.socket, watch: FileWatch) -> None:
     """Look until the pipe ends."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
+    beat_at = 0.0
     while True:
+        if time.monotonic() >= beat_at:
+            beat_at = time.monotonic() + BEAT_S
+            pipe.sendall(pack(Beat()))
         asked = bool(poll.poll(LOOK_EVERY_S * 1e3))
         if asked and not pipe.recv(64):
             return

@@ -1,0 +1,170 @@
+"""Pieces: a request cut at the borders of its fields, so that little of it is parsed at once.
+
+A message that is parsed takes far more memory than its bytes: an empty data point has two on
+the wire and about a hundred in memory, so that 4 MiB of them took hundreds of megabytes. Of a
+request only the outline is read here, its fields and their lengths, and what is parsed at once
+has at most :data:`PIECE` bytes. Fields of one kind may be parsed apart from each other because
+that is how protobuf joins them: the bytes of two messages, one behind the other, are the bytes
+of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, ResourceMetrics, ScopeMetrics
+
+PIECE = 64 * 1024
+"""Most bytes that are parsed at once."""
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+_FIRST = 1 << 3 | _LENGTH
+"""Key of ``resource_metrics``, ``resource``, ``Metric.name`` and ``data_points``, each in its
+own message."""
+_SECOND = 2 << 3 | _LENGTH
+"""Key of ``scope_metrics`` and ``metrics``, each in its own message."""
+_DATA = frozenset(number << 3 | _LENGTH for number in (5, 7, 9, 10, 11))
+"""Keys of what a metric may hold: gauge, sum and the kinds of histograms."""
+
+PAUSE: Sequence[Metric] = ()
+"""Stands between the metrics of two pieces: so far went some milliseconds."""
+
+_EMPTY_POINT = b"\x0a\x00"
+"""What stands for a data point that is too large to be looked at: one without a value."""
+
+
+class OutlineError(ValueError):
+    """The bytes are not those of a protobuf message."""
+
+
+def resources_of(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where each ``ResourceMetrics`` of a request begins and ends; raises
+    :class:`OutlineError`."""
+    for key, _, body, stop in _fields(data, 0, len(data)):
+        if key == _FIRST:
+            yield body, stop
+
+
+def head_of(data: bytes, begin: int, end: int) -> ResourceMetrics | None:
+    """Whose metrics lie from ``begin`` to ``end``, without these; None if that has more than
+    :data:`PIECE` bytes. Raises :class:`OutlineError` and ``DecodeError``."""
+    head = bytearray()
+    for key, start, _, stop in _fields(data, begin, end):
+        if key == _FIRST:
+            if len(head) + stop - start > PIECE:
+                return None
+            head += data[start:stop]
+    return ResourceMetrics.FromString(bytes(head))
+
+
+def metrics_of(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
+    """The metrics of the ``ResourceMetrics`` from ``begin`` to ``end``, some at a time, with
+    :data:`PAUSE` after each piece.
+
+    Raises :class:`OutlineError` and ``DecodeError``.
+    """
+    for start, body, stop in _runs(data, begin, end, _SECOND):
+        if stop - start <= PIECE:
+            for scope in ResourceMetrics.FromString(data[start:stop]).scope_metrics:
+                yield scope.metrics
+            yield PAUSE
+        else:
+            yield from _metrics_of_scope(data, body, stop)
+
+
+def _metrics_of_scope(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
+    """Of one ``ScopeMetrics`` that is large."""
+    for start, body, stop in _runs(data, begin, end, _SECOND):
+        if stop - start <= PIECE:
+            yield ScopeMetrics.FromString(data[start:stop]).metrics
+            yield PAUSE
+        else:
+            for metric in _parts_of_metric(data, body, stop):
+                yield (metric,)
+                yield PAUSE
+
+
+def _parts_of_metric(data: bytes, begin: int, end: int) -> Iterator[Metric]:
+    """One ``Metric`` that is large as several of that name, each with some of its points."""
+    name = b""
+    for key, start, _, stop in _fields(data, begin, end):
+        if key == _FIRST:
+            name = data[start:stop] if stop - start <= PIECE else b""
+    for key, _, body, stop in _fields(data, begin, end):
+        if key not in _DATA:
+            continue
+        for first, _, last in _runs(data, body, stop, _FIRST):
+            points = data[first:last] if last - first <= PIECE else _EMPTY_POINT
+            yield Metric.FromString(name + bytes((key,)) + _as_varint(len(points)) + points)
+
+
+def _runs(data: bytes, begin: int, end: int, large: int) -> Iterator[tuple[int, int, int]]:
+    """The fields from ``begin`` to ``end`` in runs of at most :data:`PIECE` bytes.
+
+    A larger field is a run of its own if its key is ``large``, and left out otherwise. Yields
+    (start, where the body of its last field begins, stop).
+    """
+    if end - begin <= PIECE:
+        yield begin, begin, end
+        return
+    start = begin
+    for key, at, body, stop in _fields(data, begin, end):
+        if stop - start <= PIECE:
+            continue
+        if at > start:
+            yield start, start, at
+        start = at
+        if stop - at > PIECE:
+            if key == large:
+                yield at, body, stop
+            start = stop
+    if end > start:
+        yield start, start, end
+
+
+def _fields(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Each field of a message: its key, where it begins, where its body does, where it ends."""
+    at = begin
+    while at < end:
+        start = at
+        key = data[at]
+        at += 1
+        if key > 127:
+            key, at = _varint(data, start, end)
+        kind = key & 7
+        if kind == _LENGTH:
+            length, at = _varint(data, at, end)
+            stop = at + length
+        elif kind == _VARINT:
+            stop = _varint(data, at, end)[1]
+        elif kind in (_FIXED64, _FIXED32):
+            stop = at + (8 if kind == _FIXED64 else 4)
+        else:
+            raise OutlineError(f"a field of the unknown kind {kind}")
+        if stop > end or key < 8:
+            raise OutlineError("a field that is longer than its message, or has no number")
+        yield key, start, at, stop
+        at = stop
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """The number at a place, and where it ends."""
+    value = shift = 0
+    while at < end and shift < 70:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+    raise OutlineError("a number that does not end")
+
+
+def _as_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
