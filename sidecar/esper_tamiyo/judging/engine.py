@@ -31,7 +31,6 @@ from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.admission import RefusalReason, fault_of
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
-from esper_tamiyo.judging.endings import end_silences
 from esper_tamiyo.judging.liveness import Key, overview
 from esper_tamiyo.judging.observer import EngineObserver, Observed
 from esper_tamiyo.judging.roster import STATE_BYTES, Roster
@@ -276,7 +275,7 @@ class Engine:
         key = (frame.run, frame.rank)
         state = self._runs.get(key)
         if frame.ended is not None:
-            return self._end(state, frame)
+            return self.roster.endings.hear(frame, self._runs, self._silences, self._observed)
         if state is None or (frame.instance and state.instance != frame.instance):
             admitted = self.roster.admit(frame, self._book, at_ns, asked=asked)
             if admitted is None:
@@ -309,13 +308,6 @@ class Engine:
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
         return decision
-
-    def _end(self, state: RunState | None, frame: StepFrame) -> Decision:
-        """The rank of ``state`` says that its run has ended; there is nothing to decide."""
-        if self.roster.endings.add_end(state, frame):
-            end_silences(frame.run, self._runs, self._silences)
-            self._observed.tell_end(frame)
-        return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""
