@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
 from esper_otel.leyline.endings import HowEnded
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.liveness import Key
 
 if TYPE_CHECKING:
+    from esper_tamiyo.judging.observer import EngineObserver
     from esper_tamiyo.judging.run_state import RunState
     from esper_tamiyo.judging.silences import Silences
 
@@ -26,19 +28,34 @@ class Endings:
     def __init__(self) -> None:
         self._ended: OrderedDict[Key, None] = OrderedDict()
 
-    def add_end(self, state: RunState | None, frame: StepFrame) -> bool:
-        """``frame`` says that the rank of ``state`` has ended; returns whether that is news.
+    def hear(
+        self,
+        frame: StepFrame,
+        ranks: Mapping[Key, RunState],
+        silences: Silences,
+        observer: EngineObserver | None,
+    ) -> Decision:
+        """``frame`` says that one of ``ranks`` has ended; there is nothing to decide."""
+        if self._is_news(frame, ranks):
+            _end_silences(frame.run, ranks, silences)
+            if observer is not None:
+                observer.on_end(frame)
+        return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
-        It is none of a rank or process that is not known, of one that has gone on since, and
-        when it comes again: by the socket and in the stream.
+    def _is_news(self, frame: StepFrame, ranks: Mapping[Key, RunState]) -> bool:
+        """Take an end in, unless it is none.
+
+        That is one of a rank or process that is not known, of one that has gone on since, and
+        one that comes again: by the socket and in the stream.
         """
+        key = frame.run, frame.rank
+        state = ranks.get(key)
         if state is None or state.instance != frame.instance or frame.step < state.newest:
             return False
         before = state.pace.ending
         if before is not None and before.step == frame.step:
             return False
         state.pace.end(frame, state.newest)
-        key = frame.run, frame.rank
         self._ended[key] = None
         self._ended.move_to_end(key)
         return True
@@ -59,7 +76,7 @@ class Endings:
         return forgotten[0]
 
 
-def end_silences(run: str, ranks: Mapping[Key, RunState], silences: Silences) -> None:
+def _end_silences(run: str, ranks: Mapping[Key, RunState], silences: Silences) -> None:
     """The silences of ``run`` end, if all its ranks have ended and none of them failed.
 
     The next attempt at a run that failed is the same run.

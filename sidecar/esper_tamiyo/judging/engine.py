@@ -23,7 +23,7 @@ from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
-from esper_tamiyo.judging.endings import Endings, end_silences
+from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.liveness import Key, overview
 from esper_tamiyo.judging.observer import EngineObserver
 from esper_tamiyo.judging.peers import PeerBoard
@@ -251,7 +251,7 @@ class Engine:
         key = (frame.run, frame.rank)
         state = self._runs.get(key)
         if frame.ended is not None:
-            return self._end(state, frame)
+            return self._endings.hear(frame, self._runs, self._silences, self._observer)
         if state is None or (frame.instance and state.instance != frame.instance):
             admitted = self._admit(key, frame.instance, state)
             if admitted is None:
@@ -271,14 +271,6 @@ class Engine:
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
         return decision
-
-    def _end(self, state: RunState | None, frame: StepFrame) -> Decision:
-        """The rank of ``state`` says that its run has ended; there is nothing to decide."""
-        if self._endings.add_end(state, frame):
-            end_silences(frame.run, self._runs, self._silences)
-            if self._observer is not None:
-                self._observer.on_end(frame)
-        return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""
