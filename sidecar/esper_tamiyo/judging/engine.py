@@ -277,7 +277,7 @@ class Engine:
 
     def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:
         self._counts["judged"] += 1
-        self._find_silence(state, key, frame.time_unix_nano - state.time_unix_nano)
+        self._find_silence(state, key, state.pace.since_newest(frame.time_unix_nano))
         transitions = state.judge(frame, at_ns)
         if transitions:
             self._notify(key, frame.step, frame.time_unix_nano, transitions)

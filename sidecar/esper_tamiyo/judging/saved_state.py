@@ -166,9 +166,9 @@ def heard_ns(engine: Engine, key: Key) -> int:
     return 0 if state is None else state.pace.heard_ns
 
 
-def finish(engine: Engine, order: Iterable[Key]) -> int:
-    """All that was saved is back: ``order`` has the ranks, the last heard at the end. Returns
-    how many ranks there are.
+def finish(engine: Engine, order: Iterable[Key], away_ns: int) -> int:
+    """All that was saved is back: ``order`` has the ranks, the last heard at the end, and for
+    ``away_ns`` nobody listened to them. Returns how many ranks there are.
 
     As many are forgotten as are too many, and what is known of runs without ranks with them.
     What was counted on the way counts as nothing: it was counted when it came first.
@@ -176,6 +176,7 @@ def finish(engine: Engine, order: Iterable[Key]) -> int:
     for key in order:
         if key in engine._runs:
             engine._runs.move_to_end(key)
+            engine._runs[key].pace.away_ns = away_ns
     while len(engine._runs) > engine._max_runs:
         engine._runs.popitem(last=False)
     runs = {run for run, _ in engine._runs}

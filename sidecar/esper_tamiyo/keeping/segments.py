@@ -51,6 +51,8 @@ class EntryKind(IntEnum):
     """Steps that were judged, in their order."""
     SETTLED = 5
     """Of the segments so many are needed, the newest ones: the body says it in decimals."""
+    ALIVE = 6
+    """The sidecar was there at this time, of Unix in nanoseconds, in decimals."""
 
 
 class DamagedSegmentError(ValueError):

@@ -69,6 +69,9 @@ and then everything is saved anew."""
 
 PIPE_BYTES = 1 << 20
 FLUSH_AGAIN_S = 0.005
+ALIVE_S = 1.0
+"""Between two notes that the sidecar is there: the time away is no silence of ranks."""
+
 RETRY_S = 10.0
 LOCK_PATIENCE_S = 3.0
 END_PATIENCE_S = 2.0
@@ -107,6 +110,7 @@ class StateKeeper(ChildProcess):
         self._besides: object = None
         self._frames: list[StepFrame] = []
         self._write_at = 0.0
+        self._alive_at = 0.0
         self._changed: dict[Key, None] = {}
         self._due: deque[Key] = deque()
         self._round_s = round_s
@@ -188,6 +192,9 @@ class StateKeeper(ChildProcess):
             self._write_at = now + GATHER_S
             self._note(engine)
             self._save_next(engine, now)
+            if now >= self._alive_at:
+                self._alive_at = now + ALIVE_S
+                self._put(EntryKind.ALIVE, str(time.time_ns()).encode())
         if self._outgoing:
             self._flush()
 
