@@ -29,6 +29,10 @@ HEAD = struct.Struct("<IIB")
 MAX_BODY = 1 << 27
 """Longest body that is believed; no rank comes near."""
 
+KEPT_SEGMENTS = b"2"
+"""The one that is written, and the one before it: ranks are compared with steps of others that
+may lie further back than where these were saved last."""
+
 LOOK_AGAIN_S = 0.02
 """Between two looks whether a folder is free."""
 

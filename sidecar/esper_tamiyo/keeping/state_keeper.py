@@ -45,7 +45,7 @@ from esper_tamiyo.keeping.bodies import (
     writer_status,
 )
 from esper_tamiyo.keeping.restoring import MAX_AGE_S, Restored, restore
-from esper_tamiyo.keeping.segments import EntryKind, framed, locked
+from esper_tamiyo.keeping.segments import KEPT_SEGMENTS, EntryKind, framed, locked
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
@@ -53,7 +53,6 @@ log = logging.getLogger("tamiyo")
 GATHER_S = 0.02
 """Steps that follow each other faster go down the pipe together, and are what a kill costs at
 most. One by one they would cost a fifth of what it takes to judge them."""
-
 ROUND_S = 5.0
 """Between two times that a rank which goes on is saved."""
 
@@ -76,11 +75,7 @@ RETRY_S = 10.0
 LOCK_PATIENCE_S = 3.0
 END_PATIENCE_S = 2.0
 CLOSING_S = 0.5
-"""For saving ranks at the end; what is not saved then is judged again at the start."""
-
-KEPT_SEGMENTS = b"2"
-"""The one that is written, and the one before it: ranks are compared with steps of others that
-may lie further back than where these were saved last."""
+"""For saving ranks at the end; what is not saved then is judged again."""
 
 
 class StateKeeper(ChildProcess):
@@ -128,7 +123,7 @@ class StateKeeper(ChildProcess):
         self._told = WriterStatus()
         self._logged_error = ""
 
-    # What the engine tells, passed on.
+    # What the engine tells.
 
     def on_rule_change(self, change: RuleChange) -> None:
         """A rule's state changed."""
@@ -188,7 +183,7 @@ class StateKeeper(ChildProcess):
             self._frames.clear()
             if not self._outgoing and now >= self._retry_at:
                 self._begin_segment(engine)
-        elif now >= self._write_at or self._due or engine.table is not self._table:
+        elif now >= self._write_at or self._due or self._is_news(engine):
             self._write_at = now + GATHER_S
             self._note(engine)
             self._save_next(engine, now)
@@ -338,6 +333,10 @@ class StateKeeper(ChildProcess):
             self._put(EntryKind.TABLE, encode_body(engine.table))
         if changes_besides_ranks(engine) != self._besides:
             self._put_engine(engine)
+
+    def _is_news(self, engine: Engine) -> bool:
+        """Whether something has happened besides steps: a silence is not to be lost."""
+        return engine.table is not self._table or changes_besides_ranks(engine) != self._besides
 
     def _put_engine(self, engine: Engine) -> None:
         self._besides = changes_besides_ranks(engine)
