@@ -184,7 +184,7 @@ class StateKeeper(ChildProcess):
             if not self._outgoing and now >= self._retry_at:
                 self._begin_segment(engine)
         elif now >= self._write_at or self._due or self._is_news(engine):
-            self._write_at = now + GATHER_S
+            self._write_at = now + GATHER_S if self._frames else now
             self._note(engine)
             self._save_next(engine, now)
             if now >= self._alive_at:
