@@ -255,7 +255,7 @@ class _Restoring:
             if saved_at is None or place > saved_at:
                 self.engine.observe(frame, at_ns=self._now_ns)
                 self.report.steps += 1
-            else:
+            elif frame.values:
                 began_anew = self._shown.get(key, frame.instance) != frame.instance
                 self._shown[key] = frame.instance
                 post_again(self.engine, frame, began_anew=began_anew)
