@@ -123,8 +123,6 @@ class StateKeeper(ChildProcess):
         self._told = WriterStatus()
         self._logged_error = ""
 
-    # What the engine tells.
-
     def on_rule_change(self, change: RuleChange) -> None:
         """A rule's state changed."""
         if self._hears:
@@ -141,8 +139,6 @@ class StateKeeper(ChildProcess):
         """A decision became the newest of its rank."""
         if self._hears:
             self._observer.on_decision(decision, frame)
-
-    # At the start.
 
     def open(self, table: Table) -> Engine:
         """An engine that goes on where the one before it ended; never raises.
@@ -164,8 +160,6 @@ class StateKeeper(ChildProcess):
         if self._lock is not None:
             self._start()
 
-    # At the end of each turn.
-
     def keep(self) -> None:
         """Write down what was judged in this turn, and save a rank where one is due."""
         engine = self._engine
@@ -183,7 +177,12 @@ class StateKeeper(ChildProcess):
             self._frames.clear()
             if not self._outgoing and now >= self._retry_at:
                 self._begin_segment(engine)
-        elif now >= self._write_at or self._due or self._is_news(engine):
+        elif (
+            not self._frames  # then what has happened besides steps is written at once
+            or now >= self._write_at
+            or self._due
+            or engine.table is not self._table
+        ):
             self._write_at = now + GATHER_S if self._frames else now
             self._note(engine)
             self._save_next(engine, now)
@@ -333,10 +332,6 @@ class StateKeeper(ChildProcess):
             self._put(EntryKind.TABLE, encode_body(engine.table))
         if changes_besides_ranks(engine) != self._besides:
             self._put_engine(engine)
-
-    def _is_news(self, engine: Engine) -> bool:
-        """Whether something has happened besides steps: a silence is not to be lost."""
-        return engine.table is not self._table or changes_besides_ranks(engine) != self._besides
 
     def _put_engine(self, engine: Engine) -> None:
         self._besides = changes_besides_ranks(engine)
