@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from contextlib import ExitStack, contextmanager
 from time import perf_counter_ns
 
@@ -291,6 +292,23 @@ def test_a_full_disk_is_told_and_left_again_with_the_next_segment(tmp_path, monk
     assert out.error == ""
     assert [path.name for path in segments_of(tmp_path)] == ["state-000001.log"]
     assert b"there" in segments_of(tmp_path)[0].read_bytes()
+
+
+def test_files_that_are_gone_are_told_and_come_again_with_the_next_segment(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    out = SegmentWriter(folder)
+    head = framed(EntryKind.HEADER, b"head")
+    out.feed(head)
+    out.look_after()
+    assert out.error == ""
+    shutil.rmtree(folder)
+    out.look_after()
+    assert "no such file" in out.error
+    out.feed(head)
+    out.look_after()
+    assert out.error == ""
+    assert segments_of(folder)[0].read_bytes() == head
 
 
 def test_entries_are_written_whole_however_they_come(tmp_path):
