@@ -34,6 +34,7 @@ BENCHES = (
     "answers_under_load",
     "ingest",
     "reloading",
+    "restarts",
     "isolation",
     "growth",
     "asking",

@@ -2,9 +2,12 @@
 
 import os
 import random
+import shutil
 from contextlib import ExitStack, contextmanager
+from time import perf_counter_ns
 
 import pytest
+from msgspec import structs
 
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.keeping import restoring, state_keeper, writer
@@ -30,6 +33,9 @@ rules:
      conservative: true}
   - {id: other, metric: accuracy, above: NUMBER, for: 3, severity: HIGH, action: OPTIMIZER}
 """
+QUIET = "  - {id: quiet, metric: step, missing_for: 3, severity: HIGH, action: CONTINUE}\n"
+
+SECOND = 1_000_000_000
 
 
 def table(number=1):
@@ -82,6 +88,38 @@ def test_under_another_table_only_what_is_the_same_goes_on(tmp_path):
         decision = one.judge(frame(2))
         assert [found.rule for found in decision.findings] == ["kept"]
         assert one.restored.table == table().version != decision.table_version
+
+
+def quiet_rules():
+    return parse(TableSource("q", f"{RULES}{QUIET}".replace("NUMBER", "1").encode()))
+
+
+def changes_behind(folder, table, away_ns, times_s, ticks_s=()):
+    """Rules that changed behind a restart that took so long, by frames at, and ticks after, so
+    many seconds."""
+    observed = Observed()
+    with kept(folder, table, observer=observed) as one:
+        for state in one.engine._runs.values():
+            assert 0 <= state.pace.away_ns < 60 * SECOND
+            state.pace.away_ns = away_ns
+        now = perf_counter_ns()
+        for after_s in ticks_s:
+            one.engine.tick(now + after_s * SECOND)
+        for time_s in times_s:
+            one.judge(structs.replace(frame(time_s, loss=0.5), time_unix_nano=time_s * SECOND))
+    return [change.rule for change in observed.changes]
+
+
+def test_the_time_away_is_no_silence_of_a_rank(tmp_path):
+    rules = quiet_rules()
+    with kept(tmp_path, rules) as one:
+        for step in range(3):
+            one.judge(frame(step, loss=0.5))
+    assert changes_behind(tmp_path, rules, 55 * SECOND, [60]) == []
+    assert changes_behind(tmp_path, rules, 0, [61], ticks_s=[0, 5]) == []
+    # Silences before the kill, and behind it, are: each begins and ends.
+    assert changes_behind(tmp_path, rules, 5 * SECOND, [120, 200]) == ["quiet"] * 4
+    assert changes_behind(tmp_path, rules, 0, [], ticks_s=[0, 7200]) == ["quiet"]
 
 
 def test_a_segment_may_be_cut_anywhere(tmp_path):
@@ -254,6 +292,23 @@ def test_a_full_disk_is_told_and_left_again_with_the_next_segment(tmp_path, monk
     assert out.error == ""
     assert [path.name for path in segments_of(tmp_path)] == ["state-000001.log"]
     assert b"there" in segments_of(tmp_path)[0].read_bytes()
+
+
+def test_files_that_are_gone_are_told_and_come_again_with_the_next_segment(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    out = SegmentWriter(folder)
+    head = framed(EntryKind.HEADER, b"head")
+    out.feed(head)
+    out.look_after()
+    assert out.error == ""
+    shutil.rmtree(folder)
+    out.look_after()
+    assert "no such file" in out.error
+    out.feed(head)
+    out.look_after()
+    assert out.error == ""
+    assert segments_of(folder)[0].read_bytes() == head
 
 
 def test_entries_are_written_whole_however_they_come(tmp_path):

@@ -66,15 +66,17 @@ class StepPace:
     while, and so a little more patient. ``last_ns`` is when the newest step ended, and
     ``heard_ns`` when that was heard, by the clock that silence is measured with. ``ending``
     is the frame by which the rank said that its run has ended, None while it goes on;
-    ``awaited`` how many of its steps up to then have not been heard.
+    ``awaited`` how many of its steps up to then have not been heard. ``away_ns`` is for how
+    long there was no sidecar since the newest step.
     """
 
-    __slots__ = ("awaited", "ending", "heard_ns", "last_ns", "step_ns")
+    __slots__ = ("awaited", "away_ns", "ending", "heard_ns", "last_ns", "step_ns")
 
     def __init__(self) -> None:
         self.heard_ns = 0
         self.last_ns = 0
         self.step_ns = 0.0
+        self.away_ns = 0
         self.ending: StepFrame | None = None
         self.awaited = 0
 
@@ -82,6 +84,11 @@ class StepPace:
         """The rank has ended, of which steps up to ``newest`` have been heard."""
         self.ending = ending
         self.awaited = ending.step - newest
+
+    def since_newest(self, time_ns: int) -> int:
+        """How long nothing came before a frame that ended at ``time_ns``, but for the time in
+        which nobody listened."""
+        return time_ns - self.last_ns - self.away_ns
 
     def heard(self, time_ns: int, steps: int, at_ns: int) -> None:
         """A frame that ended at ``time_ns``, ``steps`` after the one before it."""
@@ -93,6 +100,7 @@ class StepPace:
             self.step_ns = each
         self.last_ns = time_ns
         self.heard_ns = at_ns
+        self.away_ns = 0
         ending = self.ending
         if ending is not None:
             self.awaited -= steps

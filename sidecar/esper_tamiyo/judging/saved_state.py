@@ -177,9 +177,9 @@ def heard_ns(engine: Engine, key: Key) -> int:
     return 0 if state is None else state.pace.heard_ns
 
 
-def finish(engine: Engine, order: Iterable[Key]) -> int:
-    """All that was saved is back: ``order`` has the ranks, the last heard at the end. Returns
-    how many ranks there are.
+def finish(engine: Engine, order: Iterable[Key], away_ns: int) -> int:
+    """All that was saved is back: ``order`` has the ranks, the last heard at the end, and for
+    ``away_ns`` nobody listened to them. Returns how many ranks there are.
 
     As many are forgotten as are too many, and what is known of runs without ranks with them.
     What was counted on the way counts as nothing: it was counted when it came first.
@@ -187,9 +187,9 @@ def finish(engine: Engine, order: Iterable[Key]) -> int:
     for key in order:
         if key in engine._runs:
             engine._runs.move_to_end(key)
+            engine._runs[key].pace.away_ns = away_ns
     roster = engine.roster
-    while len(roster.ranks) > roster.capacity.ranks:
-        roster._make_room()
+    roster.trim()
     runs = {run for run, _ in roster.ranks}
     for run in [run for run in roster._boards if run not in runs]:
         del roster._boards[run]

@@ -224,7 +224,7 @@ DERIVED: dict[type, frozenset[str]] = {
     History: frozenset({"_own", "_own_lasts", "_pushes", "_watched"}),
     RuleStatus: frozenset({"idle"}),
     PeerComparison: frozenset({"_board", "_rank", "_watched"}),
-    StepPace: frozenset({"heard_ns"}),
+    StepPace: frozenset({"away_ns", "heard_ns"}),
     RunState: frozenset(
         {
             *("_active", "_transitions", "_undecided"),  # of the step that is being judged

@@ -100,6 +100,8 @@ class _Survey:
         self.saved_at: dict[Key, _Place] = {}
         self.heard: dict[Key, int] = {}
         """When each rank was heard last, in Unix nanoseconds."""
+        self.alive = 0
+        """When the sidecar was there last, likewise."""
         for segment, path in enumerate(self.paths):
             for number, kind, body in _entries(path):
                 if kind == EntryKind.RANK:
@@ -108,8 +110,11 @@ class _Survey:
                     self.heard[found.key] = found.heard_unix_nano
                 elif kind == EntryKind.STEPS:
                     turn = bodies.steps(body)
+                    self.alive = max(self.alive, turn.at_unix_nano)
                     for frame in turn.frames:
                         self.heard[frame.run, frame.rank] = turn.at_unix_nano
+                elif kind == EntryKind.ALIVE:
+                    self.alive = max(self.alive, int(bytes(body)))
 
     def walk(self) -> Iterator[tuple[_Place, int, memoryview]]:
         """Place, kind and body of every entry."""
@@ -205,7 +210,10 @@ class _Restoring:
                 self._judge(place, bodies.steps(body))
         report.table = engine.table.version
         self._reload(table)
-        report.ranks = finish(engine, sorted(survey.heard, key=survey.heard.__getitem__))
+        away_ns = max(0, self._now_unix_ns - survey.alive)
+        report.ranks = finish(
+            engine, sorted(survey.heard, key=survey.heard.__getitem__), away_ns
+        )
         report.too_old = len(self._old)
         ago_ns = self._now_unix_ns - max(survey.heard.values())
         report.age_s = max(0.0, ago_ns / 1e9)
@@ -250,7 +258,7 @@ class _Restoring:
                 # As one that was asked about: it was let in when it came first.
                 self.engine.observe(frame, at_ns=self._now_ns, asked=True)
                 self.report.steps += 1
-            else:
+            elif frame.values:
                 began_anew = self._shown.get(key, frame.instance) != frame.instance
                 self._shown[key] = frame.instance
                 post_again(self.engine, frame, began_anew=began_anew)

@@ -29,6 +29,10 @@ HEAD = struct.Struct("<IIB")
 MAX_BODY = 1 << 27
 """Longest body that is believed; no rank comes near."""
 
+KEPT_SEGMENTS = b"2"
+"""The one that is written, and the one before it: ranks are compared with steps of others that
+may lie further back than where these were saved last."""
+
 LOOK_AGAIN_S = 0.02
 """Between two looks whether a folder is free."""
 
@@ -51,6 +55,8 @@ class EntryKind(IntEnum):
     """Steps that were judged, in their order."""
     SETTLED = 5
     """Of the segments so many are needed, the newest ones: the body says it in decimals."""
+    ALIVE = 6
+    """The sidecar was there at this time, of Unix in nanoseconds, in decimals."""
 
 
 class DamagedSegmentError(ValueError):

@@ -46,7 +46,7 @@ from esper_tamiyo.keeping.bodies import (
     writer_status,
 )
 from esper_tamiyo.keeping.restoring import MAX_AGE_S, Restored, restore
-from esper_tamiyo.keeping.segments import EntryKind, framed, locked
+from esper_tamiyo.keeping.segments import KEPT_SEGMENTS, EntryKind, framed, locked
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
@@ -54,7 +54,6 @@ log = logging.getLogger("tamiyo")
 GATHER_S = 0.02
 """Steps that follow each other faster go down the pipe together, and are what a kill costs at
 most. One by one they would cost a fifth of what it takes to judge them."""
-
 ROUND_S = 5.0
 """Between two times that a rank which goes on is saved."""
 
@@ -70,15 +69,14 @@ and then everything is saved anew."""
 
 PIPE_BYTES = 1 << 20
 FLUSH_AGAIN_S = 0.005
+ALIVE_S = 1.0
+"""Between two notes that the sidecar is there: the time away is no silence of ranks."""
+
 RETRY_S = 10.0
 LOCK_PATIENCE_S = 3.0
 END_PATIENCE_S = 2.0
 CLOSING_S = 0.5
-"""For saving ranks at the end; what is not saved then is judged again at the start."""
-
-KEPT_SEGMENTS = b"2"
-"""The one that is written, and the one before it: ranks are compared with steps of others that
-may lie further back than where these were saved last."""
+"""For saving ranks at the end; what is not saved then is judged again."""
 
 
 class StateKeeper(ChildProcess):
@@ -108,6 +106,7 @@ class StateKeeper(ChildProcess):
         self._besides: object = None
         self._frames: list[StepFrame] = []
         self._write_at = 0.0
+        self._alive_at = 0.0
         self._changed: dict[Key, None] = {}
         self._due: deque[Key] = deque()
         self._round_s = round_s
@@ -170,8 +169,6 @@ class StateKeeper(ChildProcess):
         if self._lock is not None:
             self._start()
 
-    # At the end of each turn.
-
     def keep(self) -> None:
         """Write down what was judged in this turn, and save a rank where one is due."""
         engine = self._engine
@@ -189,10 +186,18 @@ class StateKeeper(ChildProcess):
             self._frames.clear()
             if not self._outgoing and now >= self._retry_at:
                 self._begin_segment(engine)
-        elif now >= self._write_at or self._due or engine.table is not self._table:
-            self._write_at = now + GATHER_S
+        elif (
+            not self._frames  # then what has happened besides steps is written at once
+            or now >= self._write_at
+            or self._due
+            or engine.table is not self._table
+        ):
+            self._write_at = now + GATHER_S if self._frames else now
             self._note(engine)
             self._save_next(engine, now)
+            if now >= self._alive_at:
+                self._alive_at = now + ALIVE_S
+                self._put(EntryKind.ALIVE, str(time.time_ns()).encode())
         if self._outgoing:
             self._flush()
 

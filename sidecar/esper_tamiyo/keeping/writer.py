@@ -13,6 +13,7 @@ written; nothing is written then before the next header.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -48,7 +49,7 @@ class SegmentWriter:
         self.written = 0
         self.written_at = 0
         """Unix time of that, in nanoseconds; 0 before the first."""
-        self._folder = folder
+        self._folder = self._path = folder
         self._file: int | None = None
         self._rest = bytearray()
         self._dirty = False
@@ -84,17 +85,29 @@ class SegmentWriter:
             except OSError as error:
                 self._give_up(error)
 
+    def look_after(self) -> None:
+        """See that what is written can be found: a file that is gone is as good as none."""
+        if self._file is None:
+            return
+        try:
+            if os.fstat(self._file).st_ino != self._path.stat().st_ino:
+                raise FileNotFoundError(errno.ENOENT, "its file was replaced")
+        except OSError as error:
+            self._give_up(error)
+
     def _begin_segment(self) -> None:
         """Open the next one; an empty one, of a disk that was full, is taken again."""
         self.sync()
         self._close()
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             segments = segments_of(self._folder)
             number = segment_number(segments[-1]) + 1 if segments else 1
             if segments and not segments[-1].stat().st_size:
                 number -= 1
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._file = os.open(segment_path(self._folder, number), flags, 0o600)
+            self._path = segment_path(self._folder, number)
+            self._file = os.open(self._path, flags, 0o600)
             self.error = ""
         except OSError as error:
             self._give_up(error)
@@ -146,6 +159,8 @@ def serve(pipe: socket.socket, writer: SegmentWriter) -> None:
             writer.sync()
         if ended:
             return
+        if now >= status_at:
+            writer.look_after()
         if now >= status_at or writer.error != said:
             said, status_at = writer.error, now + STATUS_S
             how = {"error": said, "written": writer.written, "at": writer.written_at}
