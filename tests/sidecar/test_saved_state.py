@@ -221,5 +221,5 @@ def test_silences_and_replaced_processes_are_remembered(tmp_path):
         {"run": "run", "rule": "often", "until_step": 8}
     ]
     late = StepFrame("run", "first", 0, 9, 9 * SECOND, {"step": 9.0})
-    assert after.judge(late).reason == "protocol_error"
+    assert after.judge(late).reason == "superseded"
     after.kill()

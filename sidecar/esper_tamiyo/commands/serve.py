@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper_otel.leyline.terminal import log_to_stderr, say
+from esper_otel.leyline.terminal import Lines, log_to_stderr, say
 from esper_otel.leyline.wire import default_socket_path as default_path
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
@@ -204,10 +204,13 @@ def _table(name: str, state: Path | None) -> tuple[Table, str]:
         last = None if state is None else last_table(state, name)
         if last is None:
             raise
+        told = "\n".join(error.lines)
         logging.getLogger("tamiyo").warning(
-            "%s\nthe last good one, %s, stays until the file is mended", error, last.version
+            "%s\nthe last good one, %s, stays until the file is mended",
+            Lines(told),
+            last.version,
         )
-        return last, str(error).partition("\n")[2]
+        return last, told.partition("\n")[2]
 
 
 def _tell_restored(

@@ -52,8 +52,7 @@ from esper_tamiyo.language.table import Table
 log = logging.getLogger("tamiyo")
 
 GATHER_S = 0.02
-"""Steps that follow each other faster go down the pipe together, and are what a kill costs at
-most. One by one they would cost a fifth of what it takes to judge them."""
+"""Steps that follow each other faster go down the pipe together: what a kill costs at most."""
 ROUND_S = 5.0
 """Between two times that a rank which goes on is saved."""
 
@@ -64,8 +63,7 @@ MAX_RANKS_BYTES = 64 << 20
 """What all ranks may take; beyond it those that were not heard for longest are not saved."""
 
 MAX_BACKLOG = 8 << 20
-"""Bytes that wait for a writer that is slow. Beyond it all is dropped until it has caught up,
-and then everything is saved anew."""
+"""Bytes that wait for a slow writer; beyond it all is dropped, and saved anew later."""
 
 PIPE_BYTES = 1 << 20
 FLUSH_AGAIN_S = 0.005
@@ -75,15 +73,12 @@ ALIVE_S = 1.0
 RETRY_S = 10.0
 LOCK_PATIENCE_S = 3.0
 END_PATIENCE_S = 2.0
-CLOSING_S = 0.5
-"""For saving ranks at the end; what is not saved then is judged again."""
+CLOSING_S = 0.5  # for saving ranks at the end; what is not saved then is judged again
 
 
 class StateKeeper(ChildProcess):
-    """Keeps the state of one engine in a folder; without a folder it does nothing.
-
-    An :class:`~esper_tamiyo.judging.observer.EngineObserver` that passes on what it hears.
-    """
+    """An observer that passes on what it hears, and keeps the state of the engine in a folder;
+    without a folder it keeps nothing."""
 
     def __init__(
         self,
