@@ -15,16 +15,19 @@ from bench.scenarios.suite import RECORDINGS
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.wire import SilenceRequest
 from esper_tamiyo.judging import (
+    endings,
     engine,
     excursions,
     history,
     liveness,
     peers,
+    roster,
     rule_status,
     run_state,
     silences,
 )
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.saved_state import saved_engine, saved_rank
 from esper_tamiyo.judging.saved_structs import BY_HAND, DERIVED, SAVED
 from esper_tamiyo.language.operators import Operator
@@ -81,14 +84,23 @@ rules:
 
 TABLES = {"default": DEFAULT, "everything": EVERYTHING}
 
-STATEFUL = (engine, excursions, history, liveness, peers, rule_status, run_state, silences)
+STATEFUL = (
+    *(endings, engine, excursions, history, liveness, peers, roster, rule_status),
+    *(run_state, silences),
+)
 """Modules whose classes may have to be saved."""
 
 PLAIN = {
     # Made of a table or for one call, and never changed.
     *(history.BaselineKey, history.RecordKey, history.Watched, rule_status.RuleTransition),
     *(peers.Waiting, liveness.RankState, silences.SilenceOrder, silences.SilenceError),
+    *(roster.Speaker, roster.Capacity),  # of open connections; of the table
     peers._Told,  # saved as each rank's posts
+}
+
+MAKERS = {
+    engine.Engine: lambda: engine.Engine(DEFAULT),
+    roster.Roster: lambda: roster.Roster(Rulebook(DEFAULT), 1 << 20),
 }
 
 SECOND = 1_000_000_000
@@ -98,7 +110,7 @@ def attributes(kind):
     """The names of what objects of a class hold."""
     if hasattr(kind, "__slots__"):
         return set(kind.__slots__)
-    made = {engine.Engine: lambda: engine.Engine(DEFAULT)}.get(kind, kind)
+    made = MAKERS.get(kind, kind)
     return set(vars(made()))
 
 
@@ -222,4 +234,19 @@ def test_silences_and_replaced_processes_are_remembered(tmp_path):
     ]
     late = StepFrame("run", "first", 0, 9, 9 * SECOND, {"step": 9.0})
     assert after.judge(late).reason == "superseded"
+    after.kill()
+
+
+def test_behind_a_restart_a_streamed_rank_may_have_gone_on(tmp_path):
+    def streamed(step):
+        return StepFrame("run", "one", 0, step, SECOND * (1 + step), {"step": float(step)})
+
+    kept = KeptEngine(tmp_path, EVERYTHING)
+    for step in range(5):
+        kept.judge(streamed(step))
+    assert kept.judge(streamed(1_000_000)).reason == "protocol_error"
+    kept.kill()
+    after = KeptEngine(tmp_path, EVERYTHING)
+    assert after.judge(streamed(900)).reason != "protocol_error"
+    assert after.judge(streamed(1_000_000)).reason == "protocol_error"
     after.kill()

@@ -55,9 +55,13 @@ class Endings:
         if before is not None and before.step == frame.step:
             return False
         state.pace.end(frame, state.newest)
+        self.remember(key)
+        return True
+
+    def remember(self, key: Key) -> None:
+        """A rank has ended, later than all those before."""
         self._ended[key] = None
         self._ended.move_to_end(key)
-        return True
 
     def oldest(self, ranks: Mapping[Key, RunState]) -> Key | None:
         """The one of ``ranks`` whose end is longest ago; None where none has ended."""

@@ -19,7 +19,7 @@ from esper_tamiyo.judging.excursions import Excursions
 from esper_tamiyo.judging.history import Extreme, FrozenMedian, History, RollingMedian
 from esper_tamiyo.judging.liveness import Key
 from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS, KEPT_STEPS, PeerBoard
-from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
+from esper_tamiyo.judging.rule_status import _OF_OTHERS, RuleStatus, RuleTarget
 from esper_tamiyo.judging.rules import compiled
 from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.saved_structs import (
@@ -54,15 +54,15 @@ def saved_engine(engine: Engine) -> SavedEngine:
     """What ``engine`` knows besides ranks."""
     silences: Silences = engine._silences
     return SavedEngine(
-        list(engine.roster._retired),
+        [(*key, instance) for key, instance in engine.roster._retired],
         {run: dict(rules._until) for run, rules in silences._runs.items() if rules.used},
     )
 
 
 def put_engine_back(saved: SavedEngine, engine: Engine) -> None:
     """Have ``engine`` know what was saved, besides what it knows."""
-    for whose in saved.retired:
-        engine.roster._retired[whose] = None
+    for run, rank, instance in saved.retired:
+        engine.roster._retired[(run, rank), instance] = None
     for run, until in saved.silences.items():
         rules: SilencedRules = engine._silences.of_run(run)
         rules._until, rules.used = dict(until), True
@@ -97,7 +97,7 @@ def saved_rank(engine: Engine, key: Key) -> SavedRank | None:
         newest=state.newest,
         pace=_taken(state.pace),
         warm_up=_taken(state.warm_up),
-        company_ns=board._first_ns.get(key[1]),
+        there_since_ns=board._first_ns.get(key[1]),
         posts=_posts_of(board, key[1], state.pace.last_ns),
     )
 
@@ -110,8 +110,7 @@ def put_rank_back(saved: SavedRank, engine: Engine, key: Key, heard_ns: int) -> 
     nothing was changed.
     """
     run, rank = key
-    roster = engine.roster
-    board = roster._boards.get(run) or PeerBoard()
+    board = engine.roster._boards.get(run) or PeerBoard()
     silences = engine._silences.of_run(run)
     state = RunState(saved.instance, engine._book, board, rank, silences)
     try:
@@ -119,15 +118,14 @@ def put_rank_back(saved: SavedRank, engine: Engine, key: Key, heard_ns: int) -> 
     except (ValueError, LookupError, TypeError) as error:
         raise UnfitStateError(f"run {run}, rank {rank}: {error!r}") from error
     state.pace.heard_ns = heard_ns
+    roster = engine.roster
     before = roster.ranks.get(key)
-    if before is None:
-        board.ranks += 1
-    else:
-        roster.seeds -= len(before.seeds)
-    roster.seeds += len(state.seeds)
+    board.ranks += before is None
+    roster.seeds += len(state.seeds) - (0 if before is None else len(before.seeds))
     roster._boards[run] = board
+    roster.believed.add(key)
     if saved.pace.ending is not None:
-        roster.endings._ended[key] = None
+        roster.endings.remember(key)
     for step, time_ns, values in saved.posts:
         board.post(rank, step, time_ns, values)
     note_company(saved, engine, key)
@@ -137,9 +135,27 @@ def put_rank_back(saved: SavedRank, engine: Engine, key: Key, heard_ns: int) -> 
 
 def note_company(saved: SavedRank, engine: Engine, key: Key) -> None:
     """Have the other ranks of a run know since when there is this one."""
-    if saved.company_ns is not None:
+    if saved.there_since_ns is not None:
         first_ns = engine.roster._boards.setdefault(key[0], PeerBoard())._first_ns
-        first_ns[key[1]] = min(saved.company_ns, first_ns.get(key[1], saved.company_ns))
+        since_ns = saved.there_since_ns
+        first_ns[key[1]] = min(since_ns, first_ns.get(key[1], since_ns))
+
+
+def judge_again(engine: Engine, frame: StepFrame, at_ns: int) -> None:
+    """Judge a step that was judged before: it and its process were let in then."""
+    key, roster = (frame.run, frame.rank), engine.roster
+    if frame.ended is not None:
+        engine.observe(frame, at_ns=at_ns)
+        return
+    before = roster.ranks.get(key)
+    if before is None or (frame.instance and before.instance != frame.instance):
+        if before is not None and not before.instance and before.newest < frame.step:
+            before.instance = frame.instance
+        else:
+            roster.ranks[key] = roster._new_state(frame, engine._book, before)
+            roster.ranks.move_to_end(key)
+        roster.believed.add(key)
+    engine.observe(frame, at_ns=at_ns, asked=True)
 
 
 def post_again(engine: Engine, frame: StepFrame, *, began_anew: bool) -> None:
@@ -147,7 +163,7 @@ def post_again(engine: Engine, frame: StepFrame, *, began_anew: bool) -> None:
 
     ``began_anew``: it is the first of another process.
     """
-    if engine._book.ranks and frame.ended is None:
+    if engine._book.ranks:
         values = frame.values
         picked = {key: values[key] for key in engine._book.rank_keys if key in values}
         board = engine.roster._boards.setdefault(frame.run, PeerBoard())
@@ -189,13 +205,15 @@ def finish(engine: Engine, order: Iterable[Key], away_ns: int) -> int:
             engine._runs.move_to_end(key)
             engine._runs[key].pace.away_ns = away_ns
     roster = engine.roster
-    roster.trim()
-    runs = {run for run, _ in roster.ranks}
+    while len(roster.ranks) > roster.capacity.ranks:
+        roster._forget(next(iter(roster.ranks)))
+    roster.believed.intersection_update(roster.ranks)
+    roster.forgotten = 0
+    runs = {run for run, _ in engine._runs}
     for run in [run for run in roster._boards if run not in runs]:
         del roster._boards[run]
-    for run in [run for run in roster.silences._runs if run not in runs]:
-        roster.silences.forget_run(run)
-    roster.forgotten = 0
+    for run in [run for run in engine._silences._runs if run not in runs]:
+        engine._silences.forget_run(run)
     engine._counts = dict.fromkeys(engine._counts, 0)
     engine._refused = Counter(dict.fromkeys(engine._refused, 0))
     return len(engine._runs)
@@ -223,9 +241,9 @@ def _put_state(saved: SavedRank, state: RunState) -> None:
     for name in ("acting", "clean_steps", "conservative", "decision"):
         setattr(state, name, getattr(saved, name))
     state.first, state.first_ns, state.newest = saved.first, saved.first_ns, saved.newest
+    _put(saved.warm_up, state.warm_up)
     state._gaps.extend(saved.gaps)
     _put(saved.pace, state.pace)
-    _put(saved.warm_up, state.warm_up)
     by_id = {entry.rule.id: entry for entry in book.rules}
     for rule, finding in saved.fired:
         entry = by_id.get(rule.id)
@@ -318,7 +336,8 @@ def _put(saved: Any, thing: Any) -> None:
 
 def _put_each(saved: list[Any], things: list[Any]) -> None:
     for each, thing in zip(saved, things, strict=True):
-        _put(each, thing)
+        if thing is not _OF_OTHERS:
+            _put(each, thing)
 
 
 def _put_history(saved: SavedHistory, past: History) -> None:

@@ -114,6 +114,14 @@ class SavedHistory(msgspec.Struct, frozen=True, array_like=True):
     slopes: list[SavedSlope]
 
 
+class SavedWarmUp(msgspec.Struct, frozen=True, array_like=True):
+    """Whether a rank has a past to compare with."""
+
+    phase: float
+    steps: int
+    under_way: bool
+
+
 class SavedStatus(msgspec.Struct, frozen=True, array_like=True):
     """Where one rule stands; ``recent`` is hexadecimal, as it may have 1024 bits."""
 
@@ -152,20 +160,12 @@ class SavedPace(msgspec.Struct, frozen=True, array_like=True):
     step_ns: float
 
 
-class SavedWarmUp(msgspec.Struct, frozen=True, array_like=True):
-    """Whether a rank has a past yet."""
-
-    phase: float
-    steps: int
-    under_way: bool
-
-
 class SavedRank(msgspec.Struct, frozen=True, array_like=True):
     """All that is known of one rank.
 
     ``posts`` are its newest steps as the other ranks see them (step, time, values),
-    ``company_ns`` is when it was first seen there, None where ranks are not compared. ``live``
-    are the ids of the seeds of its newest frame.
+    ``there_since_ns`` is when it was first seen there, None where ranks are not compared.
+    ``live`` are the ids of the seeds of its newest frame.
     """
 
     comparison: SavedComparison
@@ -184,14 +184,14 @@ class SavedRank(msgspec.Struct, frozen=True, array_like=True):
     newest: int
     pace: SavedPace
     warm_up: SavedWarmUp
-    company_ns: int | None
+    there_since_ns: int | None
     posts: list[tuple[int, int, dict[str, float]]]
 
 
 class SavedEngine(msgspec.Struct, frozen=True, array_like=True):
     """What the engine knows besides ranks: replaced instances, and silences by run."""
 
-    retired: list[tuple[tuple[str, int], str]]
+    retired: list[tuple[str, int, str]]
     silences: dict[str, dict[str, int | None]]
 
 
@@ -200,6 +200,7 @@ SAVED: dict[type, type[msgspec.Struct]] = {
     FrozenMedian: SavedFrozenMedian,
     Extreme: SavedExtreme,
     Last: SavedLast,
+    WarmUp: SavedWarmUp,
     Slope: SavedSlope,
     Record: SavedRecord,
     Excursions: SavedExcursions,
@@ -208,7 +209,6 @@ SAVED: dict[type, type[msgspec.Struct]] = {
     RuleTarget: SavedTarget,
     PeerComparison: SavedComparison,
     StepPace: SavedPace,
-    WarmUp: SavedWarmUp,
     RunState: SavedRank,
     Engine: SavedEngine,
 }
@@ -248,9 +248,10 @@ BY_HAND: dict[type, frozenset[str]] = {
     PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
     Roster: frozenset(
         {
-            *("_boards", "_peer_steps", "ranks", "seeds"),  # rank by rank
-            *("_retired", "endings", "silences"),
-            *("_speakers", "_state_bytes", "capacity", "forgotten"),  # of this process
+            *("_boards", "_retired", "endings", "ranks", "silences"),
+            *("_peer_steps", "seeds"),  # counted as ranks are put back
+            *("_state_bytes", "capacity", "forgotten"),  # of this process
+            *("_speakers", "believed"),  # whoever asks introduces itself again
         }
     ),
     SilencedRules: frozenset({"_until", "used"}),

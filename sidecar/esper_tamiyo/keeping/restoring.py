@@ -25,6 +25,7 @@ from esper_tamiyo.judging.roster import STATE_BYTES
 from esper_tamiyo.judging.saved_state import (
     UnfitStateError,
     finish,
+    judge_again,
     note_company,
     post_again,
     put_engine_back,
@@ -134,9 +135,9 @@ def restore(
     What cannot be used is set aside, and the engine begins anew; the reason is in the report.
     """
     try:
-        engine, report = _restored(folder, table, Engine(table, state_bytes, observer))
+        engine, report = _restored(folder, Engine(table, state_bytes, observer=observer))
     except FileNotFoundError:
-        return Engine(table, state_bytes, observer), Restored()
+        return Engine(table, state_bytes, observer=observer), Restored()
     except OSError as error:
         problem = f"{folder}: {(error.strerror or str(error)).lower()}"
     except _UNUSABLE as error:
@@ -149,7 +150,7 @@ def restore(
             log.info("%s, from %s", report, folder)
         return engine, report
     log.warning("state is not restored, all ranks begin anew: %s", problem)
-    return Engine(table, state_bytes, observer), Restored(problem=problem)
+    return Engine(table, state_bytes, observer=observer), Restored(problem=problem)
 
 
 def last_table(folder: Path, source: str) -> Table | None:
@@ -172,11 +173,11 @@ def last_table(folder: Path, source: str) -> Table | None:
     return found
 
 
-def _restored(folder: Path, table: Table, engine: Engine) -> tuple[Engine, Restored]:
+def _restored(folder: Path, engine: Engine) -> tuple[Engine, Restored]:
     survey = _Survey(folder)
     restoring = _Restoring(survey, engine)
     if survey.heard:
-        restoring.walk_to_end(table)
+        restoring.walk_to_end(engine.table)
     return restoring.engine, restoring.report
 
 
@@ -255,8 +256,7 @@ class _Restoring:
             if key in self._old:
                 continue
             if saved_at is None or place > saved_at:
-                # As one that was asked about: it was let in when it came first.
-                self.engine.observe(frame, at_ns=self._now_ns, asked=True)
+                judge_again(self.engine, frame, self._now_ns)
                 self.report.steps += 1
             elif frame.values:
                 began_anew = self._shown.get(key, frame.instance) != frame.instance
