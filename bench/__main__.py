@@ -33,6 +33,7 @@ BENCHES = (
     "answers_under_load",
     "ingest",
     "reloading",
+    "restarts",
     "isolation",
     "growth",
     "asking",

@@ -1,5 +1,5 @@
 # Tamiyo: the sidecar, without torch. Runs as user 10001 on a read-only file system; only
-# /run/esper (its socket) and /var/lib/esper (its journal) are written.
+# /run/esper (its socket) and /var/lib/esper (its journal and state) are written.
 FROM python:3.12-slim-bookworm AS made
 
 WORKDIR /source

@@ -53,8 +53,11 @@ OF_THE_SIDECAR = {
     "judging": {"language"},
     "receiving": {"language", "child_process"},
     "replaying": {"language", "judging", "receiving"},
+    "keeping": {"language", "judging", "child_process", "release"},
     "journaling": {"language", "judging", "child_process", "release"},
-    "serving": {"language", "judging", "receiving", "journaling", "child_process"},
+    "serving": {
+        *("language", "judging", "receiving", "journaling", "keeping", "child_process"),
+    },
 }
 """Package of ``esper_tamiyo`` → others of it that it may import; commands import all."""
 

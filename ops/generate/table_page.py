@@ -399,4 +399,5 @@ A table that is read again keeps what has not changed: the state of a rule that 
 in every field, wherever it stands now, and the baselines that are still watched, unless
 `window` or `warmup` changed. Records of a metric are kept while `record` and the `for` and `of`
 that look at them are the same. Rules that are new or different begin unknown.
+A restart of the sidecar does the same ([operating](operating.md#a-restart-of-tamiyo)).
 """

@@ -228,7 +228,7 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
     fates = len(IngestCounts.__struct_fields__)
     assert len(requests) + len(used) == fates, "whatever became of a request is told"
     restarted = {at["process"] for at, _ in told["tamiyo.restarts"]}
-    assert restarted == {"ingest", "scribe", "table_watch"}
+    assert restarted == {"ingest", "scribe", "state_writer", "table_watch"}
 
 
 @pytest.mark.parametrize(

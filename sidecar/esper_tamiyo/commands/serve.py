@@ -16,6 +16,8 @@ from esper_tamiyo.receiving.addresses import Address
 
 if TYPE_CHECKING:
     from esper_tamiyo.journaling.reporter import Reporter
+    from esper_tamiyo.keeping.restoring import Restored
+    from esper_tamiyo.language.table import Table
 
 
 def add(commands: Commands) -> None:
@@ -87,6 +89,14 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         help="files kept, the oldest go (default: %(default)s)",
     )
     group.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="where what is known of each rank is kept for a restart (default: beside the "
+        "journal)",
+    )
+    group.add_argument("--no-state", action="store_true", help="know nothing after a restart")
+    group.add_argument(
         "--health", metavar="HOST:PORT", help="answer GET /livez and /readyz there"
     )
     group.add_argument(
@@ -115,7 +125,7 @@ def _count(text: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import logging
 
-    from esper_tamiyo.judging.engine import Engine
+    from esper_tamiyo.keeping.state_keeper import StateKeeper
     from esper_tamiyo.language.table_file import shipped_tables
     from esper_tamiyo.receiving.addresses import AddressError
     from esper_tamiyo.receiving.credentials import Credentials, CredentialsError
@@ -143,20 +153,25 @@ def _serve(options: argparse.Namespace) -> int:
         if warning and not options.no_ingest:
             logging.getLogger("tamiyo").warning("%s: %s", shown, warning)
         addresses.append(address)
-    table = table_named(options.table)
+    state = _state_folder(options)
+    table, table_error = _table(options.table, state)
     ingest = None if options.no_ingest else IngestChild(addresses[0], addresses[1], credentials)
     health = _health_socket(options)
     reporter = _reporter(options, health)
     try:
         listener = DecisionSocket(options.socket or default_path())
-        state_bytes = int(options.state_mb * (1 << 20))
-        engine = Engine(table, state_bytes, observer=reporter.decision_log)
+        keeper = StateKeeper(state, options.table, reporter.decision_log)
+        engine = keeper.open(table, int(options.state_mb * (1 << 20)))
+        if state is not None and (keeper.restored.found or table_error):
+            _tell_restored(reporter, keeper.restored, state, table_error)
+        watched = options.table not in shipped_tables()
         Server(
             engine,
             listener,
             ingest,
             reporter,
-            Reloading(engine, options.table, watched=options.table not in shipped_tables()),
+            Reloading(engine, options.table, watched=watched, last_error=table_error),
+            keeper,
             lambda: print(
                 _ready_line(listener.path, ingest, table.version, health), flush=True
             ),
@@ -164,6 +179,61 @@ def _serve(options: argparse.Namespace) -> int:
     except (SocketError, IngestError) as error:
         raise CommandError(str(error)) from None
     return 0
+
+
+def _table(name: str, state: Path | None) -> tuple[Table, str]:
+    """The table to decide by, and why its file cannot be used if it is the last good one.
+
+    Raises :class:`CommandError` where there is no such table.
+    """
+    import logging
+
+    from esper_tamiyo.keeping.restoring import last_table
+
+    try:
+        return table_named(name), ""
+    except CommandError as error:
+        last = None if state is None else last_table(state, name)
+        if last is None:
+            raise
+        logging.getLogger("tamiyo").warning(
+            "%s\nthe last good one, %s, stays until the file is mended", error, last.version
+        )
+        return last, str(error).partition("\n")[2]
+
+
+def _tell_restored(
+    reporter: Reporter, restored: Restored, folder: Path, table_error: str
+) -> None:
+    """Have the journal say what is known from before the start."""
+    import time
+
+    import msgspec
+
+    from esper_tamiyo.journaling.entries import StateRestored
+
+    told = msgspec.structs.asdict(restored)
+    reporter.decision_log.on_restored(
+        StateRestored(
+            time_unix_nano=time.time_ns(), folder=str(folder), table_error=table_error, **told
+        )
+    )
+
+
+def _state_folder(options: argparse.Namespace) -> Path | None:
+    """Where state is kept; None for nowhere."""
+    from esper_tamiyo.journaling.journal import default_folder
+
+    if options.no_state:
+        return None
+    if options.state is not None:
+        folder: Path = options.state.absolute()
+        return folder
+    try:
+        journal: Path = options.journal or default_folder(options.socket)
+    except RuntimeError:  # of a user without a home, who may well do without a journal
+        return None
+    return journal.with_suffix(".state").absolute()
 
 
 def _ready_line(path: Path, ingest: Any, version: str, health: socket.socket | None) -> str:

@@ -54,10 +54,29 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
         troubles.append(f"nothing is written down: the scribe process is {scribe['state']}")
     elif scribe is not None and scribe["error"]:
         troubles.append(f"the journal cannot be written: {scribe['error']}")
+    state = report.get("state")
+    if state and state["error"]:
+        troubles.append(f"a restart forgets all ranks, state is not kept: {state['error']}")
     error = report["table"].get("last_error")
     if error:
         troubles.append(f"the table was not reloaded: {error}")
     return troubles
+
+
+def _state(state: dict[str, Any]) -> str:
+    """How state is kept for a restart, on one line."""
+    if not state:
+        return "off"
+    restored = state["restored"]
+    said = [f"{state['bytes']} bytes written to {state['folder']}"]
+    if restored["problem"]:
+        said.append(f"nothing restored: {restored['problem']}")
+    elif restored["age_s"] is not None:
+        said.append(
+            f"restored {restored['ranks']} ranks, {restored['age_s']:.1f} s after their newest "
+            f"step; {restored['too_old'] + restored['unfit']} left out"
+        )
+    return "; ".join(said)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -67,6 +86,8 @@ def _show(report: dict[str, Any]) -> None:
     for name in ("table", "connections", "answers", "checks", "answer_ms"):
         if name in report:  # a sidecar of before there were checks has none to tell
             print(f"{name}: {pairs(report[name])}")
+    if "state" in report:
+        print(f"state: {_state(report['state'])}")
     engine = report["engine"]
     print(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
     if refused := {why: count for why, count in engine.get("refused", {}).items() if count}:

@@ -31,6 +31,7 @@ from esper_tamiyo.journaling.entries import (
     RuleSilence,
     RuleText,
     Silenced,
+    StateRestored,
     TableInUse,
 )
 from esper_tamiyo.journaling.field_reports import DueReport, FieldReports
@@ -72,7 +73,7 @@ class _DecisionMade(NamedTuple):
     update: bool = False
 
 
-_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence
+_Heard = StepFrame | _DecisionMade | RuleChange | RuleSilence | StateRestored
 
 
 class _Rank:
@@ -174,6 +175,10 @@ class DecisionLog:
         entry = RuleSilence(time_unix_nano=time.time_ns(), uid=uid, **order._asdict())
         self._enqueue(entry)
 
+    def on_restored(self, restored: StateRestored) -> None:
+        """This sidecar began with what the one before it knew."""
+        self._enqueue(restored)
+
     # Afterwards, when there is time.
 
     @property
@@ -206,7 +211,7 @@ class DecisionLog:
             return [*self._reports.add_frame(thing, now_s)]
         if isinstance(thing, RuleChange):
             return [self._change(thing)]
-        if isinstance(thing, RuleSilence):
+        if isinstance(thing, RuleSilence | StateRestored):
             return [thing]
         return [] if self._goes_on(thing) else [self._decision(thing)]
 

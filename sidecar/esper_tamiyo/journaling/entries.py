@@ -219,7 +219,38 @@ class Gap(Entry, frozen=True, kw_only=True, tag="gap"):
     because: str
 
 
-AnyEntry = Decided | Changed | Reported | RuleSilence | TableInUse | Opened | Closed | Gap
+class StateRestored(Entry, frozen=True, kw_only=True, tag="restored"):
+    """A sidecar began with what the one before it knew, kept in ``folder``.
+
+    ``ranks`` were put back, ``steps`` judged again on the way; ``too_old`` ranks and ``unfit``
+    ones, which could not be read, began anew. ``age_s`` is how long before the start a step
+    was judged last, ``table`` the version of the table then. ``problem`` says why nothing was
+    put back, ``table_error`` why the table's file could not be used and the last good one
+    stayed.
+    """
+
+    folder: str
+    ranks: int
+    steps: int
+    too_old: int
+    unfit: int
+    age_s: float | None
+    table: str
+    problem: str
+    table_error: str
+
+
+AnyEntry = (
+    Decided
+    | Changed
+    | Reported
+    | RuleSilence
+    | TableInUse
+    | Opened
+    | Closed
+    | Gap
+    | StateRestored
+)
 
 
 def rfc3339(time_unix_nano: int) -> str:

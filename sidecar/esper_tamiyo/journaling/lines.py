@@ -16,6 +16,7 @@ from esper_tamiyo.journaling.entries import (
     Opened,
     Reported,
     RuleSilence,
+    StateRestored,
     TableInUse,
     rfc3339,
 )
@@ -156,6 +157,20 @@ def _(entry: Opened) -> str:
 @_told.register
 def _(entry: Closed) -> str:
     return f"the journal is closed by process {entry.pid}"
+
+
+@_told.register
+def _(entry: StateRestored) -> str:
+    kept = f"the table in use stays, its file cannot be used: {entry.table_error}"
+    told = [kept] if entry.table_error else []
+    if entry.problem:
+        told.append(f"all ranks begin anew, state could not be restored: {entry.problem}")
+    elif entry.age_s is not None:
+        told.append(
+            f"{entry.ranks} ranks go on from a step {entry.age_s:.1f} s before the start, "
+            f"{entry.too_old + entry.unfit} begin anew"
+        )
+    return "; ".join(told)
 
 
 @_told.register

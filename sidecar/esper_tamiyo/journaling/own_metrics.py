@@ -266,6 +266,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
                 ("ingest", "ingest"),
                 ("scribe", "scribe"),
                 ("table_watch", "table"),
+                ("state_writer", "state"),
             )
             for value, _ in _one(part, "restarts")(report)
         ],

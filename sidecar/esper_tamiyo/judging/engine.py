@@ -317,7 +317,7 @@ class Engine:
 
     def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:
         self._counts["judged"] += 1
-        self._find_silence(state, key, frame.time_unix_nano - state.time_unix_nano)
+        self._find_silence(state, key, state.pace.since_newest(frame.time_unix_nano))
         seeds = len(state.seeds)
         transitions = state.judge(frame, at_ns)
         self.roster.seeds += len(state.seeds) - seeds

@@ -59,15 +59,22 @@ class StepPace:
 
     A pause that was no trouble, an evaluation or a checkpoint, makes it slower for a
     while, and so a little more patient. ``last_ns`` is when the newest step ended, and
-    ``heard_ns`` when that was heard, by the clock that silence is measured with.
+    ``heard_ns`` when that was heard, by the clock that silence is measured with. ``away_ns``
+    is for how long there was no sidecar since then.
     """
 
-    __slots__ = ("heard_ns", "last_ns", "step_ns")
+    __slots__ = ("away_ns", "heard_ns", "last_ns", "step_ns")
 
     def __init__(self) -> None:
         self.heard_ns = 0
         self.last_ns = 0
         self.step_ns = 0.0
+        self.away_ns = 0
+
+    def since_newest(self, time_ns: int) -> int:
+        """How long nothing came before a frame that ended at ``time_ns``, but for the time in
+        which nobody listened."""
+        return time_ns - self.last_ns - self.away_ns
 
     def heard(self, time_ns: int, steps: int, at_ns: int) -> None:
         """A frame that ended at ``time_ns``, ``steps`` after the one before it."""
@@ -79,6 +86,7 @@ class StepPace:
             self.step_ns = each
         self.last_ns = time_ns
         self.heard_ns = at_ns
+        self.away_ns = 0
 
     def patience_ns(self, steps: float) -> int:
         """How long ``steps`` step times are, the floor at least."""

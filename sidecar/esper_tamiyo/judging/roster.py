@@ -108,6 +108,8 @@ class Roster:
         """Ranks that went to make room."""
         self.seeds = 0
         """Seeds kept, of all ranks."""
+        self.believed: set[Key] = set()
+        """Ranks whose next step is believed however far it leaps: a restart lies before it."""
         self._peer_steps = 0
         self._boards: dict[str, PeerBoard] = {}
         self._speakers: dict[Key, Speaker] = {}
@@ -195,7 +197,9 @@ class Roster:
             is_held = (frame.run, frame.rank) in self._speakers
             if is_held and state.instance and not frame.instance:
                 return RefusalReason.UNNAMED
-            if leaps(state.pace, frame.step - state.newest, at_ns, held=is_held):
+            if (frame.run, frame.rank) in self.believed:
+                self.believed.discard((frame.run, frame.rank))
+            elif leaps(state.pace, frame.step - state.newest, at_ns, held=is_held):
                 return RefusalReason.LEAP
         if frame.seeds and state.book.judges_seeds and not self._has_room_for(state, frame):
             return RefusalReason.SEEDS

@@ -92,6 +92,8 @@ class Silences:
         self._runs: dict[str, SilencedRules] = {}
         self.used = False
         """Whether there has ever been one."""
+        self.orders = 0
+        """How many were carried out."""
 
     def of_run(self, run: str) -> SilencedRules:
         """Those of one run."""
@@ -122,6 +124,7 @@ class Silences:
             raise SilenceError(f"expected at least one step, got {request.steps}")
         until = None if request.steps is None else newest[run] + request.steps
         self.used = True
+        self.orders += 1
         order = SilenceOrder(run, rule, newest[run], until, request.undo)
         silenced.carry_out(order)
         return order

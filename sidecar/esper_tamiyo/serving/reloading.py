@@ -35,8 +35,13 @@ class Reloading(ChildProcess):
     in the report says why until a good one comes.
     """
 
-    def __init__(self, engine: Engine, name: str, *, watched: bool) -> None:
-        """``watched`` is false for a table that comes with the package and never changes."""
+    def __init__(
+        self, engine: Engine, name: str, *, watched: bool, last_error: str = ""
+    ) -> None:
+        """``watched`` is false for a table that comes with the package and never changes.
+
+        ``last_error`` says why the file could not be used at the start.
+        """
         super().__init__("esper_tamiyo.serving.table_watch", END_PATIENCE_S)
         self._engine = engine
         self._name = name
@@ -45,7 +50,7 @@ class Reloading(ChildProcess):
         self._loaded_at = time.time()
         self._reloads = 0
         self._refused = 0
-        self._last_error = ""
+        self._last_error = last_error
 
     def start(self, epoll: select.epoll) -> None:
         """Begin to watch; ``epoll`` tells when there is news. Never raises."""

@@ -24,6 +24,7 @@ import msgspec
 from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError, may_steer, peer_uid
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.keeping.state_keeper import StateKeeper
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
 from esper_tamiyo.serving.connection import ClientConnection, idlest
@@ -50,6 +51,7 @@ class Server:
         ingest: IngestChild | None,
         reporter: Reporter,
         reloading: Reloading,
+        keeper: StateKeeper,
         on_ready: Callable[[], None],
     ) -> None:
         """``on_ready`` is called once, when the socket and both receivers listen."""
@@ -59,6 +61,7 @@ class Server:
         self._reporter = reporter
         self._log = reporter.decision_log
         self._reloading = reloading
+        self._keeper = keeper
         self._on_ready: Callable[[], None] | None = on_ready
         self._epoll = select.epoll()
         self._connections: dict[int, ClientConnection] = {}
@@ -88,6 +91,7 @@ class Server:
         try:
             self._reporter.start(self._epoll)
             self._reloading.start(self._epoll)
+            self._keeper.start(self._epoll)
             if self._ingest is not None:
                 self._ingest.watch(self._epoll)
                 self._ingest.start()
@@ -130,6 +134,8 @@ class Server:
                 self._reporter.read_scribe()
             elif self._reloading.has_pipe(fd):
                 self._reloading.read()
+            elif self._keeper.has_pipe(fd):
+                self._keeper.read()
             else:
                 with suppress(BlockingIOError):
                     wake.recv(64)
@@ -138,6 +144,7 @@ class Server:
             self._announce()
         self._reloading.restart_when_due()
         self._tick()
+        self._keeper.keep()
         self._reporter.write_down(self._engine.table, self._status)
         self._garbage.collect_young()
 
@@ -165,7 +172,7 @@ class Server:
     def _patience(self) -> float:
         """How long to wait for something to do, at most until the next tick."""
         dues = [max(0.0, self._tick_at - time.monotonic()), self._reporter.due_in()]
-        dues.append(self._reloading.due_in())
+        dues += self._reloading.due_in(), self._keeper.due_in_s()
         if self._ingest is not None:
             dues.append(0.0 if self._ingest.frames else self._ingest.due_in())
         return min(due for due in dues if due is not None)
@@ -278,6 +285,7 @@ class Server:
             "uptime_s": now - self._started_at,
             "last_frame_age_s": None if seen is None else now - seen,
             "table": self._reloading.status(),
+            "state": self._keeper.status(),
             "connections": {"open": len(self._connections), **self._counts},
             "answers": self._replies.counts(),
             "engine": self._engine.overview(time.perf_counter_ns()),
@@ -289,6 +297,7 @@ class Server:
         for connection in list(self._connections.values()):
             self._hang_up(connection)
         self._listener.close()
+        self._keeper.close()
         if self._ingest is not None:
             self._ingest.close()
         self._reporter.close()

@@ -1,0 +1,255 @@
+"""Saved structs: what is known of a rank as plain data, one struct for each stateful class.
+
+The fields have the names of the class's own, without their underscore. How objects become
+these, and these objects again: :mod:`~esper_tamiyo.judging.saved_state`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from esper_otel.leyline.decisions import Decision, Finding
+from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.excursions import Excursions, Record
+from esper_tamiyo.judging.history import (
+    Extreme,
+    FrozenMedian,
+    History,
+    Last,
+    RollingMedian,
+    Slope,
+    WarmUp,
+)
+from esper_tamiyo.judging.liveness import StepPace
+from esper_tamiyo.judging.observer import RuleState
+from esper_tamiyo.judging.peers import PeerBoard, PeerComparison, Waiting
+from esper_tamiyo.judging.roster import Roster
+from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
+from esper_tamiyo.judging.run_state import RunState
+from esper_tamiyo.judging.silences import SilencedRules, Silences
+from esper_tamiyo.language.table import Rule
+
+
+class SavedMedian(msgspec.Struct, frozen=True, array_like=True):
+    """A rolling median."""
+
+    arrived: list[float]
+    value: float | None
+
+
+class SavedFrozenMedian(msgspec.Struct, frozen=True, array_like=True):
+    """A median of the first observations."""
+
+    missing: int
+    rolling: SavedMedian
+    skip: int
+    value: float | None
+
+
+class SavedExtreme(msgspec.Struct, frozen=True, array_like=True):
+    """The lowest or highest of a rolling median."""
+
+    value: float | None
+
+
+class SavedLast(msgspec.Struct, frozen=True, array_like=True):
+    """A last observation."""
+
+    missed: int
+    repeats: int
+    total: int
+    value: float | None
+
+
+class SavedSlope(msgspec.Struct, frozen=True, array_like=True):
+    """A slope."""
+
+    skip: int
+    values: list[float]
+
+
+class SavedRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A record of excursions."""
+
+    logs: float
+    newest: list[float]
+    peak: float
+    bound: float
+    largest: float
+    peaks: int
+
+
+class SavedExcursions(msgspec.Struct, frozen=True, array_like=True):
+    """One side of one metric, with its records in the order of the table."""
+
+    calm: int
+    distances: list[float]
+    length: int
+    newest: list[float]
+    onset: float
+    taken: int
+    usual: float
+    values: int
+    waiting: list[tuple[float, float | None]]
+    edge: float | None
+    level: float | None
+    records: list[SavedRecord]
+    scatter: float | None
+    version: int
+
+
+class SavedHistory(msgspec.Struct, frozen=True, array_like=True):
+    """The own past of a rank or seed. What is watched follows from the table, and so does the
+    order of each list."""
+
+    phase: float
+    baselines: list[SavedMedian]
+    frozen: list[SavedFrozenMedian]
+    extremes: list[SavedExtreme]
+    excursions: list[SavedExcursions]
+    lasts: list[SavedLast]
+    peers: dict[str, float]
+    slopes: list[SavedSlope]
+
+
+class SavedWarmUp(msgspec.Struct, frozen=True, array_like=True):
+    """Whether a rank has a past to compare with."""
+
+    phase: float
+    steps: int
+    under_way: bool
+
+
+class SavedStatus(msgspec.Struct, frozen=True, array_like=True):
+    """Where one rule stands; ``recent`` is hexadecimal, as it may have 1024 bits."""
+
+    active: bool
+    fired_at: int
+    hits: int
+    recent: str
+    silenced_by: str
+    since: int
+    state: RuleState
+
+
+class SavedTarget(msgspec.Struct, frozen=True, array_like=True):
+    """Whom rules are judged for, a status for each rule of the table."""
+
+    history: SavedHistory
+    seed_id: str | None
+    statuses: list[SavedStatus]
+    values: dict[str, float]
+
+
+class SavedComparison(msgspec.Struct, frozen=True, array_like=True):
+    """The steps of a rank that wait to be compared with the other ranks'."""
+
+    company: bool
+    waiting: list[Waiting]
+    target: SavedTarget
+
+
+class SavedPace(msgspec.Struct, frozen=True, array_like=True):
+    """How fast a rank goes."""
+
+    last_ns: int
+    step_ns: float
+
+
+class SavedRank(msgspec.Struct, frozen=True, array_like=True):
+    """All that is known of one rank.
+
+    ``posts`` are its newest steps as the other ranks see them (step, time, values),
+    ``there_since_ns`` is when it was first seen there, None where ranks are not compared.
+    ``live`` are the ids of the seeds of its newest frame.
+    """
+
+    comparison: SavedComparison
+    gaps: list[tuple[int, int]]
+    live: list[str]
+    rank: SavedTarget
+    seeds: list[SavedTarget]
+    acting: bool
+    clean_steps: int
+    conservative: bool
+    decision: Decision | None
+    fired: list[tuple[Rule, Finding]]
+    first: int
+    first_ns: int
+    instance: str
+    newest: int
+    pace: SavedPace
+    warm_up: SavedWarmUp
+    there_since_ns: int | None
+    posts: list[tuple[int, int, dict[str, float]]]
+
+
+class SavedEngine(msgspec.Struct, frozen=True, array_like=True):
+    """What the engine knows besides ranks: replaced instances, and silences by run."""
+
+    retired: list[tuple[str, int, str]]
+    silences: dict[str, dict[str, int | None]]
+
+
+SAVED: dict[type, type[msgspec.Struct]] = {
+    RollingMedian: SavedMedian,
+    FrozenMedian: SavedFrozenMedian,
+    Extreme: SavedExtreme,
+    Last: SavedLast,
+    WarmUp: SavedWarmUp,
+    Slope: SavedSlope,
+    Record: SavedRecord,
+    Excursions: SavedExcursions,
+    History: SavedHistory,
+    RuleStatus: SavedStatus,
+    RuleTarget: SavedTarget,
+    PeerComparison: SavedComparison,
+    StepPace: SavedPace,
+    RunState: SavedRank,
+    Engine: SavedEngine,
+}
+"""What each class is saved as."""
+
+DERIVED: dict[type, frozenset[str]] = {
+    RollingMedian: frozenset({"_ordered", "_warmup", "_window"}),
+    FrozenMedian: frozenset({"_spans"}),
+    Extreme: frozenset({"_better", "_rolling"}),
+    Slope: frozenset({"_window"}),
+    Record: frozenset({"_nth", "_size"}),
+    Excursions: frozenset({"_ordered", "_risk", "_sign", "_warmup"}),
+    History: frozenset({"_own", "_own_lasts", "_pushes", "_watched"}),
+    RuleStatus: frozenset({"idle"}),
+    PeerComparison: frozenset({"_board", "_rank", "_watched"}),
+    StepPace: frozenset({"away_ns", "heard_ns"}),
+    RunState: frozenset(
+        {
+            *("_active", "_transitions", "_undecided"),  # of the step that is being judged
+            *("_silenced", "_unrest", "guards", "update_guards"),
+            *("book", "silences"),
+        }
+    ),
+    Engine: frozenset(
+        {
+            *("_book", "_observer"),  # by whoever makes it
+            *("_runs", "roster"),  # rank by rank
+            *("_counts", "_refused", "_observer_failed"),  # of this process
+        }
+    ),
+}
+"""Fields that are not saved, since they follow from the rest, from the table or from who runs
+the engine."""
+
+BY_HAND: dict[type, frozenset[str]] = {
+    PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
+    Roster: frozenset(
+        {
+            *("_boards", "_retired", "ranks", "silences"),
+            *("_peer_steps", "seeds"),  # counted as ranks are put back
+            *("_state_bytes", "capacity", "forgotten"),  # of this process
+            *("_speakers", "believed"),  # whoever asks introduces itself again
+        }
+    ),
+    SilencedRules: frozenset({"_until", "used"}),
+    Silences: frozenset({"_runs", "orders", "used"}),
+}
+"""Classes that several ranks share, and their fields: saved with each rank or the engine."""
