@@ -234,3 +234,18 @@ def test_silences_and_replaced_processes_are_remembered(tmp_path):
     late = StepFrame("run", "first", 0, 9, 9 * SECOND, {"step": 9.0})
     assert after.judge(late).reason == "superseded"
     after.kill()
+
+
+def test_behind_a_restart_a_streamed_rank_may_have_gone_on(tmp_path):
+    def streamed(step):
+        return StepFrame("run", "one", 0, step, SECOND * (1 + step), {"step": float(step)})
+
+    kept = KeptEngine(tmp_path, EVERYTHING)
+    for step in range(5):
+        kept.judge(streamed(step))
+    assert kept.judge(streamed(1_000_000)).reason == "protocol_error"
+    kept.kill()
+    after = KeptEngine(tmp_path, EVERYTHING)
+    assert after.judge(streamed(900)).reason != "protocol_error"
+    assert after.judge(streamed(1_000_000)).reason == "protocol_error"
+    after.kill()

@@ -109,7 +109,8 @@ class Roster:
         self.seeds = 0
         """Seeds kept, of all ranks."""
         self.believed: set[Key] = set()
-        """Ranks whose next step is believed however far it leaps: a restart lies before it."""
+        """Ranks of which no process asks and whose next step is believed however far it
+        leaps, as a restart of the sidecar lies before it."""
         self._peer_steps = 0
         self._boards: dict[str, PeerBoard] = {}
         self._speakers: dict[Key, Speaker] = {}
@@ -197,7 +198,7 @@ class Roster:
             is_held = (frame.run, frame.rank) in self._speakers
             if is_held and state.instance and not frame.instance:
                 return RefusalReason.UNNAMED
-            if (frame.run, frame.rank) in self.believed:
+            if not is_held and (frame.run, frame.rank) in self.believed:
                 self.believed.discard((frame.run, frame.rank))
             elif leaps(state.pace, frame.step - state.newest, at_ns, held=is_held):
                 return RefusalReason.LEAP
