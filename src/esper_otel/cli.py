@@ -68,7 +68,47 @@ def _parser() -> argparse.ArgumentParser:
         default="loss,gradient_norm,step_latency_ms,optimizer_lr",
         help="columns, by key of the registry (default: %(default)s)",
     )
+    report = commands.add_parser(
+        "report",
+        help="make a page of runs: one HTML file to look at",
+        description="Makes one HTML file that shows runs: curves, decisions, seeds, ranks. It "
+        "needs nothing else, so it can be mailed. Several runs are laid over one another.",
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a recording, a spool, a Collector's file or a journal: a file or a folder",
+    )
+    report.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="where to write it (default: %(default)s)",
+    )
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from esper_otel.report import ReportError, size_of, visible, write_report
+    from esper_otel.report.progress import Progress
+
+    progress = Progress("report", size_of(options.runs))
+    try:
+        problems = write_report(options.runs, options.output, progress.reached)
+    except ReportError as error:
+        problems = [str(error)]
+    except OSError as error:
+        problems = [f"{options.output}: {error.strerror or error}"]
+    else:
+        print(options.output)
+    progress.end()
+    for problem in problems:
+        print(f"esper-otel: report: {visible(problem)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -180,4 +220,4 @@ def _refuse(message: str) -> int:
     return 2
 
 
-COMMANDS = {"run": _run, "resend": _resend, "show": _show}
+COMMANDS = {"run": _run, "resend": _resend, "show": _show, "report": _report}

@@ -1,0 +1,184 @@
+"""Verdicts: what was decided about a run, and what else happened to it, from any source.
+
+Spans tell what the trainer was answered, a journal what the sidecar decided and what came of
+it. Both use one id, so what one of them knows joins what the other does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import msgspec
+
+MOST = 20_000
+"""Verdicts of a run that are kept with all their values; more are counted."""
+
+CONTINUE = "CONTINUE"
+
+
+class Ground(msgspec.Struct, frozen=True):
+    """A rule that fired, and the values it saw."""
+
+    rule: str
+    action: str = ""
+    severity: str = ""
+    text: str = ""
+    values: dict[str, float] = {}
+    seed_id: str | None = None
+
+
+class Aftermath(msgspec.Struct, frozen=True):
+    """What a run did after a verdict: an outcome, sentences, and (before, at, after) by key."""
+
+    outcome: str
+    sentences: list[str] = []
+    values: dict[str, list[float | None]] = {}
+
+
+class Verdict(msgspec.Struct, kw_only=True):
+    """One decision, or notice: a CONTINUE with findings.
+
+    ``of_update``: it is about the update of the step, before it was made. ``applied`` is None
+    where nobody says. ``heard_from``: a journal knows more of it than spans do.
+    """
+
+    id: str
+    run: str
+    rank: int
+    step: int
+    time_unix_nano: int
+    action: str
+    severity: str
+    reason: str
+    of_update: bool = False
+    mode: str = ""
+    applied: bool | None = None
+    conservative: bool = False
+    target_seed: str | None = None
+    seed_operation: str | None = None
+    table_version: str = ""
+    parameters: dict[str, float] = {}
+    findings: list[Ground] = []
+    aftermath: Aftermath | None = None
+
+
+class Happening(msgspec.Struct, frozen=True):
+    """An event of a run: of a seed, or of its weights."""
+
+    run: str
+    rank: int
+    step: int
+    time_unix_nano: int
+    name: str
+    severity: str
+    text: str
+    seed_id: str = ""
+
+
+class RuleState(msgspec.Struct, frozen=True):
+    """A rule that was in one state from a step to another; ``end`` None: to the last."""
+
+    rank: int
+    rule: str
+    seed_id: str
+    state: str
+    start: int
+    end: int | None
+
+
+class Ledger:
+    """All verdicts, happenings and states of rules that were read."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[str, Verdict] = {}
+        self.happenings: list[Happening] = []
+        self.aftermaths: dict[str, Aftermath] = {}
+        self.changes: dict[tuple[str, int, str, str], list[tuple[int, str]]] = defaultdict(list)
+        """(run, rank, rule, seed) → (step, state from then on), as a journal tells it."""
+        self.rules: dict[str, tuple[str, str]] = {}
+        """Rule → its condition in words, and its text."""
+        self.more: dict[str, int] = {}
+        """Run → verdicts that were too many to keep."""
+        self._kept: dict[str, int] = {}
+        self._told: set[tuple[str, int, int, str, str]] = set()
+
+    def add(self, verdict: Verdict) -> None:
+        """Take in what one source knows; a verdict in which nothing was found is none."""
+        if verdict.action == CONTINUE and not verdict.findings:
+            return
+        known = self.verdicts.get(verdict.id)
+        if known is None:
+            kept = self._kept.get(verdict.run, 0)
+            if kept >= MOST:
+                self.more[verdict.run] = self.more.get(verdict.run, 0) + 1
+                return
+            self._kept[verdict.run] = kept + 1
+        else:
+            verdict.applied = known.applied if verdict.applied is None else verdict.applied
+            verdict.mode = verdict.mode or known.mode
+            verdict.findings = verdict.findings or known.findings
+        self.verdicts[verdict.id] = verdict
+
+    def tell(self, happening: Happening) -> None:
+        """Take in an event, which may come by spans as well as by logs."""
+        what = (
+            happening.run,
+            happening.rank,
+            happening.step,
+            happening.name,
+            happening.seed_id,
+        )
+        if what not in self._told and len(self._told) < MOST:
+            self._told.add(what)
+            self.happenings.append(happening)
+
+    def join(self) -> None:
+        """Give each verdict what came of it."""
+        for name, aftermath in self.aftermaths.items():
+            verdict = self.verdicts.get(name)
+            if verdict is not None:
+                verdict.aftermath = aftermath
+
+    def runs(self) -> set[str]:
+        """The runs that anything is known of."""
+        return {verdict.run for verdict in self.verdicts.values()} | {
+            happening.run for happening in self.happenings
+        }
+
+    def states(self, run: str) -> list[RuleState]:
+        """When each rule of ``run`` was in a state other than inactive.
+
+        Of ranks that no journal tells of: when it was found to fire, by verdicts.
+        """
+        found: list[RuleState] = []
+        told = set()
+        for (whose, rank, rule, seed), changes in self.changes.items():
+            if whose != run:
+                continue
+            told.add(rank)
+            changes.sort(key=lambda change: change[0])
+            ends = [*(step for step, _ in changes[1:]), None]
+            for (start, state), end in zip(changes, ends, strict=True):
+                if state != "inactive":
+                    found.append(RuleState(rank, rule, seed, state, start, end))
+        return [*found, *self._firing(run, told)]
+
+    def _firing(self, run: str, told: set[int]) -> list[RuleState]:
+        steps: dict[tuple[int, str, str], set[int]] = defaultdict(set)
+        for verdict in self.verdicts.values():
+            if verdict.run == run and verdict.rank not in told:
+                for ground in verdict.findings:
+                    whose = (verdict.rank, ground.rule, ground.seed_id or "")
+                    steps[whose].add(verdict.step)
+        found = []
+        for (rank, rule, seed), firing in steps.items():
+            ordered = sorted(firing)
+            start = before = ordered[0]
+            for step in [*ordered[1:], None]:
+                if step is not None and step <= before + 1:
+                    before = step
+                    continue
+                found.append(RuleState(rank, rule, seed, "firing", start, before + 1))
+                if step is not None:
+                    start = before = step
+        return found
