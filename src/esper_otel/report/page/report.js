@@ -673,7 +673,7 @@
     for (const [label, rows] of [...lanes].slice(0, 120)) {
       const svg = document.createElementNS(SVG, "svg");
       svg.setAttribute("class", "lane"); svg.setAttribute("viewBox", "0 0 1000 10"); svg.setAttribute("preserveAspectRatio", "none");
-      svg.setAttribute("role", "img"); svg.setAttribute("aria-label", `${label}: ${rows.length} times`);
+      svg.setAttribute("role", "img"); svg.setAttribute("aria-label", `${label}: ${rows.length} interval${rows.length === 1 ? "" : "s"}`);
       for (const {run, row} of rows) {
         const [rank, , , what, start, end] = row, of = run.ranks.find(one => one.rank === rank) || run.ranks[0];
         const last = end === null ? (of ? of.last : start + 1) : end;
