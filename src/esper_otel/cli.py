@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
     run.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
     run.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
+    run.add_argument("--report", metavar="FILE", help="write a page of the run at its end")
     run.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
     told = run.add_mutually_exclusive_group()
     told.add_argument("--quiet", action="store_true", help="no summary at the end")
@@ -164,6 +165,7 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         "ESPER_TAMIYO_SOCKET": options.socket,
         "ESPER_RECORDING_DIR": options.record,
         "ESPER_RUN_ID": options.run_id,
+        "ESPER_REPORT": options.report and str(Path(options.report).absolute()),
         "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
     }
     return {name: value for name, value in given.items() if value is not None}

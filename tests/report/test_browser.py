@@ -179,7 +179,7 @@ def test_a_chart_is_read_zoomed_and_panned_by_keys(opened, recording):
     for _ in range(4):
         page.keyboard.press("ArrowRight")
     legend = chart(page, "Loss").locator(".u-legend").inner_text()
-    assert legend.split("\n")[:2] == ["step", "3"]
+    assert legend.replace("\n", "").startswith("step3rank 0 mean")
     assert legend.endswith("1.538")
     assert page.evaluate("() => esperReport.charts[0].plot.cursor.idx") == 3
 

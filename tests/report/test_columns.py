@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.report.columns import ColumnReader, Source
-from esper_otel.report.layouts import Layout, WireError, attribute, fields
-from esper_otel.report.trainers import CLOCK, Trainer
+from esper_otel.report.columns import ColumnReader, Producer
+from esper_otel.report.layouts import FieldError, Layout, attribute, fields
+from esper_otel.report.trainers import CLOCK, TrainerCurves
 from report.made import STEP_NS, frames
 from sidecar.frames_made import otlp_of, put
 from sidecar.recorded_runs import cut
 
 
 def read(*requests):
-    """Trainer by source, settled."""
+    """TrainerCurves by source, settled."""
     reader, trainers = ColumnReader(), {}
     for request in requests:
         for source, block in reader.read(request.SerializeToString()):
-            trainers.setdefault(source, Trainer(source)).take(block)
+            trainers.setdefault(source, TrainerCurves(source)).take(block)
     for trainer in trainers.values():
         trainer.settle()
     return trainers
@@ -34,7 +34,7 @@ def curve(trainer, key, seed=None):
 def test_every_value_of_a_recording_is_in_a_curve():
     made = frames(300, seeds=["a", "b"], loss=lambda s: 1 / (s + 1), lr_scale=lambda s: 1.0)
     ((source, trainer),) = read(otlp_of(*made[:120]), otlp_of(*made[120:])).items()
-    assert source == Source("run", 0, "one")
+    assert source == Producer("run", 0, "one")
     assert curve(trainer, "loss") == {frame.step: frame.values["loss"] for frame in made}
     assert curve(trainer, "kasmina.seed.alpha", "b") == {s: s / 300 for s in range(300)}
     assert trainer.steps() == (300, 0, 299)
@@ -120,7 +120,7 @@ def test_the_resource_says_whose_they_are():
     attributes.add(key="list").value.array_value.values.add(string_value="x")
     reader = ColumnReader()
     list(reader.read(request.SerializeToString()))
-    found = reader.attributes[Source("run", 0, "one")]
+    found = reader.attributes[Producer("run", 0, "one")]
     assert found["service.name"] == "trainer"
     assert (found["ok"], found["negative"], found["share"]) == (True, -3, 0.25)
     assert found["list"] == ""
@@ -131,7 +131,7 @@ def test_bytes_of_anything_are_refused_or_empty(data):
     try:
         for _, block in ColumnReader().read(b"\x0a" + bytes([len(data)]) + data + b"tolaria."):
             assert block.values.shape == (len(block.times), len(block.keys))
-    except WireError:
+    except FieldError:
         pass
 
 
@@ -139,7 +139,7 @@ def test_bytes_of_anything_are_refused_or_empty(data):
     "data", [b"\x0a", b"\x0a\x05ab", b"\xff" * 12, b"\x0b", b"\x09\x00", b"\x80"]
 )
 def test_a_message_that_ends_early_is_no_message(data):
-    with pytest.raises(WireError):
+    with pytest.raises(FieldError):
         list(fields(data, 0, len(data)))
 
 

@@ -25,29 +25,22 @@ def test_extremes_ends_and_gaps_stay(numbers, parts):
     after = thinned(before, parts)
     assert set(after.steps.tolist()) <= set(before.steps.tolist())
     at = dict(zip(before.steps.tolist(), before.values.tolist(), strict=True))
-    assert all(
-        at[s] == v or np.isnan(v) for s, v in zip(*map(np.ndarray.tolist, after), strict=True)
-    )
+    for step, value in zip(after.steps.tolist(), after.values.tolist(), strict=True):
+        assert at[step] == value or np.isnan(value)
     finite = before.values[~np.isnan(before.values)]
     if len(finite):
         kept = after.values[~np.isnan(after.values)]
         assert (kept.min(), kept.max()) == (finite.min(), finite.max())
     assert np.isnan(after.values).any() == np.isnan(before.values).any()
     assert (after.steps[0], after.steps[-1]) == (before.steps[0], before.steps[-1])
-    assert len(after.steps) <= max(
-        3 * parts + 2, len(numbers) if len(numbers) <= 2 * parts else 0
-    )
+    assert len(after.steps) <= 3 * parts + 2
 
 
 @given(values)
 def test_without_repeats_every_value_can_still_be_told(numbers):
     before = points(numbers)
     after = without_repeats(before)
-    finite = ~np.isnan(before.values)
-    if finite.all():
-        assert np.array_equal(
-            np.interp(before.steps, after.steps, after.values)[[0, -1]], before.values[[0, -1]]
-        )
+    if not np.isnan(before.values).any():
         place = np.searchsorted(after.steps, before.steps, side="right") - 1
         assert np.array_equal(after.values[place], before.values)
 

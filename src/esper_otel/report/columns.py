@@ -11,10 +11,10 @@ from numpy.lib.stride_tricks import as_strided
 from esper_otel.leyline.metrics import INSTANCE_ID, RANK, RUN_ID
 from esper_otel.report.layouts import (
     Block,
+    FieldError,
     Layout,
     Rows,
     Times,
-    WireError,
     attribute,
     fields,
     varint,
@@ -31,7 +31,7 @@ _TAG = 0x12
 """``ResourceMetrics.scope_metrics``: field 2, length-delimited."""
 
 
-class Source(NamedTuple):
+class Producer(NamedTuple):
     """Whose numbers they are: one process that trains."""
 
     run: str
@@ -46,14 +46,14 @@ class ColumnReader:
         self._layouts: dict[int, list[Layout]] = {}
         self._tells: dict[int, Times] = {}
         self._count = 0
-        self.attributes: dict[Source, Attributes] = {}
+        self.attributes: dict[Producer, Attributes] = {}
         """What the resource of each source says, the last word of it."""
 
-    def read(self, body: bytes) -> Iterator[tuple[Source, Block]]:
+    def read(self, body: bytes) -> Iterator[tuple[Producer, Block]]:
         """The blocks of one serialised ``ExportMetricsServiceRequest``.
 
         Metrics that are not in the registry are passed over. Raises
-        :class:`~esper_otel.report.layouts.WireError` for what is no such request.
+        :class:`~esper_otel.report.layouts.FieldError` for what is no such request.
         """
         if not any(word in body for word in _OURS):
             for _ in fields(body, 0, len(body)):
@@ -61,11 +61,13 @@ class ColumnReader:
             return
         for number, kind, start, end in fields(body, 0, len(body)):
             if (number, kind) != (1, 2):
-                raise WireError(f"field {number} of a metrics request")
+                raise FieldError(f"field {number} of a metrics request")
             yield from self._of_resource(body, start, end)
 
-    def _of_resource(self, body: bytes, start: int, end: int) -> Iterator[tuple[Source, Block]]:
-        source = Source("", 0, "")
+    def _of_resource(
+        self, body: bytes, start: int, end: int
+    ) -> Iterator[tuple[Producer, Block]]:
+        source = Producer("", 0, "")
         single: dict[int, list[bytes]] = {}
         found: list[Block] = []
         for number, begin, stop in _records(body, start, end):
@@ -82,14 +84,14 @@ class ColumnReader:
         for block in found:
             yield source, block
 
-    def _source(self, body: bytes, start: int, end: int) -> Source:
+    def _source(self, body: bytes, start: int, end: int) -> Producer:
         found: Attributes = {}
         for number, kind, begin, stop in fields(body, start, end):
             if (number, kind) == (1, 2):
                 key, value = attribute(body, begin, stop)
                 found[key] = value
         rank = found.get(RANK, 0)
-        source = Source(
+        source = Producer(
             str(found.get(RUN_ID, "")),
             rank if isinstance(rank, int) else 0,
             str(found.get(INSTANCE_ID, "")),
@@ -156,7 +158,7 @@ def _records(body: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]
         size, begin = varint(body, start + 1, end)
         stride = begin - start + size
         if begin + size > end:
-            raise WireError("a field is longer than its message")
+            raise FieldError("a field is longer than its message")
         count = _alike(body, start, begin, stride, end) if stride == before and size else 1
         if count >= _WORTH_IT:
             yield -stride, begin, start + count * stride

@@ -57,7 +57,7 @@ class Total(msgspec.Struct):
         if steps[last] >= self.last_step:
             self.last, self.last_step = float(values[last]), int(steps[last])
 
-    def join(self, other: Total) -> None:
+    def add(self, other: Total) -> None:
         """Count in what another total has."""
         if not other.count:
             return
@@ -96,7 +96,7 @@ class Curve:
 
     def absorb(self, other: Curve) -> None:
         """Take in what another curve of the same metric holds, and its total."""
-        self.total.join(other.total)
+        self.total.add(other.total)
         self.thinned = self.thinned or other.thinned
         self._hold(other.points())
 

@@ -35,14 +35,14 @@ _ALL_EQUAL = 0x0101010101010101
 """Eight bytes that are true."""
 
 
-class WireError(ValueError):
+class FieldError(ValueError):
     """Bytes that are no protobuf message."""
 
 
 def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """The fields of a message: number, wire type, and from where to where its value lies.
 
-    Raises :class:`WireError`.
+    Raises :class:`FieldError`.
     """
     while start < end:
         tag, start = varint(data, start, end)
@@ -56,15 +56,15 @@ def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, i
         elif kind == _FIXED32:
             size = 4
         else:
-            raise WireError(f"wire type {kind}")
+            raise FieldError(f"wire type {kind}")
         if start + size > end:
-            raise WireError("a field is longer than its message")
+            raise FieldError("a field is longer than its message")
         yield tag >> 3, kind, start, start + size
         start += size
 
 
 def varint(data: bytes, start: int, end: int) -> tuple[int, int]:
-    """A number, seven bits a byte, and where it ends; raises :class:`WireError`."""
+    """A number, seven bits a byte, and where it ends; raises :class:`FieldError`."""
     number = shift = 0
     while start < end and shift < 64:
         byte = data[start]
@@ -73,7 +73,7 @@ def varint(data: bytes, start: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return number, start
         shift += 7
-    raise WireError("a number without an end")
+    raise FieldError("a number without an end")
 
 
 class Column(NamedTuple):
@@ -105,7 +105,7 @@ class Layout:
     """The bytes of one ``ScopeMetrics``, and which of them are times and values."""
 
     def __init__(self, message: bytes) -> None:
-        """Raises :class:`WireError`."""
+        """Raises :class:`FieldError`."""
         holes: list[int] = []
         self.columns = list(_columns(message, holes))
         blank = np.frombuffer(message, np.uint8).copy()

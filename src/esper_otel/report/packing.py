@@ -22,9 +22,9 @@ from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.leyline.stages import Stage
 from esper_otel.report.curves import Points, Total, thinned, without_repeats
 from esper_otel.report.layouts import Numbers
+from esper_otel.report.rulings import Ruling
 from esper_otel.report.runs import ShownRun
-from esper_otel.report.trainers import CLOCK, Trainer
-from esper_otel.report.verdicts import Verdict
+from esper_otel.report.trainers import CLOCK, TrainerCurves
 
 BYTES = 1_350_000
 """Compressed data of a report at most: as base64 and with the page around it under 2 MB."""
@@ -51,7 +51,7 @@ class _Arrays:
         self.places: list[tuple[str, int, float]] = []
         self._known: dict[tuple[str, bytes, float], int] = {}
 
-    def put(self, kind: str, numbers: Any, base: float = 0.0) -> int:
+    def number_of(self, kind: str, numbers: Any, base: float = 0.0) -> int:
         """The number by which the page finds the array."""
         planes = np.ascontiguousarray(
             np.ascontiguousarray(numbers).view(np.uint8).reshape(len(numbers), -1).T
@@ -67,15 +67,15 @@ class _Arrays:
         """Steps, as differences where these are small enough."""
         differences = np.diff(steps, prepend=steps[:1])
         if len(steps) and int(differences.max()) < 1 << 32:
-            return self.put("delta", differences.astype("<u4"), float(steps[0]))
-        return self.put("double", steps.astype("<f8"))
+            return self.number_of("delta", differences.astype("<u4"), float(steps[0]))
+        return self.number_of("double", steps.astype("<f8"))
 
     def put_values(self, values: Numbers) -> int:
         """Values, as single floats where those say the same to seven digits."""
         return (
-            self.put("single", values.astype("<f4"))
+            self.number_of("single", values.astype("<f4"))
             if _fit(values)
-            else self.put("double", values.astype("<f8"))
+            else self.number_of("double", values.astype("<f8"))
         )
 
 
@@ -151,7 +151,7 @@ def _content(
 
 def _run(run: ShownRun, arrays: _Arrays, parts: int) -> dict[str, Any]:
     templates: list[dict[str, Any]] = []
-    decisions = list(_decisions(run.verdicts, templates))
+    decisions = list(_decisions(run.rulings, templates))
     return {
         "name": run.name,
         "settings": run.settings,
@@ -159,9 +159,9 @@ def _run(run: ShownRun, arrays: _Arrays, parts: int) -> dict[str, Any]:
         "templates": templates,
         "decisions": decisions,
         "aftermaths": {
-            str(place): verdict.aftermath
-            for place, verdict in enumerate(run.verdicts)
-            if verdict.aftermath is not None
+            str(place): ruling.aftermath
+            for place, ruling in enumerate(run.rulings)
+            if ruling.aftermath is not None
         },
         "happenings": [
             [each.step, each.rank, each.name, each.severity, each.text, each.seed_id]
@@ -174,7 +174,7 @@ def _run(run: ShownRun, arrays: _Arrays, parts: int) -> dict[str, Any]:
     }
 
 
-def _rank(rank: Trainer, arrays: _Arrays, parts: int) -> dict[str, Any]:
+def _rank(rank: TrainerCurves, arrays: _Arrays, parts: int) -> dict[str, Any]:
     count, first, last = rank.steps()
     start, end = rank.span()
     curves: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def _rank(rank: Trainer, arrays: _Arrays, parts: int) -> dict[str, Any]:
             whole = points
         told = {
             "steps": arrays.put_steps(points.steps),
-            "values": arrays.put("double", points.values.astype("<f8"))
+            "values": arrays.number_of("double", points.values.astype("<f8"))
             if key == CLOCK
             else arrays.put_values(points.values),
             "thinned": curve.thinned or len(points.steps) < len(whole.steps),
@@ -230,23 +230,23 @@ def _total(total: Total) -> list[float] | None:
 
 
 def _decisions(
-    verdicts: Sequence[Verdict], templates: list[dict[str, Any]]
+    rulings: Sequence[Ruling], templates: list[dict[str, Any]]
 ) -> Iterator[list[float | None]]:
-    """Each verdict as numbers behind the number of its template, which has all that is said
+    """Each ruling as numbers behind the number of its template, which has all that is said
     in words and is the same for many."""
     known: dict[bytes, int] = {}
-    for verdict in verdicts:
+    for ruling in rulings:
         template = {
-            "action": verdict.action,
-            "severity": verdict.severity,
-            "reason": verdict.reason,
-            "update": verdict.of_update,
-            "mode": verdict.mode,
-            "conservative": verdict.conservative,
-            "seed": verdict.target_seed,
-            "operation": verdict.seed_operation,
-            "table": verdict.table_version,
-            "parameters": list(verdict.parameters),
+            "action": ruling.action,
+            "severity": ruling.severity,
+            "reason": ruling.reason,
+            "update": ruling.of_update,
+            "mode": ruling.mode,
+            "conservative": ruling.conservative,
+            "seed": ruling.target_seed,
+            "operation": ruling.seed_operation,
+            "table": ruling.table_version,
+            "parameters": list(ruling.parameters),
             "findings": [
                 {
                     "rule": ground.rule,
@@ -256,7 +256,7 @@ def _decisions(
                     "seed": ground.seed_id,
                     "keys": list(ground.values),
                 }
-                for ground in verdict.findings
+                for ground in ruling.findings
             ],
         }
         encoded = msgspec.json.encode(template)
@@ -265,9 +265,9 @@ def _decisions(
             templates.append(template)
         yield [
             known[encoded],
-            verdict.step,
-            verdict.rank,
-            None if verdict.applied is None else float(verdict.applied),
-            *verdict.parameters.values(),
-            *(value for ground in verdict.findings for value in ground.values.values()),
+            ruling.step,
+            ruling.rank,
+            None if ruling.applied is None else float(ruling.applied),
+            *ruling.parameters.values(),
+            *(value for ground in ruling.findings for value in ground.values.values()),
         ]

@@ -9,9 +9,9 @@ import msgspec
 
 from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID
 from esper_otel.report.columns import Attributes
+from esper_otel.report.rulings import Happening, RuleSpell, Ruling
 from esper_otel.report.sources import Archive
-from esper_otel.report.trainers import Trainer
-from esper_otel.report.verdicts import Happening, RuleState, Verdict
+from esper_otel.report.trainers import TrainerCurves
 
 _OF_ONE_PROCESS = frozenset({RUN_ID, RANK, LOCAL_RANK, INSTANCE_ID, "process.pid", "host.id"})
 """Attributes that say which process it was, and not how the run was set."""
@@ -21,11 +21,11 @@ class ShownRun(msgspec.Struct, kw_only=True):
     """One run as a report shows it: its ranks, and what was decided about it."""
 
     name: str
-    ranks: list[Trainer]
+    ranks: list[TrainerCurves]
     settings: Attributes
-    verdicts: list[Verdict]
+    rulings: list[Ruling]
     happenings: list[Happening]
-    rules: list[RuleState]
+    rules: list[RuleSpell]
 
 
 def runs_of(archive: Archive) -> list[ShownRun]:
@@ -35,7 +35,7 @@ def runs_of(archive: Archive) -> list[ShownRun]:
     run. One whose steps overlap is a run of its own, with a number behind its name, and
     a problem of ``archive`` says so.
     """
-    by_name: dict[str, list[Trainer]] = defaultdict(list)
+    by_name: dict[str, list[TrainerCurves]] = defaultdict(list)
     for trainer in archive.trainers.values():
         by_name[trainer.source.run].append(trainer)
     for name in archive.ledger.runs():
@@ -61,9 +61,9 @@ def runs_of(archive: Archive) -> list[ShownRun]:
     return found
 
 
-def _generations(trainers: list[Trainer]) -> Iterator[dict[int, Trainer]]:
+def _generations(trainers: list[TrainerCurves]) -> Iterator[dict[int, TrainerCurves]]:
     """Trainers of one run, by rank, one for each time that its steps began anew."""
-    generations: list[dict[int, Trainer]] = []
+    generations: list[dict[int, TrainerCurves]] = []
     for trainer in sorted(trainers, key=lambda each: each.span()[0]):
         rank = trainer.source.rank
         newest = next((each for each in reversed(generations) if rank in each), None)
@@ -80,7 +80,7 @@ def _generations(trainers: list[Trainer]) -> Iterator[dict[int, Trainer]]:
     yield from generations
 
 
-def _meets(generation: dict[int, Trainer], trainer: Trainer) -> bool:
+def _meets(generation: dict[int, TrainerCurves], trainer: TrainerCurves) -> bool:
     """Whether the trainer ran while others of the generation did."""
     start, end = trainer.span()
     return (
@@ -92,7 +92,7 @@ def _meets(generation: dict[int, Trainer], trainer: Trainer) -> bool:
 
 
 def _shown(
-    archive: Archive, name: str, label: str, ranks: list[Trainer], *, is_last: bool
+    archive: Archive, name: str, label: str, ranks: list[TrainerCurves], *, is_last: bool
 ) -> ShownRun:
     ledger = archive.ledger
     spans = [rank.span() for rank in ranks]
@@ -111,13 +111,9 @@ def _shown(
         name=label,
         ranks=ranks,
         settings=settings,
-        verdicts=sorted(
-            (
-                v
-                for v in ledger.verdicts.values()
-                if v.run == name and is_here(v.time_unix_nano)
-            ),
-            key=lambda verdict: (verdict.step, verdict.rank),
+        rulings=sorted(
+            (v for v in ledger.rulings.values() if v.run == name and is_here(v.time_unix_nano)),
+            key=lambda ruling: (ruling.step, ruling.rank),
         ),
         happenings=sorted(
             (h for h in ledger.happenings if h.run == name and is_here(h.time_unix_nano)),

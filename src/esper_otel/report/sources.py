@@ -22,14 +22,17 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from esper_otel.leyline.decompression import DamagedError, ZstdMissingError, opened
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, RecordingError
 from esper_otel.leyline.otlp_files import payloads, request_in
-from esper_otel.report.columns import ColumnReader, Source
-from esper_otel.report.layouts import WireError
+from esper_otel.report.columns import ColumnReader, Producer
+from esper_otel.report.layouts import FieldError
+from esper_otel.report.rulings import Ledger
 from esper_otel.report.telling import take_journal_line, take_logs, take_traces
-from esper_otel.report.trainers import Trainer
-from esper_otel.report.verdicts import Ledger
+from esper_otel.report.trainers import TrainerCurves
 
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"
 _ENDINGS = (METRICS, LOGS, TRACES)
+
+_NONE = frozenset({".html", ".part"})
+"""Endings of reports, and of files that a spool is still writing."""
 
 _JOURNAL_FILE = re.compile(r"journal-\d+\.jsonl")
 _JOURNAL_LINE = re.compile(rb'\{(?:"at":"[^"]*",)?"kind":"')
@@ -42,7 +45,7 @@ class Archive:
     """All that was read. ``problems`` are for people, one line each."""
 
     def __init__(self) -> None:
-        self.trainers: dict[Source, Trainer] = {}
+        self.trainers: dict[Producer, TrainerCurves] = {}
         self.ledger = Ledger()
         self.problems: list[str] = []
         self._reader = ColumnReader()
@@ -64,7 +67,7 @@ class Archive:
         self._settle()
 
     def _settle(self) -> None:
-        self.ledger.join()
+        self.ledger.settle()
         for source, trainer in self.trainers.items():
             trainer.settle()
             trainer.attributes = self._reader.attributes.get(source, {})
@@ -113,15 +116,15 @@ class Archive:
             for source, block in self._reader.read(data):
                 trainer = self.trainers.get(source)
                 if trainer is None:
-                    trainer = self.trainers[source] = Trainer(source)
+                    trainer = self.trainers[source] = TrainerCurves(source)
                 trainer.take(block)
-        except WireError:
+        except FieldError:
             raise RecordingError(path, offset, "not an OTLP metrics request") from None
 
     def _take_any(self, data: bytes, path: Path, offset: int) -> bool:
         """Take a request of whatever signal; whether anything in it was of a run of ours."""
         ledger = self.ledger
-        before = (len(ledger.verdicts), len(ledger.happenings))
+        before = (len(ledger.rulings), len(ledger.happenings))
         request = request_in(data, ExportMetricsServiceRequest, path, offset)
         if isinstance(request, ExportMetricsServiceRequest):
             # JSON becomes bytes, so that one reader reads both.
@@ -138,7 +141,7 @@ class Archive:
             take_logs(request, ledger)
         # The spans of a calm run say nothing that a report shows, and are ours all the same.
         quiet = path.name.endswith(_ENDINGS) or b"esper." in data
-        return quiet or before != (len(ledger.verdicts), len(ledger.happenings))
+        return quiet or before != (len(ledger.rulings), len(ledger.happenings))
 
     def _read_journal(self, path: Path) -> Iterator[int]:
         offset = unread = 0
@@ -162,7 +165,7 @@ def files_of(path: Path) -> Iterator[Path]:
         for each in sorted(path.iterdir()):
             if each.is_dir() and each.name.endswith(("journal", ".journal")):
                 yield from files_of(each)
-            elif each.is_file() and not each.name.startswith(".") and each.suffix != ".html":
+            elif each.is_file() and not each.name.startswith(".") and each.suffix not in _NONE:
                 yield each
         return
     path.stat()

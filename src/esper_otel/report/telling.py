@@ -1,4 +1,4 @@
-"""Telling: verdicts and happenings out of OTLP traces and logs, and out of a journal."""
+"""Telling: rulings and happenings out of OTLP traces and logs, and out of a journal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from esper_otel.leyline.metrics import RANK, RUN_ID
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN
-from esper_otel.report.verdicts import Aftermath, Ground, Happening, Ledger, Verdict
+from esper_otel.report.rulings import Aftermath, Ground, Happening, Ledger, Ruling
 
 _FINDING = "esper.finding"
 _VALUE = f"{_FINDING}.value."
@@ -46,7 +46,7 @@ def _take_decision(span: Span, ledger: Ledger) -> None:
         return
     applied = found.get("esper.decision.applied")
     ledger.add(
-        Verdict(
+        Ruling(
             id=name,
             run=run,
             rank=rank,
@@ -74,7 +74,7 @@ def _take_step(span: Span, run: str, rank: int, ledger: Ledger) -> None:
     if isinstance(reason, str) and findings:
         parameters = _numbers(found, f"esper.update{_PARAMETER}")
         ledger.add(
-            Verdict(
+            Ruling(
                 id=f"{run}/{rank}/{step}/update",
                 run=run,
                 rank=rank,
@@ -260,7 +260,7 @@ def take_journal_line(line: bytes, ledger: Ledger) -> bool:
 
 def _take_decided(entry: _Line, ledger: Ledger) -> None:
     ledger.add(
-        Verdict(
+        Ruling(
             id=entry.id,
             run=entry.run,
             rank=entry.rank,

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from esper_otel.report.columns import Attributes, Source
+from esper_otel.report.columns import Attributes, Producer
 from esper_otel.report.curves import Curve
 from esper_otel.report.layouts import Block, Numbers, Times
 
@@ -22,10 +22,10 @@ _PATIENCE = 3
 _MAX_STEP = float(1 << 53)
 
 
-class Trainer:
+class TrainerCurves:
     """The curves of one process, by (seed, key); seed None for the steps' own."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Producer) -> None:
         self.source = source
         self.attributes: Attributes = {}
         self.curves: dict[tuple[str | None, str], Curve] = {}
@@ -53,7 +53,7 @@ class Trainer:
         self.lost += sum(block.values.size for _, block in self._waiting)
         self._waiting.clear()
 
-    def absorb(self, later: Trainer) -> None:
+    def absorb(self, later: TrainerCurves) -> None:
         """Take in the curves of a process that went on where this one ended."""
         for whose, curve in later.curves.items():
             self.curves.setdefault(whose, Curve()).absorb(curve)

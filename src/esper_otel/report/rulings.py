@@ -1,4 +1,4 @@
-"""Verdicts: what was decided about a run, and what else happened to it, from any source.
+"""Rulings: what was decided about a run, and what else happened to it, from any source.
 
 Spans tell what the trainer was answered, a journal what the sidecar decided and what came of
 it. Both use one id, so what one of them knows joins what the other does.
@@ -11,7 +11,7 @@ from collections import defaultdict
 import msgspec
 
 MOST = 20_000
-"""Verdicts of a run that are kept with all their values; more are counted."""
+"""Rulings of a run that are kept with all their values; more are counted."""
 
 CONTINUE = "CONTINUE"
 
@@ -28,14 +28,14 @@ class Ground(msgspec.Struct, frozen=True):
 
 
 class Aftermath(msgspec.Struct, frozen=True):
-    """What a run did after a verdict: an outcome, sentences, and (before, at, after) by key."""
+    """What a run did after a ruling: an outcome, sentences, and (before, at, after) by key."""
 
     outcome: str
     sentences: list[str] = []
     values: dict[str, list[float | None]] = {}
 
 
-class Verdict(msgspec.Struct, kw_only=True):
+class Ruling(msgspec.Struct, kw_only=True):
     """One decision, or notice: a CONTINUE with findings.
 
     ``of_update``: it is about the update of the step, before it was made. ``applied`` is None
@@ -75,7 +75,7 @@ class Happening(msgspec.Struct, frozen=True):
     seed_id: str = ""
 
 
-class RuleState(msgspec.Struct, frozen=True):
+class RuleSpell(msgspec.Struct, frozen=True):
     """A rule that was in one state from a step to another; ``end`` None: to the last."""
 
     rank: int
@@ -87,10 +87,10 @@ class RuleState(msgspec.Struct, frozen=True):
 
 
 class Ledger:
-    """All verdicts, happenings and states of rules that were read."""
+    """All rulings, happenings and states of rules that were read."""
 
     def __init__(self) -> None:
-        self.verdicts: dict[str, Verdict] = {}
+        self.rulings: dict[str, Ruling] = {}
         self.happenings: list[Happening] = []
         self.aftermaths: dict[str, Aftermath] = {}
         self.changes: dict[tuple[str, int, str, str], list[tuple[int, str]]] = defaultdict(list)
@@ -98,26 +98,26 @@ class Ledger:
         self.rules: dict[str, tuple[str, str]] = {}
         """Rule → its condition in words, and its text."""
         self.more: dict[str, int] = {}
-        """Run → verdicts that were too many to keep."""
+        """Run → rulings that were too many to keep."""
         self._kept: dict[str, int] = {}
         self._told: set[tuple[str, int, int, str, str]] = set()
 
-    def add(self, verdict: Verdict) -> None:
-        """Take in what one source knows; a verdict in which nothing was found is none."""
-        if verdict.action == CONTINUE and not verdict.findings:
+    def add(self, ruling: Ruling) -> None:
+        """Take in what one source knows; a ruling in which nothing was found is none."""
+        if ruling.action == CONTINUE and not ruling.findings:
             return
-        known = self.verdicts.get(verdict.id)
+        known = self.rulings.get(ruling.id)
         if known is None:
-            kept = self._kept.get(verdict.run, 0)
+            kept = self._kept.get(ruling.run, 0)
             if kept >= MOST:
-                self.more[verdict.run] = self.more.get(verdict.run, 0) + 1
+                self.more[ruling.run] = self.more.get(ruling.run, 0) + 1
                 return
-            self._kept[verdict.run] = kept + 1
+            self._kept[ruling.run] = kept + 1
         else:
-            verdict.applied = known.applied if verdict.applied is None else verdict.applied
-            verdict.mode = verdict.mode or known.mode
-            verdict.findings = verdict.findings or known.findings
-        self.verdicts[verdict.id] = verdict
+            ruling.applied = known.applied if ruling.applied is None else ruling.applied
+            ruling.mode = ruling.mode or known.mode
+            ruling.findings = ruling.findings or known.findings
+        self.rulings[ruling.id] = ruling
 
     def tell(self, happening: Happening) -> None:
         """Take in an event, which may come by spans as well as by logs."""
@@ -132,25 +132,25 @@ class Ledger:
             self._told.add(what)
             self.happenings.append(happening)
 
-    def join(self) -> None:
-        """Give each verdict what came of it."""
+    def settle(self) -> None:
+        """Give each ruling what came of it."""
         for name, aftermath in self.aftermaths.items():
-            verdict = self.verdicts.get(name)
-            if verdict is not None:
-                verdict.aftermath = aftermath
+            ruling = self.rulings.get(name)
+            if ruling is not None:
+                ruling.aftermath = aftermath
 
     def runs(self) -> set[str]:
         """The runs that anything is known of."""
-        return {verdict.run for verdict in self.verdicts.values()} | {
+        return {ruling.run for ruling in self.rulings.values()} | {
             happening.run for happening in self.happenings
         }
 
-    def states(self, run: str) -> list[RuleState]:
+    def states(self, run: str) -> list[RuleSpell]:
         """When each rule of ``run`` was in a state other than inactive.
 
-        Of ranks that no journal tells of: when it was found to fire, by verdicts.
+        Of ranks that no journal tells of: when it was found to fire, by rulings.
         """
-        found: list[RuleState] = []
+        found: list[RuleSpell] = []
         told = set()
         for (whose, rank, rule, seed), changes in self.changes.items():
             if whose != run:
@@ -160,16 +160,16 @@ class Ledger:
             ends = [*(step for step, _ in changes[1:]), None]
             for (start, state), end in zip(changes, ends, strict=True):
                 if state != "inactive":
-                    found.append(RuleState(rank, rule, seed, state, start, end))
+                    found.append(RuleSpell(rank, rule, seed, state, start, end))
         return [*found, *self._firing(run, told)]
 
-    def _firing(self, run: str, told: set[int]) -> list[RuleState]:
+    def _firing(self, run: str, told: set[int]) -> list[RuleSpell]:
         steps: dict[tuple[int, str, str], set[int]] = defaultdict(set)
-        for verdict in self.verdicts.values():
-            if verdict.run == run and verdict.rank not in told:
-                for ground in verdict.findings:
-                    whose = (verdict.rank, ground.rule, ground.seed_id or "")
-                    steps[whose].add(verdict.step)
+        for ruling in self.rulings.values():
+            if ruling.run == run and ruling.rank not in told:
+                for ground in ruling.findings:
+                    whose = (ruling.rank, ground.rule, ground.seed_id or "")
+                    steps[whose].add(ruling.step)
         found = []
         for (rank, rule, seed), firing in steps.items():
             ordered = sorted(firing)
@@ -178,7 +178,7 @@ class Ledger:
                 if step is not None and step <= before + 1:
                     before = step
                     continue
-                found.append(RuleState(rank, rule, seed, "firing", start, before + 1))
+                found.append(RuleSpell(rank, rule, seed, "firing", start, before + 1))
                 if step is not None:
                     start = before = step
         return found
