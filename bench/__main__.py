@@ -43,6 +43,7 @@ BENCHES = (
     "judging",
     "journal",
     "replay",
+    "report",
     "judgement",
     "awkward",
     "peers",

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import re
-import zlib
-from typing import Any
-
-import msgspec
-import numpy as np
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -121,25 +114,3 @@ JOURNAL = """\
 "during":{"loss":9.0},"after":{"loss":0.4},"applied":true,"comparison":"none was left alone"}
 """
 """A journal of one decision about step 30 of "run", and what came of it."""
-
-
-def unpacked(page: str) -> dict[str, Any]:
-    """The data of a page; each curve has its arrays as ``x`` and ``y``."""
-    text = re.search(r'<script id="data" type="text/plain">([A-Za-z0-9+/=]*)</script>', page)
-    raw = zlib.decompress(base64.b64decode(text[1]))
-    end = 4 + int.from_bytes(raw[:4], "little")
-    data = msgspec.json.decode(raw[4:end])
-    arrays = []
-    for kind, count, base in data["arrays"]:
-        number = {"delta": "<u4", "single": "<f4", "double": "<f8"}[kind]
-        size = count * np.dtype(number).itemsize
-        planes = np.frombuffer(raw, np.uint8, size, end).reshape(-1, count)
-        found = np.ascontiguousarray(planes.T).view(number)[:, 0] if count else planes[:0]
-        arrays.append(base + np.cumsum(found.astype(np.int64)) if kind == "delta" else found)
-        end += size
-    for run in data["runs"]:
-        for rank in run["ranks"]:
-            for curves in (rank["curves"], *rank["seeds"].values()):
-                for curve in curves.values():
-                    curve["x"], curve["y"] = arrays[curve["steps"]], arrays[curve["values"]]
-    return data

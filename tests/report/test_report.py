@@ -10,9 +10,10 @@ import pytest
 from esper_otel.cli import main
 from esper_otel.report import ReportError, write_report
 from esper_otel.report.page import page_of, visible
-from report.made import JOURNAL, frames, logs, recorded, spans, unpacked
+from report.made import JOURNAL, frames, logs, recorded, spans
 from sidecar.frames_made import otlp_of
 from sidecar.recorded_runs import FORMATS
+from testkit.report_data import unpacked
 
 CURVES = {
     "loss": lambda s: 1 / (1 + s),

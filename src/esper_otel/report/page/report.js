@@ -788,5 +788,6 @@
     for (const one of charts) if (one.plot) one.plot.setSize({width: Math.max(one.body.clientWidth, 280), height: one.height || 240});
   }, 120); });
   globalThis.esperReport = {data, charts, state, choose, zoom, pan, reset};
+  performance.mark("drawn");
   document.documentElement.dataset.ready = "yes";
 })();
