@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from esper_otel.cli import main
 from esper_otel.report import ReportError, write_report
 from esper_otel.report.page import page_of, visible
+from esper_otel.report.runs import runs_of
+from esper_otel.report.sources import Archive
 from report.made import JOURNAL, frames, logs, recorded, spans
 from sidecar.frames_made import otlp_of
 from sidecar.recorded_runs import FORMATS
@@ -76,9 +79,6 @@ def test_a_long_run_fits_and_keeps_its_extremes(tmp_path):
     noise[1234], noise[2345] = 9.0, -9.0
     made = frames(3000, loss=lambda s: float(noise[s]))
     recorded(tmp_path / "in" / "r.metrics.otlp", made)
-    from esper_otel.report.runs import runs_of
-    from esper_otel.report.sources import Archive
-
     archive = Archive()
     archive.read([tmp_path / "in"])
     page = page_of(runs_of(archive), {}, [], most=4000)
@@ -86,6 +86,25 @@ def test_a_long_run_fits_and_keeps_its_extremes(tmp_path):
     loss = curve_of(unpacked(page), "loss")
     assert len(loss) < 1500
     assert (loss[1234], loss[2345]) == (9.0, -9.0)
+
+
+def test_phases_of_a_step_stay_together(tmp_path):
+    rng = np.random.default_rng(2)
+    noise = rng.random((3, 3000))
+    keys = ("step_latency_ms", "forward_ms", "backward_ms")
+    curves = {
+        key: lambda s, row=row: float(row[s]) for key, row in zip(keys, noise, strict=True)
+    }
+    recorded(tmp_path / "in" / "r.metrics.otlp", frames(3000, **curves))
+    archive = Archive()
+    archive.read([tmp_path / "in"])
+    data = unpacked(page_of(runs_of(archive), {}, [], most=8000))
+    whole = curve_of(data, "step_latency_ms")
+    assert len(whole) < 1500
+    for place, key in enumerate(keys):
+        curve = curve_of(data, key)
+        assert whole.keys() <= curve.keys()
+        assert all(curve[step] == np.float32(noise[place, step]) for step in whole)
 
 
 def test_decisions_of_spans_are_told_with_their_values(tmp_path):
@@ -288,3 +307,9 @@ def test_progress_is_one_line_that_goes_again(monkeypatch, capsys):
     shown.reached(500_000)
     shown.end()
     assert capsys.readouterr().err == "\rreport: 25% of 2 MB\x1b[K\r\x1b[K"
+
+
+def test_the_chart_library_comes_with_its_licence():
+    folder = files("esper_otel.report") / "page" / "uplot"
+    assert "The MIT License" in (folder / "LICENSE").read_text("utf-8")
+    assert "(v1.6.32)" in (folder / "uPlot.iife.min.js").read_text("utf-8")[:80]

@@ -21,7 +21,7 @@ from esper_otel._version import __version__
 from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.leyline.stages import Stage
 from esper_otel.report.curves import Points, Total, thinned, without_repeats
-from esper_otel.report.layouts import Numbers
+from esper_otel.report.layouts import Numbers, Times
 from esper_otel.report.rulings import Ruling
 from esper_otel.report.runs import ShownRun
 from esper_otel.report.trainers import CLOCK, TrainerCurves
@@ -38,6 +38,20 @@ _LEVEL = 5
 
 _SEED_SHARE = 4
 """Curves of seeds, other than stage and alpha, get so many times fewer points."""
+
+_TOGETHER = {
+    "step_latency_ms": (
+        "input_wait_ms",
+        "forward_ms",
+        "backward_ms",
+        "optimizer_ms",
+        "kasmina.apply_ms",
+        "kasmina.finalize_ms",
+        "hook_latency_ms",
+    ),
+    "loss_ewma": ("loss_volatility",),
+}
+"""Metrics that are drawn on one another: the others keep the steps of the first as well."""
 
 _FULL = frozenset({"kasmina.seed.stage", "kasmina.seed.alpha"})
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -179,11 +193,14 @@ def _rank(rank: TrainerCurves, arrays: _Arrays, parts: int) -> dict[str, Any]:
     start, end = rank.span()
     curves: dict[str, Any] = {}
     seeds: dict[str, dict[str, Any]] = {}
+    also = dict(_steps_to_keep(rank, parts))
     for (seed, key), curve in rank.curves.items():
         shared = seed is not None and key not in _FULL
         some = max(parts // _SEED_SHARE, 2) if shared else parts
         whole = without_repeats(curve.points())
         points = thinned(whole, some)
+        if seed is None and key in also:
+            points = _with(points, curve.points(), also[key])
         if key == CLOCK:
             points = Points(points.steps, (points.values - start) / 1e9)
             whole = points
@@ -210,6 +227,20 @@ def _rank(rank: TrainerCurves, arrays: _Arrays, parts: int) -> dict[str, Any]:
         "curves": curves,
         "seeds": seeds,
     }
+
+
+def _steps_to_keep(rank: TrainerCurves, parts: int) -> Iterator[tuple[str, Times]]:
+    """Steps that a metric keeps because another one is drawn there."""
+    for first, others in _TOGETHER.items():
+        if (None, first) in rank.curves:
+            steps = thinned(without_repeats(rank.curves[None, first].points()), parts).steps
+            yield from ((key, steps) for key in others)
+
+
+def _with(some: Points, every: Points, steps: Times) -> Points:
+    """``some`` of the points, and those of ``every`` that are at ``steps``."""
+    keep = np.isin(every.steps, steps) | np.isin(every.steps, some.steps)
+    return Points(every.steps[keep], every.values[keep])
 
 
 def _total(total: Total) -> list[float] | None:

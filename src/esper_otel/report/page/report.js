@@ -185,7 +185,7 @@
       if (!mean || !scatter) return [];
       const width = Array.from(mean.x, step => at(scatter, step));
       const ys = mean.y, high = ys.map((v, i) => v + (width[i] || 0)), low = ys.map((v, i) => v - (width[i] || 0));
-      const hidden = {scale: "y", stroke: faded(rank.color, 0.35), width: 0.5, quiet: true};
+      const hidden = {scale: "y", auto: false, stroke: faded(rank.color, 0.35), width: 0.5, quiet: true};
       return [{x: along(rank, mean.x), columns: [clean(high), clean(low), clean(mean.y)], bands: [[0, 1, faded(rank.color, Number(css("--band")))]],
         series: [{...hidden, label: "mean + scatter"}, {...hidden, label: "mean − scatter"},
           {label: `${rank.label} mean ± scatter`, scale: "y", stroke: rank.color, width: 0.8, dash: [2, 3]}]}];
@@ -453,6 +453,12 @@
     const chart = waiting.shift();
     if (chart) { draw(chart); setTimeout(later, 0); } else document.documentElement.dataset.drawn = "all";
   }
+  function fit() {  // charts to the width that there is for them
+    for (const {plot, body, height} of charts) {
+      const width = Math.max(body.clientWidth, 280);
+      if (plot && plot.width !== width) plot.setSize({width, height: height || 240});
+    }
+  }
   function drawAll() { waiting.splice(0).forEach(draw); }
 
   // ---- decisions --------------------------------------------------------------------------
@@ -544,6 +550,8 @@
     charts.forEach(chart => chart.marked && chart.plot && chart.plot.redraw(false));
     const panel = $("detail");
     panel.hidden = !decision;
+    document.body.classList.toggle("beside", Boolean(decision));
+    fit();
     if (!decision) { if (old && old.episode.row) old.episode.row.querySelector("button").focus(); return; }
     const [parameters, findings] = rowsOf(decision);
     const after = aftermathOf(decision);
@@ -570,7 +578,7 @@
       told.push(h("p", {}, h("strong", {}, outcomeOf(decision)), after.sentences.length ? ": " : "", name(after.sentences.join("; "))));
       told.push(h("table", {}, h("thead", {}, h("tr", {}, ["median", "before", "at the decision", "after"].map(word => h("th", {}, word)))),
         h("tbody", {}, Object.entries(after.values).map(([key, values]) => h("tr", {}, h("td", {}, name(key)), values.map(v => h("td", {}, v === null ? "–" : number(v))))))));
-    } else told.push(h("p", {class: "faint"}, "What came of it is in the sidecar's journal, which tells nothing of it here."));
+    } else told.push(h("p", {class: "faint"}, "Not known from these files. The sidecar's journal tells it: name that as well when the report is made."));
     const rank = rankOf(decision);
     if (rank) {
       const rows = ["loss", "gradient_norm", "lr_scale", "step_latency_ms"].map(key => [key, at(rank.curves[key], decision.step)]).filter(row => row[1] !== null && !Number.isNaN(row[1]));
@@ -781,12 +789,8 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   addEventListener("beforeprint", () => { redraw(); drawAll(); });
   addEventListener("afterprint", redraw);
-  let width = innerWidth, resized = 0;
-  addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(() => {
-    if (innerWidth === width) return;
-    width = innerWidth;
-    for (const one of charts) if (one.plot) one.plot.setSize({width: Math.max(one.body.clientWidth, 280), height: one.height || 240});
-  }, 120); });
+  let resized = 0;
+  addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(fit, 120); });
   globalThis.esperReport = {data, charts, state, choose, zoom, pan, reset};
   performance.mark("drawn");
   document.documentElement.dataset.ready = "yes";
