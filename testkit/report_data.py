@@ -28,7 +28,7 @@ def unpacked(page: str) -> dict[str, Any]:
         planes = np.frombuffer(raw, np.uint8, size, end).reshape(-1, max(count, 1))
         numbers = np.ascontiguousarray(planes.T).view(_NUMBERS[kind])[:, 0]
         arrays.append(
-            base + np.cumsum(numbers.astype(np.int64)) if kind == "delta" else numbers
+            int(base) + np.cumsum(numbers.astype(np.int64)) if kind == "delta" else numbers
         )
         end += size
     for run in data["runs"]:
