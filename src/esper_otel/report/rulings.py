@@ -7,11 +7,15 @@ it. Both use one id, so what one of them knows joins what the other does.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import msgspec
 
 MOST = 20_000
 """Rulings of a run that are kept with all their values; more are counted."""
+
+WORDS = 400_000
+"""Letters of different texts that are kept, of all rulings and happenings together."""
 
 CONTINUE = "CONTINUE"
 
@@ -98,9 +102,12 @@ class Ledger:
         self.rules: dict[str, tuple[str, str]] = {}
         """Rule → its condition in words, and its text."""
         self.more: dict[str, int] = {}
-        """Run → rulings that were too many to keep."""
+        """Run → rulings, happenings and changes of rules that were too many to keep."""
         self._kept: dict[str, int] = {}
+        self._changed = 0
         self._told: set[tuple[str, int, int, str, str]] = set()
+        self._texts: set[str] = set()
+        self._words = 0
 
     def add(self, ruling: Ruling) -> None:
         """Take in what one source knows; a ruling in which nothing was found is none."""
@@ -109,7 +116,7 @@ class Ledger:
         known = self.rulings.get(ruling.id)
         if known is None:
             kept = self._kept.get(ruling.run, 0)
-            if kept >= MOST:
+            if kept >= MOST or not self._has_room(ruling.reason, *_texts_of(ruling)):
                 self.more[ruling.run] = self.more.get(ruling.run, 0) + 1
                 return
             self._kept[ruling.run] = kept + 1
@@ -128,9 +135,32 @@ class Ledger:
             happening.name,
             happening.seed_id,
         )
-        if what not in self._told and len(self._told) < MOST:
-            self._told.add(what)
-            self.happenings.append(happening)
+        if what in self._told:
+            return
+        texts = (happening.name, happening.text, happening.seed_id)
+        if len(self._told) >= MOST or not self._has_room(*texts):
+            self.more[happening.run] = self.more.get(happening.run, 0) + 1
+            return
+        self._told.add(what)
+        self.happenings.append(happening)
+
+    def change(self, whose: tuple[str, int, str, str], step: int, state: str) -> None:
+        """Take in that a rule, of (run, rank, rule, seed), is in a state from a step on."""
+        if self._changed >= MOST or not self._has_room(*whose[2:]):
+            self.more[whose[0]] = self.more.get(whose[0], 0) + 1
+            return
+        self._changed += 1
+        self.changes[whose].append((step, state))
+
+    def _has_room(self, *texts: str) -> bool:
+        """Whether there is room for ``texts``, which are then kept."""
+        fresh = {text for text in texts if text not in self._texts}
+        words = sum(map(len, fresh))
+        if self._words + words > WORDS:
+            return False
+        self._words += words
+        self._texts |= fresh
+        return True
 
     def settle(self) -> None:
         """Give each ruling what came of it."""
@@ -182,3 +212,10 @@ class Ledger:
                 if step is not None:
                     start = before = step
         return found
+
+
+def _texts_of(ruling: Ruling) -> Iterator[str]:
+    yield ruling.target_seed or ""
+    yield from ruling.parameters
+    for ground in ruling.findings:
+        yield from (ground.rule, ground.text, ground.seed_id or "", *ground.values)

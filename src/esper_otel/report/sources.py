@@ -77,7 +77,9 @@ class Archive:
                     "as no step was recorded at their time"
                 )
         for run, more in self.ledger.more.items():
-            self.problems.append(f"run {run}: {more:,} more decisions are not listed")
+            self.problems.append(
+                f"run {run}: {more:,} more decisions, events and changes of rules are left out"
+            )
         self.trainers = {s: t for s, t in self.trainers.items() if t.steps()[0]}
 
     def _files(self, paths: Sequence[Path]) -> list[Path]:

@@ -251,7 +251,7 @@ def take_journal_line(line: bytes, ledger: Ledger) -> bool:
         ledger.aftermaths[entry.decision] = _aftermath(entry)
     elif entry.kind == "rule" and isinstance(entry.after, str):
         whose = (entry.run, entry.rank, entry.rule, entry.seed_id or "")
-        ledger.changes[whose].append((entry.step, entry.after))
+        ledger.change(whose, entry.step, entry.after)
     elif entry.kind == "table":
         for rule in entry.rules:
             ledger.rules[rule.id] = (rule.when, rule.text)

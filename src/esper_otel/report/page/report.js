@@ -271,7 +271,11 @@
     ctx.restore();
   }
 
-  const colorOf = severity => css(`--${(severity || "normal").toLowerCase().replace(/[^a-z]/g, "")}`) || css("--faint");
+  const colors = new Map();  // until the scheme changes
+  function colorOf(severity) {
+    if (!colors.has(severity)) colors.set(severity, css(`--${(severity || "normal").toLowerCase().replace(/[^a-z]/g, "")}`) || css("--faint"));
+    return colors.get(severity);
+  }
   const rankOf = decision => decision.run.ranks.find(rank => rank.rank === decision.rank) || decision.run.ranks[0];
   function placeOf(decision) {
     if (state.axis === "step") return decision.step;
@@ -442,6 +446,7 @@
   let waiting = [];
   function redraw() {
     listed = null;
+    colors.clear();
     const tops = charts.map(one => one.figure.hidden ? Infinity : one.figure.getBoundingClientRect()).map(box => box === Infinity || (box.top < innerHeight && box.bottom > 0));
     waiting = charts.filter((_, i) => !tops[i]);
     charts.filter((_, i) => tops[i]).forEach(draw);
@@ -682,15 +687,19 @@
       const svg = document.createElementNS(SVG, "svg");
       svg.setAttribute("class", "lane"); svg.setAttribute("viewBox", "0 0 1000 10"); svg.setAttribute("preserveAspectRatio", "none");
       svg.setAttribute("role", "img"); svg.setAttribute("aria-label", `${label}: ${rows.length} interval${rows.length === 1 ? "" : "s"}`);
+      const drawn = {};  // state → how far it is drawn: what is narrower than a line joins it
       for (const {run, row} of rows) {
         const [rank, , , what, start, end] = row, of = run.ranks.find(one => one.rank === rank) || run.ranks[0];
         const last = end === null ? (of ? of.last : start + 1) : end;
         const [a, b] = state.axis === "step" || !of ? [start, last] : [start, last].map(step => at(of.curves.time_unix_nano, Math.min(step, of.last)));
         if (a === null || b === null || b < range.min || a > range.max) continue;
+        const left = 1000 * (Math.max(a, range.min) - range.min) / size, right = Math.max(1000 * (Math.min(b, range.max) - range.min) / size, left + 1.5);
+        if (right <= (drawn[what] || -1) + 0.5) continue;
+        drawn[what] = right;
         const rect = document.createElementNS(SVG, "rect");
         rect.setAttribute("class", ["pending", "firing", "recovering", "unknown"].includes(what) ? what : "unknown");
-        rect.setAttribute("x", 1000 * (Math.max(a, range.min) - range.min) / size); rect.setAttribute("y", 0); rect.setAttribute("height", 10);
-        rect.setAttribute("width", Math.max(1000 * (Math.min(b, range.max) - Math.max(a, range.min)) / size, 1.5));
+        rect.setAttribute("x", left); rect.setAttribute("y", 0); rect.setAttribute("height", 10);
+        rect.setAttribute("width", right - left);
         const title = document.createElementNS(SVG, "title");
         title.textContent = `${what} from step ${start} to ${end === null ? "the end" : end}`;
         rect.append(title); svg.append(rect);
