@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from esper_otel.report import ReportError, size_of, visible, write_report
+    from esper_otel.report import MOST_TOLD, ReportError, size_of, visible, write_report
     from esper_otel.report.progress import Progress
 
     progress = Progress("report", size_of(options.runs))
@@ -107,6 +107,11 @@ def _report(options: argparse.Namespace) -> int:
     else:
         print(options.output)
     progress.end()
+    if len(problems) > MOST_TOLD:
+        problems = [
+            *problems[:MOST_TOLD],
+            f"{len(problems) - MOST_TOLD:,} more are in the page",
+        ]
     for problem in problems:
         print(f"esper-otel: report: {visible(problem)}", file=sys.stderr)
     return 1 if problems else 0

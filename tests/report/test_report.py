@@ -279,6 +279,21 @@ def test_a_recording_cut_anywhere_shows_what_came_before(tmp_path, capsys):
             assert len(loss) >= 10
 
 
+def test_a_folder_of_other_files_takes_few_lines(tmp_path, capsys):
+    for number in range(9):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.csv").write_text("step,loss\n1,2\n")
+    to = str(tmp_path / "r.html")
+    assert main(["report", str(tmp_path / "in"), "-o", to]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("; and 4 more")
+    recorded(tmp_path / "in" / "run.metrics.otlp", frames(5, **CURVES))
+    assert main(["report", str(tmp_path / "in"), "-o", to]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert lines[-1] == "esper-otel: report: 4 more are in the page"
+
+
 def test_where_it_cannot_be_written_it_is_said(tmp_path, capsys):
     path = recorded(tmp_path / "r.metrics.otlp", frames(5, **CURVES))
     assert main(["report", str(path), "-o", str(tmp_path / "no" / "r.html")]) == 1

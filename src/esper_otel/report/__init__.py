@@ -16,7 +16,11 @@ from esper_otel.report.page import page_of, visible
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive, OnBytes, size_of
 
-__all__ = ["ReportError", "size_of", "visible", "write_report"]
+__all__ = ["MOST_TOLD", "ReportError", "size_of", "visible", "write_report"]
+
+
+MOST_TOLD = 5
+"""Problems that are told, each of which may be one of a folder of thousands."""
 
 
 class ReportError(Exception):
@@ -35,9 +39,7 @@ def write_report(
     archive.read(paths, on_bytes)
     runs = runs_of(archive)
     if not runs:
-        raise ReportError(
-            "; ".join(archive.problems) or "no run in it: expected a recording or a journal"
-        )
+        raise ReportError(_in_one_line(archive.problems))
     page = page_of(runs, archive.ledger.rules, archive.problems)
     beside = to.with_name(f".{to.name}.{os.getpid()}")
     try:
@@ -46,3 +48,10 @@ def write_report(
     finally:
         beside.unlink(missing_ok=True)
     return archive.problems
+
+
+def _in_one_line(problems: Sequence[str]) -> str:
+    if not problems:
+        return "no run in it: expected a recording or a journal"
+    more = len(problems) - MOST_TOLD
+    return "; ".join(problems[:MOST_TOLD]) + (f"; and {more:,} more" if more > 0 else "")

@@ -58,7 +58,7 @@ class Archive:
                 for offset in self._read_file(path):
                     on_bytes(before + offset)
             except RecordingError as error:
-                self.problems.append(f"{error}; read up to there")
+                self.problems.append(f"{error}{'; read up to there' if error.offset else ''}")
             except (ZstdMissingError, DamagedError) as error:
                 self.problems.append(f"{path}: {error}")
             except OSError as error:
