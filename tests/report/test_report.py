@@ -151,7 +151,8 @@ def test_a_journal_alone_makes_a_report(tmp_path):
     path.write_text(JOURNAL + '{"kind":"dec')
     data, problems = report(tmp_path, path)
     assert data["runs"][0]["ranks"] == []
-    assert [row[1] for row in data["runs"][0]["decisions"]] == [30]
+    # That it was applied is in the report of what came of it.
+    assert [row[1:4] for row in data["runs"][0]["decisions"]] == [[30, 0, 1.0]]
     assert problems == [f"{path}: 1 lines are no entries of a journal"]
 
 

@@ -32,9 +32,13 @@ class Ground(msgspec.Struct, frozen=True):
 
 
 class Aftermath(msgspec.Struct, frozen=True):
-    """What a run did after a ruling: an outcome, sentences, and (before, at, after) by key."""
+    """What a run did after a ruling: an outcome, sentences, and (before, at, after) by key.
+
+    ``applied``: something was done to the run; None where nobody knows.
+    """
 
     outcome: str
+    applied: bool | None = None
     sentences: list[str] = []
     values: dict[str, list[float | None]] = {}
 
@@ -168,6 +172,8 @@ class Ledger:
             ruling = self.rulings.get(name)
             if ruling is not None:
                 ruling.aftermath = aftermath
+                if ruling.applied is None:
+                    ruling.applied = aftermath.applied
 
     def runs(self) -> set[str]:
         """The runs that anything is known of."""

@@ -290,6 +290,7 @@ def _aftermath(entry: _Line) -> Aftermath:
     keys = dict.fromkeys([*before, *entry.during, *after])
     return Aftermath(
         entry.outcome,
+        entry.applied,
         list(_sentences(entry)),
         {key: [before.get(key), entry.during.get(key), after.get(key)] for key in keys},
     )
