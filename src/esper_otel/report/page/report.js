@@ -525,7 +525,7 @@
     const found = aftermathOf(decision);
     return found ? OUTCOMES[found.outcome] || shown(found.outcome) : "";
   }
-  const done = d => d.applied === 1 ? "applied" : d.applied === 0 ? "not applied" : "";
+  const done = d => headOf(d) === "notice" ? "" : d.applied === 1 ? "applied" : d.applied === 0 ? "not applied" : "";
 
   const FIRST = 300;
   function listDecisions(all = false) {
