@@ -1,9 +1,12 @@
 """Reports in a real browser: they open, draw, answer to mouse and keys, and ask nobody."""
 
+import subprocess
+import sys
+
 import pytest
 
 from esper_otel.report import write_report
-from ops.stack.programs import CHROMIUM, MissingError, find
+from ops.stack.programs import CHROMIUM, ROOT, MissingError, find
 from report.made import JOURNAL, frames, logs, recorded, spans
 
 READY = "html[data-drawn=all]"
@@ -282,6 +285,18 @@ def test_a_journal_alone_opens(opened, tmp_path):
     assert "No curves" in page.locator("#charts").inner_text()
     page.keyboard.press("n")
     assert "run/0/30" in page.locator("#detail").inner_text()
+
+
+def test_the_picture_of_the_docs_is_taken(browser, recording, tmp_path):
+    to = tmp_path / "report.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "ops.report_picture", str(recording), "-o", str(to)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == (f"{to}\n", "")
+    assert to.read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_could_not_be_read_is_said(opened, tmp_path):

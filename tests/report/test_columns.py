@@ -79,6 +79,16 @@ def test_steps_with_other_metrics_each_are_read_alike(values):
             assert (None, key) not in trainer.curves
 
 
+def test_what_was_sent_again_counts_once(monkeypatch):
+    monkeypatch.setattr("esper_otel.report.trainers.AT_ONCE", 20)
+    made = frames(30, seeds=["a"], loss=lambda s: 1.0 + s)
+    first, second = otlp_of(*made[:15]), otlp_of(*made[15:])
+    ((_, trainer),) = read(first, first, second, second).items()
+    assert trainer.steps()[0] == 30
+    assert trainer.curves[None, "loss"].total.sum == sum(range(1, 31))
+    assert trainer.curves["a", "kasmina.seed.alpha"].total.count == 30
+
+
 def test_what_a_step_with_broken_values_lacks_is_a_gap():
     made = frames(
         50,

@@ -19,6 +19,12 @@ CLOCK = "time_unix_nano"
 _PATIENCE = 3
 """How often values wait for a step of their time, which a Collector may write later."""
 
+_MOST_REMEMBERED = 64
+"""Kinds of rows of which it is remembered when the last ones were."""
+
+_Kind = tuple[str | None, tuple[str, ...]]
+"""Whose rows they are, and which metrics are in them."""
+
 _MAX_STEP = float(1 << 53)
 
 
@@ -35,6 +41,7 @@ class TrainerCurves:
         """Rows of all blocks so far."""
         self._waiting: list[tuple[int, Block]] = []
         self._rows = 0
+        self._before: dict[_Kind, Times] = {}
         self._times: Times = np.empty(0, np.int64)
         self._steps: Times = np.empty(0, np.int64)
 
@@ -73,15 +80,15 @@ class TrainerCurves:
     def _assemble(self) -> None:
         waiting, self._waiting, self._rows = self._waiting, [], 0
         self._learn_steps([block for _, block in waiting])
-        alike: dict[tuple[str | None, tuple[str, ...]], list[tuple[Times, Numbers]]]
-        alike = defaultdict(list)
+        alike: dict[_Kind, list[tuple[Times, Times, Numbers]]] = defaultdict(list)
         for age, block in waiting:
             known, steps = self._steps_of(block.times)
             if known.all():
-                alike[block.seed, block.keys].append((steps, block.values))
+                alike[block.seed, block.keys].append((block.times, steps, block.values))
                 continue
             if known.any():
-                alike[block.seed, block.keys].append((steps[known], block.values[known]))
+                some = (block.times[known], steps[known], block.values[known])
+                alike[block.seed, block.keys].append(some)
             rest = Block(block.seed, block.keys, block.times[~known], block.values[~known])
             if age < _PATIENCE:
                 self._waiting.append((age + 1, rest))
@@ -117,15 +124,15 @@ class TrainerCurves:
         places = np.minimum(np.searchsorted(self._times, times), len(self._times) - 1)
         return self._times[places] == times, self._steps[places]
 
-    def _extend(
-        self,
-        alike: dict[tuple[str | None, tuple[str, ...]], list[tuple[Times, Numbers]]],
-    ) -> None:
+    def _extend(self, alike: dict[_Kind, list[tuple[Times, Times, Numbers]]]) -> None:
         present: dict[str, list[Times]] = defaultdict(list)
         broken: list[Times] = []
         for (seed, keys), some in alike.items():
-            steps = np.concatenate([steps for steps, _ in some])
-            values = np.concatenate([values for _, values in some])
+            fresh = self._fresh((seed, keys), np.concatenate([times for times, _, _ in some]))
+            if not len(fresh):
+                continue
+            steps = np.concatenate([steps for _, steps, _ in some])[fresh]
+            values = np.concatenate([values for _, _, values in some])[fresh]
             for place, key in enumerate(keys):
                 column = np.ascontiguousarray(values[:, place])
                 self.curves.setdefault((seed, key), Curve()).extend(steps, column)
@@ -135,6 +142,21 @@ class TrainerCurves:
                         broken.append(steps[column > 0])
         if broken:
             self._leave_gaps(np.unique(np.concatenate(broken)), present)
+
+    def _fresh(self, kind: _Kind, times: Times) -> Times:
+        """Places of the rows that are here for the first time.
+
+        Delivery is at least once: what was sent again soon after is not counted again.
+        """
+        _, firsts = np.unique(times, return_index=True)
+        firsts.sort()
+        before = self._before.get(kind)
+        if before is not None:
+            firsts = firsts[~np.isin(times[firsts], before)]
+            times = np.concatenate([before[-AT_ONCE:], times[firsts]])
+        if before is not None or len(self._before) < _MOST_REMEMBERED:
+            self._before[kind] = times
+        return firsts
 
     def _leave_gaps(self, broken: Times, present: dict[str, list[Times]]) -> None:
         """Where a step had values that were not finite, what it lacks is a gap."""

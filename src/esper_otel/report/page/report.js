@@ -680,7 +680,8 @@
       if (!lanes.has(key)) lanes.set(key, []);
       lanes.get(key).push({run, row});
     }
-    const range = state.range || everything() || {min: Math.min(...all.map(one => one.row[4])), max: Math.max(...all.map(one => one.row[5] || one.row[4] + 1))};
+    const steps = data.runs.flatMap(run => run.decisions.map(decision => decision.step));
+    const range = state.range || everything() || {min: Math.min(...all.map(one => one.row[4]), ...steps.slice(0, 1)), max: Math.max(...all.map(one => (one.row[5] || one.row[4]) + 1), ...steps.slice(-1))};
     const size = range.max - range.min || 1;
     const grid = h("div", {class: "lanes"});
     for (const [label, rows] of [...lanes].slice(0, 120)) {
