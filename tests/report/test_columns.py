@@ -112,6 +112,22 @@ def test_whole_numbers_and_metrics_of_others_are_read_past():
     assert {key for _, key in trainer.curves} == {"step", "loss", CLOCK}
 
 
+def test_how_a_run_ended_is_known_and_no_value_of_a_step():
+    request = otlp_of(*frames(3, loss=float))
+    scope = request.resource_metrics[0].scope_metrics.add()
+    metric = scope.metrics.add(name="tolaria.run.ended", unit="{step}")
+    point = metric.gauge.data_points.add(time_unix_nano=7, as_double=2.0)
+    put(point.attributes, "esper.run.ended", "exception")
+    put(point.attributes, "exception.type", "ValueError")
+    reader = ColumnReader()
+    trainer = TrainerCurves(Producer("run", 0, "one"))
+    for _, block in reader.read(request.SerializeToString()):
+        trainer.take(block)
+    trainer.settle()
+    assert reader.ends == {Producer("run", 0, "one"): "exception ValueError"}
+    assert (trainer.lost, trainer.steps()[0]) == (0, 3)
+
+
 def test_values_at_a_time_of_no_step_are_counted():
     request = otlp_of(*frames(3, loss=float))
     request.resource_metrics[0].scope_metrics[2].metrics[0].name = "another"

@@ -148,7 +148,7 @@ def test_a_journal_tells_what_came_of_a_decision(tmp_path):
 
 def test_a_journal_alone_makes_a_report(tmp_path):
     path = tmp_path / "journal-000001.jsonl"
-    path.write_text(JOURNAL + '{"kind":"dec')
+    path.write_text(JOURNAL + '{"kind":"of tomorrow","rules":5}\n{"kind":"dec')
     data, problems = report(tmp_path, path)
     assert data["runs"][0]["ranks"] == []
     # That it was applied is in the report of what came of it.

@@ -27,6 +27,11 @@ _WORTH_IT = 8
 """Messages in a row from which on they are read where they lie."""
 
 _OURS = (b"tolaria.", b"kasmina.")
+_ENDED = b"tolaria.run.ended"
+"""Metric whose one point says how a run ended, by :data:`HOW` and :data:`EXCEPTION`."""
+
+HOW, EXCEPTION = "esper.run.ended", "exception.type"
+
 _TAG = 0x12
 """``ResourceMetrics.scope_metrics``: field 2, length-delimited."""
 
@@ -48,6 +53,8 @@ class ColumnReader:
         self._count = 0
         self.attributes: dict[Producer, Attributes] = {}
         """What the resource of each source says, the last word of it."""
+        self.ends: dict[Producer, str] = {}
+        """How each ended, of those that said so."""
 
     def read(self, body: bytes) -> Iterator[tuple[Producer, Block]]:
         """The blocks of one serialised ``ExportMetricsServiceRequest``.
@@ -59,6 +66,8 @@ class ColumnReader:
             for _ in fields(body, 0, len(body)):
                 pass
             return
+        if _ENDED in body:
+            self._read_ends(body)
         for number, kind, start, end in fields(body, 0, len(body)):
             if (number, kind) != (1, 2):
                 raise FieldError(f"field {number} of a metrics request")
@@ -83,6 +92,28 @@ class ColumnReader:
                 found += self._blocks(rows.reshape(len(messages), size))
         for block in found:
             yield source, block
+
+    def _read_ends(self, body: bytes) -> None:
+        """Rare, so that the protobuf classes may read it."""
+        from google.protobuf.message import DecodeError
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+            ExportMetricsServiceRequest,
+        )
+
+        try:
+            request = ExportMetricsServiceRequest.FromString(body)
+        except DecodeError:
+            raise FieldError("not an OTLP metrics request") from None
+        for group in request.resource_metrics:
+            resource = group.resource.SerializeToString()
+            source = self._source(resource, 0, len(resource))
+            for scope in group.scope_metrics:
+                for metric in scope.metrics:
+                    if metric.name.encode() == _ENDED:
+                        for point in metric.gauge.data_points:
+                            told = {a.key: a.value.string_value for a in point.attributes}
+                            words = (told.get(HOW, ""), told.get(EXCEPTION, ""))
+                            self.ends[source] = " ".join(filter(None, words))[:256]
 
     def _source(self, body: bytes, start: int, end: int) -> Producer:
         found: Attributes = {}

@@ -240,7 +240,9 @@ def _point(
             key, value = attribute(message, begin, stop)
             if key == SEED_ID and isinstance(value, str):
                 seed = value
-    if metric is None or time_at < 0 or value_at < 0 or (metric.scope == "seed") != bool(seed):
+    if metric is None or time_at < 0 or value_at < 0:
+        return None
+    if metric.scope != ("step" if seed is None else "seed"):
         return None
     return Column(metric.key, seed, time_at, value_at, is_integer)
 

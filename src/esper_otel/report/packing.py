@@ -224,6 +224,7 @@ def _rank(rank: TrainerCurves, arrays: _Arrays, parts: int) -> dict[str, Any]:
         "last": last,
         "start_ms": start / 1e6,
         "seconds": (end - start) / 1e9,
+        "ended": rank.ended,
         "curves": curves,
         "seeds": seeds,
     }

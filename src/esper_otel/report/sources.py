@@ -71,6 +71,7 @@ class Archive:
         for source, trainer in self.trainers.items():
             trainer.settle()
             trainer.attributes = self._reader.attributes.get(source, {})
+            trainer.ended = self._reader.ends.get(source, "")
             if trainer.lost:
                 self.problems.append(
                     f"run {source.run}, rank {source.rank}: {trainer.lost:,} values left out, "

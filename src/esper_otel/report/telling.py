@@ -236,12 +236,21 @@ class _Line(msgspec.Struct):
     rules: list[_RuleWords] = []
 
 
-_lines = msgspec.json.Decoder(_Line)
+class _Kind(msgspec.Struct):
+    kind: str
+
+
+_KINDS = frozenset({"decision", "field_report", "rule", "table"})
+"""Kinds of lines that a report tells of; there are others, and there will be more."""
+
+_kinds, _lines = msgspec.json.Decoder(_Kind), msgspec.json.Decoder(_Line)
 
 
 def take_journal_line(line: bytes, ledger: Ledger) -> bool:
     """Add what one line of a journal says; whether it is such a line."""
     try:
+        if _kinds.decode(line).kind not in _KINDS:
+            return True
         entry = _lines.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False

@@ -34,6 +34,8 @@ class TrainerCurves:
     def __init__(self, source: Producer) -> None:
         self.source = source
         self.attributes: Attributes = {}
+        self.ended = ""
+        """How it ended, "" when it has not said so: then it was killed, or goes on."""
         self.curves: dict[tuple[str | None, str], Curve] = {}
         self.lost = 0
         """Values of times at which nothing says which step it was."""
@@ -65,6 +67,7 @@ class TrainerCurves:
         for whose, curve in later.curves.items():
             self.curves.setdefault(whose, Curve()).absorb(curve)
         self.attributes = {**self.attributes, **later.attributes}
+        self.ended = later.ended
 
     def span(self) -> tuple[float, float]:
         """When its first and its last step ended, in Unix nanoseconds; zeros without any."""

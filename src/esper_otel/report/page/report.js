@@ -610,7 +610,7 @@
   };
 
   const FACTS = [
-    ["steps", rank => rank ? number(rank.count) : "–"], ["last step", rank => rank ? number(rank.last) : "–"], ["took", rank => rank ? duration(rank.seconds) : "–"],
+    ["steps", rank => rank ? number(rank.count) : "–"], ["last step", rank => rank ? number(rank.last) : "–"], ["took", rank => rank ? duration(rank.seconds) : "–"], ["ended", rank => rank && rank.ended ? shown(rank.ended) : "–"],
     ["first loss", rank => number(total(rank, "loss", "first"))], ["last loss", rank => number(total(rank, "loss", "last"))],
     ["lowest loss", rank => { const least = total(rank, "loss", "least"); return least === null ? "–" : `${number(least)} at ${number(total(rank, "loss", "leastStep"))}`; }],
     ["last accuracy", rank => number(total(rank, "accuracy", "last"))],
@@ -625,14 +625,15 @@
   const countOf = (run, test) => number(run.decisions.filter(test).length);
 
   function listRuns() {
-    const head = ["run", "ranks", "began", "steps", "took", "loss", "mean step", "decisions", "seeds"];
+    const ended = lines.some(rank => rank.ended);
+    const head = ["run", "ranks", "began", "steps", "took", ended ? "ended" : null, "loss", "mean step", "decisions", "seeds"].filter(Boolean);
     const rows = data.runs.map(run => {
       const rank = run.ranks[0];
       const box = h("input", {type: "checkbox", checked: true, "aria-label": `Show ${shown(run.name)}`, onchange: event => { run.ranks.forEach(r => { r.visible = event.target.checked; }); redraw(); }});
       return [h("label", {}, several ? box : null, h("span", {class: "mark"}), name(run.name)), number(run.ranks.length),
         rank ? new Date(rank.start_ms).toISOString().replace("T", " ").slice(0, 19) + " UTC" : "–", rank ? number(rank.count) : "–", rank ? duration(rank.seconds) : "–",
-        rank ? `${brief(total(rank, "loss", "first"))} → ${brief(total(rank, "loss", "last"))}` : "–", rank ? ms(total(rank, "step_latency_ms", "mean")) : "–",
-        number(run.decisions.length), rank ? number(Object.keys(rank.seeds).length) : "–"];
+        ended ? (rank && rank.ended ? name(rank.ended) : "–") : null, rank ? `${brief(total(rank, "loss", "first"))} → ${brief(total(rank, "loss", "last"))}` : "–", rank ? ms(total(rank, "step_latency_ms", "mean")) : "–",
+        number(run.decisions.length), rank ? number(Object.keys(rank.seeds).length) : "–"].filter(cell => cell !== null);
     });
     const made = table(head, rows);
     made.querySelectorAll(".mark").forEach((mark, i) => { mark.style.background = several ? COLORS[i % COLORS.length] : COLORS[0]; });
