@@ -47,7 +47,6 @@ def test_without_repeats_every_value_can_still_be_told(numbers):
 
 def test_a_long_curve_is_thinned_while_it_is_read(monkeypatch):
     monkeypatch.setattr(curves, "HELD", 1000)
-    monkeypatch.setattr(curves, "KEPT", 100)
     curve = Curve()
     rng = np.random.default_rng(0)
     whole = rng.random(100_000)
@@ -64,6 +63,19 @@ def test_a_long_curve_is_thinned_while_it_is_read(monkeypatch):
     assert (total.least, total.least_step) == (-50.0, 12_345)
     assert total.sum == pytest.approx(whole.sum())
     assert (total.first, total.last) == (whole[0], whole[-1])
+
+
+def test_a_curve_can_be_told_to_hold_less():
+    curve = Curve()
+    noise = np.random.default_rng(0).random(5000)
+    curve.extend(np.arange(5000), noise)
+    assert not curve.thinned
+    curve.hold_at_most(400)
+    assert curve.thinned
+    assert len(curve.points().steps) <= 202
+    assert curve.points().values.max() == noise.max()
+    curve.extend(np.arange(5000, 9000), noise[:4000])
+    assert len(curve.points().steps) <= 400
 
 
 def test_steps_that_come_late_or_twice_are_put_in_order():

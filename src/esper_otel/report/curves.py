@@ -16,8 +16,8 @@ from esper_otel.report.layouts import Numbers, Times
 HELD = 32_768
 """Points of a curve before it is thinned while it is read."""
 
-KEPT = 8_192
-"""Parts into which it is divided then."""
+PARTS = 4
+"""So many times fewer parts is it divided into then, each with two points or so."""
 
 
 class Points(NamedTuple):
@@ -82,6 +82,7 @@ class Curve:
         """Whether it holds fewer points than it was given."""
         self._parts: list[Points] = []
         self._count = 0
+        self._most = HELD
 
     def extend(self, steps: Times, values: Numbers) -> None:
         """Take in more points, in whatever order; a value that is not finite is a gap."""
@@ -103,8 +104,16 @@ class Curve:
     def _hold(self, points: Points) -> None:
         self._parts.append(points)
         self._count += len(points.steps)
-        if self._count > HELD:
-            thin = thinned(self.points(), KEPT)
+        self._thin()
+
+    def hold_at_most(self, points: int) -> None:
+        """From here on hold no more ``points``."""
+        self._most = min(self._most, points)
+        self._thin()
+
+    def _thin(self) -> None:
+        if self._count > self._most:
+            thin = thinned(self.points(), self._most // PARTS)
             self.thinned = self.thinned or len(thin.steps) < self._count
             self._parts = [thin]
             self._count = len(thin.steps)

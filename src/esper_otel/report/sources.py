@@ -37,6 +37,14 @@ _NONE = frozenset({".html", ".part"})
 _JOURNAL_FILE = re.compile(r"journal-\d+\.jsonl")
 _JOURNAL_LINE = re.compile(rb'\{(?:"at":"[^"]*",)?"kind":"')
 
+HELD_OF_ALL = 1 << 24
+"""Points of all curves that are held while files are read, 16 bytes each; with very many curves
+each still holds :data:`FEWEST`."""
+FEWEST = 1024
+
+_LOOK_EVERY = 64 << 20
+"""Bytes of a file after which it is looked at how many curves there are."""
+
 OnBytes = Callable[[int], None]
 """Told how many bytes of all files have been read, now and then."""
 
@@ -55,16 +63,27 @@ class Archive:
         before = 0
         for path in self._files(paths):
             try:
+                looked = 0
                 for offset in self._read_file(path):
                     on_bytes(before + offset)
+                    if offset - looked > _LOOK_EVERY:
+                        looked = offset
+                        self._bound_curves()
             except RecordingError as error:
                 self.problems.append(f"{error}{'; read up to there' if error.offset else ''}")
             except (ZstdMissingError, DamagedError) as error:
                 self.problems.append(f"{path}: {error}")
             except OSError as error:
                 self.problems.append(f"{path}: {error.strerror or error}")
+            self._bound_curves()
             before += _size(path)
         self._settle()
+
+    def _bound_curves(self) -> None:
+        """Have all curves together hold no more points than fit."""
+        curves = [c for trainer in self.trainers.values() for c in trainer.curves.values()]
+        for curve in curves:
+            curve.hold_at_most(max(HELD_OF_ALL // len(curves), FEWEST))
 
     def _settle(self) -> None:
         self.ledger.settle()
