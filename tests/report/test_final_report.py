@@ -22,7 +22,7 @@ run.close(0.1)
 """
 
 
-def run_script(tmp_path, **variables):
+def run_script(tmp_path, *command, **variables):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     (tmp_path / "tmp").mkdir(exist_ok=True)
     ours = {
@@ -32,7 +32,7 @@ def run_script(tmp_path, **variables):
         "TMPDIR": str(tmp_path / "tmp"),
     }
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, *(command or ("-c", SCRIPT))],
         cwd=tmp_path,
         env=clean | ours | variables,
         capture_output=True,
@@ -51,6 +51,15 @@ def test_a_run_writes_its_report_and_the_summary_names_it(tmp_path):
     assert run["name"] == "digits"
     assert run["ranks"][0]["curves"]["loss"]["total"][0] == 20
     assert list((tmp_path / "tmp").glob("esper-report-*")) == []
+
+
+def test_the_command_writes_it_where_it_was_called(tmp_path):
+    (tmp_path / "train.py").write_text(f"import os\nos.chdir('tmp')\n{SCRIPT}")
+    command = ("-m", "esper_otel", "run", "--report", "r.html", "--run-id", "x", "train.py")
+    done = run_script(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert f"  report    {tmp_path / 'r.html'}\n" in done.stderr
+    assert unpacked((tmp_path / "r.html").read_text("utf-8"))["runs"][0]["name"] == "x"
 
 
 def test_a_recording_that_was_asked_for_stays(tmp_path):

@@ -180,6 +180,13 @@ def test_a_run_that_went_on_in_another_process_is_one(tmp_path):
     assert list(curve_of(data, "loss")) == list(range(40))
 
 
+def test_a_run_without_a_name_is_shown(tmp_path):
+    data, _ = report(
+        tmp_path, recorded(tmp_path / "a.metrics.otlp", frames(9, run="", **CURVES))
+    )
+    assert [run["name"] for run in data["runs"]] == ["(no run id)"]
+
+
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
     recorded(tmp_path / "in" / "a.metrics.otlp", frames(20, **CURVES))
     again = frames(30, instance="two", at_s=60, **CURVES)

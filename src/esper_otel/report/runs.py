@@ -48,12 +48,13 @@ def runs_of(archive: Archive) -> list[ShownRun]:
                 f"run {name}: recorded {len(generations)} times under one name, "
                 f"shown as {name} (1) to ({len(generations)})"
             )
+        shown = name or "(no run id)"
         for number, ranks in enumerate(generations, 1):
             found.append(
                 _shown(
                     archive,
                     name,
-                    f"{name} ({number})" if len(generations) > 1 else name,
+                    f"{shown} ({number})" if len(generations) > 1 else shown,
                     [ranks[rank] for rank in sorted(ranks)],
                     is_last=number == len(generations),
                 )

@@ -292,7 +292,13 @@
   }
 
   function draw(chart) {
-    const tables = chart.make();
+    let log = state.log && !chart.linear;
+    let tables = chart.make();
+    if (log && !tables.some(table => table.columns.some(column => column.some(value => value !== null)))) {
+      state.log = log = false;  // nothing above zero: as it is, rather than nothing
+      tables = chart.make();
+      state.log = true;
+    }
     if (chart.plot) { chart.plot.destroy(); chart.plot = null; }
     chart.body.replaceChildren();
     chart.figure.hidden = !tables.length;
@@ -311,7 +317,6 @@
     }
     const right = tables.some(table => table.series.some(one => one.scale === "right"));
     const axis = {stroke: css("--faint"), grid: {stroke: css("--grid"), width: 1}, ticks: {stroke: css("--line"), width: 1}, font: "12px system-ui, sans-serif"};
-    const log = state.log && !chart.linear;
     const options = {
       width: Math.max(chart.body.clientWidth, 280), height: chart.height || 240,
       scales: {x: {time: false}, y: {distr: log ? 3 : 1, range: chart.range}, right: {auto: true}},
