@@ -41,8 +41,11 @@ class FinalReport:
         return msgspec.structs.replace(settings, recording_dir=str(self._kept))
 
     def make(self, settings: EsperSettings, run: str, stream: StreamReport) -> str:
-        """Write it, from what has been recorded of all ranks; its path, "" without one."""
-        if self._to is None:
+        """Write it, from what has been recorded of all ranks; its path, "" without one.
+
+        Without a step there is none: a process that asks for one may be a worker of another.
+        """
+        if self._to is None or not stream.recordings:
             return ""
         from esper_otel.report import write_report
 

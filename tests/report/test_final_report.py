@@ -84,6 +84,38 @@ def test_who_is_not_asked_makes_none(given):
     assert final.make(settings, "run", StreamReport()) == ""
 
 
+FORKING = """
+import os
+import esper_otel
+run = esper_otel.start(mode="off")
+for step in range(9):
+    run.report(loss=1.0)
+    run.step()
+if not os.fork():
+    raise SystemExit
+os.wait()
+run.report(loss=2.0)
+run.step()
+run.close(0.1)
+"""
+
+
+def test_a_forked_child_leaves_its_parents_report_alone(tmp_path):
+    done = run_script(tmp_path, "-c", FORKING, ESPER_REPORT="run.html")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("  report    run.html\n") == 1
+    (run,) = unpacked((tmp_path / "run.html").read_text("utf-8"))["runs"]
+    assert run["ranks"][0]["curves"]["loss"]["total"][0] == 10
+
+
+def test_a_process_without_a_step_writes_none(tmp_path):
+    script = "import esper_otel; esper_otel.start(mode='off').close(0.1)"
+    done = run_script(tmp_path, "-c", script, ESPER_REPORT="run.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "run.html").exists()
+    assert list((tmp_path / "tmp").glob("esper-report-*")) == []
+
+
 def test_other_ranks_that_recorded_there_are_in_it(tmp_path):
     made = [frames(9, rank=rank, instance=f"i{rank}", loss=float) for rank in (0, 1)]
     paths = [
