@@ -246,8 +246,21 @@ def test_dark_and_light(opened, recording):
         assert chart(page, "Loss").evaluate(INK) > 3
     assert backs == ["rgb(255, 255, 255)", "rgb(20, 23, 27)"]
     page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == backs[0]
     assert not page.locator("#controls").is_visible()
+
+
+def test_it_is_printed_light_and_as_wide_as_paper(opened, recording):
+    page = opened(recording, color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+    widths = page.evaluate("esperReport.charts.filter(c => c.plot).map(c => c.plot.width)")
+    assert max(widths) <= 690
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.wait_for_selector(READY, state="attached")
+    assert page.evaluate("esperReport.charts[0].plot.width") > 1000
+    assert page.pdf().startswith(b"%PDF")
 
 
 def test_several_runs_are_compared(opened, recording, tmp_path):

@@ -803,8 +803,9 @@
     else if (event.key === "Escape" && state.chosen) choose(null);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  addEventListener("beforeprint", () => { redraw(); drawAll(); });
-  addEventListener("afterprint", redraw);
+  const paper = document.documentElement.classList;
+  addEventListener("beforeprint", () => { paper.add("paper"); redraw(); drawAll(); });
+  addEventListener("afterprint", () => { paper.remove("paper"); redraw(); });
   let resized = 0;
   addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(fit, 120); });
   globalThis.esperReport = {data, charts, state, choose, zoom, pan, reset};
