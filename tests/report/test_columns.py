@@ -152,6 +152,16 @@ def test_the_resource_says_whose_they_are():
     assert found["list"] == ""
 
 
+def test_more_layouts_of_one_size_than_are_kept(monkeypatch):
+    monkeypatch.setattr("esper_otel.report.columns._MOST_ALIKE", 3)
+    monkeypatch.setattr("esper_otel.report.columns._MOST_LAYOUTS", 10)
+    seeds = [f"seed-{number:02}" for number in range(20)]
+    made = frames(40, seeds=seeds, loss=float)
+    ((_, trainer),) = read(otlp_of(*made[:20]), otlp_of(*made[20:])).items()
+    for seed in seeds:
+        assert curve(trainer, "kasmina.seed.alpha", seed) == {s: s / 40 for s in range(40)}
+
+
 @given(st.binary(max_size=200))
 def test_bytes_of_anything_are_refused_or_empty(data):
     try:

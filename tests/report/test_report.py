@@ -1,8 +1,10 @@
 """The report as a whole: what is in the page is what was recorded, whatever recorded it."""
 
+import random
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.resources import files
 
 import numpy as np
@@ -285,6 +287,28 @@ def test_a_recording_cut_anywhere_shows_what_came_before(tmp_path, capsys):
             loss = curve_of(unpacked((tmp_path / "r.html").read_text("utf-8")), "loss")
             assert list(loss) == list(range(len(loss)))
             assert len(loss) >= 10
+
+
+def test_whatever_bytes_are_changed_it_is_said_or_shown(tmp_path):
+    folder = tmp_path / "in"
+    recorded(folder / "r.metrics.otlp", frames(30, seeds=["a"], nonfinite=float, **CURVES))
+    spans(folder / "r.traces.otlp", "run", 3, 4)
+    logs(folder / "r.logs.otlp", "run", "a", "x")
+    (folder / "journal-000001.jsonl").write_text(JOURNAL)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    chance = random.Random(0)
+    for _ in range(40):
+        for path, data in whole.items():
+            changed = bytearray(data)
+            for _ in range(chance.choice([1, 1, 3, 10])):
+                place = chance.randrange(len(changed))
+                if chance.random() < 0.7:
+                    changed[place] = chance.randrange(256)
+                else:
+                    del changed[place : place + chance.randrange(1, 20)]
+            path.write_bytes(changed)
+        with suppress(ReportError):
+            write_report([folder], tmp_path / "r.html")
 
 
 def test_a_folder_of_other_files_takes_few_lines(tmp_path, capsys):

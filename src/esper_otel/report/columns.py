@@ -23,6 +23,8 @@ from esper_otel.report.layouts import (
 Attributes = dict[str, str | int | float | bool]
 
 _MOST_LAYOUTS = 4096
+_MOST_ALIKE = 128
+"""Layouts of one size that are kept: each message is held against all of them at worst."""
 _WORTH_IT = 8
 """Messages in a row from which on they are read where they lie."""
 
@@ -165,6 +167,7 @@ class ColumnReader:
             self._count = 1
         known = self._layouts.setdefault(size, [])
         known.append(layout)
+        del known[:-_MOST_ALIKE]
         tells = {place for other in known[:-1] for place in layout.differences(other)}
         more = np.array(sorted(tells), np.int64)
         self._tells[size] = np.union1d(self._tells.get(size, _NOWHERE), more)
