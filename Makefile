@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a fresh machine with Python, git and make needs.
 # With Go there as well, `make test` first builds what the stack is made of, which takes some
-# minutes and is kept in the user's cache.
+# minutes and is kept in the user's cache, as is the browser that reports are opened in.
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,7 @@ test-deployed: $(READY)  ## build what the images hold (takes long), and run the
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
 	@$(BIN)/python -m ops.stack build collector
 
-stack-programs: $(READY)  ## get Collector, Prometheus and Jaeger, each once
+stack-programs: $(READY)  ## get Collector, Prometheus, Jaeger and Chromium, each once
 	@$(BIN)/python -m ops.stack build
 
 stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="jaeger=16687 …")

@@ -45,6 +45,7 @@ BENCHES = (
     "judging",
     "journal",
     "replay",
+    "report",
     "judgement",
     "awkward",
     "peers",

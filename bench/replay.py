@@ -27,9 +27,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from bench.figures import Figure, median, run
 from bench.training import BIN, SCRIPT, sidecar
 from esper_otel.leyline.otlp_file import framed
+from esper_otel.leyline.otlp_files import requests
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import load
-from esper_tamiyo.replaying.otlp_files import requests
 from esper_tamiyo.replaying.recordings import RecordedRuns
 from esper_tamiyo.replaying.replay import Judged, ReplaySummary, replay
 

@@ -37,6 +37,11 @@ MAY_IMPORT = {
         "esper_otel.ranks",
         "esper_otel.settings",
     },
+    "esper_otel.report": {
+        "esper_otel._version",
+        "esper_otel.leyline",
+        "esper_otel.report",
+    },
     "esper_otel.stream": {
         "esper_otel._version",
         "esper_otel.leyline",

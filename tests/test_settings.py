@@ -58,6 +58,7 @@ VARIABLES = [
     ("ESPER_SNAPSHOT_RESTORES_MAX", "5", "snapshot_restores_max", 5),
     ("ESPER_PRIMARY_OPTIMIZER", "AdamW", "primary_optimizer", "AdamW"),
     ("ESPER_LOSSES_ARE_SHARES", "true", "losses_prescaled", True),
+    ("ESPER_REPORT", "run.html", "report", "run.html"),
     ("ESPER_SUMMARY", "json", "summary", Summaries.JSON),
     ("ESPER_GROWTH", "autonomous", "growth", Growth.AUTONOMOUS),
     ("ESPER_PLATEAU_STEPS", "20", "plateau_steps", 20),

@@ -89,6 +89,17 @@ PROMTOOL = msgspec.structs.replace(
     makes=("promtool", "prometheus"),
 )
 
+CHROMIUM = Program(
+    "chromium",
+    "CHROMIUM",
+    ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"),
+    lambda: recipes.CHROMIUM,
+    recipes.chromium,
+    ("chromium",),
+    "a Debian with apt-get, and 300 MB",
+)
+"""A browser, in which the tests open reports."""
+
 PROMETHEUS_3 = Program(
     "prometheus-3",
     "PROMETHEUS_3",
@@ -99,7 +110,7 @@ PROMETHEUS_3 = Program(
     "Go, some minutes and 3 GB of its cache",
 )
 
-PROGRAMS = {program.name: program for program in (COLLECTOR, PROMETHEUS, JAEGER)}
+PROGRAMS = {program.name: program for program in (COLLECTOR, PROMETHEUS, JAEGER, CHROMIUM)}
 """Those that are made, each once."""
 
 DEPLOYED = {

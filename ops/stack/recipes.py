@@ -21,6 +21,8 @@ asks knows it by its first number. ``cmd/jaeger`` in it is the second line."""
 
 PROMETHEUS = "prometheus, as Debian packs it"
 
+CHROMIUM = "chromium-headless-shell, as Debian packs it"
+
 PROMETHEUS_3 = "github.com/prometheus/prometheus@v0.305.0"
 """That is Prometheus 3.5.0, in the numbers of Go modules."""
 
@@ -114,6 +116,33 @@ def prometheus(folder: Path) -> None:
         (unpacked / "usr" / "bin" / name).rename(folder / name)
     package.unlink()
     _discard(unpacked)
+
+
+def chromium(folder: Path) -> None:
+    """Unpack Debian's Chromium without a window, with the libraries that are not here yet.
+
+    As :func:`prometheus` it is not installed; a script of its name tells it where they lie.
+    """
+    _need("apt-get", "dpkg-deb")
+    print("fetching chromium", flush=True)
+    package = "chromium-headless-shell"
+    plan = _run(["apt-get", "install", "-s", "--no-install-recommends", package], folder)
+    wanted = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
+    _run(["apt-get", "download", *wanted], folder)
+    unpacked = folder / "unpacked"
+    for archive in folder.glob("*.deb"):
+        _run(["dpkg-deb", "--extract", str(archive), str(unpacked)], folder)
+        archive.unlink()
+    libraries = {str(path.parent.relative_to(folder)) for path in unpacked.rglob("*.so*")}
+    script = folder / "chromium"
+    script.write_text(
+        "#!/bin/sh\n"
+        'here=$(dirname "$(readlink -f "$0")")\n'
+        + "".join(f'LIBRARIES="$LIBRARIES:$here/{path}"\n' for path in sorted(libraries))
+        + 'export LD_LIBRARY_PATH="$LIBRARIES"\n'
+        f'exec "$here/unpacked/usr/lib/chromium/{package}" "$@"\n'
+    )
+    script.chmod(0o755)
 
 
 def _need(*tools: str) -> None:

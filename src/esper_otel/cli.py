@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
     run.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
     run.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
+    run.add_argument("--report", metavar="FILE", help="write a page of the run at its end")
     run.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
     told = run.add_mutually_exclusive_group()
     told.add_argument("--quiet", action="store_true", help="no summary at the end")
@@ -71,7 +72,52 @@ def _parser() -> argparse.ArgumentParser:
         default="loss,gradient_norm,step_latency_ms,optimizer_lr",
         help="columns, by key of the registry (default: %(default)s)",
     )
+    report = commands.add_parser(
+        "report",
+        help="make a page of runs: one HTML file to look at",
+        description="Makes one HTML file that shows runs: curves, decisions, seeds, ranks. It "
+        "needs nothing else, so it can be mailed. Several runs are laid over one another.",
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a recording, a spool, a Collector's file or a journal: a file or a folder",
+    )
+    report.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="where to write it (default: %(default)s)",
+    )
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from esper_otel.report import MOST_TOLD, ReportError, size_of, visible, write_report
+    from esper_otel.report.progress import Progress
+
+    progress = Progress("report", size_of(options.runs))
+    try:
+        problems = write_report(options.runs, options.output, progress.reached)
+    except ReportError as error:
+        problems = [str(error)]
+    except OSError as error:
+        problems = [f"{options.output}: {error.strerror or error}"]
+    else:
+        print(options.output)
+    progress.end()
+    if len(problems) > MOST_TOLD:
+        problems = [
+            *problems[:MOST_TOLD],
+            f"{len(problems) - MOST_TOLD:,} more are in the page",
+        ]
+    for problem in problems:
+        print(f"esper-otel: report: {visible(problem)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -127,6 +173,7 @@ def _variables(options: argparse.Namespace) -> dict[str, str]:
         "ESPER_TAMIYO_SOCKET": options.socket,
         "ESPER_RECORDING_DIR": options.record,
         "ESPER_RUN_ID": options.run_id,
+        "ESPER_REPORT": options.report and str(Path(options.report).absolute()),
         "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
     }
     return {name: value for name, value in given.items() if value is not None}
@@ -191,4 +238,4 @@ def _refuse(message: str) -> int:
     return 2
 
 
-COMMANDS = {"run": _run, "resend": _resend, "show": _show}
+COMMANDS = {"run": _run, "resend": _resend, "show": _show, "report": _report}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.final_report import FinalReport
 from esper_otel.goodbye import Closing, Ending, LastWords, leave_exits, watch_exits
 from esper_otel.leyline.decisions import Decision
 from esper_otel.loop import LoopCalls, LoopObserver
@@ -60,6 +61,9 @@ class Run(LoopCalls, Closing):
         """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or asked."""
         if self.enabled:
             settings = with_identity(settings)
+        self._final_report = FinalReport(settings)
+        if self.enabled and beside is None:
+            settings = self._final_report.recorded(settings)
         self.settings = settings
         """The settings in force, rank, world size and name of the run filled in."""
         self.run_id = settings.run_id or new_run_id()
@@ -349,6 +353,8 @@ class Run(LoopCalls, Closing):
     def _tell_summary(self, report: StreamReport) -> None:
         from esper_otel.summary import tell_summary
 
+        page = self._final_report.make(self.settings, self.run_id, report)
+        report = self._final_report.without_kept(report)
         tell_summary(
             self.settings,
             self.run_id,
@@ -357,6 +363,7 @@ class Run(LoopCalls, Closing):
             snapshots=self._responses.restoring.report,
             lost_values=self._loop.scalars.lost + (self._jobs.lost if self._jobs else 0),
             others=self._jobs.totals if self._jobs else (),
+            page=page,
         )
 
     @property

@@ -1,7 +1,6 @@
 """Settings of a trainer, read from the environment.
 
-Where telemetry goes is not here: the exporter listens to the standard ``OTEL_*``
-variables (:mod:`esper_otel.stream.destination`).
+Where telemetry goes say ``OTEL_*`` variables (:mod:`esper_otel.stream.destination`).
 """
 
 from __future__ import annotations
@@ -147,6 +146,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     recording_dir: str = ""
     """When set, all OTLP of the run is also written to files below it."""
+
+    report: str = ""
+    """File that rank 0 writes a report to when the run is over; empty: none."""
 
     flush_timeout_s: float = 2.0
     """Longest that the end of the process waits for unsent telemetry."""
@@ -298,12 +300,11 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if not low <= value <= high:
                 source = (names or {}).get(field, field)
-                expected = f"expected a number from {low:g} to {high:g}"
-                raise SettingsError(f"{source}={value!r}: {expected}")
-        if self.rank >= self.world_size:
-            raise SettingsError(
-                f"rank={self.rank}: expected less than world_size={self.world_size}"
-            )
+                wanted = f"expected a number from {low:g} to {high:g}"
+                raise SettingsError(f"{source}={value!r}: {wanted}")
+        rank, size = self.rank, self.world_size
+        if rank >= size:
+            raise SettingsError(f"rank={rank}: expected less than world_size={size}")
 
     @property
     def spool_path(self) -> Path:
@@ -380,9 +381,7 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
         if name not in EsperSettings.__struct_fields__:
             raise SettingsError(f"{name}={raw[name]!r}: there is no such setting")
     values = {}
-    for field in msgspec.structs.fields(EsperSettings):
-        if field.name not in raw:
-            continue
+    for field in (each for each in msgspec.structs.fields(EsperSettings) if each.name in raw):
         value = raw[field.name]
         try:
             values[field.name] = msgspec.convert(value, field.type, strict=False)

@@ -86,7 +86,8 @@ class Summary(msgspec.Struct, frozen=True):
     ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
     that the receiver did not want; ``unsent`` are
-    files for ``esper-otel resend``, ``recordings`` those that hold everything.
+    files for ``esper-otel resend``, ``recordings`` those that hold everything, and ``page`` is
+    the report that was written of it.
     """
 
     run: str
@@ -110,6 +111,7 @@ class Summary(msgspec.Struct, frozen=True):
     lost_values: int = 0
     snapshots: SnapshotReport | None = None
     trainings: list[TrainingSummary] = []
+    page: str = ""
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -157,6 +159,8 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  unsent    esper-otel resend {resend_words(self.unsent)}")
         if self.recordings:
             lines.append(f"  recorded  {' '.join(self.recordings)}")
+        if self.page:
+            lines.append(f"  report    {self.page}")
         return "\n".join(map(printable, lines))
 
     def _unjudged(self) -> str:
@@ -212,6 +216,7 @@ def summary_of(
     lost_values: int = 0,
     snapshots: SnapshotReport | None = None,
     others: Sequence[tuple[str, RunTotals]] = (),
+    page: str = "",
 ) -> Summary:
     """The summary of a run that is over; ``others`` are trainings beside it, by name."""
     trainings: list[TrainingSummary] = []
@@ -255,6 +260,7 @@ def summary_of(
         lost_values=lost_values,
         snapshots=snapshots,
         trainings=trainings,
+        page=page,
     )
 
 
@@ -279,6 +285,7 @@ def tell_summary(
     lost_values: int,
     snapshots: SnapshotReport | None = None,
     others: Sequence[tuple[str, RunTotals]] = (),
+    page: str = "",
 ) -> None:
     """Tell on standard error how a run was, as ``settings`` ask for; rank 0 alone does.
 
@@ -300,6 +307,7 @@ def tell_summary(
             lost_values=lost_values,
             snapshots=snapshots,
             others=others,
+            page=page,
         )
         as_json = settings.summary is Summaries.JSON
         text = printable_json(summary.as_json()) if as_json else summary.as_text()

@@ -13,10 +13,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from esper_otel.leyline import otlp_json
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, framed
 from esper_tamiyo.receiving.otlp_frames import frames_of
-from esper_tamiyo.replaying import otlp_json
 from esper_tamiyo.replaying.recordings import HORIZON_NS, Assembly, RecordedRuns
 from sidecar.frames_made import frame, otlp_of, runs
 from sidecar.recorded_runs import FORMATS, as_json, cut, proposed

@@ -1,6 +1,6 @@
 """Recordings: what a run sent, as steps with what was proposed at each.
 
-A recording is a file or a folder of them (:mod:`~esper_tamiyo.replaying.otlp_files` says what
+A recording is a file or a folder of them (:mod:`~esper_otel.leyline.otlp_files` says what
 they may look like): one for each rank and signal, or a Collector's, rotated or not.
 """
 
@@ -18,14 +18,14 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
+from esper_otel.leyline.decompression import ZstdMissingError
 from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.otlp_file import RecordingError
+from esper_otel.leyline.otlp_files import Kind, requests
 from esper_otel.leyline.terminal import printable
 from esper_tamiyo.receiving.moments import Identity, Moment
 from esper_tamiyo.receiving.otlp_frames import Harvest, identity_of, moments_of, text_of
-from esper_tamiyo.replaying.decompression import ZstdMissingError
-from esper_tamiyo.replaying.otlp_files import Kind, requests
 
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"
 """Endings of our own files, which say what is in them."""

@@ -21,9 +21,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
 )
 
+from esper_otel.leyline import otlp_json
+from esper_otel.leyline.decompression import ZSTD, DamagedError, opened, unzstd
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, RecordingError, bodies
-from esper_tamiyo.replaying import otlp_json
-from esper_tamiyo.replaying.decompression import ZSTD, DamagedError, opened, unzstd
 
 Request = ExportMetricsServiceRequest | ExportLogsServiceRequest | ExportTraceServiceRequest
 Kind = TypeVar(
@@ -39,7 +39,18 @@ def requests(path: Path, kind: type[Kind]) -> Iterator[Kind]:
     Raises :class:`~esper_otel.leyline.otlp_file.RecordingError` at the first byte from
     which on there is none, after everything before it was yielded; offsets count
     uncompressed bytes. Raises :class:`OSError` when the file cannot be read, and
-    :class:`~esper_tamiyo.replaying.decompression.ZstdMissingError`.
+    :class:`~esper_otel.leyline.decompression.ZstdMissingError`.
+    """
+    for offset, data in payloads(path):
+        request = request_in(data, kind, path, offset)
+        if isinstance(request, kind):
+            yield request
+
+
+def payloads(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The requests in ``path`` as they lie there, JSON or protobuf, each with its offset.
+
+    Without what compresses them; raises what :func:`requests` does.
     """
     offset = 0
     try:
@@ -48,9 +59,7 @@ def requests(path: Path, kind: type[Kind]) -> Iterator[Kind]:
             if not start:
                 raise RecordingError(path, 0, "the file is empty")
             for offset, data in _lines(file, path) if start == _OBJECT else bodies(file, path):
-                request = _request(data, kind, path, offset)
-                if isinstance(request, kind):
-                    yield request
+                yield offset, unzstd(data, MAX_MESSAGE) if data.startswith(ZSTD) else data
     except DamagedError as error:
         raise RecordingError(path, offset, str(error)) from None
 
@@ -66,10 +75,11 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
         offset += len(line)
 
 
-def _request(data: bytes, kind: type[Kind], path: Path, offset: int) -> Request | None:
-    """The request, None when it is of another signal and that shows without reading it."""
-    if data.startswith(ZSTD):
-        data = unzstd(data, MAX_MESSAGE)
+def request_in(data: bytes, kind: type[Kind], path: Path, offset: int) -> Request | None:
+    """The request, None when it is of another signal and that shows without reading it.
+
+    Raises :class:`~esper_otel.leyline.otlp_file.RecordingError`.
+    """
     if data[:1] == _OBJECT:
         try:
             return otlp_json.request(data, kind)
