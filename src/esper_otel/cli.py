@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from esper_otel.report import MOST_TOLD, ReportError, size_of, visible, write_report
+    from esper_otel.report import MOST_TOLD, ReportError, size_of, write_report
     from esper_otel.report.progress import Progress
 
     progress = Progress("report", size_of(options.runs))
@@ -108,7 +108,7 @@ def _report(options: argparse.Namespace) -> int:
     except OSError as error:
         problems = [f"{options.output}: {error.strerror or error}"]
     else:
-        print(options.output)
+        say(str(options.output))
     progress.end()
     if len(problems) > MOST_TOLD:
         problems = [
@@ -116,7 +116,7 @@ def _report(options: argparse.Namespace) -> int:
             f"{len(problems) - MOST_TOLD:,} more are in the page",
         ]
     for problem in problems:
-        print(f"esper-otel: report: {visible(problem)}", file=sys.stderr)
+        say(f"esper-otel: report: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 

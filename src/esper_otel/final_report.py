@@ -40,6 +40,13 @@ class FinalReport:
             return settings
         return msgspec.structs.replace(settings, recording_dir=str(self._kept))
 
+    def finish(
+        self, settings: EsperSettings, run: str, stream: StreamReport
+    ) -> tuple[str, StreamReport]:
+        """:meth:`make` it; its path, and ``stream`` without what was recorded for it alone."""
+        page = self.make(settings, run, stream)
+        return page, self.without_kept(stream)
+
     def make(self, settings: EsperSettings, run: str, stream: StreamReport) -> str:
         """Write it, from what has been recorded of all ranks; its path, "" without one.
 

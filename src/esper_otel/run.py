@@ -85,18 +85,15 @@ class Run(LoopCalls, Closing):
             beside=None if beside is None else beside._stream,
         )
         self._client = self._new_client() if self.enabled and held is None else None
-        self._devices: DeviceSampler = (
-            DeviceSampler(settings.tolaria_step_enrichment_enabled)
-            if beside is None
-            else beside._devices
-        )
+        enriched = settings.tolaria_step_enrichment_enabled
+        self._devices = DeviceSampler(enriched) if beside is None else beside._devices
         self._responses = responses_of(settings)
         self._recorder = Recorder(
             held or self._stream,
             run=self.run_id,
             responses=self._responses,
             client=held or self._client,
-            enriched=settings.tolaria_step_enrichment_enabled,
+            enriched=enriched,
             device_values=lambda: self._devices.latest,
             span_every=settings.span_every,
             span_slow_factor=settings.span_slow_factor,
@@ -353,8 +350,7 @@ class Run(LoopCalls, Closing):
     def _tell_summary(self, report: StreamReport) -> None:
         from esper_otel.summary import tell_summary
 
-        page = self._final_report.make(self.settings, self.run_id, report)
-        report = self._final_report.without_kept(report)
+        page, report = self._final_report.finish(self.settings, self.run_id, report)
         tell_summary(
             self.settings,
             self.run_id,

@@ -12,11 +12,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from esper_otel.report.page import page_of, visible
+from esper_otel.report.page import page_of
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive, OnBytes, size_of
 
-__all__ = ["MOST_TOLD", "ReportError", "size_of", "visible", "write_report"]
+__all__ = ["MOST_TOLD", "ReportError", "size_of", "write_report"]
 
 
 MOST_TOLD = 5

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from string import Template
 
+from esper_otel.leyline.terminal import printable
 from esper_otel.report.packing import BYTES, Rules, packed
 from esper_otel.report.runs import ShownRun
 
@@ -44,14 +45,9 @@ def page_of(
 
 
 def _title(runs: Sequence[ShownRun]) -> str:
-    names = [visible(run.name)[:_LONGEST_NAME] or "(no name)" for run in runs[:_MOST_NAMED]]
+    names = [printable(run.name)[:_LONGEST_NAME] or "(no name)" for run in runs[:_MOST_NAMED]]
     more = f" and {len(runs) - _MOST_NAMED} more" if len(runs) > _MOST_NAMED else ""
     return f"{', '.join(names)}{more} · esper-otel report"
-
-
-def visible(text: str) -> str:
-    """``text`` with what cannot be seen, or turns other text around, as its code."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def _part(name: str) -> str:
