@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import namedtuple
 from functools import cache
 
 import pytest
@@ -22,7 +23,6 @@ from esper_otel.kasmina.blueprints import lookup
 from esper_otel.kasmina.garden import Garden, GardenError
 from esper_otel.kasmina.hook import SlotHook
 from esper_otel.leyline import events
-from esper_otel.leyline.stages import Stage
 
 pytestmark = pytest.mark.torch
 
@@ -184,6 +184,36 @@ def test_every_fossil_is_made_of_torch_alone(blueprint, shape, blending):
     assert torch.equal(torch.jit.script(fossil)(x), fossil(x))
 
 
+Pair = namedtuple("Pair", ["hidden", "weights"])
+
+
+@pytest.mark.parametrize(
+    "returns", [lambda x: (x, 1), lambda x: [x, x], lambda x: Pair(x, 2), lambda x: (x,)]
+)
+def test_what_a_module_returns_stays_what_it_is(returns):
+    class Inner(nn.Linear):
+        def forward(self, x, *, twice=False):
+            return returns(super().forward(x) * (2 if twice else 1))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner(4, 1)
+            self.seen = []
+
+        def forward(self, x):
+            made = self.inner(x, twice=True)
+            self.seen.append(type(made))
+            assert len(made) == len(returns(x))
+            return made[0]
+
+    driven = grown("FOSSILIZED", ("inner",), make_host=Outer)
+    x, _ = driven.batch()
+    for model in (driven.garden.harvest(), copy.deepcopy(driven.host)):
+        assert torch.equal(model(x), driven.host(x))
+        assert model.seen[-1] is type(returns(x))
+
+
 def test_a_forward_that_takes_anything_cannot_be_harvested_and_says_so():
     class Anything(nn.Linear):
         def forward(self, *given):
@@ -256,7 +286,7 @@ def test_a_module_that_calls_whichever_children_it_has_gets_none_more(inner, sta
 
 def test_a_module_that_is_not_python_is_no_slot():
     scripted = torch.jit.script(nn.Linear(4, 4))
-    with pytest.raises(GardenError, match="slot '0' is a .*Script.* no place"):
+    with pytest.raises(GardenError, match=r"slot '0' is a .*Script.* no place"):
         Garden(nn.Sequential(scripted), ["0"])
 
 
@@ -286,11 +316,11 @@ def test_a_second_garden_grows_on_what_the_first_has_left():
 def test_an_average_from_before_a_fossil_says_that_it_does_not_fit():
     driven = grown("DORMANT", ("1",), make_host=host)
     averaged = torch.optim.swa_utils.AveragedModel(driven.host)
-    averaged.update_parameters(driven.host)
+    for _ in range(2):
+        averaged.update_parameters(driven.host)
     other = grown("FOSSILIZED", ("1",), make_host=host)
-    with pytest.raises(RuntimeError, match="size|shape"):
-        for _ in range(2):
-            averaged.update_parameters(other.host)
+    with pytest.raises(RuntimeError, match=r"must match the size of tensor|broadcast shape"):
+        averaged.update_parameters(other.host)
     anew = torch.optim.swa_utils.AveragedModel(other.host)
     for _ in range(2):
         anew.update_parameters(other.host)
@@ -356,7 +386,7 @@ def compiled_life(*, sown: bool) -> Driven:
     if sown:
         driven.garden.germinate("1", MLP, "s")
     for _ in range(20):
-        driven.step(idle)
+        driven.step()
     return driven
 
 
@@ -368,11 +398,6 @@ def test_a_host_that_allows_no_graph_break_trains_on_without_a_seed():
     assert "torch.compile(fullgraph=True)" in told
     (unused,) = grew.told(events.UNUSED_SLOT)
     assert "compile without fullgraph=True" in unused
-    with pytest.raises(AssertionError, match="not within"):
-        grew.garden.germinate("1", MLP, "t") if grew.garden.slots[
-            "1"
-        ] is Stage.DORMANT else None
-        grew.until(lambda: grew.garden.stages, idle, most=3)
 
 
 def test_a_fossil_breaks_no_graph():

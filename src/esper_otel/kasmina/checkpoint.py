@@ -114,7 +114,9 @@ class AwaitedFossils:
         self._model = weakref.ref(model)
         self._paths: dict[str, None] = {}
         self._warning: RemovableHandle | None = None
-        self._loading = model._register_load_state_dict_pre_hook(_LoadHook(self))
+        self._loading = model._register_load_state_dict_pre_hook(
+            _OnModel(self.take_from, partial(chain))
+        )
 
     def forget(self) -> None:
         """They have come."""
@@ -128,7 +130,7 @@ class AwaitedFossils:
         self.forget()
         self._loading.remove()
 
-    def take_from(self, state: dict[str, Any], prefix: str) -> None:
+    def take_from(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Leave out of ``state`` what belongs to fossils that ``model`` has not yet."""
         model = self._model()
         if model is None:
@@ -144,7 +146,7 @@ class AwaitedFossils:
                 del state[key]
                 self._paths[before + name] = None
         if self._paths and self._warning is None:
-            self._warning = model.register_forward_pre_hook(self._warn)
+            self._warning = model.register_forward_pre_hook(_OnModel(self._warn, {}.pop))
 
     def _warn(self, module: nn.Module, arguments: Any) -> None:
         if torch.compiler.is_dynamo_compiling() or not self._paths:
@@ -157,25 +159,26 @@ class AwaitedFossils:
         self.forget()
 
 
-class _LoadHook:
-    """The hook on ``load_state_dict``. A copied or pickled model has one that does nothing."""
+class _OnModel:
+    """A hook on the model. In a copied or saved one ``harmless`` takes its place.
 
-    def __init__(self, owner: AwaitedFossils) -> None:
-        self._owner = owner
+    That is of Python alone, so that what is saved can be loaded without this package, and is
+    as if there were no hook.
+    """
 
-    def __call__(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self._owner.take_from(state, prefix)
+    def __init__(self, call: Callable[..., None], harmless: Callable[..., Any]) -> None:
+        self._call = call
+        self._harmless = harmless
+
+    def __call__(self, *arguments: Any) -> None:
+        """What the hook does."""
+        self._call(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return NO_HOOK
+        return self._harmless
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is saved must not need this package.
-        return partial, (chain,)
-
-
-NO_HOOK = partial(chain)
-"""Takes what a hook is given, and does nothing with it: its result is never looked at."""
+        return copy.copy, (self._harmless,)
 
 
 def put_in(hook: SlotHook, restored: RestoredSlot) -> None:

@@ -70,6 +70,8 @@ def flatten(fossil: Fossil) -> nn.Module:
         given = tracer.create_proxy("placeholder", "activation", (), {})
         made = _stand_in(fossil, "", tracer)(given)
         tracer.create_proxy("output", "output", (made,), {})
+        for node in tracer.graph.find_nodes(op="get_attr"):
+            next(iter(node.users)).prepend(node)  # so that parameters keep their order
         flat = fx.GraphModule(fossil, tracer.graph, "Fossil")
     except Exception as error:
         log.debug("a fossil stays as it is: %s: %s", type(error).__name__, error)
@@ -78,15 +80,19 @@ def flatten(fossil: Fossil) -> nn.Module:
     return flat
 
 
-TENSOR, TUPLE, LIST, NAMED = "tensor", "tuple", "list", "named tuple"
+TENSOR, TUPLE, LIST = "tensor", "tuple", "list"
 """What a module may return; of several it is the first that a seed is about."""
 
 
 def kind_of(output: Any) -> str:
-    """Which of these ``output`` is."""
-    if isinstance(output, tuple):
-        return NAMED if hasattr(output, "_make") else TUPLE
-    return LIST if isinstance(output, list) else TENSOR
+    """Which of these ``output`` is, and of how many: ``tuple/2``; or what else, and its first
+    field: ``Pair/hidden``.
+    """
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return f"{type(output).__name__}/{output._fields[0]}"
+    if isinstance(output, tuple | list):
+        return f"{TUPLE if isinstance(output, tuple) else LIST}/{len(output)}"
+    return TENSOR
 
 
 class Joint(NamedTuple):
@@ -316,9 +322,9 @@ def _walks(module: nn.Module) -> bool:
 # Stand-ins, with which a forward of ours is written down.
 
 
-def is_ours(module: nn.Module) -> bool:
+def is_ours(thing: object) -> bool:
     """Whether its class is one of this package."""
-    return type(module).__module__.partition(".")[0] == OURS
+    return type(thing).__module__.partition(".")[0] == OURS
 
 
 class _Leaf(nn.Module):

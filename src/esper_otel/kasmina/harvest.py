@@ -6,13 +6,13 @@ import copy
 import inspect
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from esper_otel.kasmina.fossils import (
     LIST,
-    NAMED,
     OURS,
     TUPLE,
     Grafted,
@@ -27,6 +27,8 @@ _NAMED = (
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
     inspect.Parameter.KEYWORD_ONLY,
 )
+_SIMPLE = (Tensor, bool, int, float, str)
+"""Types of arguments that ``torch.jit.script`` has to know of."""
 
 
 def harvest(model: nn.Module, paths: Iterable[str]) -> nn.Module:
@@ -37,6 +39,9 @@ def harvest(model: nn.Module, paths: Iterable[str]) -> nn.Module:
     that cannot be.
     """
     grown = copy.deepcopy(model)
+    for key in list(model._load_state_dict_pre_hooks):
+        if is_ours(model._load_state_dict_pre_hooks[key].hook):
+            del grown._load_state_dict_pre_hooks[key]
     for path, module in [(path, grown.get_submodule(path)) for path in paths]:
         joined = module
         for each in take_out(module):
@@ -56,6 +61,13 @@ def harvest(model: nn.Module, paths: Iterable[str]) -> nn.Module:
     return grown
 
 
+def _hints(host: nn.Module) -> dict[str, Any]:
+    try:
+        return get_type_hints(type(host).forward)
+    except Exception:  # names that only a type checker knows
+        return {}
+
+
 def _put_in_place(model: nn.Module, module: nn.Module, joined: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -68,24 +80,39 @@ def _joined(path: str, host: nn.Module, grafted: Grafted) -> nn.Module:
     graph = fx.Graph()
     arguments: list[Any] = []
     options: dict[str, Any] = {}
+    hints = _hints(host)
     for each in inspect.signature(host.forward).parameters.values():
         if each.kind not in _NAMED:
             raise GardenError(
                 f"slot {path!r}: its forward takes {each}: expected named arguments only"
             )
-        node = graph.placeholder(each.name, default_value=each.default)
+        hint = hints.get(each.name)
+        node = graph.placeholder(
+            each.name, hint if hint in _SIMPLE else None, default_value=each.default
+        )
         if each.kind is inspect.Parameter.KEYWORD_ONLY:
             options[each.name] = node
         else:
             arguments.append(node)
     output = graph.call_module("host", tuple(arguments), options)
     name, fossil, returns = grafted
-    if returns in (TUPLE, LIST, NAMED):
+    kind, _, size = returns.partition("/")
+    if kind in (TUPLE, LIST):
+        first, *rest = (
+            graph.call_function(operator.getitem, (output, at)) for at in range(int(size))
+        )
+        # What there is more of, another time, must not be lost without a word.
+        length = graph.call_function(len, (output,))
+        same = graph.call_function(operator.eq, (length, int(size)))
+        text = f"slot {path!r} returned {size} when it was harvested: expected as many"
+        graph.call_function(torch._assert, (same, text))
+        made: Any = (graph.call_module(name, (first,)), *rest)
+        made = list(made) if kind == LIST else made
+    elif size:
         first = graph.call_function(operator.getitem, (output, 0))
-        made: Any = graph.call_module(name, (first,))
-        rest = graph.call_function(operator.getitem, (output, slice(1, None)))
-        head: Any = [made] if returns == LIST else (made,)
-        made = graph.call_function(operator.add, (head, rest))
+        made = graph.call_method(
+            "_replace", (output,), {size: graph.call_module(name, (first,))}
+        )
     else:
         made = graph.call_module(name, (output,))
     graph.output(made)
