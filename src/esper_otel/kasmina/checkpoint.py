@@ -114,7 +114,7 @@ class AwaitedFossils:
         self._model = weakref.ref(model)
         self._paths: dict[str, None] = {}
         self._warning: RemovableHandle | None = None
-        self._loading = model._register_load_state_dict_pre_hook(
+        self._loading = model._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _OnModel(self.take_from, partial(chain))
         )
 
@@ -130,7 +130,7 @@ class AwaitedFossils:
         self.forget()
         self._loading.remove()
 
-    def take_from(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def take_from(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
         """Leave out of ``state`` what belongs to fossils that ``model`` has not yet."""
         model = self._model()
         if model is None:

@@ -63,6 +63,7 @@ def flatten(fossil: Fossil) -> nn.Module:
     while it works, and another thread may be calling one.) Where a module of somebody else's
     has ours inside and cannot be read like that, it is ``fossil`` itself.
     """
+    flat: nn.Module = fossil
     tracer = fx.Tracer()
     tracer.root = fossil
     tracer.graph = fx.Graph()
@@ -75,7 +76,6 @@ def flatten(fossil: Fossil) -> nn.Module:
         flat = fx.GraphModule(fossil, tracer.graph, "Fossil")
     except Exception as error:
         log.debug("a fossil stays as it is: %s: %s", type(error).__name__, error)
-        flat = fossil
     flat.train(fossil.training)
     return flat
 
@@ -180,6 +180,7 @@ def home_of(module: nn.Module) -> str | None:
         return None
     if calls_in_turn(module):
         return ""
+    path: str
     for path, each in module.named_modules():
         inside = isinstance(each, torch.jit.ScriptModule | fx.GraphModule)
         container = isinstance(each, nn.Sequential | nn.ModuleList | nn.ModuleDict)

@@ -40,7 +40,7 @@ def harvest(model: nn.Module, paths: Iterable[str]) -> nn.Module:
     """
     grown = copy.deepcopy(model)
     for key in list(model._load_state_dict_pre_hooks):
-        if is_ours(model._load_state_dict_pre_hooks[key].hook):
+        if is_ours(getattr(model._load_state_dict_pre_hooks[key], "hook", None)):
             del grown._load_state_dict_pre_hooks[key]
     for path, module in [(path, grown.get_submodule(path)) for path in paths]:
         joined = module

@@ -238,7 +238,7 @@ class SlotHook:
         self._handle = None
         unmark(self._module, Seeded)
 
-    def join(self, module: nn.Module, output: Any) -> Any:
+    def alter_output(self, module: nn.Module, output: Any) -> Any:
         """What takes the place of ``output``; None when it stays."""
         tool = tracer_at_work(output)
         if tool:

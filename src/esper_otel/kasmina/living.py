@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import copyreg
 import sys
-from collections import OrderedDict
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -70,7 +69,7 @@ class Part(Protocol):
     def returns(self) -> str:
         """The kind of what the module returns, empty when nobody knows yet."""
 
-    def join(self, module: nn.Module, output: Any) -> Any:
+    def alter_output(self, module: nn.Module, output: Any) -> Any:
         """What takes the place of ``output``; None when it stays."""
 
     def refuse(self, reason: str, remedy: str) -> None:
@@ -99,7 +98,7 @@ class ForwardHook:
     # What a seed does is its own affair: Dynamo neither traces it nor guards on it.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _call(self, module: nn.Module, output: Any) -> Any:
-        return None if self.owner is None else self.owner.join(module, output)
+        return None if self.owner is None else self.owner.alter_output(module, output)
 
     def _stays_out(self) -> bool:
         """Whether what Dynamo compiles just now allows no break, as each call of a seed is."""
@@ -176,7 +175,7 @@ def frozen(module: nn.Module) -> nn.Module:
     not, because it is isolated, is left out. Nothing of ``module`` changes; parameters are
     shared.
     """
-    base = base_of(type(module), Seeded)
+    base: type[nn.Module] = base_of(type(module), Seeded)
     twin: nn.Module = base.__new__(base)
     twin.__dict__.update(module.__dict__)
     twin._forward_hooks = _others(module)
@@ -204,7 +203,7 @@ def refuse_trace(part: Part, tool: str) -> None:
 
 def tracer_at_work(output: Any) -> str:
     """Which tool writes down what is computed instead of computing it; empty when none does."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     exporting = getattr(torch.compiler, "is_exporting", None)
     if exporting is not None and exporting():
@@ -230,7 +229,7 @@ def _hooks(module: nn.Module) -> list[Part]:
     return [each.owner for each in hooks if each.owner is not None]
 
 
-def _others(module: nn.Module) -> OrderedDict[int, Any]:
+def _others(module: nn.Module) -> dict[int, Any]:
     """Its forward hooks but ours."""
     kept = copy.copy(module._forward_hooks)
     for key, hook in module._forward_hooks.items():
