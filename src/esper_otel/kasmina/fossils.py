@@ -278,29 +278,30 @@ def base_of(marked_class: type, mark: type) -> type:
 
 def mark(module: nn.Module, mark: type) -> None:
     """Let ``module`` be of the class that has ``mark`` besides its own."""
-    if _has_class_of_its_own(module):
-        _compile_again()
-    elif not issubclass(type(module), mark):
-        module.__class__ = marked(type(module), mark)
+    if isinstance(module, mark):
+        return
+    try:
+        # torch makes the class of a parametrized module, and takes it away by its base.
+        if not parametrize.is_parametrized(module):
+            module.__class__ = marked(type(module), mark)
+            return
+    except TypeError as error:  # a class that cannot be had with another
+        log.debug("%s keeps its class: %s", type(module).__name__, error)
+    _compile_again()
 
 
 def unmark(module: nn.Module, mark: type) -> None:
     """Undo :func:`mark`, unless somebody has given the module another class since."""
-    if _has_class_of_its_own(module):
-        _compile_again()
-    elif type(module).__bases__[0] is mark:
+    if type(module).__bases__[0] is mark:
         module.__class__ = type(module).__bases__[1]
+    elif not isinstance(module, mark):
+        _compile_again()
 
 
 def _grown_again(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     module = call(*arguments)
     mark(module, Grown)
     return module
-
-
-def _has_class_of_its_own(module: nn.Module) -> bool:
-    # torch makes it, and takes it away again by what its base is.
-    return parametrize.is_parametrized(module)
 
 
 def _compile_again() -> None:

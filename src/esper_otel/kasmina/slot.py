@@ -100,8 +100,8 @@ class Slot:
             seed.alpha_schedule = context.alpha_schedule
             self.hook.set_alpha(seed.alpha_schedule.alpha(0))
         elif target is Stage.FOSSILIZED:
-            self._fossilize(seed)
             self.hook.fossilize()
+            self._fossilize(seed)
         self._move(target, operation.value)
 
     def cull(self, reason: str, severity: Severity = Severity.WARNING) -> None:
