@@ -667,13 +667,16 @@ def test_a_copy_of_the_host_has_a_seed_that_takes_part_and_none_that_does_not(co
     assert not torch.equal(twin(given), model(given))
 
 
-def test_the_forward_of_a_user_stays_whenever_it_came() -> None:
-    model = nn.Linear(3, 4)
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(3, 4), lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4))]
+)
+def test_the_forward_of_a_user_stays_whenever_it_came(make) -> None:
+    model = make()
     there = planted(nn.Sequential(model))
     own = model.forward
     model.forward = lambda given: own(given) * 2
     given = noise((5, 3))
-    twice = 2 * nn.functional.linear(given, model.weight, model.bias)
+    twice = 2 * own(given)
     for change in (
         lambda: there.attach(lookup("residual_mlp").build((5, 4), seed=1), Residual()),
         there.fossilize,

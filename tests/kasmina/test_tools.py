@@ -90,6 +90,16 @@ def test_a_tool_gives_what_the_model_gives_or_a_clear_error(tool, stage):
         assert "slot 'first'" in said or "slot 'middle'" in said
 
 
+def test_before_its_first_call_script_asks_for_one():
+    model = host()
+    garden = Garden(model, ["1"])
+    with pytest.raises(GardenError, match=r"slot '1' has not been called yet.*call the model"):
+        torch.jit.script(model)
+    assert type(copy.deepcopy(model)[1]) is nn.Tanh
+    garden.uproot()
+    torch.jit.script(model)
+
+
 def test_script_reads_fossils_that_follow_one_tensor():
     said = outcomes("FOSSILIZED", "first,middle", "torch.jit.script")
     assert said == {"torch.jit.script": "equal"}
@@ -222,6 +232,14 @@ def test_a_forward_that_takes_anything_cannot_be_harvested_and_says_so():
     driven = grown("FOSSILIZED", ("0",), make_host=lambda: nn.Sequential(Anything(4, 1)))
     with pytest.raises(GardenError, match=r"slot '0': its forward takes \*given: expected"):
         driven.garden.harvest()
+
+
+def test_what_is_quantized_of_a_model_with_fossils():
+    model = grown("FOSSILIZED").host
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    kept = [name for name, each in quantized.named_modules() if isinstance(each, nn.Linear)]
+    assert kept == ["first"]
+    assert len([each for each in model.modules() if isinstance(each, nn.Linear)]) == 10
 
 
 # Where a fossil is, and what it is called.

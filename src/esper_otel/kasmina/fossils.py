@@ -34,6 +34,8 @@ one, planted into a model that has one, is called ``esper_fossil_2``."""
 OURS = __name__.partition(".")[0]
 """The package that a harvested model does without."""
 
+_NO_HOOK = -1
+
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 """What a forward uses that calls its children one by one, whichever they are."""
 
@@ -113,14 +115,13 @@ def install(module: nn.Module, fossil: nn.Module, returns: str) -> Joint:
         raise GardenError(f"{type(module).__name__}: expected a module that can have a fossil")
     home = module.get_submodule(path)
     names = itertools.chain([FOSSIL], (f"{FOSSIL}_{number}" for number in itertools.count(2)))
-    name = next(each for each in names if not hasattr(home, each))
+    name = next(each for each in names if each not in home._modules)
     fossil.train(module.training)
     home.add_module(name, fossil)
     handle = None
     if not calls_in_turn(module):
         hook: Callable[..., Any] = _JoinAt(f"{path}.{name}" if path else name, returns)
-        takes_one = len(inspect.signature(module.forward).parameters) == 1
-        if name == FOSSIL and not path and returns == TENSOR and takes_one:
+        if name == FOSSIL and not path and returns == TENSOR and _takes_one(module):
             hook = join_fossil
         handle = module.register_forward_hook(hook)
     mark(module, Grown)
@@ -137,11 +138,12 @@ def remove(module: nn.Module, joint: Joint) -> None:
 
 
 class Grafted(NamedTuple):
-    """A fossil that was taken out of a module: its name, and what it followed."""
+    """A fossil that was taken out of a module: its name, and what it followed, how."""
 
     name: str
     fossil: nn.Module
     returns: str
+    by_hook: bool
 
 
 def take_out(module: nn.Module) -> list[Grafted]:
@@ -152,16 +154,17 @@ def take_out(module: nn.Module) -> list[Grafted]:
         home, _, name = path.rpartition(".")
         fossil = module.get_submodule(home)._modules.pop(name)
         assert fossil is not None
-        taken.append(Grafted(name, fossil, returns))
+        taken.append(Grafted(name, fossil, returns, key != _NO_HOOK))
     unmark(module, Grown)
     return taken
 
 
 def _fossils(module: nn.Module) -> list[tuple[int, str, str]]:
-    """Of each fossil the number of its hook (-1: none), its path, and what it follows."""
-    if calls_in_turn(module):
-        return [(-1, name, TENSOR) for name in module._modules if name.startswith(FOSSIL)]
+    """Of each fossil the number of its hook, its path, and what it follows."""
     found = []
+    if isinstance(module, nn.Sequential):
+        names = [name for name in module._modules if name.startswith(FOSSIL)]
+        found = [(_NO_HOOK, name, TENSOR) for name in names]
     for key, hook in module._forward_hooks.items():
         if hook is join_fossil:
             found.append((key, FOSSIL, TENSOR))
@@ -313,7 +316,15 @@ def _compile_again() -> None:
 
 def calls_in_turn(module: nn.Module) -> bool:
     """Whether it calls its children one after the other: a fossil is the last of them."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    own = type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+    return own and isinstance(module, nn.Sequential)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    try:
+        return len(inspect.signature(module.forward).parameters) == 1
+    except ValueError:  # one that Python cannot look into
+        return False
 
 
 def _walks(module: nn.Module) -> bool:

@@ -16,7 +16,6 @@ from esper_otel.kasmina.fossils import (
     OURS,
     TUPLE,
     Grafted,
-    calls_in_turn,
     is_ours,
     take_out,
 )
@@ -50,10 +49,10 @@ def harvest(model: nn.Module, paths: Iterable[str]) -> nn.Module:
                     f"slot {path!r}: its fossil needs {OURS}: expected modules of a blueprint "
                     "that torch.fx can trace, or none of this package in them"
                 )
-            if calls_in_turn(module):
-                module.add_module(each.name, each.fossil)
-            else:
+            if each.by_hook:
                 joined = _joined(path, joined, each)
+            else:
+                module.add_module(each.name, each.fossil)
         if module is grown:
             grown = joined
         elif joined is not module:
@@ -95,7 +94,7 @@ def _joined(path: str, host: nn.Module, grafted: Grafted) -> nn.Module:
         else:
             arguments.append(node)
     output = graph.call_module("host", tuple(arguments), options)
-    name, fossil, returns = grafted
+    name, fossil, returns, _ = grafted
     kind, _, size = returns.partition("/")
     if kind in (TUPLE, LIST):
         first, *rest = (

@@ -148,9 +148,12 @@ class Seeded:
     def __prepare_scriptable__(self) -> Any:
         for part in _hooks(self):  # type: ignore[arg-type]
             # It replaces the modules of a model by what this returns, in the model itself.
+            has, advice = f"has {part.occupant}", ADVICE
+            if part.seed is None:
+                has, advice = "has not been called yet", "call the model once"
             raise GardenError(
-                f"esper-otel: slot {part.name!r} has {part.occupant or 'not been called yet'}, "
-                f"and torch.jit.script cannot read its hook: {ADVICE}"
+                f"esper-otel: slot {part.name!r} {has}, and torch.jit.script cannot read its "
+                f"hook: {advice}"
             )
         return self
 
