@@ -344,6 +344,28 @@ def test_an_average_from_before_a_fossil_says_that_it_does_not_fit():
         anew.update_parameters(other.host)
 
 
+def test_an_average_that_follows_grows_along():
+    driven = Driven(("1", "3"), settings={"plateau_steps": 1_000_000})
+    averaged = torch.optim.swa_utils.AveragedModel(driven.host)
+    driven.garden.follow(averaged.module)
+    driven.step()
+    driven.garden.germinate("1", MLP)
+    for _ in range(60):
+        driven.step()
+        averaged.update_parameters(driven.host)
+    assert driven.garden.slots["1"].name == "FOSSILIZED"
+    assert list(averaged.module.state_dict()) == list(driven.host.state_dict())
+    x, _ = driven.batch()
+    alone = copy.deepcopy(averaged.module)
+    assert torch.equal(alone(x), averaged(x))
+    del alone[1]._modules["esper_fossil"]
+    alone[1]._forward_hooks.clear()
+    assert not torch.equal(alone(x), averaged(x))
+    assert not torch.equal(driven.host(x), averaged(x))
+    with pytest.raises(GardenError, match="slot '3' is no submodule"):
+        driven.garden.follow(driven.host[:2])
+
+
 def test_a_model_s_state_with_fossils_waits_for_the_garden_s(caplog):
     driven = grown("FOSSILIZED", ("1", "3"), make_host=host)
     x, _ = driven.batch()

@@ -15,7 +15,8 @@ import inspect
 import itertools
 import logging
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Tuple  # noqa: UP035  (TorchScript reads Tuple)
 
 import torch
@@ -126,6 +127,21 @@ def install(module: nn.Module, fossil: nn.Module, returns: str) -> Joint:
         handle = module.register_forward_hook(hook)
     mark(module, Grown)
     return Joint(home, name, handle)
+
+
+def install_in_copies(
+    copies: Iterable[weakref.ref[nn.Module]], path: str, fossil: nn.Module, returns: str
+) -> None:
+    """Let a copy of ``fossil`` follow the submodule at ``path`` of each of ``copies``."""
+    for model in filter(None, (each() for each in copies)):
+        try:
+            module = model.get_submodule(path)
+            own = next(module.parameters(), None)
+            twin = copy.deepcopy(fossil).to(None if own is None else own.device)
+            install(module, twin, returns)
+        except Exception as error:  # it is the user's, and may have changed
+            text = "a copy of the model does not get the fossil of slot %r: %s: %s"
+            log.warning(text, path, type(error).__name__, error)
 
 
 def remove(module: nn.Module, joint: Joint) -> None:

@@ -95,7 +95,7 @@ class Garden:
         known = [lookup(name) for name in (registered() if blueprints is None else blueprints)]
         self._host = Host(model, optimizer)
         self._awaited = AwaitedFossils(model)
-        self._context = GardenContext(
+        context = self._context = GardenContext(
             settings,
             host_optimizer=self._host.optimizer,
             fetcher=KernelFetcher(settings.kernel_budget_ms, compiler=compiler),
@@ -106,13 +106,9 @@ class Garden:
         # Who drops a garden without a word must not be left with its threads.
         weakref.finalize(self, self._context.fetcher.stop, 0.0).atexit = False
         self._recorder = recorder
-        self._scaler = (
-            None if scaler is None else SeedGradScaler(scaler, self._forget_gradients)
-        )
-        self._slots = {
-            path: Slot(SlotHook(path, each), self._context) for path, each in modules
-        }
-        self._planner = Planner(self._slots, known, self._context)
+        self._scaler = scaler and SeedGradScaler(scaler, self._forget_gradients)
+        self._slots = {path: Slot(SlotHook(path, each), context) for path, each in modules}
+        self._planner = Planner(self._slots, known, context)
         self._approval = Approval(self._context)
         self._step = 0
 
@@ -155,6 +151,11 @@ class Garden:
         """
         self._expect_planted()
         return harvest(self._host.model(), self._slots)
+
+    def follow(self, copied: nn.Module) -> None:
+        """Let a copy of the model, say that of an average, get each fossil to come as well."""
+        submodules(copied, self._slots)
+        self._context.followers.append(weakref.ref(copied))
 
     def close(self) -> None:
         """The run is over: seeds stay as they are, and no kernel is fetched any more."""
@@ -352,10 +353,8 @@ class Garden:
 
     def _trained(self) -> list[list[nn.Parameter]]:
         """What the optimizer of each seed trains, for those that have one."""
-        seeds = (slot.seed for slot in self._slots.values())
-        return [
-            seed.trained for seed in seeds if seed is not None and seed.optimizer is not None
-        ]
+        seeds = [slot.seed for slot in self._slots.values() if slot.seed]
+        return [seed.trained for seed in seeds if seed.optimizer is not None]
 
     def _forget_gradients(self) -> None:
         for parameters in self._trained():

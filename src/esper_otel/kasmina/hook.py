@@ -9,7 +9,8 @@ fossil is part of the tree (:mod:`~esper_otel.kasmina.fossils`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter_ns
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from esper_otel.kasmina.fossils import (
     first_tensor,
     flatten,
     install,
+    install_in_copies,
     kind_of,
     mark,
     remove,
@@ -169,14 +171,18 @@ class SlotHook:
         if self._seed is not None:
             self._call = call
 
-    def fossilize(self) -> None:
-        """Make the seed a submodule of the host, as it is now; one that is banned stays out."""
+    def fossilize(self, followers: Iterable[weakref.ref[nn.Module]] = ()) -> None:
+        """Make the seed a submodule of the host, as it is now; one that is banned stays out.
+
+        ``followers`` are copies of the host: each gets a copy of the fossil.
+        """
         seed, blend = self._seed, self._blend
         if seed is None or blend is None or self._joint is not None or self.banned:
             return
         self._unlisten()
         fossil = flatten(Fossil(seed, blend, self._alpha))
         self._joint = install(self._module, fossil, self.returns)
+        install_in_copies(followers, self.name, fossil, self.returns)
 
     def release(self) -> None:
         """Take the seed out; nothing of it is kept."""

@@ -100,7 +100,7 @@ class Slot:
             seed.alpha_schedule = context.alpha_schedule
             self.hook.set_alpha(seed.alpha_schedule.alpha(0))
         elif target is Stage.FOSSILIZED:
-            self.hook.fossilize()
+            self.hook.fossilize(self._context.followers)
             self._fossilize(seed)
         self._move(target, operation.value)
 
