@@ -130,6 +130,31 @@ def test_the_norm_is_that_before_clipping(instrumented):
     assert clipped[0]["gradient_norm"] > 1e-2
 
 
+def test_code_that_is_compiled_as_one_graph_may_clip(instrumented):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def clip():
+        return nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    compiled = torch.compile(clip, backend=counting, fullgraph=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(3, 4)).sum().backward()
+        before = norm_of(model)
+        assert compiled().item() == pytest.approx(before)
+        assert norm_of(model) == pytest.approx(1e-3, rel=1e-2)
+        optimizer.step()
+    assert len(graphs) == 1
+    assert len(instrumented.frames) == 3
+    torch.compiler.reset()
+
+
 def test_clipping_a_part_does_not_pass_for_the_whole_norm(instrumented):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

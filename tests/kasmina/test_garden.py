@@ -181,7 +181,10 @@ def test_uprooting_restores_the_host():
     driven.until(lambda: driven.garden.stages.get("t") is Stage.BLENDING)
     assert len(driven.optimizer.param_groups) == 2
     weights = {name: tensor.clone() for name, tensor in driven.host.state_dict().items()}
+    weights = {name: weights[name] for name in host().state_dict()}
+    assert len(driven.host.state_dict()) > len(weights)
     driven.garden.uproot()
+    assert list(driven.host.state_dict()) == list(weights)
     driven.garden.uproot()  # once more is not wrong
     assert not any(module._forward_hooks for module in driven.host.modules())
     assert len(driven.optimizer.param_groups) == 1

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from esper_otel.kasmina import hook as slot
-from esper_otel.kasmina import isolation
+from esper_otel.kasmina import isolation, living
 from esper_otel.kasmina.blending import ChannelWise, Convex, Residual
 from esper_otel.kasmina.blueprints import lookup
 from esper_otel.kasmina.hook import SlotHook
+from esper_otel.kasmina.lifecycle import GardenError
 
 pytestmark = pytest.mark.torch
 
@@ -114,7 +115,7 @@ def test_a_slot_without_a_seed_has_no_hook_once_it_was_called() -> None:
     model = host()
 
     def traces() -> tuple[int, bool]:
-        return len(model[0]._forward_hooks), "forward" in vars(model[0])
+        return len(model[0]._forward_hooks), type(model[0]) is not nn.Conv2d
 
     there = planted(model)
     assert traces() == (1, True)
@@ -644,26 +645,57 @@ def test_a_compiled_host_is_compiled_once_without_and_once_with_a_seed(planted_f
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+    "copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
 )
-def test_a_copy_of_the_host_is_the_host_alone(copied) -> None:
-    model = host().eval()
-    given = noise((2, 1, 4, 4))
-    plain = model(given)
-    there = planted(model)
-    there.attach(conv_seed(), Convex())
-    there.set_alpha(1.0)
+def test_a_copy_of_the_host_has_a_seed_that_takes_part_and_none_that_does_not(copied) -> None:
+    model = nn.Linear(3, 4).eval()
+    given = noise((2, 3))
+    there = one(model, None)
+    there.release()
+    there.attach(lookup("residual_mlp").build((2, 4), seed=1), Convex())
+    alone = copied(model)
+    assert type(alone) is nn.Linear
+    assert list(alone.state_dict()) == ["weight", "bias"]
+    assert torch.equal(alone(given), model(given))
+    there.set_alpha(0.5)
     twin = copied(model)
-    assert torch.equal(twin(given), plain)
-    assert not torch.equal(model(given), plain)
+    assert torch.equal(twin(given), model(given))
+    assert not torch.equal(twin(given), alone(given))
+    assert len(twin.state_dict()) == 8
+    assert len(model.state_dict()) == 2
+    there.set_alpha(1.0)
+    assert not torch.equal(twin(given), model(given))
 
 
-@pytest.mark.parametrize("alpha", [None, 1.0])
-def test_a_replica_of_data_parallel_computes_with_its_own_parameters(alpha) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(3, 4), lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4))]
+)
+def test_the_forward_of_a_user_stays_whenever_it_came(make) -> None:
+    model = make()
+    there = planted(nn.Sequential(model))
+    own = model.forward
+    model.forward = lambda given: own(given) * 2
+    given = noise((5, 3))
+    twice = 2 * own(given)
+    for change in (
+        lambda: there.attach(lookup("residual_mlp").build((5, 4), seed=1), Residual()),
+        there.fossilize,
+        there.release,
+    ):
+        assert torch.equal(model(given), twice)
+        change()
+    assert torch.equal(model(given), twice)
+    there.attach(lookup("residual_mlp").build((5, 4), seed=1), Convex())
+    there.set_alpha(1.0)
+    there.fossilize()
+    assert torch.equal(model(given), there.seed(twice))
+
+
+def test_a_replica_of_data_parallel_computes_with_its_own_parameters() -> None:
     model = nn.Linear(3, 4)
     heard = []
     model.register_forward_hook(lambda *_: heard.append(1))
-    there = one(model, lambda x, w: x * w, alpha=alpha)
+    there = one(model, lambda x, w: x * w)
     replica = model._replicate_for_data_parallel()
     replica.weight, replica.bias = torch.zeros(4, 3), torch.ones(4)
     assert torch.equal(replica(noise((5, 3))), torch.ones(5, 4))
@@ -671,9 +703,14 @@ def test_a_replica_of_data_parallel_computes_with_its_own_parameters(alpha) -> N
     model(noise((5, 3)))
     assert "DistributedDataParallel" in there.trouble
     assert there.activation is None
-    assert there.fallback == slot.REPLICATED
+    assert there.fallback == living.REPLICATED
+    there.start_step(sample=False)
+    assert there.fallback == living.REPLICATED
     there.uproot()
-    assert not {"forward", "_replicate_for_data_parallel"} & set(vars(model))
+    assert type(model) is nn.Linear
+    there = one(nn.Linear(3, 4), lambda x, w: x * w, alpha=1.0)
+    with pytest.raises(GardenError, match=r"slot .here. has .* which nn\.DataParallel would"):
+        there._module._replicate_for_data_parallel()
 
 
 def test_the_seed_can_be_called_by_something_faster() -> None:

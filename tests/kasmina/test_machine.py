@@ -214,6 +214,8 @@ class GardenMachine(RuleBasedStateMachine):
 
     @rule(slot=st.sampled_from(SLOTS))
     def a_seed_breaks(self, slot):
+        if self.stages[slot] is Stage.FOSSILIZED:  # a layer as any other by now
+            return
         with torch.no_grad():
             for parameter in self.driven.garden.slot(slot).hook.parameters():
                 parameter.fill_(float("nan"))

@@ -120,6 +120,26 @@ def test_a_seed_lives_its_life_on_both() -> None:
     assert all(map(torch.equal, *seeds))
 
 
+def test_who_clips_the_model_meets_no_gradient_of_a_fossil_that_ranks_have_not_averaged() -> (
+    None
+):
+    pair = Pair()
+    pair.until(Stage.FOSSILIZED)
+    rank = pair.first
+    fossil = [each for name, each in rank.host.named_parameters() if "esper_fossil" in name]
+    assert fossil
+    assert len(fossil) < len(list(rank.host.parameters()))
+    before = [each.detach().clone() for each in fossil]
+    seen = []
+    step = rank.optimizer.step
+    rank.optimizer.step = lambda: (seen.append([each.grad for each in fossil]), step())
+    for _ in range(2):
+        pair.step()
+    assert seen == [[None] * len(fossil)] * 2
+    assert not any(map(torch.equal, fossil, before))
+    rank.garden.uproot()
+
+
 def culled(**settings: Any) -> Pair:
     """A pair whose seed has failed on the second rank alone."""
     pair = Pair(**settings)

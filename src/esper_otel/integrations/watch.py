@@ -118,12 +118,16 @@ class Watch:
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
         """Call ``owner.name`` by way of ``around`` from now on, which gets the original first.
 
-        Returns what stands there now.
+        Code that Dynamo compiles calls the original: ``around`` would break its graph. Returns
+        what stands there now.
         """
         original = getattr(owner, name)
+        is_compiling = importlib.import_module("torch").compiler.is_dynamo_compiling
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if is_compiling():
+                return original(*args, **kwargs)
             return around(original, *args, **kwargs)
 
         self._put(owner, name, wrapper)

@@ -93,6 +93,7 @@ class ChannelWise(Blend):
         dim = channel_dim(len(shape)) if dim is None else dim % len(shape)
         channels = shape[dim]
         self._view = [channels if d == dim else 1 for d in range(len(shape))]
+        self._learns = gates is None
         if gates is None:
             self.logits = nn.Parameter(torch.zeros(channels))
             return
@@ -106,7 +107,7 @@ class ChannelWise(Blend):
 
     def mix(self, host: Tensor, seed: Tensor, alpha: float) -> Tensor:
         """Host + alpha gate (seed - host)."""
-        gates = self.gates if "gates" in self._buffers else torch.sigmoid(self.logits)
+        gates = torch.sigmoid(self.logits) if self._learns else self.gates
         return torch.lerp(host, seed, (alpha * gates).to(host.dtype).view(self._view))
 
 
@@ -138,7 +139,7 @@ BLENDS: dict[str, Callable[[torch.Size | tuple[int, ...]], Blend]] = {
     "convex": lambda shape: Convex(),
     "residual": lambda shape: Residual(),
     "channelwise": ChannelWise,
-    "confidence": lambda shape: ConfidenceGated(),
+    "confidence": lambda shape: ConfidenceGated(channel_dim(len(shape))),
 }
 """Blends for an activation of a shape, by the name that settings give them."""
 

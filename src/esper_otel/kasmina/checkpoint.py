@@ -8,20 +8,26 @@ use, as in torch's state dicts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from esper_otel.kasmina.blending import BLENDS, SCHEDULES, AlphaSchedule, Blend
 from esper_otel.kasmina.blueprints import UnknownBlueprintError, lookup
 from esper_otel.kasmina.context import GardenContext
+from esper_otel.kasmina.fossils import FOSSIL
 from esper_otel.kasmina.hook import SlotHook
 from esper_otel.kasmina.host import JoinedParameters, learning_rate_of, position_of
 from esper_otel.kasmina.kernels import Activation
-from esper_otel.kasmina.lifecycle import GROWING, GardenError
+from esper_otel.kasmina.lifecycle import GROWING, ISOLATED, GardenError
 from esper_otel.kasmina.seed import Seed
 from esper_otel.kasmina.state import (
     ActivationState,
@@ -31,6 +37,8 @@ from esper_otel.kasmina.state import (
 )
 from esper_otel.leyline.readings import known
 from esper_otel.leyline.stages import Stage
+
+log = logging.getLogger("esper_otel")
 
 Device = Callable[[str], torch.device]
 """Where a slot's seed belongs now, from where it was."""
@@ -93,6 +101,110 @@ def restore_slots(
     if set(states) != set(paths):
         raise GardenError(f"state: slots {', '.join(states)}: expected {', '.join(paths)}")
     return {path: _restore_slot(path, states[path], context, device_of(path)) for path in paths}
+
+
+class AwaitedFossils:
+    """Fossils in a state of ``model`` that come with the garden's state, loaded after it.
+
+    ``model.load_state_dict`` would call their keys unexpected. If the garden's state does not
+    come, the model's next forward says so, once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._paths: dict[str, None] = {}
+        self._warning: RemovableHandle | None = None
+        self._loading = model._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _OnModel(self.take_from, partial(chain))
+        )
+
+    def forget(self) -> None:
+        """They have come."""
+        self._paths.clear()
+        if self._warning is not None:
+            self._warning.remove()
+            self._warning = None
+
+    def detach(self) -> None:
+        """Take our hook off the model."""
+        self.forget()
+        self._loading.remove()
+
+    def take_from(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Leave out of ``state`` what belongs to fossils that ``model`` has not yet."""
+        model = self._model()
+        if model is None:
+            return
+        for key in [each for each in state if each.startswith(prefix) and FOSSIL in each]:
+            before, _, rest = key[len(prefix) :].partition(FOSSIL)
+            name = FOSSIL + rest.partition(".")[0]
+            try:
+                home = model.get_submodule(before.removesuffix("."))
+            except AttributeError:
+                continue
+            if name not in home._modules:
+                del state[key]
+                self._paths[before + name] = None
+        if self._paths and self._warning is None:
+            self._warning = model.register_forward_pre_hook(_OnModel(self._warn, {}.pop))
+
+    def _warn(self, module: nn.Module, arguments: Any) -> None:
+        if torch.compiler.is_dynamo_compiling() or not self._paths:
+            return
+        log.warning(
+            "the model's state has fossils (%s) that the model has not: it computes now what "
+            "the host alone does; call garden.load_state_dict() after model.load_state_dict()",
+            ", ".join(self._paths),
+        )
+        self.forget()
+
+
+class _OnModel:
+    """A hook on the model. In a copied or saved one ``harmless`` takes its place.
+
+    That is of Python alone, so that what is saved can be loaded without this package, and is
+    as if there were no hook.
+    """
+
+    def __init__(self, call: Callable[..., None], harmless: Callable[..., Any]) -> None:
+        self._call = call
+        self._harmless = harmless
+
+    def __call__(self, *arguments: Any) -> None:
+        """What the hook does."""
+        self._call(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return self._harmless
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self._harmless,)
+
+
+def put_in(hook: SlotHook, restored: RestoredSlot) -> None:
+    """Put the seed of ``restored`` into ``hook``, as it stood there."""
+    seed, module, blend = restored.seed, restored.module, restored.blend
+    assert seed is not None
+    assert module is not None
+    assert blend is not None
+    hook.attach(module, blend)
+    hook.banned = restored.banned
+    if seed.kernel_ms == seed.kernel_ms:
+        hook.latency_ms = seed.kernel_ms
+    if restored.stage not in ISOLATED:
+        hook.set_alpha(restored.alpha)
+    if restored.stage is Stage.FOSSILIZED:
+        hook.fossilize()
+
+
+def expect_unused(slots: Iterable[tuple[str, Stage]], requested: Iterable[str]) -> None:
+    """Raise :class:`GardenError` when something grows in a slot, or is to."""
+    busy = [path for path, stage in slots if stage is not Stage.DORMANT]
+    for path in (*busy, *requested):
+        raise GardenError(
+            f"slot {path!r} is in use: expected a garden in which nothing grows yet; "
+            "uproot() it and plant another"
+        )
 
 
 def _restore_slot(

@@ -6,12 +6,14 @@ that wait to be taken; :class:`SlotEvents` writes those of one slot.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf, isfinite, nan
 from time import monotonic, perf_counter_ns
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from esper_otel.kasmina.blending import AlphaSchedule
@@ -116,6 +118,8 @@ class GardenContext:
         self.read = read
         self.host_optimizer = host_optimizer
         """Gives the host's optimizer, which is not kept alive here."""
+        self.followers: list[weakref.ref[nn.Module]] = []
+        """Copies of the model that get each fossil as well."""
         self.loss = nan
         self.host_norm = nan
         self.step_ms = nan

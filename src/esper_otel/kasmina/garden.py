@@ -27,9 +27,10 @@ from torch.optim import Optimizer
 
 from esper_otel.kasmina.approval import Approval, is_authoritative
 from esper_otel.kasmina.blueprints import lookup, registered
-from esper_otel.kasmina.checkpoint import restore_slots
+from esper_otel.kasmina.checkpoint import AwaitedFossils, expect_unused, restore_slots
 from esper_otel.kasmina.compiling import compile_apart
 from esper_otel.kasmina.context import GardenContext
+from esper_otel.kasmina.harvest import harvest
 from esper_otel.kasmina.hook import SlotHook
 from esper_otel.kasmina.host import Host, OptimizerFactory, SeedGradScaler, adamw, submodules
 from esper_otel.kasmina.kernels import Compiler, KernelFetcher
@@ -93,7 +94,8 @@ class Garden:
         """Whether the run that it grew in is over, or it has been uprooted."""
         known = [lookup(name) for name in (registered() if blueprints is None else blueprints)]
         self._host = Host(model, optimizer)
-        self._context = GardenContext(
+        self._awaited = AwaitedFossils(model)
+        context = self._context = GardenContext(
             settings,
             host_optimizer=self._host.optimizer,
             fetcher=KernelFetcher(settings.kernel_budget_ms, compiler=compiler),
@@ -104,13 +106,9 @@ class Garden:
         # Who drops a garden without a word must not be left with its threads.
         weakref.finalize(self, self._context.fetcher.stop, 0.0).atexit = False
         self._recorder = recorder
-        self._scaler = (
-            None if scaler is None else SeedGradScaler(scaler, self._forget_gradients)
-        )
-        self._slots = {
-            path: Slot(SlotHook(path, each), self._context) for path, each in modules
-        }
-        self._planner = Planner(self._slots, known, self._context)
+        self._scaler = scaler and SeedGradScaler(scaler, self._forget_gradients)
+        self._slots = {path: Slot(SlotHook(path, each), context) for path, each in modules}
+        self._planner = Planner(self._slots, known, context)
         self._approval = Approval(self._context)
         self._step = 0
 
@@ -143,7 +141,21 @@ class Garden:
         for slot in self._slots.values():
             slot.terminate()
         self._host.release_optimizer()
+        self._awaited.detach()
         self.close()
+
+    def harvest(self) -> nn.Module:
+        """A copy of the grown model without hooks and without this package.
+
+        Raises :class:`GardenError` for a slot of which that cannot be had.
+        """
+        self._expect_planted()
+        return harvest(self._host.model(), self._slots)
+
+    def follow(self, copied: nn.Module) -> None:
+        """Let a copy of the model, say that of an average, get each fossil to come as well."""
+        submodules(copied, self._slots)
+        self._context.followers.append(weakref.ref(copied))
 
     def close(self) -> None:
         """The run is over: seeds stay as they are, and no kernel is fetched any more."""
@@ -172,18 +184,13 @@ class Garden:
     @property
     def parameters(self) -> int:
         """How many parameters the seeds add to the host's, those in isolation included."""
-        return sum(
-            parameter.numel()
-            for slot in self._slots.values()
-            for parameter in slot.hook.parameters()
-        )
+        hooks = [slot.hook for slot in self._slots.values()]
+        return sum(each.numel() for hook in hooks for each in hook.parameters())
 
     def is_seed_optimizer(self, optimizer: object) -> bool:
         """Whether ``optimizer`` is one of a seed: its steps are not the run's."""
-        return any(
-            slot.seed is not None and slot.seed.optimizer is optimizer
-            for slot in self._slots.values()
-        )
+        seeds = [slot.seed for slot in self._slots.values() if slot.seed]
+        return any(seed.optimizer is optimizer for seed in seeds)
 
     # A restart.
 
@@ -222,13 +229,8 @@ class Garden:
         """
         self._expect_planted()
         context, planner = self._context, self._planner
-        busy = [path for path, slot in self._slots.items() if slot.stage is not Stage.DORMANT]
-        busy += [slot.name for slot in planner.requests.slots]
-        if busy:
-            raise GardenError(
-                f"slot {busy[0]!r} is in use: expected a garden in which nothing grows yet; "
-                "uproot() it and plant another"
-            )
+        requested = [slot.name for slot in planner.requests.slots]
+        expect_unused(self.slots.items(), requested)
         new = parsed(state)
         restored = restore_slots(self._slots, new.slots, context, self._host.device_of)
         requests = parse_requests(new.requests, self.slot)
@@ -242,6 +244,7 @@ class Garden:
                 raise GardenError(f"state: recorder: {error}") from None
         # From here on nothing fails.
         rejoin()
+        self._awaited.forget()
         context.rng_root = new.rng_root
         context.load_signals(new.signals)
         context.plateau.load_state(new.plateau)
@@ -350,10 +353,8 @@ class Garden:
 
     def _trained(self) -> list[list[nn.Parameter]]:
         """What the optimizer of each seed trains, for those that have one."""
-        seeds = (slot.seed for slot in self._slots.values())
-        return [
-            seed.trained for seed in seeds if seed is not None and seed.optimizer is not None
-        ]
+        seeds = [slot.seed for slot in self._slots.values() if slot.seed]
+        return [seed.trained for seed in seeds if seed.optimizer is not None]
 
     def _forget_gradients(self) -> None:
         for parameters in self._trained():

@@ -1,17 +1,16 @@
-"""Hook: the forward hook by which a seed takes part in one submodule's output.
+"""Hook: what a slot is to the host, and how a seed takes part in one submodule's output.
 
-A slot is nothing else to the host: the seed's module lives outside the host's
-tree, so the host's ``state_dict``, parameters and modules are what they were. The hook is
-there while a seed is, and for the first call, to see what comes out; a dormant slot has
-none, because one hook that does nothing takes about 10 µs of a step, eight of them 1 % of
-a step of 7 ms.
+While a seed grows, its module lives outside the host's tree, so the host's ``state_dict``,
+parameters and modules are what they were. The hook is there while such a seed is, and for
+the first call, to see what comes out; a dormant slot has none, because one hook that does
+nothing takes about 10 µs of a step, eight of them 1 % of a step of 7 ms. A seed that is a
+fossil is part of the tree (:mod:`~esper_otel.kasmina.fossils`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import partial
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter_ns
 from typing import Any, cast
 
@@ -21,6 +20,19 @@ from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from esper_otel.kasmina.blending import Blend
+from esper_otel.kasmina.fossils import (
+    Fossil,
+    Joint,
+    first_tensor,
+    flatten,
+    install,
+    install_in_copies,
+    kind_of,
+    mark,
+    remove,
+    unmark,
+    with_first,
+)
 from esper_otel.kasmina.isolation import (
     GradientTally,
     Paths,
@@ -30,13 +42,16 @@ from esper_otel.kasmina.isolation import (
     straight_through,
 )
 from esper_otel.kasmina.kernels import NOT_FINITE, Activation, misfit
+from esper_otel.kasmina.living import (
+    ForwardHook,
+    Seeded,
+    is_transformed,
+    refuse_trace,
+    tracer_at_work,
+)
 
 ALTERED = "changed its input"
 """Reason when a seed worked in place on what it was given; it is not called again."""
-
-REPLICATED = "runs in replicas of nn.DataParallel, in which no seed can take part"
-"""Reason when the host is replicated: ``nn.DataParallel`` copies a module's attributes, and
-what trains in a copy is thrown away with it."""
 
 _ENOUGH: tuple[type[Exception], ...] = tuple(
     filter(None, [getattr(checkpoint, "_StopRecomputationError", None)])
@@ -49,9 +64,10 @@ class SlotHook:
     """The hook on one submodule of a host, and the seed's module that it calls.
 
     ``module`` is the submodule called ``name``. The methods that change what a forward
-    does are called between steps. Nothing the hook does raises: a seed that fails, or
-    whose output cannot stand in the activation's place, is left out of that forward, and
-    ``fallback`` says why.
+    does are called between steps. Nothing the hook does raises in training: a seed that
+    fails, or whose output cannot stand in the activation's place, is left out of that
+    forward, and ``fallback`` says why. What would write the host down without a seed that
+    takes part in it is a :class:`GardenError`.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -66,8 +82,13 @@ class SlotHook:
         """The newest call of the seed on the host's side, in milliseconds."""
         self.fallback = ""
         """Why a call in this step went on without the seed; empty when none did."""
+        self.occupant = ""
+        """The seed in it and its stage, in words."""
+        self.returns = ""
+        """The kind of what comes out of the module, empty before the first call."""
         self._module = module
-        self._replicated = False
+        self._refused = ""
+        self._joint: Joint | None = None
         self._seed: nn.Module | None = None
         self._call: Callable[[Tensor], Any] | None = None
         self._blend: Blend | None = None
@@ -77,10 +98,8 @@ class SlotHook:
         """Why the seed is not called any more; empty while it is."""
         self._finite: Tensor | None = None
         self._tally = GradientTally(sampled=False)
-        self._hook = _ForwardHook(self)
+        self._hook = ForwardHook(self)
         self._handle: RemovableHandle | None = None
-        # The module's own, or None: then somebody gave it another one, which stays.
-        self._forward = None if "forward" in module.__dict__ else module.forward
         self._listen()
 
     # What is in it.
@@ -109,6 +128,12 @@ class SlotHook:
     def blend(self) -> Blend | None:
         """How it joins the host."""
         return self._blend
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a seed that is no fossil changes what the host computes."""
+        living = self._seed is not None and self._joint is None
+        return living and not self._isolated and self._alpha > 0.0 and not self.banned
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What there is to train: of the seed and of its blend."""
@@ -146,8 +171,24 @@ class SlotHook:
         if self._seed is not None:
             self._call = call
 
+    def fossilize(self, followers: Iterable[weakref.ref[nn.Module]] = ()) -> None:
+        """Make the seed a submodule of the host, as it is now; one that is banned stays out.
+
+        ``followers`` are copies of the host: each gets a copy of the fossil.
+        """
+        seed, blend = self._seed, self._blend
+        if seed is None or blend is None or self._joint is not None or self.banned:
+            return
+        self._unlisten()
+        fossil = flatten(Fossil(seed, blend, self._alpha))
+        self._joint = install(self._module, fossil, self.returns)
+        install_in_copies(followers, self.name, fossil, self.returns)
+
     def release(self) -> None:
         """Take the seed out; nothing of it is kept."""
+        if self._joint is not None:
+            remove(self._module, self._joint)
+            self._joint = None
         self._seed = self._call = self._blend = self._finite = None
         self.banned = ""
         if self.called:
@@ -168,7 +209,7 @@ class SlotHook:
         self._tally = GradientTally(sample)
         self._finite = None
         self.calls = 0
-        self.fallback = ""
+        self.fallback = "" if self._seed is None else self._refused
 
     @property
     def leaked(self) -> bool:
@@ -194,31 +235,25 @@ class SlotHook:
         if self._handle is not None:
             return
         self._handle = self._module.register_forward_hook(self._hook)
-        # torch.compile does not look whether hooks have come or gone, but it does look
-        # whether a module has a forward of its own. This one is what the module's class
-        # has anyway: a sign to look again, and the same one each time, so that a host is
-        # compiled once without and once with a seed.
-        if self._forward is not None:
-            self._module.forward = self._forward
-            # A replica takes over what stands in the module's dictionary, and would compute
-            # with the original's parameters.
-            replicate = partial(_replicate, self._module)
-            self._module._replicate_for_data_parallel = replicate  # type: ignore[method-assign]
+        mark(self._module, Seeded)
 
     def _unlisten(self) -> None:
         if self._handle is None:
             return
         self._handle.remove()
         self._handle = None
-        own = self._module.__dict__.get("forward")
-        if own is not None and own is self._forward:
-            del self._module.forward
-            self._module.__dict__.pop("_replicate_for_data_parallel", None)
+        unmark(self._module, Seeded)
 
-    def _pass(self, module: nn.Module, output: Any) -> Any:
+    def alter_output(self, module: nn.Module, output: Any) -> Any:
         """What takes the place of ``output``; None when it stays."""
-        host = _first_tensor(output)
-        if self.activation is None and not self._replicated:
+        tool = tracer_at_work(output)
+        if tool:
+            refuse_trace(self, tool)
+            return None
+        host = first_tensor(output)
+        if host is not None and is_transformed(host):
+            return self._plainly(output, host) if self.takes_part else None
+        if self.activation is None and not self._refused:
             self._observe(host, output)
         if self._seed is None:
             self._unlisten()
@@ -239,14 +274,20 @@ class SlotHook:
         except Exception as error:
             self.fallback = f"raised {type(error).__name__}: {error}"
             return None
-        return None if joined is None else _with_first(output, joined)
+        return None if joined is None else with_first(output, joined)
 
-    def refuse_replicas(self) -> None:
-        """The host is being replicated: no seed is called in it from now on, nor put in."""
-        self._replicated = True
+    def refuse(self, reason: str, remedy: str) -> None:
+        """The host is called in a way that has no place for a seed, from now on."""
+        self._refused = reason
         self.activation = None
-        self.banned = self.fallback = REPLICATED
-        self.trouble = f"slot {self.name!r} {REPLICATED}: use DistributedDataParallel"
+        self.banned = self.fallback = reason
+        self.trouble = f"slot {self.name!r} {reason}: {remedy}"
+
+    def _plainly(self, output: Any, host: Tensor) -> Any:
+        """As a fossil would: within ``torch.func`` nothing can be read, nor noted backward."""
+        assert self._seed is not None
+        assert self._blend is not None
+        return with_first(output, Fossil(self._seed, self._blend, self._alpha)(host))
 
     def _observe(self, host: Tensor | None, output: Any) -> None:
         if host is None:
@@ -263,6 +304,7 @@ class SlotHook:
             )
         else:
             self.trouble = ""
+            self.returns = kind_of(output)
             self.activation = Activation(host.shape, _parameter_dtype(host), host.device)
             return
 
@@ -332,57 +374,6 @@ class SlotHook:
         if first.device != host.device or first.dtype != _parameter_dtype(host):
             seed.to(host.device, _parameter_dtype(host))
             blend.to(host.device, _parameter_dtype(host))
-
-
-class _ForwardHook:
-    """The forward hook. A copied or pickled host takes along one that does nothing."""
-
-    def __init__(self, owner: SlotHook | None) -> None:
-        self.owner = owner
-
-    # What a seed does is its own affair: Dynamo neither traces it nor guards on it.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        return None if self.owner is None else self.owner._pass(module, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook(None)
-
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
-        return _ForwardHook, (None,)
-
-
-def _replicate(module: nn.Module) -> nn.Module:
-    """A replica of ``module`` for ``nn.DataParallel``, as if there were no slot."""
-    replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
-    replica.__dict__.pop("forward", None)
-    replica.__dict__.pop("_replicate_for_data_parallel", None)
-    replica._forward_hooks = OrderedDict()
-    for key, hook in module._forward_hooks.items():
-        if not isinstance(hook, _ForwardHook):
-            replica._forward_hooks[key] = hook
-        elif hook.owner is not None:
-            hook.owner.refuse_replicas()
-    return replica
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0]
-    return None
-
-
-def _with_first(output: Any, tensor: Tensor) -> Any:
-    """``output`` with ``tensor`` in the first place, of the same type."""
-    if isinstance(output, Tensor):
-        return tensor
-    if isinstance(output, list):
-        return [tensor, *output[1:]]
-    if hasattr(output, "_make"):
-        return output._make((tensor, *output[1:]))
-    return (tensor, *output[1:])
 
 
 def _is_known_at_once(value: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from esper_otel.kasmina.fossils import home_of
 from esper_otel.kasmina.lifecycle import GardenError
 from esper_otel.kasmina.seed import norm_of
 
@@ -53,6 +54,13 @@ class Host:
         if self._loading is not None:
             self._loading.remove()
             self._loading = None
+
+    def model(self) -> nn.Module:
+        """The model; raises :class:`GardenError` when it is gone."""
+        model = self._model()
+        if model is None:
+            raise GardenError("the garden's model is gone: expected one that is still in use")
+        return model
 
     def device_of(self, path: str) -> Callable[[str], torch.device]:
         """Where a seed at submodule ``path`` belongs, from where it was before a restart.
@@ -120,6 +128,11 @@ def submodules(model: nn.Module, slots: Iterable[str]) -> list[tuple[str, nn.Mod
             raise GardenError(
                 f"slot {path!r} is no submodule ({error}): expected one of {known}"
             ) from None
+        if home_of(found[-1][1]) is None:
+            raise GardenError(
+                f"slot {path!r} is a {type(found[-1][1]).__name__}, in which there is no place "
+                "for another submodule: expected one written in Python"
+            )
     return found
 
 

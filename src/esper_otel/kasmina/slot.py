@@ -6,7 +6,7 @@ import weakref
 
 from torch import nn
 
-from esper_otel.kasmina.checkpoint import RestoredSlot, activation_state, seed_state
+from esper_otel.kasmina.checkpoint import RestoredSlot, activation_state, put_in, seed_state
 from esper_otel.kasmina.context import GardenContext, SlotEvents
 from esper_otel.kasmina.gates import BEFORE, PASSED, Facts, GateFailed, clean_reset, loss_impact
 from esper_otel.kasmina.hook import SlotHook
@@ -100,6 +100,7 @@ class Slot:
             seed.alpha_schedule = context.alpha_schedule
             self.hook.set_alpha(seed.alpha_schedule.alpha(0))
         elif target is Stage.FOSSILIZED:
+            self.hook.fossilize(self._context.followers)
             self._fossilize(seed)
         self._move(target, operation.value)
 
@@ -144,6 +145,7 @@ class Slot:
             germinated=self.germinated,
             embargo_s=self._embargo.left,
             activation=activation_state(hook.activation),
+            returns=hook.returns,
             seed=None if seed is None else seed_state(seed, hook, host),
             reported_unused=reported.unused,
             reported_fallback=reported.fallback,
@@ -151,10 +153,7 @@ class Slot:
         )
 
     def restore_from(self, restored: RestoredSlot) -> None:
-        """Take over stage, seed and module of ``restored``; the slot must be dormant.
-
-        The fetch of a kernel that was under way begins anew.
-        """
+        """Take over ``restored`` in a dormant slot; a kernel under way is fetched anew."""
         state, seed, context, hook = restored.state, restored.seed, self._context, self.hook
         self.lifecycle = Lifecycle(restored.stage, state.dwelt)
         self.germinated = state.germinated
@@ -162,7 +161,7 @@ class Slot:
         reported = self._events
         reported.unused, reported.fallback = state.reported_unused, state.reported_fallback
         reported.faults = set(state.reported_faults)
-        hook.activation = restored.activation
+        hook.activation, hook.returns = restored.activation, state.returns
         self.seed = seed
         if seed is None:
             return
@@ -170,16 +169,13 @@ class Slot:
             if not seed.trouble:
                 self._loader.request(seed)
             return
-        hook.attach(restored.module, restored.blend)
-        hook.banned = restored.banned
-        if seed.kernel_ms == seed.kernel_ms:
-            hook.latency_ms = seed.kernel_ms
-        if restored.stage not in ISOLATED:
-            hook.set_alpha(restored.alpha)
+        put_in(hook, restored)
         if seed.params_finite != seed.params_finite:  # a device had not said it yet
             self._loader.check_finite(seed)
         self._joined = list(hook.parameters()) if restored.joined is not None else []
-        self._loader.compile(restored.module)
+        hook.occupant = self._occupant
+        if restored.stage is not Stage.FOSSILIZED:
+            self._loader.compile(restored.module)
 
     # Each step.
 
@@ -265,6 +261,10 @@ class Slot:
         if seed is not None and self.stage is Stage.BLENDING and not seed.is_fully_blended:
             return False
         return self.lifecycle.dwelt >= min_dwell(self.stage, self._context.settings)
+
+    @property
+    def _occupant(self) -> str:
+        return "" if self.seed is None else f"seed {self.seed.id!r} in stage {self.stage.name}"
 
     def _live(self) -> Seed:
         if self.seed is None:
@@ -394,4 +394,5 @@ class Slot:
 
     def _move(self, target: Stage, why: str) -> None:
         left = self.lifecycle.move(target)
+        self.hook.occupant = self._occupant
         self._events.stage_changed(self.seed, left, target, why)

@@ -101,7 +101,10 @@ class SlotState(
         "reported_faults": "told_faults",
     },
 ):
-    """A slot; ``embargo_s`` is what is left of the embargo by the clock."""
+    """A slot; ``embargo_s`` is what is left of the embargo by the clock.
+
+    ``returns`` is the kind of what its module returns; states of earlier versions have none.
+    """
 
     stage: str
     dwelt: int
@@ -112,6 +115,7 @@ class SlotState(
     reported_unused: bool
     reported_fallback: str
     reported_faults: list[str]
+    returns: str = ""
 
 
 class PlateauState(_State):

@@ -11,11 +11,11 @@ so fossils keep optimizers of their own here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
-from torch import nn
+from torch import Tensor, nn
 
 from esper_otel.kasmina.blueprints import Blueprint
 from esper_otel.kasmina.garden import Garden, GardenError
@@ -75,6 +75,7 @@ class SharedGarden(Garden):
         self._context.fetcher = _AgreedFetcher(self._context.fetcher)
         self._doomed: dict[Slot, str] = {}
         self._fallow: set[Slot] = set()
+        self._held = HeldGradients()
         self._mine: PlannedOperation | None = None
         self._posted = False
         self._command: SeedCommand | None = None
@@ -85,6 +86,7 @@ class SharedGarden(Garden):
 
     def learn(self, optimizer: Any) -> None:
         """Average the gradients of the seeds over the ranks; then they learn."""
+        self._held.give_back()
         parameters = [parameter for seed in self._trained() for parameter in seed]
         agreement = self._agreement
         if parameters and agreement.holds:
@@ -123,7 +125,14 @@ class SharedGarden(Garden):
         """Do what was settled about the step before, as every rank does at this step."""
         command, self._command = self._command, None
         planned = None if command is None else self._planned(command)
-        return self._decide(planned, decision, enforced)
+        acted = self._decide(planned, decision, enforced)
+        self._hold_fossils()
+        return acted
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As ever; fossils that come back are kept from who clips gradients."""
+        super().load_state_dict(state)
+        self._hold_fossils()
 
     # What the agreement calls.
 
@@ -171,6 +180,10 @@ class SharedGarden(Garden):
         )
 
     # Parts of them.
+
+    def _hold_fossils(self) -> None:
+        fossils = [s.hook for s in self._slots.values() if s.stage is Stage.FOSSILIZED]
+        self._held.hold_back([each for hook in fossils for each in hook.parameters()])
 
     def _remove(self, slot: Slot, reason: str, severity: Severity) -> None:
         """Not now, but when all ranks do."""
@@ -230,6 +243,44 @@ class SharedGarden(Garden):
                 return None
             candidate = Candidate(slot, command.blueprint, proposal.seed_id)
         return PlannedOperation(proposal, command.slot, candidate, command.reason)
+
+
+class HeldGradients:
+    """Gradients of fossils, kept out of the model until all ranks have averaged them.
+
+    A fossil is a submodule of the model, so ``clip_grad_norm_(model.parameters())`` would meet
+    gradients that are not alike on all ranks, and scale the host's by another factor on each.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[nn.Parameter, Tensor] = {}
+        self._handles: dict[nn.Parameter, Any] = {}
+
+    def hold_back(self, parameters: Collection[nn.Parameter]) -> None:
+        """Hold the gradients of ``parameters`` from now on, and of no others."""
+        for parameter in [each for each in self._handles if _not_among(each, parameters)]:
+            self._handles.pop(parameter).remove()
+            self._held.pop(parameter, None)
+        for parameter in parameters:
+            if parameter not in self._handles and parameter.requires_grad:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._handles[parameter] = register(self._hold)
+
+    def give_back(self) -> None:
+        """Let each parameter have what was held of it."""
+        for parameter, gradient in self._held.items():
+            parameter.grad = gradient
+        self._held.clear()
+
+    def _hold(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        held = self._held.get(parameter)  # type: ignore[call-overload]
+        if gradient is not None:
+            self._held[parameter] = gradient if held is None else held + gradient  # type: ignore[index]
+
+
+def _not_among(parameter: nn.Parameter, parameters: Iterable[nn.Parameter]) -> bool:
+    return all(parameter is not each for each in parameters)
 
 
 class _AgreedFetch(Fetch):
