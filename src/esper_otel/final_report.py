@@ -40,7 +40,7 @@ class FinalReport:
             return settings
         return msgspec.structs.replace(settings, recording_dir=str(self._kept))
 
-    def finish(
+    def write_at_end(
         self, settings: EsperSettings, run: str, stream: StreamReport
     ) -> tuple[str, StreamReport]:
         """:meth:`make` it; its path, and ``stream`` without what was recorded for it alone."""

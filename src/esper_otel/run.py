@@ -350,7 +350,7 @@ class Run(LoopCalls, Closing):
     def _tell_summary(self, report: StreamReport) -> None:
         from esper_otel.summary import tell_summary
 
-        page, report = self._final_report.finish(self.settings, self.run_id, report)
+        page, report = self._final_report.write_at_end(self.settings, self.run_id, report)
         tell_summary(
             self.settings,
             self.run_id,

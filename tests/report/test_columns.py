@@ -20,9 +20,9 @@ def read(*requests):
     reader, trainers = ColumnReader(), {}
     for request in requests:
         for source, block in reader.read(request.SerializeToString()):
-            trainers.setdefault(source, TrainerCurves(source)).take(block)
+            trainers.setdefault(source, TrainerCurves(source)).take_in(block)
     for trainer in trainers.values():
-        trainer.settle()
+        trainer.assemble_rest()
     return trainers
 
 
@@ -122,8 +122,8 @@ def test_how_a_run_ended_is_known_and_no_value_of_a_step():
     reader = ColumnReader()
     trainer = TrainerCurves(Producer("run", 0, "one"))
     for _, block in reader.read(request.SerializeToString()):
-        trainer.take(block)
-    trainer.settle()
+        trainer.take_in(block)
+    trainer.assemble_rest()
     assert reader.ends == {Producer("run", 0, "one"): "exception ValueError"}
     assert (trainer.lost, trainer.steps()[0]) == (0, 3)
 

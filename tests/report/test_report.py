@@ -12,7 +12,8 @@ import pytest
 
 from esper_otel.cli import main
 from esper_otel.report import ReportError, write_report
-from esper_otel.report.page import page_of, visible
+from esper_otel.leyline.terminal import printable
+from esper_otel.report.page import page_of
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive
 from report.made import JOURNAL, frames, logs, recorded, spans
@@ -226,7 +227,7 @@ def test_no_name_becomes_markup(tmp_path, name):
     assert "alert(1)" not in without_title
     assert "<img" not in page
     assert page.count("<script") == 3
-    assert visible(name).isprintable()
+    assert printable(name).isprintable()
 
 
 def test_the_page_allows_itself_and_nothing_else(tmp_path):

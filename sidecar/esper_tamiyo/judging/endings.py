@@ -54,7 +54,7 @@ class Endings:
         before = state.pace.ending
         if before is not None and before.step == frame.step:
             return False
-        state.pace.end(frame, state.newest)
+        state.pace.note_end(frame, state.newest)
         self.remember(key)
         return True
 

@@ -80,7 +80,7 @@ class StepPace:
         self.ending: StepFrame | None = None
         self.awaited = 0
 
-    def end(self, ending: StepFrame, newest: int) -> None:
+    def note_end(self, ending: StepFrame, newest: int) -> None:
         """The rank has ended, of which steps up to ``newest`` have been heard."""
         self.ending = ending
         self.awaited = ending.step - newest

@@ -93,7 +93,7 @@ class Harvest(msgspec.Struct):
         """An empty one, for a request from a network."""
         return cls([], steps_left=MAX_STEPS, seeds_left=MAX_SEED_ROWS)
 
-    def refuse(self, reason: str, points: int = 1) -> None:
+    def leave_out(self, reason: str, points: int = 1) -> None:
         """Count points that cannot be used."""
         self.unusable += points
         self.reasons[reason] = self.reasons.get(reason, 0) + points
@@ -158,7 +158,7 @@ def _reap(
     """Make frames of the moments of one resource; ``whose`` None: its names are too long."""
     if whose is None or max(len(whose.run), len(whose.instance)) > MAX_NAME or whose.rank < 0:
         for moment in moments.values():
-            harvest.refuse(NAME, moment.points)
+            harvest.leave_out(NAME, moment.points)
         return
     frames, ends = [], []
     for time_unix_nano, moment in moments.items():
@@ -169,7 +169,7 @@ def _reap(
         if frame is None and end is not None:
             harvest.used += moment.points
         elif frame is None:
-            harvest.refuse(TIME if "step" in moment.values else NO_STEP, moment.points)
+            harvest.leave_out(TIME if "step" in moment.values else NO_STEP, moment.points)
         elif is_old(whose, time_unix_nano):
             harvest.old += moment.points
         else:
@@ -211,7 +211,7 @@ def _take_step_points(
     for point in points:
         value = _value(point)
         if value is None:
-            harvest.refuse(NO_STEP)
+            harvest.leave_out(NO_STEP)
             continue
         moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
         if moment is None:
@@ -233,7 +233,7 @@ def _take_seed_points(
         value = _value(point)
         seed_id = text_of(point.attributes, SEED_ID)
         if value is None or not seed_id:
-            harvest.refuse(NO_STEP)
+            harvest.leave_out(NO_STEP)
             continue
         moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
         if moment is None:
@@ -255,7 +255,7 @@ def _take_ends(metric: OtlpMetric, moments: dict[int, Moment], harvest: Harvest)
         step, how = _value(point), text_of(point.attributes, HOW_ENDED)
         end = run_end(how, text_of(point.attributes, EXCEPTION_TYPE))
         if end is None or step is None or not 0 <= step <= MAX_STEP or step != int(step):
-            harvest.refuse(NO_STEP)
+            harvest.leave_out(NO_STEP)
             continue
         moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
         if moment is None:
@@ -267,7 +267,7 @@ def _take_ends(metric: OtlpMetric, moments: dict[int, Moment], harvest: Harvest)
 def _at(moments: dict[int, Moment], point: NumberDataPoint, harvest: Harvest) -> Moment | None:
     """A new moment, at the time of ``point``; None if the request has too many."""
     if harvest.steps_left <= 0:
-        harvest.refuse(AMOUNT)
+        harvest.leave_out(AMOUNT)
         return None
     harvest.steps_left -= 1
     moment = moments[point.time_unix_nano] = Moment()
@@ -277,11 +277,11 @@ def _at(moments: dict[int, Moment], point: NumberDataPoint, harvest: Harvest) ->
 def _seed_at(moment: Moment, seed_id: str, harvest: Harvest) -> dict[str, float] | None:
     """A seed that is new at its moment; None if that is more than a step may report."""
     if len(seed_id) > MAX_NAME:
-        harvest.refuse(NAME)
+        harvest.leave_out(NAME)
     elif len(moment.seeds) >= MAX_SEEDS_PER_FRAME:
-        harvest.refuse(SEEDS)
+        harvest.leave_out(SEEDS)
     elif harvest.seeds_left <= 0:
-        harvest.refuse(AMOUNT)
+        harvest.leave_out(AMOUNT)
     else:
         harvest.seeds_left -= 1
         seed = moment.seeds[seed_id] = {}

@@ -41,7 +41,7 @@ class Total(msgspec.Struct):
     last: float = 0.0
     last_step: int = -1
 
-    def take(self, steps: Times, values: Numbers) -> None:
+    def count_in(self, steps: Times, values: Numbers) -> None:
         """Count in ``values``, all finite and at least one."""
         self.count += len(values)
         with np.errstate(over="ignore"):
@@ -88,11 +88,11 @@ class Curve:
         """Take in more points, in whatever order; a value that is not finite is a gap."""
         finite = np.isfinite(values)
         if finite.all():
-            self.total.take(steps, values)
+            self.total.count_in(steps, values)
         else:
             values = np.where(finite, values, np.nan)
             if finite.any():
-                self.total.take(steps[finite], values[finite])
+                self.total.count_in(steps[finite], values[finite])
         self._hold(Points(steps, values))
 
     def absorb(self, other: Curve) -> None:

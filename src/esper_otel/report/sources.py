@@ -88,7 +88,7 @@ class Archive:
     def _settle(self) -> None:
         self.ledger.settle()
         for source, trainer in self.trainers.items():
-            trainer.settle()
+            trainer.assemble_rest()
             trainer.attributes = self._reader.attributes.get(source, {})
             trainer.ended = self._reader.ends.get(source, "")
             if trainer.lost:
@@ -139,7 +139,7 @@ class Archive:
                 trainer = self.trainers.get(source)
                 if trainer is None:
                     trainer = self.trainers[source] = TrainerCurves(source)
-                trainer.take(block)
+                trainer.take_in(block)
         except FieldError:
             raise RecordingError(path, offset, "not an OTLP metrics request") from None
 

@@ -47,15 +47,15 @@ class TrainerCurves:
         self._times: Times = np.empty(0, np.int64)
         self._steps: Times = np.empty(0, np.int64)
 
-    def take(self, block: Block) -> None:
-        """Take in values; they are in the curves after :meth:`settle` at the latest."""
+    def take_in(self, block: Block) -> None:
+        """Take in values; they are in the curves after :meth:`assemble_rest` at the latest."""
         self._waiting.append((0, block))
         self._rows += len(block.times)
         self.rows += len(block.times)
         if self._rows >= AT_ONCE:
             self._assemble()
 
-    def settle(self) -> None:
+    def assemble_rest(self) -> None:
         """Put together what is still waiting; what has no step is lost, and counted."""
         self._assemble()
         self._assemble()
