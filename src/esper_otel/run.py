@@ -86,7 +86,7 @@ class Run(LoopCalls, Closing):
         )
         self._client = self._new_client() if self.enabled and held is None else None
         enriched = settings.tolaria_step_enrichment_enabled
-        self._devices = DeviceSampler(enriched) if beside is None else beside._devices
+        self._devices: DeviceSampler = beside._devices if beside else DeviceSampler(enriched)
         self._responses = responses_of(settings)
         self._recorder = Recorder(
             held or self._stream,
