@@ -2,7 +2,13 @@
 
 import signal
 
+from hypothesis import HealthCheck, settings
+
 # A shell that puts a job in the background has it ignore SIGINT, and so would every process
 # that a test starts and means to interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a busy machine an example takes as long as it takes: how fast things are is for benches.
+settings.register_profile("esper", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("esper")

@@ -140,6 +140,8 @@ def received(receiver: HttpReceiver) -> tuple[Any, Any, Any]:
     resources: dict[int, dict[str, Any]] = {}
     later = []
     for attributes, values in steps_in(receiver):
+        if "tolaria.run.ended" in values:
+            continue
         rank, step = attributes["esper.rank"], int(values["tolaria.step"])
         if attributes["esper.run_id"].endswith("-2"):
             later.append((rank, step, attributes["esper.run_id"], values))

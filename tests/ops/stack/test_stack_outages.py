@@ -162,7 +162,7 @@ def test_tamiyo_is_killed(stack, run, wait_until):
 
     def is_heard():
         run.train([next(steps)])
-        return run.in_tamiyo(stack) is not None
+        return (run.in_tamiyo(stack) or 0) > DURING[-1]  # it goes on from BEFORE[-1]
 
     wait_until(is_heard)
     frames = reply_to(StatusRequest(), stack.socket).report["connections"]["frames_streamed"]
