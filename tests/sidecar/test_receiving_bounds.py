@@ -17,9 +17,9 @@ from esper_tamiyo.receiving.ingest_child import MEMORY_MB
 from esper_tamiyo.receiving.intake import MAX_HELD, MAX_REQUEST
 from esper_tamiyo.receiving.pieces import _as_varint
 from sidecar.frames_made import frame, otlp_of
-from sidecar.half_calls import HalfCalls
 from sidecar.running import sidecar, tamiyo, until
 from sidecar.test_receiving import PROTOBUF, export, post
+from testkit.half_calls import HalfCalls
 
 ROOM = MAX_REQUEST - 200
 
