@@ -30,12 +30,17 @@ from bench.figures import Figure, percentile, run
 from bench.floods_peers import ATTACKS, BY_NUMBER, Outcome
 from bench.roundtrip import started
 from bench.sidecar_process import PROCESSES, STATED_MB, Peaks, SidecarProcess
+from esper_otel.leyline.wire import Latest, LatestRequest
+from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "floods"
 
 ATTACK_S = float(os.environ.get("FLOODS_SECONDS", "5"))
 RUNS = int(os.environ.get("FLOODS_RUNS", "10000"))
 WARM_S, ALONE_S, REST_S = 3.0, 6.0, 3.0
+SETTLE_S = 10.0
+"""Longest that what was taken last is waited for."""
+
 ALONE = "left alone"
 REST = "between"
 
@@ -120,6 +125,7 @@ def figures() -> list[Figure]:
             phases = list(flooded(sidecar, peaks))
             honest.tell()
             outcomes = [Outcome(*each) for each in honest.result()]
+            unknown = [*not_known(sidecar, outcomes)]
             bystander.tell()
             asks = bystander.result()
         status = sidecar.status()
@@ -131,6 +137,7 @@ def figures() -> list[Figure]:
         *memory(peaks),
         *waits(phases, asks),
         *taken(BENCH, outcomes),
+        *unknown,
         Figure.at_most(
             BENCH,
             "processes that ended",
@@ -140,6 +147,27 @@ def figures() -> list[Figure]:
         ),
         Figure.at_most(BENCH, "tracebacks in the log", tracebacks, "", bar=0.0),
     ]
+
+
+def not_known(sidecar: SidecarProcess, outcomes: list[Outcome]) -> Iterator[Figure]:
+    """Rows of whether what was taken of the honest runs has been judged."""
+    for way in ("HTTP", "gRPC"):
+        sent = sum(each.way == way for each in outcomes)
+        until = time.monotonic() + SETTLE_S
+        while True:
+            latest = reply_to(LatestRequest(f"honest-{way}"), sidecar.socket)
+            assert isinstance(latest, Latest)
+            known = 0 if latest.decision is None else latest.decision.observed_step + 1
+            if known == sent or time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        yield Figure.at_most(
+            BENCH,
+            f"newest honest step over {way}, beyond the newest that was judged",
+            sent - known,
+            "steps",
+            bar=0.0,
+        )
 
 
 def memory(peaks: Peaks) -> Iterator[Figure]:
