@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import perf_counter_ns
@@ -109,17 +109,18 @@ FAULTS = [
 ]
 
 
-class Runs:
-    """Runs without an end, each of recorded troubled trainings one behind the other."""
+def troubled() -> Iterator[Recording]:
+    """The recorded troubled trainings of one rank; neighbours are of one workload."""
+    for ranks in recorded_in(RECORDINGS, held_out=False):
+        if ranks[0].at is not None and len(ranks) == 1:
+            yield list(ranks[0].frames())
 
-    def __init__(self) -> None:
-        every = [
-            list(ranks[0].frames())
-            for ranks in recorded_in(RECORDINGS, held_out=False)
-            if ranks[0].at is not None and len(ranks) == 1
-        ]
-        # Neighbours are of one workload, and a fault at another place in each.
-        self._recordings = itertools.cycle(every)
+
+class Runs:
+    """Runs without an end, each of recorded trainings one behind the other."""
+
+    def __init__(self, recordings: Iterable[Recording]) -> None:
+        self._recordings = itertools.cycle(recordings)
         self._number = 0
 
     def next_run(self) -> Iterator[tuple[StepFrame, Proposal | None]]:
@@ -331,7 +332,7 @@ def one_fault(fault: Fault, sidecar: SidecarProcess, runs: Runs) -> Suffered:
 
 def suffered(sidecar: SidecarProcess) -> Iterator[Suffered]:
     """One fault after the other."""
-    runs = Runs()
+    runs = Runs(list(troubled()))  # nothing is read while a run goes on
     until = time.monotonic() + MINUTES * 60
     for nth, fault in enumerate(itertools.cycle(FAULTS)):
         if nth >= len(FAULTS) and time.monotonic() >= until:
