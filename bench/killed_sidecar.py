@@ -261,11 +261,11 @@ def waited(bare: Echo) -> float:
     return (perf_counter_ns() - began) / 1e6
 
 
-def suffer(fault: Fault, sidecar: SidecarProcess) -> None:
-    """Bring the fault about, and see to it that it ends."""
-    pid = sidecar.processes().get(fault.process)
-    if pid is None:
-        raise RuntimeError(f"there is no {fault.process}")
+def suffer(fault: Fault, sidecar: SidecarProcess, pid: int) -> None:
+    """Bring the fault about, and wait until that process is gone, or goes on.
+
+    In the process of the loop, whose interpreter this must hardly take: no more than it needs.
+    """
     if fault.process == DECIDE:
         if fault.signal is signal.SIGKILL:
             sidecar.kill()
@@ -277,10 +277,19 @@ def suffer(fault: Fault, sidecar: SidecarProcess) -> None:
         return
     os.kill(pid, fault.signal)
     until = time.monotonic() + REPLACED_S
-    while sidecar.processes().get(fault.process) in (pid, None):
+    while Path(f"/proc/{pid}").exists():
         if time.monotonic() > until:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+            raise RuntimeError(f"{fault.name}: it was not ended")
+        time.sleep(0.05)
+
+
+def replaced(fault: Fault, sidecar: SidecarProcess) -> None:
+    """Wait until the process is there again."""
+    until = time.monotonic() + REPLACED_S
+    while fault.process not in sidecar.processes():
+        if time.monotonic() > until:
             raise RuntimeError(f"{fault.name}: it was not replaced")
         time.sleep(0.05)
 
@@ -301,12 +310,13 @@ def one_fault(fault: Fault, sidecar: SidecarProcess, runs: Runs) -> Suffered:
     """A run with one fault, ``EVERY_S`` at least."""
     done = threading.Event()
     errors: list[Exception] = []
+    pid = sidecar.processes()[fault.process]
 
     def harm() -> None:
         began = time.monotonic()
         try:
             time.sleep(EVERY_S / 3)
-            suffer(fault, sidecar)
+            suffer(fault, sidecar, pid)
             time.sleep(max(EVERY_S / 3, began + EVERY_S - time.monotonic()))
         except Exception as error:
             errors.append(error)
@@ -318,6 +328,7 @@ def one_fault(fault: Fault, sidecar: SidecarProcess, runs: Runs) -> Suffered:
     harming.join()
     if errors:
         raise errors[0]
+    replaced(fault, sidecar)
     differing_ones, from_all = differing(steps, sidecar.table)
     answered = [step.sent_ns for step in steps if step.is_answered]
     gap = max((b - a for a, b in itertools.pairwise(answered)), default=0) / 1e9
