@@ -6,7 +6,8 @@ watch and the writer of state, killed (SIGKILL) or stopped (SIGSTOP), one after 
 process that decides is started again, as a supervisor does; the others it has to replace
 itself. Each answered decision is held against that of an engine which is left alone and was
 asked the same. An ask that nobody answered may or may not have been heard, and which of the two
-has to explain all that follows; what was not asked as the breaker was open was not heard.
+has to explain all that follows; what was not asked as the breaker was open was not heard, and a
+kill may cost the steps of the last 20 ms.
 
 Meanwhile an honest producer sends OTLP, and a loop without a sidecar shows what the machine
 does to a wait, by turns of a bare echo that answers and of one that does not. Seconds between
@@ -44,12 +45,19 @@ from bench.roundtrip import Echo, echo
 from bench.scenarios.scoring import recorded_in
 from bench.scenarios.suite import RECORDINGS
 from bench.sidecar_process import DECIDE, PROCESSES, SidecarProcess
-from esper_otel.leyline.decisions import BREAKER_OPEN, FAILED_OPEN, Decision, Proposal
+from esper_otel.leyline.decisions import (
+    BREAKER_OPEN,
+    FAILED_OPEN,
+    UNREACHABLE,
+    Decision,
+    Proposal,
+)
 from esper_otel.leyline.frames import ABSENT, StepFrame
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo.breaker import State
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import load
 
 BENCH = "killed_sidecar"
@@ -66,6 +74,9 @@ STOPPED_S = 1.0
 
 REPLACED_S = 20.0
 """Longest that a stopped child is left to be replaced."""
+
+FORGOTTEN_NS = 30_000_000
+"""How old the oldest step is that a kill may cost: 20 ms, and what a turn takes."""
 
 MOST_TRIES = 200
 """Ways to read what was heard that are tried, before one run counts as decided otherwise."""
@@ -176,19 +187,43 @@ def asked(
     return made, exceptions
 
 
-def differing(steps: list[Step], table: Path) -> tuple[int, int]:
+def differing(steps: list[Step], table: Path, *, killed: bool = False) -> tuple[int, int]:
     """Answered steps that an engine left alone decides otherwise; and otherwise than one that
     heard of all of them.
 
     Which of the asks without an answer were heard is not known: every way to read it is tried
-    from the likeliest on, and one that explains all that followed is enough.
+    from the likeliest on, and one that explains all that followed is enough. Where the process
+    that decides was ``killed`` it may have forgotten the steps of the last 20 ms.
     """
     loaded = load(str(table))
+    best = len(steps)
+    for forgotten in forgettable(steps) if killed else [frozenset[int]()]:
+        best = min(best, fewest(steps, loaded, forgotten))
+        if not best:
+            break
+    everything = dict.fromkeys(range(len(steps)), True)
+    return best, len(list(unequal(steps, loaded, everything)))
+
+
+def forgettable(steps: list[Step]) -> Iterator[frozenset[int]]:
+    """Places of the steps before a kill that may be forgotten: none, the last, the last two."""
+    gap = next(
+        (nth for nth, step in enumerate(steps) if step.decision.reason == UNREACHABLE), 0
+    )
+    yield frozenset()
+    for first in range(gap - 1, -1, -1):
+        if steps[gap].sent_ns - steps[first].sent_ns > FORGOTTEN_NS:
+            break
+        yield frozenset(range(first, gap))
+
+
+def fewest(steps: list[Step], table: Table, forgotten: frozenset[int]) -> int:
+    """Steps decided otherwise, read in the way in which they are fewest."""
     unsure = [nth for nth, step in enumerate(steps) if step.was_sent and not step.is_answered]
     heard = dict.fromkeys(unsure, True)
     best = len(steps)
     for _ in range(MOST_TRIES):
-        wrong = list(unequal(steps, Engine(loaded), heard))
+        wrong = list(unequal(steps, table, heard, forgotten))
         best = min(best, len(wrong))
         if not wrong:
             break
@@ -199,17 +234,27 @@ def differing(steps: list[Step], table: Path) -> tuple[int, int]:
             break
         heard[unsure[-1]] = False
         unsure = list(heard)
-    everything = dict.fromkeys(range(len(steps)), True)
-    return best, len(list(unequal(steps, Engine(loaded), everything)))
+    return best
 
 
-def unequal(steps: list[Step], engine: Engine, heard: dict[int, bool]) -> Iterator[int]:
-    """Places of answered steps that ``engine`` decides otherwise, where the others were
-    ``heard`` or not."""
+def unequal(
+    steps: list[Step],
+    table: Table,
+    heard: dict[int, bool],
+    forgotten: frozenset[int] = frozenset(),
+) -> Iterator[int]:
+    """Places of answered steps that an engine decides otherwise, where the others were
+    ``heard`` or not; behind those ``forgotten`` goes on one that never heard of them."""
+    engine, later = Engine(table), Engine(table) if forgotten else None
     for nth, step in enumerate(steps):
         if not step.is_answered and not heard.get(nth, False):
             continue
         proposal = step.proposal if step.is_answered else None
+        if later is not None and nth not in forgotten:
+            if nth > max(forgotten):
+                engine, later = later, None
+            else:
+                later.observe(step.frame, proposal, step.sent_ns, asked=True)
         decided = engine.observe(step.frame, proposal, step.sent_ns, asked=True)
         if step.is_answered and decided != step.decision:
             yield nth
@@ -329,7 +374,8 @@ def one_fault(fault: Fault, sidecar: SidecarProcess, runs: Runs) -> Suffered:
     if errors:
         raise errors[0]
     replaced(fault, sidecar)
-    differing_ones, from_all = differing(steps, sidecar.table)
+    killed = fault == Fault(DECIDE, signal.SIGKILL)
+    differing_ones, from_all = differing(steps, sidecar.table, killed=killed)
     answered = [step.sent_ns for step in steps if step.is_answered]
     gap = max((b - a for a, b in itertools.pairwise(answered)), default=0) / 1e9
     why = Counter(step.decision.reason for step in steps if not step.is_answered)
