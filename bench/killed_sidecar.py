@@ -368,8 +368,12 @@ def one_fault(fault: Fault, sidecar: SidecarProcess, runs: Runs) -> Suffered:
         done.set()
 
     harming = threading.Thread(target=harm)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # of thousands of recorded steps, which no training has in memory
     harming.start()
     steps, exceptions = asked(runs.next_run(), sidecar.socket, done.is_set)
+    gc.enable()
     harming.join()
     if errors:
         raise errors[0]
