@@ -31,6 +31,8 @@ BENCHES = (
     "outage",
     "killed_trainers",
     "sidecar_faults",
+    "killed_sidecar",
+    "floods",
     "answers_under_load",
     "ingest",
     "reloading",
@@ -53,6 +55,7 @@ BENCHES = (
     "imports",
     "collector",
     "sizing",
+    "soak",
 )
 
 

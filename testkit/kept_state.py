@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -37,6 +37,9 @@ class Observed:
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank."""
         self.decisions.append(decision)
+
+    def on_end(self, frame: StepFrame) -> None:
+        """A run has ended, which is no decision."""
 
 
 class _KeeperHere(StateKeeper):
@@ -79,7 +82,12 @@ class _KeeperHere(StateKeeper):
             os.close(self._lock)
             self._lock = None
 
-    def _launch(self, arguments: Sequence[str], inherited: Sequence[int] = ()) -> socket.socket:
+    def _launch(
+        self,
+        arguments: Sequence[str],
+        inherited: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> socket.socket:
         ours, self._theirs = socket.socketpair()
         for end in (ours, self._theirs):
             end.setblocking(False)

@@ -31,6 +31,7 @@ class Rank:
         folder: Path,
         *,
         run: str,
+        instance: str = "",
         rank: int = 0,
         world_size: int = 1,
         metrics: int = len(STEP_KEYS),
@@ -48,7 +49,7 @@ class Rank:
                 **settings,
             ),
             run_id=run,
-            instance_id=f"{run}-{rank}",
+            instance_id=instance or f"{run}-{rank}",
             environ={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **environ},
         )
         self.stream.start()

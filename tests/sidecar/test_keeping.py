@@ -3,15 +3,18 @@
 import os
 import random
 import shutil
+import time
 from contextlib import ExitStack, contextmanager
 from time import perf_counter_ns
+from types import SimpleNamespace
 
 import pytest
 from msgspec import structs
 
 from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.saved_state import pause_after
 from esper_tamiyo.keeping import restoring, state_keeper, writer
-from esper_tamiyo.keeping.bodies import OURS, Header, encode_body
+from esper_tamiyo.keeping.bodies import OURS, Header, encode_body, encode_rank
 from esper_tamiyo.keeping.restoring import last_table, restore
 from esper_tamiyo.keeping.segments import (
     DamagedSegmentError,
@@ -22,7 +25,7 @@ from esper_tamiyo.keeping.segments import (
     segments_of,
 )
 from esper_tamiyo.keeping.writer import SegmentWriter
-from esper_tamiyo.language.table_file import TableSource, parse
+from esper_tamiyo.language.table_file import TableSource, load, parse
 from testkit.kept_state import KeptEngine, Observed
 
 RULES = """
@@ -54,6 +57,9 @@ def kept(folder, of=None, **options):
         yield one
     finally:
         one.kill()
+
+
+OTHER_CLOCKS = {"time_ns": time.time_ns, "perf_counter_ns": perf_counter_ns}
 
 
 def judge(folder, steps, **options):
@@ -321,6 +327,33 @@ def test_entries_are_written_whole_however_they_come(tmp_path):
         assert data.startswith(on_disk)
         assert sum(9 + len(body) for _, body in entries(on_disk, "s")) == len(on_disk)
     assert on_disk == data
+
+
+def test_ranks_with_many_seeds_are_saved_with_pauses_between(tmp_path, monkeypatch):
+    """Each takes milliseconds, in which nobody is answered."""
+    now, saved = 1000.0, []
+
+    def put_down(key, rank, heard):
+        saved.append(rank)
+        return encode_rank(key, rank, heard)
+
+    monkeypatch.setattr(
+        state_keeper, "time", SimpleNamespace(monotonic=lambda: now, **OTHER_CLOCKS)
+    )
+    with kept(tmp_path, load("default"), round_s=60.0) as one:
+        for step in range(4):  # sixteen new seeds are taken up in each
+            seeds = {f"s{number}": {"alpha": 0.5} for number in range(56)}
+            for run in ("a", "b"):
+                one.engine.observe(structs.replace(frame(step, run=run), seeds=seeds))
+        one.turn()
+        now += 60.0
+        monkeypatch.setattr(state_keeper, "encode_rank", put_down)
+        for _ in range(3):  # the first of them begins the round
+            one.turn()
+        assert [len(rank.seeds) for rank in saved] == [56]
+        now += pause_after(saved[0])
+        one.turn()
+        assert [len(rank.seeds) for rank in saved] == [56, 56]
 
 
 def test_a_writer_that_does_not_keep_up_costs_one_new_beginning(tmp_path, monkeypatch):

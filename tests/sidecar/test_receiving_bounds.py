@@ -6,10 +6,12 @@ import re
 import signal
 import socket
 import threading
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
@@ -17,9 +19,9 @@ from esper_tamiyo.receiving.ingest_child import MEMORY_MB
 from esper_tamiyo.receiving.intake import MAX_HELD, MAX_REQUEST
 from esper_tamiyo.receiving.pieces import _as_varint
 from sidecar.frames_made import frame, otlp_of
-from sidecar.half_calls import HalfCalls
-from sidecar.running import sidecar, tamiyo, until
+from sidecar.running import is_alive, sidecar, tamiyo, until
 from sidecar.test_receiving import PROTOBUF, export, post
+from testkit.half_calls import HalfCalls
 
 ROOM = MAX_REQUEST - 200
 
@@ -171,6 +173,25 @@ def test_one_that_has_more_than_it_may_have_starts_anew(tmp_path, capfd):
     with sidecar(tmp_path / "t.sock", "--ingest-mb", "20", ingest=True) as running:
         until(lambda: running.status()["ingest"]["restarts"])
     assert "MB it may have: it starts anew" in capfd.readouterr().err
+
+
+def test_stopped_children_do_not_outlive_a_killed_sidecar(tmp_path):
+    """They would keep its ports, and the lock of its state, from the next one."""
+    with sidecar(tmp_path / "t.sock", ingest=True) as running:
+        until(lambda: running.status()["state"]["written_at"])
+        until(lambda: running.status()["scribe"]["state"] == "working")
+        children = psutil.Process(running.process.pid).children()
+        assert len(children) == 3
+        try:
+            for child in children:
+                child.suspend()
+            running.process.kill()
+            running.process.wait()
+            until(lambda: not any(is_alive(child.pid) for child in children))
+        finally:
+            for child in children:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def test_a_receiver_that_hangs_is_replaced_and_told_meanwhile(tmp_path, capfd):

@@ -32,6 +32,7 @@ import msgspec
 
 from esper_otel.leyline.endpoints import hiding
 from esper_otel.leyline.terminal import log_to_stderr
+from esper_tamiyo.child_process import signal_at_parents_death
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Journal
@@ -237,6 +238,7 @@ def main() -> None:
     # They go to the whole group; the end of the pipe is what ends this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGCONT)  # to write what is in the pipe, and to end
     os.nice(NICE)
     # Exporters log the headers that they cannot read.
     log_to_stderr(logging.WARNING, hiding(os.environ))

@@ -32,6 +32,7 @@ from esper_tamiyo.judging.saved_state import (
     changes_besides_ranks,
     heard_ns,
     heard_since,
+    pause_after,
     saved_engine,
     saved_rank,
 )
@@ -107,14 +108,12 @@ class StateKeeper(ChildProcess):
         self._round_s = round_s
         self._round_at = 0.0
         self._outgoing = bytearray()
-        self._segment_bytes = 0
-        self._ranks_bytes = 0
+        self._segment_bytes = self._ranks_bytes = 0
         self._is_settled = True
         self._is_torn = False
         """Whether something is missing in the segment, so that another has to begin."""
-        self._retry_at = 0.0
-        self._lost = 0
-        self._left_out = 0
+        self._save_at = self._retry_at = 0.0
+        self._lost = self._left_out = 0
         self._incoming = b""
         self._told = WriterStatus()
         self._logged_error = ""
@@ -184,7 +183,7 @@ class StateKeeper(ChildProcess):
         elif (
             not self._frames  # then what has happened besides steps is written at once
             or now >= self._write_at
-            or self._due
+            or (self._due and now >= self._save_at)
             or engine.table is not self._table
         ):
             self._write_at = now + GATHER_S if self._frames else now
@@ -206,11 +205,10 @@ class StateKeeper(ChildProcess):
             return FLUSH_AGAIN_S
         if self._is_torn:
             return max(0.0, self._retry_at - time.monotonic())
-        if self._due:
-            return 0.0
-        if self._frames:
-            return max(0.0, self._write_at - time.monotonic())
-        return max(0.0, self._round_at - time.monotonic()) if self._changed else None
+        dues = [self._write_at] if self._frames else []
+        if self._due or self._changed:
+            dues.append(self._save_at if self._due else self._round_at)
+        return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def read(self) -> None:
         """The writer has said how it stands, or is gone."""
@@ -346,7 +344,8 @@ class StateKeeper(ChildProcess):
     def _save_next(self, engine: Engine, now: float) -> None:
         """Save the rank whose turn it is; begin a round, or a segment, when it is time."""
         if self._due:
-            self._save_one(engine)
+            if now >= self._save_at:
+                self._save_one(engine)
             return
         if not self._is_settled:
             self._is_settled = True
@@ -369,6 +368,7 @@ class StateKeeper(ChildProcess):
                 return
             ago_ns = time.perf_counter_ns() - heard_ns(engine, key)
             body = encode_rank(key, saved, time.time_ns() - ago_ns)
+            self._save_at = time.monotonic() + pause_after(saved)
         except Exception:  # its steps go on, and so does everybody else
             self._left_out += 1
             log.exception("could not save rank %d of run %.80r", key[1], key[0])

@@ -24,6 +24,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from esper_tamiyo.child_process import signal_at_parents_death
 from esper_tamiyo.keeping.segments import (
     HEAD,
     EntryKind,
@@ -190,6 +191,7 @@ def main() -> None:
     # They go to the whole group; the end of the pipe is what ends this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGCONT)  # to write what is in the pipe, and to end
     os.nice(NICE)
     serve(socket.socket(fileno=int(fd)), SegmentWriter(Path(folder)))
 

@@ -197,6 +197,8 @@ class GrpcReceiver:
             return _Refused(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
         except BusyError as error:
             return _Refused(grpc.StatusCode.UNAVAILABLE, str(error), later=True)
+        except ConnectionError:  # nobody is there to take it, and this process ends as well
+            return _Refused(grpc.StatusCode.UNAVAILABLE, "the sidecar has ended", later=True)
         except Exception as error:  # whatever one request brings about, others are served
             self._intake.failed(error)
             return _Refused(grpc.StatusCode.INTERNAL, "internal error")

@@ -28,6 +28,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach the user by 
 import msgspec
 
 from esper_otel.leyline.terminal import log_to_stderr
+from esper_tamiyo.child_process import signal_at_parents_death
 from esper_tamiyo.receiving.addresses import Address, bind_refusal
 from esper_tamiyo.receiving.connections import MAX_CONNECTIONS
 from esper_tamiyo.receiving.credentials import (
@@ -172,6 +173,7 @@ def main() -> None:
     fd, grpc_at, http_at, credentials, memory_mb = sys.argv[1:6]
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGKILL)  # what was not answered is sent again
     log_to_stderr(logging.WARNING)
     for other in ("asyncio", "grpc", "aiohttp"):  # what a stranger brings about is counted
         logging.getLogger(other).setLevel(logging.CRITICAL)

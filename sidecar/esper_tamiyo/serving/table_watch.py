@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from esper_otel.leyline.terminal import log_to_stderr, printable
+from esper_tamiyo.child_process import signal_at_parents_death
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, files_behind, load
 from esper_tamiyo.receiving.pipe import Beat, Unusable, pack
@@ -119,6 +120,7 @@ def main() -> None:
     fd, name, version = sys.argv[1:4]
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGKILL)
     log_to_stderr(logging.WARNING)
     os.nice(NICE)
     never_preempt()

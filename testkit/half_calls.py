@@ -13,12 +13,12 @@ WINDOW_BYTES = 65_535
 FRAME_BYTES = 16_384
 
 
-def _frame(kind, flags, stream, body=b""):
+def _frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
     head = len(body).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big")
     return head + body
 
 
-def _headers():
+def _headers() -> bytes:
     pairs = (
         (b":method", b"POST"),
         (b":scheme", b"http"),
@@ -36,7 +36,7 @@ def _headers():
 class HalfCalls:
     """One connection with calls whose requests lack their last byte."""
 
-    def __init__(self, address):
+    def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=10)
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0))
@@ -44,8 +44,11 @@ class HalfCalls:
         self._windows = {0: WINDOW_BYTES}
         self._stream = 1
 
-    def begin(self, size):
-        """A call with a request of so many bytes, of which as much is sent as is taken now."""
+    def begin(self, size: int) -> int:
+        """A call with a request of so many bytes; returns how many of them are taken now.
+
+        Raises ``OSError`` when the connection is closed.
+        """
         stream, self._stream = self._stream, self._stream + 2
         self._windows[stream] = WINDOW_BYTES
         self._socket.sendall(_frame(HEADERS, END_HEADERS, stream, _headers()))
@@ -64,18 +67,22 @@ class HalfCalls:
             sent += len(part)
         return sent
 
-    def close(self):
+    def close(self) -> None:
+        """End the connection, and with it all of its calls."""
         self._socket.close()
 
-    def _read(self):
+    def _read(self) -> bool:
         """Heed what the server says; False when it says nothing for a moment."""
         self._socket.settimeout(0.05)
         try:
-            self._received += self._socket.recv(65536)
+            received = self._socket.recv(65536)
         except TimeoutError:
             return False
         finally:
             self._socket.settimeout(10)
+        if not received:
+            return False
+        self._received += received
         while len(self._received) >= 9:
             length = int.from_bytes(self._received[:3], "big")
             if len(self._received) < 9 + length:
