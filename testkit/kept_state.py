@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -33,6 +33,9 @@ class Observed:
 
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """Comes once more to :meth:`on_decision`."""
+
+    def on_end(self, frame: StepFrame) -> None:
+        """Not of interest."""
 
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank."""
@@ -79,7 +82,12 @@ class _KeeperHere(StateKeeper):
             os.close(self._lock)
             self._lock = None
 
-    def _launch(self, arguments: Sequence[str], inherited: Sequence[int] = ()) -> socket.socket:
+    def _launch(
+        self,
+        arguments: Sequence[str],
+        inherited: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> socket.socket:
         ours, self._theirs = socket.socketpair()
         for end in (ours, self._theirs):
             end.setblocking(False)
