@@ -8,11 +8,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH ?=
 PORTS ?=
+# Of each target of tests/fuzz; there are ten.
+MINUTES ?= 6
+TARGET ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
 # In the order of their names, or the files with few and long tests would come last, alone.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test test-deployed bench lint format docs clean collector stack stack-programs
+.PHONY: help demo test fuzz test-deployed bench lint format docs clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -23,6 +26,10 @@ demo: $(READY)  ## train a CNN through an accident, only watched and rescued; th
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
 	@$(BIN)/python -m ops.stack build --if-possible
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+fuzz: $(READY)  ## send odd things to every door, MINUTES=6 to each (TARGET=name for one)
+	FUZZ_MINUTES=$(MINUTES) FUZZ_TARGET="$(TARGET)" \
+	  $(BIN)/python -m pytest -s -n 0 --timeout 0 tests/fuzz
 
 test-deployed: $(READY)  ## build what the images hold (takes long), and run the stack's tests on it
 	@$(BIN)/python -m ops.stack as-deployed $(BIN)/python -m pytest tests/ops/stack tests/ops/alerts

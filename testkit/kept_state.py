@@ -34,6 +34,9 @@ class Observed:
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """Comes once more to :meth:`on_decision`."""
 
+    def on_end(self, frame: StepFrame) -> None:
+        """Not of interest."""
+
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
         """A decision became the newest of its rank."""
         self.decisions.append(decision)

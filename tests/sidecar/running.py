@@ -148,7 +148,7 @@ class Sidecar:
 
 
 @contextmanager
-def sidecar(path, *arguments, ingest=False):
+def sidecar(path, *arguments, ingest=False, stderr=None):
     """A sidecar at ``path``; its end is checked to be a clean one."""
     receivers = (
         ("--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0")
@@ -158,6 +158,7 @@ def sidecar(path, *arguments, ingest=False):
     process = subprocess.Popen(
         [TAMIYO, "serve", "--socket", str(path), *receivers, *map(str, arguments)],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
     try:

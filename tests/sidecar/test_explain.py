@@ -232,6 +232,13 @@ def test_updates_on_one_line(entry, told):
     assert format_entry(entry).partition("Z  ")[2] == told
 
 
+def test_a_report_that_lacks_a_number_is_told_without_it():
+    half = msgspec.structs.replace(reported(61), scaled_from=62)
+    assert "times the script's rate" not in format_entry(half)
+    story = find_decision([*JOURNAL[:3], half], "run/0/61")
+    assert list(format_story(story))
+
+
 def test_a_journal_of_before_there_were_checks_is_read():
     """Fields that were added since are as if nobody had said anything."""
     entry = msgspec.to_builtins(reported(61))
@@ -269,12 +276,20 @@ def test_another_seed_that_is_let_go_of_does_not_end_it():
         ("rum/0/61", "run/0/61"),
         ("another/0/9", "near it are another/0/7"),
         ("", "near it are"),
+        ("run/0/x", "near it are run/0/61, run/0/20"),
+        ("run/0/" + "9" * 5000, "near it are"),
+        ("run/0/²", "near it are"),
     ],
 )
 def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
     with pytest.raises(UnknownDecisionError, match="no such decision") as caught:
         find_decision(JOURNAL, wanted)
     assert near in str(caught.value)
+
+
+def test_an_id_without_a_step_is_no_worse_than_another():
+    with pytest.raises(UnknownDecisionError, match="near it are run/0/x, run/0/20"):
+        find_decision([*JOURNAL, decided(5, id="run/0/x")], "run/0/3")
 
 
 def test_nothing_to_explain():

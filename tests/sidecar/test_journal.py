@@ -56,9 +56,19 @@ def test_a_line_is_for_people_and_machines():
     assert told["findings"][0]["values"] == {"loss": 3.0}
 
 
-@given(st.integers(-(2**63), 2**64))
+@given(st.integers(-(2**63), 2**64) | st.sampled_from([10**400, -(10**400)]))
 def test_every_time_has_words(time_unix_nano):
     assert rfc3339(time_unix_nano).endswith("Z")
+
+
+def test_a_line_that_is_nested_without_end_is_no_entry(folder):
+    written(folder, [decided(1)])
+    path = files_of(folder)[0]
+    with path.open("ab") as file:
+        file.write(b'{"x":' + b"[" * 100_000 + b"\n" + encode_entry(decided(2)))
+    first, damage, second = read(folder)
+    assert (first, second) == (decided(1), decided(2))
+    assert damage[:2] == (path, 2)
 
 
 def test_a_full_file_is_followed_by_the_next_and_the_oldest_go(folder):

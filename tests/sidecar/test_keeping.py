@@ -379,6 +379,23 @@ def test_the_last_table_is_known_by_its_name(tmp_path):
     assert last_table(tmp_path / "nowhere", "a table") is None
 
 
+def test_what_is_nested_without_end_is_set_aside_like_any_other(tmp_path, caplog):
+    head = encode_body(Header(OURS, 1, "", "a table", table()))
+    whole = encode_body(table())
+    assert head.endswith(whole)
+    nested = b"\x81\xa1x" + b"\x91" * 100_000
+    (tmp_path / "state-000001.log").write_bytes(
+        framed(EntryKind.HEADER, head.removesuffix(whole) + nested)
+    )
+    assert last_table(tmp_path, "a table") is None
+    judge(tmp_path / "sound", [0])
+    segment = segments_of(tmp_path / "sound")[-1]
+    with segment.open("ab") as file:
+        file.write(framed(EntryKind.STEPS, b"\x92\x01" + b"\x91" * 100_000))
+    assert "set aside as" in restore(tmp_path / "sound", table())[1].problem
+    assert "Traceback" not in caplog.text
+
+
 def test_a_checksum_is_of_the_kind_as_well(tmp_path):
     entry = bytearray(framed(EntryKind.STEPS, b"body"))
     entry[8] = EntryKind.RANK

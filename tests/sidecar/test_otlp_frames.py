@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.metrics import RANK, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import RANK, RUN_ENDED, RUN_ID, SEED_ID
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 from esper_tamiyo.receiving import intake
@@ -93,6 +93,17 @@ def test_points_of_ours_that_cannot_be_placed_are_unusable():
     harvest = reaped(request)
     assert harvest.frames == [frame(0, loss=1.0)]
     assert (harvest.used, harvest.unusable) == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["sum", "histogram", "summary"])
+def test_an_end_of_a_run_that_is_no_gauge_is_somebody_elses(kind):
+    request = otlp_of(frame(0))
+    scope = request.resource_metrics[0].scope_metrics[0]
+    metric = scope.metrics.add(name=RUN_ENDED.instrument)
+    getattr(metric, kind).data_points.add(time_unix_nano=1)
+    harvest = reaped(request)
+    assert harvest.frames == [frame(0)]
+    assert (harvest.used, harvest.foreign, harvest.unusable) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("step", [-1.0, 0.5, 2.0**53, nan, inf])

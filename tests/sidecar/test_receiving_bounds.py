@@ -15,6 +15,7 @@ import psutil
 import pytest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
+from esper_tamiyo.receiving.grpc_receiver import MAX_MESSAGE
 from esper_tamiyo.receiving.ingest_child import MEMORY_MB
 from esper_tamiyo.receiving.intake import MAX_HELD, MAX_REQUEST
 from esper_tamiyo.receiving.pieces import _as_varint
@@ -130,6 +131,16 @@ def test_calls_that_lack_a_byte_are_held_within_the_limit(attacked):
     finally:
         for connection in connections:
             connection.close()
+
+
+@pytest.mark.parametrize("size", [MAX_REQUEST + 1, MAX_MESSAGE])
+def test_of_large_calls_one_after_the_other_nothing_is_left(attacked, size):
+    data = bytes(size)
+    for _ in range(50):
+        with pytest.raises(grpc.RpcError) as refused:
+            export(attacked, data, compression=grpc.Compression.Gzip)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert is_well(attacked, f"after calls of {size}")
 
 
 def was_taken(running, data):

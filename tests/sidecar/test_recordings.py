@@ -210,6 +210,24 @@ def test_an_operation_of_a_later_version_is_left_out_and_said(tmp_path):
     assert recording.problems == ["a proposal was left out: unknown operation 'graft'"]
 
 
+@pytest.mark.parametrize("step", ["9" * 17, "9" * 5000, "²", "١", "-1", ""])
+def test_a_proposal_of_what_is_no_step_is_left_out(step, tmp_path):
+    told = proposed((1, "advance", "s1"))
+    attribute = told.resource_logs[0].scope_logs[0].log_records[0].attributes[0]
+    attribute.value.string_value = step
+    path = tmp_path / "run"
+    path.write_bytes(FORMATS["json"]([otlp_of(frame(1)), told]))
+    assert [proposal for _, proposal in RecordedRuns(path).steps()] == [None]
+
+
+def test_a_second_copy_of_a_step_is_counted_as_one(tmp_path):
+    path = tmp_path / "run"
+    path.write_bytes(FORMATS["proto"]([otlp_of(frame(1, loss=1.0))] * 2))
+    recording = RecordedRuns(path)
+    assert len(list(recording.steps())) == 1
+    assert (recording.points.used, recording.points.old) == (2, 2)
+
+
 # Damage.
 
 WHOLE = [otlp_of(frame(step, loss=float(step))) for step in range(1, 6)]

@@ -1,11 +1,13 @@
 """A real sidecar at its decision socket: what it answers, and what it withstands."""
 
+import json
 import os
 import signal
 import stat
 import struct
 import subprocess
 import sys
+from math import inf, nan
 
 import pytest
 
@@ -24,6 +26,7 @@ from esper_otel.leyline.wire import (
     Welcome,
     encode,
 )
+from esper_tamiyo.commands.common import print_json
 from esper_tamiyo.serving.connection import MAX_BACKLOG
 from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
 
@@ -398,6 +401,13 @@ def test_ask_and_status(shared, client):
     status = tamiyo("status", "--socket", shared.socket)
     assert "asked/2: step 4, PAUSE (loss_spike), conservative" in status.stdout
     assert '"last_frame_age_s"' in tamiyo("status", "--socket", shared.socket, "--json").stdout
+
+
+def test_what_is_infinite_is_null_in_json(capsys):
+    print_json({"lag": inf, "of": [nan, 0.5, "\u202e"]})
+    told = capsys.readouterr().out
+    assert told.isascii()
+    assert json.loads(told) == {"lag": None, "of": [None, 0.5, "\u202e"]}
 
 
 def test_a_sidecar_that_has_seen_nothing_says_so(tmp_path):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import struct
+from math import inf, nan
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_otel.leyline.frames import StepFrame
 from esper_otel.stream import RecordingError, read_frames, read_recording
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.recording import LONGEST_RUN, Recording, framed, stem
+from sidecar.frames_made import otlp_of
 
 M, T = Signal.METRICS, Signal.TRACES
 
@@ -74,6 +77,20 @@ def test_a_metrics_file_that_holds_something_else_is_named_with_its_place(tmp_pa
     path.write_bytes(framed(b"\x0a\x00") + framed(b"\xff\xff"))
     with pytest.raises(RecordingError, match="byte 6: not an OTLP metrics request"):
         list(read_frames(path))
+
+
+def test_what_is_no_number_and_what_is_no_step_is_passed_over(tmp_path):
+    told = {}
+    for step in (1.0, nan, inf, -1.0, 2.0**60):
+        told[step] = StepFrame(
+            "run", "one", 0, 0, 1, {"step": step, "loss": nan, "accuracy": 1.0}
+        )
+    path = tmp_path / "run.metrics.otlp"
+    path.write_bytes(
+        b"".join(framed(otlp_of(each).SerializeToString()) for each in told.values())
+    )
+    found = list(read_frames(path))
+    assert [(each.step, each.values) for each in found] == [(1, {"step": 1.0, "accuracy": 1.0})]
 
 
 def test_a_disk_that_fails_ends_the_recording_with_one_warning(tmp_path, caplog):

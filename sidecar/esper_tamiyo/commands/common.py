@@ -75,8 +75,12 @@ def plain(decision: object) -> dict[str, Any]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print an object for jq and the like."""
-    say_json(json.dumps(value, indent=2))
+    """Print an object for jq and the like; what is infinite is null, as JSON has no such
+    number."""
+    import msgspec
+
+    sound = msgspec.json.decode(msgspec.json.encode(value))
+    say_json(json.dumps(sound, indent=2))
 
 
 def add_recording(parser: argparse.ArgumentParser) -> None:

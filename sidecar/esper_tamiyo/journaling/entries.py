@@ -18,7 +18,7 @@ from esper_tamiyo.language.table import Condition, Group, Table, conditions
 MAX_CONDITIONS = 400
 """Conditions of a table, about 140 bytes each, that its entry can have."""
 
-_LAST_SECOND = 253_402_300_799.0
+_LAST_SECOND = 253_402_300_799
 """The end of the year 9999."""
 
 
@@ -278,7 +278,7 @@ AnyEntry = (
 
 def rfc3339(time_unix_nano: int) -> str:
     """RFC 3339, in UTC; the nearest time there is a name for, whatever a producer sent."""
-    seconds = min(max(time_unix_nano, 0) / 1e9, _LAST_SECOND)
+    seconds = min(max(time_unix_nano, 0), _LAST_SECOND * 1_000_000_000) / 1e9
     at = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
     return at.replace("+00:00", "Z")
 

@@ -239,7 +239,7 @@ def _entries(path: Path, lines: list[bytes], first_line: int) -> Iterator[AnyEnt
             continue
         try:
             yield _decoder.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             cut = not line.endswith(b"\n") or "truncated" in str(error)
             yield Damage(path, number, "ends in the middle" if cut else f"no entry: {error}")
 

@@ -126,7 +126,7 @@ def _made(entry: Reported) -> Iterator[str]:
         yield f"update of step {entry.step} left out"
     elif entry.update and entry.lr_scale is not None and entry.lr_scale != 1.0:
         yield f"update of step {entry.step} made at {entry.lr_scale:g} times the script's rate"
-    if entry.scaled_from is not None:
+    if entry.scaled_from is not None and entry.lr_scale_after is not None:
         yield (
             f"updates made at {entry.lr_scale_after:g} times the script's rate from step "
             f"{entry.scaled_from} on"

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import RANK_OF, Action
+from esper_otel.leyline.limits import MAX_STEP
 from esper_otel.leyline.terminal import printable
 from esper_tamiyo.journaling.entries import (
     AnyEntry,
@@ -24,6 +25,8 @@ OF_UPDATE = "/update"
 """End of the ids of decisions about updates."""
 NEAR = 5
 """Ids offered in place of one that is not there."""
+
+_DIGITS = len(str(MAX_STEP))
 
 
 class UnknownDecisionError(Exception):
@@ -75,8 +78,7 @@ class _Search:
         self._report: Reported | None = None
         self._ended: int | None = None
         self._rank, step = _parts(wanted)
-        of_step = step.isdecimal() and not wanted.endswith(OF_UPDATE)
-        self._step = int(step) if of_step else -1
+        self._step = -1 if wanted.endswith(OF_UPDATE) else _number(step)
         self._tables: dict[str, TableInUse] = {}
         self._run_of: dict[str, str] = {}
         """By id, of every decision."""
@@ -186,8 +188,8 @@ def _near(wanted: str, ids: list[str]) -> list[str]:
     """The ids of the same rank with the nearest steps, else those spelt most like it."""
     run_and_rank, step = _parts(wanted)
     same = [one for one in ids if _parts(one)[0] == run_and_rank]
-    if same and step.isdecimal():
-        return sorted(same, key=lambda one: abs(int(_parts(one)[1]) - int(step)))[:NEAR]
+    if same and _number(step) >= 0:
+        return sorted(same, key=lambda one: abs(_number(_parts(one)[1]) - _number(step)))[:NEAR]
     return get_close_matches(wanted, ids, NEAR, 0.0)
 
 
@@ -195,6 +197,11 @@ def _parts(decision: str) -> tuple[str, str]:
     """Run and rank, and the step, of an id."""
     run_and_rank, _, step = decision.removesuffix(OF_UPDATE).rpartition("/")
     return run_and_rank, step
+
+
+def _number(step: str) -> int:
+    """The step that a part of an id says, -1 where it says none."""
+    return int(step) if step.isdecimal() and len(step) <= _DIGITS else -1
 
 
 def _some(names: list[str]) -> str:

@@ -47,7 +47,10 @@ MAX_AGE_S = 3600.0
 """A rank that was not heard for so long, by the wall clock, is not put back: who comes by that
 name then is as good as new."""
 
-_UNUSABLE = (DamagedSegmentError, bodies.ForeignStateError, msgspec.MsgspecError, ValueError)
+_UNUSABLE = (
+    *(DamagedSegmentError, bodies.ForeignStateError, msgspec.MsgspecError, ValueError),
+    RecursionError,  # nested too deeply
+)
 
 
 class Restored(msgspec.Struct, kw_only=True):

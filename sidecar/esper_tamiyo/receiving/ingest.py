@@ -11,6 +11,7 @@ the credentials as JSON; MB is the most memory it may have.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -82,6 +83,8 @@ async def serve(
         http_at = await _listen("--otlp-http", http_at, http_receiver)
     except (CannotListenError, CredentialsError) as error:
         await _give_up(writer, str(error))
+    gc.collect()
+    gc.freeze()  # what is there now stays, so that collecting the rest takes no time
     writer.write(pack(Ready(str(grpc_at), str(http_at))))
     beating = asyncio.create_task(
         _beat(writer, intake, grpc_receiver, http_receiver, memory_mb)

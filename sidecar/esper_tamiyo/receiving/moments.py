@@ -30,16 +30,18 @@ class Moment:
         self.points = 0
         self.nonfinite = 0
 
-    def join(self, other: Moment) -> None:
-        """Take in what came in another request, unless that is a second copy of the step."""
+    def join(self, other: Moment) -> bool:
+        """Take in what came in another request; False for a second copy of the step, of which
+        nothing is taken."""
         if "step" in self.values and "step" in other.values:
-            return
+            return False
         self.values.update(other.values)
         for seed_id, values in other.seeds.items():
             self.seeds.setdefault(seed_id, {}).update(values)
         self.end = self.end or other.end
         self.points += other.points
         self.nonfinite += other.nonfinite
+        return True
 
     def step_frame(self, whose: Identity, time_unix_nano: int) -> StepFrame | None:
         """The step it was, None when no point says which."""

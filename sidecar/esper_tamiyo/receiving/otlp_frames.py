@@ -192,7 +192,7 @@ def _take(metrics: Sequence[OtlpMetric], moments: dict[int, Moment], harvest: Ha
     for metric in metrics:
         known = BY_INSTRUMENT.get(metric.name)
         points = _number_points(metric) if known else None
-        if known is None and metric.name == RUN_ENDED.instrument:
+        if metric.name == RUN_ENDED.instrument and metric.HasField("gauge"):
             _take_ends(metric, moments, harvest)
         elif known is None or points is None:
             harvest.foreign += _point_count(metric)

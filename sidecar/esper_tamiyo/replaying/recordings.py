@@ -21,6 +21,7 @@ from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.decompression import ZstdMissingError
 from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_STEP
 from esper_otel.leyline.otlp_file import RecordingError
 from esper_otel.leyline.otlp_files import Kind, requests
 from esper_otel.leyline.terminal import printable
@@ -37,6 +38,8 @@ HORIZON_NS = 10_000_000_000
 """More than senders and Collectors wait before they send what they have."""
 
 FOREVER = 1 << 64
+
+_DIGITS = len(str(MAX_STEP))
 
 MAX_HELD = 100_000
 """Steps held at most, whatever their times say."""
@@ -145,7 +148,8 @@ class Assembly:
                 times.append(time_unix_nano)
                 known = held.get(time_unix_nano)
                 if known is not None:
-                    known.join(moment)
+                    if not known.join(moment):
+                        self.tally.old += moment.points
                     continue
                 held[time_unix_nano] = moment
                 heappush(self._due, (time_unix_nano, whose))
@@ -195,7 +199,7 @@ class Proposals:
                     if record.event_name != PROPOSED:
                         continue
                     step = text_of(record.attributes, STEP_ATTRIBUTE)
-                    if not (step.isascii() and step.isdecimal()):
+                    if not (step.isascii() and step.isdecimal() and len(step) <= _DIGITS):
                         continue
                     operation = text_of(record.attributes, OPERATION_ATTRIBUTE)
                     seed_id = text_of(record.attributes, SEED_ID_ATTRIBUTE)

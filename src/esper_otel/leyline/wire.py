@@ -207,6 +207,9 @@ class SilenceReply(msgspec.Struct, frozen=True, array_like=True, tag="silence"):
 ToServer = Hello | Ask | Check | Goodbye | StatusRequest | LatestRequest | SilenceRequest
 ToClient = Welcome | Refusal | Answer | Status | Latest | SilenceReply
 
+_NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises; the last one for fields nobody asked for that are nested too deeply."""
+
 _encoder = msgspec.msgpack.Encoder()
 _server_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 _client_decoder: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
@@ -224,7 +227,7 @@ def decode_to_server(body: bytes | bytearray | memoryview) -> ToServer:
     """A body as the server reads it; :class:`WireError` when it is none."""
     try:
         return _server_decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except _NO_MESSAGE as error:
         raise WireError(f"not a message of protocol {PROTOCOL}: {error}") from None
 
 
@@ -232,7 +235,7 @@ def decode_to_client(body: bytes | bytearray | memoryview) -> ToClient:
     """A body as the client reads it; :class:`WireError` when it is none."""
     try:
         return _client_decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except _NO_MESSAGE as error:
         raise WireError(f"not a message of protocol {PROTOCOL}: {error}") from None
 
 

@@ -10,10 +10,12 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_STEP
 from esper_otel.leyline.metrics import BY_INSTRUMENT, INSTANCE_ID, RANK, RUN_ID, SEED_ID
 from esper_otel.leyline.otlp_file import RecordingError, framed
 from esper_otel.leyline.otlp_file import bodies as bodies_in
@@ -131,7 +133,8 @@ _Values = dict[str, float]
 def read_frames(path: Path) -> Iterator[StepFrame]:
     """The step frames of a metrics recording, in order of writing.
 
-    Metrics that are not in the registry are passed over. Raises
+    Metrics that are not in the registry are passed over, and so are values that are no numbers
+    and steps without a number that a step may have. Raises
     :class:`~esper_otel.leyline.otlp_file.RecordingError` where the file turns bad.
     """
     from google.protobuf.message import DecodeError
@@ -159,7 +162,7 @@ def _frames(resource_metrics: ResourceMetrics) -> Iterator[StepFrame]:
         time_unix_nano, seed_id, values = _values(scope_metrics)
         if seed_id is not None:
             seeds.setdefault(time_unix_nano, {})[seed_id] = values
-        elif "step" in values:
+        elif 0 <= values.get("step", -1.0) <= MAX_STEP:
             steps.append((time_unix_nano, values))
     for time_unix_nano, values in steps:
         yield StepFrame(
@@ -183,7 +186,8 @@ def _values(scope_metrics: ScopeMetrics) -> tuple[int, str | None, _Values]:
             continue
         for point in metric.gauge.data_points:
             time_unix_nano = point.time_unix_nano
-            values[registered.key] = point.as_double
+            if isfinite(point.as_double):
+                values[registered.key] = point.as_double
             for attribute in point.attributes:
                 if attribute.key == SEED_ID:
                     seed_id = attribute.value.string_value
