@@ -41,9 +41,6 @@ class Observed:
         """A decision became the newest of its rank."""
         self.decisions.append(decision)
 
-    def on_end(self, frame: StepFrame) -> None:
-        """A run has ended, which is no decision."""
-
 
 class _KeeperHere(StateKeeper):
     """A keeper whose writer writes when it is told to."""
