@@ -15,7 +15,7 @@ from esper_otel.report import ReportError, write_report
 from ops.stack.programs import CHROMIUM, ROOT, MissingError, find
 
 PICTURE = ROOT / "docs" / "pictures" / "report.png"
-SIZE = {"width": 1600, "height": 1150}
+WIDTH, HEIGHT = 1600, 1150
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def take(runs: list[Path], to: Path) -> None:
         page = Path(folder, "report.html")
         write_report(runs, page)
         browser = playwright.chromium.launch(executable_path=str(program))
-        tab = browser.new_page(viewport=SIZE)
+        tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         tab.goto(page.as_uri())
         tab.wait_for_selector("html[data-drawn=all]", state="attached")
         tab.keyboard.press("n")
