@@ -1,0 +1,98 @@
+"""Runs a training script as ``python`` would, and records it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from esper_otel.commands.common import Subcommands, refuse
+from esper_otel.settings import EsperSettings, Mode, SettingsError
+
+_RUN = """\
+Runs a training script as `python` would, and records it: every optimizer step streams
+out as OpenTelemetry (OTEL_* variables say where to; default http://localhost:4318), and
+a Tamiyo sidecar on this host is asked after each."""
+
+
+def add(commands: Subcommands) -> None:
+    """Describe this command to the parser."""
+    parser = commands.add_parser(
+        "run",
+        help="run a training script, instrumented",
+        description=_RUN,
+        usage="esper-otel run [option ...] (script | -m module | torchrun ...) [argument ...]",
+    )
+    parser.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
+    parser.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
+    parser.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
+    parser.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
+    parser.add_argument("--report", metavar="FILE", help="write a page of the run at its end")
+    parser.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument("--quiet", action="store_true", help="no summary at the end")
+    told.add_argument(
+        "--json", action="store_true", help="the summary as one line of JSON, on stderr"
+    )
+    parser.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="run a module")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="what `python` would be given")
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    script: list[str] = options.script
+    if options.module is not None:
+        script = ["-m", *options.module] if options.module else []
+    if not script:
+        return refuse("run: expected a script, or -m and a module")
+    if options.enforce and options.mode not in (None, "enforce"):
+        return refuse(f"run: --enforce and --mode {options.mode} exclude each other")
+    only_workers = _launches(script)
+    if script[0] == "torchrun" and not Path("torchrun").exists():
+        script = ["-m", "torch.distributed.run", *script[1:]]
+    fault = _fault_of(script[0])
+    if fault:
+        return refuse(f"run: {fault}")
+    environment = {**os.environ, **_variables(options)}
+    try:
+        EsperSettings.read(environment)
+    except SettingsError as error:
+        return refuse(f"run: {error}")
+    from esper_otel.integrations.startup import execute
+
+    return execute(script, environment, only_workers=only_workers)
+
+
+def _launches(script: list[str]) -> bool:
+    """Whether this starts the processes that train, and is none itself."""
+    if script[0] == "-m":
+        return script[1] in ("torch.distributed.run", "torch.distributed.launch")
+    return Path(script[0]).name == "torchrun"
+
+
+def _fault_of(script: str) -> str:
+    """Why ``script`` cannot be run, empty when it can.
+
+    It is a file called train.py and not a module path: -c and - are Python's own.
+    """
+    if script.startswith("-"):
+        return ""
+    path = Path(script)
+    if not path.exists():
+        return f"{path}: no such file"
+    if path.is_dir() and not (path / "__main__.py").exists():
+        return f"{path}: a folder without __main__.py"
+    return ""
+
+
+def _variables(options: argparse.Namespace) -> dict[str, str]:
+    """The settings that options of the command give, as environment variables."""
+    given = {
+        "ESPER_MODE": "enforce" if options.enforce else options.mode,
+        "ESPER_TAMIYO_SOCKET": options.socket,
+        "ESPER_RECORDING_DIR": options.record,
+        "ESPER_RUN_ID": options.run_id,
+        "ESPER_REPORT": options.report and str(Path(options.report).absolute()),
+        "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
