@@ -144,7 +144,7 @@ def test_what_cannot_be_written_down_ends_nothing_and_is_said_once(caplog):
     engine = Engine(load("default"), observer=reporter.decision_log)
     for step in (12, 13, 13, 14):
         engine.observe(frame(step, nonfinite=1.0))
-        reporter.write_down(engine.table, dict)
+        reporter.write_down(engine.table, lambda: iter([{}]))
     engine.observe(frame(13, instance="two", nonfinite=1.0))
     reporter.write_down(engine.table, lambda: 1 / 0)
     kinds = {type(each).__name__ for each in scribe.sent if getattr(each, "step", 0) == 14}
@@ -152,3 +152,44 @@ def test_what_cannot_be_written_down_ends_nothing_and_is_said_once(caplog):
     failed = reporter.status()["recording_failed"]
     assert failed >= 2
     assert 1 <= len(caplog.records) <= 2
+
+
+def test_a_heartbeat_is_gathered_over_turns_between_which_asks_are_answered():
+    from esper_tamiyo.judging.engine import Engine
+    from esper_tamiyo.language.table_file import load
+    from sidecar.frames_made import frame
+
+    scribe = FailingScribe()
+    reporter = Reporter(scribe)
+    engine = Engine(load("default"), observer=reporter.decision_log)
+    for run in range(5):
+        engine.observe(frame(1, run=f"run-{run}"))
+
+    def turns_until_it_is_sent():
+        turns = 0
+        while not [each for each in scribe.sent if type(each).__name__ == "Heartbeat"]:
+            engine.observe(frame(turns + 2, run="run-0"))
+            engine.observe(frame(1, run=f"other-{turns}"))
+            reporter.write_down(engine.table, lambda: engine.overview_in_parts(None, 2))
+            assert reporter.due_in() == 0.0 or turns == 3
+            turns += 1
+        return turns
+
+    assert turns_until_it_is_sent() == 4
+    (beat,) = [each for each in scribe.sent if type(each).__name__ == "Heartbeat"]
+    names = {rank["run"] for rank in beat.report["runs"]}
+    assert names == {*(f"run-{run}" for run in range(5)), "other-0"}
+
+
+def test_an_overview_in_parts_is_the_overview():
+    from esper_tamiyo.judging.engine import Engine
+    from esper_tamiyo.language.table_file import load
+    from sidecar.frames_made import frame
+
+    engine = Engine(load("default"))
+    for run in range(7):
+        engine.observe(frame(1, run=f"run-{run}", nonfinite=float(run % 2)))
+    *parts, whole = engine.overview_in_parts(10**12, 3)
+    assert parts == [None, None, None]
+    assert whole == engine.overview(10**12)
+    assert sum(whole["states"].values()) == 7

@@ -390,9 +390,9 @@ def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatc
             engine.observe(frame(step, loss=1.0, loss_delta=9.0 if step == 19 else 0.0))
         reporter.decision_log.dropped = 3
         while reporter.decision_log.waiting:
-            reporter.write_down(table, dict)
+            reporter.write_down(table, lambda: iter([{}]))
         now[0] += 3600.0
-        reporter.write_down(table, dict)
+        reporter.write_down(table, lambda: iter([{}]))
         scribe.other.setblocking(False)
         messages = []
         with suppress(BlockingIOError):

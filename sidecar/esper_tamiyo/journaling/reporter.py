@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from esper_tamiyo.journaling.decision_log import DecisionLog
@@ -25,6 +25,10 @@ from esper_tamiyo.journaling.scribe_child import ScribeChild
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
+
+StatusInParts = Callable[[], Iterator[dict[str, Any] | None]]
+"""Gathers how things are: None for each part of the work that one turn has time for, and what
+came of it last."""
 
 MAX_FAILURES_TOLD = 16
 """Kinds of failure that are said, each of them once."""
@@ -51,6 +55,8 @@ class Reporter:
         self._began_unix_nano = time.time_ns()
         self._beat = 0
         self._heartbeat_at = 0.0
+        self._gathering: Iterator[dict[str, Any] | None] | None = None
+        """How things are, while that is gathered for a heartbeat."""
         self._table: Table | None = None
         self._accounted = 0
         self._failed = 0
@@ -90,11 +96,11 @@ class Reporter:
 
         The heartbeat goes with the server's tick.
         """
-        if self.decision_log.waiting:
+        if self.decision_log.waiting or self._gathering is not None:
             return 0.0
         return None if self._scribe is None else self._scribe.due_in()
 
-    def write_down(self, table: Table, status: Callable[[], dict[str, Any]]) -> None:
+    def write_down(self, table: Table, status: StatusInParts) -> None:
         """Write down some of what was heard; once a second say how things are.
 
         Never raises: what cannot be written down is counted, and said once for each kind.
@@ -102,9 +108,10 @@ class Reporter:
         try:
             self._write_down(table, status)
         except Exception as error:
+            self._gathering = None
             self._note_failure(error)
 
-    def _write_down(self, table: Table, status: Callable[[], dict[str, Any]]) -> None:
+    def _write_down(self, table: Table, status: StatusInParts) -> None:
         now_s = time.monotonic()
         log = self.decision_log
         entries = log.make_entries(WRITTEN_PER_TURN, now_s) if log.waiting else []
@@ -121,8 +128,13 @@ class Reporter:
             self._send(scribe, [*entries])
         if now_s >= self._heartbeat_at:
             self._heartbeat_at = now_s + HEARTBEAT_S
-            self._send_gap(scribe)
-            self._send(scribe, [*log.expire(now_s), self._heartbeat(status())])
+            self._gathering = status()
+        if self._gathering is not None:
+            whole = next(self._gathering)
+            if whole is not None:
+                self._gathering = None
+                self._send_gap(scribe)
+                self._send(scribe, [*log.expire(now_s), self._heartbeat(whole)])
 
     def close(self) -> None:
         """Write down the rest and let the scribe end."""

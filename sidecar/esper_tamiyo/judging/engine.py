@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from esper_otel.leyline.decisions import (
@@ -31,7 +32,7 @@ from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.admission import RefusalReason, fault_of
 from esper_tamiyo.judging.deciding import Fired, decide, decide_update
-from esper_tamiyo.judging.liveness import Key, overview
+from esper_tamiyo.judging.liveness import Key, RankCensus
 from esper_tamiyo.judging.observer import EngineObserver, Observed
 from esper_tamiyo.judging.roster import STATE_BYTES, Roster
 from esper_tamiyo.judging.rule_status import RuleTransition
@@ -253,12 +254,25 @@ class Engine:
         return state.decision if state else None
 
     def overview(self, now_ns: int | None = None) -> dict[str, Any]:
-        """What it has seen, as plain data: counts, and some of the ranks.
+        """Counts of what it has seen, and some of the ranks, as plain data.
 
         With ``now_ns``, by the clock of :meth:`tick`, each rank's ``state`` is a
         :class:`~esper_tamiyo.judging.liveness.RankState`.
         """
-        return {
+        *_, whole = self.overview_in_parts(now_ns, len(self._runs) + 1)
+        return whole or {}
+
+    def overview_in_parts(
+        self, now_ns: int | None, ranks_at_once: int
+    ) -> Iterator[dict[str, Any] | None]:
+        """The overview last, and None after so many ranks each: an ask may come between."""
+        census = RankCensus(now_ns)
+        ranks = list(reversed(self._runs.items()))
+        for first in range(0, len(ranks), ranks_at_once):
+            for key, state in ranks[first : first + ranks_at_once]:
+                census.count(key, state)
+            yield None
+        yield {
             "frames": {**self._counts, "runs_forgotten": self.roster.forgotten},
             "refused": dict(self._refused),
             **self.roster.overview(),
@@ -266,7 +280,7 @@ class Engine:
             "silences": self._silences.overview(
                 self.roster.newest_steps() if self._silences.used else {}
             ),
-            **overview(reversed(self._runs.items()), now_ns),
+            **census.result(),
         }
 
     def _observe(

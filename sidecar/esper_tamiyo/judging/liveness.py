@@ -10,7 +10,6 @@ late.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -138,42 +137,55 @@ def rank_state(state: RunState, now_ns: int | None) -> RankState:
     return RankState.STALE if is_stale else RankState.HEALTHY
 
 
-def overview(ranks: Iterable[tuple[Key, RunState]], now_ns: int | None) -> dict[str, Any]:
-    """How all ranks are doing, as plain data.
+class RankCensus:
+    """How ranks are doing, gathered rank by rank; without ``now_ns`` none is stale."""
 
-    ``states``, ``rules`` and ``conservative`` are counts over every one; of those that have
-    ended rules and conservative mode count no more. ``runs`` are some of them in detail:
-    first those that are stale, then those that failed, those for which a rule acts and those
-    that finished last, each in the order of ``ranks``. Without ``now_ns`` none is stale.
-    """
-    states: Counter[str] = Counter()
-    rules: Counter[tuple[str, str]] = Counter()
-    conservative = 0
-    stale: list[tuple[Key, RunState]] = []
-    failed: list[tuple[Key, RunState]] = []
-    acting: list[tuple[Key, RunState]] = []
-    others: list[tuple[Key, RunState]] = []
-    finished: list[tuple[Key, RunState]] = []
-    places = {RankState.STALE: stale, RankState.FAILED: failed, RankState.FINISHED: finished}
-    for key, state in ranks:
-        how = rank_state(state, now_ns)
-        states[how.value] += 1
-        conservative += state.conservative and how not in ENDED
+    def __init__(self, now_ns: int | None) -> None:
+        self._now_ns = now_ns
+        self._states: Counter[str] = Counter()
+        self._rules: Counter[tuple[str, str]] = Counter()
+        self._conservative = 0
+        # In the order in which they are told of.
+        self._stale: list[tuple[Key, RunState]] = []
+        self._failed: list[tuple[Key, RunState]] = []
+        self._acting: list[tuple[Key, RunState]] = []
+        self._others: list[tuple[Key, RunState]] = []
+        self._finished: list[tuple[Key, RunState]] = []
+
+    def count(self, key: Key, state: RunState) -> None:
+        """One more rank."""
+        how = rank_state(state, self._now_ns)
+        self._states[how.value] += 1
+        self._conservative += state.conservative and how not in ENDED
         for rule in _rules(state, how):
-            rules[str(rule["rule"]), str(rule["state"])] += 1
-        places.get(how, acting if state.acting else others).append((key, state))
-    return {
-        "states": {} if now_ns is None else dict(states),
-        "rules": [
-            {"rule": rule, "state": state, "count": count}
-            for (rule, state), count in sorted(rules.items())
-        ],
-        "conservative": conservative,
-        "runs": [
-            _detail(key, state, now_ns)
-            for key, state in [*stale, *failed, *acting, *others, *finished][:TOLD_RANKS]
-        ],
-    }
+            self._rules[str(rule["rule"]), str(rule["state"])] += 1
+        if how is RankState.STALE:
+            self._stale.append((key, state))
+        elif how is RankState.FAILED:
+            self._failed.append((key, state))
+        elif how is RankState.FINISHED:
+            self._finished.append((key, state))
+        else:
+            (self._acting if state.acting else self._others).append((key, state))
+
+    def result(self) -> dict[str, Any]:
+        """As plain data.
+
+        ``states``, ``rules`` and ``conservative`` are counts over every rank; of those that
+        have ended rules and conservative mode count no more. ``runs`` are some ranks in
+        detail: first those that are stale, then those that failed, those for which a rule
+        acts and those that finished last, each in the order in which they were counted.
+        """
+        told = [*self._stale, *self._failed, *self._acting, *self._others, *self._finished]
+        return {
+            "states": {} if self._now_ns is None else dict(self._states),
+            "rules": [
+                {"rule": rule, "state": state, "count": count}
+                for (rule, state), count in sorted(self._rules.items())
+            ],
+            "conservative": self._conservative,
+            "runs": [_detail(key, state, self._now_ns) for key, state in told[:TOLD_RANKS]],
+        }
 
 
 def _rules(state: RunState, how: RankState) -> list[dict[str, str | int]]:
