@@ -31,6 +31,7 @@ KEPT = Path(".hypothesis") / "fuzz"
 
 _ALL = settings(
     deadline=None,
+    derandomize=False,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
     report_multiple_bugs=False,
