@@ -88,7 +88,7 @@ def agreed(proposal) -> Decision:
 
 def host(seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
-        # Where there may be a GPU `torch.manual_seed` also keeps the stack of its caller, as text.
+        # With a CUDA build `torch.manual_seed` also keeps the caller's stack, as text.
         torch.default_generator.manual_seed(seed)
         return nn.Sequential(
             nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)
