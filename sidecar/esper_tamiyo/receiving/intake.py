@@ -33,6 +33,7 @@ from esper_tamiyo.receiving.otlp_frames import (
     SEEDS,
     TIME,
     Harvest,
+    Known,
     TooMuchError,
     gather,
 )
@@ -149,6 +150,7 @@ class Intake:
         self._held = 0
         self._coming: dict[Place, None] = {}
         self._staleness = StalenessFilter()
+        self._known = Known()
         self._failures: Counter[str] = Counter()
 
     @property
@@ -271,7 +273,7 @@ class Intake:
         """Others have the loop between the pieces of a request: most of all the heartbeat."""
         harvest = Harvest.of_request()
         try:
-            for _ in gather(data, harvest, self._staleness.is_old):
+            for _ in gather(data, harvest, self._staleness.is_old, self._known):
                 await asyncio.sleep(0)
         except (DecodeError, OutlineError) as error:
             raise self.malformed(f"not an ExportMetricsServiceRequest: {error}") from None

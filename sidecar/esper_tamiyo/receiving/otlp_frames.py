@@ -7,15 +7,13 @@ costs about 5 µs each, so metrics are told apart by name before a point is touc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 
 import msgspec
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, ResourceMetrics
 
@@ -23,7 +21,6 @@ from esper_otel.leyline.endings import run_end
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import (
     MAX_NAME,
-    MAX_RANK,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
 )
@@ -31,16 +28,20 @@ from esper_otel.leyline.metrics import (
     BY_INSTRUMENT,
     EXCEPTION_TYPE,
     HOW_ENDED,
-    INSTANCE_ID,
-    RANK,
     RUN_ENDED,
-    RUN_ID,
     SEED_ID,
 )
 from esper_tamiyo.receiving.moments import Identity, Moment
-from esper_tamiyo.receiving.pieces import PAUSE, PIECE, head_of, metrics_of, resources_of
-
-SERVICE_NAME = "service.name"
+from esper_tamiyo.receiving.pieces import (
+    PAUSE,
+    PIECE,
+    OutlineError,
+    metrics_of,
+    outline_of,
+    resources_of,
+)
+from esper_tamiyo.receiving.points import identity_of, number_points, text_of, value_of
+from esper_tamiyo.receiving.shapes import KnownShapes, Read
 
 MAX_STEPS = 16_384
 """Steps that are taken of one request; of those of our own sender it has 256 at most."""
@@ -52,6 +53,9 @@ MAX_RESOURCES = 4096
 MAX_WALKED = 1 << 18
 """Most resources, and metrics with data points of no use to us, that a request may have: its
 bytes bound the others."""
+
+MAX_HEADS, MAX_HEAD = 2048, 1024
+"""Resources that are known again by their bytes, and most bytes of one."""
 
 NO_STEP, NAME, TIME, SEEDS, AMOUNT = "no_step", "name", "time", "seeds", "amount"
 """Why points of ours cannot be used: no number, seed_id or step at their time; a name (or rank)
@@ -113,40 +117,129 @@ def frames_of(
     return harvest
 
 
+class Known:
+    """What is known from requests before: shapes, and who sent them. Its memory is bounded."""
+
+    def __init__(self) -> None:
+        self.shapes = KnownShapes()
+        self._identities: dict[bytes, Identity] = {}
+
+    def identity(self, head: bytes) -> Identity:
+        """Whose the points behind these bytes are; raises ``DecodeError``."""
+        whose = self._identities.get(head)
+        if whose is None:
+            whose = identity_of(ResourceMetrics.FromString(head))
+            if len(head) <= MAX_HEAD:
+                if len(self._identities) >= MAX_HEADS:
+                    self._identities.clear()
+                self._identities[head] = whose
+        return whose
+
+
 def gather(
-    data: bytes, harvest: Harvest, is_old: Callable[[Identity, int], bool] = _never
+    data: bytes,
+    harvest: Harvest,
+    is_old: Callable[[Identity, int], bool] = _never,
+    known: Known | None = None,
 ) -> Iterator[None]:
     """As :func:`frames_of`, of a request that is not parsed yet, a piece at a time.
 
     Yields between pieces, so that whoever calls can look after other things. Raises
     ``OutlineError`` and ``DecodeError`` for what is no request, and :class:`TooMuchError`.
+    ``known`` is what earlier requests have taught, and is taught by this one.
     """
-    walked = 0
+    known = known or Known()
+    known.shapes.begin_request()
+    since = 0
     for count, (begin, end) in enumerate(resources_of(data), 1):
         if count > MAX_RESOURCES:
             raise TooMuchError(f"a request may have {MAX_RESOURCES} resources")
-        walked += end - begin
-        if walked > PIECE:
-            walked = 0
+        if end - since > PIECE:
+            since = begin
             yield
-        if end - begin <= PIECE:
+        moments: dict[int, Moment] = {}
+        try:
+            head, scopes = outline_of(data, begin, end)
+        except OutlineError:
+            if end - begin > PIECE:
+                raise
+            # The official classes know fields that an outline does not.
             group = ResourceMetrics.FromString(data[begin:end])
             whose: Identity | None = identity_of(group)
-            pieces: Iterable[Sequence[OtlpMetric]] = (
-                scope.metrics for scope in group.scope_metrics
-            )
+            for scope in group.scope_metrics:
+                _take(scope.metrics, moments, harvest)
         else:
-            head = head_of(data, begin, end)
-            whose = None if head is None else identity_of(head)
-            pieces = metrics_of(data, begin, end)
-        moments: dict[int, Moment] = {}
-        for metrics in pieces:
-            _take(metrics, moments, harvest)
-            if metrics is PAUSE:
-                yield
-            elif harvest.walked + harvest.foreign + harvest.unusable > MAX_WALKED:
-                raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
+            whose = None if head is None else known.identity(head)
+            yield from _take_scopes(data, (begin, end), scopes, moments, harvest, known.shapes)
         _reap(whose, moments, harvest, is_old)
+
+
+def _take_scopes(
+    data: bytes,
+    within: tuple[int, int],
+    scopes: Sequence[tuple[int, int, int]],
+    moments: dict[int, Moment],
+    harvest: Harvest,
+    shapes: KnownShapes,
+) -> Iterator[None]:
+    """Take the parts of one resource in their order, those of a known shape without parsing."""
+    since, end = within
+    rest = scopes[0][0] if scopes else since
+    for start, body, stop in scopes:
+        read = shapes.read(data, body, stop)
+        if read is not None:
+            yield from _take_rest(data, rest, start, moments, harvest)
+            rest = stop if _take_read(read, moments, harvest) else start
+        if stop - since > PIECE:
+            since = stop
+            yield
+    yield from _take_rest(data, rest, end, moments, harvest)
+
+
+def _take_rest(
+    data: bytes, begin: int, end: int, moments: dict[int, Moment], harvest: Harvest
+) -> Iterator[None]:
+    if begin == end:
+        return
+    for metrics in metrics_of(data, begin, end):
+        if metrics is not PAUSE:
+            _take(metrics, moments, harvest)
+            _bound(harvest)
+        elif end - begin > PIECE:
+            yield
+
+
+def _bound(harvest: Harvest) -> None:
+    if harvest.walked + harvest.foreign + harvest.unusable > MAX_WALKED:
+        raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
+
+
+def _take_read(read: Read, moments: dict[int, Moment], harvest: Harvest) -> bool:
+    """Take the points of a part of a known shape; False, and none is taken, where each has to
+    be looked at: a value is not finite, or a limit is reached."""
+    (groups, metrics), time_unix_nano, values = read
+    moment = moments.get(time_unix_nano)
+    if not isfinite(sum(values)) or (moment is None and harvest.steps_left <= 0):
+        return False
+    seeds = moment.seeds if moment is not None else {}
+    new = [seed_id for seed_id, _, _ in groups if seed_id and seed_id not in seeds]
+    if new and (
+        len(seeds) + len(new) > MAX_SEEDS_PER_FRAME
+        or len(new) > harvest.seeds_left
+        or max(map(len, new)) > MAX_NAME
+    ):
+        return False
+    if moment is None:
+        moment = moments[time_unix_nano] = Moment()
+        harvest.steps_left -= 1
+    harvest.seeds_left -= len(new)
+    for seed_id, keys, pick in groups:
+        into = moment.seeds.setdefault(seed_id, {}) if seed_id else moment.values
+        into.update(zip(keys, values if pick is None else pick(values), strict=True))
+    moment.points += len(values)
+    harvest.walked += metrics + 1
+    _bound(harvest)
+    return True
 
 
 def _reap(
@@ -191,7 +284,7 @@ def _take(metrics: Sequence[OtlpMetric], moments: dict[int, Moment], harvest: Ha
     harvest.walked += len(metrics) + 1
     for metric in metrics:
         known = BY_INSTRUMENT.get(metric.name)
-        points = _number_points(metric) if known else None
+        points = number_points(metric) if known else None
         if metric.name == RUN_ENDED.instrument and metric.HasField("gauge"):
             _take_ends(metric, moments, harvest)
         elif known is None or points is None:
@@ -209,7 +302,7 @@ def _take_step_points(
     harvest: Harvest,
 ) -> None:
     for point in points:
-        value = _value(point)
+        value = value_of(point)
         if value is None:
             harvest.leave_out(NO_STEP)
             continue
@@ -230,7 +323,7 @@ def _take_seed_points(
     harvest: Harvest,
 ) -> None:
     for point in points:
-        value = _value(point)
+        value = value_of(point)
         seed_id = text_of(point.attributes, SEED_ID)
         if value is None or not seed_id:
             harvest.leave_out(NO_STEP)
@@ -252,7 +345,7 @@ def _take_seed_points(
 
 def _take_ends(metric: OtlpMetric, moments: dict[int, Moment], harvest: Harvest) -> None:
     for point in metric.gauge.data_points:
-        step, how = _value(point), text_of(point.attributes, HOW_ENDED)
+        step, how = value_of(point), text_of(point.attributes, HOW_ENDED)
         end = run_end(how, text_of(point.attributes, EXCEPTION_TYPE))
         if end is None or step is None or not 0 <= step <= MAX_STEP or step != int(step):
             harvest.leave_out(NO_STEP)
@@ -289,61 +382,9 @@ def _seed_at(moment: Moment, seed_id: str, harvest: Harvest) -> dict[str, float]
     return None
 
 
-def _number_points(metric: OtlpMetric) -> Sequence[NumberDataPoint] | None:
-    kind = metric.WhichOneof("data")
-    if kind == "gauge":
-        return metric.gauge.data_points
-    if kind == "sum":
-        return metric.sum.data_points
-    return None
-
-
 def _point_count(metric: OtlpMetric) -> int:
     kind = metric.WhichOneof("data")
     return len(getattr(metric, kind).data_points) if kind else 0
-
-
-def _value(point: NumberDataPoint) -> float | None:
-    # What is not zero has been set; asking which of the two it is costs four times as much.
-    if number := point.as_double:
-        return number
-    kind = point.WhichOneof("value")
-    if kind == "as_double":
-        return point.as_double
-    return float(point.as_int) if kind == "as_int" else None
-
-
-def identity_of(group: ResourceMetrics | ResourceLogs) -> Identity:
-    """Whose it is; the service's name stands in for a missing run."""
-    attributes = group.resource.attributes
-    run = text_of(attributes, RUN_ID) or text_of(attributes, SERVICE_NAME)
-    return Identity(run, _rank(text_of(attributes, RANK)), text_of(attributes, INSTANCE_ID))
-
-
-def _rank(text: str) -> int:
-    """The rank that a resource says, 0 when it says none, below 0 for a number beyond any."""
-    if not (
-        text.isascii() and text.isdecimal()
-    ):  # the latter alone knows every script's digits
-        return 0
-    return rank if len(text) <= 10 and (rank := int(text)) <= MAX_RANK else -1
-
-
-def text_of(attributes: Iterable[KeyValue], key: str) -> str:
-    """The attribute as text, empty when it is missing or neither text nor a whole number."""
-    for attribute in attributes:
-        if attribute.key == key:
-            return _text(attribute.value)
-    return ""
-
-
-def _text(value: AnyValue) -> str:
-    if text := value.string_value:
-        return text
-    kind = value.WhichOneof("value")
-    if kind == "string_value":
-        return value.string_value
-    return str(value.int_value) if kind == "int_value" else ""
 
 
 def _step(frame: StepFrame) -> int:

@@ -17,6 +17,9 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, ResourceMetrics, 
 PIECE = 64 * 1024
 """Most bytes that are parsed at once."""
 
+MAX_SCOPES = 16_384
+"""Parts of one resource that are told apart: as many as steps are taken of a request."""
+
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 _FIRST = 1 << 3 | _LENGTH
@@ -41,21 +44,31 @@ class OutlineError(ValueError):
 def resources_of(data: bytes) -> Iterator[tuple[int, int]]:
     """Where each ``ResourceMetrics`` of a request begins and ends; raises
     :class:`OutlineError`."""
-    for key, _, body, stop in _fields(data, 0, len(data)):
+    for key, _, body, stop in fields_of(data, 0, len(data)):
         if key == _FIRST:
             yield body, stop
 
 
-def head_of(data: bytes, begin: int, end: int) -> ResourceMetrics | None:
-    """Whose metrics lie from ``begin`` to ``end``, without these; None if that has more than
-    :data:`PIECE` bytes. Raises :class:`OutlineError` and ``DecodeError``."""
-    head = bytearray()
-    for key, start, _, stop in _fields(data, begin, end):
-        if key == _FIRST:
-            if len(head) + stop - start > PIECE:
-                return None
-            head += data[start:stop]
-    return ResourceMetrics.FromString(bytes(head))
+def outline_of(
+    data: bytes, begin: int, end: int
+) -> tuple[bytes | None, list[tuple[int, int, int]]]:
+    """What a ``ResourceMetrics`` from ``begin`` to ``end`` is made of.
+
+    The bytes that say whose it is, None if these are more than :data:`PIECE`; and of each
+    ``ScopeMetrics`` where it begins, where its body does, and where it ends, but of none where
+    there are more than :data:`MAX_SCOPES`. Raises :class:`OutlineError`.
+    """
+    head: bytes | None = b""
+    scopes = []
+    count = 0
+    for key, start, body, stop in fields_of(data, begin, end):
+        if key == _SECOND:
+            count += 1
+            if count <= MAX_SCOPES:
+                scopes.append((start, body, stop))
+        elif key == _FIRST and head is not None:
+            head = head + data[start:stop] if len(head) + stop - start <= PIECE else None
+    return head, scopes if count <= MAX_SCOPES else []
 
 
 def metrics_of(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
@@ -88,10 +101,10 @@ def _metrics_of_scope(data: bytes, begin: int, end: int) -> Iterator[Sequence[Me
 def _parts_of_metric(data: bytes, begin: int, end: int) -> Iterator[Metric]:
     """One ``Metric`` that is large as several of that name, each with some of its points."""
     name = b""
-    for key, start, _, stop in _fields(data, begin, end):
+    for key, start, _, stop in fields_of(data, begin, end):
         if key == _FIRST:
             name = data[start:stop] if stop - start <= PIECE else b""
-    for key, _, body, stop in _fields(data, begin, end):
+    for key, _, body, stop in fields_of(data, begin, end):
         if key not in _DATA:
             continue
         for first, _, last in _runs(data, body, stop, _FIRST):
@@ -109,7 +122,7 @@ def _runs(data: bytes, begin: int, end: int, large: int) -> Iterator[tuple[int, 
         yield begin, begin, end
         return
     start = begin
-    for key, at, body, stop in _fields(data, begin, end):
+    for key, at, body, stop in fields_of(data, begin, end):
         if stop - start <= PIECE:
             continue
         if at > start:
@@ -123,7 +136,7 @@ def _runs(data: bytes, begin: int, end: int, large: int) -> Iterator[tuple[int, 
         yield start, start, end
 
 
-def _fields(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def fields_of(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Each field of a message: its key, where it begins, where its body does, where it ends."""
     at = begin
     while at < end:

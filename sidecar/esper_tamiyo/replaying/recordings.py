@@ -26,7 +26,8 @@ from esper_otel.leyline.otlp_file import RecordingError
 from esper_otel.leyline.otlp_files import Kind, requests
 from esper_otel.leyline.terminal import printable
 from esper_tamiyo.receiving.moments import Identity, Moment
-from esper_tamiyo.receiving.otlp_frames import Harvest, identity_of, moments_of, text_of
+from esper_tamiyo.receiving.otlp_frames import Harvest, moments_of
+from esper_tamiyo.receiving.points import identity_of, text_of
 
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"
 """Endings of our own files, which say what is in them."""
