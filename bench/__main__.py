@@ -34,6 +34,7 @@ BENCHES = (
     "killed_sidecar",
     "floods",
     "answers_under_load",
+    "reading",
     "ingest",
     "reloading",
     "restarts",
