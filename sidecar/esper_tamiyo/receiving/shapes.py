@@ -47,7 +47,7 @@ _DOUBLE, _INT = 4 << 3 | 1, 6 << 3 | 1
 _CODES = {_TIME: "Q", _DOUBLE: "d", _INT: "q"}
 
 
-class Group(NamedTuple):
+class ValuesOf(NamedTuple):
     """Values of the step, for which ``seed_id`` is empty, or of one seed."""
 
     seed_id: str
@@ -59,7 +59,7 @@ class Group(NamedTuple):
 class Shape(NamedTuple):
     """What the values of a part are, when its times and values are left out."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[ValuesOf, ...]
     metrics: int
 
 
@@ -71,7 +71,7 @@ class Read(NamedTuple):
     values: Sequence[float]
 
 
-class _Layout:
+class _Holes:
     """Where the holes of a part lie, and the shapes that have them there."""
 
     __slots__ = ("fixed", "has_ints", "holes", "shapes", "times", "values")
@@ -95,7 +95,7 @@ class KnownShapes:
     """Shapes of parts that came before; their memory is bounded."""
 
     def __init__(self) -> None:
-        self._layouts: dict[int, list[_Layout]] = {}
+        self._layouts: dict[int, list[_Holes]] = {}
         self._missed: dict[int, int] = {}
         """By length: parts that are not known yet."""
         self._failed: dict[int, int] = {}
@@ -155,7 +155,7 @@ class KnownShapes:
             self._layouts.clear()
             self._bytes = 0
         layouts = self._layouts.setdefault(len(part), [])
-        layout = _Layout(len(part), holes)
+        layout = _Holes(len(part), holes)
         for other in layouts:
             if other.holes.format == layout.holes.format:
                 layout = other
@@ -189,7 +189,7 @@ def shape_of(part: bytes) -> Shape | None:
             group[known.key] = count
             count += 1
     groups = tuple(
-        Group(seed_id, tuple(group), None if len(columns) == 1 else _picker(group.values()))
+        ValuesOf(seed_id, tuple(group), None if len(columns) == 1 else _picker(group.values()))
         for seed_id, group in columns.items()
     )
     return Shape(groups, len(metrics)) if count else None
