@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_otel.leyline.protobuf import FieldError
 from esper_otel.report.columns import ColumnReader, Producer
-from esper_otel.report.layouts import FieldError, Layout, attribute, fields
+from esper_otel.report.layouts import Layout, attribute, fields
 from esper_otel.report.trainers import CLOCK, TrainerCurves
 from report.made import STEP_NS, frames
 from sidecar.frames_made import otlp_of, put

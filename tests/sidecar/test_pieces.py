@@ -9,6 +9,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
+from esper_otel.leyline.protobuf import FieldError, as_varint
 from esper_tamiyo.receiving import otlp_frames, pieces
 from esper_tamiyo.receiving.otlp_frames import (
     AMOUNT,
@@ -24,7 +25,6 @@ from esper_tamiyo.receiving.otlp_frames import (
     frames_of,
     gather,
 )
-from esper_tamiyo.receiving.pieces import OutlineError
 from sidecar.frames_made import add_point, frame, otlp_of, put, runs
 
 
@@ -65,7 +65,7 @@ def test_cut_anywhere_it_says_the_same(frames, piece):
 def test_what_is_no_request_is_said_to_be_none(data):
     try:
         harvest, _ = gathered(data)
-    except (DecodeError, OutlineError):
+    except (DecodeError, FieldError):
         return
     assert harvest.frames == []
 
@@ -77,7 +77,7 @@ def test_a_request_with_a_wrong_byte_is_refused_or_taken_and_nothing_else(frames
     body[place] = data.draw(st.integers(0, 255))
     try:
         gathered(bytes(body))
-    except (DecodeError, OutlineError):
+    except (DecodeError, FieldError):
         with pytest.raises(DecodeError):
             of_one_piece(bytes(body))
 
@@ -190,7 +190,7 @@ def test_of_too_many_seeds_in_a_request_the_first_are_taken(monkeypatch):
     "data",
     [
         b"\x0a\x00" * (MAX_RESOURCES + 1),
-        b"\x0a" + pieces._as_varint(2 * MAX_WALKED + 4) + b"\x12\x00" * (MAX_WALKED + 2),
+        b"\x0a" + as_varint(2 * MAX_WALKED + 4) + b"\x12\x00" * (MAX_WALKED + 2),
     ],
     ids=["resources", "scopes"],
 )

@@ -15,10 +15,10 @@ import psutil
 import pytest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
+from esper_otel.leyline.protobuf import as_varint
 from esper_tamiyo.receiving.grpc_receiver import MAX_MESSAGE
 from esper_tamiyo.receiving.ingest_child import MEMORY_MB
 from esper_tamiyo.receiving.intake import MAX_HELD, MAX_REQUEST
-from esper_tamiyo.receiving.pieces import _as_varint
 from sidecar.frames_made import frame, otlp_of
 from sidecar.running import is_alive, sidecar, tamiyo, until
 from sidecar.test_receiving import PROTOBUF, export, post
@@ -28,7 +28,7 @@ ROOM = MAX_REQUEST - 200
 
 
 def field(number, body):
-    return _as_varint(number << 3 | 2) + _as_varint(len(body)) + body
+    return as_varint(number << 3 | 2) + as_varint(len(body)) + body
 
 
 def of_metric(name, points):

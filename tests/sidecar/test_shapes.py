@@ -12,9 +12,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.metrics import BY_KEY, SEED_ID, SEED_KEYS
+from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving import otlp_frames, shapes
 from esper_tamiyo.receiving.otlp_frames import Harvest, Known, frames_of, gather
-from esper_tamiyo.receiving.pieces import OutlineError
 from sidecar.frames_made import frame, otlp_of, put, runs
 
 KEYS = ("step", "loss", "gradient_norm", *SEED_KEYS[:2])
@@ -104,7 +104,7 @@ def test_a_wrong_byte_is_seen_where_the_shape_is_known(frames, data):
     try:
         for _ in gather(bytes(body), harvest, known=known):
             pass
-    except (DecodeError, OutlineError):
+    except (DecodeError, FieldError):
         with pytest.raises(DecodeError):
             frames_of(ExportMetricsServiceRequest.FromString(bytes(body)))
     else:

@@ -24,6 +24,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME
+from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving.credentials import BearerAuth
 from esper_tamiyo.receiving.otlp_frames import (
     AMOUNT,
@@ -37,7 +38,6 @@ from esper_tamiyo.receiving.otlp_frames import (
     TooMuchError,
     gather,
 )
-from esper_tamiyo.receiving.pieces import OutlineError
 from esper_tamiyo.receiving.pipe import IngestCounts, pack
 from esper_tamiyo.receiving.staleness import StalenessFilter
 
@@ -275,7 +275,7 @@ class Intake:
         try:
             for _ in gather(data, harvest, self._staleness.is_old, self._known):
                 await asyncio.sleep(0)
-        except (DecodeError, OutlineError) as error:
+        except (DecodeError, FieldError) as error:
             raise self.malformed(f"not an ExportMetricsServiceRequest: {error}") from None
         except TooMuchError as error:
             raise self.too_large(str(error)) from None

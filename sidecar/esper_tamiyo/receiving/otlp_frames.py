@@ -32,11 +32,11 @@ from esper_otel.leyline.metrics import (
     RUN_ENDED,
     SEED_ID,
 )
+from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving.moments import Identity, Moment
 from esper_tamiyo.receiving.pieces import (
     PAUSE,
     PIECE,
-    OutlineError,
     metrics_of,
     outline_of,
     resources_of,
@@ -146,7 +146,7 @@ def gather(
     """As :func:`frames_of`, of a request that is not parsed yet, a piece at a time.
 
     Yields between pieces, so that whoever calls can look after other things. Raises
-    ``OutlineError`` and ``DecodeError`` for what is no request, and :class:`TooMuchError`.
+    ``FieldError`` and ``DecodeError`` for what is no request, and :class:`TooMuchError`.
     ``known`` is what earlier requests have taught, and is taught by this one.
     """
     known = known or Known()
@@ -161,7 +161,7 @@ def gather(
         moments: dict[int, Moment] = {}
         try:
             head, scopes = outline_of(data, begin, end)
-        except OutlineError:
+        except FieldError:
             if end - begin > PIECE:
                 raise
             # The official classes know fields that an outline does not.

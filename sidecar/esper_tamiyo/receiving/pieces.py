@@ -14,20 +14,20 @@ from collections.abc import Iterator, Sequence
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, ResourceMetrics, ScopeMetrics
 
+from esper_otel.leyline.protobuf import LENGTH, as_varint, fields_of
+
 PIECE = 64 * 1024
 """Most bytes that are parsed at once."""
 
 MAX_SCOPES = 16_384
 """Parts of one resource that are told apart: as many as steps are taken of a request."""
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-
-_FIRST = 1 << 3 | _LENGTH
+_FIRST = 1 << 3 | LENGTH
 """Key of ``resource_metrics``, ``resource``, ``Metric.name`` and ``data_points``, each in its
 own message."""
-_SECOND = 2 << 3 | _LENGTH
+_SECOND = 2 << 3 | LENGTH
 """Key of ``scope_metrics`` and ``metrics``, each in its own message."""
-_DATA = frozenset(number << 3 | _LENGTH for number in (5, 7, 9, 10, 11))
+_DATA = frozenset(number << 3 | LENGTH for number in (5, 7, 9, 10, 11))
 """Keys of what a metric may hold: gauge, sum and the kinds of histograms."""
 
 PAUSE: Sequence[Metric] = ()
@@ -37,13 +37,9 @@ _EMPTY_POINT = b"\x0a\x00"
 """What stands for a data point that is too large to be looked at: one without a value."""
 
 
-class OutlineError(ValueError):
-    """The bytes are not those of a protobuf message."""
-
-
 def resources_of(data: bytes) -> Iterator[tuple[int, int]]:
     """Where each ``ResourceMetrics`` of a request begins and ends; raises
-    :class:`OutlineError`."""
+    :class:`FieldError`."""
     for key, _, body, stop in fields_of(data, 0, len(data)):
         if key == _FIRST:
             yield body, stop
@@ -56,7 +52,7 @@ def outline_of(
 
     The bytes that say whose it is, None if these are more than :data:`PIECE`; and of each
     ``ScopeMetrics`` where it begins, where its body does, and where it ends, but of none where
-    there are more than :data:`MAX_SCOPES`. Raises :class:`OutlineError`.
+    there are more than :data:`MAX_SCOPES`. Raises :class:`FieldError`.
     """
     head: bytes | None = b""
     scopes = []
@@ -75,7 +71,7 @@ def metrics_of(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
     """The metrics of the ``ResourceMetrics`` from ``begin`` to ``end``, some at a time, with
     :data:`PAUSE` after each piece.
 
-    Raises :class:`OutlineError` and ``DecodeError``.
+    Raises :class:`FieldError` and ``DecodeError``.
     """
     for start, body, stop in _runs(data, begin, end, _SECOND):
         if stop - start <= PIECE:
@@ -109,7 +105,7 @@ def _parts_of_metric(data: bytes, begin: int, end: int) -> Iterator[Metric]:
             continue
         for first, _, last in _runs(data, body, stop, _FIRST):
             points = data[first:last] if last - first <= PIECE else _EMPTY_POINT
-            yield Metric.FromString(name + bytes((key,)) + _as_varint(len(points)) + points)
+            yield Metric.FromString(name + bytes((key,)) + as_varint(len(points)) + points)
 
 
 def _runs(data: bytes, begin: int, end: int, large: int) -> Iterator[tuple[int, int, int]]:
@@ -134,50 +130,3 @@ def _runs(data: bytes, begin: int, end: int, large: int) -> Iterator[tuple[int, 
             start = stop
     if end > start:
         yield start, start, end
-
-
-def fields_of(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Each field of a message: its key, where it begins, where its body does, where it ends."""
-    at = begin
-    while at < end:
-        start = at
-        key = data[at]
-        at += 1
-        if key > 127:
-            key, at = _varint(data, start, end)
-        kind = key & 7
-        if kind == _LENGTH:
-            length, at = _varint(data, at, end)
-            stop = at + length
-        elif kind == _VARINT:
-            stop = _varint(data, at, end)[1]
-        elif kind in (_FIXED64, _FIXED32):
-            stop = at + (8 if kind == _FIXED64 else 4)
-        else:
-            raise OutlineError(f"a field of the unknown kind {kind}")
-        if stop > end or key < 8:
-            raise OutlineError("a field that is longer than its message, or has no number")
-        yield key, start, at, stop
-        at = stop
-
-
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number at a place, and where it ends."""
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-    raise OutlineError("a number that does not end")
-
-
-def _as_varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

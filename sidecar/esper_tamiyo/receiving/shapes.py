@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.leyline.metrics import BY_INSTRUMENT, RUN_ENDED, SEED_ID
-from esper_tamiyo.receiving.pieces import OutlineError, fields_of
+from esper_otel.leyline.protobuf import FieldError, fields_of
 from esper_tamiyo.receiving.points import number_points, text_of
 
 MAX_BYTES = 8 << 20
@@ -146,7 +146,7 @@ class KnownShapes:
         try:
             holes = _holes_of(part)
             shape = shape_of(part)
-        except (OutlineError, DecodeError):
+        except (FieldError, DecodeError):
             return False
         if not holes or shape is None:
             return False
@@ -205,7 +205,7 @@ def _picker(columns: Iterable[int]) -> Callable[[Sequence[float]], Sequence[floa
 
 def _holes_of(part: bytes) -> list[tuple[int, str]]:
     """Where times and values lie, in order, each with its code of :mod:`struct`; empty where
-    some point has not one of each, or they do not alternate. Raises ``OutlineError``."""
+    some point has not one of each, or they do not alternate. Raises ``FieldError``."""
     holes: list[tuple[int, str]] = []
     for key, _, metric, metric_end in fields_of(part, 0, len(part)):
         if key != _METRICS:

@@ -9,15 +9,14 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from esper_otel.leyline.metrics import INSTANCE_ID, RANK, RUN_ID
+from esper_otel.leyline.protobuf import FieldError, varint_at
 from esper_otel.report.layouts import (
     Block,
-    FieldError,
     Layout,
     Rows,
     Times,
     attribute,
     fields,
-    varint,
 )
 
 Attributes = dict[str, str | int | float | bool]
@@ -62,7 +61,7 @@ class ColumnReader:
         """The blocks of one serialised ``ExportMetricsServiceRequest``.
 
         Metrics that are not in the registry are passed over. Raises
-        :class:`~esper_otel.report.layouts.FieldError` for what is no such request.
+        :class:`~esper_otel.leyline.protobuf.FieldError` for what is no such request.
         """
         if not any(word in body for word in _OURS):
             for _ in fields(body, 0, len(body)):
@@ -189,7 +188,7 @@ def _records(body: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]
             yield number if kind == 2 else 0, begin, stop
             start = stop
             continue
-        size, begin = varint(body, start + 1, end)
+        size, begin = varint_at(body, start + 1, end)
         stride = begin - start + size
         if begin + size > end:
             raise FieldError("a field is longer than its message")

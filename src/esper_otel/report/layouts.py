@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.leyline.metrics import BY_INSTRUMENT, SEED_ID, Metric
+from esper_otel.leyline.protobuf import FIXED64, LENGTH, VARINT, fields_of, varint_at
 
 Numbers = npt.NDArray[np.float64]
 Times = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.uint8]
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _METRICS = 2
 """``ScopeMetrics.metrics``."""
@@ -35,45 +34,13 @@ _ALL_EQUAL = 0x0101010101010101
 """Eight bytes that are true."""
 
 
-class FieldError(ValueError):
-    """Bytes that are no protobuf message."""
-
-
 def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """The fields of a message: number, wire type, and from where to where its value lies.
 
-    Raises :class:`FieldError`.
+    Raises :class:`~esper_otel.leyline.protobuf.FieldError`.
     """
-    while start < end:
-        tag, start = varint(data, start, end)
-        kind = tag & 7
-        if kind == _BYTES:
-            size, start = varint(data, start, end)
-        elif kind == _VARINT:
-            size = varint(data, start, end)[1] - start
-        elif kind == _FIXED64:
-            size = 8
-        elif kind == _FIXED32:
-            size = 4
-        else:
-            raise FieldError(f"wire type {kind}")
-        if start + size > end:
-            raise FieldError("a field is longer than its message")
-        yield tag >> 3, kind, start, start + size
-        start += size
-
-
-def varint(data: bytes, start: int, end: int) -> tuple[int, int]:
-    """A number, seven bits a byte, and where it ends; raises :class:`FieldError`."""
-    number = shift = 0
-    while start < end and shift < 64:
-        byte = data[start]
-        start += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, start
-        shift += 7
-    raise FieldError("a number without an end")
+    for key, _, body, stop in fields_of(data, start, end):
+        yield key >> 3, key & 7, body, stop
 
 
 class Column(NamedTuple):
@@ -105,7 +72,7 @@ class Layout:
     """The bytes of one ``ScopeMetrics``, and which of them are times and values."""
 
     def __init__(self, message: bytes) -> None:
-        """Raises :class:`FieldError`."""
+        """Raises :class:`~esper_otel.leyline.protobuf.FieldError`."""
         holes: list[int] = []
         self.columns = list(_columns(message, holes))
         blank = np.frombuffer(message, np.uint8).copy()
@@ -201,7 +168,7 @@ def _values(numbers: npt.NDArray[np.void], places: list[int]) -> Numbers:
 
 def _columns(message: bytes, holes: list[int]) -> Iterator[Column]:
     for number, kind, start, end in fields(message, 0, len(message)):
-        if number == _METRICS and kind == _BYTES:
+        if number == _METRICS and kind == LENGTH:
             yield from _of_metric(message, start, end, holes)
 
 
@@ -209,7 +176,7 @@ def _of_metric(message: bytes, start: int, end: int, holes: list[int]) -> Iterat
     metric: Metric | None = None
     data: list[tuple[int, int]] = []
     for number, kind, begin, stop in fields(message, start, end):
-        if kind != _BYTES:
+        if kind != LENGTH:
             continue
         if number == _NAME:
             metric = BY_INSTRUMENT.get(message[begin:stop].decode(errors="replace"))
@@ -217,7 +184,7 @@ def _of_metric(message: bytes, start: int, end: int, holes: list[int]) -> Iterat
             data.append((begin, stop))
     for begin, stop in data:
         for number, kind, first, last in fields(message, begin, stop):
-            if number == _POINTS and kind == _BYTES:
+            if number == _POINTS and kind == LENGTH:
                 column = _point(message, first, last, holes, metric)
                 if column is not None:
                     yield column
@@ -230,13 +197,13 @@ def _point(
     is_integer = False
     seed: str | None = None
     for number, kind, begin, stop in fields(message, start, end):
-        if kind == _FIXED64 and number in (_START, _TIME, _DOUBLE, _INTEGER):
+        if kind == FIXED64 and number in (_START, _TIME, _DOUBLE, _INTEGER):
             holes.append(begin)
             if number == _TIME:
                 time_at = begin
             elif number != _START:
                 value_at, is_integer = begin, number == _INTEGER
-        elif number == _ATTRIBUTES and kind == _BYTES:
+        elif number == _ATTRIBUTES and kind == LENGTH:
             key, value = attribute(message, begin, stop)
             if key == SEED_ID and isinstance(value, str):
                 seed = value
@@ -251,16 +218,16 @@ def attribute(message: bytes, start: int, end: int) -> tuple[str, str | int | fl
     """Key and value of a ``KeyValue``; "" for values that are lists or maps."""
     key, value = "", b""
     for number, kind, begin, stop in fields(message, start, end):
-        if kind == _BYTES and number == 1:
+        if kind == LENGTH and number == 1:
             key = message[begin:stop].decode(errors="replace")
-        elif kind == _BYTES and number == 2:
+        elif kind == LENGTH and number == 2:
             value = message[begin:stop]
     for number, kind, begin, stop in fields(value, 0, len(value)):
-        if number == 1 and kind == _BYTES:
+        if number == 1 and kind == LENGTH:
             return key, value[begin:stop].decode(errors="replace")
-        if number in (2, 3) and kind == _VARINT:
-            whole = varint(value, begin, stop)[0]
+        if number in (2, 3) and kind == VARINT:
+            whole = varint_at(value, begin, stop)[0]
             return key, bool(whole) if number == 2 else whole - ((whole >> 63) << 64)
-        if number == 4 and kind == _FIXED64:
+        if number == 4 and kind == FIXED64:
             return key, float(np.frombuffer(value, "<f8", 1, begin)[0])
     return key, ""

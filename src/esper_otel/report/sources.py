@@ -22,8 +22,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from esper_otel.leyline.decompression import DamagedError, ZstdMissingError, opened
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, RecordingError
 from esper_otel.leyline.otlp_files import payloads, request_in
+from esper_otel.leyline.protobuf import FieldError
 from esper_otel.report.columns import ColumnReader, Producer
-from esper_otel.report.layouts import FieldError
 from esper_otel.report.rulings import Ledger
 from esper_otel.report.telling import take_journal_line, take_logs, take_traces
 from esper_otel.report.trainers import TrainerCurves

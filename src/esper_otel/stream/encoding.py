@@ -33,6 +33,7 @@ from esper_otel.leyline.metrics import (
     STEP_METRICS,
     Metric,
 )
+from esper_otel.leyline.protobuf import as_varint
 from esper_otel.stream.ring import Frames, Rows, chosen, part, points
 
 SCOPE = "esper_otel"
@@ -118,7 +119,7 @@ class FrameEncoder:
     """
 
     def __init__(self, resource: bytes, max_request: int = MAX_REQUEST) -> None:
-        self._resource = _RESOURCE + varint(len(resource)) + resource
+        self._resource = _RESOURCE + as_varint(len(resource)) + resource
         self._max_request = max_request - len(self._resource) - 16
         self._templates: dict[tuple[bytes, str | None], Template | None] = {}
 
@@ -141,7 +142,7 @@ class FrameEncoder:
         while start < len(steps):
             end = max(bisect_right(sizes, before + self._max_request), start + 1)
             seed_end = ends[end - 1]
-            length = varint(len(self._resource) + sizes[end - 1] - before)
+            length = as_varint(len(self._resource) + sizes[end - 1] - before)
             scopes = [*steps[start:end], *seeds[seed_start:seed_end]]
             yield Encoded(
                 b"".join((_RESOURCE_METRICS, length, self._resource, *scopes)),
@@ -238,13 +239,3 @@ def _places(first: bytes, second: bytes) -> tuple[list[int], list[int]]:
     times = [start for start in starts if first[start : start + 8] == time_mark]
     values = [start for start in starts if first[start : start + 8] == _VALUE_MARKS[0]]
     return times, values
-
-
-def varint(number: int) -> bytes:
-    """A length as protobuf writes it: seven bits a byte, least first."""
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

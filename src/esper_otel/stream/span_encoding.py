@@ -15,7 +15,7 @@ from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
-from esper_otel.stream.encoding import varint
+from esper_otel.leyline.protobuf import as_varint
 
 AttributeValue = str | bool | int | float
 
@@ -167,10 +167,10 @@ def _value(value: AttributeValue) -> bytes:
     if isinstance(value, bool):
         return _TRUE if value else _FALSE
     if isinstance(value, int):
-        return _INT + varint(value & 0xFFFF_FFFF_FFFF_FFFF) if value in _INT64 else b""
+        return _INT + as_varint(value & 0xFFFF_FFFF_FFFF_FFFF) if value in _INT64 else b""
     return _DOUBLE.pack(b"\x21", value)
 
 
 def _sized(tag: bytes, body: bytes) -> bytes:
     """A field of that tag which holds ``body``: a message, text or bytes."""
-    return tag + varint(len(body)) + body
+    return tag + as_varint(len(body)) + body
