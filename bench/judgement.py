@@ -58,8 +58,9 @@ def suite(outcomes: list[Outcome]) -> list[Figure]:
     ]
 
 
-def judged(told: Score, prototype: Score) -> list[Figure]:
-    """The figures of all workloads that have bars, and the prototype's."""
+def judged(told: Score, healthy: Score, prototype: Score) -> list[Figure]:
+    """The figures of all workloads that have bars, and the prototype's; ``healthy`` is the score
+    of the healthy runs among them."""
     return [
         Figure.at_most(
             BENCH,
@@ -88,6 +89,13 @@ def judged(told: Score, prototype: Score) -> list[Figure]:
             told.false_notices,
             "notices",
             bar=FALSE_NOTICES_BAR,
+        ),
+        # What comes before a trouble is the same training for each kind of it, and counts so often.
+        Figure.report(
+            BENCH,
+            f"default, unused half: the same in the {told.healthy_runs} healthy runs alone",
+            healthy.false_notices,
+            "notices",
         ),
         Figure.at_most(
             BENCH,
@@ -215,7 +223,7 @@ def figures() -> list[Figure]:
     told = score(outcomes)
     return [
         *suite(outcomes),
-        *judged(told, score(by_prototype)),
+        *judged(told, score(each for each in outcomes if each.at is None), score(by_prototype)),
         *of_peers(),
         *beside(score(tuning)),
         *of_each_workload(outcomes),
