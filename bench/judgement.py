@@ -59,8 +59,8 @@ def suite(outcomes: list[Outcome]) -> list[Figure]:
 
 
 def judged(told: Score, healthy: Score, prototype: Score) -> list[Figure]:
-    """The figures of all workloads that have bars, and the prototype's; ``healthy`` is the score
-    of the healthy runs among them."""
+    """The figures of all workloads that have bars, and the prototype's; ``healthy`` scores the
+    healthy runs alone."""
     return [
         Figure.at_most(
             BENCH,
@@ -90,7 +90,7 @@ def judged(told: Score, healthy: Score, prototype: Score) -> list[Figure]:
             "notices",
             bar=FALSE_NOTICES_BAR,
         ),
-        # What comes before a trouble is the same training for each kind of it, and counts so often.
+        # What comes before a trouble is the same training for each of its kinds.
         Figure.report(
             BENCH,
             f"default, unused half: the same in the {told.healthy_runs} healthy runs alone",
