@@ -15,7 +15,7 @@ TARGET ?=
 # In the order of their names, or the files with few and long tests would come last, alone.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test fuzz test-deployed bench lint format docs clean collector stack stack-programs
+.PHONY: help demo test fuzz test-deployed test-gpu bench lint format docs clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -33,6 +33,9 @@ fuzz: $(READY)  ## send odd things to every door, MINUTES=6 to each (TARGET=name
 
 test-deployed: $(READY)  ## build what the images hold (takes long), and run the stack's tests on it
 	@$(BIN)/python -m ops.stack as-deployed $(BIN)/python -m pytest tests/ops/stack tests/ops/alerts
+
+test-gpu:  ## check what is promised of a GPU, on one (with PYTHON as it is; installs nothing)
+	@$(PYTHON) -m ops.gpu_check
 
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
 	@$(BIN)/python -m ops.stack build collector

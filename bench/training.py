@@ -33,13 +33,14 @@ BLOCK_EPOCHS = 4
 def sidecar(folder: Path) -> Iterator[dict[str, str]]:
     """A living sidecar; yields the environment that leads a trainer to it."""
     socket = folder / "tamiyo.sock"
-    command = [str(BIN / "tamiyo"), "serve", "--socket", str(socket)]
+    tamiyo = [sys.executable, "-m", "esper_tamiyo.cli"]  # also where only the checkout is
+    command = [*tamiyo, "serve", "--socket", str(socket)]
     command += ["--otlp-http", "127.0.0.1:0", "--otlp-grpc", "127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()
-            status = [str(BIN / "tamiyo"), "status", "--json", "--socket", str(socket)]
+            status = [*tamiyo, "status", "--json", "--socket", str(socket)]
             told = json.loads(subprocess.check_output(status, text=True))
             yield {
                 "ESPER_TAMIYO_SOCKET": str(socket),
