@@ -8,6 +8,7 @@ becomes a problem, in one line; what came before is shown.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from esper_otel.leyline.decompression import DamagedError, ZstdMissingError, ope
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, RecordingError
 from esper_otel.leyline.otlp_files import payloads, request_in
 from esper_otel.report.columns import ColumnReader, Producer
+from esper_otel.report.curves import HELD
 from esper_otel.report.layouts import FieldError
 from esper_otel.report.rulings import Ledger
 from esper_otel.report.telling import take_journal_line, take_logs, take_traces
@@ -50,9 +52,13 @@ OnBytes = Callable[[int], None]
 
 
 class Archive:
-    """All that was read. ``problems`` are for people, one line each."""
+    """All that was read. ``problems`` are for people, one line each.
 
-    def __init__(self) -> None:
+    ``whole``: every point is held (16 bytes each), and none is thinned out.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self._held = sys.maxsize if whole else HELD
         self.trainers: dict[Producer, TrainerCurves] = {}
         self.ledger = Ledger()
         self.problems: list[str] = []
@@ -81,6 +87,8 @@ class Archive:
 
     def _bound_curves(self) -> None:
         """Have all curves together hold no more points than fit."""
+        if self._held > HELD:
+            return
         curves = [c for trainer in self.trainers.values() for c in trainer.curves.values()]
         for curve in curves:
             curve.hold_at_most(max(HELD_OF_ALL // len(curves), FEWEST))
@@ -118,7 +126,7 @@ class Archive:
 
     def _read_file(self, path: Path) -> Iterator[int]:
         before = sum(trainer.rows for trainer in self.trainers.values())
-        if _is_journal(path):
+        if is_journal(path):
             yield from self._read_journal(path)
             return
         whole = path.name.endswith(METRICS)
@@ -138,7 +146,7 @@ class Archive:
             for source, block in self._reader.read(data):
                 trainer = self.trainers.get(source)
                 if trainer is None:
-                    trainer = self.trainers[source] = TrainerCurves(source)
+                    trainer = self.trainers[source] = TrainerCurves(source, self._held)
                 trainer.take_in(block)
         except FieldError:
             raise RecordingError(path, offset, "not an OTLP metrics request") from None
@@ -217,7 +225,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_journal(path: Path) -> bool:
+def is_journal(path: Path) -> bool:
+    """Whether it is one; raises :class:`OSError` when it cannot be read."""
     if _JOURNAL_FILE.fullmatch(path.name):
         return True
     if path.name.endswith(_ENDINGS):
