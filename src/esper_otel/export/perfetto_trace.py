@@ -36,6 +36,8 @@ _STAGE, _ALPHA, _LATENCY = "kasmina.seed.stage", "kasmina.seed.alpha", "step_lat
 _STAGES = {stage.value: stage.name for stage in Stage}
 _SEQUENCE = 1
 """All packets are of one writer, who says so."""
+_REALTIME, _BOOTTIME = 1, 6
+"""Numbers of clocks: that of the calendar, and that of packets which name none."""
 
 
 def write_trace(
@@ -45,6 +47,7 @@ def write_trace(
     ranks = [(run, rank) for run in runs for rank in run.ranks]
     with replacing(to) as file:
         packets = _Packets(file)
+        packets.clocks(min((int(rank.span()[0]) for _, rank in ranks), default=0))
         for done, (run, rank) in enumerate(ranks):
             _write_rank(packets, run, rank, wanted)
             on_share((done + 1) / len(ranks))
@@ -61,6 +64,13 @@ class _Packets:
         self._builder = StreamingTraceProtoBuilder(file)
         self._types = perfetto_trace_pb2.TrackEvent
         self._tracks = 0
+
+    def clocks(self, time: int) -> None:
+        """Say that times are those of the calendar."""
+        packet = self._packet(time)
+        for clock in (_BOOTTIME, _REALTIME):
+            packet.clock_snapshot.clocks.add(clock_id=clock, timestamp=time)
+        self._builder.write_packet(packet)
 
     def process(self, name: str) -> int:
         """A process, which is a track as well; returns its number."""
@@ -143,6 +153,9 @@ class _Packets:
         packet.trusted_packet_sequence_id = _SEQUENCE
         packet.track_descriptor.uuid = self._tracks
         packet.track_descriptor.name = name
+        # In the order in which they are made, and not by their names.
+        packet.track_descriptor.child_ordering = packet.track_descriptor.EXPLICIT
+        packet.track_descriptor.sibling_order_rank = self._tracks
         return self._tracks, packet
 
 
