@@ -11,6 +11,7 @@ import msgspec
 
 from ops.stack.ports import LOOPBACK
 from ops.stack.programs import ROOT
+from ops.stack.recipes import PAGE_FOLDER
 
 CONFIG = ROOT / "collector" / "local.yaml"
 PROMETHEUS_FOLDER = ROOT / "docker" / "prometheus"
@@ -79,6 +80,8 @@ def collector(
 def prometheus(program: Path, ports: Ports, state: Path) -> Service:
     """Prometheus with the repository's configuration and this stack's targets."""
     folder = state / "prometheus"
+    # Debian's binary looks for its page below /usr unless it is told where else.
+    page = program.parent / PAGE_FOLDER
     (folder / "targets").mkdir(parents=True, exist_ok=True)
     for name in ("prometheus.yml", "rules"):
         link = folder / name
@@ -99,6 +102,9 @@ def prometheus(program: Path, ports: Ports, state: Path) -> Service:
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address={_at(ports.prometheus)}",
             "--web.enable-remote-write-receiver",
+            f"--web.user-assets={PROMETHEUS_FOLDER / 'assets'}",
+            f"--web.external-url=http://{_at(ports.prometheus)}",
+            *([f"--web.local-assets={page}"] if page.is_dir() else []),
         ),
         f"http://{_at(ports.prometheus)}/-/ready",
     )

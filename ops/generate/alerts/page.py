@@ -64,7 +64,9 @@ what it was sent; its alerts are for people, and they work where no Tamiyo runs.
 [`docker/prometheus/rules`](../docker/prometheus/rules), made from the default table by
 `{command}`; what to do about each stands in [the runbook]({runbook}).
 
-The `runbook_url` of an alert is relative to this repository.
+The `runbook_url` of an alert is absolute: the copy of the runbook that Prometheus itself
+serves, from `docker/prometheus/assets` (`--web.user-assets`), by its `--web.external-url`.
+`{command} --runbook-url https://…/runbook` writes the rules with another address.
 
 ## How a table's rule is said in PromQL
 
