@@ -14,6 +14,7 @@ from ops.generate.alerts.alert import RUNBOOK
 from ops.generate.alerts.from_table import translated
 from ops.generate.alerts.promql import Translator, UntranslatableError
 from ops.generate.alerts.rules import RULES, files
+from ops.generate.prometheus_assets import RUNBOOK_PAGE, anchor
 from ops.generate.prometheus_names import prometheus_name
 from ops.stack.programs import PROMTOOL, MissingError, find
 
@@ -44,18 +45,23 @@ def test_an_alert_says_how_grave_it_is_and_where_to_read_on(alert):
     written = alert.written()
     assert re.fullmatch(r"\d+[sm]", written["for"])
     assert written["labels"]["severity"] in {"info", "warning", "high", "critical"}
-    assert written["annotations"]["runbook_url"] == f"{RUNBOOK}#{alert.anchor}"
+    url = f"{{{{ $externalURL }}}}/user/{RUNBOOK_PAGE.name}#{alert.anchor}"
+    assert written["annotations"]["runbook_url"] == url
 
 
-def anchors(page):
-    """Of the headings, as GitHub makes them."""
-    for heading in re.findall(r"^#+ (.*)$", page, re.MULTILINE):
-        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def test_links_lead_to_the_address_that_the_generator_is_given():
+    made = files("https://wiki.example/runbook")
+    texts = [made[path] for path in made if path.suffix == ".yaml"]
+    links = [link for text in texts for link in re.findall(r"runbook_url: (\S+)", text)]
+    assert len(links) == len([*MADE.alerts, *HEALTH])
+    assert all(link.startswith("https://wiki.example/runbook#") for link in links)
 
 
 def test_the_runbook_has_a_place_for_every_alert_and_every_rule():
     wanted = {alert.anchor for alert in HEALTH} | {rule.id for rule in DEFAULT.rules}
-    assert wanted <= {*anchors((ROOT / RUNBOOK).read_text())}
+    headings = re.findall(r"^#+ (.*)$", (ROOT / RUNBOOK).read_text(), re.MULTILINE)
+    assert wanted <= {*map(anchor, headings)}
+    assert wanted <= {*re.findall(r'id="([^"]*)"', (ROOT / RUNBOOK_PAGE).read_text())}
 
 
 HEAD = "version: t-1\nrules:\n- {id: a, severity: HIGH, action: PAUSE, text: t, "
