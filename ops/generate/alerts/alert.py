@@ -27,16 +27,13 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     description: str
     labels: dict[str, str] = {}
-    keep_firing_for: str = ""
 
     def written(self, runbook_url: str = RUNBOOK_URL) -> dict[str, object]:
         """As in a file of rules; ``runbook_url`` is the address of the whole runbook."""
-        kept = {"keep_firing_for": self.keep_firing_for} if self.keep_firing_for else {}
         return {
             "alert": self.name,
             "expr": self.expr,
             "for": self.for_,
-            **kept,
             "labels": {"severity": self.severity, **self.labels},
             "annotations": {
                 "summary": self.summary,

@@ -12,6 +12,7 @@ from ops.generate.alerts import health
 from ops.generate.alerts.alert import RUNBOOK_URL, Alert
 from ops.generate.alerts.from_table import Translation, translated
 from ops.generate.alerts.page import page
+from ops.generate.alerts.promql import JUDGED
 from ops.generate.files import COMMAND
 
 RULES = Path("docker/prometheus/rules")
@@ -32,7 +33,8 @@ def files(runbook_url: str = RUNBOOK_URL) -> dict[Path, str]:
 
 def table_groups(made: Translation, runbook_url: str) -> list[dict[str, object]]:
     """What is recorded once a minute, and what alerts of it."""
-    alerts = _written(made.alerts, runbook_url)
+    judged = {"record": JUDGED.record, "expr": JUDGED.expr}
+    alerts = [judged, *_written(made.alerts, runbook_url)]
     recordings = [{"record": one.record, "expr": one.expr} for one in made.recordings]
     return [
         {"name": "esper-baselines", "interval": "1m", "rules": recordings},
