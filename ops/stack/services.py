@@ -31,6 +31,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     jaeger_otlp: int = 4337
     jaeger_grpc: int = 16685
     jaeger: int = 16686
+    traces: int = 16687
     prometheus: int = 9090
 
 
@@ -122,6 +123,20 @@ def jaeger(program: Path, ports: Ports) -> Service:
             "JAEGER_GRPC": _at(ports.jaeger_grpc),
         },
         # It takes ten seconds over it, and its store is gone either way.
+        ending_s=1.0,
+    )
+
+
+def traces_page(ports: Ports) -> Service:
+    """The page on which people look at the traces that Jaeger has."""
+    return Service(
+        "traces",
+        (
+            *(sys.executable, "-m", "ops.stack.traces_page", "--port", str(ports.traces)),
+            *("--jaeger", f"http://{_at(ports.jaeger)}"),
+        ),
+        f"http://{_at(ports.traces)}/perfetto/index.html",
+        {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         ending_s=1.0,
     )
 

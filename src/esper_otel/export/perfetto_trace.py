@@ -46,7 +46,7 @@ def write_trace(
     """Write one trace of all ``runs``."""
     ranks = [(run, rank) for run in runs for rank in run.ranks]
     with replacing(to) as file:
-        packets = _Packets(file)
+        packets = Packets(file)
         packets.clocks(min((int(rank.span()[0]) for _, rank in ranks), default=0))
         for done, (run, rank) in enumerate(ranks):
             _write_rank(packets, run, rank, wanted)
@@ -54,7 +54,7 @@ def write_trace(
     yield to
 
 
-class _Packets:
+class Packets:
     """Packets on their way into a file, and the numbers of tracks."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -159,7 +159,7 @@ class _Packets:
         return self._tracks, packet
 
 
-def _write_rank(packets: _Packets, run: ShownRun, rank: TrainerCurves, wanted: Steps) -> None:
+def _write_rank(packets: Packets, run: ShownRun, rank: TrainerCurves, wanted: Steps) -> None:
     number = rank.source.rank
     process = packets.process(f"{run.name} rank {number}")
     steps = packets.track("steps", process)
@@ -181,7 +181,7 @@ def _write_rank(packets: _Packets, run: ShownRun, rank: TrainerCurves, wanted: S
             _write_seed(packets, seeds, grid)
 
 
-def _write_steps(packets: _Packets, process: int, track: int, grid: Grid) -> None:
+def _write_steps(packets: Packets, process: int, track: int, grid: Grid) -> None:
     parts = {name: grid.values[key] for key, name in PHASES.items() if key in grid.values}
     counters = {
         packets.track(key, process, unit=BY_KEY[key].unit if key in BY_KEY else ""): values
@@ -213,7 +213,7 @@ def _write_steps(packets: _Packets, process: int, track: int, grid: Grid) -> Non
         before = end
 
 
-def _write_seed(packets: _Packets, seeds: int, grid: Grid) -> None:
+def _write_seed(packets: Packets, seeds: int, grid: Grid) -> None:
     track = packets.track(grid.seed or "", seeds)
     if _STAGE in grid.values:
         stages = grid.values[_STAGE]
@@ -239,7 +239,7 @@ def _spells(values: Any) -> Iterator[tuple[int, int]]:
 
 
 def _write_decisions(
-    packets: _Packets, process: int, run: ShownRun, rank: TrainerCurves, wanted: Steps
+    packets: Packets, process: int, run: ShownRun, rank: TrainerCurves, wanted: Steps
 ) -> None:
     mine = [r for r in run.rulings if r.rank == rank.source.rank and r.step in wanted]
     if not mine:
@@ -266,7 +266,7 @@ def _told(ruling: Ruling) -> dict[str, Any]:
 
 
 def _write_rules(
-    packets: _Packets, process: int, run: ShownRun, rank: TrainerCurves, wanted: Steps
+    packets: Packets, process: int, run: ShownRun, rank: TrainerCurves, wanted: Steps
 ) -> None:
     """States of rules, a track for each; a state lasts from the end of a step to another's."""
     tracks: dict[str, int] = {}
