@@ -86,7 +86,7 @@ def _who(process: dict[str, Any]) -> str:
 
 def _write_process(packets: Packets, who: str, spans: list[dict[str, Any]]) -> None:
     """Spans of one process, each on the first track where it lies beside or within others."""
-    process = packets.process(who)
+    process = packets.add_process(who)
     lanes: list[tuple[int, list[int]]] = []
     for span in sorted(spans, key=lambda span: (span["startTime"], -span["duration"])):
         start, end = span["startTime"], span["startTime"] + span["duration"]
@@ -95,10 +95,10 @@ def _write_process(packets: Packets, who: str, spans: list[dict[str, Any]]) -> N
             if not lane[1] or end <= lane[1][-1]:
                 break
         else:
-            lane = (packets.track("spans", process), [])
+            lane = (packets.add_track("spans", process), [])
             lanes.append(lane)
         told = {tag["key"]: tag["value"] for tag in span.get("tags", ())}
-        packets.begin(lane[0], span["operationName"], start * 1000, told)
+        packets.begin_slice(lane[0], span["operationName"], start * 1000, told)
         lane[1].append(end)
     for lane in lanes:
         _leave(packets, lane, None)
@@ -108,7 +108,7 @@ def _leave(packets: Packets, lane: tuple[int, list[int]], time_us: int | None) -
     """End what has ended by then, on one track; None: all of it."""
     track, ends = lane
     while ends and (time_us is None or ends[-1] <= time_us):
-        packets.end(track, ends.pop() * 1000)
+        packets.end_slice(track, ends.pop() * 1000)
 
 
 class TracesHandler(SimpleHTTPRequestHandler):

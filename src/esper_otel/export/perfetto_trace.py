@@ -72,7 +72,7 @@ class Packets:
             packet.clock_snapshot.clocks.add(clock_id=clock, timestamp=time)
         self._builder.write_packet(packet)
 
-    def process(self, name: str) -> int:
+    def add_process(self, name: str) -> int:
         """A process, which is a track as well; returns its number."""
         track, descriptor = self._descriptor("")
         descriptor.track_descriptor.ClearField("name")
@@ -81,7 +81,7 @@ class Packets:
         self._builder.write_packet(descriptor)
         return track
 
-    def track(self, name: str, parent: int, unit: str | None = None) -> int:
+    def add_track(self, name: str, parent: int, unit: str | None = None) -> int:
         """A track below ``parent``: of values where it has a ``unit``, else of slices."""
         track, descriptor = self._descriptor(name)
         descriptor.track_descriptor.parent_uuid = parent
@@ -90,18 +90,20 @@ class Packets:
         self._builder.write_packet(descriptor)
         return track
 
-    def slice(
+    def add_slice(
         self, track: int, name: str, start: int, end: int, told: Mapping[str, Any] = {}
     ) -> None:
         """Something that lasted."""
-        self.begin(track, name, start, told)
-        self.end(track, end)
+        self.begin_slice(track, name, start, told)
+        self.end_slice(track, end)
 
-    def begin(self, track: int, name: str, time: int, told: Mapping[str, Any] = {}) -> None:
-        """Something that begins; :meth:`end` ends what began last on the track."""
+    def begin_slice(
+        self, track: int, name: str, time: int, told: Mapping[str, Any] = {}
+    ) -> None:
+        """Something that begins; :meth:`end_slice` ends what began last on the track."""
         self._event(self._types.TYPE_SLICE_BEGIN, track, time, name, told)
 
-    def end(self, track: int, time: int, values: Mapping[int, float] = {}) -> None:
+    def end_slice(self, track: int, time: int, values: Mapping[int, float] = {}) -> None:
         """The end of what began last, and ``values`` of tracks at that time."""
         packet = self._packet(time)
         packet.track_event.type = self._types.TYPE_SLICE_END
@@ -110,11 +112,11 @@ class Packets:
         packet.track_event.extra_double_counter_values.extend(values.values())
         self._builder.write_packet(packet)
 
-    def instant(self, track: int, name: str, time: int, told: Mapping[str, Any]) -> None:
+    def add_instant(self, track: int, name: str, time: int, told: Mapping[str, Any]) -> None:
         """Something that happened at one time."""
         self._event(self._types.TYPE_INSTANT, track, time, name, told)
 
-    def value(self, track: int, time: int, value: float) -> None:
+    def add_value(self, track: int, time: int, value: float) -> None:
         """A value at one time."""
         packet = self._packet(time)
         packet.track_event.type = self._types.TYPE_COUNTER
@@ -161,30 +163,30 @@ class Packets:
 
 def _write_rank(packets: Packets, run: ShownRun, rank: TrainerCurves, wanted: Steps) -> None:
     number = rank.source.rank
-    process = packets.process(f"{run.name} rank {number}")
-    steps = packets.track("steps", process)
+    process = packets.add_process(f"{run.name} rank {number}")
+    steps = packets.add_track("steps", process)
     _write_decisions(packets, process, run, rank, wanted)
     _write_rules(packets, process, run, rank, wanted)
     events = [e for e in run.happenings if e.rank == number and e.step in wanted]
     if events:
-        track = packets.track("events", process)
+        track = packets.add_track("events", process)
         for each in events:
             told = {"step": each.step, "severity": each.severity, "text": each.text}
             told |= {"seed": each.seed_id} if each.seed_id else {}
-            packets.instant(track, each.name, each.time_unix_nano, told)
+            packets.add_instant(track, each.name, each.time_unix_nano, told)
     seeds = 0
     for grid in grids(rank, wanted):
         if grid.seed is None:
             _write_steps(packets, process, steps, grid)
         else:
-            seeds = seeds or packets.track("seeds", process)
+            seeds = seeds or packets.add_track("seeds", process)
             _write_seed(packets, seeds, grid)
 
 
 def _write_steps(packets: Packets, process: int, track: int, grid: Grid) -> None:
     parts = {name: grid.values[key] for key, name in PHASES.items() if key in grid.values}
     counters = {
-        packets.track(key, process, unit=BY_KEY[key].unit if key in BY_KEY else ""): values
+        packets.add_track(key, process, unit=BY_KEY[key].unit if key in BY_KEY else ""): values
         for key, values in grid.values.items()
         if key not in PHASES
     }
@@ -197,37 +199,37 @@ def _write_steps(packets: Packets, process: int, track: int, grid: Grid) -> None
         ms = whole if isfinite(whole) else sum(lasted.values())
         # Neither a clock that was set nor a late step may cross the step before.
         start = min(max(end - round(ms * 1e6), before), end)
-        packets.begin(track, f"step {step}", start, {"step": step})
+        packets.begin_slice(track, f"step {step}", start, {"step": step})
         at = start
         for name, part_ms in lasted.items():
             until = min(at + round(part_ms * 1e6), end)
             if until > at:
-                packets.slice(track, name, at, until)
+                packets.add_slice(track, name, at, until)
             at = until
         values = {
             counter: float(column[place])
             for counter, column in counters.items()
             if isfinite(column[place])
         }
-        packets.end(track, end, values)
+        packets.end_slice(track, end, values)
         before = end
 
 
 def _write_seed(packets: Packets, seeds: int, grid: Grid) -> None:
-    track = packets.track(grid.seed or "", seeds)
+    track = packets.add_track(grid.seed or "", seeds)
     if _STAGE in grid.values:
         stages = grid.values[_STAGE]
         for start, stop in _spells(stages):
             name = _STAGES.get(int(stages[start]), f"stage {stages[start]:g}")
             end = int(grid.times[min(stop, len(stages) - 1)])
-            packets.slice(track, name, int(grid.times[start]), end)
+            packets.add_slice(track, name, int(grid.times[start]), end)
     for key, values in grid.values.items():
         if key == _STAGE:
             continue
         unit = BY_KEY[key].unit if key in BY_KEY else ""
-        counter = packets.track(key.removeprefix("kasmina.seed."), track, unit=unit)
+        counter = packets.add_track(key.removeprefix("kasmina.seed."), track, unit=unit)
         for first, _ in _spells(values):
-            packets.value(counter, int(grid.times[first]), float(values[first]))
+            packets.add_value(counter, int(grid.times[first]), float(values[first]))
 
 
 def _spells(values: Any) -> Iterator[tuple[int, int]]:
@@ -244,10 +246,10 @@ def _write_decisions(
     mine = [r for r in run.rulings if r.rank == rank.source.rank and r.step in wanted]
     if not mine:
         return
-    track = packets.track("decisions", process)
+    track = packets.add_track("decisions", process)
     for ruling in mine:
         time = time_of(rank, ruling.step, ruling.time_unix_nano)
-        packets.instant(track, f"{ruling.action}: {ruling.reason}", time, _told(ruling))
+        packets.add_instant(track, f"{ruling.action}: {ruling.reason}", time, _told(ruling))
 
 
 def _told(ruling: Ruling) -> dict[str, Any]:
@@ -277,10 +279,10 @@ def _write_rules(
         start, end = max(spell.start, wanted.first, first), min(end, wanted.last, last)
         if spell.rank != rank.source.rank or start > end:
             continue
-        parent = parent or packets.track("rules", process)
+        parent = parent or packets.add_track("rules", process)
         name = f"{spell.rule} {spell.seed_id}".rstrip()
         if name not in tracks:
-            tracks[name] = packets.track(name, parent)
+            tracks[name] = packets.add_track(name, parent)
         began, ended = (time_of(rank, step, 0) for step in (start, end))
         if began:
-            packets.slice(tracks[name], spell.state, began, max(ended, began))
+            packets.add_slice(tracks[name], spell.state, began, max(ended, began))
