@@ -199,7 +199,7 @@ def _began(trace: Trace) -> int:
 
 def _row(trace: Trace, host: str) -> str:
     spans = trace["spans"]
-    longest = max(spans, key=lambda span: span["duration"], default={})
+    longest_us = max((int(span["duration"]) for span in spans), default=0)
     tags = {tag["key"]: tag["value"] for span in spans for tag in span.get("tags", ())}
     of_processes = {
         tag["key"]: tag["value"]
@@ -209,7 +209,7 @@ def _row(trace: Trace, host: str) -> str:
     began = datetime.fromtimestamp(_began(trace) / 1e6, UTC)
     decided = [str(tags.get(f"esper.decision.{what}", "")) for what in ("action", "reason")]
     cells = [
-        f"{longest.get('duration', 0) / 1e3:,.1f} ms",
+        f"{longest_us / 1e3:,.1f} ms",
         str(tags.get("esper.step", "")),
         str(of_processes.get(RUN_ID, "")),
         " ".join(filter(None, decided)),

@@ -68,12 +68,13 @@ def _export(options: argparse.Namespace) -> int:
     to = Format(options.to)
     output = options.output or default_path(options.runs[0], to)
     progress = Progress("export", 2 * size_of(options.runs))
+    files: list[Path] = []
     try:
         done = export(options.runs, to, output, _wanted(options.steps), progress.reached)
     except ExportError as error:
-        files, problems = [], [str(error)]
+        problems = [str(error)]
     except OSError as error:
-        files, problems = [], [f"{error.filename or output}: {error.strerror or error}"]
+        problems = [f"{error.filename or output}: {error.strerror or error}"]
     else:
         files, problems = done.files, done.problems
     progress.end()

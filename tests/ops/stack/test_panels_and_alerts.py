@@ -15,6 +15,7 @@ from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from esper_tamiyo.language.table_file import load
 from ops.generate.alerts import health
 from ops.generate.alerts.from_table import translated
+from ops.generate.alerts.promql import JUDGED
 from ops.generate.dashboards import answers
 from ops.generate.dashboards.json_files import FOLDER
 from ops.generate.dashboards.sample_run import RANKS, REPORT_S, RUN, send_sample_run
@@ -44,12 +45,16 @@ assert report.traces.delivered == report.traces.produced > 0, report
 """
 MADE = translated(load("default"))
 EXPRESSIONS = {
-    **{alert.name: alert.expr for alert in MADE.alerts},
+    # Prometheus records who is judged as time goes by, and these steps are of before.
+    **{
+        alert.name: alert.expr.replace(JUDGED.record, f"({JUDGED.expr})")
+        for alert in MADE.alerts
+    },
     **{
         alert.name: alert.expr
         for alert in (*health.runs(), *health.tamiyo(), *health.collector())
     },
-    **{one.record: one.expr for one in MADE.recordings},
+    **{one.record: one.expr for one in (*MADE.recordings, JUDGED)},
 }
 
 
