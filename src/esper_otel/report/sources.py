@@ -24,7 +24,6 @@ from esper_otel.leyline.decompression import DamagedError, ZstdMissingError, ope
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, RecordingError
 from esper_otel.leyline.otlp_files import payloads, request_in
 from esper_otel.report.columns import ColumnReader, Producer
-from esper_otel.report.curves import HELD
 from esper_otel.report.layouts import FieldError
 from esper_otel.report.rulings import Ledger
 from esper_otel.report.telling import take_journal_line, take_logs, take_traces
@@ -58,7 +57,7 @@ class Archive:
     """
 
     def __init__(self, *, whole: bool = False) -> None:
-        self._held = sys.maxsize if whole else HELD
+        self._held = sys.maxsize if whole else None
         self.trainers: dict[Producer, TrainerCurves] = {}
         self.ledger = Ledger()
         self.problems: list[str] = []
@@ -87,7 +86,7 @@ class Archive:
 
     def _bound_curves(self) -> None:
         """Have all curves together hold no more points than fit."""
-        if self._held > HELD:
+        if self._held is not None:
             return
         curves = [c for trainer in self.trainers.values() for c in trainer.curves.values()]
         for curve in curves:

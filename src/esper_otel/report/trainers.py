@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 from esper_otel.report.columns import Attributes, Producer
-from esper_otel.report.curves import HELD, Curve
+from esper_otel.report.curves import Curve
 from esper_otel.report.layouts import Block, Numbers, Times
 
 AT_ONCE = 16_384
@@ -31,8 +31,8 @@ _MAX_STEP = float(1 << 53)
 class TrainerCurves:
     """The curves of one process, by (seed, key); seed None for the steps' own."""
 
-    def __init__(self, source: Producer, held: int = HELD) -> None:
-        """``held`` points of each curve are held, and more of them thinned."""
+    def __init__(self, source: Producer, held: int | None = None) -> None:
+        """So many points of each curve are ``held``, and more of them thinned."""
         self.source = source
         self._held = held
         self.attributes: Attributes = {}
