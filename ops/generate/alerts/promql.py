@@ -111,6 +111,7 @@ class Translator:
     def __init__(self, baseline: Baseline) -> None:
         self.recordings: dict[str, Recording] = {}
         self._warmup = baseline.warmup
+        self._rule = ""
 
     def translate(self, rule: Rule) -> Expression:
         """What is true while ``rule`` fires; raises :class:`UntranslatableError`."""
@@ -118,6 +119,7 @@ class Translator:
             raise UntranslatableError(
                 "it counts only while a seed operation is proposed, which no metric tells"
             )
+        self._rule = rule.id
         return self._when(rule.when, rule.persistence > 1)
 
     def _when(self, when: Condition | Group, lasting: bool) -> Expression:
@@ -141,8 +143,12 @@ class Translator:
         """What is true of all parts at the same step."""
         at_once = self._at_once(group)
         if not lasting:
-            text = f"last_over_time(({at_once.text})[{LATELY}:{EACH_SECOND}])"
-            return Expression(text, at_once.of_seeds)
+            # Recorded once a minute, as it is asked for each second of it.
+            name = f"esper:{self._rule}:at_once"
+            while name in self.recordings:  # another part of the same rule
+                name += "_too"
+            self._record(name, f"last_over_time(({at_once.text})[{RECENT}:{EACH_SECOND}])")
+            return Expression(f"last_over_time({name}[{LATELY}])", at_once.of_seeds)
         # The median is what is shown; of a rank that has stopped there is none.
         shown = f"quantile_over_time(0.5, {self._series(_first_of(group).metric)}[{RECENT}])"
         often = f"count_over_time(({at_once.text})[{RECENT}:{OFTEN}]) > {MOST}"

@@ -114,8 +114,7 @@ ON = "on(esper_run_id, esper_rank, instance)"
         ),
         (
             "all: [{metric: loss, above: 2}, {metric: kasmina.seed.alpha, above: 0}]",
-            "last_over_time(((kasmina_seed_alpha_ratio > 0)"
-            f" and {ON} (tolaria_loss > 2))[5m:1s])",
+            "last_over_time(esper:a:at_once[5m])",
         ),
         (
             "for: 3, all: [{metric: loss, above: 2}, {metric: accuracy, below: 1}]",
@@ -138,6 +137,18 @@ ON = "on(esper_run_id, esper_rank, instance)"
 def test_a_condition_in_promql(row, expr):
     table = parse(TableSource("t.yaml", f"{HEAD}{row}}}\n".encode()))
     assert Translator(table.baseline).translate(table.rules[0]).text == expr
+
+
+def test_parts_that_one_step_fulfils_are_compared_at_the_same_step():
+    row = "all: [{metric: loss, above: 2}, {metric: kasmina.seed.alpha, above: 0}]"
+    table = parse(TableSource("t.yaml", f"{HEAD}{row}}}\n".encode()))
+    translator = Translator(table.baseline)
+    translator.translate(table.rules[0])
+    (recorded,) = translator.recordings.values()
+    assert recorded.record == "esper:a:at_once"
+    assert recorded.expr == (
+        f"last_over_time(((kasmina_seed_alpha_ratio > 0) and {ON} (tolaria_loss > 2))[1m:1s])"
+    )
 
 
 @pytest.mark.parametrize(

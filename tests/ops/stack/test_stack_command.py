@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ops.stack import traces_page
+from ops.stack.__main__ import _summary
 from ops.stack.ports import free
 from ops.stack.programs import (
     CHROMIUM,
@@ -170,6 +172,24 @@ def test_a_misspelt_component(programs, tmp_path):
     )
     assert line.startswith(f"stack: {config}: ")
     assert 'unknown type: "otpl"' in line
+
+
+def test_what_has_no_page_is_printed_without_an_address(monkeypatch):
+    monkeypatch.setattr(traces_page, "missing", lambda: ["viztracer"])
+    stack = SimpleNamespace(
+        ports=Ports(),
+        pages=dict,
+        parts={},
+        url="http://127.0.0.1:4318",
+        socket=Path("/s"),
+        state=Path("/state"),
+    )
+    told = _summary(stack)
+    assert "send OTLP to  http://127.0.0.1:4318 (gRPC: 4317)" in told
+    for name, port in (("Prometheus", 9090), ("Jaeger", 16686)):
+        assert f"  {name:12}  no page in this build; its API is on port {port}\n" in told
+        assert f"http://127.0.0.1:{port}" not in told
+    assert "traces        no page: viztracer not installed" in told
 
 
 def children_of(pid):
