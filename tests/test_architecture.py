@@ -42,6 +42,12 @@ MAY_IMPORT = {
         "esper_otel.leyline",
         "esper_otel.report",
     },
+    "esper_otel.export": {
+        "esper_otel.export",
+        "esper_otel.leyline",
+        "esper_otel.report",
+        "esper_otel.stream",
+    },
     "esper_otel.stream": {
         "esper_otel._version",
         "esper_otel.leyline",

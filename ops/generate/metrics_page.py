@@ -140,6 +140,11 @@ In Prometheus, resource attributes become labels of `target_info`; to have them 
 series set `resource_to_telemetry_conversion: {{enabled: true}}` on the Collector's
 exporter, or `promote_resource_attributes` in Prometheus itself.
 
+What a metric means is told to Prometheus by
+[`docker/prometheus/assets/help.txt`](../docker/prometheus/assets/help.txt), which it scrapes of
+itself ([operating](operating.md#the-stack-on-one-machine)): points carry no description, which
+would double a step's bytes. The gauges of a meter provider of your own have it.
+
 ## About the names
 
 OpenTelemetry's conventions advise seconds, and no unit in a name. These names were fixed

@@ -122,7 +122,8 @@ with `ESPER_` and is none of these is warned about.
 Where telemetry goes is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OTLP_ENDPOINT`,
 `_METRICS_ENDPOINT`, `_TRACES_ENDPOINT`, `_PROTOCOL`, `_HEADERS`, `_TIMEOUT`, `_COMPRESSION`,
 `_CERTIFICATE`, `_CLIENT_KEY`, `_CLIENT_CERTIFICATE`, `_INSECURE`, and `OTEL_SERVICE_NAME`,
-`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SDK_DISABLED`. What the sidecar can be told is in
+`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SDK_DISABLED`. `OTEL_METRICS_EXPORTER=console` prints
+[a line for each step](export.md#lines-on-the-console). What the sidecar can be told is in
 `tamiyo serve --help`.
 
 ## Of a run

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from esper_otel.leyline.wire import default_socket_path
-from ops.stack import configuration, services
+from ops.stack import configuration, services, traces_page
 from ops.stack.ports import free, is_free
 from ops.stack.processes import Process, StartError
 from ops.stack.programs import COLLECTOR, DEPLOYED, PROGRAMS, MissingError, find, obtain
@@ -113,7 +113,7 @@ def _up(options: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: asked_to_end.set())
     stack.start()
     try:
-        print(_summary(ports, state, options.socket), flush=True)
+        print(_summary(stack), flush=True)
         _watch(list(stack.parts.values()), asked_to_end)
     finally:
         stack.stop()
@@ -148,15 +148,25 @@ def _ports(given: Sequence[str]) -> Ports:
     return Ports(**chosen)
 
 
-def _summary(ports: Ports, state: Path, socket: Path) -> str:
+def _summary(stack: Stack) -> str:
+    """Where to send to and what to look at; what has no page is no address to open."""
+    ports, pages = stack.ports, stack.pages()
     lines = [
-        ("send OTLP to", f"http://127.0.0.1:{ports.otlp_http} (gRPC: {ports.otlp_grpc})"),
-        ("Prometheus", f"http://127.0.0.1:{ports.prometheus}"),
-        ("Jaeger", f"http://127.0.0.1:{ports.jaeger}"),
-        ("Tamiyo", str(socket)),
+        ("send OTLP to", f"{stack.url} (gRPC: {ports.otlp_grpc})"),
+        *pages.items(),
+        ("Tamiyo", str(stack.socket)),
         ("Collector", f"http://127.0.0.1:{ports.collector_health} (its health)"),
-        ("state, logs", str(state)),
+        ("state, logs", str(stack.state)),
     ]
+    apis = {"Prometheus": ports.prometheus, "Jaeger": ports.jaeger}
+    lines += [
+        (name, f"no page in this build; its API is on port {port}")
+        for name, port in apis.items()
+        if name not in pages
+    ]
+    if "traces" not in stack.parts and "Jaeger" not in pages:
+        wanted = " and ".join(traces_page.missing())
+        lines.append(("traces", f"no page: {wanted} not installed (esper-otel[dev])"))
     width = max(len(name) for name, _ in lines)
     shown = "\n".join(f"  {name:{width}}  {value}" for name, value in lines)
     return f"The stack is up; Ctrl-C ends it.\n\n{shown}\n"

@@ -12,6 +12,9 @@ import msgspec
 
 TIMEOUT_S = 20
 
+_PLACEHOLDER = "placeholder for the Jaeger UI"
+"""A word of what Jaeger shows where its page was not built in."""
+
 
 class QueryError(Exception):
     """What the backend found wrong with a query."""
@@ -67,6 +70,17 @@ class Jaeger:
         query = urllib.parse.urlencode(parameters)
         traces: list[dict[str, Any]] = _json(f"{self._url}/api/traces?{query}")["data"] or []
         return traces
+
+
+def is_page(url: str) -> bool:
+    """Whether somebody who opens ``url`` sees a page, and no error and no placeholder."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            text = answer.read().decode(errors="replace")
+            kind = str(answer.headers.get("Content-Type", ""))
+    except OSError:
+        return False
+    return kind.startswith("text/html") and _PLACEHOLDER not in text
 
 
 def _json(url: str) -> Any:

@@ -19,7 +19,10 @@ JAEGER = "github.com/jaegertracing/jaeger@v1.76.0"
 """That is Jaeger 2.13.0: both lines were released from one module, and the proxy that Go
 asks knows it by its first number. ``cmd/jaeger`` in it is the second line."""
 
-PROMETHEUS = "prometheus, as Debian packs it"
+PROMETHEUS = "prometheus and its page, as Debian packs them"
+
+PAGE_FOLDER = "web"
+"""Where a Prometheus has its page, beside its binary."""
 
 CHROMIUM = "chromium-headless-shell, as Debian packs it"
 
@@ -105,17 +108,42 @@ def _programs_of(module: str, packages: dict[str, str], folder: Path) -> None:
 
 
 def prometheus(folder: Path) -> None:
-    """Unpack Debian's package of Prometheus, which apt has checked, without installing it."""
-    _need("apt-get", "dpkg-deb")
+    """Unpack Debian's packages of Prometheus and of what its page is made of, which apt has
+    checked, without installing them."""
+    _need("apt-get", "apt-cache", "dpkg-deb")
     print("fetching prometheus", flush=True)
-    _run(["apt-get", "download", "prometheus"], folder)
-    (package,) = folder.glob("prometheus_*.deb")
-    unpacked = folder / "unpacked"
-    _run(["dpkg-deb", "--extract", str(package), str(unpacked)], folder)
+    # As on a machine where nothing is installed: the page needs files of what may be here.
+    nothing = ["-o", "Dir::State::status=/dev/null", "--no-install-recommends"]
+    plan = _run(["apt-get", "install", "-s", *nothing, "prometheus"], folder)
+    pages = re.findall(r"^Inst ((?:libjs|node|fonts)-\S+)", plan, re.MULTILINE)
+    # Debian 13 has promtool in a package of its own.
+    tools = ["promtool"] if _run(["apt-cache", "search", "-n", "^promtool$"], folder) else []
+    unpacked = _unpacked(["prometheus", *tools, *pages], folder)
     for name in ("prometheus", "promtool"):
         (unpacked / "usr" / "bin" / name).rename(folder / name)
-    package.unlink()
+    # Links lead to what other packages have: as files the page is complete by itself. Not the
+    # sources of time zones, which are 200 MB and nothing asks for.
+    page = folder / PAGE_FOLDER
+    shutil.copytree(
+        unpacked / "usr" / "share" / "prometheus" / "web",
+        page,
+        ignore=shutil.ignore_patterns("data"),
+    )
+    # The page wants a script, and where it looks for it Debian 12 has a module.
+    popper = page / "static" / "popper.js"
+    if (popper / "umd" / "popper.min.js").exists():
+        shutil.copyfile(popper / "umd" / "popper.min.js", popper / "popper.min.js")
     _discard(unpacked)
+
+
+def _unpacked(packages: list[str], folder: Path) -> Path:
+    """What Debian's ``packages`` hold, in a folder below ``folder``."""
+    _run(["apt-get", "download", *packages], folder)
+    unpacked = folder / "unpacked"
+    for archive in folder.glob("*.deb"):
+        _run(["dpkg-deb", "--extract", str(archive), str(unpacked)], folder)
+        archive.unlink()
+    return unpacked
 
 
 def chromium(folder: Path) -> None:
@@ -128,11 +156,7 @@ def chromium(folder: Path) -> None:
     package = "chromium-headless-shell"
     plan = _run(["apt-get", "install", "-s", "--no-install-recommends", package], folder)
     wanted = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
-    _run(["apt-get", "download", *wanted], folder)
-    unpacked = folder / "unpacked"
-    for archive in folder.glob("*.deb"):
-        _run(["dpkg-deb", "--extract", str(archive), str(unpacked)], folder)
-        archive.unlink()
+    unpacked = _unpacked(wanted, folder)
     libraries = {str(path.parent.relative_to(folder)) for path in unpacked.rglob("*.so*")}
     script = folder / "chromium"
     script.write_text(

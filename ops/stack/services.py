@@ -11,6 +11,7 @@ import msgspec
 
 from ops.stack.ports import LOOPBACK
 from ops.stack.programs import ROOT
+from ops.stack.recipes import PAGE_FOLDER
 
 CONFIG = ROOT / "collector" / "local.yaml"
 PROMETHEUS_FOLDER = ROOT / "docker" / "prometheus"
@@ -30,6 +31,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     jaeger_otlp: int = 4337
     jaeger_grpc: int = 16685
     jaeger: int = 16686
+    traces: int = 16687
     prometheus: int = 9090
 
 
@@ -79,6 +81,8 @@ def collector(
 def prometheus(program: Path, ports: Ports, state: Path) -> Service:
     """Prometheus with the repository's configuration and this stack's targets."""
     folder = state / "prometheus"
+    # Debian's binary looks for its page below /usr unless it is told where else.
+    page = program.parent / PAGE_FOLDER
     (folder / "targets").mkdir(parents=True, exist_ok=True)
     for name in ("prometheus.yml", "rules"):
         link = folder / name
@@ -99,6 +103,9 @@ def prometheus(program: Path, ports: Ports, state: Path) -> Service:
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address={_at(ports.prometheus)}",
             "--web.enable-remote-write-receiver",
+            f"--web.user-assets={PROMETHEUS_FOLDER / 'assets'}",
+            f"--web.external-url=http://{_at(ports.prometheus)}",
+            *([f"--web.local-assets={page}"] if page.is_dir() else []),
         ),
         f"http://{_at(ports.prometheus)}/-/ready",
     )
@@ -116,6 +123,20 @@ def jaeger(program: Path, ports: Ports) -> Service:
             "JAEGER_GRPC": _at(ports.jaeger_grpc),
         },
         # It takes ten seconds over it, and its store is gone either way.
+        ending_s=1.0,
+    )
+
+
+def traces_page(ports: Ports) -> Service:
+    """The page on which people look at the traces that Jaeger has."""
+    return Service(
+        "traces",
+        (
+            *(sys.executable, "-m", "ops.stack.traces_page", "--port", str(ports.traces)),
+            *("--jaeger", f"http://{_at(ports.jaeger)}"),
+        ),
+        f"http://{_at(ports.traces)}/perfetto/index.html",
+        {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         ending_s=1.0,
     )
 

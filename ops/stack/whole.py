@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ops.stack import services
+from ops.stack import services, traces_page
 from ops.stack.ports import free
 from ops.stack.processes import Process
 from ops.stack.programs import COLLECTOR, JAEGER, PROMETHEUS, find
-from ops.stack.queries import Jaeger, Prometheus
+from ops.stack.queries import Jaeger, Prometheus, is_page
 from ops.stack.services import CONFIG, Ports
 
 
@@ -21,12 +21,14 @@ class Stack:
         self.ports = ports
         self.state = state
         self.socket = socket
-        made = (
+        made = [
             services.prometheus(find(PROMETHEUS), ports, state),
             services.jaeger(find(JAEGER), ports),
             services.tamiyo(ports, socket),
             services.collector(find(COLLECTOR), ports, state, (config,)),
-        )
+        ]
+        if not traces_page.missing():
+            made.append(services.traces_page(ports))
         self.parts = {one.name: Process(one, state / "logs") for one in made}
 
     @property
@@ -43,6 +45,20 @@ class Stack:
     def jaeger(self) -> Jaeger:
         """Its Jaeger."""
         return Jaeger(f"http://127.0.0.1:{self.ports.jaeger}")
+
+    def pages(self) -> dict[str, str]:
+        """What people can look at, by its name: the addresses that answer with a page.
+
+        A Jaeger that was built from its module, or a Prometheus without its page, has an API
+        alone. Raises nothing: who does not answer has none.
+        """
+        addresses = {
+            "Prometheus": f"http://127.0.0.1:{self.ports.prometheus}/graph",
+            "Jaeger": f"http://127.0.0.1:{self.ports.jaeger}/search",
+        }
+        if "traces" in self.parts:
+            addresses["traces"] = f"http://127.0.0.1:{self.ports.traces}/"
+        return {name: url for name, url in addresses.items() if is_page(url)}
 
     def start(self) -> None:
         """Start all parts and wait for them; raises ``StartError``, and then none runs."""

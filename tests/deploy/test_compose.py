@@ -115,6 +115,7 @@ NATIVE = {
         "/etc/prometheus/prometheus.yml": services.PROMETHEUS_FOLDER / "prometheus.yml",
         "/etc/prometheus/rules": services.PROMETHEUS_FOLDER / "rules",
         "/etc/prometheus/targets": services.PROMETHEUS_FOLDER / "targets",
+        "/etc/prometheus/assets": services.PROMETHEUS_FOLDER / "assets",
     },
     "grafana": {
         "/etc/grafana/provisioning": DOCKER / "grafana" / "provisioning",

@@ -11,7 +11,7 @@ from esper_otel.leyline.metrics import BY_KEY, RUN_ENDED
 from esper_otel.leyline.stages import Stage
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from ops.generate.dashboards.answers import chosen, queries
-from ops.generate.dashboards.json_files import DASHBOARDS, FOLDER
+from ops.generate.dashboards.json_files import BY_HAND, DASHBOARDS, FOLDER
 from ops.generate.dashboards.panels import UNITS
 from ops.generate.prometheus_names import prometheus_name, series_name
 
@@ -20,6 +20,8 @@ PROVISIONING = ROOT / "docker" / "grafana" / "provisioning"
 NAMES = ("training", "seeds", "tamiyo")
 BOARDS = {name: json.loads((ROOT / FOLDER / f"{name}.json").read_text()) for name in NAMES}
 EVERY = [query for board in BOARDS.values() for query in queries(board)]
+
+OF_RUNS = {prometheus_name(metric) for metric in BY_KEY.values()}
 
 each_board = pytest.mark.parametrize("name", NAMES)
 
@@ -43,7 +45,9 @@ def test_every_metric_of_the_registry_and_of_tamiyo_has_a_panel():
 def test_it_can_be_told_what_to_show(name):
     board = BOARDS[name]
     variables = {one["name"] for one in board["templating"]["list"]}
-    assert variables == {"run", "rank", "jaeger"} | ({"seed"} if name == "seeds" else set())
+    seed = {"seed"} if name == "seeds" else set()
+    assert variables == {"datasource", "run", "rank", "jaeger"} | seed
+    assert all(one["multi"] for one in board["templating"]["list"] if one["type"] == "query")
     values = dict.fromkeys(variables, "x") | {
         "__interval": "5s",
         "__rate_interval": "60s",
@@ -65,19 +69,55 @@ def test_decisions_stage_changes_and_ends_are_marked(name):
 
 
 @each_board
-def test_panels_have_places_ids_and_a_data_source_that_is_provisioned(name):
+def test_panels_have_places_ids_and_the_data_source_that_is_chosen(name):
     panels = BOARDS[name]["panels"]
+    (source,) = (v for v in BOARDS[name]["templating"]["list"] if v["type"] == "datasource")
     ids = [panel["id"] for panel in panels]
     assert sorted(ids) == sorted({*ids})
     titles = [(panel["title"], panel["type"]) for panel in panels]
     assert sorted(titles) == sorted({*titles})
     sources = yaml.safe_load((PROVISIONING / "datasources" / "esper.yaml").read_text())
-    uids = {one["uid"]: one["type"] for one in sources["datasources"]}
+    assert source["query"] in {one["type"] for one in sources["datasources"]}
     for panel in panels:
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= 24
         if panel["type"] != "row":
-            assert uids[panel["datasource"]["uid"]] == panel["datasource"]["type"]
+            assert panel["datasource"] == {"type": source["query"], "uid": "${datasource}"}
+            assert {str(t["datasource"]) for t in panel["targets"]} == {
+                str(panel["datasource"])
+            }
+
+
+@each_board
+def test_what_is_imported_by_hand_asks_for_its_data_source_and_is_else_the_same(name):
+    told = json.loads((ROOT / BY_HAND / f"{name}.json").read_text())
+    (wanted,) = told.pop("__inputs")
+    assert (wanted["type"], wanted["pluginId"]) == ("datasource", "prometheus")
+    required = {(one["type"], one["id"]) for one in told.pop("__requires")}
+    panels = {panel["type"] for panel in told["panels"]} - {"row"}
+    assert required == {("datasource", "prometheus"), *(("panel", panel) for panel in panels)}
+    (source,) = (v for v in told["templating"]["list"] if v["type"] == "datasource")
+    assert source.pop("current")["value"] == f"${{{wanted['name']}}}"
+    assert told.pop("id") is None
+    of_ours = json.loads((ROOT / FOLDER / f"{name}.json").read_text())
+    for one in of_ours["templating"]["list"]:
+        if one["type"] == "datasource":
+            one.pop("current", None)
+    of_ours.pop("id", None)
+    assert told == of_ours
+
+
+@each_board
+def test_curves_of_several_runs_are_told_apart(name):
+    for query in queries(BOARDS[name]):
+        of_runs = {*names_in(query.expr)} & OF_RUNS
+        by_itself = any(
+            panel["title"] == query.panel and panel.get("repeat") == "run"
+            for panel in BOARDS[name]["panels"]
+        )
+        if of_runs and query.kind != "annotation" and not by_itself:
+            assert "{{esper_run_id}}" in query.legend, query.panel
+            assert not re.search(r"\b(avg|sum|max|min|count) ?\(", query.expr), query.panel
 
 
 def test_a_slow_step_leads_to_its_trace():

@@ -42,3 +42,14 @@ def test_the_page_of_decisions_lists_tamiyos_own_metrics() -> None:
 
 def test_a_section_is_replaced_between_its_marks_and_nothing_else() -> None:
     assert with_section("a\n<b>\nold\n<e>\nz\n", "<b>", "<e>", "new") == "a\n<b>\nnew\n<e>\nz\n"
+
+
+def test_an_address_of_the_runbook_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--folder", str(tmp_path), "--runbook-url", "docs/runbook.md"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "docs/runbook.md: expected an address such as https://" in told
+    assert [*tmp_path.iterdir()] == []

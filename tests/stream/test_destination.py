@@ -112,7 +112,7 @@ def test_a_bad_header_is_left_out_and_its_value_is_not_logged(pair, caplog):
         (E + "TIMEOUT", "-1", "a number of seconds above 0"),
         (E + "COMPRESSION", "zstd", "gzip or none"),
         (E + "CERTIFICATE", "/no/such.pem", "a readable file"),
-        ("OTEL_METRICS_EXPORTER", "prometheus", "otlp or none"),
+        ("OTEL_METRICS_EXPORTER", "prometheus", "otlp, console or none"),
     ],
 )
 def test_a_bad_value_is_named_once_and_the_default_takes_its_place(
@@ -137,6 +137,12 @@ def test_a_signal_can_be_switched_off():
         variable = f"OTEL_{signal.upper()}_EXPORTER"
         assert set(destinations({variable: " None "})) == set(Signal) - {signal}
     assert set(destinations({"OTEL_METRICS_EXPORTER": "otlp,console"})) == set(Signal)
+    assert Signal.METRICS not in destinations({"OTEL_METRICS_EXPORTER": "console"})
+
+
+def test_other_signals_have_no_console(caplog):
+    assert set(destinations({"OTEL_TRACES_EXPORTER": "console"})) == set(Signal)
+    assert "OTEL_TRACES_EXPORTER='console': expected otlp or none" in caplog.text
 
 
 @pytest.mark.parametrize(

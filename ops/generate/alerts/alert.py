@@ -9,7 +9,11 @@ import msgspec
 Severity = Literal["info", "warning", "high", "critical"]
 
 RUNBOOK = "docs/runbook.md"
-"""Relative to the repository: put your own copy's address before it."""
+"""Its place in the repository."""
+
+RUNBOOK_URL = "{{ $externalURL }}/user/runbook.html"
+"""Where links of alerts lead unless the generator is told otherwise: to the copy that
+Prometheus serves itself (``--web.user-assets``), by its ``--web.external-url``."""
 
 
 class Alert(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,20 +27,17 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     description: str
     labels: dict[str, str] = {}
-    keep_firing_for: str = ""
 
-    def written(self) -> dict[str, object]:
-        """As in a file of rules."""
-        kept = {"keep_firing_for": self.keep_firing_for} if self.keep_firing_for else {}
+    def written(self, runbook_url: str = RUNBOOK_URL) -> dict[str, object]:
+        """As in a file of rules; ``runbook_url`` is the address of the whole runbook."""
         return {
             "alert": self.name,
             "expr": self.expr,
             "for": self.for_,
-            **kept,
             "labels": {"severity": self.severity, **self.labels},
             "annotations": {
                 "summary": self.summary,
                 "description": self.description,
-                "runbook_url": f"{RUNBOOK}#{self.anchor}",
+                "runbook_url": f"{runbook_url}#{self.anchor}",
             },
         }

@@ -13,6 +13,7 @@ from ops.generate.alerts.promql import (
     Recording,
     Translator,
     UntranslatableError,
+    guarded,
 )
 
 _SEVERITIES: dict[Grade, Severity] = {
@@ -42,7 +43,7 @@ def translated(table: Table) -> Translation:
         except UntranslatableError as error:
             untranslated[rule.id] = str(error)
             continue
-        alerts.append(_alert(rule, expression.text, expression.of_seeds))
+        alerts.append(_alert(rule, guarded(expression), expression.of_seeds))
     used = " ".join(text for text in (*(alert.expr for alert in alerts), *_exprs(translator)))
     recordings = [one for name, one in translator.recordings.items() if name in used]
     return Translation(recordings, alerts, untranslated)
@@ -61,9 +62,8 @@ def _alert(rule: Rule, expr: str, of_seeds: bool) -> Alert:
     return Alert(
         name="Esper" + "".join(word.capitalize() for word in rule.id.split("_")),
         expr=expr,
+        # What lasted one step stays for as long as it is looked for.
         for_="0s" if at_once else RECENT,
-        # What lasted one step is out of the last minute before somebody has read it.
-        keep_firing_for="5m" if at_once else "",
         severity=_SEVERITIES[rule.severity],
         anchor=rule.id,
         labels={"rule": rule.id, "action": rule.action.value},

@@ -151,6 +151,13 @@ def tamiyo() -> list[Alert]:
             "A process of Tamiyo's ended and was started again: {{ $labels.process }}.",
         ),
         _alert(
+            "TamiyoHung",
+            "high",
+            "0s",
+            _rises("tamiyo.hung", by="process"),
+            "A process of Tamiyo's did not respond, and was replaced: {{ $labels.process }}.",
+        ),
+        _alert(
             "TamiyoJournalLoses",
             "warning",
             "0s",

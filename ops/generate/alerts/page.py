@@ -9,7 +9,7 @@ from esper_otel.leyline.metrics import RUN_ENDED
 from esper_tamiyo.language.table import Table
 from ops.generate.alerts.alert import RUNBOOK, Alert
 from ops.generate.alerts.from_table import Translation
-from ops.generate.alerts.promql import PAST_S
+from ops.generate.alerts.promql import JUDGED, PAST_S, YOUNG
 from ops.generate.files import COMMAND
 from ops.generate.prometheus_names import prometheus_name
 
@@ -30,6 +30,8 @@ def page(
         version=table.version.partition("+")[0],
         longest_s=f"{PAST_S / table.baseline.warmup:g}",
         ended=prometheus_name(RUN_ENDED),
+        judged=JUDGED.record,
+        young={"5m": "five minutes"}[YOUNG],
         said=_table(made.alerts),
         untranslated="\n".join(
             ["| rule | says | why not |", "| --- | --- | --- |", *untranslated]
@@ -64,7 +66,9 @@ what it was sent; its alerts are for people, and they work where no Tamiyo runs.
 [`docker/prometheus/rules`](../docker/prometheus/rules), made from the default table by
 `{command}`; what to do about each stands in [the runbook]({runbook}).
 
-The `runbook_url` of an alert is relative to this repository.
+The `runbook_url` of an alert is absolute: the copy of the runbook that Prometheus itself
+serves, from `docker/prometheus/assets` (`--web.user-assets`), by its `--web.external-url`.
+`{command} --runbook-url https://…/runbook` writes the rules with another address.
 
 ## How a table's rule is said in PromQL
 
@@ -72,9 +76,16 @@ A table counts observations, PromQL knows times. So the two agree about trouble 
 and may differ about a single step:
 
 - a rule that one observation is enough for (`for: 1`) looks at the most extreme value of the
-  last minute, so nothing is missed between two evaluations, and stays for five minutes;
+  last five minutes, so nothing is missed between two evaluations;
 - a rule that wants several looks at the median of the last minute, for a minute;
-- parts of `all` are true within the same minute, not necessarily at the same step;
+- parts of `all` that are about different values are compared at the same steps: at the newest
+  step of each second of the last five minutes, or, where the rule wants several observations,
+  of each five seconds of the last minute, more than half of which must agree. Of several steps
+  within a second only the last is looked at so. Where a part looks at a range itself
+  (`rises_by`, `unchanged_for`, …) all must be true within the same minutes;
+- nothing is said of a rank that began less than {young} ago, nor of one whose run has ended
+  well (`{ended}` says done or interrupted) and has made no step since: `{judged}`
+  has those that are left;
 - a rolling baseline is the median of the last ten minutes and counts after as many
   observations as the table's warm-up, so a rule that wants one says nothing of a run whose
   steps take longer than {longest_s} s; the lowest or highest ever are those of the last day;
@@ -87,9 +98,9 @@ and may differ about a single step:
 - `unchanged_for` is an hour without a change and with so many observations: never wrong, and
   late for fast steps;
 - a rank is missing when it has told nothing for a minute and others of its run are so many
-  steps ahead of it, for a day at most; it may come back as another process. One that has said
-  how its run ended (`{ended}`) is not missing. Whether a run of one rank that has
-  said nothing ended or fell silent nobody can see from outside;
+  steps ahead of it, while these go on; it may come back as another process. One that has said
+  how its run ended is not missing. Whether a run of one rank that has said nothing ended or
+  fell silent nobody can see from outside;
 - `release` and `cooldown` have no counterpart; Tamiyo's do.
 
 ## Rules that alert

@@ -2,9 +2,14 @@
 
 A table counts observations, PromQL knows times:
 
-- A rule that one observation is enough for looks at the most extreme value of the last
-  minute. A rule that wants several looks at the minute's median, which holds for most of it.
-- The parts of ``all`` are then true within the same minute, not at the same step.
+- A rule that one observation is enough for looks at the most extreme value of the last five
+  minutes. A rule that wants several looks at the last minute's median, which holds for most of
+  it.
+- Parts of ``all`` about different values are compared at the same steps: at the newest step of
+  each second, or of each five seconds where the rule wants several observations. Only where a
+  part looks at a range itself is it enough that all are true within the same minutes.
+- Nothing is said of a rank that began a moment ago, or whose run has ended well
+  (:data:`JUDGED`).
 - A rolling baseline is the median of the last ten minutes, recorded once a minute.
 - A record of excursions is the farthest of ten minutes, five minutes ago: a value is beyond it
   when it is out by more than twice as much. So trouble that lasts is not compared with itself
@@ -16,20 +21,37 @@ A table counts observations, PromQL knows times:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
-from esper_otel.leyline.metrics import RANK, RUN_ENDED, RUN_ID, SEED_ID
+from esper_otel.leyline.endings import HowEnded
+from esper_otel.leyline.metrics import (
+    BY_KEY,
+    HOW_ENDED,
+    RANK,
+    RUN_ENDED,
+    RUN_ID,
+    SEED_ID,
+)
 from esper_tamiyo.language.derived import DERIVED, KNOWN
 from esper_tamiyo.language.operators import ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 from ops.generate.prometheus_names import label_name, prometheus_name
 
 PAST_S = 600
-RECENT, SINCE, BEFORE, PAST, EVER, LONG = "1m", "2m", "5m", f"{PAST_S // 60}m", "1d", "1h"
-"""What "now", "since before", "before the trouble", a rolling baseline, "ever" and "for long"
-are in PromQL."""
+RECENT, LATELY, SINCE = "1m", "5m", "6m"
+"""What "now" is for what lasts, and for what one step had; and "since before" the latter."""
+
+BEFORE, PAST, EVER, LONG = "5m", f"{PAST_S // 60}m", "1d", "1h"
+"""What "before the trouble", a rolling baseline, "ever" and "for long" are in PromQL."""
+
+EACH_SECOND, OFTEN, MOST = "1s", "5s", 6
+"""How often parts of ``all`` are compared, of a single step and of what lasts; and of how many
+of the latter times in :data:`RECENT` more than half are more."""
+
+YOUNG = "5m"
+"""A rank that began less than this ago has no alerts."""
 
 RECORD = 2
 """Times the farthest that a value was out in the past, which is what a record explains."""
@@ -67,6 +89,8 @@ class Expression(msgspec.Struct, frozen=True):
 
     text: str
     of_seeds: bool
+    judged_by: tuple[str, ...] = WHOEVER_KEYS
+    """Labels that it shares with :data:`JUDGED`."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -87,6 +111,7 @@ class Translator:
     def __init__(self, baseline: Baseline) -> None:
         self.recordings: dict[str, Recording] = {}
         self._warmup = baseline.warmup
+        self._rule = ""
 
     def translate(self, rule: Rule) -> Expression:
         """What is true while ``rule`` fires; raises :class:`UntranslatableError`."""
@@ -94,11 +119,14 @@ class Translator:
             raise UntranslatableError(
                 "it counts only while a seed operation is proposed, which no metric tells"
             )
+        self._rule = rule.id
         return self._when(rule.when, rule.persistence > 1)
 
     def _when(self, when: Condition | Group, lasting: bool) -> Expression:
         if isinstance(when, Condition):
             return self._condition(when, lasting)
+        if when.combine is Combine.ALL and _is_of_several(when):
+            return self._together(when, lasting)
         parts = [self._when(part, lasting) for part in when.parts]
         # What tells seeds apart first: labels of the left side are those of the alert.
         first, *others = sorted(parts, key=lambda part: not part.of_seeds)
@@ -108,6 +136,36 @@ class Translator:
         text = f"({first.text})"
         for other in others:
             text += f"\n  {joint} {_on(other.keys)} ({other.text})"
+        judged_by = min((part.judged_by for part in parts), key=len)
+        return Expression(text, first.of_seeds, judged_by)
+
+    def _together(self, group: Group, lasting: bool) -> Expression:
+        """What is true of all parts at the same step."""
+        at_once = self._at_once(group)
+        if not lasting:
+            # Recorded once a minute, as it is asked for each second of it.
+            name = f"esper:{self._rule}:at_once"
+            while name in self.recordings:  # another part of the same rule
+                name += "_too"
+            self._record(name, f"last_over_time(({at_once.text})[{RECENT}:{EACH_SECOND}])")
+            return Expression(f"last_over_time({name}[{LATELY}])", at_once.of_seeds)
+        # The median is what is shown; of a rank that has stopped there is none.
+        shown = f"quantile_over_time(0.5, {self._series(_first_of(group).metric)}[{RECENT}])"
+        often = f"count_over_time(({at_once.text})[{RECENT}:{OFTEN}]) > {MOST}"
+        return Expression(f"{shown}\n  and {_on(at_once.keys)} ({often})", at_once.of_seeds)
+
+    def _at_once(self, when: Condition | Group) -> Expression:
+        """What is true at the newest step."""
+        if isinstance(when, Condition):
+            # What is worked out is recorded once a minute, so here it is worked out anew.
+            derived = _DERIVATIONS.get(when.metric)
+            now = f"({derived})" if derived else self._series(when.metric)
+            return Expression(self._compared(when, now), _of_seeds(when.metric))
+        first, *others = map(self._at_once, sorted(when.parts, key=_of_whom))
+        joint = "and" if when.combine is Combine.ALL else "or"
+        text = f"({first.text})"
+        for other in others:
+            text += f" {joint} {_on(other.keys)} ({other.text})"
         return Expression(text, first.of_seeds)
 
     def _condition(self, condition: Condition, lasting: bool) -> Expression:
@@ -121,16 +179,18 @@ class Translator:
         if condition.operator in own:
             text = own[condition.operator](condition)
         else:
-            text = self._comparison(condition, lasting)
-        return Expression(text, _of_seeds(condition.metric))
+            sign = _SIGNS[condition.operator]
+            text = self._compared(condition, self._now(condition.metric, sign, lasting))
+        silent = condition.operator is Operator.MISSING_FOR
+        return Expression(text, _of_seeds(condition.metric), (RUN,) if silent else WHOEVER_KEYS)
 
-    def _comparison(self, condition: Condition, lasting: bool) -> str:
+    def _compared(self, condition: Condition, now: str) -> str:
+        """Where what is ``now`` is beyond the condition's bound."""
         sign, operator, number = (
             _SIGNS[condition.operator],
             condition.operator,
             condition.number,
         )
-        now = self._now(condition.metric, sign, lasting)
         if operator in (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE):
             return f"{now} {sign} {self._baseline(condition)}"
         if operator in ON_RECORDS:
@@ -148,7 +208,7 @@ class Translator:
         series = self._series(key)
         if lasting:
             return f"quantile_over_time(0.5, {series}[{RECENT}])"
-        return f"{'max' if sign[0] == '>' else 'min'}_over_time({series}[{RECENT}])"
+        return f"{'max' if sign[0] == '>' else 'min'}_over_time({series}[{LATELY}])"
 
     def _baseline(self, condition: Condition) -> str:
         key = condition.baseline_of or condition.metric
@@ -191,9 +251,9 @@ class Translator:
 
     def _rises(self, condition: Condition) -> str:
         series = self._series(condition.metric)
-        # A range has no sample at its left end in Prometheus 3, so that two of one minute,
+        # A range has no sample at its left end in Prometheus 3, so that two of one length,
         # one after the other, do not show what rose between them.
-        risen = f"max_over_time({series}[{RECENT}]) - min_over_time({series}[{SINCE}])"
+        risen = f"max_over_time({series}[{LATELY}]) - min_over_time({series}[{SINCE}])"
         return f"{risen} >= {condition.number:g}"
 
     def _unchanged(self, condition: Condition) -> str:
@@ -213,7 +273,7 @@ class Translator:
     def _nonfinite(self, condition: Condition) -> str:
         if condition.metric != "nonfinite":
             raise UntranslatableError("which of the values was not finite is not told")
-        return f"max_over_time({self._series('nonfinite')}[{RECENT}]) > 0"
+        return f"max_over_time({self._series('nonfinite')}[{LATELY}]) > 0"
 
     def _missing(self, condition: Condition) -> str:
         if condition.metric != "step":
@@ -248,6 +308,35 @@ class Translator:
         self.recordings[name] = Recording(name, expr)
 
 
+def guarded(expression: Expression) -> str:
+    """An expression that is empty for whom nothing is said about (:data:`JUDGED`)."""
+    return f"({expression.text})\nand {_on(expression.judged_by)} {JUDGED.record}"
+
+
+def _is_of_several(group: Group) -> bool:
+    """Whether its parts are about different values, and all comparisons of one step's."""
+    conditions = list(_conditions(group))
+    values = {(each.metric, _SIGNS.get(each.operator, "")[:1]) for each in conditions}
+    return len(values) > 1 and all(each.operator in _SIGNS for each in conditions)
+
+
+def _conditions(when: Condition | Group) -> Iterator[Condition]:
+    if isinstance(when, Condition):
+        yield when
+        return
+    for part in when.parts:
+        yield from _conditions(part)
+
+
+def _of_whom(when: Condition | Group) -> bool:
+    """By which parts are sorted: what tells seeds apart first."""
+    return not any(_of_seeds(each.metric) for each in _conditions(when))
+
+
+def _first_of(group: Group) -> Condition:
+    return next(_conditions(sorted(group.parts, key=_of_whom)[0]))
+
+
 def _of_seeds(key: str) -> bool:
     return KNOWN[key].scope == "seed"
 
@@ -267,3 +356,20 @@ _DERIVATIONS = {
     )
 }
 """What Tamiyo works out (``esper_tamiyo.language.derived``), worked out by Prometheus."""
+
+
+def _judged() -> str:
+    """Ranks that have been at it for a while, and have not said since their last step that they
+    ended well."""
+    step, who = prometheus_name(BY_KEY["step"]), ", ".join(WHOEVER_KEYS)
+    well = f'{label_name(HOW_ENDED)}!="{HowEnded.EXCEPTION}"'
+    grown = f"max by ({who}) (last_over_time({step}[{PAST}] offset {YOUNG}))"
+    ended = f"max by ({who}) (timestamp({prometheus_name(RUN_ENDED)}{{{well}}}))"
+    later = f"max by ({who}) (timestamp({step})) > {_on(WHOEVER_KEYS)} {ended}"
+    return (
+        f"{grown}\n  unless {_on(WHOEVER_KEYS)} ({ended} unless {_on(WHOEVER_KEYS)} ({later}))"
+    )
+
+
+JUDGED = Recording("esper:rank:judged", _judged())
+"""The ranks that alerts are about, recorded just before them."""

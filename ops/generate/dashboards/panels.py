@@ -11,6 +11,7 @@ from grafana_foundation_sdk.builders.common import VizTooltipOptions as Tooltip
 from grafana_foundation_sdk.builders.dashboard import (
     Dashboard,
     DashboardLink,
+    DatasourceVariable,
     QueryVariable,
     TextBoxVariable,
 )
@@ -26,6 +27,7 @@ from esper_otel.leyline.metrics import BY_KEY, EXCEPTION_TYPE, HOW_ENDED, RUN_ID
 from esper_otel.leyline.stages import Stage
 from ops.generate.dashboards.queries import (
     CHOSEN_RANKS,
+    CHOSEN_RUNS,
     DECISIONS,
     ENDS,
     RANK_OF_RUN,
@@ -34,14 +36,15 @@ from ops.generate.dashboards.queries import (
 )
 from ops.generate.prometheus_names import label_name, prometheus_name
 
-PROMETHEUS = dashboard.DataSourceRef("prometheus", "prometheus")
-"""As docker/grafana/provisioning/datasources names it."""
+PROMETHEUS = dashboard.DataSourceRef("prometheus", "${datasource}")
+"""Whichever Prometheus is chosen above the panels."""
 
 LEAST_INTERVAL = "5s"
 """Of what a pixel spans, so that there is a step in it for most runs."""
 
-BY_RANK = f"rank {{{{{RANK_OF_RUN}}}}}"
-BY_SEED = f"{{{{{SEED_ID}}}}} rank {{{{{RANK_OF_RUN}}}}}"
+BY_RUN = f"{{{{{RUN}}}}}"
+BY_RANK = f"{BY_RUN} rank {{{{{RANK_OF_RUN}}}}}"
+BY_SEED = f"{BY_RUN} {{{{{SEED_ID}}}}} rank {{{{{RANK_OF_RUN}}}}}"
 
 UNITS = {"ms": "ms", "s": "s", "%": "percent", "GBy": "decgbytes"}
 """Grafana's id of a unit; what stands in braces counts things, and needs none."""
@@ -115,6 +118,11 @@ def stacked(
     return lines(title, unit, shown, text, width=width).stacking(stacking).fill_opacity(60)
 
 
+def for_each_run(panel: TimeSeries) -> TimeSeries:
+    """One such panel for each chosen run: curves of several do not add up."""
+    return panel.repeat("run").repeat_direction("h").max_per_row(2)
+
+
 def states(
     title: str, shown: Iterable[Line], names: Names, text: str = "", *, width: int = WIDTH
 ) -> StateTimeline:
@@ -140,8 +148,10 @@ def states(
     return panel.targets(_targets(shown))
 
 
-def number(title: str, unit: str, expr: str, text: str = "", *, width: int = 4) -> Stat:
-    """One number, as it is now."""
+def number(
+    title: str, unit: str, expr: str, text: str = "", *, legend: str = "", width: int = 4
+) -> Stat:
+    """One number, as it is now, or one for each of what ``legend`` names."""
     panel = (
         Stat()
         .title(title)
@@ -154,7 +164,8 @@ def number(title: str, unit: str, expr: str, text: str = "", *, width: int = 4) 
         .color_mode(common.BigValueColorMode.NONE)
         .no_value("unknown")
     )
-    return panel.targets([Dataquery().expr(expr).instant().ref_id("A").datasource(PROMETHEUS)])
+    query = Dataquery().expr(expr).instant().ref_id("A").datasource(PROMETHEUS)
+    return panel.targets([query.legend_format(legend) if legend else query])
 
 
 def _targets(shown: Iterable[Line]) -> list[Builder[variants.Dataquery]]:
@@ -220,10 +231,13 @@ def board(uid: str, title: str, text: str, *, seeds: bool = False) -> Dashboard:
         .timezone("browser")
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
         .readonly()
-        .with_variable(_variable("run", "Run", _labels_of("step", RUN, ""), many=False))
         .with_variable(
-            _variable("rank", "Rank", _labels_of("step", RANK_OF_RUN, f'{RUN}="$run"'))
+            DatasourceVariable("datasource")
+            .label("Data source")
+            .type(PROMETHEUS.type_val or "")
         )
+        .with_variable(_runs())
+        .with_variable(_variable("rank", "Rank", _labels_of("step", RANK_OF_RUN, CHOSEN_RUNS)))
         .annotation(
             Built(
                 EventAnnotation(
@@ -273,15 +287,24 @@ def _labels_of(key: str, label: str, where: str) -> str:
     return f"label_values({prometheus_name(BY_KEY[key])}{{{where}}}, {label})"
 
 
-def _variable(name: str, label: str, query: str, *, many: bool = True) -> QueryVariable:
-    variable = (
+def _runs() -> QueryVariable:
+    """The runs to choose from, the newest first where their names begin with the time."""
+    newest_first = dashboard.VariableSort.ALPHABETICAL_DESC
+    return _query_variable("run", "Run", _labels_of("step", RUN, "")).sort(newest_first)
+
+
+def _variable(name: str, label: str, query: str) -> QueryVariable:
+    """Whichever are chosen, all of them at first."""
+    made = _query_variable(name, label, query).sort(dashboard.VariableSort.NUMERICAL_ASC)
+    return made.include_all(True).all_value(".*")
+
+
+def _query_variable(name: str, label: str, query: str) -> QueryVariable:
+    return (
         QueryVariable(name)
         .label(label)
         .datasource(PROMETHEUS)
         .query({"query": query, "refId": name})
         .refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .sort(dashboard.VariableSort.NUMERICAL_ASC if many else dashboard.VariableSort.DISABLED)
+        .multi(True)
     )
-    if many:
-        return variable.multi(True).include_all(True).all_value(".*")
-    return variable

@@ -105,7 +105,8 @@ def draw(dashboard: dict[str, Any], window: Window, path: Path) -> None:
 def _panel(axes: Axes, panel: dict[str, Any], window: Window) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     unit = UNITS.get(defaults.get("unit", ""), "")
-    axes.set_title(f"{panel['title']}{f' [{unit}]' if unit else ''}", size=8, loc="left")
+    title = panel["title"].replace("$run", RUN)
+    axes.set_title(f"{title}{f' [{unit}]' if unit else ''}", size=8, loc="left")
     axes.tick_params(labelsize=6)
     found = [one for target in panel["targets"] for one in window.answer(target)]
     if panel["type"] == "stat":

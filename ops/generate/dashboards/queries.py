@@ -8,7 +8,8 @@ from ops.generate.prometheus_names import label_name, prometheus_name, series_na
 
 RUN, RANK_OF_RUN = label_name(RUN_ID), label_name(RANK)
 
-CHOSEN_RANKS = f'{RUN}="$run", {RANK_OF_RUN}=~"$rank"'
+CHOSEN_RUNS = f'{RUN}=~"$run"'
+CHOSEN_RANKS = f'{CHOSEN_RUNS}, {RANK_OF_RUN}=~"$rank"'
 CHOSEN_SEEDS = f'{CHOSEN_RANKS}, {SEED_ID}=~"$seed"'
 
 TOLD_WITHIN = "1m"
@@ -47,9 +48,14 @@ def total(key: str) -> str:
     return f"sum_over_time({of(key)}[$__interval])"
 
 
+def by_run(operator: str, series: str) -> str:
+    """What the chosen ranks of each run come to together."""
+    return f"{operator} by ({RUN}) ({series})"
+
+
 def over_ranks(key: str) -> str:
-    """The mean over the chosen ranks."""
-    return f"avg({mean(key)})"
+    """The mean over the chosen ranks of each run."""
+    return by_run("avg", mean(key))
 
 
 def own(name: str) -> str:
@@ -102,9 +108,10 @@ PHASES = {
     "optimizer": "optimizer_ms",
     "esper": "hook_latency_ms",
 }
+_NOTHING = f"0 * {over_ranks('step_latency_ms')}"
 OTHER = (
     f"clamp_min({over_ranks('step_latency_ms')} - "
-    f"({' + '.join(f'({over_ranks(key)} or vector(0))' for key in PHASES.values())}), 0)"
+    f"({' + '.join(f'({over_ranks(key)} or {_NOTHING})' for key in PHASES.values())}), 0)"
 )
 """What is left of the step."""
 

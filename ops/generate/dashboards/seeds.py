@@ -6,6 +6,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from ops.generate.dashboards.panels import (
     BY_RANK,
+    BY_RUN,
     BY_SEED,
     Line,
     PanelBuilder,
@@ -15,7 +16,7 @@ from ops.generate.dashboards.panels import (
     stage_names,
     states,
 )
-from ops.generate.dashboards.queries import COSINE, last, mean, most, of
+from ops.generate.dashboards.queries import COSINE, by_run, last, mean, most, of
 
 
 def seeds() -> Dashboard:
@@ -31,25 +32,24 @@ def seeds() -> Dashboard:
     return made
 
 
+def _of_runs(title: str, unit: str, operator: str, series: str, text: str = "") -> PanelBuilder:
+    return number(title, unit, by_run(operator, series), text, legend=BY_RUN, width=6)
+
+
 def _panels() -> list[PanelBuilder]:
     return [
-        number("Seeds alive", "none", f"max({of('kasmina.seeds_live')})", width=6),
-        number(
+        _of_runs("Seeds alive", "none", "max", of("kasmina.seeds_live")),
+        _of_runs(
             "Isolation violations",
             "none",
-            f"max({of('kasmina.isolation.violations')})",
+            "max",
+            of("kasmina.isolation.violations"),
             "Of all seeds of a rank, since the run began. Anything but 0 is a defect.",
-            width=6,
         ),
-        number(
-            "Kernels replaced by identity",
-            "none",
-            f"sum({of('kasmina.seed.fallback_used')})",
-            width=6,
+        _of_runs(
+            "Kernels replaced by identity", "none", "sum", of("kasmina.seed.fallback_used")
         ),
-        number(
-            "Last fetch of a kernel", "ms", f"max({of('kasmina.kernel_fetch_ms')})", width=6
-        ),
+        _of_runs("Last fetch of a kernel", "ms", "max", of("kasmina.kernel_fetch_ms")),
         states("Stages", [Line(last("kasmina.seed.stage"), BY_SEED)], stage_names()),
         lines(
             "Alpha",

@@ -7,9 +7,11 @@ from grafana_foundation_sdk.models import common, dashboard
 
 from ops.generate.dashboards.panels import (
     BY_RANK,
+    BY_RUN,
     Line,
     PanelBuilder,
     board,
+    for_each_run,
     lines,
     number,
     stacked,
@@ -22,6 +24,7 @@ from ops.generate.dashboards.queries import (
     SLOW_FACTOR,
     SLOW_SPAN,
     SLOW_STEPS,
+    by_run,
     last,
     mean,
     most,
@@ -51,20 +54,25 @@ def training() -> Dashboard:
 
 def _head() -> list[PanelBuilder]:
     return [
-        number("Step", "none", f"max({of('step')})"),
-        number("Loss", "none", f"avg({of('loss')})", "Mean over the chosen ranks."),
-        number(
-            "Accuracy", "percentunit", f"avg({of('accuracy')})", "Where the loop reports it."
+        _of_runs("Step", "none", "max", of("step")),
+        _of_runs("Loss", "none", "avg", of("loss"), "Mean over the chosen ranks."),
+        _of_runs(
+            "Accuracy", "percentunit", "avg", of("accuracy"), "Where the loop reports it."
         ),
-        number("Samples per second", "short", f"sum({of('samples_per_s')})", "Of all ranks."),
-        number("Step time", "ms", f"avg({of('step_latency_ms')})"),
-        number(
+        _of_runs("Samples per second", "short", "sum", of("samples_per_s"), "Of all ranks."),
+        _of_runs("Step time", "ms", "avg", of("step_latency_ms")),
+        _of_runs(
             "Values that were not finite",
             "none",
-            f"sum(sum_over_time({of('nonfinite')}[$__range]))",
+            "sum",
+            f"sum_over_time({of('nonfinite')}[$__range])",
             "NaN or infinite, in the time shown. They are in no curve.",
         ),
     ]
+
+
+def _of_runs(title: str, unit: str, operator: str, series: str, text: str = "") -> PanelBuilder:
+    return number(title, unit, by_run(operator, series), text, legend=BY_RUN)
 
 
 def _learning() -> list[PanelBuilder]:
@@ -74,18 +82,17 @@ def _learning() -> list[PanelBuilder]:
             "short",
             [
                 Line(mean("loss"), BY_RANK),
-                Line(over_ranks("loss_ewma"), "weighted mean"),
-                Line(_edge("+"), "upper"),
-                Line(_edge("-"), "lower"),
+                Line(over_ranks("loss_ewma"), f"{BY_RUN} weighted mean"),
+                Line(_edge("+"), f"{BY_RUN} upper"),
+                Line(_edge("-"), f"{BY_RUN} lower"),
             ],
             "The band is the weighted mean and two weighted standard deviations to each side, "
             "of the chosen ranks.",
             width=12,
         )
-        .override_by_name("upper", _band("lower"))
-        .override_by_name("lower", _band(None))
-        .override_by_name(
-            "weighted mean", [dashboard.DynamicConfigValue("custom.lineWidth", 3)]
+        .override_by_regexp("/ (upper|lower)$/", [_DASHED])
+        .override_by_regexp(
+            "/ weighted mean$/", [dashboard.DynamicConfigValue("custom.lineWidth", 3)]
         )
     )
     return [
@@ -95,7 +102,7 @@ def _learning() -> list[PanelBuilder]:
             "short",
             [
                 Line(most("gradient_norm"), BY_RANK),
-                Line(over_ranks("grad_norm_ewma"), "weighted mean"),
+                Line(over_ranks("grad_norm_ewma"), f"{BY_RUN} weighted mean"),
             ],
             "Before clipping; the largest that a pixel spans.",
             width=12,
@@ -105,8 +112,8 @@ def _learning() -> list[PanelBuilder]:
             "Unsteadiness",
             "short",
             [
-                Line(over_ranks("loss_volatility"), "of the loss: standard deviation"),
-                Line(over_ranks("grad_var"), "of the gradient norm: variance"),
+                Line(over_ranks("loss_volatility"), f"{BY_RUN} loss: standard deviation"),
+                Line(over_ranks("grad_var"), f"{BY_RUN} gradient norm: variance"),
             ],
         ),
         lines(
@@ -172,13 +179,15 @@ def _time() -> list[PanelBuilder]:
     )
     waiting = f"{mean('input_wait_ms')} / {mean('step_latency_ms')}"
     return [
-        stacked(
-            "Step time by phase",
-            "ms",
-            [*phases, Line(OTHER, "other")],
-            "Mean over the chosen ranks. `esper` is what this package did on the training "
-            "thread, decision requests included.",
-            width=12,
+        for_each_run(
+            stacked(
+                "Step time by phase: $run",
+                "ms",
+                [*phases, Line(OTHER, "other")],
+                "Mean over the chosen ranks. `esper` is what this package did on the training "
+                "thread, decision requests included.",
+                width=12,
+            )
         ),
         lines(
             "Step time by rank",
@@ -198,10 +207,10 @@ def _time() -> list[PanelBuilder]:
             "What watching costs",
             "ms",
             [
-                Line(over_ranks("hook_latency_ms"), "this package, of that"),
-                Line(over_ranks("tamiyo_latency_ms"), "decision requests"),
-                Line(over_ranks("kasmina.apply_ms"), "applying decisions"),
-                Line(over_ranks("kasmina.finalize_ms"), "seeds"),
+                Line(over_ranks("hook_latency_ms"), f"{BY_RUN} this package, of that"),
+                Line(over_ranks("tamiyo_latency_ms"), f"{BY_RUN} decision requests"),
+                Line(over_ranks("kasmina.apply_ms"), f"{BY_RUN} applying decisions"),
+                Line(over_ranks("kasmina.finalize_ms"), f"{BY_RUN} seeds"),
             ],
         ),
         lines(
@@ -244,10 +253,4 @@ def _edge(sign: str) -> str:
     return f"{over_ranks('loss_ewma')} {sign} 2 * {over_ranks('loss_volatility')}"
 
 
-def _band(down_to: str | None) -> list[dashboard.DynamicConfigValue]:
-    values: list[tuple[str, object]] = [("custom.lineWidth", 0), ("custom.fillOpacity", 12)]
-    if down_to is None:
-        values[1] = ("custom.fillOpacity", 0)
-    else:
-        values.append(("custom.fillBelowTo", down_to))
-    return [dashboard.DynamicConfigValue(name, value) for name, value in values]
+_DASHED = dashboard.DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [4, 6]})

@@ -76,13 +76,14 @@ class Total(msgspec.Struct):
 class Curve:
     """One metric of one trainer, or of one of its seeds."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """So many points are held at ``most``, :data:`HELD` unless said."""
         self.total = Total()
         self.thinned = False
         """Whether it holds fewer points than it was given."""
         self._parts: list[Points] = []
         self._count = 0
-        self._most = HELD
+        self._most = HELD if most is None else most
 
     def extend(self, steps: Times, values: Numbers) -> None:
         """Take in more points, in whatever order; a value that is not finite is a gap."""

@@ -8,6 +8,7 @@ becomes a problem, in one line; what came before is shown.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -50,9 +51,13 @@ OnBytes = Callable[[int], None]
 
 
 class Archive:
-    """All that was read. ``problems`` are for people, one line each."""
+    """All that was read. ``problems`` are for people, one line each.
 
-    def __init__(self) -> None:
+    ``whole``: every point is held (16 bytes each), and none is thinned out.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self._held = sys.maxsize if whole else None
         self.trainers: dict[Producer, TrainerCurves] = {}
         self.ledger = Ledger()
         self.problems: list[str] = []
@@ -81,6 +86,8 @@ class Archive:
 
     def _bound_curves(self) -> None:
         """Have all curves together hold no more points than fit."""
+        if self._held is not None:
+            return
         curves = [c for trainer in self.trainers.values() for c in trainer.curves.values()]
         for curve in curves:
             curve.hold_at_most(max(HELD_OF_ALL // len(curves), FEWEST))
@@ -118,7 +125,7 @@ class Archive:
 
     def _read_file(self, path: Path) -> Iterator[int]:
         before = sum(trainer.rows for trainer in self.trainers.values())
-        if _is_journal(path):
+        if is_journal(path):
             yield from self._read_journal(path)
             return
         whole = path.name.endswith(METRICS)
@@ -138,7 +145,7 @@ class Archive:
             for source, block in self._reader.read(data):
                 trainer = self.trainers.get(source)
                 if trainer is None:
-                    trainer = self.trainers[source] = TrainerCurves(source)
+                    trainer = self.trainers[source] = TrainerCurves(source, self._held)
                 trainer.take_in(block)
         except FieldError:
             raise RecordingError(path, offset, "not an OTLP metrics request") from None
@@ -217,7 +224,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_journal(path: Path) -> bool:
+def is_journal(path: Path) -> bool:
+    """Whether it is one; raises :class:`OSError` when it cannot be read."""
     if _JOURNAL_FILE.fullmatch(path.name):
         return True
     if path.name.endswith(_ENDINGS):

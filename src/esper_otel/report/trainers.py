@@ -31,8 +31,10 @@ _MAX_STEP = float(1 << 53)
 class TrainerCurves:
     """The curves of one process, by (seed, key); seed None for the steps' own."""
 
-    def __init__(self, source: Producer) -> None:
+    def __init__(self, source: Producer, held: int | None = None) -> None:
+        """So many points of each curve are ``held``, and more of them thinned."""
         self.source = source
+        self._held = held
         self.attributes: Attributes = {}
         self.ended = ""
         """How it ended, "" when it has not said so: then it was killed, or goes on."""
@@ -65,7 +67,7 @@ class TrainerCurves:
     def absorb(self, later: TrainerCurves) -> None:
         """Take in the curves of a process that went on where this one ended."""
         for whose, curve in later.curves.items():
-            self.curves.setdefault(whose, Curve()).absorb(curve)
+            self.curves.setdefault(whose, Curve(self._held)).absorb(curve)
         self.attributes = {**self.attributes, **later.attributes}
         self.ended = later.ended
 
@@ -113,7 +115,7 @@ class TrainerCurves:
         usable = (values >= 0) & (values < _MAX_STEP) & (values == np.floor(values))
         times, steps = times[usable], values[usable].astype(np.int64)
         if len(times):
-            clock = self.curves.setdefault((None, CLOCK), Curve())
+            clock = self.curves.setdefault((None, CLOCK), Curve(self._held))
             clock.extend(steps, times.astype(np.float64))
         times = np.concatenate([self._times[-AT_ONCE:], times])
         steps = np.concatenate([self._steps[-AT_ONCE:], steps])
@@ -138,7 +140,7 @@ class TrainerCurves:
             values = np.concatenate([values for _, _, values in some])[fresh]
             for place, key in enumerate(keys):
                 column = np.ascontiguousarray(values[:, place])
-                self.curves.setdefault((seed, key), Curve()).extend(steps, column)
+                self.curves.setdefault((seed, key), Curve(self._held)).extend(steps, column)
                 if seed is None:
                     present[key].append(steps)
                     if key == "nonfinite":

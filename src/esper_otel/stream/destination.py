@@ -121,14 +121,19 @@ class _Variables:
             log.warning("%s", message)
 
     def is_exported(self) -> bool:
-        """Whether ``OTEL_<SIGNAL>_EXPORTER`` leaves the signal on."""
+        """Whether ``OTEL_<SIGNAL>_EXPORTER`` has the signal sent.
+
+        ``console`` prints metrics (:mod:`~esper_otel.stream.console`), and alone it sends none.
+        """
         variable = f"OTEL_{self._signal}_EXPORTER"
         value = self._environ.get(variable, "").strip()
         names = {name.strip().lower() for name in value.split(",")} - {""}
-        if names == {"none"}:
+        here = {"none", "console"} if self._signal == Signal.METRICS.upper() else {"none"}
+        if names and names <= here:
             return False
         if names and "otlp" not in names:
-            self.warn(variable, repr(value), "otlp or none", "otlp")
+            known = "otlp, console or none" if "console" in here else "otlp or none"
+            self.warn(variable, repr(value), known, "otlp")
         return True
 
 

@@ -20,6 +20,7 @@ from esper_otel.leyline.decisions import FAILED_OPEN, Action
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.stream.console import Printer
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
@@ -182,6 +183,7 @@ class Lane:
         trainer: TrainerIdentity,
         tracers: Tracers,
         recording: Recording | None,
+        show: Printer | None = None,
     ) -> None:
         self.ring = ring
         self.timelines = timelines
@@ -193,6 +195,8 @@ class Lane:
         self.encoder = FrameEncoder(resource)
         self.tracers = tracers
         self.recording = recording
+        self.show = show
+        """What prints frames for people, where that is asked for."""
         self.totals = RunTotals()
         self.over = False
         """Whether nothing more is handed over."""
@@ -302,6 +306,12 @@ class Drain:
             lane.totals.add(frames.steps.times, frames.steps.values)
         except Exception as error:
             self._fault("sums of frames", error)
+        if lane.show is not None:
+            try:
+                lane.show(frames)
+            except Exception as error:  # a terminal that is gone
+                lane.show = None
+                log.warning("steps are not printed any more: %r", error)
         if not self._is_wanted(lane, Signal.METRICS):
             return
         try:

