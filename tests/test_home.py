@@ -49,7 +49,9 @@ def put(home, run, age_days=0.0, size=0, attempts=(1,), **card):
         recorded(path, frames(4, run=run, instance=f"i{attempt}", loss=lambda step: 0.5))
         at = NOW_NS - int(age_days * DAY_NS) + attempt
         told = {"steps": 4, "last_loss": 0.5, "ended": "done", **card}
-        made = RunCard(run=run, began_unix_nano=at, updated_unix_nano=at, **told)
+        made = RunCard(
+            run=run, attempt=attempt, began_unix_nano=at, updated_unix_nano=at, **told
+        )
         (folder / f"run{more}.json").write_bytes(msgspec.json.encode(made))
     if size:
         (folder / f"{run}-rank1.metrics.otlp").write_bytes(bytes(size))
@@ -147,7 +149,7 @@ def test_a_folder_of_ones_own_has_no_card_and_is_not_at_home(home, tmp_path):
 def test_a_card_that_cannot_be_written_disturbs_nobody(tmp_path, caplog):
     keeper = CardKeeper(RunCard(run="one"), {})
     keeper.begin(tmp_path / "gone", 1)
-    keeper.finish()
+    keeper.close()
     assert "the card of the run could not be written" in caplog.text
 
 

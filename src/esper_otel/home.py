@@ -103,7 +103,7 @@ class CardKeeper:
             self._due = now + REFRESH_S
             self._write()
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Nothing more is recorded. Never raises."""
         try:
             self._write()

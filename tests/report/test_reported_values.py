@@ -35,7 +35,10 @@ def config(path, run, **values):
     request = ExportLogsServiceRequest()
     group = request.resource_logs.add()
     put(group.resource.attributes, RUN_ID, run)
-    record = group.scope_logs.add().log_records.add(event_name=CONFIGURED)
+    record = group.scope_logs.add().log_records.add(
+        event_name=CONFIGURED, time_unix_nano=BEGAN_NS, severity_number=9
+    )
+    record.body.string_value = "2 hyper-parameters"
     for key, value in values.items():
         put(record.attributes, f"esper.config.{key}", value)
     put(record.attributes, "other", "x")

@@ -17,7 +17,7 @@ from operator import gt, itemgetter, lt
 
 import msgspec
 
-from esper_otel.leyline.custom import is_custom
+from esper_otel.leyline.custom import PREFIX, is_custom
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
@@ -112,7 +112,7 @@ class AskGuards:
         "_stale",
         "_upper",
         "_upper_of",
-        "watches_custom",
+        "custom",
     )
 
     def __init__(self, plan: GuardPlan, history: History) -> None:
@@ -125,8 +125,8 @@ class AskGuards:
         self._moving_lower = _placed(plan.lower, plan.moving, history, lower=True)
         self._missing = plan.missing
         self._due: list[int] = []
-        self.watches_custom = bool(plan.custom)
-        """Whether a step that has custom values may cross a bound by them."""
+        self.custom = frozenset(each.metric.removeprefix(PREFIX) for each in plan.custom)
+        """Names of the custom values by which a step that has them may cross a bound."""
         self._custom_missing = [
             condition for condition in plan.custom if condition.operator is Operator.MISSING_FOR
         ]

@@ -120,7 +120,7 @@ class Recording:
     def close(self) -> None:
         """Close the files."""
         if self.card is not None and self._claimed:
-            self.card.finish()
+            self.card.close()
         while self._files:
             os.close(self._files.popitem()[1])
 

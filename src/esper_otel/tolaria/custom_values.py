@@ -84,9 +84,11 @@ class CustomValues:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
             return self._read_async(value) if value.numel() == 1 else None
+        if getattr(value, "size", 0) == 1 and hasattr(value, "item"):  # of NumPy
+            value = value.item()
         if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
             return None
-        return float(value)  # of NumPy, or a fraction
+        return float(value)  # a decimal, a fraction
 
     def _tell(self, what: str, message: str, *words: object) -> None:
         if what not in self._told:
