@@ -30,6 +30,7 @@ from esper_otel.tolaria.updates import release, withhold_unless_finite
 
 if TYPE_CHECKING:
     from esper_otel.integrations.jobs import Jobs
+    from esper_otel.leyline.readings import Value
     from esper_otel.settings import EsperSettings
     from esper_otel.shared_decisions import SharedDecisions
     from esper_otel.stream import Stream
@@ -307,7 +308,9 @@ class LoopCalls:
             run.report(val_loss=evaluate(model))
         """
         begin = self._loop.scalars.read_async
-        known = {key: begin(values.pop(key)) for key in REPORTABLE if key in values}
+        known: dict[str, Value] = {
+            key: begin(values.pop(key)) for key in REPORTABLE if key in values
+        }
         if values:
             known |= self._loop.custom.read(values)
         self._in_use.loop_reported(None if loss is None else begin(loss), known)

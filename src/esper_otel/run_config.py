@@ -154,9 +154,9 @@ def _fields(value: Any) -> Mapping[Any, Any] | None:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    kind = type(value)
-    if kind.__name__ in ("Namespace", "SimpleNamespace"):
-        return vars(value)
+    if type(value).__name__ in ("Namespace", "SimpleNamespace"):
+        found: Mapping[str, Any] = vars(value)
+        return found
     return None
 
 
@@ -188,7 +188,7 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{len(value)} values}}"
     kind = type(value)
-    if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:
+    if all(getattr(kind, name) is getattr(object, name) for name in ("__str__", "__repr__")):
         return kind.__name__  # its place in memory would tell every two runs apart
     return str(getattr(value, "__name__", value) if callable(value) else value)
 
