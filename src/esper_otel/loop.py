@@ -308,11 +308,10 @@ class LoopCalls:
             run.report(val_loss=evaluate(model))
         """
         begin = self._loop.scalars.read_async
-        known: dict[str, Value] = {
-            key: begin(values.pop(key)) for key in REPORTABLE if key in values
-        }
+        known: dict[str, Value] = {}
         if values:
-            known |= self._loop.custom.read(values)
+            known = {key: begin(values.pop(key)) for key in REPORTABLE if key in values}
+            known.update(self._loop.custom.read(values))
         self._in_use.loop_reported(None if loss is None else begin(loss), known)
 
     def config(self, values: Any = None, /, **more: Any) -> None:

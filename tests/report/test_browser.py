@@ -274,6 +274,32 @@ def test_several_runs_are_compared(opened, recording, tmp_path):
     assert page.evaluate("() => esperReport.charts[1].plot.series.length") == 3
 
 
+def test_evaluations_are_on_the_loss_and_what_a_script_reports_has_charts(opened, tmp_path):
+    own = {
+        "custom.val_loss": lambda s: 1.5 if s and s % 20 == 0 else None,
+        "custom.val_acc": lambda s: 0.5 if s and s % 20 == 0 else None,
+        "custom.kl <b>": lambda s: 0.1 * s,
+    }
+    made = [frames(90, run=run, loss=lambda s: 2.0, **own) for run in ("one", "two")]
+    paths = [recorded(tmp_path / f"{some[0].run}.metrics.otlp", some) for some in made]
+    page = opened(*paths)
+    titles = page.locator("#charts figure:not([hidden])").evaluate_all(
+        "all => all.map(one => one.getAttribute('aria-label').slice(7))"
+    )
+    assert titles[:3] == ["Loss", "Accuracy", "kl <b>"]
+    loss = page.evaluate(
+        """() => {
+        const plot = esperReport.charts[0].plot;
+        const place = plot.series.findIndex(s => s.label === "one val_loss");
+        return plot.data[0].filter((_, i) => Number.isFinite(plot.data[place][i]));
+        }"""
+    )
+    assert loss == [19, 39, 59, 79]
+    assert chart(page, "kl <b>").evaluate(INK) > 3
+    page.get_by_text("All other metrics").click()
+    assert "custom" not in page.locator("#rest").inner_text()
+
+
 @pytest.mark.parametrize(
     "name", ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a\u202eb"]
 )
