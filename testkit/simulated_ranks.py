@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.frames import NO_CUSTOM, StepTimeline
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream, StreamReport
@@ -56,7 +56,12 @@ class Rank:
         self._metrics = metrics
         self._seeds = [f"slot{number}-1" for number in range(seeds)]
 
-    def step(self, step: int, time_unix_nano: int | None = None) -> None:
+    def step(
+        self,
+        step: int,
+        time_unix_nano: int | None = None,
+        custom: Mapping[str, float] = NO_CUSTOM,
+    ) -> None:
         """Hand over one step; its values can be told from those of every other."""
         row = [step + column / 100 for column in range(len(STEP_KEYS))]
         row[0] = float(step)
@@ -66,7 +71,7 @@ class Rank:
             for number, seed in enumerate(self._seeds)
         ]
         self.stream.frame(
-            time.time_ns() if time_unix_nano is None else time_unix_nano, row, seeds
+            time.time_ns() if time_unix_nano is None else time_unix_nano, row, seeds, custom
         )
 
     def trace(self, step: int, start_unix_nano: int, phase_ns: int = 1_000_000) -> None:

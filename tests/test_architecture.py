@@ -16,7 +16,10 @@ SOURCES = {
 MAY_IMPORT = {
     "esper_otel.leyline": {"esper_otel.leyline"},
     "esper_otel._version": set(),
-    "esper_otel.settings": set(),
+    "esper_otel.run_settings": {"esper_otel.leyline"},
+    "esper_otel.settings": {"esper_otel.run_settings"},
+    "esper_otel.run_config": {"esper_otel.leyline"},
+    "esper_otel.home": {"esper_otel._version", "esper_otel.leyline"},
     "esper_otel.finalization": set(),
     "esper_otel.tolaria": {
         "esper_otel.finalization",
@@ -50,7 +53,10 @@ MAY_IMPORT = {
     },
     "esper_otel.stream": {
         "esper_otel._version",
+        "esper_otel.home",
         "esper_otel.leyline",
+        "esper_otel.run_config",
+        "esper_otel.run_settings",
         "esper_otel.settings",
         "esper_otel.stream",
     },

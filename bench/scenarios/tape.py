@@ -8,10 +8,11 @@ it is what a decision request carries, and what the stream carries of the same s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import NOT_ASKED, Decision, Proposal, unanswered
+from esper_otel.leyline.frames import NO_CUSTOM
 from esper_otel.leyline.guards import Guards
 from esper_otel.run import Run
 
@@ -54,8 +55,9 @@ class Tape:
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
-        """Hear it."""
+        """Hear it, but for custom values."""
         self.heard.append(Heard(step, time_unix_nano, row, seeds, proposal))
         self._under_way = step, time.perf_counter() + self.delay_s
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from esper_otel.leyline.custom import EVALUATION, NAME, PREFIX
 from esper_otel.leyline.endings import HowEnded
+from esper_otel.leyline.limits import MAX_CUSTOM, MAX_CUSTOM_NAME
 from esper_otel.leyline.metrics import (
+    CUSTOM,
     EXCEPTION_TYPE,
     HOW_ENDED,
     INSTANCE_ID,
@@ -39,6 +42,11 @@ def page() -> str:
         steps=_table(STEP_METRICS),
         seeds=_table(SEED_METRICS),
         ended=_table([RUN_ENDED]),
+        custom=_table([CUSTOM]).replace(f"`{CUSTOM.key}` |", f"`{PREFIX}NAME` |"),
+        custom_name=NAME,
+        evaluation=EVALUATION,
+        most_custom=MAX_CUSTOM,
+        longest_custom=MAX_CUSTOM_NAME,
         how_ended=HOW_ENDED,
         hows=", ".join(f"`{how.value}`" for how in HowEnded),
         exception_type=EXCEPTION_TYPE,
@@ -121,6 +129,24 @@ A process that is killed, by SIGKILL or by a SIGTERM that the script does not ha
 nothing, nor does one that leaves by `os._exit`. Where a step follows after all, as after the
 first of two trainings of one model, it was not the end, and another point says the next one.
 
+## Of the script's own
+
+{custom}
+
+The attribute `{custom_name}` is what the script, or the framework, calls the value:
+`run.report(kl=kl)` makes a point with `{custom_name}="kl"`, which tables call `custom.kl`. A
+run can have {most_custom} names of up to {longest_custom} printable characters. They are one
+metric, and not one for each name, as what a script calls its values need not be the name of a
+metric: OpenTelemetry allows no blanks in those, Prometheus gives `val.loss` and `val_loss` the
+same one, and `loss` is taken. With an attribute any text is a name, and one query finds all of
+them. The price: they share a unit, so a sum over names means nothing.
+
+Where a word of the name says that it is measured on held-out data (`val`, `valid`,
+`validation`, `eval`, `evaluation`, `test`, `dev`, `heldout`), the point carries `{evaluation}`,
+true. What is reported between two steps has the time of the step that follows: with that one
+the sidecar evaluates it. A report shows evaluations at the step before, whose weights were
+measured. What no step follows comes with the end of the run, at its time.
+
 ## Whose values they are
 
 Which run and which process a point belongs to is said by its resource, never by its own
@@ -133,6 +159,7 @@ attributes, and a step number is never an attribute: it would make one series pe
 | `{run_id}` | the run, the same for all its ranks |
 | `{rank}`, `{world_size}` | this process among those of the run |
 | `{local_rank}` | this process among those of the run on its host, where that is known |
+| `esper.run.name`, `esper.run.tag.KEY` | name and tags of the run, where it has any |
 
 Whatever else OpenTelemetry detects, or `OTEL_RESOURCE_ATTRIBUTES` adds, is there as well.
 

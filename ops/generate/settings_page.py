@@ -15,7 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel import settings
+from esper_otel import run_settings, settings
+from esper_otel.run_settings import RunSettings
 from esper_otel.settings import EsperSettings
 from ops.generate.files import COMMAND
 
@@ -47,7 +48,8 @@ def _rows() -> Iterator[tuple[str, ...]]:
     ranges = {field: (low, high) for field, low, high in settings.RANGES}
     for field in msgspec.structs.fields(EsperSettings):
         kind = field.type
-        meaning = said[EsperSettings.__name__, field.name]
+        owner = RunSettings if field.name in RunSettings.__struct_fields__ else EsperSettings
+        meaning = said[owner.__name__, field.name]
         if isinstance(kind, type) and issubclass(kind, StrEnum):
             expected = ", ".join(f"`{each.value}`" for each in kind)
             each = [
@@ -65,7 +67,8 @@ def _rows() -> Iterator[tuple[str, ...]]:
 def _said() -> dict[tuple[str, str], str]:
     """What stands under each field of each class, by their names; empty where nothing does."""
     said = {}
-    for found in ast.parse(inspect.getsource(settings)).body:
+    sources = (inspect.getsource(module) for module in (settings, run_settings))
+    for found in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(found, ast.ClassDef):
             continue
         for node, after in zip(found.body, [*found.body[1:], None], strict=True):

@@ -293,8 +293,10 @@ other parameters ([snapshots](enforcing.md#snapshots)).
 
 ## A condition
 
-A metric and exactly one operator. The metrics are those of [metrics.md](metrics.md), and
-the ones worked out below.
+A metric and exactly one operator. The metrics are those of [metrics.md](metrics.md), the ones
+worked out below, and `custom.NAME` for what the script
+[reports itself](runs.md#values-of-your-own). A step without such a value leaves the condition
+unknown.
 
 {operators}
 

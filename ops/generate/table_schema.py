@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import StrEnum
 from math import inf
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any, get_type_hints
 
 import msgspec
 
+from esper_otel.leyline.custom import PREFIX
 from esper_otel.leyline.decisions import Action
+from esper_otel.leyline.limits import MAX_CUSTOM_NAME
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, Form, Operand, Operator
 from esper_tamiyo.language.parameters import PARAMETERS, Parameter
@@ -137,7 +140,8 @@ def _condition_properties() -> dict[str, Any]:
     }
     for name in ("metric", "baseline_of"):
         said = meta(Condition, name).description
-        fields[name] = {"enum": sorted(KNOWN), "description": said}
+        own = {"pattern": f"^{re.escape(PREFIX)}.{{1,{MAX_CUSTOM_NAME}}}$"}
+        fields[name] = {"anyOf": [{"enum": sorted(KNOWN)}, own], "description": said}
     operators = {
         operator.value: {**_operand(form), "description": form.meaning}
         for operator, form in FORMS.items()

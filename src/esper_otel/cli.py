@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from esper_otel._version import __version__
-from esper_otel.commands import export, report, resend, run, show
+from esper_otel.commands import export, report, resend, run, runs, show
 
 COMMANDS = {
     command.__name__.rpartition(".")[2]: command
-    for command in (run, resend, show, report, export)
+    for command in (run, runs, resend, show, report, export)
 }
 
 
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add(commands)
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(run.spelled_out(given) if given[:1] == ["run"] else given)
     try:
         status: int = options.command(options)
     except BrokenPipeError:

@@ -30,7 +30,7 @@ class FinalReport:
 
     def recorded(self, settings: EsperSettings) -> EsperSettings:
         """``settings``, with a recording where the report needs one."""
-        if self._to is None or settings.recording_dir:
+        if self._to is None or settings.recording_dir or settings.record:
             return settings
         try:
             self._kept = Path(tempfile.mkdtemp(prefix="esper-report-"))
@@ -76,8 +76,10 @@ class FinalReport:
 def _files(settings: EsperSettings, run: str, stream: StreamReport) -> Iterator[Path]:
     """What this process recorded, and what other ranks did in the same folder."""
     yield from stream.recordings
+    first = stream.recordings[0]
+    attempt = first.name.removeprefix(stem(run, settings.rank)).partition(".")[0]
     for rank in range(1, settings.world_size):
         for signal in Signal:
-            path = Path(settings.recording_dir, f"{stem(run, rank)}.{signal}.otlp")
+            path = first.with_name(f"{stem(run, rank)}{attempt}.{signal}.otlp")
             if path.exists():
                 yield path

@@ -15,6 +15,7 @@ from functools import wraps
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Self
 
+from esper_otel.leyline.custom import custom_key
 from esper_otel.leyline.endings import HowEnded, RunEnd, end_by, end_by_status
 from esper_otel.leyline.frames import StepFrame
 
@@ -54,21 +55,25 @@ class LastWords:
         self._handled_at_begin = id(sys.exc_info()[1])
 
     def say(self, end: Ending) -> None:
-        """The run has ended so.
+        """The run has ended so; custom values that no step followed go with it.
 
-        Nothing is said once more behind the same step, or of a run that nobody has heard
-        of: without a step, or not known to be one. Waits for nothing, never raises.
+        Nothing is said once more behind the same step, unless there are such values, or of a
+        run that nobody has heard of: without a step, or not known to be one. Waits for
+        nothing, never raises.
         """
         run = self._run
         step, clock = run._recorder.step, run._recorder.clock
-        if end is None or step == self._said_of or not clock.last_end or run._held is not None:
+        if end is None or not clock.last_end or run._held is not None:
             return
-        self._said_of = step
+        own = {custom_key(name): value for name, value in run._recorder.leftover().items()}
+        if step == self._said_of and not own:
+            return
         time = clock.step_end(perf_counter_ns())
-        if run._client is not None:
+        if run._client is not None and step != self._said_of:
             run._client.say_goodbye(step, time, end)
+        self._said_of = step
         whose = (run.run_id, run.instance_id, run.settings.rank)
-        run._stream.end(StepFrame(*whose, step, time, {}, ended=end))
+        run._stream.end(StepFrame(*whose, step, time, own, ended=end))
 
     def at_hand(self, error: BaseException | None = None) -> RunEnd:
         """How a run ends that is closed just now: by ``error``, else by the exception at hand.

@@ -18,17 +18,22 @@ from time import perf_counter_ns
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from esper_otel.run_config import arguments_of, flattened
+from esper_otel.tolaria.custom_values import CustomValues
 from esper_otel.tolaria.devices import DeviceSampler
 from esper_otel.tolaria.fetches import ObjectIds, Source, samples_in
 from esper_otel.tolaria.gradients import gradient_norm, is_sharded
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.scalars import ScalarReader
-from esper_otel.tolaria.step import PHASES
+from esper_otel.tolaria.step import PHASES, REPORTABLE
 from esper_otel.tolaria.updates import release, withhold_unless_finite
 
 if TYPE_CHECKING:
     from esper_otel.integrations.jobs import Jobs
+    from esper_otel.leyline.readings import Value
+    from esper_otel.settings import EsperSettings
     from esper_otel.shared_decisions import SharedDecisions
+    from esper_otel.stream import Stream
 
 log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
@@ -60,6 +65,7 @@ class LoopObserver:
     ) -> None:
         self.recorder = recorder
         self.scalars = ScalarReader()
+        self.custom = CustomValues(self.scalars.read_async)
         self.object_ids = ObjectIds()
         self.is_seed_optimizer = is_seed_optimizer
         self._devices = devices
@@ -260,6 +266,8 @@ class LoopCalls:
     _loop: LoopObserver
     _recorder: Recorder
     _sharing: SharedDecisions
+    _stream: Stream
+    settings: EsperSettings
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over ``loader``, timing the wait for each batch and counting its samples.
@@ -286,21 +294,40 @@ class LoopCalls:
     def report(self, loss: Any = None, **values: Any) -> None:
         """Tell what the loop knows of this step, before the optimizer steps.
 
-        ``loss`` and ``values`` (``accuracy``, ``grad_conflict_rate``, ``gradient_norm``,
-        ``samples_per_s``) are numbers or tensors of one element; a tensor on a device is
+        ``loss`` and ``values`` are numbers or tensors of one element; a tensor on a device is
         read when it gets here, without waiting for it. Called once per micro-batch, the
-        step's loss is their mean. A loop that clips its gradients tells their norm of
-        before; without it the norm is that of what the optimizer is given. Raises
-        ``ValueError`` for a name that is none of these. Accuracy and conflict rate are shares
-        from 0 to 1::
+        step's loss is their mean; of all others the last counts. A loop that clips its
+        gradients tells their ``gradient_norm`` of before; without it the norm is that of what
+        the optimizer is given. ``accuracy`` and ``grad_conflict_rate`` are shares from 0 to 1,
+        ``samples_per_s`` is a rate. Whatever else it is called, a value is recorded as a custom
+        one, ``custom.`` and its name in tables; ``val_loss`` and the like count as
+        evaluations (:func:`~esper_otel.leyline.custom.is_evaluation`). What cannot be recorded
+        is left out, with one warning::
 
-            run.report(loss=loss, accuracy=correct / len(labels))
+            run.report(loss=loss, accuracy=correct / len(labels), kl=kl)
+            run.report(val_loss=evaluate(model))
         """
         begin = self._loop.scalars.read_async
-        self._in_use.loop_reported(
-            None if loss is None else begin(loss),
-            {key: begin(value) for key, value in values.items()},
-        )
+        known: dict[str, Value] = {}
+        if values:
+            known = {key: begin(values.pop(key)) for key in REPORTABLE if key in values}
+            known.update(self._loop.custom.read(values))
+        self._in_use.loop_reported(None if loss is None else begin(loss), known)
+
+    def config(self, values: Any = None, /, **more: Any) -> None:
+        """Tell the run's hyper-parameters: a mapping, a namespace or a dataclass, and names.
+
+        Nested ones are named with dots. They are recorded as text, numbers and truth values, at
+        most :data:`~esper_otel.run_config.MOST` of them; values that a name or their form gives
+        away as secrets (``api_key``, ``password``) are not. Told again, a name takes its newest
+        value. The arguments of the script are recorded without this. Raises ``TypeError`` for
+        ``values`` that have no names::
+
+            run.config({"lr": 3e-4, "model": {"depth": 12}}, seed=0)
+        """
+        told = {**flattened(values), **flattened(more)}
+        stream = self._stream if self._jobs is None else self._jobs.current.run._stream
+        stream.configure(told, explicit=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -344,6 +371,12 @@ class LoopCalls:
         if self._sharing.may_meet:
             self._sharing.meet()
         self._recorder.end_step()
+
+    def _start_stream(self) -> None:
+        """Begin to send, and to record with the script's arguments."""
+        if self.settings.arguments:
+            self._stream.configure(arguments_of(sys.argv))
+        self._stream.start()
 
     @property
     def _in_use(self) -> Recorder:

@@ -120,7 +120,7 @@ class Run(LoopCalls, Closing):
 
     def _begin(self) -> None:
         """From here on telemetry is sent and decisions are asked for."""
-        self._stream.start()
+        self._start_stream()
         if self._beside is None:
             self._devices.start()
             atexit.register(self._end_at_exit)

@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.run_settings import RunSettings, faults_of, format_tags
+
 log = logging.getLogger("esper_otel")
 
 
@@ -84,7 +86,7 @@ class SettingsError(ValueError):
     """A setting that cannot be used: its name, its value and what was expected."""
 
 
-class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
+class EsperSettings(RunSettings, frozen=True, kw_only=True):
     """How this process records, streams and answers.
 
     Every field can be set by an environment variable: ``ESPER_`` + its name in capitals
@@ -95,10 +97,6 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     tolaria_step_enrichment_enabled: bool = True
     """False removes every gated metric and stops the device probes."""
-
-    run_id: str = ""
-    """Name of the run; empty: one is made from the time and random bytes, which the ranks
-    that torchrun has started agree on."""
 
     rank: int = 0
     """Which of the run's processes this is, from 0."""
@@ -143,9 +141,6 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     spool_dir: str = ""
     """Where files of unsent OTLP are; empty: ``$XDG_STATE_HOME/esper/spool``."""
-
-    recording_dir: str = ""
-    """When set, all OTLP of the run is also written to files below it."""
 
     report: str = ""
     """File that rank 0 writes a report to when the run is over; empty: none."""
@@ -302,6 +297,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
                 source = (names or {}).get(field, field)
                 wanted = f"expected a number from {low:g} to {high:g}"
                 raise SettingsError(f"{source}={value!r}: {wanted}")
+        for field, wanted in faults_of(self).items():
+            value = getattr(self, field)
+            raise SettingsError(f"{(names or {}).get(field, field)}={value!r}: {wanted}")
         rank, size = self.rank, self.world_size
         if rank >= size:
             raise SettingsError(f"rank={rank}: expected less than world_size={size}")
@@ -383,6 +381,8 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
     values = {}
     for field in (each for each in msgspec.structs.fields(EsperSettings) if each.name in raw):
         value = raw[field.name]
+        if field.name == "tags" and isinstance(value, Mapping):
+            value = format_tags(value)
         try:
             values[field.name] = msgspec.convert(value, field.type, strict=False)
         except msgspec.ValidationError:

@@ -4,7 +4,8 @@ import pytest
 
 from esper_otel import process
 from esper_otel import run as runs
-from esper_otel.leyline.frames import present
+from esper_otel.leyline.custom import custom_key
+from esper_otel.leyline.frames import NO_CUSTOM, present
 from esper_otel.leyline.metrics import STEP_KEYS
 
 
@@ -17,13 +18,20 @@ class CapturedStream:
         self.events: list[object] = []
         self.ends: list[tuple[int, str]] = []
         """Each end of the run: its last step, and how it ended."""
+        self.left: dict[str, float] = {}
+        """Custom values that came with the ends."""
+        self.config: dict[str, object] = {}
         self.closed = False
 
     def start(self) -> None:
         pass
 
-    def frame(self, time_unix_nano, row, seeds=()):
-        self.frames.append(present(STEP_KEYS, row))
+    def configure(self, values, *, explicit=False):
+        self.config.update(values)
+
+    def frame(self, time_unix_nano, row, seeds=(), custom=NO_CUSTOM):
+        own = {custom_key(name): value for name, value in custom.items()}
+        self.frames.append(present(STEP_KEYS, row) | own)
 
     def timeline(self, timeline):
         self.timelines.append(timeline)
@@ -33,6 +41,7 @@ class CapturedStream:
 
     def end(self, frame):
         self.ends.append((frame.step, str(frame.ended)))
+        self.left.update(frame.values)
 
     def snapshot(self):
         return None

@@ -18,7 +18,14 @@ from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.integrations.training import Training, require  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer  # noqa: E402
-from testkit.framework_loops import BATCH, FRAMEWORKS, ROWS, loader, network  # noqa: E402
+from testkit.framework_loops import (  # noqa: E402
+    BATCH,
+    FRAMEWORKS,
+    ROWS,
+    dataset,
+    loader,
+    network,
+)
 from testkit.loops import unaccounted  # noqa: E402
 
 METRICS = {
@@ -318,6 +325,133 @@ def test_a_callback_that_a_script_makes_refuses_one_that_is_too_old(framework, m
 def test_a_framework_of_unknown_version_is_not_refused(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "unknown")
     require("torch", "999")
+
+
+# What a framework evaluates, and what a script tells it.
+
+
+def evaluated(captured):
+    """{step: custom values}, and those that no step followed."""
+    customs = {
+        int(frame["step"]): {k: v for k, v in frame.items() if k.startswith("custom.")}
+        for frame in captured.frames
+    }
+    return {step: values for step, values in customs.items() if values}, captured.left
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_lightning_reports_what_a_validation_logs(captured, tmp_path, automatic):
+    pl = pytest.importorskip("lightning.pytorch")
+    from esper_otel.integrations.lightning import EsperCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, batch, index):
+            self.log("train_kl", 1.0)
+            return self.network(batch[0]).square().mean()
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", float(self.global_step))
+            self.log("f1", 0.5)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    if automatic:
+        TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            val_check_interval=4,
+            default_root_dir=tmp_path,
+            callbacks=[] if automatic else [EsperCallback()],
+        )
+        trainer.fit(Module(), loader(), loader())
+    finally:
+        TorchInstrumentor().uninstrument()
+    # The sanity check before the training says nothing; the last one follows the last step.
+    assert evaluated(captured) == (
+        {5: {"custom.val_loss": 4.0, "custom.val_f1": 0.5}},
+        {"custom.val_loss": 8.0, "custom.val_f1": 0.5},
+    )
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_transformers_reports_its_evaluations(captured, tmp_path, automatic):
+    hf = pytest.importorskip("transformers")
+    from esper_otel.integrations.transformers import EsperCallback
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x=None, labels=None):
+            return {"loss": nn.functional.mse_loss(self.network(x), labels)}
+
+    data = [{"x": x, "labels": y} for x, y in zip(*dataset().tensors, strict=True)]
+    if automatic:
+        TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        trainer = hf.Trainer(
+            model=Model(),
+            args=hf.TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=BATCH,
+                num_train_epochs=1,
+                eval_strategy="steps",
+                eval_steps=4,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=data,
+            eval_dataset=data,
+            callbacks=[] if automatic else [EsperCallback()],
+        )
+        trainer.train()
+    finally:
+        TorchInstrumentor().uninstrument()
+    logged = {
+        entry["step"]: entry["eval_loss"]
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    }
+    steps, left = evaluated(captured)
+    assert {step - 1: values["custom.eval_loss"] for step, values in steps.items()} == (
+        pytest.approx({4: logged[4]})
+    )
+    assert left == pytest.approx({"custom.eval_loss": logged[8]})
+
+
+def test_accelerate_reports_what_it_is_given_to_log(captured):
+    accelerate = pytest.importorskip("accelerate")
+    from esper_otel.integrations.accelerate import EsperTracker
+
+    accelerator = accelerate.Accelerator(cpu=True, log_with=[EsperTracker()])
+    accelerator.init_trackers("x", config={"lr": 0.1, "hf_token": "abc"})
+    model, optimizer = accelerator.prepare(
+        made := network(), torch.optim.Adam(made.parameters())
+    )
+    for step, (x, y) in enumerate(loader()):
+        accelerator.backward(nn.functional.mse_loss(model(x), y))
+        accelerator.log({"kl": float(step), "text": "x"}, step=step)
+        optimizer.step()
+    accelerator.end_training()
+    steps, left = evaluated(captured)
+    assert steps == {step + 1: {"custom.kl": float(step)} for step in range(ROWS // BATCH)}
+    assert left == {}
+    assert captured.config["lr"] == 0.1
+    assert captured.config["hf_token"] == "(not recorded)"
 
 
 # Two ways in at once.

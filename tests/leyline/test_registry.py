@@ -55,6 +55,7 @@ CONTRACT = [
     ("gpu_util_percent", "%", True),
     ("cpu_util_percent", "%", True),
     ("nonfinite", "{value}", False),
+    ("custom_nonfinite", "{value}", False),
     ("kasmina.isolation.violations", "{violation}", False),
     ("kasmina.kernel_fetch_ms", "ms", False),
     ("kasmina.seeds_live", "{seed}", False),

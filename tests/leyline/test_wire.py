@@ -131,7 +131,7 @@ def test_the_client_reads_what_the_server_wrote(message: Any) -> None:
 def test_a_message_is_a_length_and_an_array_that_begins_with_its_tag() -> None:
     data = wire.encode(wire.Ask(7, 3, 1, [0.5]))
     assert struct.unpack("<I", data[:4]) == (len(data) - 4,)
-    assert msgspec.msgpack.decode(data[4:]) == ["ask", 7, 3, 1, [0.5], [], None]
+    assert msgspec.msgpack.decode(data[4:]) == ["ask", 7, 3, 1, [0.5], [], None, {}]
 
 
 def test_an_older_peer_may_leave_out_the_fields_that_have_defaults() -> None:

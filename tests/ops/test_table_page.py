@@ -1,6 +1,7 @@
 """The reference page and the JSON Schema say what the classes of a table say."""
 
 import json
+import re
 
 import pytest
 
@@ -26,7 +27,9 @@ def test_the_schema_knows_the_fields_that_are_read():
     read = {*RULE_FIELDS, OUTDATED}
     assert rule["properties"].keys() == read | CONDITION_FIELDS | GROUPS
     assert part["properties"].keys() == CONDITION_FIELDS | GROUPS
-    assert set(part["properties"]["metric"]["enum"]) == set(KNOWN)
+    registry, own = part["properties"]["metric"]["anyOf"]
+    assert set(registry["enum"]) == set(KNOWN)
+    assert re.fullmatch(own["pattern"], "custom.val_loss")
     for fields in (rule["properties"], part["properties"]):
         assert all(field["description"] for field in fields.values())
 

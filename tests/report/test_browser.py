@@ -274,6 +274,42 @@ def test_several_runs_are_compared(opened, recording, tmp_path):
     assert page.evaluate("() => esperReport.charts[1].plot.series.length") == 3
 
 
+def test_evaluations_are_on_the_loss_and_what_a_script_reports_has_charts(opened, tmp_path):
+    def evaluated(of):
+        return lambda step: of(step) if step and step % 20 == 0 else None
+
+    made = [
+        frames(
+            90,
+            run=run,
+            loss=lambda s: 2.0,
+            **{
+                "custom.val_loss": evaluated(lambda s, factor=factor: factor * s * s),
+                "custom.val_acc": evaluated(lambda s: 0.5),
+                "custom.kl <b>": lambda s: 0.1 * s,
+            },
+        )
+        for run, factor in (("one", 1.0), ("two", 2.0))
+    ]
+    paths = [recorded(tmp_path / f"{some[0].run}.metrics.otlp", some) for some in made]
+    page = opened(*paths)
+    titles = page.locator("#charts figure:not([hidden])").evaluate_all(
+        "all => all.map(one => one.getAttribute('aria-label').slice(7))"
+    )
+    assert titles[:3] == ["Loss", "Accuracy", "kl <b>"]
+    loss = page.evaluate(
+        """() => {
+        const plot = esperReport.charts[0].plot;
+        const place = plot.series.findIndex(s => s.label === "one val_loss");
+        return plot.data[0].filter((_, i) => Number.isFinite(plot.data[place][i]));
+        }"""
+    )
+    assert loss == [19, 39, 59, 79]
+    assert chart(page, "kl <b>").evaluate(INK) > 3
+    assert page.locator("#all-metrics").count() == 0  # each has its chart above
+    assert "lowest val_loss" in page.locator("#differences").inner_text()
+
+
 @pytest.mark.parametrize(
     "name", ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a\u202eb"]
 )

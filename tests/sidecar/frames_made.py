@@ -5,9 +5,11 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
+from esper_otel.leyline.custom import EVALUATION, NAME, PREFIX, is_custom, is_evaluation
 from esper_otel.leyline.frames import ABSENT, StepFrame
 from esper_otel.leyline.metrics import (
     BY_KEY,
+    CUSTOM,
     INSTANCE_ID,
     RANK,
     RUN_ID,
@@ -46,7 +48,8 @@ def set_client(frame, proposal=None):
         SeedRow(seed_id, [values.get(key, ABSENT) for key in SEED_KEYS])
         for seed_id, values in frame.seeds.items()
     ]
-    ask = Ask(frame.step, frame.step, frame.time_unix_nano, row, seeds, proposal)
+    custom = {k.removeprefix(PREFIX): v for k, v in frame.values.items() if is_custom(k)}
+    ask = Ask(frame.step, frame.step, frame.time_unix_nano, row, seeds, proposal, custom)
     return decode_to_server(encode(ask)[4:])
 
 
@@ -73,8 +76,14 @@ def otlp_of(*frames):
 
 def add_point(scope, key, time_unix_nano, value):
     """One gauge with one point."""
-    metric = scope.metrics.add(name=BY_KEY[key].instrument if key in BY_KEY else key)
-    return metric.gauge.data_points.add(time_unix_nano=time_unix_nano, as_double=value)
+    name = CUSTOM.instrument if is_custom(key) else key
+    metric = scope.metrics.add(name=BY_KEY[key].instrument if key in BY_KEY else name)
+    point = metric.gauge.data_points.add(time_unix_nano=time_unix_nano, as_double=value)
+    if is_custom(key):
+        put(point.attributes, NAME, key.removeprefix(PREFIX))
+        if is_evaluation(key):
+            point.attributes.add(key=EVALUATION).value.bool_value = True
+    return point
 
 
 def put(attributes, key, text):
@@ -84,7 +93,9 @@ def put(attributes, key, text):
 
 NUMBERS = st.sampled_from([-1.0, 0.0, 0.01, 0.1, 0.2, 1.0, 40.0, 60.0, 96.0, 130.0])
 STEP_VALUES = st.dictionaries(
-    st.sampled_from([key for key in STEP_KEYS if key != "step"]), NUMBERS, max_size=12
+    st.sampled_from([*(key for key in STEP_KEYS if key != "step"), "custom.a", "custom.b"]),
+    NUMBERS,
+    max_size=12,
 )
 SEED_VALUES = st.dictionaries(
     st.sampled_from(["s1", "s2", "s3"]),

@@ -63,6 +63,23 @@ rules:
 """,
         )
     ),
+    "custom": parse(
+        TableSource(
+            "custom",
+            b"""
+version: custom
+baseline: {window: 4, warmup: 2}
+rules:
+  - {id: high, metric: custom.a, above: 0.15, release: 0.05, severity: HIGH, action: PAUSE}
+  - {id: jump, metric: custom.b, above_baseline: 2, severity: WARNING, action: OPTIMIZER}
+  - {id: gone, metric: custom.a, missing_for: 2, severity: WARNING, action: CONTINUE}
+  - {id: both, severity: HIGH, action: OPTIMIZER, all: [
+      {metric: loss, above: 0.1}, {metric: custom.b, rises_by: 0.05}]}
+  - {id: either, severity: HIGH, action: OPTIMIZER, any: [
+      {metric: grad_var, above: 50}, {metric: custom.a, unchanged_for: 2}]}
+""",
+        )
+    ),
 }
 ANY_TABLE = st.sampled_from(sorted(TABLES))
 PROPOSALS = st.none() | st.just(PROPOSAL)

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.stream import RecordingError, read_frames, read_recording
 from esper_otel.stream.destination import Signal
+from esper_otel.stream.encoding import encode_end
 from esper_otel.stream.recording import LONGEST_RUN, Recording, framed, stem
 from sidecar.frames_made import otlp_of
 
@@ -34,15 +36,58 @@ def test_what_is_recorded_is_read(tmp_path_factory, bodies):
     assert [body for path in recording.paths for body in read_recording(path)] == bodies
 
 
-def test_each_signal_has_its_file_and_runs_append(tmp_path):
-    for body in (b"1", b"2"):
-        recording = Recording(tmp_path / "deep" / "down", "run-rank0")
-        recording.append(M, b"m" + body)
-        recording.append(T, b"t" + body)
-        recording.close()
+def test_each_signal_has_its_file_and_each_attempt_its_own(tmp_path, caplog):
     folder = tmp_path / "deep" / "down"
-    assert list(read_recording(folder / "run-rank0.metrics.otlp")) == [b"m1", b"m2"]
-    assert list(read_recording(folder / "run-rank0.traces.otlp")) == [b"t1", b"t2"]
+    for body in (b"1", b"2", b"3"):
+        recording = Recording(folder, "run-rank0")
+        recording.append(T, b"t" + body)
+        recording.append(M, b"m" + body)
+        recording.append(M, b"more")
+        recording.close()
+    for number, name in enumerate(("run-rank0", "run-rank0-attempt2", "run-rank0-attempt3"), 1):
+        told = [f"m{number}".encode(), b"more"]
+        assert list(read_recording(folder / f"{name}.metrics.otlp")) == told
+        assert list(read_recording(folder / f"{name}.traces.otlp")) == [f"t{number}".encode()]
+    assert [record.message for record in caplog.records] == [
+        f"run-rank0 has been recorded in {folder} before; this is attempt {number}, "
+        f"recorded as run-rank0-attempt{number}"
+        for number in (2, 3)
+    ]
+
+
+def test_two_that_record_one_run_at_once_share_no_file(tmp_path):
+    both = [Recording(tmp_path, "run-rank0") for _ in range(2)]
+    for place in (0, 1, 0):
+        both[place].append(M, b"of %d" % place)
+    for recording in both:
+        recording.close()
+    assert [list(read_recording(each.paths[0])) for each in both] == [
+        [b"of 0", b"of 0"],
+        [b"of 1"],
+    ]
+
+
+def test_a_file_of_any_signal_is_enough_for_another_attempt(tmp_path):
+    (tmp_path / "run.logs.otlp").write_bytes(framed(b"kept"))
+    recording = Recording(tmp_path, "run")
+    recording.append(Signal.LOGS, b"new")
+    recording.close()
+    assert (tmp_path / "run.logs.otlp").read_bytes() == framed(b"kept")
+    assert list(read_recording(tmp_path / "run-attempt2.logs.otlp")) == [b"new"]
+
+
+def test_custom_values_are_in_the_frames_and_those_behind_the_last_step_too(tmp_path):
+    made = StepFrame("run", "one", 0, 1, 7, {"step": 1.0, "custom.kl": 0.5})
+    end = StepFrame(
+        "run", "one", 0, 1, 9, {"custom.val_loss": 0.25}, ended=RunEnd(HowEnded.DONE)
+    )
+    path = tmp_path / "run.metrics.otlp"
+    bodies = [otlp_of(made).SerializeToString(), encode_end(end, b"")]
+    path.write_bytes(b"".join(map(framed, bodies)))
+    assert [(each.step, each.values) for each in read_frames(path)] == [
+        (1, {"step": 1.0, "custom.kl": 0.5}),
+        (1, {"step": 1.0, "custom.val_loss": 0.25}),
+    ]
 
 
 @pytest.mark.parametrize(

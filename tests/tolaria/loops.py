@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper_otel.leyline.frames import present
+from esper_otel.leyline.frames import NO_CUSTOM, present
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tolaria import asking, garden_calls, recorder, step, update_control
 from esper_otel.tolaria.recorder import Recorder
@@ -37,9 +37,11 @@ class Frames:
 
     def __init__(self):
         self.taken, self.seeds, self.timelines, self.events = [], [], [], []
+        self.customs = []
 
-    def frame(self, time_unix_nano, row, seeds=()):
+    def frame(self, time_unix_nano, row, seeds=(), custom=NO_CUSTOM):
         self.taken.append((time_unix_nano, present(STEP_KEYS, row)))
+        self.customs.append(dict(custom))
         self.seeds.append({name: present(SEED_KEYS, values) for name, values in seeds})
 
     def timeline(self, timeline):

@@ -1,4 +1,5 @@
 import math
+from math import inf
 
 import pytest
 from tolaria.loops import MS, Late, Optimizer, make, one_step, stop_the_clock
@@ -405,10 +406,50 @@ def test_the_first_step_of_an_explicit_loop_begins_with_its_first_phase(clock):
     assert timeline.end_unix_nano - timeline.start_unix_nano == 6 * MS
 
 
-def test_what_cannot_be_reported_is_refused_by_name(clock):
+def test_what_the_registry_does_not_know_is_a_custom_value_of_the_step(clock):
+    recorder, frames = make()
+    recorder.loop_reported(None, {"acuracy": 1.0, "kl": 0.5})
+    recorder.loop_reported(None, {"kl": 0.25})
+    one_step(recorder, clock)
+    one_step(recorder, clock)
+    assert frames.customs == [{"acuracy": 1.0, "kl": 0.25}, {}]
+    assert [row.get("custom_nonfinite") for row in frames.rows] == [0.0, None]
+
+
+def test_a_custom_value_that_is_not_finite_is_counted_apart(clock):
+    recorder, frames = make()
+    recorder.loop_reported(1.0, {"perplexity": inf, "kl": 0.5})
+    one_step(recorder, clock)
+    assert frames.customs == [{"kl": 0.5}]
+    (row,) = frames.rows
+    assert (row["custom_nonfinite"], row["nonfinite"]) == (1.0, 0.0)
+
+
+def test_a_step_waits_for_a_custom_value_from_a_device(clock):
+    recorder, frames = make()
+    late = Late()
+    recorder.loop_reported(1.0, {"kl": late})
+    one_step(recorder, clock)
+    assert frames.customs == []
+    late.number = 0.5
+    one_step(recorder, clock)
+    assert frames.customs == [{"kl": 0.5}, {}]
+
+
+def test_what_no_step_follows_is_left_over_once(clock):
     recorder, _ = make()
-    with pytest.raises(ValueError, match="report\\(acuracy=…\\): expected one of accuracy"):
-        recorder.loop_reported(None, {"acuracy": 1.0})
+    one_step(recorder, clock)
+    recorder.loop_reported(None, {"val_loss": 0.5, "lost": Late(), "inf": inf})
+    assert recorder.leftover() == {"val_loss": 0.5}
+    assert recorder.leftover() == {}
+
+
+def test_an_update_that_was_left_out_by_a_scaler_keeps_what_was_evaluated(clock):
+    recorder, frames = make()
+    recorder.loop_reported(None, {"val_loss": 0.5})
+    recorder.skipped()
+    one_step(recorder, clock)
+    assert frames.customs == [{"val_loss": 0.5}]
 
 
 def test_an_exception_inside_is_told_once_and_reaches_nobody(clock, caplog):

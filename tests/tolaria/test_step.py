@@ -155,10 +155,11 @@ def test_gated_values_are_taken_only_where_they_are_wanted(enriched):
     assert slots.items() <= step.reported.items()
 
 
-def test_a_key_that_cannot_be_reported_is_refused(step):
-    with pytest.raises(ValueError, match="report\\(speed=…\\): expected one of accuracy"):
-        step.loop_reported(1.0, {"speed": 2.0})
-    assert step.loss == (None, 0)
+def test_a_key_that_no_metric_has_is_a_custom_value_of_this_step_alone(step):
+    step.loop_reported(None, {"speed": 1.0, "accuracy": 0.5})
+    assert (step.custom, len(step.reported)) == ({"speed": 1.0}, 1)
+    step.start_next(1, 1)
+    assert step.custom == {}
 
 
 def test_an_evaluation_is_outside_of_the_step(clock, step):

@@ -21,20 +21,23 @@ A table counts observations, PromQL knows times:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import msgspec
 
+from esper_otel.leyline.custom import NAME, PREFIX, is_custom
 from esper_otel.leyline.endings import HowEnded
 from esper_otel.leyline.metrics import (
     BY_KEY,
+    CUSTOM,
     HOW_ENDED,
     RANK,
     RUN_ENDED,
     RUN_ID,
     SEED_ID,
 )
-from esper_tamiyo.language.derived import DERIVED, KNOWN
+from esper_tamiyo.language.derived import DERIVED, KNOWN, is_seeds
 from esper_tamiyo.language.operators import ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 from ops.generate.prometheus_names import label_name, prometheus_name
@@ -297,6 +300,11 @@ class Translator:
         )
 
     def _series(self, key: str) -> str:
+        if is_custom(key):
+            name = json.dumps(key.removeprefix(PREFIX), ensure_ascii=False)
+            series = f"esper:{label_name(prometheus_name(CUSTOM) + '_' + key)}"
+            self._record(series, f"{prometheus_name(CUSTOM)}{{{NAME}={name}}}")
+            return series
         metric = KNOWN[key]
         if key not in {row.metric.key for row in DERIVED}:
             return prometheus_name(metric)
@@ -338,7 +346,7 @@ def _first_of(group: Group) -> Condition:
 
 
 def _of_seeds(key: str) -> bool:
-    return KNOWN[key].scope == "seed"
+    return is_seeds(key)
 
 
 def _on(keys: tuple[str, ...]) -> str:

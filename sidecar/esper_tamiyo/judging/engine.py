@@ -23,6 +23,7 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import (
+    MAX_CUSTOM,
     MAX_NAME,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
@@ -128,6 +129,8 @@ class Engine:
             or len(ask.values) != len(STEP_KEYS)
             or (ask.seeds and (self._book.judges_seeds or len(ask.seeds) > MAX_SEEDS_PER_FRAME))
             or (ask.proposal is not None and len(ask.proposal.seed_id) > MAX_NAME)
+            or (ask.custom and not state.guards.custom.isdisjoint(ask.custom))
+            or len(ask.custom) > MAX_CUSTOM
         ):
             return None
         warm_up, phase = state.warm_up, ask.values[_PHASE]

@@ -17,6 +17,7 @@ from operator import gt, itemgetter, lt
 
 import msgspec
 
+from esper_otel.leyline.custom import PREFIX, is_custom
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
@@ -40,13 +41,14 @@ class GuardPlan(msgspec.Struct, frozen=True):
     """The guards of a table.
 
     Fixed bounds by metric, the conditions whose bounds follow the run, and those that are
-    crossed by absence.
+    crossed by absence. ``custom`` conditions are on custom values, which are in no row.
     """
 
     upper: dict[str, float]
     lower: dict[str, float]
     moving: list[Condition]
     missing: list[Condition]
+    custom: list[Condition] = []
 
 
 def plan(table: Table) -> GuardPlan:
@@ -59,7 +61,10 @@ def plan(table: Table) -> GuardPlan:
     for rule in table.rules:
         if not rule.about_seeds and not rule.about_silence:
             for condition in needed(rule.when):
-                add_guard(made, condition)
+                if is_custom(condition.metric):
+                    made.custom.append(condition)
+                else:
+                    add_guard(made, condition)
     return made
 
 
@@ -94,6 +99,7 @@ class AskGuards:
     """The guards of one rank, after what it has been through."""
 
     __slots__ = (
+        "_custom_missing",
         "_due",
         "_fixed_lower",
         "_fixed_upper",
@@ -106,6 +112,7 @@ class AskGuards:
         "_stale",
         "_upper",
         "_upper_of",
+        "custom",
     )
 
     def __init__(self, plan: GuardPlan, history: History) -> None:
@@ -118,6 +125,11 @@ class AskGuards:
         self._moving_lower = _placed(plan.lower, plan.moving, history, lower=True)
         self._missing = plan.missing
         self._due: list[int] = []
+        self.custom = frozenset(each.metric.removeprefix(PREFIX) for each in plan.custom)
+        """Names of the custom values by which a step that has them may cross a bound."""
+        self._custom_missing = [
+            condition for condition in plan.custom if condition.operator is Operator.MISSING_FOR
+        ]
         self.move_bounds()
 
     def crossed(self, row: Sequence[float]) -> bool:
@@ -137,6 +149,8 @@ class AskGuards:
     def move_bounds(self) -> None:
         """Move the bounds that depend on the past."""
         self._stale = False
+        if self._custom_missing:  # no row shows whether they are missing
+            self._stale = any(_is_due(each, self._history) for each in self._custom_missing)
         upper = self._upper = self._fixed_upper.copy()
         for place, bound in self._moving_upper:
             moved = bound()

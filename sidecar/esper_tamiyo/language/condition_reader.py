@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from esper_tamiyo.language.derived import KNOWN, is_seeds
+from esper_otel.leyline.custom import PREFIX, is_custom
+from esper_tamiyo.language.derived import KNOWN, is_seeds, metric_of
 from esper_tamiyo.language.operators import (
     FORMS,
     ON_BASELINES,
@@ -199,6 +200,9 @@ class ConditionReader(NodeReader):
             if is_seeds(metric):
                 message = f"{operator} compares ranks, and {metric} is a seed's"
                 self.fault(at, f"{field}.metric", message)
+        elif operator is Operator.NONFINITE and is_custom(metric):
+            message = "which custom value was not finite is not told; expected custom_nonfinite"
+            self.fault(at, f"{field}.metric", f"{message} above 0")
         elif operator is Operator.NONFINITE and is_seeds(metric):
             message = "only a step counts the values that were not finite, a seed does not"
             self.fault(at, f"{field}.metric", message)
@@ -208,7 +212,9 @@ class ConditionReader(NodeReader):
         key = self.text(node, field)
         if node is None or not key:
             return None
-        if key not in KNOWN:
-            self.fault(node, field, f"unknown metric {shown(node)}{self.meant(key, KNOWN)}")
+        if metric_of(key) is None:
+            own = f"; what a script reports itself is {PREFIX}{key[:40]}"
+            meant = self.meant(key, KNOWN)
+            self.fault(node, field, f"unknown metric {shown(node)}{meant}{own}")
             return None
         return key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from esper_otel.leyline.custom import custom_metric, is_custom
 from esper_otel.leyline.metrics import BY_KEY, Metric
 
 Values = Mapping[str, float]
@@ -47,12 +48,18 @@ DERIVED: tuple[Derived, ...] = (
 )
 
 KNOWN: dict[str, Metric] = {**BY_KEY, **{row.metric.key: row.metric for row in DERIVED}}
-"""Every metric that a table may name."""
+"""Every metric that a table may name, but for custom values, which go by any name."""
+
+
+def metric_of(key: str) -> Metric | None:
+    """What a table may mean by ``key``, None for what nobody has."""
+    return KNOWN.get(key) or (custom_metric(key) if is_custom(key) else None)
 
 
 def is_seeds(key: str) -> bool:
     """Whether each seed has that metric for itself."""
-    return KNOWN[key].scope == "seed"
+    metric = metric_of(key)
+    return metric is not None and metric.scope == "seed"
 
 
 def needed(keys: Iterable[str]) -> tuple[Derived, ...]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from esper_otel.leyline.decisions import MAX_NORM, SKIP_STEP
 from esper_otel.leyline.metrics import Metric
 from esper_otel.leyline.wire import GUARDED
-from esper_tamiyo.language.derived import KNOWN
+from esper_tamiyo.language.derived import KNOWN, metric_of
 from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
 from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
@@ -110,6 +110,13 @@ def limits(metric: Metric) -> Span:
     return Span(*_LIMITS.get(metric.key, _LIMITS.get(metric.unit, (-inf, inf))))
 
 
+def _metric(key: str) -> Metric:
+    """What a checked table means by ``key``."""
+    metric = metric_of(key)
+    assert metric is not None
+    return metric
+
+
 class _WaysLeft:
     """How many ways of rules are still looked at."""
 
@@ -146,7 +153,7 @@ def _never_ends(rule: Rule) -> Iterator[str]:
     easier = eased(rule.when)
     if not isinstance(easier, Condition) or FORMS[easier.operator].operand is not Operand.BOUND:
         return
-    everything = limits(KNOWN[easier.metric])
+    everything = limits(_metric(easier.metric))
     if _holds(easier).within(everything) == everything:
         yield (
             f"can never end: {easier.metric} lies {_range(everything)}, so it is "
@@ -220,7 +227,7 @@ def _out_of_bounds(way: Iterable[Condition]) -> str:
     asked: dict[str, list[Condition]] = {}
     for condition in way:
         key = condition.metric
-        everything = limits(KNOWN[key])
+        everything = limits(_metric(key))
         if key == "step" and condition.operator is Operator.UNCHANGED_FOR:
             return "no step comes twice"
         if key == "step" and condition.operator is Operator.NONFINITE:
@@ -232,7 +239,7 @@ def _out_of_bounds(way: Iterable[Condition]) -> str:
         span = _holds(condition).within(left.get(key, everything))
         others = asked.setdefault(key, [])
         others.append(condition)
-        if _whole(span, KNOWN[key]).empty:
+        if _whole(span, _metric(key)).empty:
             if len(others) == 1:
                 return f"{key} lies {_range(everything)}, and is never {_said(condition)}"
             return _not_at_once(key, others)

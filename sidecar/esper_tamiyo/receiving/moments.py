@@ -20,7 +20,7 @@ class Identity(NamedTuple):
 class Moment:
     """Points of one trainer that share a timestamp."""
 
-    __slots__ = ("end", "nonfinite", "points", "seeds", "values")
+    __slots__ = ("custom", "end", "nonfinite", "points", "seeds", "values")
 
     def __init__(self) -> None:
         self.end: tuple[int, RunEnd] | None = None
@@ -29,6 +29,8 @@ class Moment:
         self.seeds: dict[str, dict[str, float]] = {}
         self.points = 0
         self.nonfinite = 0
+        self.custom = 0
+        """Points of custom values."""
 
     def join(self, other: Moment) -> bool:
         """Take in what came in another request; False for a second copy of the step, of which

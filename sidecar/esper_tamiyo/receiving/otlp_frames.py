@@ -18,15 +18,20 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, ResourceMetrics
 
+from esper_otel.leyline.custom import NAME as CUSTOM_NAME
+from esper_otel.leyline.custom import custom_key
 from esper_otel.leyline.endings import run_end
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import (
+    MAX_CUSTOM,
+    MAX_CUSTOM_NAME,
     MAX_NAME,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
 )
 from esper_otel.leyline.metrics import (
     BY_INSTRUMENT,
+    CUSTOM,
     EXCEPTION_TYPE,
     HOW_ENDED,
     RUN_ENDED,
@@ -288,6 +293,8 @@ def _take(metrics: Sequence[OtlpMetric], moments: dict[int, Moment], harvest: Ha
         points = number_points(metric) if known else None
         if metric.name == RUN_ENDED.instrument and metric.HasField("gauge"):
             _take_ends(metric, moments, harvest)
+        elif metric.name == CUSTOM.instrument and metric.HasField("gauge"):
+            _take_custom(metric, moments, harvest)
         elif known is None or points is None:
             harvest.foreign += _point_count(metric)
         elif known.scope == "seed":
@@ -342,6 +349,27 @@ def _take_seed_points(
             seed[key] = value
         else:
             moment.nonfinite += 1
+
+
+def _take_custom(metric: OtlpMetric, moments: dict[int, Moment], harvest: Harvest) -> None:
+    for point in metric.gauge.data_points:
+        value, name = value_of(point), text_of(point.attributes, CUSTOM_NAME)
+        if value is None or not name:
+            harvest.leave_out(NO_STEP)
+            continue
+        if len(name) > MAX_CUSTOM_NAME:
+            harvest.leave_out(NAME)
+            continue
+        moment = moments.get(point.time_unix_nano) or _at(moments, point, harvest)
+        if moment is None:
+            continue
+        if moment.custom >= MAX_CUSTOM:
+            harvest.leave_out(AMOUNT)
+            continue
+        moment.custom += 1
+        moment.points += 1
+        if isfinite(value):
+            moment.values[custom_key(name)] = value
 
 
 def _take_ends(metric: OtlpMetric, moments: dict[int, Moment], harvest: Harvest) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
     NOMINAL,
@@ -162,7 +163,12 @@ class _TestReader(NodeReader):
         self, node: yaml.Node, field: str, known: tuple[str, ...]
     ) -> dict[str, list[Value]]:
         found = {}
-        for key, value in self.mapping(node, field, known).items():
+        custom = (
+            [key.value for key, _ in node.value if is_custom(str(key.value))]
+            if isinstance(node, yaml.MappingNode) and known is _GIVEN_METRICS
+            else []
+        )
+        for key, value in self.mapping(node, field, {*known, *custom}).items():
             text = self.text(value, f"{field}.{key}")
             try:
                 found[key] = series(text)

@@ -12,6 +12,7 @@ from math import isfinite
 
 import msgspec
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.decisions import (
     NOMINAL,
     WARMING_UP,
@@ -276,6 +277,8 @@ def _at(metrics: dict[str, list[Value]], step: int) -> tuple[dict[str, float], i
             continue
         if isfinite(value):
             values[key] = value
+        elif is_custom(key):
+            values["custom_nonfinite"] = values.get("custom_nonfinite", 0.0) + 1.0
         else:
             nonfinite += 1
     return values, nonfinite

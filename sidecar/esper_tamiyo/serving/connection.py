@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from itertools import compress
 from math import isfinite
 
+from esper_otel.leyline.custom import custom_key
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_CUSTOM, MAX_CUSTOM_NAME
 from esper_otel.leyline.metrics import SEED_SLOT, STEP_SLOT
 from esper_otel.leyline.wire import (
     Ask,
@@ -91,6 +93,8 @@ class Trainer:
         """The frame of an ask; raises :class:`WireError` for rows that do not fit."""
         values = self._step_columns.values(ask.values)
         values["step"] = float(ask.step)
+        if ask.custom:
+            values.update(_custom_values(ask.custom))
         seeds = (
             {row.seed_id: self._seed_columns.values(row.values) for row in ask.seeds}
             if ask.seeds
@@ -98,6 +102,17 @@ class Trainer:
         )
         run, rank = self.key
         return StepFrame(run, self.instance, rank, ask.step, ask.time_unix_nano, values, seeds)
+
+
+def _custom_values(custom: dict[str, float]) -> dict[str, float]:
+    """Custom values by key; raises :class:`WireError` for more, or longer names, than any
+    trainer has."""
+    if len(custom) > MAX_CUSTOM or any(len(name) > MAX_CUSTOM_NAME for name in custom):
+        raise WireError(
+            f"a step may have {MAX_CUSTOM} custom values, with names of {MAX_CUSTOM_NAME} "
+            "characters"
+        )
+    return {custom_key(name): value for name, value in custom.items() if isfinite(value)}
 
 
 class ClientConnection:

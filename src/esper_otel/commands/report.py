@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from esper_otel.commands.common import Subcommands
+from esper_otel.commands.common import Subcommands, recordings_of
 from esper_otel.leyline.terminal import say
 
 
@@ -23,7 +23,8 @@ def add(commands: Subcommands) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a recording, a spool, a Collector's file or a journal: a file or a folder",
+        help="a recording, a spool, a Collector's file or a journal: a file or a folder; or "
+        "the name or id of a run that `esper-otel runs` lists",
     )
     parser.add_argument(
         "-o",
@@ -40,9 +41,10 @@ def _report(options: argparse.Namespace) -> int:
     from esper_otel.report import MOST_TOLD, ReportError, size_of, write_report
     from esper_otel.report.progress import Progress
 
-    progress = Progress("report", size_of(options.runs))
+    runs = recordings_of(options.runs, "report")
+    progress = Progress("report", size_of(runs))
     try:
-        problems = write_report(options.runs, options.output, progress.reached)
+        problems = write_report(runs, options.output, progress.reached)
     except ReportError as error:
         problems = [str(error)]
     except OSError as error:

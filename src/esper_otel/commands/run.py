@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from esper_otel.commands.common import Subcommands, refuse
+from esper_otel.run_settings import format_tags
 from esper_otel.settings import EsperSettings, Mode, SettingsError
 
 _RUN = """\
@@ -26,9 +28,20 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
     parser.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
     parser.add_argument("--socket", metavar="PATH", help="where the sidecar listens")
-    parser.add_argument("--record", metavar="DIR", help="also write all telemetry to files")
+    parser.add_argument(
+        "--record",
+        metavar="[DIR]",
+        help="also write all telemetry to files, in DIR or at home (see `esper-otel runs`)",
+    )
     parser.add_argument("--report", metavar="FILE", help="write a page of the run at its end")
-    parser.add_argument("--run-id", metavar="NAME", help="default: one made from the time")
+    parser.add_argument("--run-id", metavar="ID", help="default: one made from the time")
+    parser.add_argument("--name", metavar="NAME", help="what people call the run")
+    parser.add_argument(
+        "--tag",
+        action="append",
+        metavar="KEY=VALUE",
+        help="what runs are told apart by; may be given again",
+    )
     told = parser.add_mutually_exclusive_group()
     told.add_argument("--quiet", action="store_true", help="no summary at the end")
     told.add_argument(
@@ -63,6 +76,41 @@ def _run(options: argparse.Namespace) -> int:
     return execute(script, environment, only_workers=only_workers)
 
 
+_HOME = "--record="
+"""How ``--record`` without a folder is spelled out: argparse cannot know where options end."""
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with ``--record`` and its folder as one word.
+
+    What stands behind it is the script and no folder when it is a file, when it is called as
+    scripts and launchers are, and when nothing follows it.
+    """
+    words = list(arguments)
+    place = 1
+    while place < len(words) and words[place].startswith("-") and words[place] != "-m":
+        word = words[place]
+        if word == "--record":
+            following = words[place + 1 : place + 2]
+            if following and _is_folder(following[0], is_last=place + 2 == len(words)):
+                words[place : place + 2] = [_HOME + following[0]]
+            else:
+                words[place] = _HOME
+        elif word in _WITH_VALUE:
+            place += 1
+        place += 1
+    return words
+
+
+_WITH_VALUE = frozenset({"--mode", "--socket", "--report", "--run-id", "--name", "--tag"})
+"""Options that have a word behind them."""
+
+
+def _is_folder(word: str, *, is_last: bool) -> bool:
+    is_script = word.endswith(".py") or word == "torchrun" or Path(word).is_file()
+    return not (is_last or is_script or word.startswith("-"))
+
+
 def _launches(script: list[str]) -> bool:
     """Whether this starts the processes that train, and is none itself."""
     if script[0] == "-m":
@@ -85,12 +133,21 @@ def _fault_of(script: str) -> str:
     return ""
 
 
+def _encoded(tag: str) -> str:
+    """``KEY=VALUE`` as it stands among others; what is none stays, to be refused."""
+    key, separator, value = tag.partition("=")
+    return format_tags({key: value}) if separator else tag
+
+
 def _variables(options: argparse.Namespace) -> dict[str, str]:
     """The settings that options of the command give, as environment variables."""
     given = {
         "ESPER_MODE": "enforce" if options.enforce else options.mode,
         "ESPER_TAMIYO_SOCKET": options.socket,
-        "ESPER_RECORDING_DIR": options.record,
+        "ESPER_RECORDING_DIR": options.record or None,
+        "ESPER_RECORD": "true" if options.record == "" else None,
+        "ESPER_NAME": options.name,
+        "ESPER_TAGS": ",".join(map(_encoded, options.tag)) if options.tag else None,
         "ESPER_RUN_ID": options.run_id,
         "ESPER_REPORT": options.report and str(Path(options.report).absolute()),
         "ESPER_SUMMARY": "off" if options.quiet else "json" if options.json else None,

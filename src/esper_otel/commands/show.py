@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel.commands.common import Subcommands, refuse
+from esper_otel.commands.common import Subcommands, recordings_of, refuse
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.terminal import say, say_json
 
@@ -18,27 +18,36 @@ from esper_otel.leyline.terminal import say, say_json
 def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser("show", help="print recorded steps")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="a recording, or the name or id of a run that `esper-otel runs` lists",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per frame")
     parser.add_argument(
         "--metrics",
         metavar="KEY,…",
         default="loss,gradient_norm,step_latency_ms,optimizer_lr",
-        help="columns, by key of the registry (default: %(default)s)",
+        help="columns, by key of the registry or as custom.NAME (default: %(default)s)",
     )
     parser.set_defaults(command=_show)
 
 
 def _show(options: argparse.Namespace) -> int:
+    from esper_otel.leyline.custom import is_custom
     from esper_otel.leyline.metrics import BY_KEY
     from esper_otel.stream import RecordingError, read_frames
 
     columns = [key for key in options.metrics.split(",") if key]
     for key in columns:
-        if key not in BY_KEY:
-            return refuse(f"show: --metrics {key}: expected keys of the metric registry")
+        if key not in BY_KEY and not is_custom(key):
+            return refuse(
+                f"show: --metrics {key}: expected keys of the metric registry, or custom.NAME"
+            )
     status = 0
-    for path in options.files:
+    for path in recordings_of(options.files, "show"):
         try:
             for frame in read_frames(path):
                 if options.json:

@@ -19,8 +19,9 @@ OLDEST = "1.0"
 class EsperTracker(GeneralTracker):
     """Records each optimizer step between ``init_trackers`` and ``end_training``.
 
-    What ``accelerator.log`` is given is not recorded: every step is, anyway. ``settings``
-    are fields of :class:`esper_otel.settings.EsperSettings`. Raises
+    What ``accelerator.log`` is given is recorded as custom values, and the configuration that
+    ``init_trackers`` is given as that of the run. ``settings`` are fields of
+    :class:`esper_otel.settings.EsperSettings`. Raises
     :class:`~esper_otel.settings.SettingsError` when Accelerate is too old.
     """
 
@@ -46,12 +47,14 @@ class EsperTracker(GeneralTracker):
             watch_accelerate(self.training.watch, sys.modules["accelerate.accelerator"])
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Called by ``init_trackers`` when it is given a configuration, which is not ours."""
+        """Called by ``init_trackers`` when it is given a configuration."""
         if self.training.watch is None:
             self.start()  # older versions do not call that
+        self.training.configured(values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Nothing: what a step measures is taken from the step itself."""
+        """Called by ``accelerator.log``: values of the step that is under way, or behind it."""
+        self.training.reported(values)
 
     def finish(self) -> None:
         """Called by ``end_training``."""

@@ -106,6 +106,32 @@ class Training:
         if self.run is not None:
             self.run._loop.recorder.losses_prescaled()
 
+    def evaluated(self, values: Mapping[str, Any]) -> None:
+        """The framework has measured ``values`` on held-out data. Never raises."""
+        self._report(values, evaluated=True)
+
+    def reported(self, values: Mapping[str, Any]) -> None:
+        """The script has told the framework to log ``values``. Never raises."""
+        numbers = {k: v for k, v in values.items() if not isinstance(v, str | Mapping)}
+        self._report(numbers, evaluated=False)
+
+    def _report(self, values: Mapping[str, Any], *, evaluated: bool) -> None:
+        if self.run is None or not values:
+            return
+        try:
+            read = self.run._loop.custom.read(values, evaluated=evaluated)
+            self.run._in_use.loop_reported(None, read)
+        except Exception:
+            log.exception("values of the framework could not be recorded")
+
+    def configured(self, values: Mapping[str, Any]) -> None:
+        """The framework was given hyper-parameters. Never raises."""
+        try:
+            if self.run is not None:
+                self.run.config(values)
+        except Exception:
+            log.exception("the configuration could not be recorded")
+
     def stop(self, end: RunEnd | None = None) -> None:
         """Training is over, well or not: send what is unsent, and take everything off.
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 OLDEST = "4.46"
 
+_ON_TIME = ("_runtime", "_per_second", "_jit_compilation_time", "_preparation_time", "epoch")
+"""Ends of names that are none of what was measured."""
+
 
 class EsperCallback(TrainerCallback):
     """Records each optimizer step of ``trainer.train()``, and asks Tamiyo after it.
@@ -46,6 +49,11 @@ class EsperCallback(TrainerCallback):
         """As after a step."""
         if control.should_save:
             self._save(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What an evaluation has measured, but for how long that took."""
+        metrics = kwargs.get("metrics") or {}
+        self.training.evaluated({k: v for k, v in metrics.items() if not k.endswith(_ON_TIME)})
 
     def _save(self, state: Any) -> None:
         held = self.training.state_dict()

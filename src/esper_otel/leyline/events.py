@@ -57,6 +57,11 @@ RESTORED = "esper.weights.restored"
 RESTORE_REFUSED = "esper.weights.restore_refused"
 """A decision about ``esper.step`` asked for that, and it is not done."""
 
+CONFIGURED = "esper.run.config"
+"""The hyper-parameters of the run, all that are known: attributes whose names begin with
+:data:`CONFIG_ATTRIBUTE`."""
+
+CONFIG_ATTRIBUTE = "esper.config."
 SEED_ID_ATTRIBUTE = "esper.seed.id"
 
 Attribute = str | float | int | bool

@@ -7,8 +7,9 @@ NaN says "absent": non-finite measurements are never values, they are counted in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, nan
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -21,16 +22,20 @@ from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 ABSENT = nan
 """Value of an absent metric in a row."""
 
+NO_CUSTOM: Mapping[str, float] = MappingProxyType({})
+"""A step without custom values, which are by name."""
+
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):
     """Everything known of one step of one rank.
 
     ``run``, ``rank`` and ``instance`` (unique per process) say whose step it is,
     ``time_unix_nano`` when it ended. ``values`` maps the keys of step metrics that are
-    present to finite values, ``seeds`` does the same per seed id.
+    present to finite values, and those of custom values
+    (:mod:`~esper_otel.leyline.custom`); ``seeds`` does the same per seed id.
 
-    One with ``ended`` is the last of its process and has no values: ``step`` is the last step
-    that was made, ``time_unix_nano`` when the run ended.
+    One with ``ended`` is the last of its process and has no values but custom ones that were
+    reported behind the last step: ``step`` is that step, ``time_unix_nano`` when the run ended.
     """
 
     run: str

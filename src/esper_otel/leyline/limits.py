@@ -20,6 +20,12 @@ MAX_TIME_UNIX_NANO = (1 << 62) - 1
 MAX_NAME = 256
 """Longest id of a run, an instance or a seed, in characters."""
 
+MAX_CUSTOM = 64
+"""Custom values that a run may have, and so a step of one rank."""
+
+MAX_CUSTOM_NAME = 100
+"""Longest name of a custom value, in characters."""
+
 MAX_SEEDS_PER_FRAME = 256
 """Seeds that one step of one rank may report. An Ask with all their values is near the 64 KiB
 that a message may have."""

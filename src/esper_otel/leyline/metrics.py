@@ -216,6 +216,13 @@ STEP_METRICS: tuple[Metric, ...] = (
         "how many of this step's values were NaN or infinite (they themselves are left out)",
     ),
     Metric(
+        "custom_nonfinite",
+        "{value}",
+        "how many of the step's custom values were NaN or infinite; `nonfinite` does not count "
+        "them, as a perplexity that overflows need not be trouble",
+        "when the loop reports custom values",
+    ),
+    Metric(
         "kasmina.isolation.violations",
         "{violation}",
         "isolation violations of all seeds, running count",
@@ -263,6 +270,14 @@ RUN_ENDED = Metric(
 )
 """In no frame of a step, and so in no table."""
 
+CUSTOM = Metric(
+    "custom",
+    "{custom}",
+    "a value of the script's own (`run.report(name=…)`), or of a framework's validation",
+    "at steps for which it is reported",
+)
+"""All values that have no row here; :mod:`esper_otel.leyline.custom` tells them apart."""
+
 STEP_KEYS: tuple[str, ...] = tuple(metric.key for metric in STEP_METRICS)
 SEED_KEYS: tuple[str, ...] = tuple(metric.key for metric in SEED_METRICS)
 
@@ -290,3 +305,6 @@ RUN_ID, RANK, LOCAL_RANK, WORLD_SIZE, INSTANCE_ID = (
     "service.instance.id",
 )
 """Resource attributes that identify a trainer."""
+
+RUN_NAME, RUN_TAG = "esper.run.name", "esper.run.tag."
+"""Resource attributes of a run that has a name or tags: the second begins with that."""

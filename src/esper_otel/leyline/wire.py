@@ -93,7 +93,9 @@ class SeedRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
     """What now? With the frame of the step just ended.
 
-    ``values`` are in the order of ``Hello.step_columns``; NaN is absent.
+    ``values`` are in the order of ``Hello.step_columns``; NaN is absent. ``custom`` has the
+    step's custom values by name, finite ones; trainers of before there was this field send
+    none, and sidecars of before it pass it over.
     """
 
     request_id: int
@@ -102,6 +104,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
     values: list[float]
     seeds: list[SeedRow] = []
     proposal: Proposal | None = None
+    custom: dict[str, float] = {}
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):

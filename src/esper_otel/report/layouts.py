@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.leyline.metrics import BY_INSTRUMENT, SEED_ID, Metric
+from esper_otel.leyline.custom import EVALUATION, NAME, custom_key, is_custom
+from esper_otel.leyline.metrics import BY_INSTRUMENT, CUSTOM, SEED_ID, Metric
 from esper_otel.leyline.protobuf import FIXED64, LENGTH, VARINT, fields_of, varint_at
 
 Numbers = npt.NDArray[np.float64]
@@ -29,6 +30,8 @@ _METRICS = 2
 _NAME, _GAUGE, _SUM, _POINTS = 1, 5, 7, 1
 _START, _TIME, _DOUBLE, _INTEGER, _ATTRIBUTES = 2, 3, 4, 6, 7
 
+
+_KNOWN = {**BY_INSTRUMENT, CUSTOM.instrument: CUSTOM}
 
 _ALL_EQUAL = 0x0101010101010101
 """Eight bytes that are true."""
@@ -47,6 +50,7 @@ class Column(NamedTuple):
     """One point of a layout: its metric's key, whose it is, and where its numbers lie.
 
     ``seed`` is None for the step's own. ``is_integer``: it is an ``as_int``.
+    ``is_evaluation``: it was measured on other data than those trained on.
     """
 
     key: str
@@ -54,18 +58,21 @@ class Column(NamedTuple):
     time_at: int
     value_at: int
     is_integer: bool
+    is_evaluation: bool = False
 
 
 class Block(NamedTuple):
     """Values of one producer at some times: ``values`` has a row per time, a column per key.
 
     ``times`` are Unix nanoseconds; ``seed`` is None where the values are the steps' own.
+    ``are_evaluations``: measured between steps, and told at the next one's time or later.
     """
 
     seed: str | None
     keys: tuple[str, ...]
     times: Times
     values: Numbers
+    are_evaluations: bool = False
 
 
 class Layout:
@@ -144,19 +151,21 @@ class Layout:
         times = np.empty((len(self.columns), len(rows)), np.int64)
         for place in range(len(self.columns)):
             times[place] = numbers[f"n{2 * place}"]
-        together: dict[str | None, list[tuple[int, str]]] = {}
-        firsts: dict[str | None, int] = {}
+        together: dict[tuple[str | None, bool], list[tuple[int, str]]] = {}
+        firsts: dict[tuple[str | None, bool], int] = {}
         differ = bool((times != times[0]).any())
         for place, column in enumerate(self.columns):
-            first = firsts.setdefault(column.seed, place)
+            whose = column.seed, column.is_evaluation
+            first = firsts.setdefault(whose, place)
             if differ and not np.array_equal(times[place], times[first]):
-                yield Block(column.seed, (column.key,), times[place], _values(numbers, [place]))
+                own = _values(numbers, [place])
+                yield Block(whose[0], (column.key,), times[place], own, whose[1])
             else:
-                together.setdefault(column.seed, []).append((place, column.key))
-        for seed, chosen in together.items():
+                together.setdefault(whose, []).append((place, column.key))
+        for whose, chosen in together.items():
             keys = tuple(key for _, key in chosen)
             values = _values(numbers, [place for place, _ in chosen])
-            yield Block(seed, keys, times[firsts[seed]], values)
+            yield Block(whose[0], keys, times[firsts[whose]], values, whose[1])
 
 
 def _values(numbers: npt.NDArray[np.void], places: list[int]) -> Numbers:
@@ -179,7 +188,7 @@ def _of_metric(message: bytes, start: int, end: int, holes: list[int]) -> Iterat
         if kind != LENGTH:
             continue
         if number == _NAME:
-            metric = BY_INSTRUMENT.get(message[begin:stop].decode(errors="replace"))
+            metric = _KNOWN.get(message[begin:stop].decode(errors="replace"))
         elif number in (_GAUGE, _SUM):
             data.append((begin, stop))
     for begin, stop in data:
@@ -194,8 +203,9 @@ def _point(
     message: bytes, start: int, end: int, holes: list[int], metric: Metric | None
 ) -> Column | None:
     time_at = value_at = -1
-    is_integer = False
+    is_integer = is_evaluation = False
     seed: str | None = None
+    name = ""
     for number, kind, begin, stop in fields(message, start, end):
         if kind == FIXED64 and number in (_START, _TIME, _DOUBLE, _INTEGER):
             holes.append(begin)
@@ -207,8 +217,16 @@ def _point(
             key, value = attribute(message, begin, stop)
             if key == SEED_ID and isinstance(value, str):
                 seed = value
+            elif key == NAME and isinstance(value, str):
+                name = value
+            elif key == EVALUATION:
+                is_evaluation = value is True
     if metric is None or time_at < 0 or value_at < 0:
         return None
+    if metric is CUSTOM:
+        key = custom_key(name)
+        where = (time_at, value_at, is_integer, is_evaluation)
+        return Column(key, None, *where) if is_custom(key) else None
     if metric.scope != ("step" if seed is None else "seed"):
         return None
     return Column(metric.key, seed, time_at, value_at, is_integer)

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from esper_otel._version import __version__
-from esper_otel.leyline.metrics import BY_KEY
+from esper_otel.leyline.custom import PREFIX, is_custom, is_evaluation
+from esper_otel.leyline.metrics import BY_KEY, CUSTOM
 from esper_otel.leyline.stages import Stage
 from esper_otel.report.curves import Points, Total, thinned, without_repeats
 from esper_otel.report.layouts import Numbers, Times
@@ -153,8 +154,11 @@ def _content(
         "rules": dict(rules),
         "stages": [stage.name for stage in Stage],
         "metrics": {
-            key: {"unit": metric.unit, "meaning": metric.meaning}
-            for key, metric in BY_KEY.items()
+            **{
+                key: {"unit": metric.unit, "meaning": metric.meaning}
+                for key, metric in BY_KEY.items()
+            },
+            **_custom_metrics(runs),
         },
         "runs": [_run(run, arrays, parts) for run in runs],
         "arrays": arrays.places,
@@ -163,11 +167,24 @@ def _content(
     return b"".join((len(text).to_bytes(4, "little"), text, *arrays.pieces))
 
 
+def _custom_metrics(runs: Sequence[ShownRun]) -> dict[str, dict[str, Any]]:
+    """What is known of the custom values of ``runs``, by key."""
+    found: dict[str, dict[str, Any]] = {}
+    for rank in (rank for run in runs for rank in run.ranks):
+        for seed, key in rank.curves:
+            if seed is None and is_custom(key):
+                name = key.removeprefix(PREFIX)
+                evaluation = key in rank.evaluations or is_evaluation(name)
+                found[key] = {"unit": "", "meaning": CUSTOM.meaning, "evaluation": evaluation}
+    return found
+
+
 def _run(run: ShownRun, arrays: _Arrays, parts: int) -> dict[str, Any]:
     templates: list[dict[str, Any]] = []
     decisions = list(_decisions(run.rulings, templates))
     return {
         "name": run.name,
+        "title": run.title,
         "settings": run.settings,
         "ranks": [_rank(rank, arrays, parts) for rank in run.ranks],
         "templates": templates,

@@ -45,7 +45,7 @@ def page_of(
 
 
 def _title(runs: Sequence[ShownRun]) -> str:
-    names = [printable(run.name)[:_LONGEST_NAME] or "(no name)" for run in runs[:_MOST_NAMED]]
+    names = [printable(run.title)[:_LONGEST_NAME] or "(no name)" for run in runs[:_MOST_NAMED]]
     more = f" and {len(runs) - _MOST_NAMED} more" if len(runs) > _MOST_NAMED else ""
     return f"{', '.join(names)}{more} · esper-otel report"
 

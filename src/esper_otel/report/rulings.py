@@ -7,12 +7,15 @@ it. Both use one id, so what one of them knows joins what the other does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
 MOST = 20_000
 """Rulings of a run that are kept with all their values; more are counted."""
+
+MOST_CONFIG = 512
+"""Hyper-parameters of a run that are kept."""
 
 WORDS = 400_000
 """Letters of different texts that are kept, of all rulings and happenings together."""
@@ -105,6 +108,8 @@ class Ledger:
         """(run, rank, rule, seed) → (step, state from then on), as a journal tells it."""
         self.rules: dict[str, tuple[str, str]] = {}
         """Rule → its condition in words, and its text."""
+        self.configs: dict[str, dict[str, str | int | float | bool]] = {}
+        """Run → its hyper-parameters, by the attributes that tell them."""
         self.more: dict[str, int] = {}
         """Run → rulings, happenings and changes of rules that were too many to keep."""
         self._kept: dict[str, int] = {}
@@ -147,6 +152,14 @@ class Ledger:
             return
         self._told.add(what)
         self.happenings.append(happening)
+
+    def configure(self, run: str, values: Mapping[str, str | int | float | bool]) -> None:
+        """Take in hyper-parameters of a run; of one name the newest value counts."""
+        known = self.configs.setdefault(run, {})
+        for name, value in values.items():
+            room = len(known) < MOST_CONFIG or name in known
+            if room and self._has_room(name, value if isinstance(value, str) else ""):
+                known[name] = value
 
     def change(self, whose: tuple[str, int, str, str], step: int, state: str) -> None:
         """Take in that a rule, of (run, rank, rule, seed), is in a state from a step on."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID
+from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID, RUN_NAME
 from esper_otel.report.columns import Attributes
 from esper_otel.report.rulings import Happening, RuleSpell, Ruling
 from esper_otel.report.sources import Archive
@@ -18,7 +18,11 @@ _OF_ONE_PROCESS = frozenset({RUN_ID, RANK, LOCAL_RANK, INSTANCE_ID, "process.pid
 
 
 class ShownRun(msgspec.Struct, kw_only=True):
-    """One run as a report shows it: its ranks, and what was decided about it."""
+    """One run as a report shows it: its ranks, and what was decided about it.
+
+    ``settings`` are its resource attributes and its config. ``title`` is ``name`` with what
+    people call the run, where they do.
+    """
 
     name: str
     ranks: list[TrainerCurves]
@@ -26,6 +30,7 @@ class ShownRun(msgspec.Struct, kw_only=True):
     rulings: list[Ruling]
     happenings: list[Happening]
     rules: list[RuleSpell]
+    title: str
 
 
 def runs_of(archive: Archive) -> list[ShownRun]:
@@ -105,11 +110,15 @@ def _shown(
             if key not in _OF_ONE_PROCESS:
                 settings.setdefault(key, value)
 
+    settings.update(ledger.configs.get(name, {}))
+    called = settings.get(RUN_NAME)
+
     def is_here(time_unix_nano: int) -> bool:
         return label == name or is_last or start <= time_unix_nano <= end
 
     return ShownRun(
         name=label,
+        title=f"{called} ({label})" if called else label,
         ranks=ranks,
         settings=settings,
         rulings=sorted(

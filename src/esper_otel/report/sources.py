@@ -35,6 +35,9 @@ _ENDINGS = (METRICS, LOGS, TRACES)
 _NONE = frozenset({".html", ".part"})
 """Endings of reports, and of files that a spool is still writing."""
 
+_CARD = re.compile(r"run(?:-attempt\d+)?\.json")
+"""What the card of a run at home is called."""
+
 _JOURNAL_FILE = re.compile(r"journal-\d+\.jsonl")
 _JOURNAL_LINE = re.compile(rb'\{(?:"at":"[^"]*",)?"kind":"')
 
@@ -194,6 +197,8 @@ def files_of(path: Path) -> Iterator[Path]:
         for each in sorted(path.iterdir()):
             if each.is_dir() and each.name.endswith(("journal", ".journal")):
                 yield from files_of(each)
+            elif _CARD.fullmatch(each.name):
+                continue
             elif each.is_file() and not each.name.startswith(".") and each.suffix not in _NONE:
                 yield each
         return

@@ -13,6 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from esper_otel.leyline.events import CONFIG_ATTRIBUTE, CONFIGURED
 from esper_otel.leyline.metrics import RANK, RUN_ID
 from esper_otel.leyline.trace_ids import DECIDE_SPAN, STEP_SPAN
 from esper_otel.report.rulings import Aftermath, Ground, Happening, Ledger, Ruling
@@ -117,6 +118,10 @@ def take_logs(request: ExportLogsServiceRequest, ledger: Ledger) -> None:
                 if not record.event_name.startswith("esper."):
                     continue
                 found = _attributes(record.attributes)
+                if record.event_name == CONFIGURED:
+                    told = {k: v for k, v in found.items() if k.startswith(CONFIG_ATTRIBUTE)}
+                    ledger.configure(run, told)
+                    continue
                 step = _whole(found.get("esper.step"), -1)
                 ledger.tell(
                     Happening(

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.report.columns import Attributes, Producer
 from esper_otel.report.curves import Curve
 from esper_otel.report.layouts import Block, Numbers, Times
@@ -43,6 +44,8 @@ class TrainerCurves:
         """Values of times at which nothing says which step it was."""
         self.rows = 0
         """Rows of all blocks so far."""
+        self.evaluations: set[str] = set()
+        """Keys of the values that are evaluations."""
         self._waiting: list[tuple[int, Block]] = []
         self._rows = 0
         self._before: dict[_Kind, Times] = {}
@@ -52,6 +55,8 @@ class TrainerCurves:
     def take_in(self, block: Block) -> None:
         """Take in values; they are in the curves after :meth:`assemble_rest` at the latest."""
         self._waiting.append((0, block))
+        if block.are_evaluations:
+            self.evaluations.update(block.keys)
         self._rows += len(block.times)
         self.rows += len(block.times)
         if self._rows >= AT_ONCE:
@@ -60,7 +65,7 @@ class TrainerCurves:
     def assemble_rest(self) -> None:
         """Put together what is still waiting; what has no step is lost, and counted."""
         self._assemble()
-        self._assemble()
+        self._assemble(is_last=True)
         self.lost += sum(block.values.size for _, block in self._waiting)
         self._waiting.clear()
 
@@ -69,6 +74,7 @@ class TrainerCurves:
         for whose, curve in later.curves.items():
             self.curves.setdefault(whose, Curve(self._held)).absorb(curve)
         self.attributes = {**self.attributes, **later.attributes}
+        self.evaluations |= later.evaluations
         self.ended = later.ended
 
     def span(self) -> tuple[float, float]:
@@ -82,19 +88,23 @@ class TrainerCurves:
         total = curve.total if curve is not None else None
         return (total.count, total.first_step, total.last_step) if total else (0, 0, 0)
 
-    def _assemble(self) -> None:
+    def _assemble(self, *, is_last: bool = False) -> None:
         waiting, self._waiting, self._rows = self._waiting, [], 0
         self._learn_steps([block for _, block in waiting])
         alike: dict[_Kind, list[tuple[Times, Times, Numbers]]] = defaultdict(list)
         for age, block in waiting:
-            known, steps = self._steps_of(block.times)
+            if block.are_evaluations:
+                known, steps = self._steps_before(block.times, is_last=is_last)
+            else:
+                known, steps = self._steps_of(block.times)
             if known.all():
                 alike[block.seed, block.keys].append((block.times, steps, block.values))
                 continue
             if known.any():
                 some = (block.times[known], steps[known], block.values[known])
                 alike[block.seed, block.keys].append(some)
-            rest = Block(block.seed, block.keys, block.times[~known], block.values[~known])
+            times, values = block.times[~known], block.values[~known]
+            rest = block._replace(times=times, values=values)
             if age < _PATIENCE:
                 self._waiting.append((age + 1, rest))
             else:
@@ -128,6 +138,18 @@ class TrainerCurves:
             return np.zeros(len(times), np.bool_), times
         places = np.minimum(np.searchsorted(self._times, times), len(self._times) - 1)
         return self._times[places] == times, self._steps[places]
+
+    def _steps_before(self, times: Times, *, is_last: bool) -> tuple[np.ndarray, Times]:
+        """Of each time whether it is known which step ended last before it, and which.
+
+        Until all was read, that is not known behind the newest step.
+        """
+        if not len(self._times):
+            return np.zeros(len(times), np.bool_), times
+        places = np.searchsorted(self._times, times) - 1
+        steps = np.where(places < 0, self._steps[0] - 1, self._steps[np.maximum(places, 0)])
+        known = np.ones(len(times), np.bool_) if is_last else times <= self._times[-1]
+        return known, np.maximum(steps, 0)
 
     def _extend(self, alike: dict[_Kind, list[tuple[Times, Times, Numbers]]]) -> None:
         present: dict[str, list[Times]] = defaultdict(list)
@@ -166,7 +188,7 @@ class TrainerCurves:
     def _leave_gaps(self, broken: Times, present: dict[str, list[Times]]) -> None:
         """Where a step had values that were not finite, what it lacks is a gap."""
         for (seed, key), curve in self.curves.items():
-            if seed is None and key != CLOCK and curve.total.count:
+            if seed is None and key != CLOCK and curve.total.count and not is_custom(key):
                 there = np.concatenate(present[key]) if key in present else broken[:0]
                 absent = broken[~np.isin(broken, there)]
                 if len(absent):

@@ -20,6 +20,7 @@ from esper_otel.leyline.decisions import FAILED_OPEN, Action
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.run_config import RunConfig
 from esper_otel.stream.console import Printer
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder, encode_end
@@ -184,6 +185,7 @@ class Lane:
         tracers: Tracers,
         recording: Recording | None,
         show: Printer | None = None,
+        config: RunConfig | None = None,
     ) -> None:
         self.ring = ring
         self.timelines = timelines
@@ -197,7 +199,11 @@ class Lane:
         self.recording = recording
         self.show = show
         """What prints frames for people, where that is asked for."""
+        self.config = config
+        """What the stream tells of the run's hyper-parameters; None: nothing."""
         self.totals = RunTotals()
+        if recording is not None and recording.card is not None:
+            recording.card.totals = self.totals
         self.over = False
         """Whether nothing more is handed over."""
 
@@ -326,10 +332,21 @@ class Drain:
     def _drain_ends(self, lane: Lane, over: bool) -> None:
         while lane.ends:
             end = lane.ends.popleft()
+            if lane.recording is not None and lane.recording.card is not None:
+                lane.recording.card.ended = str(end.ended or "")
             if self._is_wanted(lane, Signal.METRICS):
-                self._put(lane, Signal.METRICS, encode_end(end, lane.resource), 1)
+                body = encode_end(end, lane.resource)
+                self._put(lane, Signal.METRICS, body, 1 + len(end.values))
 
     def _drain_events(self, lane: Lane, over: bool) -> None:
+        config = lane.config
+        if config is not None and config.is_new and lane.totals.steps:
+            told = config.take_event(time.time_ns())
+            if config.is_explicit:
+                lane.events.append(told)
+            elif lane.recording is not None:
+                body = encode_events([told], lane.resource, lane.trainer)
+                lane.recording.append(Signal.LOGS, body)
         if not lane.events:
             return
         events = [lane.events.popleft() for _ in range(len(lane.events))]

@@ -23,6 +23,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
 
 from esper_otel._version import __version__
+from esper_otel.leyline.custom import PREFIX
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import (
     EXCEPTION_TYPE,
@@ -34,6 +35,7 @@ from esper_otel.leyline.metrics import (
     Metric,
 )
 from esper_otel.leyline.protobuf import as_varint
+from esper_otel.stream.custom_encoding import CustomEncoder, custom_metric
 from esper_otel.stream.ring import Frames, Rows, chosen, part, points
 
 SCOPE = "esper_otel"
@@ -122,15 +124,21 @@ class FrameEncoder:
         self._resource = _RESOURCE + as_varint(len(resource)) + resource
         self._max_request = max_request - len(self._resource) - 16
         self._templates: dict[tuple[bytes, str | None], Template | None] = {}
+        self._customs = CustomEncoder()
 
     def encode(self, frames: Frames) -> Iterator[Encoded]:
-        """Requests that hold ``frames`` in order, seeds behind the steps of their request."""
+        """Requests that hold ``frames`` in order, seeds and custom values behind the steps of
+        their request."""
         for start in range(0, len(frames.steps.times), MAX_FRAMES):
             yield from self._encode(part(frames, start, start + MAX_FRAMES))
 
     def _encode(self, frames: Frames) -> Iterator[Encoded]:
         steps = self._records(frames.steps, None)
         seeds = self._records(frames.seeds, frames.seed_ids) if len(frames.seeds.tags) else []
+        customs = self._customs.records(frames) if frames.customs else {}
+        for place, record in customs.items():
+            # Behind its step, and counted as part of it.
+            steps[place] = b"".join((steps[place], record))
         ends = frames.steps.tags.tolist()
         seed_sizes = [0, *accumulate(map(len, seeds))]
         # Bytes up to and including each frame, its seeds counted in.
@@ -193,6 +201,12 @@ def encode_end(frame: StepFrame, resource: bytes) -> bytes:
     point = metric.gauge.data_points.add(
         time_unix_nano=frame.time_unix_nano, as_double=float(frame.step)
     )
+    if frame.values:  # custom ones, behind the last step
+        names = [key.removeprefix(PREFIX) for key in frame.values]
+        own = custom_metric(names)
+        for each, value in zip(own.gauge.data_points, frame.values.values(), strict=True):
+            each.time_unix_nano, each.as_double = frame.time_unix_nano, value
+        scope.metrics.append(own)
     if frame.ended is not None:
         point.attributes.add(key=HOW_ENDED).value.string_value = frame.ended.how.value
         if frame.ended.exception:

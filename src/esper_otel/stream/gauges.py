@@ -15,7 +15,8 @@ from math import isfinite
 from opentelemetry.metrics import CallbackOptions, Observation, get_meter
 
 from esper_otel._version import __version__
-from esper_otel.leyline.metrics import SEED_ID, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.custom import EVALUATION, NAME, is_evaluation
+from esper_otel.leyline.metrics import CUSTOM, SEED_ID, SEED_METRICS, STEP_METRICS
 from esper_otel.stream.encoding import SCOPE
 from esper_otel.stream.ring import FrameRing
 
@@ -56,6 +57,9 @@ def register(ring: FrameRing) -> None:
             meter.create_observable_gauge(
                 metric.instrument, [_seed_callback(slot)], metric.unit, metric.meaning
             )
+        meter.create_observable_gauge(
+            CUSTOM.instrument, [_observe_custom], CUSTOM.unit, CUSTOM.meaning
+        )
 
 
 def unregister(ring: FrameRing) -> None:
@@ -80,6 +84,10 @@ def _seed_callback(slot: int) -> _Callback:
     return observe
 
 
+def _observe_custom(options: CallbackOptions) -> Iterable[Observation]:
+    return _never_raising(_custom_observations, 0)
+
+
 def _never_raising(
     observations: Callable[[FrameRing, int], list[Observation]], slot: int
 ) -> list[Observation]:
@@ -99,6 +107,15 @@ def _step_observations(ring: FrameRing, slot: int) -> list[Observation]:
         return []
     value = float(frames.steps.values[0, slot])
     return [Observation(value)] if isfinite(value) else []
+
+
+def _custom_observations(ring: FrameRing, slot: int) -> list[Observation]:
+    """The newest of each, whenever that was: most steps have none."""
+    marked = {True: {EVALUATION: True}, False: {}}
+    return [
+        Observation(value, {NAME: name, **marked[is_evaluation(name)]})
+        for name, value in ring.latest_custom.copy().items()
+    ]
 
 
 def _seed_observations(ring: FrameRing, slot: int) -> list[Observation]:

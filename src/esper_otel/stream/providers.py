@@ -7,7 +7,7 @@ and tracers that never touch the process's random numbers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from opentelemetry import _logs, trace
@@ -45,16 +45,22 @@ _SAMPLERS = (StaticSampler, TraceIdRatioBased, ParentBased)
 
 
 def trainer_resource(
-    run_id: str, instance_id: str, rank: int, world_size: int, local_rank: int = -1
+    run_id: str,
+    instance_id: str,
+    rank: int,
+    world_size: int,
+    local_rank: int = -1,
+    labels: Mapping[str, str] = {},
 ) -> Resource:
     """Who produces this telemetry: what OTel detects, and which trainer of which run.
 
-    A ``local_rank`` below 0 is not known, and left out.
+    A ``local_rank`` below 0 is not known, and left out. ``labels`` are more attributes.
 
     The SDK's detectors read ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` from
     the process's environment.
     """
     identity: dict[str, str | int] = {
+        **labels,
         RUN_ID: run_id,
         RANK: rank,
         WORLD_SIZE: world_size,

@@ -5,20 +5,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
-from math import isfinite
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper_otel.home import CardKeeper, RunCard
+from esper_otel.leyline.custom import NAME, custom_key
+from esper_otel.leyline.events import Attribute
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import MAX_STEP
-from esper_otel.leyline.metrics import BY_INSTRUMENT, INSTANCE_ID, RANK, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import (
+    BY_INSTRUMENT,
+    CUSTOM,
+    INSTANCE_ID,
+    RANK,
+    RUN_ENDED,
+    RUN_ID,
+    SEED_ID,
+)
 from esper_otel.leyline.otlp_file import RecordingError, framed
 from esper_otel.leyline.otlp_file import bodies as bodies_in
+from esper_otel.run_settings import parse_tags
+from esper_otel.settings import EsperSettings
 from esper_otel.stream.destination import Signal
 
 if TYPE_CHECKING:
@@ -27,6 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esper_otel")
 
+
+ATTEMPT = "-attempt"
+"""In the names of files of another attempt at a run, before its number; 1 is not said."""
 
 LONGEST_RUN = 120
 """Characters of a run's name in the names of its files, which may have 255 in all."""
@@ -68,12 +86,16 @@ def read_recording(path: Path) -> Iterator[bytes]:
 class Recording:
     """Everything a run produces, appended to one file per signal as it comes.
 
-    A disk that fails ends the recording with one warning; the run goes on.
+    Files that are there already are left alone: then it is another attempt at the same run,
+    with files of its own. A disk that fails ends the recording with one warning; the run goes
+    on. ``card`` is kept beside it, where somebody looks for it there.
     """
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, stem: str, card: CardKeeper | None = None) -> None:
+        self.card = card
         self._folder = folder
         self._stem = stem
+        self._claimed = False
         self._files: dict[Signal, int] = {}
         self._paths: dict[Signal, Path] = {}
         self._failed = False
@@ -89,16 +111,57 @@ class Recording:
             return
         try:
             write_whole(self._file(signal), framed(body))
+            if self.card is not None:
+                self.card.look()
         except OSError as error:
             self._failed = True
             log.warning("recording to %s stopped: %s", self._folder, error)
 
     def close(self) -> None:
         """Close the files."""
+        if self.card is not None and self._claimed:
+            self.card.close()
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def _claim(self) -> None:
+        """Make a file that nobody else has, and call the others as that one is called."""
+        first = self._stem
+        number = 1
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        while not self._is_free():
+            number += 1
+            self._stem = f"{first}{ATTEMPT}{number}"
+        self._claimed = True
+        # Whoever tidies up can see by it that somebody still writes.
+        with suppress(OSError):
+            fcntl.flock(self._files[Signal.METRICS], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if number > 1:
+            log.warning(
+                "%s has been recorded in %s before; this is attempt %d, recorded as %s",
+                first,
+                self._folder,
+                number,
+                self._stem,
+            )
+        if self.card is not None:
+            self.card.begin(self._folder, number)
+
+    def _is_free(self) -> bool:
+        """Whether no file of that name is there; then the one of metrics is ours."""
+        paths = {signal: self._folder / f"{self._stem}.{signal}.otlp" for signal in Signal}
+        if any(path.exists() for path in paths.values()):
+            return False
+        try:
+            self._files[Signal.METRICS] = open_to_append(paths[Signal.METRICS], os.O_EXCL)
+        except FileExistsError:
+            return False
+        self._paths[Signal.METRICS] = paths[Signal.METRICS]
+        return True
+
     def _file(self, signal: Signal) -> int:
+        if not self._claimed:
+            self._claim()
         if signal not in self._files:
             path = self._folder / f"{self._stem}.{signal}.otlp"
             self._files[signal] = open_to_append(path)
@@ -106,13 +169,39 @@ class Recording:
         return self._files[signal]
 
 
-def open_to_append(path: Path) -> int:
+def recording_of(
+    settings: EsperSettings, run_id: str, config: Mapping[str, Attribute]
+) -> Recording | None:
+    """Where ``settings`` have a run recorded: in a folder of theirs, at home, or nowhere.
+
+    At home each run has a folder, with a card in it that rank 0 keeps.
+    """
+    name = stem(run_id, settings.rank)
+    if settings.recording_dir:
+        return Recording(Path(settings.recording_dir), name)
+    if not settings.record:
+        return None
+    card = None
+    if not settings.rank:
+        told = RunCard(
+            run=run_id,
+            name=settings.name,
+            tags=parse_tags(settings.tags),
+            ranks=settings.world_size,
+        )
+        card = CardKeeper(told, config)
+    return Recording(settings.runs_path / stem(run_id, 0).removesuffix("-rank0"), name, card)
+
+
+def open_to_append(path: Path, more: int = 0) -> int:
     """A descriptor that appends to ``path``, which is made with its folder.
 
-    Unbuffered: a forked child has nothing to flush twice. Raises :class:`OSError`.
+    ``more`` are further flags of ``os.open``. Unbuffered: a forked child has nothing to flush
+    twice. Raises :class:`OSError`.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | more
+    return os.open(path, flags, 0o644)
 
 
 def write_whole(file: int, data: bytes) -> None:
@@ -128,6 +217,8 @@ def write_whole(file: int, data: bytes) -> None:
 
 
 _Values = dict[str, float]
+
+_KNOWN = {**BY_INSTRUMENT, **{each.instrument: each for each in (CUSTOM, RUN_ENDED)}}
 
 
 def read_frames(path: Path) -> Iterator[StepFrame]:
@@ -158,12 +249,16 @@ def _frames(resource_metrics: ResourceMetrics) -> Iterator[StepFrame]:
     run, instance, rank = _identity(resource_metrics.resource)
     steps: list[tuple[int, _Values]] = []
     seeds: dict[int, dict[str, _Values]] = {}
+    customs: dict[int, _Values] = {}
     for scope_metrics in resource_metrics.scope_metrics:
         time_unix_nano, seed_id, values = _values(scope_metrics)
+        step = values.get("step", -1.0)
         if seed_id is not None:
             seeds.setdefault(time_unix_nano, {})[seed_id] = values
-        elif 0 <= values.get("step", -1.0) <= MAX_STEP:
+        elif 0 <= step <= MAX_STEP:
             steps.append((time_unix_nano, values))
+        elif values:
+            customs[time_unix_nano] = values
     for time_unix_nano, values in steps:
         yield StepFrame(
             run=run,
@@ -171,7 +266,7 @@ def _frames(resource_metrics: ResourceMetrics) -> Iterator[StepFrame]:
             rank=rank,
             step=int(values["step"]),
             time_unix_nano=time_unix_nano,
-            values=values,
+            values={**values, **customs.get(time_unix_nano, {})},
             seeds=seeds.get(time_unix_nano, {}),
         )
 
@@ -180,17 +275,22 @@ def _values(scope_metrics: ScopeMetrics) -> tuple[int, str | None, _Values]:
     """(time, seed id, values) of one ``ScopeMetrics`` as the stream writes it."""
     values: _Values = {}
     time_unix_nano, seed_id = 0, None
+    ended = nan
     for metric in scope_metrics.metrics:
-        registered = BY_INSTRUMENT.get(metric.name)
+        registered = _KNOWN.get(metric.name)
         if registered is None:
             continue
         for point in metric.gauge.data_points:
-            time_unix_nano = point.time_unix_nano
-            if isfinite(point.as_double):
-                values[registered.key] = point.as_double
-            for attribute in point.attributes:
-                if attribute.key == SEED_ID:
-                    seed_id = attribute.value.string_value
+            told = {each.key: each.value.string_value for each in point.attributes}
+            time_unix_nano, value = point.time_unix_nano, point.as_double
+            if registered is RUN_ENDED:
+                ended = value
+            elif isfinite(value):
+                is_own = registered is CUSTOM
+                values[custom_key(told.get(NAME, "")) if is_own else registered.key] = value
+            seed_id = told.get(SEED_ID, seed_id)
+    if values and isfinite(ended):  # custom values behind the last step, which the end names
+        values["step"] = ended
     return time_unix_nano, seed_id, values
 
 

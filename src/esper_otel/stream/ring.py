@@ -9,13 +9,15 @@ make the garbage collector walk them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from esper_otel.leyline.frames import NO_CUSTOM
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 
 SeedRows = Sequence[tuple[str, list[float]]]
@@ -38,12 +40,14 @@ class Frames(NamedTuple):
     """Whole frames: step rows, and the seed rows that belong to them.
 
     The tag of a step row is the end of its seeds in ``seeds``, the tag of a seed row its
-    index in ``seed_ids``.
+    index in ``seed_ids``. ``customs`` are (place of the step, its custom values by name), of
+    the steps that have any, in order.
     """
 
     steps: Rows
     seeds: Rows
     seed_ids: Sequence[str]
+    customs: Sequence[tuple[int, Mapping[str, float]]] = ()
 
 
 class Ring:
@@ -106,6 +110,10 @@ class FrameRing:
         self._seeds = Ring(capacity, len(SEED_KEYS))
         self._numbers: dict[str, int] = {}
         self._seed_ids: list[str] = []
+        # Objects and not records: few steps have custom values, whose names come and go.
+        self._customs: deque[tuple[int, Mapping[str, float]]] = deque()
+        self.latest_custom: dict[str, float] = {}
+        """The newest of each custom value."""
         self.refused_frames = 0
         self.refused_points = 0
 
@@ -114,14 +122,23 @@ class FrameRing:
         """Frames written so far."""
         return self._steps.written
 
-    def put(self, time_unix_nano: int, row: Sequence[float], seeds: SeedRows) -> bool:
+    def put(
+        self,
+        time_unix_nano: int,
+        row: Sequence[float],
+        seeds: SeedRows,
+        custom: Mapping[str, float] = NO_CUSTOM,
+    ) -> bool:
         """Write one frame; False when there is no room, which is counted."""
         steps = self._steps
         if steps.written - steps.read >= steps.capacity:
-            return self._refuse(row, seeds)
+            return self._refuse(row, seeds, custom)
         if seeds and not self._put_seeds(time_unix_nano, seeds):
-            return self._refuse(row, seeds)
+            return self._refuse(row, seeds, custom)
         written = steps.written
+        if custom:
+            self._customs.append((written, custom))
+            self.latest_custom.update(custom)
         steps.write(written, time_unix_nano, self._seeds.written, row)
         steps.written = written + 1
         return True
@@ -148,9 +165,10 @@ class FrameRing:
         last_seed = int(step_rows.tags[-1])
         seed_rows = seeds.copy(first_seed, last_seed)
         step_rows = step_rows._replace(tags=step_rows.tags - first_seed)
+        customs = self._take_customs(steps.read, end) if self._customs else ()
         seeds.read = last_seed
         steps.read = end
-        return Frames(step_rows, seed_rows, self._seed_ids)
+        return Frames(step_rows, seed_rows, self._seed_ids, customs)
 
     def latest(self) -> Frames | None:
         """The newest frame alone, whether taken or not; None before the first."""
@@ -178,9 +196,19 @@ class FrameRing:
         ring.written += len(seeds)
         return True
 
-    def _refuse(self, row: Sequence[float], seeds: SeedRows) -> bool:
+    def _take_customs(self, start: int, end: int) -> list[tuple[int, Mapping[str, float]]]:
+        """Those of the steps before ``end``, of which ``start`` is the first to be taken."""
+        waiting, taken = self._customs, []
+        while waiting and waiting[0][0] < end:
+            number, values = waiting.popleft()
+            taken.append((number - start, values))
+        return taken
+
+    def _refuse(
+        self, row: Sequence[float], seeds: SeedRows, custom: Mapping[str, float]
+    ) -> bool:
         self.refused_frames += 1
-        self.refused_points += sum(map(isfinite, row))
+        self.refused_points += sum(map(isfinite, row)) + len(custom)
         self.refused_points += sum(sum(map(isfinite, values)) for _, values in seeds)
         return False
 
@@ -203,7 +231,8 @@ def part(frames: Frames, start: int, end: int) -> Frames:
     steps = _between(frames.steps, start, end)
     first = int(frames.steps.tags[start - 1]) if start else 0
     seeds = _between(frames.seeds, first, int(steps.tags[-1]))
-    return Frames(steps._replace(tags=steps.tags - first), seeds, frames.seed_ids)
+    customs = [(at - start, values) for at, values in frames.customs if start <= at < end]
+    return Frames(steps._replace(tags=steps.tags - first), seeds, frames.seed_ids, customs)
 
 
 def chosen(rows: Rows, indices: Sequence[int]) -> Rows:
@@ -218,4 +247,6 @@ def _between(rows: Rows, start: int, end: int) -> Rows:
 
 def points(frames: Frames) -> int:
     """How many data points the frames make: one per finite value."""
-    return sum(int(np.isfinite(rows.values).sum()) for rows in (frames.steps, frames.seeds))
+    own = sum(len(values) for _, values in frames.customs)
+    rows = (frames.steps, frames.seeds)
+    return own + sum(int(np.isfinite(each.values).sum()) for each in rows)

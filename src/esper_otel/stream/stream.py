@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import StepFrame, StepTimeline
+from esper_otel.leyline.frames import NO_CUSTOM, StepFrame, StepTimeline
+from esper_otel.run_config import RunConfig
 from esper_otel.settings import EsperSettings
 from esper_otel.stream.destination import Signal, destinations
-from esper_otel.stream.recording import Recording, stem
+from esper_otel.stream.recording import Recording, recording_of, stem
 from esper_otel.stream.redelivery import EarlierProcesses
 from esper_otel.stream.spool import Account, Batch, Spool
 from esper_otel.stream.spool_files import Keeper, resend_words
@@ -118,6 +119,8 @@ class Stream:
         self._earlier: EarlierProcesses | None = None
         self._unregister: Callable[[], None] | None = None
         self._files: tuple[Path, ...] = ()
+        self._config = RunConfig()
+        self.configure = self._config.add
         self._on = True
         self._faulted = False
         self._closed = False
@@ -144,14 +147,21 @@ class Stream:
             log.warning("telemetry is off, it could not be started: %r", error)
             log.debug("the fault", exc_info=True)
 
-    def frame(self, time_unix_nano: int, row: list[float], seeds: SeedRows = ()) -> None:
+    def frame(
+        self,
+        time_unix_nano: int,
+        row: list[float],
+        seeds: SeedRows = (),
+        custom: Mapping[str, float] = NO_CUSTOM,
+    ) -> None:
         """Hand over one step: its row and the rows of its seeds, in registry order.
 
-        Takes a few microseconds, waits for nothing and never raises. NaN is absent.
+        ``custom`` values are by name. Takes a few microseconds, waits for nothing and never
+        raises. NaN is absent.
         """
         if self._on:
             try:
-                self._ring.put(time_unix_nano, row, seeds)
+                self._ring.put(time_unix_nano, row, seeds, custom)
             except Exception as error:
                 self._fault(error)
 
@@ -242,9 +252,8 @@ class Stream:
         self._resource = trainer_resource(
             self._run_id,
             self._instance_id,
-            settings.rank,
-            settings.world_size,
-            settings.local_rank,
+            *(settings.rank, settings.world_size, settings.local_rank),
+            settings.labels,
         )
         outage = Outage(f"up to {settings.spool_mb:g} MB are kept in {settings.spool_path}")
         name = stem(self._run_id, settings.rank)
@@ -305,10 +314,8 @@ class Stream:
         from esper_otel.stream.providers import Tracers, serialised_resource
 
         settings = self._settings
-        recording = None
-        if settings.recording_dir:
-            name = stem(self._run_id, settings.rank)
-            recording = Recording(Path(settings.recording_dir), name)
+        recording = recording_of(settings, self._run_id, self._config.values)
+        if recording is not None:
             self._recordings.append(recording)
         self._lane = Lane(
             ring=self._ring,
@@ -319,6 +326,7 @@ class Stream:
             tracers=Tracers(resource),
             recording=recording,
             show=printer(settings, self._environ),
+            config=None if settings.rank else self._config,
         )
         self.totals = self._lane.totals
         return self._lane

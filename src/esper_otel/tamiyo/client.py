@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter_ns, time_ns
@@ -17,6 +17,7 @@ import msgspec
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import BREAKER_OPEN, Decision, Proposal, unanswered
 from esper_otel.leyline.endings import RunEnd
+from esper_otel.leyline.frames import NO_CUSTOM
 from esper_otel.leyline.guards import Guards
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.tamiyo.breaker import Breaker, State
@@ -102,6 +103,7 @@ class TamiyoClient:
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
         """Ask about ``step``, whose frame is given as registry rows; does not wait.
 
@@ -115,6 +117,7 @@ class TamiyoClient:
             row,
             [wire.SeedRow(seed_id, values) for seed_id, values in seeds] if seeds else [],
             proposal,
+            {**custom} if custom else {},
         )
         self._send(message)
 
@@ -157,9 +160,10 @@ class TamiyoClient:
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> Decision:
         """:meth:`send`, and wait for the answer: the decision about ``step``."""
-        self.send(step, time_unix_nano, row, seeds, proposal)
+        self.send(step, time_unix_nano, row, seeds, proposal, custom)
         decision = self.collect()
         assert decision is not None
         return decision

@@ -7,11 +7,12 @@ then a forward and a backward pass have gone by, so that it is nearly always the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Decision, Proposal, unanswered
+from esper_otel.leyline.frames import NO_CUSTOM
 from esper_otel.leyline.guards import Guards
 from esper_otel.tolaria.ports import DecisionAgreement, DecisionClient
 
@@ -85,13 +86,16 @@ class Asking:
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]],
         proposal: Proposal | None,
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
         """Ask about ``step``; does not wait."""
         client = self._client
         if client is None:
             return
         began = perf_counter_ns()
-        if seeds or proposal is not None:
+        if custom:
+            client.send(step, time_unix_nano, row, seeds, proposal, custom)
+        elif seeds or proposal is not None:
             client.send(step, time_unix_nano, row, seeds, proposal)
         else:
             client.send(step, time_unix_nano, row)

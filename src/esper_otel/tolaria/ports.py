@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from esper_otel.leyline.decisions import Decision, Proposal
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import GardenFrame, StepTimeline
+from esper_otel.leyline.frames import NO_CUSTOM, GardenFrame, StepTimeline
 from esper_otel.leyline.guards import Guards
 
 
@@ -19,8 +19,9 @@ class FrameSink(Protocol):
         time_unix_nano: int,
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
-        """Take one step's values."""
+        """Take one step's values; ``custom`` by name, and not given where there are none."""
 
     def timeline(self, timeline: StepTimeline) -> None:
         """Take one step's phases, to become spans."""
@@ -43,8 +44,9 @@ class DecisionClient(Protocol):
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
-        """Ask about a step."""
+        """Ask about a step; ``custom`` is not given where there are none."""
 
     def collect(self) -> Decision | None:
         """The decision about it; None when it has been collected."""
@@ -136,9 +138,11 @@ class HeldRun:
         time_unix_nano: int,
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
         """Keep one step's values."""
-        self._frames.append((time_unix_nano, row, seeds))
+        frame = (time_unix_nano, row, seeds)
+        self._frames.append((*frame, custom) if custom else frame)
 
     def timeline(self, timeline: StepTimeline) -> None:
         """Keep one step's phases, or hand them on."""
@@ -161,9 +165,11 @@ class HeldRun:
         row: list[float],
         seeds: Sequence[tuple[str, list[float]]] = (),
         proposal: Proposal | None = None,
+        custom: Mapping[str, float] = NO_CUSTOM,
     ) -> None:
         """Keep a request."""
-        self._asks.append((step, time_unix_nano, row, seeds))
+        ask = (step, time_unix_nano, row, seeds)
+        self._asks.append((*ask, None, custom) if custom else ask)
 
     def collect(self) -> Decision | None:
         """Nobody has been asked yet."""

@@ -117,6 +117,7 @@ class Recorder:
         self.losses_prescaled = step.losses_prescaled
         self.loss_prescaled = step.loss_prescaled
         self.phase_begins = step.phase_begins
+        self.leftover = step.leftover
         ask = (self.control.end_update, self._seeds, self._seal, self._stream, self._ask)
         self._stages = (*ask, self._apply, self._spans, self.control.keep)
 
@@ -206,7 +207,7 @@ class Recorder:
         finally:
             self._timelines.flush()
             for frame in self._sealer.flush():
-                self._frames.frame(frame.time, frame.row, frame.seeds)
+                self._frames.frame(*frame.told)
 
     def take_over(self, other: Recorder) -> None:
         """What the loop has done since the last step of ``other`` is of this training."""
@@ -321,14 +322,15 @@ class Recorder:
         loss, parts = step.loss
         time = self.clock.step_end(ending.ended)
         seeds = ending.growing.seeds if ending.growing is not None else ()
-        if self._sealer.seal_now(row, loss, parts, step.norm, step.reported):
+        own = step.custom
+        if not own and self._sealer.seal_now(row, loss, parts, step.norm, step.reported):
             ending.newest = (self.step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            known = self.step, time, row, loss, parts, step.norm, step.reported, seeds
+            known = self.step, time, row, loss, parts, step.norm, step.reported, seeds, own
             for done in self._sealer.seal_in_order(PendingFrame(*known)):
-                ending.newest = (done.step, done.time, done.row, done.seeds)
-                self._frames.frame(done.time, done.row, done.seeds)
+                ending.newest, ending.custom = done.asked, done.numbers
+                self._frames.frame(*done.told)
         if ending.newest is not None:
             self._latest = ending.newest[2]
 
@@ -342,8 +344,7 @@ class Recorder:
             settled = None
             try:
                 if asking.asks and newest is not None:
-                    growing = ending.growing
-                    asking.send(*newest, None if growing is None else growing.proposal)
+                    asking.send(*newest, ending.proposal, ending.custom)
                     ending.waits, ending.asked = True, newest[0]
                     self._backwards_asked = self._under_way.backwards
             finally:  # ranks do all that they do together, whatever one of them meets

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from esper_otel.leyline.frames import present, step_row
+from esper_otel.leyline.frames import NO_CUSTOM, present, step_row
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.readings import Reading, Value, arrived
 from esper_otel.tolaria.dynamics import WeightedStatistics
@@ -33,6 +33,7 @@ _LOSS_VOLATILITY = STEP_SLOT["loss_volatility"]
 _GRAD_NORM_EWMA = STEP_SLOT["grad_norm_ewma"]
 _GRAD_VAR = STEP_SLOT["grad_var"]
 _NONFINITE = STEP_SLOT["nonfinite"]
+_CUSTOM_NONFINITE = STEP_SLOT["custom_nonfinite"]
 
 
 class ConditionalReading:
@@ -110,10 +111,22 @@ class PendingFrame:
 
     ``loss`` is the sum over the step's micro-batches and ``parts`` what makes a mean of it,
     ``norm`` the gradient norm, ``others`` are values by slot, ``seeds`` the rows of the
-    step's seeds, which miss nothing.
+    step's seeds, which miss nothing, ``custom`` custom values by name. ``numbers`` are those
+    of the latter that are finite, once it is sealed.
     """
 
-    __slots__ = ("loss", "norm", "others", "parts", "row", "seeds", "step", "time")
+    __slots__ = (
+        "custom",
+        "loss",
+        "norm",
+        "numbers",
+        "others",
+        "parts",
+        "row",
+        "seeds",
+        "step",
+        "time",
+    )
 
     def __init__(
         self,
@@ -125,7 +138,10 @@ class PendingFrame:
         norm: Value | None,
         others: Mapping[int, Value],
         seeds: Sequence[tuple[str, list[float]]] = (),
+        custom: Mapping[str, Value] = NO_CUSTOM,
     ) -> None:
+        self.custom = custom
+        self.numbers: Mapping[str, float] = NO_CUSTOM
         self.step = step
         self.time = time
         self.row = row
@@ -137,10 +153,22 @@ class PendingFrame:
 
     def is_complete(self) -> bool:
         """Whether every value has arrived."""
-        for value in (self.loss, self.norm, *self.others.values()):
+        values = (self.loss, self.norm, *self.others.values(), *self.custom.values())
+        for value in values:
             if value is not None and not isinstance(value, float) and not value.ready():
                 return False
         return True
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """What a :class:`~esper_otel.tolaria.ports.FrameSink` is given of it."""
+        frame = (self.time, self.row, self.seeds)
+        return (*frame, self.numbers) if self.numbers else frame
+
+    @property
+    def asked(self) -> tuple[int, int, list[float], Sequence[tuple[str, list[float]]]]:
+        """Step, time, row and seeds: what is asked about, with the numbers beside them."""
+        return self.step, self.time, self.row, self.seeds
 
 
 class RecorderState(msgspec.Struct, forbid_unknown_fields=True):
@@ -257,6 +285,8 @@ class Sealer:
 
     def _seal(self, frame: PendingFrame) -> None:
         """With what has arrived; a loss is missing when one of its micro-batches is."""
+        if frame.custom:
+            frame.numbers = _finite(frame.custom, frame.row)
         self._put(
             frame.row,
             None if frame.loss is None else arrived(frame.loss),
@@ -307,6 +337,21 @@ class Sealer:
                     row[_GRAD_VAR] = statistics.variance
         for slot, number in others.items():
             put(row, slot, number)
+
+
+def _finite(custom: Mapping[str, Value], row: list[float]) -> dict[str, float]:
+    """The custom values that have arrived and are finite; the others are counted in ``row``."""
+    row[_CUSTOM_NONFINITE] = 0.0
+    found = {}
+    for name, value in custom.items():
+        number = arrived(value)
+        if number is None:
+            continue
+        if isfinite(number):
+            found[name] = number
+        else:
+            row[_CUSTOM_NONFINITE] += 1.0
+    return found
 
 
 def put(row: list[float], slot: int, number: float) -> bool:

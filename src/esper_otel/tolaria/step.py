@@ -8,11 +8,12 @@ and the hook that ended the one before add up to the step. Marks are nanoseconds
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from time import perf_counter_ns
 from typing import NamedTuple
 
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.leyline.readings import Reading, Value
+from esper_otel.leyline.readings import Reading, Value, known
 from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.seal import ConditionalReading, plus
 
@@ -75,6 +76,8 @@ class StepUnderWay:
     samples: int
     norm: Value | None
     reported: dict[int, Value]
+    custom: dict[str, Value]
+    """Custom values by name."""
     phases: list[tuple[str, int, int]]
     _losses_before: int
     _loss: Value | None
@@ -110,6 +113,7 @@ class StepUnderWay:
         self._loss_of_another = _NO_LOSS
         self._shares = self._all_shares
         self.reported = {}
+        self.custom = {}
         self.phases = []
 
     def phase_begins(self, name: str) -> None:
@@ -188,7 +192,8 @@ class StepUnderWay:
     def skipped(self) -> None:
         """The optimizer did not step (a gradient scaler saw an overflow).
 
-        What was learnt of this attempt is forgotten, its time is that of the next step.
+        What was learnt of this attempt is forgotten, its time is that of the next step. Custom
+        values stay: an evaluation was none of the attempt.
         """
         self.norm = self._loss = self._reported_loss = None
         self._losses = self._reported_losses = 0
@@ -302,24 +307,28 @@ class StepUnderWay:
         self.mark = ended
 
     def loop_reported(self, loss: Value | None, values: Mapping[str, Value]) -> None:
-        """What the loop knows of this step; ``values`` by key, of :data:`REPORTABLE`.
+        """What the loop knows of this step; ``values`` by key, of :data:`REPORTABLE`, or by
+        the name of a custom value.
 
         A reported loss takes the place of those that backward began from.
-        Raises ``ValueError`` for a key that cannot be reported.
         """
         for key, value in values.items():
             slot = REPORTABLE.get(key)
             if slot is None:
-                raise ValueError(
-                    f"report({key}=…): expected one of {', '.join(sorted(REPORTABLE))}"
-                )
-            if slot == _GRADIENT_NORM:
+                self.custom[key] = value
+            elif slot == _GRADIENT_NORM:
                 self.norm = value
             elif self._enriched or slot != _CONFLICT_RATE:
                 self.reported[slot] = value
         if loss is not None:
             self._reported_loss = plus(self._reported_loss, loss)
             self._reported_losses += 1
+
+    def leftover(self) -> dict[str, float]:
+        """Custom values behind the last step, as far as they have arrived; not given again."""
+        values, self.custom = self.custom, {}
+        numbers = {name: known(value) for name, value in values.items()}
+        return {name: number for name, number in numbers.items() if isfinite(number)}
 
     def copied_to_device(self, milliseconds: Value) -> None:
         """How long the step's first host-to-device copy took."""

@@ -8,14 +8,14 @@ marks are of a monotonic clock; :class:`Clock` makes Unix times of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, nan
 from time import perf_counter_ns, time_ns
 from typing import Protocol
 
-from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision
+from esper_otel.leyline.decisions import NOT_ASKED, Action, Decision, Proposal
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import GardenFrame, StepTimeline, step_row
+from esper_otel.leyline.frames import NO_CUSTOM, GardenFrame, StepTimeline, step_row
 from esper_otel.leyline.metrics import WEIGHT
 from esper_otel.tolaria.asking import Taken
 from esper_otel.tolaria.step import TrainingPhase
@@ -70,6 +70,7 @@ class EndedStep:
         "acted",
         "apply_ns",
         "asked",
+        "custom",
         "decision",
         "ended",
         "events",
@@ -111,6 +112,8 @@ class EndedStep:
         self.latency_ms = nan
         self.growing: GardenFrame | None = None
         self.newest: Newest | None = None
+        self.custom: Mapping[str, float] = NO_CUSTOM
+        """Custom values of the step that is the newest."""
         self.taken: tuple[Taken, ...] = ()
         """Decisions that were taken at this step's end."""
         self.events: Sequence[Event] = ()
@@ -130,6 +133,11 @@ class EndedStep:
         """Whether the decision changed anything in the run."""
         self.wanted = False
         """Whether it becomes spans whatever is decided."""
+
+    @property
+    def proposal(self) -> Proposal | None:
+        """What the garden would like to do, None without one."""
+        return None if self.growing is None else self.growing.proposal
 
 
 class UpdateOutcome(Protocol):

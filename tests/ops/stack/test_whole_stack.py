@@ -12,9 +12,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
+from esper_otel.leyline.custom import custom_key
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import STAGE_CHANGED, Event
-from esper_otel.leyline.metrics import RUN_ENDED, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.metrics import CUSTOM, RUN_ENDED, SEED_METRICS, STEP_METRICS
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
 from esper_tamiyo.serving.asking import reply_to
@@ -60,7 +61,8 @@ def sent(stack, tmp_path_factory):
     )
     began = time.time_ns() - (STEPS + 1) * STEP_NS
     for step in range(STEPS):
-        rank.step(step, began + step * STEP_NS + 123_456)
+        custom = {"val loss/é": step / 7, **({"kl": 0.5} if step % 2 else {})}
+        rank.step(step, began + step * STEP_NS + 123_456, custom)
     report = rank.close(20.0)
     assert report.metrics.delivered == report.metrics.produced > 0
     return list(read_frames(folder / "whole-rank1.metrics.otlp"))
@@ -106,6 +108,21 @@ def test_every_metric_of_a_seed_is_there_by_seed(stack, wait_until, sent, metric
         assert one.samples == [
             (milliseconds(frame), frame.seeds[seed][metric.key]) for frame in sent
         ]
+
+
+def test_values_of_the_scripts_own_are_one_metric_by_name(stack, wait_until, sent):
+    for name, marked, steps in (
+        ("val loss/é", {"esper_evaluation": "true"}, STEPS),
+        ("kl", {}, STEPS // 2),
+    ):
+        (one,) = series(stack, wait_until, CUSTOM, steps=steps, name=name)
+        assert one.samples == [
+            (milliseconds(frame), value)
+            for frame in sent
+            if (value := frame.values.get(custom_key(name))) is not None
+        ]
+        assert one.labels.items() >= {"name": name, "esper_rank": "1", **marked}.items()
+        assert ("esper_evaluation" in one.labels) == bool(marked)
 
 
 def status(stack):

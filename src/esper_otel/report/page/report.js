@@ -99,7 +99,7 @@
     run.place = place;
     run.ranks.forEach((rank, index) => {
       rank.run = run;
-      rank.label = run.ranks.length > 1 ? (several ? `${shown(run.name)} rank ${rank.rank}` : `rank ${rank.rank}`) : shown(run.name);
+      rank.label = run.ranks.length > 1 ? (several ? `${shown(run.title)} rank ${rank.rank}` : `rank ${rank.rank}`) : shown(run.title);
       rank.color = several ? COLORS[place % COLORS.length] : COLORS[index % COLORS.length];
       rank.dash = several && index ? [6 - Math.min(index, 4), 2 + Math.min(index, 4)] : null;
       rank.visible = true;
@@ -172,7 +172,8 @@
       if (!curve || !curve.total) return [];
       const x = along(rank, curve.x), y = clean(curve.y);
       const series = {label: (options.name ? `${rank.label} ${options.name}` : rank.label), stroke: options.color || rank.color, width: options.width || 1.25,
-        dash: options.dash || rank.dash, scale: options.scale || "y", paths: options.stepped ? uPlot.paths.stepped({align: 1}) : undefined};
+        dash: options.dash || rank.dash, scale: options.scale || "y", paths: options.stepped ? uPlot.paths.stepped({align: 1}) : undefined,
+        points: options.points ? {show: true, size: 6} : undefined};
       if (!state.smoothing || options.raw) return [{x, columns: [y], series: [series]}];
       return [{x, columns: [y, smoothed(y, state.smoothing)],
         series: [{...series, label: `${series.label} (recorded)`, stroke: faded(rank.color, 0.28), width: 1}, {...series, width: 1.8}]}];
@@ -626,6 +627,14 @@
     ...PHASES.map(([key, label]) => [`mean ${label}`, rank => ms(total(rank, key, "mean"))]),
     ["mean samples/s", rank => brief(total(rank, "samples_per_s", "mean"))],
   ];
+  // What the script reports itself, and what of that is measured on held-out data.
+  const customs = () => [...new Set(lines.flatMap(rank => Object.keys(rank.curves)))].filter(key => key.startsWith("custom.") && has(key)).sort();
+  const isEvaluation = key => Boolean((data.metrics[key] || {}).evaluation);
+  const evaluated = word => customs().filter(key => isEvaluation(key) && word.test(key));
+  const ownName = key => shown(key.slice("custom.".length));
+  const lowest = (rank, key) => { const least = total(rank, key, "least"); return least === null ? "–" : `${number(least)} at ${number(total(rank, key, "leastStep"))}`; };
+  const facts = () => [...FACTS, ...customs().slice(0, 32).flatMap(key => [[`last ${ownName(key)}`, rank => number(total(rank, key, "last"))],
+    ...(isEvaluation(key) ? [[`lowest ${ownName(key)}`, rank => lowest(rank, key)]] : [])])];
   const ms = value => value === null || value === undefined ? "–" : `${brief(value)} ms`;
   const countOf = (run, test) => number(run.decisions.filter(test).length);
 
@@ -635,7 +644,7 @@
     const rows = data.runs.map(run => {
       const rank = run.ranks[0];
       const box = h("input", {type: "checkbox", checked: true, "aria-label": `Show ${shown(run.name)}`, onchange: event => { run.ranks.forEach(r => { r.visible = event.target.checked; }); redraw(); }});
-      return [h("label", {}, several ? box : null, h("span", {class: "mark"}), name(run.name)), number(run.ranks.length),
+      return [h("label", {}, several ? box : null, h("span", {class: "mark"}), name(run.title)), number(run.ranks.length),
         rank ? new Date(rank.start_ms).toISOString().replace("T", " ").slice(0, 19) + " UTC" : "–", rank ? number(rank.count) : "–", rank ? duration(rank.seconds) : "–",
         ended ? (rank && rank.ended ? name(rank.ended) : "–") : null, rank ? `${brief(total(rank, "loss", "first"))} → ${brief(total(rank, "loss", "last"))}` : "–", rank ? ms(total(rank, "step_latency_ms", "mean")) : "–",
         number(run.decisions.length), rank ? number(Object.keys(rank.seeds).length) : "–"].filter(cell => cell !== null);
@@ -647,7 +656,7 @@
 
   function listRanks() {
     if (!data.runs.some(run => run.ranks.length > 1)) return;
-    const keys = FACTS.filter(([, of]) => lines.some(rank => of(rank) !== "–"));
+    const keys = facts().filter(([, of]) => lines.some(rank => of(rank) !== "–"));
     $("ranks").append(h("h2", {id: "h-ranks"}, "Ranks side by side"),
       ...data.runs.filter(run => run.ranks.length > 1).map(run => h("div", {class: "wide"}, several ? h("h3", {}, name(run.name)) : "",
         table(["", ...run.ranks.map(rank => h("label", {}, h("input", {type: "checkbox", checked: true, onchange: event => { rank.visible = event.target.checked; redraw(); }}), ` rank ${rank.rank}`))],
@@ -658,21 +667,23 @@
     const section = $("differences");
     const settings = [...new Set(data.runs.flatMap(run => Object.keys(run.settings)))].sort();
     const of = (run, key) => key in run.settings ? shown(run.settings[key]) : "–";
+    // Name, tags and hyper-parameters as people call them; other attributes by their own names.
+    const called = key => key.replace(/^esper\.run\.name$/, "name").replace(/^esper\.run\.tag\./, "tag ").replace(/^esper\.config\./, "config ");
     if (!several) {
-      if (settings.length) section.append(h("h2", {id: "h-differences"}, "Settings"), h("div", {class: "wide"}, table(["resource attribute", "value"], settings.map(key => [name(key), of(data.runs[0], key)]))));
+      if (settings.length) section.append(h("h2", {id: "h-differences"}, "Settings"), h("div", {class: "wide"}, table(["setting", "value"], settings.map(key => [name(called(key)), of(data.runs[0], key)]))));
       return;
     }
     const reasons = [...new Set(data.runs.flatMap(run => run.decisions.map(d => d.reason)))].sort();
     const rows = [
-      ...settings.map(key => [name(key), ...data.runs.map(run => of(run, key))]),
-      ...FACTS.map(([label, fact]) => [label, ...data.runs.map(run => fact(run.ranks[0]))]),
+      ...settings.map(key => [name(called(key)), ...data.runs.map(run => of(run, key))]),
+      ...facts().map(([label, fact]) => [label, ...data.runs.map(run => fact(run.ranks[0]))]),
       ...reasons.map(reason => [h("span", {}, "decisions: ", name(reason)), ...data.runs.map(run => countOf(run, d => d.reason === reason))]),
       ["decisions applied", ...data.runs.map(run => countOf(run, d => d.applied === 1))],
     ];
     const differ = rows.filter(([, ...cells]) => new Set(cells).size > 1);
     section.append(h("h2", {id: "h-differences"}, "What differs"),
       h("p", {class: "faint"}, `${differ.length} of ${rows.length} settings, results, decisions and times; those of rank ${data.runs[0].ranks[0] ? data.runs[0].ranks[0].rank : 0} where there are several.`),
-      h("div", {class: "wide"}, table(["", ...data.runs.map(run => name(run.name))], differ)));
+      h("div", {class: "wide"}, table(["", ...data.runs.map(run => name(run.title))], differ)));
   }
 
   const SVG = "http://www.w3.org/2000/svg";
@@ -749,8 +760,14 @@
   }
 
   function charted() {
-    chart("Loss", "recorded, with its mean ± scatter; triangles are decisions", both(band, plain("loss")), {wholly: true, height: 320, marked: true});
-    if (has("accuracy")) chart("Accuracy", "", plain("accuracy"), {});
+    const measured = (key, dash) => plain(key, {raw: true, points: true, name: ownName(key), dash});
+    const DASHES = [[8, 4], [2, 3], [8, 3, 2, 3], [4, 4]];
+    const losses = evaluated(/loss/i), accuracies = evaluated(/acc/i).filter(key => !losses.includes(key));
+    chart("Loss", `recorded, with its mean ± scatter${losses.length ? ` and evaluations (${losses.map(ownName).join(", ")})` : ""}; triangles are decisions`,
+      both(band, plain("loss"), ...losses.map((key, i) => measured(key, DASHES[i % 4]))), {wholly: true, height: 320, marked: true});
+    if (has("accuracy") || accuracies.length) chart("Accuracy", accuracies.map(ownName).join(", "), both(plain("accuracy"), ...accuracies.map((key, i) => measured(key, DASHES[i % 4]))), {});
+    const others = customs().filter(key => ![...losses, ...accuracies].includes(key)).slice(0, 12);
+    for (const key of others) chart(ownName(key), isEvaluation(key) ? "evaluation" : "reported by the script", isEvaluation(key) ? measured(key) : plain(key), {});
     chart("Gradient norm", "before clipping", plain("gradient_norm"), {marked: true});
     chart("Learning rate", "used by the update; right: factor of decisions", both(plain("optimizer_lr", {raw: true, stepped: true}), plain("lr_scale", {raw: true, stepped: true, scale: "right", name: "factor", dash: [3, 3], width: 1})), {marked: true});
     const pick = h("select", {"aria-label": "Whose steps", onchange: () => draw(phases)}, lines.map((rank, i) => h("option", {value: i}, rank.label)));
@@ -766,7 +783,7 @@
         {linear: true, range: [0.5, data.stages.length - 0.5], splits: () => data.stages.map((_, i) => i), ticks: (u, ticks) => ticks.map(v => (data.stages[v] || "").toLowerCase()), height: 300});
     if (seedsHave("kasmina.seed.alpha")) chart("Seeds: alpha", "weight in the host's output", ofSeeds("kasmina.seed.alpha"), {linear: true, height: 300});
     const used = new Set(["step", "time_unix_nano", "loss", "loss_ewma", "loss_volatility", "accuracy", "gradient_norm", "optimizer_lr", "lr_scale", "step_latency_ms", "input_wait_ms",
-      "samples_per_s", "cpu_util_percent", "gpu_util_percent", "gpu_mem_used_gb", "gpu_mem_free_gb"]);
+      "samples_per_s", "cpu_util_percent", "gpu_util_percent", "gpu_mem_used_gb", "gpu_mem_free_gb", ...losses, ...accuracies, ...others]);
     const rest = [...new Set(lines.flatMap(rank => Object.keys(rank.curves)))].filter(key => !used.has(key) && has(key)).map(key => [key, plain(key)]);
     const seeds = [...new Set(lines.flatMap(rank => Object.values(rank.seeds).flatMap(Object.keys)))].filter(key => !["kasmina.seed.stage", "kasmina.seed.alpha"].includes(key)).map(key => [key, ofSeeds(key)]);
     if (!rest.length && !seeds.length) return;
@@ -779,7 +796,7 @@
     }}, h("summary", {}, `All other metrics (${rest.length + seeds.length})`), grid));
   }
 
-  const names = data.runs.map(run => shown(run.name));
+  const names = data.runs.map(run => shown(run.title));
   $("title").textContent = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
   const thin = lines.some(rank => Object.values(rank.curves).some(curve => curve.thinned));
   $("made").textContent = `esper-otel ${data.release}, made ${data.made.replace("T", " ").replace("+00:00", " UTC")}`
