@@ -15,9 +15,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import STAGE_CHANGED, Event
 from esper_otel.leyline.metrics import RUN_ENDED, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
-from esper_tamiyo.serving.asking import reply_to
 from ops.generate.prometheus_names import prometheus_name
 from ops.stack.services import clean_environment
 from testkit.simulated_ranks import Rank
