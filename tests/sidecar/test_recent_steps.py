@@ -1,6 +1,7 @@
 """What a tool that watches is shown of each rank: recent steps whole, older ones by choice."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_the_newest_steps_are_all_there_and_of_the_older_ones_an_even_choice(jud
     assert found[0] == 0
     assert found[-NEWEST:] == [*range(count - NEWEST, count)]
     older = found[:-NEWEST]
-    gaps = {after - before for before, after in zip(older, older[1:], strict=False)}
+    gaps = {after - before for before, after in pairwise(older)}
     assert len(gaps) == 1
     assert CHOSEN / 4 <= len(older) <= CHOSEN
 
