@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from esper_otel._version import __version__
-from esper_otel.commands import report, resend, run, show
+from esper_otel.commands import report, resend, run, show, top
 
 COMMANDS = {
-    command.__name__.rpartition(".")[2]: command for command in (run, resend, show, report)
+    command.__name__.rpartition(".")[2]: command for command in (run, resend, show, report, top)
 }
 
 

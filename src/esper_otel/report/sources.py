@@ -118,7 +118,7 @@ class Archive:
 
     def _read_file(self, path: Path) -> Iterator[int]:
         before = sum(trainer.rows for trainer in self.trainers.values())
-        if _is_journal(path):
+        if is_journal(path):
             yield from self._read_journal(path)
             return
         whole = path.name.endswith(METRICS)
@@ -217,7 +217,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_journal(path: Path) -> bool:
+def is_journal(path: Path) -> bool:
+    """Whether a file is one of a journal; raises :class:`OSError`."""
     if _JOURNAL_FILE.fullmatch(path.name):
         return True
     if path.name.endswith(_ENDINGS):

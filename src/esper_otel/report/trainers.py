@@ -55,6 +55,11 @@ class TrainerCurves:
         if self._rows >= AT_ONCE:
             self._assemble()
 
+    def assemble_known(self) -> None:
+        """Put together what has come of steps that are known; more may follow."""
+        if self._waiting:
+            self._assemble()
+
     def assemble_rest(self) -> None:
         """Put together what is still waiting; what has no step is lost, and counted."""
         self._assemble()
