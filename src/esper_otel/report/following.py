@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ from esper_otel.leyline.otlp_file import (
     RecordingError,
     bodies,
 )
-from esper_otel.report.sources import METRICS, Archive, OnBytes, is_journal, files_of
+from esper_otel.report.sources import METRICS, Archive, OnBytes, files_of, is_journal
 from esper_otel.report.telling import take_journal_line
 
 KEPT_RULINGS = 2000
@@ -75,6 +76,10 @@ class _Followed:
                 yield line
 
 
+def _add(on_bytes: OnBytes, before: int, read: int) -> None:
+    on_bytes(before + read)
+
+
 class GrowingArchive(Archive):
     """All that is recorded at some paths, and what is added to it meanwhile."""
 
@@ -98,9 +103,7 @@ class GrowingArchive(Archive):
         grown = False
         for file in self._followed.values():
             if not file.is_over and now >= file.due_at:
-                grown |= self._read_on(
-                    file, now, lambda read, before=done: on_bytes(before + read)
-                )
+                grown |= self._read_on(file, now, partial(_add, on_bytes, done))
             done += file.offset
         if grown:
             self._take_in()

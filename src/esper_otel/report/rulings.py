@@ -168,7 +168,7 @@ class Ledger:
         return True
 
     def forget_old(self, most: int) -> int:
-        """Keep the ``most`` newest rulings and happenings of all runs; how many rulings went."""
+        """Keep the ``most`` newest rulings and happenings; returns how many rulings went."""
         gone = max(len(self.rulings) - most, 0)
         if not gone and len(self.happenings) <= most and not self.more:
             return 0

@@ -19,8 +19,7 @@ ASCII = str.maketrans(
     {
         **{chr(code): " " if code == _BLANK else "*" for code in range(_BLANK, _BLANK + 0x100)},
         **dict(zip(BLOCKS, "._-=+*#@", strict=True)),
-        **{"→": ">", "▲": "^", "▸": ">", "│": "|", "─": "-", "·": ".", "×": "x", "…": "."},
-        **{"←": "<", "↑": "^", "↓": "v"},
+        **dict(zip("→▲▸×…←↑↓", ">^>x.<^v", strict=True)),
     }
 )
 """For terminals without these characters."""

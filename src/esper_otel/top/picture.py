@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -26,6 +27,9 @@ Row = list[Piece]
 
 SMALLEST, SMALLEST_ROWS = 40, 10
 """Columns and rows below which nothing sensible can be drawn."""
+
+_NARROW = re.compile(r"[\x00-\u02ff\u2190-\u22ff\u2500-\u25ff\u2800-\u28ff]*")
+"""Text of which each character takes one column."""
 
 _TWO_CHARTS = 70
 """Columns from which on two charts lie side by side."""
@@ -298,8 +302,8 @@ def _decisions(run: WatchedRun, rank: WatchedRank) -> Iterator[Row]:
         if oldest.step != newest.step:
             steps = f"{oldest.step:,}-{newest.step:,}"
         action = "UPDATE" if newest.of_update else newest.action
-        seen = next((f for f in newest.findings if f.rule == newest.reason), None)
-        values = ", ".join(f"{k} {v:.4g}" for k, v in seen.values.items()) if seen else ""
+        seen = [f.values for f in newest.findings if f.rule == newest.reason][:1]
+        values = ", ".join(f"{key} {v:.4g}" for each in seen for key, v in each.items())
         yield [
             Piece(f" {steps:>11} "),
             Piece(
@@ -367,11 +371,13 @@ def fitted(row: Sequence[Piece], width: int, *, pad: bool = False) -> Row:
     room = width
     for piece in row:
         text = piece.text
-        if not text.isascii() and any(map(_columns_more, text)) or len(text) > room:
-            text = _cut_text(text, room)
+        if _NARROW.fullmatch(text):
+            text = text[:room]
+            room -= len(text)
+        else:
+            text, room = _cut_text(text, room)
         if text:
             found.append(Piece(text, piece.style))
-        room -= len(text) + sum(map(_columns_more, text)) if not text.isascii() else len(text)
         if room <= 0:
             break
     if pad and room > 0:
@@ -379,16 +385,17 @@ def fitted(row: Sequence[Piece], width: int, *, pad: bool = False) -> Row:
     return found
 
 
-def _cut_text(text: str, room: int) -> str:
+def _cut_text(text: str, room: int) -> tuple[str, int]:
+    """As much of a text as there is room for, and the room that is left."""
     for place, char in enumerate(text):
-        room -= 1 + _columns_more(char)
-        if room < 0:
-            return text[:place]
-    return text
+        wide = _columns(char)
+        if wide > room:
+            return text[:place], 0
+        room -= wide
+    return text, room
 
 
-def _columns_more(char: str) -> int:
-    """1 for what takes two columns, -1 for what takes none, as combining accents do."""
+def _columns(char: str) -> int:
     if unicodedata.combining(char):
-        return -1
-    return 1 if unicodedata.east_asian_width(char) in "WF" else 0
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1

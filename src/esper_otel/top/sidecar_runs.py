@@ -86,10 +86,7 @@ class SidecarRuns:
     def _take(self, recent: Recent) -> bool:
         """Take in an answer; whether it says anything new."""
         told = (
-            [
-                (n.run, n.rank, n.step, n.state, n.ended, n.action, n.reason)
-                for n in recent.ranks
-            ],
+            [(n.run, n.rank, n.step, n.state, n.ended, n.reason) for n in recent.ranks],
             recent.seeds,
         )
         if not recent.rows and not recent.decisions and told == self._told:
@@ -114,9 +111,7 @@ class SidecarRuns:
         steps = rows[:, 0].astype(np.int64)
         columns = {"step": rows[:, 0], CLOCK: rows[:, 1]}
         columns |= {key: rows[:, 2 + place] for place, key in enumerate(recent.columns)}
-        broken = (
-            columns["nonfinite"] > 0 if "nonfinite" in columns else np.zeros(len(rows), bool)
-        )
+        broken = columns.get("nonfinite", np.zeros(len(rows))) > 0
         for name, values in columns.items():
             # What a step lacks is a gap where something in it was not finite.
             keep = ~np.isnan(values) | (broken & ((None, name) in trainer.curves))
@@ -124,8 +119,8 @@ class SidecarRuns:
                 curve = trainer.curves.setdefault((None, name), Curve())
                 curve.extend(steps[keep], np.ascontiguousarray(values[keep]))
         if not recent.more:
-            for seed, values in recent.seeds.items():
-                for name, value in zip(("stage", "alpha"), values, strict=True):
+            for seed, told in recent.seeds.items():
+                for name, value in zip(("stage", "alpha"), told, strict=True):
                     curve = trainer.curves.setdefault((seed, f"kasmina.seed.{name}"), Curve())
                     curve.extend(steps[-1:], np.array([value]))
 
