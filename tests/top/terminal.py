@@ -82,7 +82,7 @@ class Emulated:
 class Terminal:
     """A process whose terminal this is."""
 
-    def __init__(self, *arguments, columns=80, rows=24, **environment):
+    def __init__(self, *arguments, command=(), columns=80, rows=24, **environment):
         self.screen = Emulated(columns, rows)
         self.rest = b""
         """What was written after the screen was given back is read from here."""
@@ -92,7 +92,7 @@ class Terminal:
         env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
         env |= {"TERM": "xterm-256color", "PYTHONUTF8": "1", **environment}
         self.process = subprocess.Popen(
-            [*ESPER, "top", *map(str, arguments)],
+            command or [*ESPER, "top", *map(str, arguments)],
             stdin=slave,
             stdout=slave,
             stderr=slave,

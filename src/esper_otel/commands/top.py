@@ -113,7 +113,7 @@ def _of_sidecar(socket: Path | None, choice: object) -> SidecarRuns | str:
     source = SidecarRuns(socket or (Path(named) if named else default_socket_path()))
     source.refresh(choice.run, choice.rank, time.monotonic())
     if source.problem:
-        return f"{source.problem}; or name a recording: esper-otel top FOLDER"
+        return f"{source.path}: {source.problem}; or name a recording: esper-otel top FOLDER"
     return source
 
 

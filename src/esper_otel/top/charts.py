@@ -88,6 +88,7 @@ def braille(points: Points, span: Span, columns: int, rows: int, *, log: bool) -
     scale = scale or 1.0
     with np.errstate(invalid="ignore"):
         start, end = np.round((lows - base) * scale), np.round((highs - base) * scale)
+        _join(start, end)
         level = np.arange(height - 1, -1, -1)[:, None]
         grid = (level >= start) & (level <= end)
     codes = (grid.reshape(rows, 4, columns, 2) * _DOTS[None, :, None, :]).sum(axis=(1, 3))
@@ -105,8 +106,7 @@ def _extremes(place: Times, values: Numbers, dots: int) -> tuple[Numbers, Number
 
 
 def _bridge(lows: Numbers, highs: Numbers, gaps: np.ndarray) -> None:
-    """Have each column reach its neighbours; those between two points get a line, those in a
-    gap none."""
+    """Give columns between two points a line between these, but for those in a gap."""
     known = np.flatnonzero(~np.isnan(lows))
     empty = np.flatnonzero(np.isnan(lows))
     right = np.searchsorted(known, empty)
@@ -117,15 +117,16 @@ def _bridge(lows: Numbers, highs: Numbers, gaps: np.ndarray) -> None:
         empty = empty[crossed[known[right]] == crossed[known[right - 1]]]
         middle = (lows[known] + highs[known]) / 2
         lows[empty] = highs[empty] = np.interp(empty, known, middle)
-    before, after = highs[:-1].copy(), lows[1:].copy()
+
+
+def _join(start: Numbers, end: Numbers) -> None:
+    """Have each column of dots, filled from ``start`` to ``end``, reach its neighbours."""
     with np.errstate(invalid="ignore"):
-        rises, falls = after > before, lows[:-1] > highs[1:]
-    middle = (before + after) / 2
-    highs[:-1][rises] = middle[rises]
-    lows[1:][rises] = middle[rises]
-    middle = (lows[:-1] + highs[1:]) / 2
-    lows[:-1][falls] = middle[falls]
-    highs[1:][falls] = middle[falls]
+        rises, falls = start[1:] - end[:-1] > 1, start[:-1] - end[1:] > 1
+    middle = (end[:-1] + start[1:]) // 2
+    fallen = (start[:-1] + end[1:]) // 2
+    end[:-1][rises], start[1:][rises] = middle[rises], middle[rises] + 1
+    start[:-1][falls], end[1:][falls] = fallen[falls] + 1, fallen[falls]
 
 
 def means(points: Points, span: Span, columns: int) -> list[float | None]:

@@ -53,7 +53,8 @@ def picture(
     ``where`` says where it comes from, ``problem`` what is wrong with that.
     """
     if width < SMALLEST or height < SMALLEST_ROWS:
-        return [fitted([Piece(f"at least {SMALLEST}x{SMALLEST_ROWS}")], width)]
+        told = fitted([Piece(f"at least {SMALLEST}x{SMALLEST_ROWS}")], width)
+        return [told, *([] for _ in range(height - 1))]
     run, rank = choice.resolve(runs)
     if run is None or rank is None:
         rows = [[Piece(f" no step of a run yet: {where}", "dim")]]

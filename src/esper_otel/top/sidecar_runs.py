@@ -34,7 +34,7 @@ class SidecarRuns:
     def __init__(self, path: Path) -> None:
         self.name = f"Tamiyo at {path}"
         self.problem = ""
-        self._path = path
+        self.path = path
         self._trainers: dict[tuple[str, int], TrainerCurves] = {}
         self._rulings: dict[str, list[Ruling]] = {}
         self._decided: dict[str, int] = {}
@@ -54,7 +54,7 @@ class SidecarRuns:
                 if not recent.more:
                     break
         except NoAnswerError as error:
-            self.problem = str(error)
+            self.problem = str(error).removeprefix(f"{self.path}: ")
         return is_new or before != self.problem
 
     def runs(self) -> list[WatchedRun]:
@@ -71,7 +71,7 @@ class SidecarRuns:
                 trainer.steps()[2] if trainer and trainer.steps()[0] else -1,
                 self._numbers.get(run, 0),
             ),
-            self._path,
+            self.path,
             PATIENCE_S,
         )
         if isinstance(reply, Recent):
@@ -79,7 +79,7 @@ class SidecarRuns:
             return reply
         why = reply.message if isinstance(reply, Refusal) else type(reply).__name__
         raise NoAnswerError(
-            f"{self._path}: this sidecar does not know what it is asked ({why}): "
+            f"{self.path}: this sidecar does not know what it is asked ({why}): "
             "it is older than this esper-otel, start it again"
         )
 
