@@ -48,6 +48,7 @@ BENCHES = (
     "journal",
     "replay",
     "report",
+    "top",
     "judgement",
     "awkward",
     "peers",

@@ -24,6 +24,8 @@ class Emulated:
 
     def __init__(self, columns, rows):
         self.is_alternate = False
+        self.entered = 0
+        """How often the other screen was chosen."""
         self.cursor_is_shown = True
         self.styles = set()
         """Parameters of all that was said of styles."""
@@ -52,6 +54,7 @@ class Emulated:
                 self.clear()
             elif parameters == "?1049":
                 self.is_alternate = command == "h"
+                self.entered += self.is_alternate
                 self.clear()
             elif parameters == "?25":
                 self.cursor_is_shown = command == "h"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from esper_otel.report.curves import Points
-from esper_otel.top.charts import ASCII, Span, braille, filled, means, without_braille
+from esper_otel.top.charts import ASCII, StepRange, braille, filled, means, without_braille
 
 BLANK = "\u2800"
 
@@ -15,7 +15,7 @@ def points(values, first=0):
 
 
 def drawn(values, columns=20, rows=4, log=False):
-    return braille(points(values), Span(0, len(values) - 1), columns, rows, log=log)
+    return braille(points(values), StepRange(0, len(values) - 1), columns, rows, log=log)
 
 
 def test_a_straight_line_goes_from_corner_to_corner():
@@ -34,7 +34,7 @@ def test_a_single_spike_among_very_many_steps_is_there():
     values[77_777] = 5.0
     lines = drawn(values, columns=40).lines
     (place,) = (place for place, char in enumerate(lines[0]) if char != BLANK)
-    assert place == Span(0, 99_999).column_of(77_777, 40)
+    assert place == StepRange(0, 99_999).column_of(77_777, 40)
 
 
 def test_what_is_no_number_is_a_gap():
@@ -48,9 +48,9 @@ def test_what_is_no_number_is_a_gap():
 
 
 def test_one_value_alone_and_none_at_all():
-    assert any(BLANK * 20 != line for line in drawn([2.5]).lines)
+    assert any(line != BLANK * 20 for line in drawn([2.5]).lines)
     assert drawn([None, None]) is None
-    assert braille(points([]), Span(0, 0), 5, 2, log=False) is None
+    assert braille(points([]), StepRange(0, 0), 5, 2, log=False) is None
 
 
 def test_on_a_logarithmic_scale_what_is_not_above_zero_is_left_out():
@@ -60,17 +60,19 @@ def test_on_a_logarithmic_scale_what_is_not_above_zero_is_left_out():
 
 
 def test_a_part_of_the_steps():
-    found = braille(points(range(100)), Span(90, 99), 10, 2, log=False)
+    found = braille(points(range(100)), StepRange(90, 99), 10, 2, log=False)
     assert (found.low, found.high) == (90.0, 99.0)
 
 
 def test_means_are_of_equal_parts_and_gaps_are_filled():
-    assert means(points([1, 3, 5, 7]), Span(0, 3), 2) == [2.0, 6.0]
-    assert means(points([1, None, None, 7]), Span(0, 3), 4) == [1.0, None, None, 7.0]
+    assert means(points([1, 3, 5, 7]), StepRange(0, 3), 2) == [2.0, 6.0]
+    assert means(points([1, None, None, 7]), StepRange(0, 3), 4) == [1.0, None, None, 7.0]
     assert filled([None, 1.0, None, None, 7.0, None]) == [None, 1.0, 1.0, 1.0, 7.0, None]
 
 
-@pytest.mark.parametrize(("encoding", "lacks"), [("utf-8", False), ("latin-1", True), (None, True)])
+@pytest.mark.parametrize(
+    ("encoding", "lacks"), [("utf-8", False), ("latin-1", True), (None, True)]
+)
 def test_a_terminal_without_these_characters_gets_others(encoding, lacks):
     assert without_braille(encoding) is lacks
     text = "\n".join(drawn(range(50)).lines) + "▁▂▃▄▅▆▇█ → ▲ ▸ × … ← ↑ ↓"

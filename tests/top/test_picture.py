@@ -2,12 +2,12 @@
 
 import pytest
 
+from esper_otel.top.choice import WINDOWS, Choice
+from esper_otel.top.picture import picture, snapshot
+from esper_otel.top.recorded_source import RecordedSource
+from esper_otel.top.rows import Piece, fitted
 from report.made import frames, recorded, spans
 from sidecar.frames_made import frame
-
-from esper_otel.top.choice import WINDOWS, Choice
-from esper_otel.top.picture import Piece, fitted, picture, snapshot
-from esper_otel.top.recorded_runs import RecordedRuns
 
 PHASES = {
     "step_latency_ms": lambda step: 10.0,
@@ -25,7 +25,7 @@ def norm(step):
 
 
 def read(folder):
-    source = RecordedRuns([folder])
+    source = RecordedSource([folder])
     source.read(0.0, lambda _: None)
     return source
 
@@ -67,7 +67,9 @@ def test_a_run_is_there_with_all_that_is_known_of_it(folder):
     assert "  rank 1     step        49  loss 0.04" in text
     assert " decisions 4 so far" in lines
     newest = lines.index(" decisions 4 so far") + 1
-    assert lines[newest].startswith("          30 PAUSE     loss_spike applied loss 8.5, baseline")
+    assert lines[newest].startswith(
+        "          30 PAUSE     loss_spike applied loss 8.5, baseline"
+    )
     assert lines[newest + 1].startswith("       20-22 PAUSE     loss_spike ×3 applied loss 8.5")
     axis = next(line for line in lines if "▲" in line)
     assert axis.count("▲") == 2 * len({step * 37 // 49 for step in (20, 21, 22, 30)})

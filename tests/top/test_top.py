@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from top.terminal import ESPER, Terminal
 
 from esper_otel.cli import main
 from esper_otel.leyline.otlp_file import framed
 from report.made import frames, recorded
 from sidecar.frames_made import otlp_of
 from sidecar.running import sidecar
-from top.terminal import ESPER, Terminal
 
 COLOURS = {str(number) for number in (*range(30, 38), *range(40, 48), *range(90, 98))}
 
@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 def test_it_follows_a_recording_obeys_keys_and_a_new_size_and_ends(folder):
     with Terminal(folder) as terminal:
-        terminal.until(lambda screen: "rank 0 of 2  step 49" in screen.text)
+        terminal.until(lambda screen: "0 of 2  step 49" in screen.text and "quit" in screen.text)
         screen = terminal.screen
         assert screen.is_alternate
         assert not screen.cursor_is_shown
@@ -68,6 +68,10 @@ def test_it_follows_a_recording_obeys_keys_and_a_new_size_and_ends(folder):
             terminal.resize(columns, rows)
             terminal.until(lambda screen: "←→" in screen.lines[-1] and "rank 1" in screen.text)
         assert screen.unknown <= {"\x1b[K"}
+        # Nobody is there who could stop it, so it goes on at once, with all of its picture.
+        terminal.press("\x1a")
+        terminal.until(lambda screen: screen.entered == 2 and "quit" in screen.text)
+        assert "rank 1 of 2" in screen.lines[0]
         terminal.press("q")
         assert terminal.end() == 0
         assert terminal.is_as_before()
@@ -94,7 +98,7 @@ def test_whatever_ends_it_the_terminal_is_as_before_and_colours_may_be_unwanted(
 def test_a_fault_of_ours_leaves_the_terminal_as_it_was(folder):
     command = [sys.executable, "-c", RAISING, str(folder)]
     with Terminal(command=command) as terminal:
-        terminal.until(lambda screen: "step 49" in screen.text)
+        terminal.until(lambda screen: "step 49" in screen.text and "quit" in screen.text)
         terminal.press("l")
         assert terminal.end() == 1
         assert terminal.is_as_before()
@@ -107,8 +111,7 @@ def test_of_a_sidecar_it_shows_steps_and_decisions_as_they_come_and_that_it_is_g
         client.hello(run="mine", mode="advise")
         client.ask(1, loss=2.0)
         with Terminal("mine", "--socket", path) as terminal:
-            terminal.until(lambda screen: "mine  step 1  loss 2" in screen.text)
-            assert "advise  healthy" in terminal.screen.lines[0]
+            terminal.until(lambda screen: "mine  step 1  loss 2  advise  healthy" in screen.text)
             client.ask(2, loss=2.5, loss_delta=0.5, step_latency_ms=4.0, forward_ms=3.0)
             terminal.until(lambda screen: "2 PAUSE     loss_spike reported" in screen.text)
             assert "mine  step 2  loss 2.5  4 ms" in terminal.screen.lines[0]

@@ -14,8 +14,8 @@ from esper_otel.leyline.terminal import say
 from esper_otel.leyline.wire import default_socket_path
 
 if TYPE_CHECKING:
-    from esper_otel.top.recorded_runs import RecordedRuns
-    from esper_otel.top.sidecar_runs import SidecarRuns
+    from esper_otel.top.recorded_source import RecordedSource
+    from esper_otel.top.sidecar_source import SidecarSource
 
 _TOP = """\
 Shows runs while they train: curves, where a step's time goes, decisions as they come, seeds
@@ -86,38 +86,38 @@ def _missing_library() -> str:
     return "takes rich to draw: pip install 'esper-otel[top]' (--once prints without it)"
 
 
-def _recorded(paths: list[Path]) -> RecordedRuns:
+def _recorded(paths: list[Path]) -> RecordedSource:
     """What lies at the paths, read for the first time."""
     import time
 
     from esper_otel.report import size_of
     from esper_otel.report.progress import Progress
-    from esper_otel.top.recorded_runs import RecordedRuns
+    from esper_otel.top.recorded_source import RecordedSource
 
-    source = RecordedRuns(paths)
+    source = RecordedSource(paths)
     progress = Progress("top", size_of(paths))
     source.read(time.monotonic(), progress.reached)
     progress.end()
     return source
 
 
-def _of_sidecar(socket: Path | None, choice: object) -> SidecarRuns | str:
+def _of_sidecar(socket: Path | None, choice: object) -> SidecarSource | str:
     """The runs of a sidecar that answers, or what to do when none does."""
     import time
 
     from esper_otel.top.choice import Choice
-    from esper_otel.top.sidecar_runs import SidecarRuns
+    from esper_otel.top.sidecar_source import SidecarSource
 
     assert isinstance(choice, Choice)
     named = os.environ.get("ESPER_TAMIYO_SOCKET")
-    source = SidecarRuns(socket or (Path(named) if named else default_socket_path()))
+    source = SidecarSource(socket or (Path(named) if named else default_socket_path()))
     source.refresh(choice.run, choice.rank, time.monotonic())
     if source.problem:
         return f"{source.path}: {source.problem}; or name a recording: esper-otel top FOLDER"
     return source
 
 
-def _print(source: RecordedRuns | SidecarRuns, choice: object) -> int:
+def _print(source: RecordedSource | SidecarSource, choice: object) -> int:
     """One picture, as plain text."""
     from esper_otel.top.charts import ASCII, without_braille
     from esper_otel.top.choice import Choice
@@ -142,7 +142,7 @@ def _print(source: RecordedRuns | SidecarRuns, choice: object) -> int:
     return 1 if has_problems else 0
 
 
-def _tell_problems(source: RecordedRuns | SidecarRuns) -> bool:
+def _tell_problems(source: RecordedSource | SidecarSource) -> bool:
     """Say what could not be read; whether there was anything."""
     from esper_otel.report import MOST_TOLD
 

@@ -18,6 +18,7 @@ from esper_otel.leyline.otlp_file import (
 )
 from esper_otel.report.sources import METRICS, Archive, OnBytes, files_of, is_journal
 from esper_otel.report.telling import take_journal_line
+from esper_otel.report.trainers import JOINED_EVERY
 
 KEPT_RULINGS = 2000
 """Newest decisions, and events, of all runs that are kept."""
@@ -28,9 +29,6 @@ IDLE_S, IDLE_EVERY_S = 10.0, 5.0
 FOLDERS_EVERY_S = 30.0
 """How often folders are looked through whatever they say of themselves: a journal in one of
 their folders may have gone on to its next file."""
-
-_BOUND_EVERY = 64
-"""Looks between two times that the points of all curves are bounded."""
 
 
 class _Followed:
@@ -116,8 +114,10 @@ class GrowingArchive(Archive):
             trainer.ended = self._reader.ends.get(source, "")
         self.ledger.settle()
         self.rulings_gone += self.ledger.forget_old(KEPT_RULINGS)
-        if self._looks % _BOUND_EVERY == 0:
+        if self._looks % JOINED_EVERY == 0:
             self._bound_curves()
+            for trainer in self.trainers.values():
+                trainer.join_pieces()
         self._looks += 1
 
     def _find_files(self, now: float) -> None:

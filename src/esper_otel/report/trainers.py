@@ -13,6 +13,9 @@ from esper_otel.report.layouts import Block, Numbers, Times
 AT_ONCE = 16_384
 """Rows that are gathered before they are put together."""
 
+JOINED_EVERY = 64
+"""Times that a little was added to curves after which their pieces are worth joining."""
+
 CLOCK = "time_unix_nano"
 """The curve that says when each step ended, in Unix nanoseconds."""
 
@@ -54,6 +57,11 @@ class TrainerCurves:
         self.rows += len(block.times)
         if self._rows >= AT_ONCE:
             self._assemble()
+
+    def join_pieces(self) -> None:
+        """Have each curve be in one piece: a small one takes more than its points."""
+        for curve in self.curves.values():
+            curve.points()
 
     def assemble_known(self) -> None:
         """Put together what has come of steps that are known; more may follow."""

@@ -38,7 +38,7 @@ _ENOUGH = 4096
 """Values that means are made of, at most about twice that."""
 
 
-class Span(NamedTuple):
+class StepRange(NamedTuple):
     """The steps that a chart shows: from the first to the last, both included."""
 
     first: int
@@ -57,13 +57,15 @@ class Drawn(NamedTuple):
     high: float
 
 
-def within(points: Points, span: Span) -> Points:
+def within(points: Points, span: StepRange) -> Points:
     """The points whose steps lie in ``span``."""
     start, end = np.searchsorted(points.steps, [span.first, span.last + 1])
     return Points(points.steps[start:end], points.values[start:end])
 
 
-def braille(points: Points, span: Span, columns: int, rows: int, *, log: bool) -> Drawn | None:
+def braille(
+    points: Points, span: StepRange, columns: int, rows: int, *, log: bool
+) -> Drawn | None:
     """Draw a curve; each column of dots from the least to the greatest value in it.
 
     On a logarithmic scale what is not above 0 is left out. None where nothing is left.
@@ -129,7 +131,7 @@ def _join(start: Numbers, end: Numbers) -> None:
     start[:-1][falls], end[1:][falls] = fallen[falls] + 1, fallen[falls]
 
 
-def means(points: Points, span: Span, columns: int) -> list[float | None]:
+def means(points: Points, span: StepRange, columns: int) -> list[float | None]:
     """Means of equal parts of the steps, of an even choice of the values where there are many;
     None where there is none."""
     steps, values = within(points, span)

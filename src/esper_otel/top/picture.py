@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import NamedTuple
 
 from esper_otel.leyline.sparklines import sparkline
 from esper_otel.leyline.terminal import printable
 from esper_otel.report.rulings import CONTINUE, Ruling
-from esper_otel.top.charts import Drawn, Span, braille, filled, means
+from esper_otel.top.charts import Drawn, StepRange, braille, filled, means
 from esper_otel.top.choice import WINDOWS, Choice
+from esper_otel.top.rows import Piece, Row, fitted
 from esper_otel.top.watched import PHASES, WatchedRank, WatchedRun, WatchedSeed
-
-
-class Piece(NamedTuple):
-    """Text in one style: a key of :data:`~esper_otel.top.screen.STYLES`."""
-
-    text: str
-    style: str = ""
-
-
-Row = list[Piece]
 
 SMALLEST, SMALLEST_ROWS = 40, 10
 """Columns and rows below which nothing sensible can be drawn."""
-
-_NARROW = re.compile(r"[\x00-\u02ff\u2190-\u22ff\u2500-\u25ff\u2800-\u28ff]*")
-"""Text of which each character takes one column."""
 
 _TWO_CHARTS = 70
 """Columns from which on two charts lie side by side."""
@@ -95,7 +80,7 @@ def _one_run(
     first, last = (rank.trainers[0].steps()[1], rank.step) if rank.trainers else (0, rank.step)
     if WINDOWS[choice.window]:
         first = max(first, last - WINDOWS[choice.window] + 1)
-    span = Span(first, max(last, first))
+    span = StepRange(first, max(last, first))
     phases = [*_phases(rank, span, width)]
     seeds = [_seed_row(seed, width) for seed in rank.seeds()]
     ranks = [*_rank_rows(run, rank)] if len(run.ranks) > 1 else []
@@ -153,7 +138,7 @@ def _state(rank: WatchedRank, since: str = "at") -> Piece:
 
 
 def _charts(
-    run: WatchedRun, rank: WatchedRank, choice: Choice, span: Span, width: int, rows: int
+    run: WatchedRun, rank: WatchedRank, choice: Choice, span: StepRange, width: int, rows: int
 ) -> Iterator[Row]:
     keys = [choice.curve]
     other = "gradient_norm" if choice.curve != "gradient_norm" else "loss"
@@ -169,7 +154,7 @@ def _charts(
 
 
 def _chart(
-    rank: WatchedRank, key: str, choice: Choice, span: Span, columns: int, rows: int
+    rank: WatchedRank, key: str, choice: Choice, span: StepRange, columns: int, rows: int
 ) -> list[Row]:
     """Its title, and as many ``rows`` of the curve."""
     curve, style = rank.curve(key), "loss" if key == choice.curve else "norm"
@@ -191,7 +176,7 @@ def _chart(
     ]
 
 
-def _axis(span: Span, columns: int, decided: Sequence[int]) -> Row:
+def _axis(span: StepRange, columns: int, decided: Sequence[int]) -> Row:
     """The first and the last step, and between them where something was decided."""
     marks = {span.column_of(step, columns) for step in decided if step >= span.first}
     left, right = f"{span.first:,}", f"{span.last:,}"
@@ -218,7 +203,7 @@ def _joined(pieces: Row) -> Row:
     return row
 
 
-def _phases(rank: WatchedRank, span: Span, width: int) -> Iterator[Row]:
+def _phases(rank: WatchedRank, span: StepRange, width: int) -> Iterator[Row]:
     """Step time and its parts, a row each: how each went, and what it took on average."""
     columns = min(max(width - 36, 8), 120)
     latency = rank.curve("step_latency_ms")
@@ -354,7 +339,7 @@ def _all_runs(
         curve_of = rank.curve("loss")
         line = ""
         if curve_of is not None and rank.trainers:
-            whole = Span(rank.trainers[0].steps()[1], rank.step)
+            whole = StepRange(rank.trainers[0].steps()[1], rank.step)
             line = sparkline(filled(means(curve_of.points(), whole, curve)))
         yield [
             Piece(" ▸" if run is chosen else "  "),
@@ -364,39 +349,3 @@ def _all_runs(
             Piece(f" {'' if latency is None else _figure(latency):>7}"),
             _state(rank),
         ]
-
-
-def fitted(row: Sequence[Piece], width: int, *, pad: bool = False) -> Row:
-    """A row cut off at ``width`` columns of a terminal; with ``pad`` it is as wide as that."""
-    found: Row = []
-    room = width
-    for piece in row:
-        text = piece.text
-        if _NARROW.fullmatch(text):
-            text = text[:room]
-            room -= len(text)
-        else:
-            text, room = _cut_text(text, room)
-        if text:
-            found.append(Piece(text, piece.style))
-        if room <= 0:
-            break
-    if pad and room > 0:
-        found.append(Piece(" " * room))
-    return found
-
-
-def _cut_text(text: str, room: int) -> tuple[str, int]:
-    """As much of a text as there is room for, and the room that is left."""
-    for place, char in enumerate(text):
-        wide = _columns(char)
-        if wide > room:
-            return text[:place], 0
-        room -= wide
-    return text, room
-
-
-def _columns(char: str) -> int:
-    if unicodedata.combining(char):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1

@@ -22,7 +22,8 @@ from rich.style import Style
 
 from esper_otel.top.charts import ASCII, without_braille
 from esper_otel.top.choice import Choice
-from esper_otel.top.picture import Piece, Row, fitted, picture
+from esper_otel.top.picture import picture
+from esper_otel.top.rows import Piece, Row, fitted
 from esper_otel.top.watched import RunSource
 
 EVERY_S = 0.5
@@ -122,16 +123,22 @@ class Screen:
             columns, rows = 80, 24
         return columns or 80, rows or 24
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing of a picture is there."""
+        return not self._shown
+
     def show(self, rows: Sequence[Row]) -> None:
         """Draw rows, of which only those are sent that have changed."""
         width = self.size[0]
-        for place, row in enumerate(rows):
-            if place >= len(self._shown) or self._shown[place] != row:
-                line = [self._segment(piece) for piece in fitted(row, width, pad=True)]
-                self._console.update_screen_lines([line], 0, place)
+        with self._console:  # all of it in one piece
+            for place, row in enumerate(rows):
+                if place >= len(self._shown) or self._shown[place] != row:
+                    line = [self._segment(piece) for piece in fitted(row, width, pad=True)]
+                    self._console.update_screen_lines([line], 0, place)
         self._shown = list(rows)
 
-    def forget(self) -> None:
+    def blank(self) -> None:
         """Have the next picture be drawn whole, on an empty screen."""
         self._shown = []
         self._console.clear()
@@ -213,12 +220,12 @@ def watch(source: RunSource, choice: Choice) -> int:
                 names = (run.name, rank.rank) if run and rank else (choice.run, choice.rank)
                 changed |= source.refresh(*names, now)
                 looked_at = time.monotonic()
-            if screen.size != size:
+            anew = screen.size != size or screen.is_blank
+            if anew:
                 size = screen.size
-                screen.forget()
-                changed = True
+                screen.blank()
             changed |= problem != source.problem
-            if any(pressed) or (changed and not choice.is_held):
+            if anew or any(pressed) or (changed and not choice.is_held):
                 problem, changed = source.problem, False
                 screen.show(picture(source.runs(), choice, *size, source.name, problem))
         return 128 + screen.ended_by

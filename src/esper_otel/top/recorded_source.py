@@ -1,4 +1,4 @@
-"""Recorded runs: what is watched comes from recordings, as they grow."""
+"""The recorded source: what is watched comes from recordings, as they grow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esper_otel.report.trainers import TrainerCurves
 from esper_otel.top.watched import WatchedRank, WatchedRun
 
 
-class RecordedRuns:
+class RecordedSource:
     """The runs that lie at some paths."""
 
     def __init__(self, paths: Sequence[Path]) -> None:

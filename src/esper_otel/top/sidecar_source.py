@@ -1,4 +1,4 @@
-"""Runs of a sidecar: what is watched comes from Tamiyo, over its socket."""
+"""The source that is a sidecar: what is watched comes from Tamiyo, over its socket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esper_otel.leyline.wire import DecisionNote, RankNow, Recent, RecentRequest
 from esper_otel.report.columns import Producer
 from esper_otel.report.curves import Curve
 from esper_otel.report.rulings import Ground, Ruling
-from esper_otel.report.trainers import CLOCK, TrainerCurves
+from esper_otel.report.trainers import CLOCK, JOINED_EVERY, TrainerCurves
 from esper_otel.top.watched import WatchedRank, WatchedRun
 
 PATIENCE_S = 0.5
@@ -28,7 +28,7 @@ MOST_RANKS = 256
 """Ranks whose curves are kept: those that were looked at."""
 
 
-class SidecarRuns:
+class SidecarSource:
     """The runs that the sidecar at a socket knows."""
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +41,7 @@ class SidecarRuns:
         self._numbers: dict[str, int] = {}
         self._runs: list[WatchedRun] = []
         self._told: object = None
+        self._batches = 0
 
     def refresh(self, run: str, rank: int, now: float) -> bool:
         """Ask what is new; a sidecar that does not answer is a problem, and asked again."""
@@ -53,6 +54,7 @@ class SidecarRuns:
                 is_new |= self._take(recent)
                 if not recent.more:
                     break
+                run, rank = recent.run, recent.rank
         except NoAnswerError as error:
             self.problem = str(error).removeprefix(f"{self.path}: ")
         return is_new or before != self.problem
@@ -114,10 +116,16 @@ class SidecarRuns:
         broken = columns.get("nonfinite", np.zeros(len(rows))) > 0
         for name, values in columns.items():
             # What a step lacks is a gap where something in it was not finite.
-            keep = ~np.isnan(values) | (broken & ((None, name) in trainer.curves))
-            if keep.any():
+            there = ~np.isnan(values)
+            if there.any() or (None, name) in trainer.curves:
+                keep = there | broken
+                if not keep.any():
+                    continue
                 curve = trainer.curves.setdefault((None, name), Curve())
                 curve.extend(steps[keep], np.ascontiguousarray(values[keep]))
+        self._batches += 1
+        if self._batches % JOINED_EVERY == 0:
+            trainer.join_pieces()
         if not recent.more:
             for seed, told in recent.seeds.items():
                 for name, value in zip(("stage", "alpha"), told, strict=True):
