@@ -15,6 +15,7 @@ from esper_tamiyo.serving.recent_steps import (
     FROM,
     GONE_NS,
     MOST_RANKS,
+    MOST_SEEDS,
     NEWEST,
     RecentSteps,
 )
@@ -127,6 +128,16 @@ def test_seeds_and_modes_are_told(judged):
     told = judged.told()
     assert told.seeds == {"a": (4.0, 0.5)}
     assert told.ranks[0].mode == "enforce"
+    judged.judge(frame(2, seeds={f"{nth}": seeds["a"] for nth in range(MOST_SEEDS + 1)}))
+    assert judged.told().seeds == {}
+
+
+def test_values_beyond_the_registry_take_no_memory(judged):
+    many = {f"custom {nth}": 1.0 for nth in range(100)}
+    judged.judge(frame(1, loss=0.5, **many))
+    (kept,) = judged.steps._frames
+    assert kept.values == {"loss": 0.5}
+    assert judged.told().rows[0][2] == 0.5
 
 
 def test_of_many_ranks_the_first_are_told_and_the_number_of_all(judged):

@@ -47,7 +47,9 @@ def folder(tmp_path):
 
 def test_it_follows_a_recording_obeys_keys_and_a_new_size_and_ends(folder):
     with Terminal(folder) as terminal:
-        terminal.until(lambda screen: "0 of 2  step 49" in screen.text and "quit" in screen.text)
+        terminal.until(
+            lambda screen: "0 of 2  step 49" in screen.text and "quit" in screen.text
+        )
         screen = terminal.screen
         assert screen.is_alternate
         assert not screen.cursor_is_shown
@@ -111,7 +113,9 @@ def test_of_a_sidecar_it_shows_steps_and_decisions_as_they_come_and_that_it_is_g
         client.hello(run="mine", mode="advise")
         client.ask(1, loss=2.0)
         with Terminal("mine", "--socket", path) as terminal:
-            terminal.until(lambda screen: "mine  step 1  loss 2  advise  healthy" in screen.text)
+            terminal.until(
+                lambda screen: "mine  step 1  loss 2  advise  healthy" in screen.text
+            )
             client.ask(2, loss=2.5, loss_delta=0.5, step_latency_ms=4.0, forward_ms=3.0)
             terminal.until(lambda screen: "2 PAUSE     loss_spike reported" in screen.text)
             assert "mine  step 2  loss 2.5  4 ms" in terminal.screen.lines[0]

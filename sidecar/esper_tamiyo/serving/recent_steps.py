@@ -16,6 +16,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import Action, Decision
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.wire import DecisionNote, RankNow, Recent, RecentRequest
 from esper_tamiyo.judging.liveness import Key, rank_state
 from esper_tamiyo.judging.observer import EngineObserver, RuleChange
@@ -55,6 +56,9 @@ FROM = 64
 MOST_RANKS = 64
 """Ranks of which steps are chosen, and that are told of."""
 
+MOST_SEEDS = 64
+"""Seeds of a rank beyond which none is told of."""
+
 MOST_DECISIONS = 256
 """Newest decisions that are kept, of all runs."""
 
@@ -65,6 +69,7 @@ _TOLD_ROWS, _TOLD_DECISIONS, _TOLD_SEEDS = 96, 24, 32
 """What one message has of each at most: it has to fit into 64 KiB."""
 
 _LONGEST = 256
+_MOST_VALUES = len(STEP_KEYS)
 _NANS = (nan,) * len(COLUMNS)
 
 Row = list[float]
@@ -125,7 +130,8 @@ class RecentSteps:
 
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """A frame was judged."""
-        self._frames.append(self._without_seeds(frame) if frame.seeds else frame)
+        is_plain = not frame.seeds and len(frame.values) <= _MOST_VALUES
+        self._frames.append(frame if is_plain else self._slim(frame))
         if not frame.step % FROM:
             self._choose(frame)
         self._observer.on_frame(frame, decision)
@@ -151,14 +157,18 @@ class RecentSteps:
         self._count += 1
         self._noted.append(_Noted(self._count, decision, frame, update))
 
-    def _without_seeds(self, frame: StepFrame) -> StepFrame:
-        """Only the newest seeds of a rank are kept."""
-        key = (frame.run, frame.rank)
+    def _slim(self, frame: StepFrame) -> StepFrame:
+        """A frame without seeds, of which only a rank's newest are kept, and with no more
+        values than there is room for."""
+        key, values = (frame.run, frame.rank), frame.values
         self._seeds.pop(key, None)
-        self._seeds[key] = frame
-        if len(self._seeds) > MOST_RANKS:
-            del self._seeds[next(iter(self._seeds))]
-        return msgspec.structs.replace(frame, seeds={})
+        if 0 < len(frame.seeds) <= MOST_SEEDS:
+            self._seeds[key] = frame
+            if len(self._seeds) > MOST_RANKS:
+                del self._seeds[next(iter(self._seeds))]
+        if len(values) > _MOST_VALUES:
+            values = {name: values[name] for name in COLUMNS if name in values}
+        return msgspec.structs.replace(frame, values=values, seeds={})
 
     def _choose(self, frame: StepFrame) -> None:
         key, chosen = (frame.run, frame.rank), self._chosen

@@ -19,6 +19,7 @@ from typing import Self
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
+from rich.text import Text
 
 from esper_otel.top.charts import ASCII, without_braille
 from esper_otel.top.choice import Choice
@@ -45,6 +46,13 @@ STYLES = {
     "hook_latency_ms": "red",
 }
 """Styles of pieces, as rich names them."""
+
+
+def text_of(rows: Sequence[Row]) -> Text:
+    """Rows as a text of rich's, for whoever has a display of its own."""
+    lines = [Text.assemble(*((p.text, STYLES.get(p.style, "")) for p in row)) for row in rows]
+    return Text("\n").join(lines)
+
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
