@@ -4,7 +4,7 @@ import pytest
 
 from esper_otel.top.choice import WINDOWS, Choice
 from esper_otel.top.picture import picture, snapshot
-from esper_otel.top.recorded_source import RecordedSource
+from esper_otel.top.recorded_source import PROBLEM_S, RecordedSource
 from esper_otel.top.rows import Piece, fitted
 from report.made import frames, recorded, spans
 from sidecar.frames_made import frame
@@ -140,6 +140,18 @@ def test_an_empty_folder_has_no_run_yet(tmp_path):
 def test_what_is_wrong_takes_the_place_of_the_keys(folder):
     rows = picture(read(folder).runs(), Choice(), 80, 24, "here", "it hangs")
     assert text_of(rows)[-1] == " it hangs"
+
+
+def test_a_file_that_turns_bad_is_told_for_a_while(folder):
+    source = read(folder)
+    assert not source.refresh("", 0, 1.0)
+    with (folder / "one-rank0.metrics.otlp").open("ab") as file:
+        file.write(b"\xff" * 10)
+    assert source.refresh("", 0, 2.0)
+    assert "one-rank0.metrics.otlp: byte" in source.problem
+    assert not source.refresh("", 0, 2.0 + PROBLEM_S / 2)
+    assert source.refresh("", 0, 2.0 + PROBLEM_S)
+    assert (source.problem, len(source.problems)) == ("", 1)
 
 
 def test_a_loss_that_is_no_number_is_told(tmp_path):

@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from top.terminal import ESPER, Terminal
 
 from esper_otel.cli import main
 from esper_otel.leyline.otlp_file import framed
 from report.made import frames, recorded
 from sidecar.frames_made import otlp_of
 from sidecar.running import sidecar
+from top.terminal import ESPER, Terminal
 
 COLOURS = {str(number) for number in (*range(30, 38), *range(40, 48), *range(90, 98))}
 

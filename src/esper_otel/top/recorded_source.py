@@ -12,6 +12,9 @@ from esper_otel.report.sources import OnBytes
 from esper_otel.report.trainers import TrainerCurves
 from esper_otel.top.watched import WatchedRank, WatchedRun
 
+PROBLEM_S = 10.0
+"""How long people are told of a file that turned bad; when they end it they are told again."""
+
 
 class RecordedSource:
     """The runs that lie at some paths."""
@@ -20,12 +23,10 @@ class RecordedSource:
         self._archive = GrowingArchive(paths)
         self._runs: list[WatchedRun] = []
         self.name = ", ".join(map(str, paths))
-
-    @property
-    def problem(self) -> str:
-        """The newest thing that could not be read."""
-        problems = self._archive.problems
-        return problems[-1] if problems else ""
+        self.problem = ""
+        """The newest thing that could not be read, for a while."""
+        self._told = 0
+        self._told_until = 0.0
 
     @property
     def problems(self) -> list[str]:
@@ -39,11 +40,16 @@ class RecordedSource:
 
     def refresh(self, run: str, rank: int, now: float) -> bool:
         """Read what was added; of all runs alike."""
-        problems = len(self._archive.problems)
-        if not self._archive.look(now):
-            return len(self._archive.problems) > problems
-        self._gather()
-        return True
+        grown = self._archive.look(now)
+        if grown:
+            self._gather()
+        before, problems = self.problem, self._archive.problems
+        if len(problems) > self._told:
+            self._told, self._told_until = len(problems), now + PROBLEM_S
+            self.problem = problems[-1]
+        elif now >= self._told_until:
+            self.problem = ""
+        return grown or self.problem != before
 
     def runs(self) -> list[WatchedRun]:
         """The runs that have a step, the one that was heard of last at the end."""
