@@ -65,8 +65,8 @@ def test_a_run_is_there_with_all_that_is_known_of_it(folder):
     assert "seed wide" in text
     assert " ▸rank 0     step        49  loss 0.04" in text
     assert "  rank 1     step        49  loss 0.04" in text
-    assert " decisions 4 so far" in lines
-    newest = lines.index(" decisions 4 so far") + 1
+    assert " decisions and notices 4 so far" in lines
+    newest = lines.index(" decisions and notices 4 so far") + 1
     assert lines[newest].startswith(
         "          30 PAUSE     loss_spike applied loss 8.5, baseline"
     )

@@ -273,7 +273,7 @@ def _decisions(run: WatchedRun, rank: WatchedRank) -> Iterator[Row]:
     """The newest first; those that are the same at step after step are one row."""
     rulings = _of(run, rank)
     yield [
-        Piece(" decisions", "title"),
+        Piece(" decisions and notices", "title"),
         Piece(f" {run.decided:,} so far" if run.decided else " none so far", "dim"),
     ]
     groups: list[list[Ruling]] = []
@@ -319,6 +319,8 @@ def _are_alike(one: Ruling, other: Ruling) -> bool:
 
 
 def _done(ruling: Ruling) -> str:
+    if ruling.action == CONTINUE:
+        return ""
     if ruling.applied is not None:
         return "applied" if ruling.applied else "not applied"
     return "reported" if ruling.mode == "advise" else ""
