@@ -49,6 +49,7 @@ BENCHES = (
     "journal",
     "replay",
     "report",
+    "top",
     "judgement",
     "awkward",
     "peers",

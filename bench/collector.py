@@ -33,9 +33,9 @@ import yaml
 
 from bench.figures import Figure, alternate, percentile, run
 from esper_otel.leyline.metrics import SEED_KEYS, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Latest, LatestRequest, Status, StatusRequest
 from esper_otel.stream.spool import Account
-from esper_tamiyo.serving.asking import reply_to
 from ops.generate.prometheus_names import prometheus_name
 from ops.stack.programs import MissingError
 from ops.stack.services import CONFIG

@@ -30,8 +30,8 @@ from bench.figures import Figure, percentile, run
 from bench.floods_peers import ATTACKS, BY_NUMBER, Outcome
 from bench.roundtrip import started
 from bench.sidecar_process import PROCESSES, STATED_MB, Peaks, SidecarProcess
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Latest, LatestRequest
-from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "floods"
 

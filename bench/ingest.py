@@ -23,8 +23,8 @@ from typing import Any
 from bench.figures import Figure, run
 from bench.fleet import POINTS
 from bench.roundtrip import started, tamiyo
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Status, StatusRequest
-from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "ingest"
 

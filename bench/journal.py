@@ -25,12 +25,12 @@ from bench.roundtrip_peers import FRAME
 from esper_otel.leyline.decisions import FAILED_OPEN
 from esper_otel.leyline.frames import StepFrame, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Status, StatusRequest
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_tamiyo.journaling.decision_log import DecisionLog
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
-from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "journal"
 

@@ -29,10 +29,10 @@ from bench.roundtrip import started
 from esper_otel.leyline.decisions import FAILED_OPEN, Decision
 from esper_otel.leyline.frames import step_row
 from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Status, StatusRequest
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_tamiyo.language.table_file import SHIPPED
-from esper_tamiyo.serving.asking import reply_to
 
 BENCH = "reloading"
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Status, StatusRequest
-from esper_tamiyo.serving.asking import reply_to
 
 DECIDE = "decide"
 CHILDREN = {

@@ -51,6 +51,11 @@ MAY_IMPORT = {
         "esper_otel.report",
         "esper_otel.stream",
     },
+    "esper_otel.top": {
+        "esper_otel.leyline",
+        "esper_otel.report",
+        "esper_otel.top",
+    },
     "esper_otel.stream": {
         "esper_otel._version",
         "esper_otel.home",

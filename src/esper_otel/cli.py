@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from esper_otel._version import __version__
-from esper_otel.commands import export, report, resend, run, runs, show
+from esper_otel.commands import export, report, resend, run, runs, show, top
 
 COMMANDS = {
     command.__name__.rpartition(".")[2]: command
-    for command in (run, runs, resend, show, report, export)
+    for command in (run, runs, top, report, show, export, resend)
 }
 
 

@@ -15,6 +15,7 @@ from esper_otel.leyline.wire import (
     Check,
     Hello,
     LatestRequest,
+    RecentRequest,
     SeedRow,
     SilenceRequest,
     Status,
@@ -30,6 +31,7 @@ from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 from esper_tamiyo.serving.connection import ClientConnection
 from esper_tamiyo.serving.latency import GarbageSchedule
+from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.replies import Replies
 
 DEFAULT = load("default")
@@ -83,6 +85,7 @@ MESSAGES = st.one_of(
     st.builds(Check, INTEGERS, NUMBERS, NUMBERS, rows()),
     st.just(StatusRequest()),
     st.builds(LatestRequest, NAMES, INTEGERS),
+    st.builds(RecentRequest, NAMES, INTEGERS, NAMES, INTEGERS, INTEGERS),
     st.builds(
         SilenceRequest,
         st.sampled_from(["a", "b", ""]),
@@ -99,8 +102,11 @@ class Desk:
     def __init__(self):
         self.reporter = Reporter(None, trace_every=1)
         self.log = self.reporter.decision_log
-        self.engine = Engine(DEFAULT, observer=self.log)
-        self.replies = Replies(self.engine, self.reporter, GarbageSchedule(), self.status)
+        self.recent = RecentSteps(self.log)
+        self.engine = Engine(DEFAULT, observer=self.recent)
+        self.replies = Replies(
+            self.engine, self.reporter, GarbageSchedule(), self.recent, self.status
+        )
         self.clock_ns = 0
 
     def status(self):

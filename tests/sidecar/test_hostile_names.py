@@ -189,13 +189,13 @@ DECISION = Decision(
 )
 def test_what_the_sidecar_replies_is_shown_on_our_lines(tamiyo, monkeypatch, reply, arguments):
     answer = reply()
-    monkeypatch.setattr("esper_tamiyo.serving.asking.reply_to", lambda *_: answer)
+    monkeypatch.setattr("esper_otel.leyline.tool_requests.reply_to", lambda *_: answer)
     assert is_ours(tamiyo(*arguments))
 
 
 def test_a_table_that_was_not_reloaded_is_told_of_line_by_line(tamiyo, monkeypatch):
     monkeypatch.setattr(
-        "esper_tamiyo.serving.asking.reply_to", lambda *_: Status(report_of(judged()))
+        "esper_otel.leyline.tool_requests.reply_to", lambda *_: Status(report_of(judged()))
     )
     lines = tamiyo("status").err.splitlines()
     assert lines[-2:] == ["tamiyo: the table was not reloaded: t.yaml:3: one", "t.yaml:4: two"]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from esper_otel.leyline import tool_requests
 from esper_otel.leyline.wire import may_steer, peer_uid
-from esper_tamiyo.serving import asking, listening
+from esper_tamiyo.serving import listening
 from esper_tamiyo.serving.listening import DecisionSocket, SocketError
 from sidecar.running import sidecar, tamiyo
 
@@ -135,9 +136,9 @@ def test_the_peer_is_known_by_the_kernel():
 
 def test_tools_believe_no_sidecar_of_another_user(tmp_path, monkeypatch):
     listener = DecisionSocket(tmp_path / "t.sock")
-    monkeypatch.setattr(asking, "may_steer", lambda uid: False)
-    with pytest.raises(asking.NoAnswerError, match="listened on by another user"):
-        asking.reply_to(asking.StatusRequest(), tmp_path / "t.sock")
+    monkeypatch.setattr(tool_requests, "may_steer", lambda uid: False)
+    with pytest.raises(tool_requests.NoAnswerError, match="listened on by another user"):
+        tool_requests.reply_to(tool_requests.StatusRequest(), tmp_path / "t.sock")
     listener.close()
 
 

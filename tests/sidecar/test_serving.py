@@ -431,7 +431,7 @@ def test_the_command_stays_light():
     """Neither torch nor what only the receivers or a table need."""
     heavy = ("torch", "grpc", "aiohttp", "google.protobuf", "numpy", "yaml", "asyncio")
     code = f"""
-import sys, esper_tamiyo.cli, esper_tamiyo.serving.server, esper_tamiyo.serving.asking
+import sys, esper_tamiyo.cli, esper_tamiyo.serving.server, esper_otel.leyline.tool_requests
 print([name for name in {heavy!r} if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

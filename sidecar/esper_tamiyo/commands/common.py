@@ -12,9 +12,9 @@ from esper_otel.leyline.terminal import say, say_json
 from esper_otel.leyline.wire import default_socket_path as default_path
 
 if TYPE_CHECKING:
+    from esper_otel.leyline.tool_requests import ToolRequest
     from esper_tamiyo.language.table import Table
     from esper_tamiyo.replaying.recordings import RecordedRuns
-    from esper_tamiyo.serving.asking import ToolRequest
 
 
 class CommandError(Exception):
@@ -42,7 +42,7 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
 
 def reply(request: ToolRequest, path: Path | None) -> object:
     """What the sidecar replies; raises :class:`CommandError` when it does not."""
-    from esper_tamiyo.serving.asking import NoAnswerError, reply_to
+    from esper_otel.leyline.tool_requests import NoAnswerError, reply_to
 
     try:
         return reply_to(request, path or default_path())

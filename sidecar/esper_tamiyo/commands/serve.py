@@ -139,6 +139,7 @@ def _serve(options: argparse.Namespace) -> int:
     from esper_tamiyo.receiving.credentials import Credentials, CredentialsError
     from esper_tamiyo.receiving.ingest_child import IngestChild, IngestError
     from esper_tamiyo.serving.listening import DecisionSocket, SocketError
+    from esper_tamiyo.serving.recent_steps import RecentSteps
     from esper_tamiyo.serving.reloading import Reloading
     from esper_tamiyo.serving.server import Server
 
@@ -170,7 +171,8 @@ def _serve(options: argparse.Namespace) -> int:
     reporter = _reporter(options, health)
     try:
         listener = DecisionSocket(options.socket or default_path())
-        keeper = StateKeeper(state, options.table, reporter.decision_log)
+        recent = RecentSteps(reporter.decision_log)
+        keeper = StateKeeper(state, options.table, recent)
         engine = keeper.open(table, int(options.state_mb * (1 << 20)))
         if state is not None and (keeper.restored.found or table_error):
             _tell_restored(reporter, keeper.restored, state, table_error)
@@ -182,6 +184,7 @@ def _serve(options: argparse.Namespace) -> int:
             reporter,
             Reloading(engine, options.table, watched=watched, last_error=table_error),
             keeper,
+            recent,
             lambda: say(_ready_line(listener.path, ingest, table.version, health), flush=True),
         ).run()
     except (SocketError, IngestError) as error:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
 from esper_otel.leyline.endings import run_end
 from esper_otel.leyline.frames import StepFrame
@@ -21,6 +23,7 @@ from esper_otel.leyline.wire import (
     Hello,
     Latest,
     LatestRequest,
+    RecentRequest,
     SilenceRequest,
     Status,
     StatusRequest,
@@ -33,6 +36,7 @@ from esper_tamiyo.judging.admission import RefusalReason, fault_of_hello
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.serving.connection import ClientConnection, Trainer
 from esper_tamiyo.serving.latency import GarbageSchedule
+from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.silencing import silence
 
 
@@ -44,6 +48,7 @@ class Replies:
         engine: Engine,
         reporter: Reporter,
         garbage: GarbageSchedule,
+        recent: RecentSteps,
         status: Callable[[], dict[str, Any]],
     ) -> None:
         """``status`` is what a tool that asks for it is told."""
@@ -51,6 +56,7 @@ class Replies:
         self._reporter = reporter
         self._log = reporter.decision_log
         self._garbage = garbage
+        self._recent = recent
         self._status = status
         self._actions: Counter[str] = Counter()
         self._decided_fast = 0
@@ -81,6 +87,8 @@ class Replies:
             return connection.send(Latest(self._engine.latest(message.run, message.rank)))
         if type(message) is StatusRequest:
             return self._send_status(connection)
+        if type(message) is RecentRequest:
+            return self._send_recent(connection, message)
         if type(message) is SilenceRequest:
             return connection.send(silence(self._engine, self._log, message, connection.uid))
         raise WireError("not a message a client sends")
@@ -98,6 +106,7 @@ class Replies:
         began = hello.began_unix_nano
         self._engine.roster.introduce(trainer.key, trainer.instance, began, now)
         self._log.on_hello(hello)
+        self._recent.note_mode(trainer.key, hello.mode)
         version = self._engine.table.version
         return connection.send(Welcome(PROTOCOL, version, takes_goodbyes=True))
 
@@ -164,6 +173,7 @@ class Replies:
         sent = self._send_decision(connection, check.request_id, decision)
         self._reporter.record_answer(seen_at)
         self._log.on_check(decision, known, seen_at)
+        self._recent.note_check(decision, known)
         self._garbage.count_step()
         return sent
 
@@ -197,6 +207,17 @@ class Replies:
             self._engine.note_bad_frame()
             empty = unanswered(decision.run, decision.step, PROTOCOL_ERROR)
             return connection.send(Answer(request_id, empty, guards))
+
+    def _send_recent(self, connection: ClientConnection, request: RecentRequest) -> bool:
+        now_ns = time.perf_counter_ns()
+        recent = self._recent.recent(request, self._engine.roster.ranks, now_ns)
+        try:
+            return connection.send(recent)
+        except WireError:  # many ranks or seeds with very long names
+            few = msgspec.structs.replace(
+                recent, ranks=recent.ranks[:8], seeds={}, decisions=recent.decisions[-4:]
+            )
+            return connection.send(few)
 
     def _send_status(self, connection: ClientConnection) -> bool:
         report = self._status()

@@ -32,6 +32,7 @@ from esper_tamiyo.serving.accepting import Accepting
 from esper_tamiyo.serving.connection import ClientConnection, idlest
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import DecisionSocket
+from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.reloading import Reloading
 from esper_tamiyo.serving.replies import Replies
 from esper_tamiyo.serving.supervision import ALIVE, READY, STOPPING, notify
@@ -57,6 +58,7 @@ class Server:
         reporter: Reporter,
         reloading: Reloading,
         keeper: StateKeeper,
+        recent: RecentSteps,
         on_ready: Callable[[], None],
     ) -> None:
         """``on_ready`` is called once, when the socket and both receivers listen."""
@@ -75,7 +77,7 @@ class Server:
         self._counts: Counter[str] = Counter()
         self._accepting = Accepting(listener.socket, self._epoll, self._counts)
         self._garbage = GarbageSchedule()
-        self._replies = Replies(engine, reporter, self._garbage, self._status)
+        self._replies = Replies(engine, reporter, self._garbage, recent, self._status)
         self._started_at = time.monotonic()
         self._last_streamed_at: float | None = None
         self._tick_at = 0.0

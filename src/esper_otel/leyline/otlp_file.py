@@ -28,6 +28,10 @@ class RecordingError(ValueError):
         self.offset = offset
 
 
+class CutError(RecordingError):
+    """A file that ends inside a request: it was cut there, or is still being written."""
+
+
 def framed(body: bytes) -> bytes:
     """A request as it lies in a file."""
     return _SIZE.pack(len(body)) + body
@@ -42,7 +46,7 @@ def bodies(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     offset = 0
     while size_bytes := file.read(_SIZE.size):
         if len(size_bytes) < _SIZE.size:
-            raise RecordingError(path, offset, "the file ends inside a size")
+            raise CutError(path, offset, "the file ends inside a size")
         (size,) = _SIZE.unpack(size_bytes)
         if not 0 < size <= MAX_MESSAGE:
             raise RecordingError(
@@ -50,8 +54,6 @@ def bodies(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
             )
         body = file.read(size)
         if len(body) < size:
-            raise RecordingError(
-                path, offset, f"a request of {size:,} bytes has only {len(body):,}"
-            )
+            raise CutError(path, offset, f"a request of {size:,} bytes has only {len(body):,}")
         yield offset, body
         offset += _SIZE.size + size

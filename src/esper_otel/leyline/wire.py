@@ -8,7 +8,7 @@ A connection begins with :class:`Hello`, answered by :class:`Welcome` (or
 :class:`Refusal`, after which the server closes). Then each :class:`Ask` is answered by
 one :class:`Answer` with the same ``request_id``, and so is each :class:`Check`. A client may
 send its first Ask right behind the Hello without waiting. Tools send :class:`StatusRequest`,
-:class:`LatestRequest` or :class:`SilenceRequest` without a Hello.
+:class:`LatestRequest`, :class:`RecentRequest` or :class:`SilenceRequest` without a Hello.
 
 Answers also carry the *guards* of the rank, when they have changed: bounds that no update
 may cross unjudged. A trainer whose next update crosses one sends a Check before it makes
@@ -188,6 +188,80 @@ class Latest(msgspec.Struct, frozen=True, array_like=True, tag="latest"):
     decision: Decision | None
 
 
+class RecentRequest(msgspec.Struct, frozen=True, array_like=True, tag="recent?"):
+    """A tool asks how the ranks are doing, and for the steps and decisions of one of them that
+    are new to it.
+
+    An empty ``run`` means the newest run. Of the process ``instance`` it knows the steps up to
+    ``step``, and of the run the decisions up to number ``decision``.
+    """
+
+    run: str = ""
+    rank: int = 0
+    instance: str = ""
+    step: int = -1
+    decision: int = 0
+
+
+class RankNow(msgspec.Struct, frozen=True, array_like=True):
+    """One rank: its newest step, how it is doing, and the newest decision about it.
+
+    ``state`` is healthy, stale, finished or failed, and ``ended`` says how it ended, where it
+    did. ``mode`` is what the trainer does with decisions, "" when it has not said. Values are
+    NaN where they are not known.
+    """
+
+    run: str
+    rank: int
+    step: int
+    time_unix_nano: int
+    state: str
+    ended: str
+    mode: str
+    action: str
+    reason: str
+    loss: float
+    step_latency_ms: float
+
+
+class DecisionNote(msgspec.Struct, frozen=True, array_like=True):
+    """A decision that was not CONTINUE, or had findings; ``number`` counts all that were made.
+
+    ``of_update``: about an update before it was made. ``text`` is that of the rule which won.
+    """
+
+    number: int
+    rank: int
+    step: int
+    time_unix_nano: int
+    action: str
+    severity: str
+    reason: str
+    of_update: bool
+    text: str
+    values: dict[str, float]
+
+
+class Recent(msgspec.Struct, frozen=True, array_like=True, tag="recent"):
+    """The ranks, at most ``of`` of which are told; and of one rank what was asked for.
+
+    ``rows`` are steps, their first two columns the step and its Unix time in nanoseconds, then
+    those that ``columns`` name, NaN where a value is absent; ``more`` have been left for the
+    next request. ``seeds`` has (stage, alpha) by seed, at the newest step.
+    """
+
+    ranks: list[RankNow]
+    of: int
+    run: str
+    rank: int
+    instance: str
+    columns: list[str]
+    rows: list[list[float]]
+    more: bool
+    seeds: dict[str, tuple[float, float]]
+    decisions: list[DecisionNote]
+
+
 class SilenceRequest(msgspec.Struct, frozen=True, array_like=True, tag="silence?"):
     """A tool asks that a rule neither acts nor is among the findings for one run.
 
@@ -207,8 +281,17 @@ class SilenceReply(msgspec.Struct, frozen=True, array_like=True, tag="silence"):
     error: str = ""
 
 
-ToServer = Hello | Ask | Check | Goodbye | StatusRequest | LatestRequest | SilenceRequest
-ToClient = Welcome | Refusal | Answer | Status | Latest | SilenceReply
+ToServer = (
+    Hello
+    | Ask
+    | Check
+    | Goodbye
+    | StatusRequest
+    | LatestRequest
+    | RecentRequest
+    | SilenceRequest
+)
+ToClient = Welcome | Refusal | Answer | Status | Latest | Recent | SilenceReply
 
 _NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises; the last one for fields nobody asked for that are nested too deeply."""

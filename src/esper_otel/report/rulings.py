@@ -6,8 +6,9 @@ it. Both use one id, so what one of them knows joins what the other does.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import msgspec
 
@@ -178,6 +179,23 @@ class Ledger:
         self._words += words
         self._texts |= fresh
         return True
+
+    def forget_old(self, most: int) -> int:
+        """Keep the ``most`` newest rulings and happenings; returns how many rulings went."""
+        gone = max(len(self.rulings) - most, 0)
+        if not gone and len(self.happenings) <= most and not self.more:
+            return 0
+        self.rulings = dict(islice(self.rulings.items(), gone, None))
+        happenings, self.happenings = self.happenings[-most:], []
+        for kept in (self._told, self._texts, self.aftermaths, self.changes, self.more):
+            kept.clear()
+        self._changed = self._words = 0
+        self._kept = Counter(ruling.run for ruling in self.rulings.values())
+        for ruling in self.rulings.values():
+            self._has_room(ruling.reason, *_texts_of(ruling))
+        for happening in happenings:
+            self.tell(happening)
+        return gone
 
     def settle(self) -> None:
         """Give each ruling what came of it."""

@@ -230,7 +230,7 @@ def _size(path: Path) -> int:
 
 
 def is_journal(path: Path) -> bool:
-    """Whether it is one; raises :class:`OSError` when it cannot be read."""
+    """Whether a file is one of a journal; raises :class:`OSError` when it cannot be read."""
     if _JOURNAL_FILE.fullmatch(path.name):
         return True
     if path.name.endswith(_ENDINGS):

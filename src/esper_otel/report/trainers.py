@@ -14,6 +14,9 @@ from esper_otel.report.layouts import Block, Numbers, Times
 AT_ONCE = 16_384
 """Rows that are gathered before they are put together."""
 
+JOINED_EVERY = 64
+"""Times that a little was added to curves after which their pieces are worth joining."""
+
 CLOCK = "time_unix_nano"
 """The curve that says when each step ended, in Unix nanoseconds."""
 
@@ -60,6 +63,16 @@ class TrainerCurves:
         self._rows += len(block.times)
         self.rows += len(block.times)
         if self._rows >= AT_ONCE:
+            self._assemble()
+
+    def join_pieces(self) -> None:
+        """Have each curve be in one piece: a small one takes more than its points."""
+        for curve in self.curves.values():
+            curve.points()
+
+    def assemble_known(self) -> None:
+        """Put together what has come of steps that are known; more may follow."""
+        if self._waiting:
             self._assemble()
 
     def assemble_rest(self) -> None:

@@ -9,10 +9,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream.recording import read_recording
 from esper_tamiyo.receiving.otlp_frames import frames_of
-from esper_tamiyo.serving.asking import reply_to
 from ops.stack.ports import free
 
 RUNS, RANKS, STEPS = 4, 4, 50

@@ -14,8 +14,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel.leyline.metrics import STEP_KEYS
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import StatusRequest
-from esper_tamiyo.serving.asking import reply_to
 
 STEP_NS = 2_000_000
 BEFORE, DURING, AFTER = range(40), range(40, 80), range(80, 120)

@@ -16,9 +16,9 @@ from esper_otel.leyline.custom import custom_key
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.events import STAGE_CHANGED, Event
 from esper_otel.leyline.metrics import CUSTOM, RUN_ENDED, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
-from esper_tamiyo.serving.asking import reply_to
 from ops.generate.prometheus_names import prometheus_name
 from ops.stack.services import clean_environment
 from testkit.simulated_ranks import Rank

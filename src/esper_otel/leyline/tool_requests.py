@@ -1,4 +1,4 @@
-"""The tools' side of the decision socket: one request, one reply, in blocking calls."""
+"""Tool requests: the tools' side of the decision socket, one request and one reply."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from esper_otel.leyline.wire import (
     LatestRequest,
     MessageBuffer,
+    RecentRequest,
     SilenceRequest,
     StatusRequest,
     ToClient,
@@ -22,21 +23,21 @@ from esper_otel.leyline.wire import (
 
 PATIENCE_S = 2.0
 
-ToolRequest = LatestRequest | StatusRequest | SilenceRequest
+ToolRequest = LatestRequest | RecentRequest | StatusRequest | SilenceRequest
 
 
 class NoAnswerError(Exception):
     """Nobody answered at the socket; the text says which one and why."""
 
 
-def reply_to(request: ToolRequest, path: Path) -> ToClient:
-    """What the sidecar at ``path`` replies; raises :class:`NoAnswerError`."""
+def reply_to(request: ToolRequest, path: Path, patience_s: float = PATIENCE_S) -> ToClient:
+    """What the sidecar at ``path`` replies, which is waited for; or :class:`NoAnswerError`."""
     try:
         check_socket_path(path)
     except ValueError as error:
         raise NoAnswerError(str(error)) from None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(PATIENCE_S)
+        connection.settimeout(patience_s)
         try:
             connection.connect(os.fspath(path))
             if not may_steer(uid := peer_uid(connection)):  # it could make up any answer
@@ -44,7 +45,7 @@ def reply_to(request: ToolRequest, path: Path) -> ToClient:
             connection.sendall(encode(request))
             return _one_message(connection)
         except TimeoutError:
-            raise NoAnswerError(f"{path}: no answer within {PATIENCE_S:g} s") from None
+            raise NoAnswerError(f"{path}: no answer within {patience_s:g} s") from None
         except (FileNotFoundError, ConnectionRefusedError):
             message = f"{path}: no sidecar listens there; start one with `tamiyo serve`"
             raise NoAnswerError(message) from None
