@@ -42,6 +42,7 @@ MOST_COMPARED = 8
 """Runs that one page lays over one another."""
 
 LONGEST_PATH = 512
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9A-Za-z.-]+))(?::[0-9]+)?")
 _ID = re.compile(r"[0-9a-f]{16}(?:-[0-9]{1,6})?")
 READ_BYTES = 16 * 1024
 
@@ -283,10 +284,9 @@ def _are_ids(ids: tuple[str, ...]) -> bool:
 
 
 def _host_of(request: web.BaseRequest) -> str:
-    """The name by which we were called, without port and brackets."""
-    host = request.headers.get("Host", "")
-    name = host[: host.rfind(":")] if ":" in host.rpartition("]")[2] else host
-    return name.removeprefix("[").removesuffix("]").lower()
+    """The name by which we were called, without port and brackets; "" for none."""
+    found = _HOST.fullmatch(request.headers.get("Host", ""))
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def _bearer_of(authorization: str | None) -> str | None:

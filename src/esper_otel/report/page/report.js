@@ -784,11 +784,18 @@
     return {whole, parts};
   }
 
+  function stepsOf(rank) {  // those of which all phases are known
+    const {step, step_latency_ms: whole} = rank.curves;
+    const thin = [whole, ...PHASES.map(([key]) => rank.curves[key])].some(curve => curve && curve.thinned);
+    // Between points that are left out as repeats the line is right; between thinned ones it is not.
+    return thin || !step ? whole.x : step.x.subarray(before(step.x, whole.x[0] - 1) + 1);
+  }
+
   function drawStep() {
     const section = $("step"), some = ofRun().filter(rank => rank.curves.step_latency_ms && rank.curves.step_latency_ms.total);
     section.hidden = !some.length;
     if (!some.length) return;
-    const xs = some[0].curves.step_latency_ms.x;
+    const xs = stepsOf(some[0]);
     const place = state.step === null ? xs.length - 1 : Math.max(before(xs, state.step), 0), step = xs[place];
     const found = some.map(rank => {
       const told = before(rank.curves.step_latency_ms.x, step) < 0 || step > rank.last ? null : partsOf(rank, step);
