@@ -109,6 +109,7 @@ def test_a_run_is_found_opened_and_followed(page, running):
             ask(client, step)
         ask(client, 160, nonfinite=1.0, accuracy=0.5)
         page.wait_for_function(LAST.replace("{}", "0").replace("; }", " >= 160; }"))
+        assert page.evaluate("() => esperReport.charts[0].plot.scales.x.max") == 160
         assert page.get_by_role("button", name="step 160", exact=True).count() == 1
         assert "/0/100" in page.locator("#detail").inner_text()
         # A metric that is new gets its chart.

@@ -377,8 +377,9 @@
     };
     chart.following = true;
     chart.plot = new uPlot(options, joined, chart.body);
-    if (state.range) chart.plot.setScale("x", state.range);
-    chart.following = false;
+    const range = state.range || everything();
+    if (range) chart.plot.setScale("x", range);
+    queueMicrotask(() => { chart.following = false; });  // behind uPlot's own, which calls the hooks
   }
 
   function hold() {  // somebody looks at a part of it, which stays
@@ -474,9 +475,10 @@
     fresh.forEach((one, i) => { if (one.value) old[i].value = one.value; });
     const joined = uPlot.join(tables.map(table => [table.x, ...table.columns]));
     chart.following = true;
+    const range = state.range || everything();
     chart.plot.batch(() => {
-      chart.plot.setData(joined, !state.range);
-      if (state.range) chart.plot.setScale("x", state.range);
+      chart.plot.setData(joined, !range);
+      if (range) chart.plot.setScale("x", range);
       chart.plot.redraw(true, true);
     });
     chart.following = false;
