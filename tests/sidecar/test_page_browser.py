@@ -107,6 +107,7 @@ def test_a_run_is_found_opened_and_followed(page, running):
         client.hello(run=HOSTILE)
         for step in range(110, 160):
             ask(client, step)
+        page.wait_for_function("() => esperReport.charts[0].plot.scales.x.max === 159")
         ask(client, 160, nonfinite=1.0, accuracy=0.5)
         page.wait_for_function(LAST.replace("{}", "0").replace("; }", " >= 160; }"))
         assert page.evaluate("() => esperReport.charts[0].plot.scales.x.max") == 160

@@ -478,8 +478,9 @@
     const range = state.range || everything();
     chart.plot.batch(() => {
       chart.plot.setData(joined, !range);
-      if (range) chart.plot.setScale("x", range);
+      if (!range) return;
       chart.plot.redraw(true, true);
+      chart.plot.setScale("x", range);
     });
     chart.following = false;
   }
