@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esper_otel.leyline.decisions import Action, Decision, Severity, unanswered
+from esper_otel.leyline.decisions import FAILED_OPEN, Action, Decision, Severity, unanswered
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import Account, StreamReport
 from esper_otel.stream.drain import MOST_TOTALS, RunTotals, shortened
+from esper_otel.stream.loss_curve import PARTS, LossCurve
 from esper_otel.summary import summary_of, tell_summary
 from esper_otel.tolaria.restoring import SnapshotReport
 
@@ -95,7 +96,7 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
     assert (told.action, told.reason, told.times, told.applied) == ("PAUSE", "loss_spike", 3, 2)
     assert summary.unanswered == ["timeout"]
     assert "PAUSE loss_spike × 3 (2 applied)" in summary.as_text()
-    assert "did not answer (timeout)" in summary.as_text()
+    assert "did not answer (no answer within the deadline)" in summary.as_text()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,90 @@ def test_what_was_done_to_an_update_before_it_was_made_is_no_decision_about_the_
     totals.count_decision(timeline(unanswered("r", 1, "nominal"))._replace(update=update))
     totals.count_decision(timeline(None)._replace(update=update))
     assert summary_of("r", 0, totals, StreamReport()).decisions == []
+
+
+def test_the_loss_is_drawn_from_its_first_to_its_last_value():
+    falling = tally_of(*({"loss": 8.0 - step} for step in range(8)))
+    summary = summary_of("r", 0, falling, StreamReport())
+    assert summary.as_text().splitlines()[1] == "  loss      █▇▆▅▄▃▂▁ 8 → 1"
+    assert json.loads(summary.as_json())["losses"] == [8.0 - step for step in range(8)]
+
+
+def test_what_was_no_finite_loss_is_a_mark_in_the_curve_and_what_is_not_known_a_gap():
+    values = [{"loss": 2.0}, {}, {"nonfinite": 1.0}, {"loss": 1.0}]
+    summary = summary_of("r", 0, tally_of(*values), StreamReport())
+    assert "  loss      █ ×▁ 2 → 1" in summary.as_text()
+    assert json.loads(summary.as_json())["losses"] == [2.0, None, None, 1.0]
+
+
+def test_the_curve_of_a_long_run_is_as_small_as_that_of_a_short_one():
+    curve, every = LossCurve(), np.arange(100_000, dtype=float)
+    whole = np.zeros(len(every), bool)
+    for start in range(0, len(every), 1000):
+        curve.extend(every[start : start + 1000], whole[start : start + 1000])
+    at_once = LossCurve()
+    at_once.extend(every, whole)
+    assert curve.means(PARTS) == at_once.means(PARTS)
+    means = curve.means(24)
+    assert 12 <= len(means) <= 24
+    assert means == sorted(means)
+    width = means[1] - means[0]  # each is the mean of as many steps
+    assert means[0] == (width - 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("forward_ms", "said"), [(6.0, ", most of it forward: "), (4.0, " ms: forward 4 (40%)")]
+)
+def test_a_phase_is_most_of_a_step_only_when_it_is(forward_ms, said):
+    totals = tally_of({}, {"step_latency_ms": 10.0, "forward_ms": forward_ms})
+    assert said in summary_of("r", 0, totals, StreamReport()).as_text()
+
+
+def advice(totals, report=None):
+    lines = summary_of("r", 0, totals, report or StreamReport()).as_text().splitlines()
+    return [line.removeprefix("  next      ") for line in lines if line.startswith("  next")]
+
+
+def test_what_to_do_next_is_said_where_something_is_wrong_and_only_there():
+    steps = [{"step_latency_ms": 100.0, "input_wait_ms": 20.0}] * 30
+    fine = tally_of(*steps)
+    assert advice(fine) == []
+    starved = tally_of(*({**step, "input_wait_ms": 60.0} for step in steps))
+    (told,) = advice(starved)
+    assert "waits for data for 60% of its time: more workers" in told
+    alone = tally_of(*steps)
+    alone.count_decision(timeline(unanswered("r", 1, "breaker_open")))
+    (told,) = advice(alone, StreamReport(files=()))
+    assert told.startswith("is the sidecar running? `tamiyo serve` starts it")
+    assert advice(fine, StreamReport(files=(Path("left.otlp"),))) == [
+        "esper-otel resend left.otlp"
+    ]
+    assert advice(tally_of(*steps[:2], {"unjudged_steps": 1.0})) == [
+        "`tamiyo status` shows how the sidecar is doing and how fast it answers"
+    ]
+
+
+def test_waiting_for_data_in_a_run_of_a_moment_is_not_worth_a_word():
+    assert advice(tally_of({}, {"step_latency_ms": 2.0, "input_wait_ms": 1.5})) == []
+
+
+@pytest.mark.parametrize("why", sorted(FAILED_OPEN))
+def test_people_read_why_nobody_judged_in_words(why):
+    totals = tally_of({})
+    totals.count_decision(timeline(unanswered("r", 1, why)))
+    text = summary_of("r", 0, totals, StreamReport()).as_text()
+    assert "did not answer (" in text
+    assert why not in text
+
+
+def test_what_a_receiver_rejects_is_said_as_that():
+    report = StreamReport(
+        metrics=Account(produced=10, delivered=7, dropped=3, refused=3),
+        traces=Account(produced=30, dropped=30, refused=30),
+    )
+    text = summary_of("r", 0, tally_of({}), report).as_text()
+    assert "7 of 10 points sent, 3 rejected by the receiver;" in text
+    assert "0 of 30 spans sent, 30 rejected by the receiver: it takes no traces" in text
 
 
 def test_what_was_lost_and_what_waits_is_said():

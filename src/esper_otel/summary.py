@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from esper_otel.leyline.decisions import (
+    BREAKER_OPEN,
+    NOT_AGREED,
+    PROTOCOL_ERROR,
+    SUPERSEDED,
+    TIMEOUT,
+    UNREACHABLE,
+)
+from esper_otel.leyline.sparklines import sparkline
 from esper_otel.leyline.terminal import printable, printable_json
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
@@ -30,6 +39,25 @@ PHASES = {
     "instrumentation": "hook_latency_ms",
 }
 """Parts of a step as people call them, and the metrics that measure them."""
+
+_MOST_OF_IT = 0.5
+"""Share of a step from which on a phase is most of it."""
+
+_STARVED, _STARVED_MS = 0.3, 1000.0
+"""Share of the steps' time, and milliseconds in all, that waiting for data is worth a word."""
+
+_CURVE = 24
+"""Blocks of a loss curve at most."""
+
+_WHY = {
+    TIMEOUT: "no answer within the deadline",
+    UNREACHABLE: "nobody listens at its socket",
+    BREAKER_OPEN: "it was not asked again after several failures",
+    PROTOCOL_ERROR: "what came was no answer",
+    SUPERSEDED: "a newer process is this rank",
+    NOT_AGREED: "the ranks did not settle on a decision",
+}
+"""Why nobody judged a step, in words."""
 
 
 class DecisionCount(msgspec.Struct, frozen=True):
@@ -58,12 +86,13 @@ class TrainingSummary(msgspec.Struct, frozen=True):
     first_loss: float | None
     last_loss: float | None
     decisions: int
+    losses: list[float | None] = []
 
     def as_text(self) -> str:
         """What follows its name in a line."""
         parts = [f"{self.steps:,} steps"]
         if self.first_loss is not None and self.last_loss is not None:
-            parts.append(f"loss {self.first_loss:.4g} → {self.last_loss:.4g}")
+            parts.append(f"loss {_curve(self.losses, self.first_loss, self.last_loss)}")
         if self.step_ms:
             parts.append(f"{self.step_ms:.3g} ms a step")
         if self.decisions:
@@ -83,7 +112,8 @@ class Summary(msgspec.Struct, frozen=True):
     spans show it.
     ``snapshots`` says what became of those that were kept, or asked for; None without any.
     ``lost_values`` of losses and gradients could not be read without waiting for a device.
-    ``slowest`` names the phase that took most, None when no phase was seen. ``telemetry``
+    ``slowest`` names the phase that took most, None when no phase was seen. ``losses`` are means
+    over equal parts of the steps: null where none is known or none was finite. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
     that the receiver did not want; ``unsent`` are
     files for ``esper-otel resend``, ``recordings`` those that hold everything, and ``page`` is
@@ -112,6 +142,7 @@ class Summary(msgspec.Struct, frozen=True):
     snapshots: SnapshotReport | None = None
     trainings: list[TrainingSummary] = []
     page: str = ""
+    losses: list[float | None] = []
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -126,13 +157,15 @@ class Summary(msgspec.Struct, frozen=True):
             + f"{self.steps:,} steps in {_seconds(self.seconds)}"
         ]
         if self.first_loss is not None and self.last_loss is not None:
-            lines[0] += f", loss {self.first_loss:.4g} → {self.last_loss:.4g}"
+            curve = _curve(self.losses, self.first_loss, self.last_loss)
+            lines.append(f"  loss      {curve}")
         if self.step_ms:
             split = ", ".join(
                 f"{name} {took:.3g} ({took / self.step_ms:.0%})"
                 for name, took in self.phases.items()
             )
-            most = f", most of it {self.slowest}" if self.slowest else ""
+            is_most = self.phases.get(self.slowest or "", 0.0) >= _MOST_OF_IT * self.step_ms
+            most = f", most of it {self.slowest}" if is_most else ""
             lines.append(f"  a step    {self.step_ms:.3g} ms{most}: {split}")
         for each in self.trainings:
             name = each.run or f"{each.trainings:,} more"
@@ -155,12 +188,11 @@ class Summary(msgspec.Struct, frozen=True):
         if self.unanswered or self.unjudged_steps:
             lines.append(f"  Tamiyo    {self._unjudged()}")
         lines.append(f"  telemetry {self._telemetry()}")
-        if self.unsent:
-            lines.append(f"  unsent    esper-otel resend {resend_words(self.unsent)}")
         if self.recordings:
             lines.append(f"  recorded  {' '.join(self.recordings)}")
         if self.page:
             lines.append(f"  report    {self.page}")
+        lines += (f"  next      {advice}" for advice in self._advice())
         return "\n".join(map(printable, lines))
 
     def _unjudged(self) -> str:
@@ -168,13 +200,28 @@ class Summary(msgspec.Struct, frozen=True):
         if self.unjudged_steps:
             text += f" for {self.unjudged_steps:,} step{'s' * (self.unjudged_steps != 1)}"
         if self.unanswered:
-            text += f" ({', '.join(self.unanswered)})"
+            text += f" ({', '.join(_WHY.get(each, each) for each in self.unanswered)})"
         if self.held_unjudged_steps:
             text += (
                 f"; for {self.held_unjudged_steps:,} of them the learning rate stayed scaled "
                 "by an earlier decision"
             )
         return text
+
+    def _advice(self) -> Iterator[str]:
+        """What to do about what went wrong, a line for each."""
+        if self.unsent:
+            yield f"esper-otel resend {resend_words(self.unsent)}"
+        if {UNREACHABLE, BREAKER_OPEN} & set(self.unanswered):
+            yield "is the sidecar running? `tamiyo serve` starts it, `tamiyo status` looks at it"
+        elif self.unanswered or self.unjudged_steps:
+            yield "`tamiyo status` shows how the sidecar is doing and how fast it answers"
+        waited = self.phases.get("input wait", 0.0)
+        if self.step_ms and waited >= max(_STARVED * self.step_ms, _STARVED_MS / self.steps):
+            yield (
+                f"the loop waits for data for {waited / self.step_ms:.0%} of its time: more "
+                "workers (num_workers of its DataLoader), or less work for each batch"
+            )
 
     def _telemetry(self) -> str:
         told = []
@@ -184,7 +231,9 @@ class Summary(msgspec.Struct, frozen=True):
                 continue
             text = f"{account['delivered']:,} of {account['produced']:,} {names[signal]} sent"
             if account["refused"]:
-                text += f", {account['refused']:,} not wanted there"
+                whole = account["refused"] == account["produced"]
+                kind = "" if not whole else f": it takes no {signal}"
+                text += f", {account['refused']:,} rejected by the receiver{kind}"
             if account["dropped"] > account["refused"]:
                 text += f", {account['dropped'] - account['refused']:,} DROPPED"
             told.append(text)
@@ -261,6 +310,7 @@ def summary_of(
         snapshots=snapshots,
         trainings=trainings,
         page=page,
+        losses=totals.losses.means(_CURVE),
     )
 
 
@@ -273,7 +323,14 @@ def _training(run: str, totals: RunTotals) -> TrainingSummary:
         first_loss=totals.first_loss,
         last_loss=totals.last_loss,
         decisions=totals.decisions.total(),
+        losses=totals.losses.means(_CURVE),
     )
+
+
+def _curve(losses: Sequence[float | None], first: float, last: float) -> str:
+    """How a loss went: a curve where there are several parts of it, its first and last value."""
+    curve = f"{sparkline(losses).strip()} " if len(losses) > 2 else ""
+    return f"{curve}{first:.4g} → {last:.4g}"
 
 
 def tell_summary(

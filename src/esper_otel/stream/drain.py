@@ -23,6 +23,7 @@ from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
+from esper_otel.stream.loss_curve import LossCurve
 from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
 from esper_otel.stream.ring import FrameRing, points
@@ -77,6 +78,7 @@ class RunTotals:
         self.last_unix_nano = 0
         self.first_loss: float | None = None
         self.last_loss: float | None = None
+        self.losses = LossCurve()
         self.nonfinite_steps = 0
         self.skipped_updates = 0
         self.unjudged_steps = 0
@@ -115,7 +117,8 @@ class RunTotals:
             self.first_unix_nano = int(times[0])
         self.last_unix_nano = int(times[-1])
         self.steps += len(rows)
-        self.nonfinite_steps += int((rows[:, _NONFINITE] > 0.0).sum())
+        broken = rows[:, _NONFINITE] > 0.0
+        self.nonfinite_steps += int(broken.sum())
         self.skipped_updates += int((rows[:, _SKIPPED] > 0.0).sum())
         unjudged = rows[:, _UNJUDGED] > 0.0
         self.unjudged_steps += int(unjudged.sum())
@@ -126,6 +129,7 @@ class RunTotals:
         self._timed_steps += int(timed[:, _LATENCY].sum())
         self._sums += np.where(timed, rows, 0.0).sum(axis=0)
         self._counts += timed.sum(axis=0)
+        self.losses.extend(rows[:, _LOSS], broken)
         losses = rows[present[:, _LOSS], _LOSS]
         if len(losses):
             if self.first_loss is None:
