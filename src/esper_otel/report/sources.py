@@ -31,6 +31,9 @@ from esper_otel.report.trainers import TrainerCurves
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"
 _ENDINGS = (METRICS, LOGS, TRACES)
 
+SUMMARY = ".summary.json"
+"""Ending of the summary that a run writes beside its report."""
+
 _NONE = frozenset({".html", ".part"})
 """Endings of reports, and of files that a spool is still writing."""
 
@@ -188,7 +191,8 @@ def files_of(path: Path) -> Iterator[Path]:
             if each.is_dir() and each.name.endswith(("journal", ".journal")):
                 yield from files_of(each)
             elif each.is_file() and not each.name.startswith(".") and each.suffix not in _NONE:
-                yield each
+                if not each.name.endswith(SUMMARY):
+                    yield each
         return
     path.stat()
     yield path
