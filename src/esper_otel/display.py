@@ -116,8 +116,7 @@ def chart_of(losses: Sequence[float | None], totals: RunTotals) -> str:
     marks = "".join(
         f'<path d="M{at - 4:.1f} 2h8l-4 7z" fill="{_COLORS.get(severity, _FAINT)}"/>'
         for at, severity in (
-            (x(min(max(share, 0.0), 1.0)), severity)
-            for share, severity in _places(totals)
+            (x(min(max(share, 0.0), 1.0)), severity) for share, severity in _places(totals)
         )
     )
     ground = HEIGHT - EDGE + 2
@@ -144,6 +143,11 @@ def _decisions(totals: RunTotals) -> Iterator[str]:
     yield "<tr><th>step</th><th>decision</th><th>rule</th><th>applied</th></tr>"
     for step, action, severity, reason, applied in reversed(newest):
         what = "notice" if action == "CONTINUE" else action
-        cells = (f"{step:,}", f"{what} {severity}", printable(reason), "yes" if applied else "no")
+        cells = (
+            f"{step:,}",
+            f"{what} {severity}",
+            printable(reason),
+            "yes" if applied else "no",
+        )
         yield f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
     yield "</table>"

@@ -114,8 +114,8 @@ class Summary(msgspec.Struct, frozen=True):
     spans show it.
     ``snapshots`` says what became of those that were kept, or asked for; None without any.
     ``lost_values`` of losses and gradients could not be read without waiting for a device.
-    ``slowest`` names the phase that took most, None when no phase was seen. ``losses`` are means
-    over equal parts of the steps: null where none is known or none was finite. ``telemetry``
+    ``slowest`` names the phase that took most, None when no phase was seen. ``losses`` are
+    means over equal parts of the steps: null where none is known or finite. ``telemetry``
     has for each signal what was produced, delivered, spooled and dropped, and which part of
     that the receiver did not want; ``unsent`` are
     files for ``esper-otel resend``, ``recordings`` those that hold everything, and ``page`` is
@@ -215,7 +215,7 @@ class Summary(msgspec.Struct, frozen=True):
         if self.unsent:
             yield f"esper-otel resend {resend_words(self.unsent)}"
         if {UNREACHABLE, BREAKER_OPEN} & set(self.unanswered):
-            yield "is the sidecar running? `tamiyo serve` starts it, `tamiyo status` looks at it"
+            yield "is the sidecar running? `tamiyo serve` starts it, `tamiyo status` asks it"
         elif self.unanswered or self.unjudged_steps:
             yield "`tamiyo status` shows how the sidecar is doing and how fast it answers"
         waited = self.phases.get("input wait", 0.0)
@@ -330,7 +330,7 @@ def _training(run: str, totals: RunTotals) -> TrainingSummary:
 
 
 def _curve(losses: Sequence[float | None], first: float, last: float) -> str:
-    """How a loss went: a curve where there are several parts of it, its first and last value."""
+    """How a loss went: a curve where it has several parts, its first and last value."""
     curve = f"{sparkline(losses).strip()} " if len(losses) > 2 else ""
     return f"{curve}{first:.4g} → {last:.4g}"
 

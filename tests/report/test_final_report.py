@@ -59,9 +59,14 @@ def test_a_run_writes_its_report_and_the_summary_names_it(tmp_path):
     # The summary lies beside it, as ESPER_SUMMARY=json gives it.
     line = (tmp_path / "run.summary.json").read_text("utf-8")
     summary = msgspec.json.decode(line, type=Summary, strict=True)
-    assert (summary.run, summary.rank, summary.steps, summary.last_loss) == ("digits", 0, 20, 0.05)
+    assert (summary.run, summary.rank, summary.steps, summary.last_loss) == (
+        "digits",
+        0,
+        20,
+        0.05,
+    )
     assert (summary.page, summary.recordings) == ("run.html", [])
-    assert set(json.loads(line)) == {field for field in Summary.__struct_fields__}
+    assert set(json.loads(line)) == set(Summary.__struct_fields__)
 
 
 def test_the_command_writes_it_where_it_was_called(tmp_path):

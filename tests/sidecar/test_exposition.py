@@ -71,7 +71,7 @@ def promtool():
 
 
 def ranks():
-    seeds = {"se\"ed": {"kasmina.seed.alpha": 0.5, "kasmina.seed.stage": 4.0}}
+    seeds = {'se"ed': {"kasmina.seed.alpha": 0.5, "kasmina.seed.stage": 4.0}}
     return [
         frame(9, run=name, rank=rank, seeds=seeds, loss=float("1e-7"), unheard_of=1.0)
         for rank, name in enumerate(HOSTILE)
@@ -80,9 +80,9 @@ def ranks():
 
 def test_own_metrics_and_the_newest_values_of_ranks():
     found = samples(text_of(ranks()[:2]))
-    assert found['tamiyo_decisions_total{action="PAUSE",severity="HIGH",rule="a\\"b\\\\c\\nd"}'] == (
-        "3.0"
-    )
+    assert found[
+        'tamiyo_decisions_total{action="PAUSE",severity="HIGH",rule="a\\"b\\\\c\\nd"}'
+    ] == ("3.0")
     assert found["tamiyo_heartbeat_total"] == "7.0"
     assert found["tamiyo_uptime_seconds"] == "12.5"
     assert found['tamiyo_answer_duration_milliseconds_bucket{le="0.02"}'] == "1.0"

@@ -113,7 +113,9 @@ class Credentials(msgspec.Struct, frozen=True):
                 "--tls-cert and --tls-key, --token-file, or --insecure"
             )
         if not (self.token_file or self.tls_client_ca):
-            return f"anybody who reaches it can {deed}; --token-file or --tls-client-ca ends that"
+            return (
+                f"anybody who reaches it can {deed}; --token-file or --tls-client-ca ends that"
+            )
         if not self.tls_cert:
             return "the token travels in the clear; --tls-cert and --tls-key end that"
         return ""

@@ -66,9 +66,7 @@ def exposition(
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
 
 
-def own_families(
-    report: Report, distributions: Mapping[str, Distribution]
-) -> Iterator[Family]:
+def own_families(report: Report, distributions: Mapping[str, Distribution]) -> Iterator[Family]:
     """Tamiyo's own metrics, as far as the report has them."""
     for metric in OWN_METRICS:
         kind = metric.kind
@@ -139,8 +137,10 @@ def _lines(family: Family, openmetrics: bool) -> Iterator[str]:
     yield f"# TYPE {shown} {family.kind}"
     for suffix, labels, value in family.samples:
         told = ",".join(f'{key}="{_text(text, True)}"' for key, text in labels)
-        yield f"{name}{suffix}{{{told}}} {_number(value)}" if told else (
-            f"{name}{suffix} {_number(value)}"
+        yield (
+            f"{name}{suffix}{{{told}}} {_number(value)}"
+            if told
+            else (f"{name}{suffix} {_number(value)}")
         )
 
 

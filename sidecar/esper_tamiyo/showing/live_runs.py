@@ -11,9 +11,8 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.report.columns import Producer
@@ -21,7 +20,7 @@ from esper_otel.report.curves import thinned
 from esper_otel.report.packing import packed
 from esper_otel.report.rulings import Ruling
 from esper_otel.report.runs import ShownRun
-from esper_tamiyo.showing.live_curves import StepBatch, LiveTrainer
+from esper_tamiyo.showing.live_curves import LiveTrainer, StepBatch
 from esper_tamiyo.showing.stories import RunStories
 
 MOST_RUNS = 64
@@ -322,8 +321,7 @@ class LiveRuns:
         first = run.trainers[ranks[0]]
         loss = first.curves.get((None, "loss"))
         total = None if loss is None or not loss.total.count else loss.total
-        points = None if loss is None else thinned(loss.points(), SPARK // 2)
-        values = [] if points is None else points.values[np.isfinite(points.values)]
+        spark = [] if loss is None else thinned(loss.points(), SPARK // 2).values.tolist()
         story = self.stories.story_of(run.name)
         said = {states.get((run.name, rank), "") for rank in ranks}
         return {
@@ -336,7 +334,7 @@ class LiveRuns:
             "ended": run.ended,
             "stale": "stale" in said and not run.ended,
             "loss": None if total is None else [total.first, total.last],
-            "spark": [float(value) for value in values],
+            "spark": [value for value in spark if isfinite(value)],
             "decisions": 0
             if story is None
             else sum(self._is_of(ruling, run) for ruling in story.ledger.rulings.values()),

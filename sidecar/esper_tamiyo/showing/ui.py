@@ -217,7 +217,8 @@ async def _beat(
         rss = rss_mb()
         if rss > memory_mb:
             log.error(
-                "the page's process has %.0f MB, more than the %.0f MB it may have: it starts anew",
+                "the page's process has %.0f MB, more than the %.0f MB it may have: it starts "
+                "anew",
                 rss,
                 memory_mb,
             )

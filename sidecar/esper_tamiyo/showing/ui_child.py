@@ -18,8 +18,9 @@ log = logging.getLogger("tamiyo")
 END_PATIENCE_S = 1.0
 
 MEMORY_MB = 320.0
-"""Most memory of the process, in MB (2**20 bytes); it starts anew beyond that. 90 for Python and
-its modules, 32 for curves, 12 for newest values, 40 for decisions, the rest for answers."""
+"""Most memory of the process, in MB (2**20 bytes); it starts anew beyond that. 55 for Python
+and its modules, 32 for curves, 12 for newest values, 40 for decisions, the rest for what is
+read, packed and sent."""
 
 PULSE_BYTES = 1 << 20
 """Heartbeats that may wait in the pipe from the scribe; the system may allow less."""

@@ -138,7 +138,7 @@ class WebPages:
         self._failed[kind] += 1
         if self._failed[kind] == 1:
             log.error(
-                "a request to the page failed (%s), and others like it are only counted: %.200r",
+                "a request to the page failed (%s); others like it are only counted: %.200r",
                 kind,
                 error,
             )

@@ -190,9 +190,8 @@ def files_of(path: Path) -> Iterator[Path]:
         for each in sorted(path.iterdir()):
             if each.is_dir() and each.name.endswith(("journal", ".journal")):
                 yield from files_of(each)
-            elif each.is_file() and not each.name.startswith(".") and each.suffix not in _NONE:
-                if not each.name.endswith(SUMMARY):
-                    yield each
+            elif each.is_file() and not _is_none(each):
+                yield each
         return
     path.stat()
     yield path
@@ -201,6 +200,11 @@ def files_of(path: Path) -> Iterator[Path]:
             beside = path.with_name(path.name.removesuffix(METRICS) + ending)
             if beside.exists():
                 yield beside
+
+
+def _is_none(path: Path) -> bool:
+    """Whether its name says that no telemetry is in it."""
+    return path.name.startswith(".") or path.suffix in _NONE or path.name.endswith(SUMMARY)
 
 
 def size_of(paths: Sequence[Path]) -> int:
