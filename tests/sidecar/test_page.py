@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 import trustme
 
+from esper_tamiyo.commands.status import troubles_in
 from sidecar.running import PATIENCE_S, sidecar, tamiyo, until
 from testkit.report_data import unpacked_data
 
@@ -145,6 +146,22 @@ def test_nothing_can_be_done_but_look(serving):
 )
 def test_a_name_that_was_made_to_mean_this_machine_is_refused(serving, host, status):
     assert get(serving.words["ui"], "runs.json", Host=host)[0] == status
+
+
+def test_status_says_how_it_is(serving):
+    done = tamiyo("status", "--socket", serving.socket)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\npage: state working, address {serving.words['ui']}, pid " in done.stdout
+    report = serving.status()
+    assert troubles_in(report) == []
+    for change, told in (
+        ({"state": "silent"}, "the page is not served: its process is silent"),
+        (
+            {"error": "/x: permission denied"},
+            "the page shows nothing new: /x: permission denied",
+        ),
+    ):
+        assert troubles_in({**report, "page": {**report["page"], **change}}) == [told]
 
 
 def test_prometheus_scrapes_it(serving):

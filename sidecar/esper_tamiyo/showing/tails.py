@@ -51,6 +51,12 @@ class Tail:
             self.error = f"{self.folder}: {(error.strerror or str(error)).lower()}"
             return False, b""
 
+    def close(self) -> None:
+        """Hold no file any more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _read_on(self) -> bytes:
         file = self._file
         if file is None:
@@ -74,8 +80,7 @@ class Tail:
                 continue
             with suppress(FileNotFoundError):
                 opened = path.open("rb")
-                if self._file is not None:
-                    self._file.close()
+                self.close()
                 self._file, self._number = opened, number
                 return True
         return False
@@ -97,6 +102,10 @@ class StepsTail:
     def error(self) -> str:
         """Why nothing can be read, "" while all is well."""
         return self._tail.error
+
+    def close(self) -> None:
+        """Hold no file any more."""
+        self._tail.close()
 
     def read(self) -> tuple[bool, list[StepsBody]]:
         """Whether anything was appended, and the steps in it."""
@@ -134,6 +143,10 @@ class JournalTail:
     def error(self) -> str:
         """Why nothing can be read, "" while all is well."""
         return self._tail.error
+
+    def close(self) -> None:
+        """Hold no file any more."""
+        self._tail.close()
 
     def read(self) -> tuple[bool, Iterator[bytes]]:
         """Whether anything was appended, and the whole lines of it."""

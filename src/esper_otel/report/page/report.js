@@ -947,7 +947,7 @@
     $("title").textContent = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
     if (LIVE) document.title = `${$("title").textContent} · Tamiyo`;
     const thin = lines.some(rank => Object.values(rank.curves).some(curve => curve.thinned));
-    $("made").textContent = `esper-otel ${data.release}, made ${data.made.replace("T", " ").replace("+00:00", " UTC")}`
+    $("made").textContent = `esper-otel ${data.release}` + (LIVE ? "" : `, made ${data.made.replace("T", " ").replace("+00:00", " UTC")}`)
       + (thin ? "; long curves are thinned: each part of them keeps its least and its greatest value" : "");
     $("problems").replaceChildren(...(data.problems.length ? [h("ul", {}, data.problems.map(text => h("li", {}, shown(text))))] : []));
   }
