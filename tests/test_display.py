@@ -1,13 +1,18 @@
 """A run as a notebook shows it: what is in it, and that nothing in it can act."""
 
 import base64
+import queue
 import re
+import sys
+import threading
+import types
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 
-from esper_otel.display import SHOWN, run_card
+from esper_otel.display import SHOWN, DisplayedRun, run_card
 from esper_otel.leyline.decisions import Action, Decision, Finding, Severity
 from esper_otel.leyline.frames import StepTimeline, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
@@ -103,3 +108,71 @@ def test_it_stays_small_however_long_a_run_is():
 def test_losses_without_a_number():
     for losses in ([np.nan], [np.nan, np.nan], [1e308, -1e308], [7.0]):
         svg_of(run_card("run", totals_of(losses)))
+
+
+class Handle:
+    """Stands for a cell's output that is renewed."""
+
+    def __init__(self):
+        self.shown = queue.Queue()
+
+    def update(self, card):
+        self.shown.put(card)
+
+
+class FakeRun(DisplayedRun):
+    run_id = "run"
+    _finished = False
+
+    def __init__(self, totals):
+        self._stream = types.SimpleNamespace(totals=totals)
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    """The cell of a notebook in which a run is shown."""
+    handle = Handle()
+
+    def display(card, display_id):
+        assert display_id
+        handle.update(card)
+        return handle
+
+    module = types.ModuleType("IPython.display")
+    module.HTML, module.display = str, display
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("esper_otel.display.EVERY_S", 0.001)
+    return handle
+
+
+def displaying():
+    return [thread for thread in threading.enumerate() if thread.name == "esper-display"]
+
+
+def test_a_cell_is_renewed_until_the_run_is_over(cell):
+    run = FakeRun(totals_of([2.0, 1.0]))
+    run._ipython_display_()
+    assert cell.shown.get(timeout=10) == run._repr_html_()
+    run._stream.totals = totals_of([2.0, 1.0, 0.5])
+    assert "3 steps" in cell.shown.get(timeout=10)
+    run._stream.totals = totals_of([2.0] * 7)
+    run._finished = True
+    assert "7 steps" in cell.shown.get(timeout=10)
+    for thread in displaying():
+        thread.join(10)
+    assert displaying() == []
+
+
+def test_a_cell_that_is_gone_or_a_run_that_is_ends_it(cell, monkeypatch):
+    run = FakeRun(totals_of([2.0, 1.0]))
+    monkeypatch.setattr(cell, "update", lambda card: 1 / 0)
+    sys.modules["IPython.display"].display = lambda card, display_id: cell
+    run._ipython_display_()
+    run._stream.totals = totals_of([2.0, 1.0, 0.5])
+    other = FakeRun(totals_of([1.0]))
+    other._ipython_display_()
+    del other
+    for thread in displaying():
+        thread.join(10)
+    assert displaying() == []

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esper_otel.leyline.terminal import printable
 
@@ -21,6 +25,9 @@ WIDTH, HEIGHT, EDGE = 480, 120, 8
 
 PARTS = 64
 """Points of the chart at most."""
+
+EVERY_S = 2.0
+"""Between two looks whether what a notebook shows is still so."""
 
 SHOWN = 8
 """Decisions that are listed; the newest ones."""
@@ -38,6 +45,7 @@ class DisplayedRun:
         run_id: str
         _stream: Stream
         _final_report: FinalReport
+        _finished: bool
 
         @property
         def stream_report(self) -> StreamReport:
@@ -62,6 +70,43 @@ class DisplayedRun:
     def _repr_html_(self) -> str:
         """A chart of the loss with decisions, and how the run is; without any script."""
         return run_card(self.run_id, self.totals)
+
+    def _ipython_display_(self) -> None:
+        """The same where the run is the value of a cell, renewed there until the run is over."""
+        _LiveCard(self).show()
+
+
+class _LiveCard:
+    """What a notebook shows of a run, renewed from a thread of its own while the run goes on."""
+
+    def __init__(self, run: DisplayedRun) -> None:
+        self._run = weakref.ref(run)
+        self._shown = run._repr_html_()
+
+    def show(self) -> None:
+        """Show it in the cell that is executed."""
+        from IPython.display import HTML, display
+
+        handle = display(HTML(self._shown), display_id=True)
+        if handle is not None:  # else there is nobody to renew it for
+            renew = threading.Thread(
+                target=self._renew, args=(handle, HTML), name="esper-display", daemon=True
+            )
+            renew.start()
+
+    def _renew(self, handle: Any, made: Callable[[str], Any]) -> None:
+        is_over = False
+        with suppress(Exception):  # a notebook that is gone; the training goes on
+            while not is_over:
+                time.sleep(EVERY_S)
+                run = self._run()
+                if run is None:
+                    return
+                is_over, card = run._finished, run._repr_html_()
+                del run
+                if card != self._shown:
+                    self._shown = card
+                    handle.update(made(card))
 
 
 def run_card(run: str, totals: RunTotals | None) -> str:
