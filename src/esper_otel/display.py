@@ -72,12 +72,12 @@ class DisplayedRun:
         return run_card(self.run_id, self.totals)
 
     def _ipython_display_(self) -> None:
-        """The same where the run is the value of a cell, renewed there until the run is over."""
+        """The same as the value of a cell, renewed there until the run is over."""
         _LiveCard(self).show()
 
 
 class _LiveCard:
-    """What a notebook shows of a run, renewed from a thread of its own while the run goes on."""
+    """What a notebook shows of a run, renewed from a thread while the run goes on."""
 
     def __init__(self, run: DisplayedRun) -> None:
         self._run = weakref.ref(run)
