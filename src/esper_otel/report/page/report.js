@@ -1042,6 +1042,7 @@
       if (update.told.includes(update.ids[place])) run.rules = came.rules;
     });
     version = update.version;
+    Object.assign(data.metrics, update.metrics);
     label();
     return update.runs.some(run => run.decisions.length);
   }
