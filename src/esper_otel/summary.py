@@ -54,7 +54,7 @@ _CURVE = 24
 _WHY = {
     TIMEOUT: "no answer within the deadline",
     UNREACHABLE: "nobody listens at its socket",
-    BREAKER_OPEN: "it was not asked again after several failures",
+    BREAKER_OPEN: "after several failures it is asked less often",
     PROTOCOL_ERROR: "what came was no answer",
     SUPERSEDED: "a newer process is this rank",
     NOT_AGREED: "the ranks did not settle on a decision",

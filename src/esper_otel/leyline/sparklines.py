@@ -12,13 +12,14 @@ BROKEN = "×"
 _MIDDLE = BLOCKS[3]
 
 
-def sparkline(values: Sequence[float | None]) -> str:
-    """A block for each value, the least the lowest; a blank for None.
+def sparkline(values: Sequence[float | None], least: float | None = None) -> str:
+    """A block for each value, the least (or ``least``) the lowest; a blank for None.
 
     Values that are all the same are blocks of middle height.
     """
     known = [value for value in values if value is not None and isfinite(value)]
-    least, most = min(known, default=0.0), max(known, default=0.0)
+    most = max(known, default=0.0)
+    least = min(known, default=0.0) if least is None else min(least, most)
     return "".join(_block(value, least, most) for value in values)
 
 
