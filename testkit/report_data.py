@@ -19,7 +19,12 @@ def unpacked(page: str) -> dict[str, Any]:
     found = _DATA.search(page)
     if found is None:
         raise ValueError("no data in this page")
-    raw = zlib.decompress(base64.b64decode(found[1]))
+    return unpacked_data(base64.b64decode(found[1]))
+
+
+def unpacked_data(packed: bytes) -> dict[str, Any]:
+    """What is in the data of a page; as :func:`unpacked`."""
+    raw = zlib.decompress(packed)
     end = 4 + int.from_bytes(raw[:4], "little")
     data: dict[str, Any] = msgspec.json.decode(raw[4:end])
     arrays: list[Any] = []

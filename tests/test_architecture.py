@@ -65,7 +65,7 @@ MAY_IMPORT = {
         "esper_otel.settings",
         "esper_otel.stream",
     },
-    "esper_tamiyo": {"esper_otel.leyline", "esper_tamiyo"},
+    "esper_tamiyo": {"esper_otel.leyline", "esper_otel.report", "esper_tamiyo"},
 }
 """Package → packages of ours it may import; whoever is not named here may import all."""
 
@@ -77,8 +77,10 @@ OF_THE_SIDECAR = {
     "replaying": {"language", "judging", "receiving"},
     "keeping": {"language", "judging", "child_process", "release"},
     "journaling": {"language", "judging", "child_process", "release"},
+    "showing": {"receiving", "keeping", "journaling", "child_process"},
     "serving": {
         *("language", "judging", "receiving", "journaling", "keeping", "child_process"),
+        "showing",
     },
 }
 """Package of ``esper_tamiyo`` → others of it that it may import; commands import all."""
@@ -151,6 +153,7 @@ def test_only_providers_imports_the_sdk():
             {"torch", "numpy", "grpc", "google.protobuf", "aiohttp"},
         ),
         ("esper_tamiyo.receiving.ingest", {"torch"}),
+        ("esper_tamiyo.showing.ui", {"torch", "grpc"}),
     ],
 )
 def test_importing_brings_nothing_heavy_along(module, heavy):

@@ -315,6 +315,12 @@ def waited_ns(pid: int) -> int:
         return 0
 
 
+def rss_mb() -> float:
+    """Memory of this process that is resident, in MB (2**20 bytes)."""
+    pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
 def raise_descriptor_limit() -> None:
     """Let this process and its children have more descriptors, if the system allows it.
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -26,11 +30,14 @@ class FinalReport:
 
     def __init__(self, settings: EsperSettings) -> None:
         self._to = Path(settings.report) if settings.report and not settings.rank else None
+        self._is_asked_later = is_notebook() and not settings.rank
+        """Whether somebody may ask for it when the run is over."""
         self._kept: Path | None = None
 
     def recorded(self, settings: EsperSettings) -> EsperSettings:
         """``settings``, with a recording where the report needs one."""
-        if self._to is None or settings.recording_dir or settings.record:
+        is_recorded = settings.recording_dir or settings.record
+        if is_recorded or not (self._to or self._is_asked_later):
             return settings
         try:
             self._kept = Path(tempfile.mkdtemp(prefix="esper-report-"))
@@ -38,6 +45,7 @@ class FinalReport:
             log.warning("no report can be made: %s", error)
             self._to = None
             return settings
+        weakref.finalize(self, _remove, self._kept, os.getpid())
         return msgspec.structs.replace(settings, recording_dir=str(self._kept))
 
     def write_at_end(
@@ -65,12 +73,61 @@ class FinalReport:
             return ""
         return str(self._to)
 
+    def page_now(self, settings: EsperSettings, run: str, stream: StreamReport) -> str:
+        """The page of what has been recorded so far. Raises :class:`RuntimeError`."""
+        from esper_otel.report import ReportError, page_from
+
+        paths = [path for path in _files(settings, run, stream) if path.exists()]
+        if not paths:
+            raise RuntimeError(
+                "this run has no recording to make a report of: expected a run with a step in "
+                "a notebook, or one that began with recording_dir=... or report=..."
+            )
+        try:
+            return page_from(paths)[0]
+        except ReportError as error:
+            raise RuntimeError(f"no report can be made yet: {error}") from None
+
     def without_kept(self, stream: StreamReport) -> StreamReport:
-        """Remove what was recorded for it alone; ``stream`` without those files."""
+        """Remove what was recorded for it alone; ``stream`` without those files.
+
+        In a notebook it stays for as long as the run and the process do.
+        """
         if self._kept is None:
             return stream
-        shutil.rmtree(self._kept, ignore_errors=True)
+        if not self._is_asked_later:
+            _remove(self._kept, os.getpid())
         return msgspec.structs.replace(stream, recordings=())
+
+
+def write_beside(page: Path, summary: str) -> None:
+    """Write a summary, a line of JSON, beside a report: ``run.summary.json`` for ``run.html``.
+
+    Where that cannot be, a warning says so.
+    """
+    from esper_otel.report.sources import SUMMARY
+
+    to = page.with_name(f"{page.stem}{SUMMARY}")
+    beside = to.with_name(f".{to.name}.{os.getpid()}")
+    try:
+        beside.write_text(f"{summary}\n", "utf-8")
+        beside.replace(to)
+    except OSError as error:
+        log.warning("no summary was written beside the report: %s", error)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+def _remove(folder: Path, pid: int) -> None:
+    """Remove what a process kept; a forked child leaves it to its parent."""
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _files(settings: EsperSettings, run: str, stream: StreamReport) -> Iterator[Path]:

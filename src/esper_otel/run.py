@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.display import DisplayedRun
 from esper_otel.final_report import FinalReport
 from esper_otel.goodbye import Closing, Ending, LastWords, leave_exits, watch_exits
 from esper_otel.leyline.decisions import Decision
@@ -26,7 +27,6 @@ from esper_otel.tolaria.recorder import Recorder
 if TYPE_CHECKING:
     from esper_otel.integrations.jobs import Jobs
     from esper_otel.kasmina.garden import Garden
-    from esper_otel.stream.drain import RunTotals
     from esper_otel.tamiyo.client import TamiyoClient
 
 log = logging.getLogger("esper_otel")
@@ -37,7 +37,7 @@ STATE_VERSION = 1
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run(LoopCalls, Closing):
+class Run(LoopCalls, Closing, DisplayedRun):
     """A training run as it is recorded, streamed and decided about.
 
     :func:`esper_otel.start` makes one; so does ``esper-otel run`` for a script that knows
@@ -361,11 +361,6 @@ class Run(LoopCalls, Closing):
             others=self._jobs.totals if self._jobs else (),
             page=page,
         )
-
-    @property
-    def totals(self) -> RunTotals | None:
-        """Sums over its steps so far; None where nothing is recorded."""
-        return getattr(self._stream, "totals", None)
 
     def _is_seed_optimizer(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` trains a seed of this run: then its steps are not the run's."""

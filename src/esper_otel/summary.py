@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from esper_otel.final_report import write_beside
 from esper_otel.leyline.decisions import (
     BREAKER_OPEN,
     NOT_AGREED,
@@ -347,11 +349,11 @@ def tell_summary(
     """Tell on standard error how a run was, as ``settings`` ask for; rank 0 alone does.
 
     ``others`` are trainings of the process beside it, by name. ``totals`` None: nothing was
-    recorded. ``lost_values``, whose number is in the summary, go
-    to the log where there is none.
+    recorded. ``lost_values``, whose number is in the summary, go to the log where there is
+    none. Beside the report ``page`` it is written as JSON, whatever ``settings`` ask for.
     """
     wanted = settings.summary is not Summaries.OFF and not settings.rank
-    if totals is None or not totals.steps or not wanted:
+    if totals is None or not totals.steps or not (wanted or page):
         if lost_values:
             log.warning("esper-otel: %d %s", lost_values, _LOST)
         return
@@ -366,9 +368,12 @@ def tell_summary(
             others=others,
             page=page,
         )
-        as_json = settings.summary is Summaries.JSON
-        text = printable_json(summary.as_json()) if as_json else summary.as_text()
-        print(text, file=sys.stderr, flush=True)
+        if page:
+            write_beside(Path(page), printable_json(summary.as_json()))
+        if wanted:
+            as_json = settings.summary is Summaries.JSON
+            text = printable_json(summary.as_json()) if as_json else summary.as_text()
+            print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass  # nobody reads any more
 

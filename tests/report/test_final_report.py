@@ -1,14 +1,19 @@
 """The report that a run writes when it is over: from its own recording, or one kept for it."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
-from esper_otel.final_report import FinalReport
+from esper_otel.final_report import FinalReport, write_beside
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import StreamReport
+from esper_otel.summary import Summary
 from report.made import frames, recorded
 from testkit.report_data import unpacked
 
@@ -51,6 +56,17 @@ def test_a_run_writes_its_report_and_the_summary_names_it(tmp_path):
     assert run["name"] == "digits"
     assert run["ranks"][0]["curves"]["loss"]["total"][0] == 20
     assert list((tmp_path / "tmp").glob("esper-report-*")) == []
+    # The summary lies beside it, as ESPER_SUMMARY=json gives it.
+    line = (tmp_path / "run.summary.json").read_text("utf-8")
+    summary = msgspec.json.decode(line, type=Summary, strict=True)
+    assert (summary.run, summary.rank, summary.steps, summary.last_loss) == (
+        "digits",
+        0,
+        20,
+        0.05,
+    )
+    assert (summary.page, summary.recordings) == ("run.html", [])
+    assert set(json.loads(line)) == set(Summary.__struct_fields__)
 
 
 def test_the_command_writes_it_where_it_was_called(tmp_path):
@@ -128,3 +144,58 @@ def test_other_ranks_that_recorded_there_are_in_it(tmp_path):
     assert final.make(settings, "run", StreamReport(recordings=(paths[0],))) == str(to)
     (run,) = unpacked(to.read_text("utf-8"))["runs"]
     assert [rank["rank"] for rank in run["ranks"]] == [0, 1]
+
+
+def test_every_key_of_the_summary_is_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text("utf-8")
+    told = page.partition("## The summary in JSON")[2].partition("\n## ")[0]
+    keys = "".join(line.split("|")[1] for line in told.splitlines() if line.startswith("| `"))
+    assert sorted(re.findall("`(.+?)`", keys)) == sorted(Summary.__struct_fields__)
+
+
+NOTEBOOK = """
+import os, sys, types
+sys.modules["ipykernel"] = types.ModuleType("ipykernel")  # as the kernel of a notebook has it
+import esper_otel
+run = esper_otel.start(mode="off", run_id="<b>note</b>")
+print(run._repr_html_())
+try:
+    run.report_html()
+except RuntimeError as error:
+    print(error)
+for step in range(20):
+    run.report(loss=1.0 / (1 + step))
+    run.step()
+while run.totals.steps < 20:
+    pass
+print(run._repr_html_())
+run.close(0.1)
+page = run.report_html()
+open("page.html", "w").write(page)
+print(len(os.listdir(os.environ["TMPDIR"])))
+if not os.fork():
+    sys.exit()
+os.wait()
+print(len(os.listdir(os.environ["TMPDIR"])))
+"""
+
+
+def test_a_run_in_a_notebook_shows_itself_and_makes_its_report(tmp_path):
+    done = run_script(tmp_path, "-c", NOTEBOOK)
+    assert done.returncode == 0, done.stderr
+    first, refused, card, *kept = done.stdout.splitlines()
+    assert first == "<div><b>&lt;b&gt;note&lt;/b&gt;</b>: no step yet</div>"
+    assert refused.startswith("this run has no recording to make a report of: expected ")
+    assert card.startswith("<div><b>&lt;b&gt;note&lt;/b&gt;</b>: 20 steps, loss 1 → 0.05")
+    assert kept == ["1", "1"]
+    assert list((tmp_path / "tmp").iterdir()) == []  # it goes with the process
+    (run,) = unpacked((tmp_path / "page.html").read_text("utf-8"))["runs"]
+    assert run["ranks"][0]["curves"]["loss"]["total"][0] == 20
+    assert "  recorded  " not in done.stderr
+
+
+def test_a_summary_that_cannot_be_written_is_said(tmp_path, caplog):
+    (tmp_path / "run.summary.json").mkdir()
+    write_beside(tmp_path / "run.html", "{}")
+    assert "no summary was written beside the report: " in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["run.summary.json"]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from esper_tamiyo.journaling.reporter import Reporter
     from esper_tamiyo.keeping.restoring import Restored
     from esper_tamiyo.language.table import Table
+    from esper_tamiyo.receiving.credentials import Credentials
+    from esper_tamiyo.showing.ui_child import UiChild
 
 
 def add(commands: Commands) -> None:
@@ -46,6 +48,7 @@ def add(commands: Commands) -> None:
         help="memory for what is known of all runs (default: %(default)g)",
     )
     _add_senders(parser)
+    _add_page(parser)
     _add_record(parser)
     parser.set_defaults(command=_serve)
 
@@ -67,6 +70,18 @@ def _add_senders(parser: argparse.ArgumentParser) -> None:
         "--token-file", default="", metavar="FILE", help="senders need this bearer token"
     )
     group.add_argument("--insecure", action="store_true", help="anybody may send")
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a page to look at",
+        "Who may see it follows from the options above, as for OTLP.",
+    )
+    group.add_argument(
+        "--ui",
+        metavar="HOST:PORT",
+        help="serve a page of the runs there, live, and /metrics for Prometheus",
+    )
 
 
 def _add_record(parser: argparse.ArgumentParser) -> None:
@@ -163,12 +178,13 @@ def _serve(options: argparse.Namespace) -> int:
             logging.getLogger("tamiyo").warning("%s: %s", shown, warning)
         addresses.append(address)
     state = _state_folder(options)
+    page, pulse = _page(options, credentials, state)
     table, table_error = _table(options.table, state)
     ingest = None if options.no_ingest else IngestChild(addresses[0], addresses[1], credentials)
     if ingest is not None:
         ingest.memory_mb = options.ingest_mb
     health = _health_socket(options)
-    reporter = _reporter(options, health)
+    reporter = _reporter(options, health, pulse)
     try:
         listener = DecisionSocket(options.socket or default_path())
         recent = RecentSteps(reporter.decision_log)
@@ -185,7 +201,10 @@ def _serve(options: argparse.Namespace) -> int:
             Reloading(engine, options.table, watched=watched, last_error=table_error),
             keeper,
             recent,
-            lambda: say(_ready_line(listener.path, ingest, table.version, health), flush=True),
+            lambda: say(
+                _ready_line(listener.path, ingest, table.version, health, page), flush=True
+            ),
+            page,
         ).run()
     except (SocketError, IngestError) as error:
         raise CommandError(str(error)) from None
@@ -250,7 +269,13 @@ def _state_folder(options: argparse.Namespace) -> Path | None:
     return journal.with_suffix(".state").absolute()
 
 
-def _ready_line(path: Path, ingest: Any, version: str, health: socket.socket | None) -> str:
+def _ready_line(
+    path: Path,
+    ingest: Any,
+    version: str,
+    health: socket.socket | None,
+    page: UiChild | None,
+) -> str:
     """``tamiyo ready`` and words of the form ``name=value``, quoted as a shell would."""
     ready = ingest.ready if ingest is not None else None
     words = {
@@ -262,10 +287,14 @@ def _ready_line(path: Path, ingest: Any, version: str, health: socket.socket | N
     if health is not None:
         host, port = health.getsockname()[:2]
         words["health"] = str(Address(host, port))
+    if page is not None:
+        words["ui"] = page.address
     return " ".join(["tamiyo ready", *(shlex.quote(f"{k}={v}") for k, v in words.items())])
 
 
-def _reporter(options: argparse.Namespace, health: socket.socket | None) -> Reporter:
+def _reporter(
+    options: argparse.Namespace, health: socket.socket | None, pulse: socket.socket | None
+) -> Reporter:
     """Keeps the record; without anything to keep or to tell there is no scribe."""
     from esper_tamiyo.journaling.journal import default_folder
     from esper_tamiyo.journaling.own_telemetry import endpoint_of
@@ -278,10 +307,55 @@ def _reporter(options: argparse.Namespace, health: socket.socket | None) -> Repo
         journal_bytes=int(options.journal_file_mb * 1e6),
         journal_files=options.journal_files,
         health=None if health is None else health.fileno(),
+        pulse=None if pulse is None else pulse.fileno(),
     )
-    tells = folder or health or endpoint_of("TRACES") or endpoint_of("METRICS")
+    tells = folder or health or pulse or endpoint_of("TRACES") or endpoint_of("METRICS")
     scribe = ScribeChild(orders) if tells else None
     return Reporter(scribe, options.trace_every, options.table)
+
+
+def _page(
+    options: argparse.Namespace, credentials: Credentials, state: Path | None
+) -> tuple[UiChild | None, socket.socket | None]:
+    """The page's process, and the end of a pipe for what the scribe hands on to it.
+
+    Raises :class:`CommandError`.
+    """
+    import logging
+
+    from esper_tamiyo.journaling.journal import default_folder
+    from esper_tamiyo.receiving.credentials import CredentialsError
+    from esper_tamiyo.showing.ui_child import PULSE_BYTES, UiChild, UiOrders
+
+    if options.ui is None:
+        return None, None
+    if options.no_journal or state is None:
+        raise CommandError(
+            f"--ui {options.ui}: shows what the journal and the state hold; expected neither "
+            "--no-journal nor --no-state beside it"
+        )
+    address = _address("--ui", options.ui)
+    try:
+        warning = credentials.exposure(
+            address, options.insecure, "sees the page sees all runs", "see all runs"
+        )
+    except CredentialsError as error:
+        raise CommandError(f"--ui {options.ui}: {error}") from None
+    if warning:
+        logging.getLogger("tamiyo").warning("--ui %s: %s", options.ui, warning)
+    listening = _listening("--ui", options.ui)
+    address = Address(*listening.getsockname()[:2])
+    told, heard = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    told.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PULSE_BYTES)
+    orders = UiOrders(
+        listening=listening.fileno(),
+        pulse=heard.detach(),  # each process that is started gets it
+        state=state,
+        journal=(options.journal or default_folder(options.socket)).absolute(),
+        credentials=credentials,
+    )
+    scheme = "https" if credentials.tls_cert else "http"
+    return UiChild(listening, orders, f"{scheme}://{address}/"), told
 
 
 def _health_socket(options: argparse.Namespace) -> socket.socket | None:
@@ -290,16 +364,25 @@ def _health_socket(options: argparse.Namespace) -> socket.socket | None:
     Bound here, so that a mistake ends the start and a scribe that dies keeps the port.
     Raises :class:`CommandError`.
     """
-    from esper_tamiyo.receiving.addresses import AddressError
+    return None if options.health is None else _listening("--health", options.health)
 
-    if options.health is None:
-        return None
+
+def _listening(option: str, told: str) -> socket.socket:
+    """A socket that listens there; raises :class:`CommandError`."""
+    address = _address(option, told)
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        address = Address.parse(options.health)
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         return socket.create_server((address.host, address.port), family=family)
-    except AddressError as error:
-        raise CommandError(f"--health {options.health}: {error}") from None
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()  # the error's own text has more
-        raise CommandError(f"--health {options.health}: cannot listen: {why}") from None
+        raise CommandError(f"{option} {told}: cannot listen: {why}") from None
+
+
+def _address(option: str, told: str) -> Address:
+    """The address in an option; raises :class:`CommandError`."""
+    from esper_tamiyo.receiving.addresses import AddressError
+
+    try:
+        return Address.parse(told)
+    except AddressError as error:
+        raise CommandError(f"{option} {told}: {error}") from None

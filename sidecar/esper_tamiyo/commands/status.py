@@ -62,6 +62,11 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
     state = report.get("state")
     if state and state["error"]:
         troubles.append(f"a restart forgets all ranks, state is not kept: {state['error']}")
+    page = report.get("page")
+    if page and page["state"] in ("down", "silent"):
+        troubles.append(f"the page is not served: its process is {page['state']}")
+    elif page and page["error"]:
+        troubles.append(f"the page shows nothing new: {printable(page['error'])}")
     error = report["table"].get("last_error")
     if error:
         troubles.append(f"the table was not reloaded: {error}")
@@ -102,6 +107,8 @@ def _show(report: dict[str, Any]) -> None:
         say(f"kept: {pairs(kept)}")
     for name in ("ingest", "scribe"):
         say(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
+    if report.get("page"):
+        say(f"page: {pairs(report['page'])}")
     say(f"ranks: {pairs(engine['states'])}")
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""

@@ -106,6 +106,7 @@ PROCESSES = (
     ("scribe", "scribe"),
     ("table_watch", "table"),
     ("state_writer", "state"),
+    ("page", "page"),
 )
 """The sidecar's processes beside the one that decides, and their parts of a report."""
 

@@ -159,6 +159,7 @@ class Scribe:
             folder, size, count = orders.journal, orders.journal_bytes, orders.journal_files
             self._journal = JournalThread(lambda: Journal(folder, size, count), folder)
         self._health = None if orders.health is None else HealthEndpoint(orders.health)
+        self._pulse = None if orders.pulse is None else socket.socket(fileno=orders.pulse)
         self._telemetry = OwnTelemetry()
         self._outcomes = OutcomeReports()
         self._said: ScribeStatus | None = None
@@ -203,6 +204,7 @@ class Scribe:
                 if self._health is not None:
                     self._health.on_heartbeat(message.report)
                 self._telemetry.on_heartbeat(message)
+                self._hand_on(data)
                 continue
             if isinstance(message, Decided):
                 self._telemetry.export_decision(message)
@@ -214,6 +216,12 @@ class Scribe:
                 )
         if entries and self._journal is not None:
             self._journal.put(entries)
+
+    def _hand_on(self, data: bytes) -> None:
+        """Give a heartbeat, as it came, to the page's process; it may be slow, or away."""
+        if self._pulse is not None:
+            with suppress(OSError):
+                self._pulse.send(data, socket.MSG_DONTWAIT)
 
     def _has_new_error(self) -> bool:
         error = self._journal.error if self._journal is not None else ""

@@ -30,12 +30,16 @@ END_PATIENCE_S = 2.0
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scribe is started with; ``health`` is an open descriptor."""
+    """What the scribe is started with; ``health`` and ``pulse`` are open descriptors.
+
+    ``pulse`` is a pipe to whoever else wants the heartbeats of the process that decides.
+    """
 
     journal: Path | None = None
     journal_bytes: int = 0
     journal_files: int = 0
     health: int | None = None
+    pulse: int | None = None
 
 
 class ScribeChild(ChildProcess):
@@ -65,7 +69,8 @@ class ScribeChild(ChildProcess):
     def start(self) -> None:
         """Start the process; never raises."""
         orders = msgspec.json.encode(self.orders, enc_hook=str).decode()
-        inherited = [] if self.orders.health is None else [self.orders.health]
+        ours = (self.orders.health, self.orders.pulse)
+        inherited = [descriptor for descriptor in ours if descriptor is not None]
         try:
             pipe = self._launch([orders], inherited)
             pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIPE_BYTES)

@@ -138,7 +138,11 @@ class Acceptor:
     def start(self, address: Address) -> int:
         """Listen; returns the port. Raises ``OSError``."""
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        self._listening = socket.create_server((address.host, address.port), family=family)
+        return self.accept_at(socket.create_server((address.host, address.port), family=family))
+
+    def accept_at(self, listening: socket.socket) -> int:
+        """Accept from a socket that listens already; returns its port."""
+        self._listening = listening
         self._listening.setblocking(False)
         self._loop.add_reader(self._listening, self._accept)
         port: int = self._listening.getsockname()[1]

@@ -92,21 +92,30 @@ class Credentials(msgspec.Struct, frozen=True):
             _read("--tls-client-ca", self.tls_client_ca) if self.tls_client_ca else None,
         )
 
-    def exposure(self, address: Address, insecure: bool) -> str:
+    def exposure(
+        self,
+        address: Address,
+        insecure: bool,
+        risk: str = "can send frames can steer a run",
+        deed: str = "send",
+    ) -> str:
         """What a person should be told about this address, "" for nothing.
 
-        Raises :class:`CredentialsError` when it is open and nothing protects it.
+        Whoever reaches it ``deed``, and by that the ``risk``. Raises
+        :class:`CredentialsError` when it is open and nothing protects it.
         """
         if address.is_loopback:
             return ""
         if not (self.tls_cert or self.token_file or insecure):
             raise CredentialsError(
-                f"{address.host} is reachable from other machines, and whoever can send "
-                "frames can steer a run; expected a loopback address such as 127.0.0.1, or "
+                f"{address.host} is reachable from other machines, and whoever {risk}; "
+                "expected a loopback address such as 127.0.0.1, or "
                 "--tls-cert and --tls-key, --token-file, or --insecure"
             )
         if not (self.token_file or self.tls_client_ca):
-            return "anybody who reaches it can send; --token-file or --tls-client-ca ends that"
+            return (
+                f"anybody who reaches it can {deed}; --token-file or --tls-client-ca ends that"
+            )
         if not self.tls_cert:
             return "the token travels in the clear; --tls-cert and --tls-key end that"
         return ""
@@ -191,6 +200,11 @@ class BearerAuth:
         self._path = token_file
         self._token = read_token(token_file) if token_file else b""
         self._file = RenewedFiles([token_file])
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether nobody comes in without a token."""
+        return bool(self._path)
 
     def admits(self, authorization: str | bytes | None) -> bool:
         """Whether a request with that header may come in."""

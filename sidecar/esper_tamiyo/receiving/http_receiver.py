@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import selector_events, sslproto
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -95,11 +95,11 @@ class HttpReceiver:
             self.connections.sweep()
 
     def _protocol(self) -> asyncio.Protocol:
-        return _HttpConnection(self._server, self.connections, self._intake)
+        return HttpConnection(self._server, self.connections, self._intake)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
-        assert isinstance(connection, _HttpConnection)
+        assert isinstance(connection, HttpConnection)
         connection.release_head()
         self.connections.waits(connection, REQUEST_S + LINGER_S)
         try:
@@ -117,7 +117,7 @@ class HttpReceiver:
             connection.rest()
 
     async def _answer(
-        self, request: web.BaseRequest, connection: _HttpConnection
+        self, request: web.BaseRequest, connection: HttpConnection
     ) -> web.StreamResponse:
         if request.path != PATH:
             return _problem(404, f"expected {PATH}", code_pb2.NOT_FOUND)
@@ -156,7 +156,7 @@ class HttpReceiver:
         return web.Response(body=answer, content_type=PROTOBUF)
 
     async def _take(
-        self, request: web.BaseRequest, connection: _HttpConnection, compressed: bool
+        self, request: web.BaseRequest, connection: HttpConnection, compressed: bool
     ) -> bytes:
         if (request.content_length or 0) > MAX_REQUEST:
             raise self._intake.too_large()
@@ -185,15 +185,27 @@ class HttpReceiver:
             raise self._intake.malformed(f"not an HTTP body: {error}") from None
 
 
-class _HttpConnection(web.RequestHandler):
+class Complaints(Protocol):
+    """Who is told what went wrong with a connection."""
+
+    def malformed(self, why: str) -> Exception:
+        """What came is no HTTP."""
+
+    def failed(self, error: BaseException) -> None:
+        """Something that nobody expected."""
+
+
+class HttpConnection(web.RequestHandler):
     """One connection, which tells when it waits for its peer."""
 
-    __slots__ = ("_connections", "_head", "_intake", "_rests")
+    __slots__ = ("_complaints", "_connections", "_head", "_rests")
 
-    def __init__(self, server: web.Server, connections: Connections, intake: Intake) -> None:
+    def __init__(
+        self, server: web.Server, connections: Connections, complaints: Complaints
+    ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **server._kwargs)
         self._connections = connections
-        self._intake = intake
+        self._complaints = complaints
         self._rests = False
         self._head = 0
 
@@ -246,7 +258,7 @@ class _HttpConnection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The answer to what is no HTTP: it is counted, and not worth a line of the log."""
         if status < 500:
-            self._intake.malformed("not HTTP")
+            self._complaints.malformed("not HTTP")
         return super().handle_error(request, status, exc, message)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
@@ -256,7 +268,7 @@ class _HttpConnection(web.RequestHandler):
         error = kw.get("exc_info")
         known = HttpProcessingError | ConnectionError  # counted, or nobody is left to be told
         if isinstance(error, BaseException) and not isinstance(error, known):
-            self._intake.failed(error)
+            self._complaints.failed(error)
 
 
 def _problem(status: int, message: str, code: int = code_pb2.INVALID_ARGUMENT) -> web.Response:

@@ -21,7 +21,6 @@ import ssl
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach the user by our words
@@ -29,7 +28,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach the user by 
 import msgspec
 
 from esper_otel.leyline.terminal import log_to_stderr
-from esper_tamiyo.child_process import signal_at_parents_death
+from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
 from esper_tamiyo.receiving.addresses import Address, bind_refusal
 from esper_tamiyo.receiving.connections import MAX_CONNECTIONS
 from esper_tamiyo.receiving.credentials import (
@@ -124,12 +123,6 @@ async def _beat(
                 )
             )
         await asyncio.sleep(BEAT_S)
-
-
-def rss_mb() -> float:
-    """Memory of this process that is resident, in MB (2**20 bytes)."""
-    pages = int(Path("/proc/self/statm").read_bytes().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def connection_limits(descriptors: int) -> tuple[int, int]:

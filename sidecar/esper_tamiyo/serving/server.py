@@ -36,6 +36,7 @@ from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.reloading import Reloading
 from esper_tamiyo.serving.replies import Replies
 from esper_tamiyo.serving.supervision import ALIVE, READY, STOPPING, notify
+from esper_tamiyo.showing.ui_child import UiChild
 
 log = logging.getLogger("tamiyo")
 
@@ -60,6 +61,7 @@ class Server:
         keeper: StateKeeper,
         recent: RecentSteps,
         on_ready: Callable[[], None],
+        page: UiChild | None = None,
     ) -> None:
         """``on_ready`` is called once, when the socket and both receivers listen."""
         self._engine = engine
@@ -69,6 +71,7 @@ class Server:
         self._log = reporter.decision_log
         self._reloading = reloading
         self._keeper = keeper
+        self._page = page
         self._on_ready: Callable[[], None] | None = on_ready
         self._epoll = select.epoll()
         self._connections: dict[int, ClientConnection] = {}
@@ -101,6 +104,9 @@ class Server:
             self._reporter.start(self._epoll)
             self._reloading.start(self._epoll)
             self._keeper.start(self._epoll)
+            if self._page is not None:
+                self._page.watch(self._epoll)
+                self._page.start()
             if self._ingest is not None:
                 self._ingest.watch(self._epoll)
                 self._ingest.start()
@@ -145,6 +151,8 @@ class Server:
                 self._reloading.read()
             elif self._keeper.has_pipe(fd):
                 self._keeper.read()
+            elif self._page is not None and self._page.has_pipe(fd):
+                self._page.read()
             else:
                 with suppress(BlockingIOError):
                     wake.recv(64)
@@ -172,6 +180,9 @@ class Server:
             self._keeper.check_pulse()
             if self._ingest is not None:
                 self._ingest.check_pulse()
+            if self._page is not None:  # when it is started again, it may be a second late
+                self._page.check_pulse()
+                self._page.restart_when_due()
             seen = self._last_frame_at()
             if seen is not None and now - seen > TICK_S:
                 self._garbage.collect_all()
@@ -302,6 +313,7 @@ class Server:
             "answers": self._replies.counts(),
             "engine": overview or self._engine.overview(time.perf_counter_ns()),
             "ingest": None if self._ingest is None else self._ingest.status(),
+            "page": None if self._page is None else self._page.status(),
             **self._reporter.status(),
         }
 
@@ -313,6 +325,8 @@ class Server:
         self._keeper.close()
         if self._ingest is not None:
             self._ingest.close()
+        if self._page is not None:
+            self._page.close()
         self._reporter.close()
         self._reloading.close()
         self._epoll.close()

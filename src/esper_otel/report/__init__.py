@@ -16,7 +16,7 @@ from esper_otel.report.page import page_of
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive, OnBytes, size_of
 
-__all__ = ["MOST_TOLD", "ReportError", "size_of", "write_report"]
+__all__ = ["MOST_TOLD", "ReportError", "page_from", "size_of", "write_report"]
 
 
 MOST_TOLD = 5
@@ -35,19 +35,29 @@ def write_report(
     Raises :class:`ReportError` when nothing can be, and :class:`OSError` when ``to`` cannot be
     written. The file is there whole, or as it was before.
     """
-    archive = Archive()
-    archive.read(paths, on_bytes)
-    runs = runs_of(archive)
-    if not runs:
-        raise ReportError(_in_one_line(archive.problems))
-    page = page_of(runs, archive.ledger.rules, archive.problems)
+    page, problems = page_from(paths, on_bytes)
     beside = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         beside.write_text(page, "utf-8")
         beside.replace(to)
     finally:
         beside.unlink(missing_ok=True)
-    return archive.problems
+    return problems
+
+
+def page_from(
+    paths: Sequence[Path], on_bytes: OnBytes = lambda _: None
+) -> tuple[str, list[str]]:
+    """The report about what lies at ``paths``, and what could not be shown.
+
+    Raises :class:`ReportError` when nothing can be.
+    """
+    archive = Archive()
+    archive.read(paths, on_bytes)
+    runs = runs_of(archive)
+    if not runs:
+        raise ReportError(_in_one_line(archive.problems))
+    return page_of(runs, archive.ledger.rules, archive.problems), archive.problems
 
 
 def _in_one_line(problems: Sequence[str]) -> str:

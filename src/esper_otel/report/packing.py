@@ -109,9 +109,16 @@ Rules = Mapping[str, tuple[str, str]]
 
 
 def packed(
-    runs: Sequence[ShownRun], rules: Rules, problems: Sequence[str], most: int = BYTES
+    runs: Sequence[ShownRun],
+    rules: Rules,
+    problems: Sequence[str],
+    most: int = BYTES,
+    also: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The data of a page, compressed, in at most ``most`` bytes as far as thinning helps."""
+    """The data of a page, compressed, in at most ``most`` bytes as far as thinning helps.
+
+    ``also`` is plain data of whoever serves the page, beside the rest.
+    """
     curves = [
         (key, curve.points(), seed is not None and key not in _FULL)
         for run in runs
@@ -124,7 +131,7 @@ def packed(
     ]
     parts = _parts(sizes, int(most / _A_POINT))
     for _ in range(_TRIES):
-        data = zlib.compress(_content(runs, rules, problems, parts), _LEVEL)
+        data = zlib.compress(_content(runs, rules, problems, parts, also or {}), _LEVEL)
         if len(data) <= most or parts <= _FEWEST_PARTS:
             break
         parts = max(int(parts * 0.92 * most / len(data)), _FEWEST_PARTS)
@@ -144,10 +151,15 @@ def _parts(sizes: Sequence[tuple[int, int]], points: int) -> int:
 
 
 def _content(
-    runs: Sequence[ShownRun], rules: Rules, problems: Sequence[str], parts: int
+    runs: Sequence[ShownRun],
+    rules: Rules,
+    problems: Sequence[str],
+    parts: int,
+    also: Mapping[str, Any],
 ) -> bytes:
     arrays = _Arrays()
     told = {
+        **also,
         "release": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "problems": list(problems),

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.resources import files
 from string import Template
 
@@ -29,14 +30,28 @@ def page_of(
     runs: Sequence[ShownRun], rules: Rules, problems: Sequence[str], most: int = BYTES
 ) -> str:
     """The page of ``runs``, with ``problems`` above them; about ``most`` bytes of data."""
-    scripts, styles = ([_part(name) for name in names] for names in (SCRIPTS, STYLES))
     data = base64.b64encode(packed(runs, rules, problems, most)).decode()
+    return _page(_title(runs), data)
+
+
+@lru_cache(64)
+def live_page(source: str) -> str:
+    """The page without data, which gets them, and what is new, from below the path ``source``.
+
+    For whoever serves it; it may ask nobody else.
+    """
+    return _page("esper-otel", "", source)
+
+
+def _page(title: str, data: str, source: str = "") -> str:
+    scripts, styles = ([_part(name) for name in names] for names in (SCRIPTS, STYLES))
     policy = (
         f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
-    )
+    ) + ("; connect-src 'self'" if source else "")
     return Template(_part("page.html")).substitute(
-        title=html.escape(_title(runs)),
+        title=html.escape(title),
+        live=f' data-live="{html.escape(source, quote=True)}"' if source else "",
         policy=html.escape(policy, quote=True),
         styles="\n".join(f"<style>{style}</style>" for style in styles),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),

@@ -32,6 +32,9 @@ from esper_otel.report.trainers import TrainerCurves
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"
 _ENDINGS = (METRICS, LOGS, TRACES)
 
+SUMMARY = ".summary.json"
+"""Ending of the summary that a run writes beside its report."""
+
 _NONE = frozenset({".html", ".part"})
 """Endings of reports, and of files that a spool is still writing."""
 
@@ -197,9 +200,7 @@ def files_of(path: Path) -> Iterator[Path]:
         for each in sorted(path.iterdir()):
             if each.is_dir() and each.name.endswith(("journal", ".journal")):
                 yield from files_of(each)
-            elif _CARD.fullmatch(each.name):
-                continue
-            elif each.is_file() and not each.name.startswith(".") and each.suffix not in _NONE:
+            elif each.is_file() and not _is_none(each) and not _CARD.fullmatch(each.name):
                 yield each
         return
     path.stat()
@@ -209,6 +210,11 @@ def files_of(path: Path) -> Iterator[Path]:
             beside = path.with_name(path.name.removesuffix(METRICS) + ending)
             if beside.exists():
                 yield beside
+
+
+def _is_none(path: Path) -> bool:
+    """Whether its name says that no telemetry is in it."""
+    return path.name.startswith(".") or path.suffix in _NONE or path.name.endswith(SUMMARY)
 
 
 def size_of(paths: Sequence[Path]) -> int:

@@ -1,4 +1,5 @@
 // The page of a report: reads the data in it, draws charts with uPlot, tells decisions in words.
+// Served by a sidecar (data-live) it asks that for its data, and every second for what is new.
 // Whatever comes from a recording reaches the page as text (textContent), never as markup.
 "use strict";
 (async () => {
@@ -6,9 +7,13 @@
 
   // ---- the data ---------------------------------------------------------------------------
 
-  async function unpack(text) {
+  function bytesOf(text) {
     const plain = atob(text.trim()), raw = new Uint8Array(plain.length);
     for (let i = 0; i < plain.length; i++) raw[i] = plain.charCodeAt(i);
+    return raw;
+  }
+
+  async function unpack(raw) {
     if (typeof DecompressionStream === "undefined")
       throw new Error("this browser is too old to unpack the data (it has no DecompressionStream)");
     const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -41,11 +46,24 @@
     return data;
   }
 
+  const LIVE = document.documentElement.dataset.live || "";  // where the data come from, "" here
+  class Gone extends Error {}
+
+  // What the sidecar has: null where nothing is new; throws Gone where all is to be loaded again.
+  async function ask(what) {
+    const response = await fetch(`${LIVE}/${what}`);
+    if (response.status === 204) return null;
+    if (response.status === 205) throw new Gone("the sidecar does not know this run any more");
+    if (!response.ok) throw new Error(`the sidecar answers ${response.status}`);
+    return unpack(new Uint8Array(await response.arrayBuffer()));
+  }
+
   let data;
   try {
-    data = await unpack($("data").textContent);
+    data = await (LIVE ? ask("data") : unpack(bytesOf($("data").textContent)));
   } catch (error) {
-    $("problems").textContent = `The data of this report cannot be read: ${error.message}`;
+    $("problems").textContent = LIVE ? `No data of this run: ${error.message}.` : `The data of this report cannot be read: ${error.message}`;
+    if (LIVE) $("problems").append(" ", Object.assign(document.createElement("a"), {href: "/", textContent: "All runs"}));
     return;
   }
 
@@ -95,26 +113,48 @@
 
   const several = data.runs.length > 1;
   const lines = [];  // one for each rank of each run
-  data.runs.forEach((run, place) => {
-    run.place = place;
-    run.ranks.forEach((rank, index) => {
-      rank.run = run;
-      rank.label = run.ranks.length > 1 ? (several ? `${shown(run.title)} rank ${rank.rank}` : `rank ${rank.rank}`) : shown(run.title);
-      rank.color = several ? COLORS[place % COLORS.length] : COLORS[index % COLORS.length];
-      rank.dash = several && index ? [6 - Math.min(index, 4), 2 + Math.min(index, 4)] : null;
-      rank.visible = true;
-      for (const curves of [rank.curves, ...Object.values(rank.seeds)])
-        for (const curve of Object.values(curves)) {
-          Object.defineProperty(curve, "x", {get: () => data.array(curve.steps)});
-          Object.defineProperty(curve, "y", {get: () => data.array(curve.values)});
-        }
+
+  function withArrays(curve, from) {  // its numbers are made when a chart first wants them
+    let x = null, y = null;
+    Object.defineProperty(curve, "x", {get: () => x || from.array(curve.steps), set: made => { x = made; }});
+    Object.defineProperty(curve, "y", {get: () => y || from.array(curve.values), set: made => { y = made; }});
+    return curve;
+  }
+  const curvesOf = rank => [rank.curves, ...Object.values(rank.seeds)];
+
+  function addRank(run, rank, from) {
+    const index = run.ranks.indexOf(rank);
+    rank.run = run;
+    rank.color = several ? COLORS[run.place % COLORS.length] : COLORS[index % COLORS.length];
+    rank.dash = several && index ? [6 - Math.min(index, 4), 2 + Math.min(index, 4)] : null;
+    rank.visible = run.ranks.every(other => other.visible !== false);
+    for (const curves of curvesOf(rank)) for (const curve of Object.values(curves)) withArrays(curve, from);
+  }
+
+  function addRuns() {  // makes what is read of each run from what is packed of it
+    lines.length = 0;
+    data.runs.forEach((run, place) => {
+      run.place = place;
+      run.ranks.forEach(rank => addRank(run, rank, data));
+      run.decisions = run.decisions.map((numbers, index) => decisionOf(run, run, numbers, index));
+    });
+    label();
+  }
+
+  function label() {
+    lines.length = 0;
+    for (const run of data.runs) for (const rank of run.ranks) {
+      rank.label = run.ranks.length > 1 ? (several ? `${shown(run.title || run.name)} rank ${rank.rank}` : `rank ${rank.rank}`) : shown(run.title || run.name);
       lines.push(rank);
-    });
-    run.decisions.forEach((numbers, index) => {
-      const [template, step, rank, applied, ...values] = numbers;
-      run.decisions[index] = {run, index, step, rank, applied, values, ...run.templates[template], key: template};
-    });
-  });
+    }
+  }
+
+  // A decision out of its numbers; packed is the run as it came, with the words of decisions.
+  function decisionOf(run, packed, numbers, index) {
+    const [template, step, rank, applied, ...values] = numbers;
+    return {run, step, rank, applied, values, ...packed.templates[template], after: packed.aftermaths[index] || null};
+  }
+  addRuns();
 
   // The greatest place of x in sorted, -1 before the first.
   function before(sorted, x) {
@@ -132,7 +172,7 @@
     return ys[i] + (x - xs[i]) / (xs[i + 1] - xs[i]) * (ys[i + 1] - ys[i]);
   }
 
-  const state = {axis: "step", log: false, smoothing: 0, range: null, chosen: null};
+  const state = {axis: "step", log: false, smoothing: 0, range: null, chosen: null, step: null, tail: 0};
 
   // Steps of a rank as what the axis shows.
   function along(rank, steps) {
@@ -332,14 +372,20 @@
       legend: {live: true},
       hooks: {
         draw: chart.marked ? [marks] : [],
-        setScale: [(u, key) => { if (key === "x" && !chart.following && u.status === 1) follow(u.scales.x.min, u.scales.x.max, chart); }],
+        setScale: [(u, key) => { if (key === "x" && !chart.following && u.status === 1) { hold(); follow(u.scales.x.min, u.scales.x.max, chart); } }],
         ready: [u => prepare(u, chart)],
       },
     };
     chart.following = true;
     chart.plot = new uPlot(options, joined, chart.body);
-    if (state.range) chart.plot.setScale("x", state.range);
-    chart.following = false;
+    const range = state.range || everything();
+    if (range) chart.plot.setScale("x", range);
+    queueMicrotask(() => { chart.following = false; });  // behind uPlot's own, which calls the hooks
+  }
+
+  function hold() {  // somebody looks at a part of it, which stays
+    state.tail = 0;
+    if ($("tail")) $("tail").value = "0";
   }
 
   function follow(min, max, from) {
@@ -348,7 +394,7 @@
     for (const chart of charts) {
       if (!chart.plot || chart === from || chart.following) continue;
       chart.following = true;
-      chart.plot.setScale("x", state.range);
+      chart.plot.batch(() => chart.plot.setScale("x", state.range));  // at once, hooks included
       chart.following = false;
     }
     drawLanes();
@@ -368,16 +414,18 @@
     const now = state.range || all;
     const center = around === undefined ? (now.min + now.max) / 2 : around;
     const min = Math.max(all.min, center - (center - now.min) * factor), max = Math.min(all.max, center + (now.max - center) * factor);
-    if (max - min > 1e-9) follow(min, max, null);
+    if (max - min > 1e-9) { hold(); follow(min, max, null); }
   }
   function pan(share) {
     const all = everything();
     if (!all) return;
     const now = state.range || all, size = now.max - now.min;
     const min = Math.min(Math.max(all.min, now.min + share * size), all.max - size);
+    hold();
     follow(min, min + size, null);
   }
   function reset() {
+    hold();
     const all = everything();
     if (all) follow(all.min, all.max, null);
     state.range = null;
@@ -402,14 +450,14 @@
       addEventListener("mousemove", move); addEventListener("mouseup", up);
     }, true);
     u.over.addEventListener("click", event => {
-      if (!chart.marked || down === null || Math.abs(event.offsetX - down) > 3) return;
+      if (down === null || Math.abs(event.offsetX - down) > 3) return;
       let nearest = null, distance = 8;
-      for (const decision of decisionsShown()) {
+      for (const decision of chart.marked ? decisionsShown() : []) {
         const x = placeOf(decision);
         const away = x === null ? Infinity : Math.abs(u.valToPos(x, "x") - event.offsetX);
         if (away < distance) { nearest = decision; distance = away; }
       }
-      if (nearest) choose(nearest);
+      if (nearest) choose(nearest); else pickStep(stepAt(u.posToVal(event.offsetX, "x")));
     });
     for (const label of u.root.querySelectorAll(".u-legend .u-series th")) {
       label.tabIndex = 0;
@@ -417,6 +465,25 @@
       label.addEventListener("keydown", event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); event.stopPropagation(); label.click(); } });
     }
     u.series.forEach((one, i) => { if (one.quiet) u.root.querySelectorAll(".u-legend .u-series")[i].style.display = "none"; });
+  }
+
+  // What a chart shows now, into the plot that is there: cursor, focus and zoom stay.
+  function renew(chart) {
+    const tables = chart.plot ? chart.make() : [];
+    const fresh = tables.flatMap(table => table.series);
+    const old = chart.plot ? chart.plot.series.slice(1) : [];
+    if (!chart.plot || !tables.length || fresh.length !== old.length || fresh.some((one, i) => one.label !== old[i].label)) { draw(chart); return; }
+    fresh.forEach((one, i) => { if (one.value) old[i].value = one.value; });
+    const joined = uPlot.join(tables.map(table => [table.x, ...table.columns]));
+    chart.following = true;
+    const range = state.range || everything();
+    chart.plot.batch(() => {
+      chart.plot.setData(joined, !range);
+      if (!range) return;
+      chart.plot.redraw(true, true);
+      chart.plot.setScale("x", range);
+    });
+    chart.following = false;
   }
 
   function chart(title, about, make, options = {}) {
@@ -457,6 +524,7 @@
     waiting = charts.filter((_, i) => !tops[i]);
     charts.filter((_, i) => tops[i]).forEach(draw);
     drawLanes();
+    drawStep();
     delete document.documentElement.dataset.drawn;
     setTimeout(later, 0);
   }
@@ -526,7 +594,7 @@
     for (const episode of episodes) for (const decision of episode.all) decision.episode = episode;
   }
 
-  function aftermathOf(decision) { return decision.run.aftermaths[decision.index] || null; }
+  const aftermathOf = decision => decision.after;
   function outcomeOf(decision) {
     const found = aftermathOf(decision);
     return found ? OUTCOMES[found.outcome] || shown(found.outcome) : "";
@@ -534,8 +602,11 @@
   const done = d => headOf(d) === "notice" ? "" : d.applied === 1 ? "applied" : d.applied === 0 ? "not applied" : "";
 
   const FIRST = 300;
+  let listedAll = false;
   function listDecisions(all = false) {
+    listedAll = all;
     const total = data.runs.reduce((sum, run) => sum + run.decisions.length, 0);
+    const table = $("decisions").querySelector(".tall"), scrolled = table ? table.scrollTop : 0;
     const rows = (all ? episodes : episodes.slice(0, FIRST)).map(episode => {
       const d = episode.first;
       episode.row = h("tr", {},
@@ -551,9 +622,11 @@
       total ? h("div", {class: "tall", tabindex: 0, role: "region", "aria-label": "Table of decisions"}, h("table", {}, h("thead", {}, h("tr", {}, head.map(word => h("th", {class: "words"}, word)))), h("tbody", {}, rows)))
         : h("p", {class: "faint"}, "None is known from these files."),
       rows.length < episodes.length ? h("p", {}, h("button", {type: "button", onclick: () => listDecisions(true)}, `Show all ${number(episodes.length)}`)) : "");
+    if (scrolled) $("decisions").querySelector(".tall").scrollTop = scrolled;
+    if (state.chosen && state.chosen.episode && state.chosen.episode.row) state.chosen.episode.row.classList.add("chosen");
   }
 
-  function choose(decision) {
+  function choose(decision, again = false) {
     const old = state.chosen;
     state.chosen = decision;
     if (old && old.episode.row) old.episode.row.classList.remove("chosen");
@@ -594,9 +667,10 @@
     if (rank) {
       const rows = ["loss", "gradient_norm", "lr_scale", "step_latency_ms"].map(key => [key, at(rank.curves[key], decision.step)]).filter(row => row[1] !== null && !Number.isNaN(row[1]));
       if (rows.length) told.push(h("h3", {}, "The step itself"), seen(rows));
+      if (rank.curves.step_latency_ms) told.push(h("p", {}, h("button", {type: "button", onclick: () => { pickStep(decision.step); $("step").scrollIntoView({block: "center"}); }}, "show its phases")));
     }
     panel.replaceChildren(...told);
-    $("chosen").focus({preventScroll: true});
+    if (!again) $("chosen").focus({preventScroll: true});
   }
 
   function next(by) {
@@ -643,23 +717,23 @@
     const head = ["run", "ranks", "began", "steps", "took", ended ? "ended" : null, "loss", "mean step", "decisions", "seeds"].filter(Boolean);
     const rows = data.runs.map(run => {
       const rank = run.ranks[0];
-      const box = h("input", {type: "checkbox", checked: true, "aria-label": `Show ${shown(run.name)}`, onchange: event => { run.ranks.forEach(r => { r.visible = event.target.checked; }); redraw(); }});
-      return [h("label", {}, several ? box : null, h("span", {class: "mark"}), name(run.title)), number(run.ranks.length),
+      const box = h("input", {type: "checkbox", checked: !run.ranks.length || run.ranks.some(r => r.visible), "aria-label": `Show ${shown(run.title || run.name)}`, onchange: event => { run.ranks.forEach(r => { r.visible = event.target.checked; }); redraw(); }});
+      return [h("label", {}, several ? box : null, h("span", {class: "mark"}), name(run.title || run.name)), number(run.ranks.length),
         rank ? new Date(rank.start_ms).toISOString().replace("T", " ").slice(0, 19) + " UTC" : "–", rank ? number(rank.count) : "–", rank ? duration(rank.seconds) : "–",
         ended ? (rank && rank.ended ? name(rank.ended) : "–") : null, rank ? `${brief(total(rank, "loss", "first"))} → ${brief(total(rank, "loss", "last"))}` : "–", rank ? ms(total(rank, "step_latency_ms", "mean")) : "–",
         number(run.decisions.length), rank ? number(Object.keys(rank.seeds).length) : "–"].filter(cell => cell !== null);
     });
     const made = table(head, rows);
     made.querySelectorAll(".mark").forEach((mark, i) => { mark.style.background = several ? COLORS[i % COLORS.length] : COLORS[0]; });
-    $("runs").append(made);
+    $("runs").replaceChildren(made);
   }
 
   function listRanks() {
     if (!data.runs.some(run => run.ranks.length > 1)) return;
     const keys = facts().filter(([, of]) => lines.some(rank => of(rank) !== "–"));
-    $("ranks").append(h("h2", {id: "h-ranks"}, "Ranks side by side"),
+    $("ranks").replaceChildren(h("h2", {id: "h-ranks"}, "Ranks side by side"),
       ...data.runs.filter(run => run.ranks.length > 1).map(run => h("div", {class: "wide"}, several ? h("h3", {}, name(run.name)) : "",
-        table(["", ...run.ranks.map(rank => h("label", {}, h("input", {type: "checkbox", checked: true, onchange: event => { rank.visible = event.target.checked; redraw(); }}), ` rank ${rank.rank}`))],
+        table(["", ...run.ranks.map(rank => h("label", {}, h("input", {type: "checkbox", checked: rank.visible, onchange: event => { rank.visible = event.target.checked; redraw(); }}), ` rank ${rank.rank}`))],
           keys.map(([label, of]) => [label, ...run.ranks.map(of)])))));
   }
 
@@ -670,7 +744,7 @@
     // Name, tags and hyper-parameters as people call them; other attributes by their own names.
     const called = key => key.replace(/^esper\.run\.name$/, "name").replace(/^esper\.run\.tag\./, "tag ").replace(/^esper\.config\./, "config ");
     if (!several) {
-      if (settings.length) section.append(h("h2", {id: "h-differences"}, "Settings"), h("div", {class: "wide"}, table(["setting", "value"], settings.map(key => [name(called(key)), of(data.runs[0], key)]))));
+      if (settings.length) section.replaceChildren(h("h2", {id: "h-differences"}, "Settings"), h("div", {class: "wide"}, table(["setting", "value"], settings.map(key => [name(called(key)), of(data.runs[0], key)]))));
       return;
     }
     const reasons = [...new Set(data.runs.flatMap(run => run.decisions.map(d => d.reason)))].sort();
@@ -681,12 +755,101 @@
       ["decisions applied", ...data.runs.map(run => countOf(run, d => d.applied === 1))],
     ];
     const differ = rows.filter(([, ...cells]) => new Set(cells).size > 1);
-    section.append(h("h2", {id: "h-differences"}, "What differs"),
+    section.replaceChildren(h("h2", {id: "h-differences"}, "What differs"),
       h("p", {class: "faint"}, `${differ.length} of ${rows.length} settings, results, decisions and times; those of rank ${data.runs[0].ranks[0] ? data.runs[0].ranks[0].rank : 0} where there are several.`),
-      h("div", {class: "wide"}, table(["", ...data.runs.map(run => name(run.title))], differ)));
+      h("div", {class: "wide"}, table(["", ...data.runs.map(run => name(run.title || run.name))], differ)));
   }
 
   const SVG = "http://www.w3.org/2000/svg";
+
+  // ---- one step ---------------------------------------------------------------------------
+
+  // In the order in which they happen: what the package does around the end of the step before
+  // lies at the beginning of a step's latency, and within it what is told of that in parts.
+  const BEFORE = ["hook_latency_ms", "instrumentation", "#d55e00"];
+  const WITHIN = [["tamiyo_latency_ms", "asking Tamiyo", "#d55e00"], ["kasmina.apply_ms", "apply", "#cc79a7"], ["kasmina.finalize_ms", "finalize", "#8a63d2"]];
+  const MOST_APART = 4;  // ranks whose phases have a line each
+
+  function stepAt(x) {  // the step that a place on the axis is about
+    if (state.axis === "step") return Math.round(x);
+    const rank = ofRun()[0], clock = rank && rank.curves.time_unix_nano;
+    return clock ? clock.x[Math.max(before(clock.y, x), 0)] : null;
+  }
+  function pickStep(step) {
+    state.step = step;
+    drawStep();
+  }
+
+  function partsOf(rank, step) {  // [label, ms, from, color] of each phase of a step
+    const value = key => rank.curves[key] ? at(rank.curves[key], step) : null;
+    const whole = value("step_latency_ms"), parts = [];
+    if (whole === null || Number.isNaN(whole)) return null;
+    let from = 0;
+    const put = ([key, label, color], inside) => {
+      const took = value(key);
+      if (!(took > 0)) return;
+      parts.push({label, took, from: inside ? 0 : from, color});
+      if (!inside) from += took;
+    };
+    put(BEFORE);
+    WITHIN.forEach(one => put(one, true));
+    PHASES.slice(0, 4).forEach(one => put(one));
+    if (whole - from > whole * 0.005) parts.push({label: "in no phase", took: whole - from, from, color: "#8c959f"});
+    return {whole, parts};
+  }
+
+  function stepsOf(rank) {  // those of which all phases are known
+    const {step, step_latency_ms: whole} = rank.curves;
+    const thin = [whole, ...PHASES.map(([key]) => rank.curves[key])].some(curve => curve && curve.thinned);
+    // Between points that are left out as repeats the line is right; between thinned ones it is not.
+    return thin || !step ? whole.x : step.x.subarray(before(step.x, whole.x[0] - 1) + 1);
+  }
+
+  function drawStep() {
+    const section = $("step"), some = ofRun().filter(rank => rank.curves.step_latency_ms && rank.curves.step_latency_ms.total);
+    section.hidden = !some.length;
+    if (!some.length) return;
+    const xs = stepsOf(some[0]);
+    const place = state.step === null ? xs.length - 1 : Math.max(before(xs, state.step), 0), step = xs[place];
+    const found = some.map(rank => {
+      const told = before(rank.curves.step_latency_ms.x, step) < 0 || step > rank.last ? null : partsOf(rank, step);
+      const clock = rank.curves.time_unix_nano;
+      return told && {rank, ...told, end: rank.start_ms + 1000 * (clock ? at(clock, step) : 0)};
+    }).filter(Boolean);
+    let start = Math.min(...found.map(one => one.end - one.whole)), size = Math.max(...found.map(one => one.end)) - start;
+    const longest = Math.max(...found.map(one => one.whole)), apart = !(size <= 4 * longest) || several;
+    if (apart) size = longest;  // clocks that differ, or runs: each from its own beginning
+    const grid = h("div", {class: "lanes"});
+    const line = (label, bars) => {
+      const svg = document.createElementNS(SVG, "svg");
+      svg.setAttribute("class", "lane"); svg.setAttribute("viewBox", "0 0 1000 10"); svg.setAttribute("preserveAspectRatio", "none");
+      svg.setAttribute("role", "img"); svg.setAttribute("aria-label", bars.map(bar => `${bar.label} ${ms(bar.took)}`).join(", "));
+      for (const bar of bars) {
+        const rect = document.createElementNS(SVG, "rect"), title = document.createElementNS(SVG, "title");
+        rect.setAttribute("x", 1000 * bar.from / size); rect.setAttribute("y", 0); rect.setAttribute("height", 10);
+        rect.setAttribute("width", Math.max(1000 * bar.took / size, 1.5)); rect.setAttribute("fill", bar.color);
+        title.textContent = `${bar.label}: ${ms(bar.took)}, from ${ms(bar.from)} on`;
+        rect.append(title); svg.append(rect);
+      }
+      grid.append(h("span", {}, label), svg);
+    };
+    for (const {rank, whole, parts, end} of found) {
+      const offset = apart ? 0 : end - whole - start, moved = parts.map(part => ({...part, from: part.from + offset}));
+      const outer = moved.filter(part => !WITHIN.some(([, label]) => label === part.label));
+      line(h("strong", {}, `${rank.label}, ${ms(whole)}`), outer);
+      if (found.length <= MOST_APART) for (const part of moved) line(`${part.label} ${ms(part.took)}`, [part]);
+    }
+    const which = h("input", {type: "number", id: "which", min: xs[0], max: xs[xs.length - 1], value: step, "aria-label": "Step", onchange: event => pickStep(Number(event.target.value))});
+    const move = by => pickStep(xs[Math.min(Math.max(place + by, 0), xs.length - 1)]);
+    const focused = document.activeElement && section.contains(document.activeElement) ? document.activeElement.dataset.do || document.activeElement.id : null;
+    section.replaceChildren(h("h2", {id: "h-step"}, "One step"),
+      h("p", {class: "faint"}, h("button", {type: "button", "data-do": "back", onclick: () => move(-1)}, "‹"), " ", which, " ", h("button", {type: "button", "data-do": "on", onclick: () => move(1)}, "›"), " ",
+        h("button", {type: "button", "data-do": "newest", onclick: () => pickStep(null)}, "newest"), " ",
+        `Where its ${ms(longest)} went; a click on a chart chooses a step. Each phase is drawn in one piece`, apart ? ", each line from its own beginning." : ", ranks by their clocks."), grid);
+    const again = focused && [...section.querySelectorAll("button, input")].find(one => (one.dataset.do || one.id) === focused);
+    if (again) again.focus({preventScroll: true});
+  }
+
   function drawLanes() {
     const section = $("rules"), all = data.runs.flatMap(run => run.rules.map(row => ({run, row})));
     if (!all.length) { section.hidden = true; return; }
@@ -796,22 +959,190 @@
     }}, h("summary", {}, `All other metrics (${rest.length + seeds.length})`), grid));
   }
 
-  const names = data.runs.map(run => shown(run.title));
-  $("title").textContent = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
-  const thin = lines.some(rank => Object.values(rank.curves).some(curve => curve.thinned));
-  $("made").textContent = `esper-otel ${data.release}, made ${data.made.replace("T", " ").replace("+00:00", " UTC")}`
-    + (thin ? "; long curves are thinned: each part of them keeps its least and its greatest value" : "");
-  if (data.problems.length) $("problems").append(h("ul", {}, data.problems.map(text => h("li", {}, shown(text)))));
+  function listHead() {
+    const names = data.runs.map(run => shown(run.title || run.name));
+    $("title").textContent = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
+    if (LIVE) document.title = `${$("title").textContent} · Tamiyo`;
+    const thin = lines.some(rank => Object.values(rank.curves).some(curve => curve.thinned));
+    $("made").textContent = `esper-otel ${data.release}` + (LIVE ? "" : `, made ${data.made.replace("T", " ").replace("+00:00", " UTC")}`)
+      + (thin ? "; long curves are thinned: each part of them keeps its least and its greatest value" : "");
+    $("problems").replaceChildren(...(data.problems.length ? [h("ul", {}, data.problems.map(text => h("li", {}, shown(text))))] : []));
+  }
+
+  let chartedKeys = "";
+  const keysNow = () => [...new Set(lines.flatMap(rank => [...Object.keys(rank.curves), ...Object.values(rank.seeds).flatMap(Object.keys)]))].sort().join(" ");
+  function listCharts() {
+    chartedKeys = keysNow();
+    const more = $("all-metrics"), open = Boolean(more && more.open);
+    for (const one of charts.splice(0)) if (one.plot) one.plot.destroy();
+    for (const id of ["charts", "more"]) $(id).replaceChildren();
+    charted();
+    listHappenings();
+    if (!lines.length) $("charts").append(h("p", {class: "faint"}, LIVE ? "No curves yet." : "No curves: these files hold decisions alone."));
+    if (open && $("all-metrics")) $("all-metrics").open = true;
+  }
+
+  listHead();
   listRuns();
   controls();
-  charted();
   gather();
   listDecisions();
   listRanks();
   listDifferences();
-  listHappenings();
-  if (!lines.length) $("charts").append(h("p", {class: "faint"}, "No curves: these files hold decisions alone."));
+  listCharts();
   redraw();
+
+  // ---- live -------------------------------------------------------------------------------
+
+  const EVERY_MS = 1000, MOST_NEW = 400000;  // points beyond which all is loaded again, thinned
+  let version = data.version, fresh = 0;
+
+  function joinArrays(old, more, joins) {  // of arrays that several curves share one is made
+    let known = joins.get(old);
+    if (!known) joins.set(old, known = new Map());
+    if (!known.has(more)) {
+      const made = new Float64Array(old.length + more.length);
+      made.set(old); made.set(more, old.length);
+      known.set(more, made);
+    }
+    return known.get(more);
+  }
+
+  function join(curve, news, joins) {
+    const x = news.x, y = news.y;
+    if (x.length && (!curve.x.length || x[0] > curve.x[curve.x.length - 1])) {
+      curve.x = joinArrays(curve.x, x, joins);
+      curve.y = joinArrays(curve.y, y, joins);
+    } else if (x.length) {  // it overlaps: the later value of a step holds
+      const all = new Map();
+      curve.x.forEach((step, i) => all.set(step, curve.y[i]));
+      x.forEach((step, i) => all.set(step, y[i]));
+      const steps = [...all.keys()].sort((a, b) => a - b);
+      curve.x = Float64Array.from(steps);
+      curve.y = Float64Array.from(steps, step => all.get(step));
+    }
+    curve.values = `${curve.values} ${news.values}`;  // alike where both parts are
+    curve.total = news.total || curve.total;
+    curve.thinned = curve.thinned || news.thinned;
+    fresh += x.length;
+  }
+
+  function take(update) {  // puts what is new into data; whether a rank or a metric is
+    const joins = new Map();
+    update.runs.forEach((came, place) => {
+      const run = data.runs[data.ids.indexOf(update.ids[place])];
+      if (!run) return;
+      run.name = came.name;
+      for (const rank of came.ranks) {
+        const known = run.ranks.find(one => one.rank === rank.rank);
+        if (!known) {
+          run.ranks.push(rank);
+          run.ranks.sort((a, b) => a.rank - b.rank);
+          addRank(run, rank, update);
+          continue;
+        }
+        const names = Object.keys(rank.seeds), pairs = [[known.curves, rank.curves], ...names.map(seed => [known.seeds[seed] = known.seeds[seed] || {}, rank.seeds[seed]])];
+        for (const [mine, theirs] of pairs)
+          for (const [key, curve] of Object.entries(theirs)) {
+            withArrays(curve, update);
+            if (mine[key]) join(mine[key], curve, joins); else mine[key] = curve;
+          }
+        if (rank.count) Object.assign(known, {count: rank.count, first: rank.first, last: rank.last, start_ms: rank.start_ms, seconds: rank.seconds});
+        known.ended = rank.ended;
+      }
+      came.decisions.forEach((numbers, index) => {
+        const decision = decisionOf(run, came, numbers, index);
+        const known = run.decisions.find(one => one.step === decision.step && one.rank === decision.rank && one.update === decision.update);
+        if (known) Object.assign(known, decision); else run.decisions.push(decision);
+      });
+      if (came.decisions.length) run.decisions.sort((a, b) => a.step - b.step || a.rank - b.rank);
+      if (update.told.includes(update.ids[place])) run.rules = came.rules;
+    });
+    version = update.version;
+    Object.assign(data.metrics, update.metrics);
+    label();
+    return update.runs.some(run => run.decisions.length);
+  }
+
+  function follows() {  // the newest steps, where somebody asked for so many
+    const all = state.tail && state.axis === "step" ? everything() : null;
+    if (all) follow(Math.max(all.min, all.max - state.tail), all.max, null);
+  }
+
+  function refresh(decided) {
+    listed = null;
+    const calm = id => !$(id).contains(document.activeElement);  // nobody is choosing there
+    for (const [id, list] of [["runs", listRuns], ["ranks", listRanks], ["differences", listDifferences]]) if (calm(id)) list();
+    listHead();
+    if (decided) {
+      const old = state.chosen && state.chosen.after;
+      gather();
+      listDecisions(listedAll);
+      if (state.chosen && state.chosen.after !== old) choose(state.chosen, true);
+    }
+    if (chartedKeys !== keysNow()) { listCharts(); redraw(); return; }
+    waiting = [];
+    for (const one of charts) {
+      const box = one.figure.getBoundingClientRect();
+      one.old = one.figure.hidden || box.bottom < 0 || box.top > innerHeight;  // when it is seen
+      if (!one.old) renew(one);
+    }
+    if (!state.tail) drawLanes();
+    if (state.step === null) drawStep();
+    follows();
+    document.documentElement.dataset.version = version;
+  }
+
+  function live() {
+    const tail = h("select", {id: "tail", "aria-label": "Steps shown", onchange: event => {
+      state.tail = Number(event.target.value);
+      if (state.tail) follows(); else reset();
+    }}, [[0, "all steps"], [1000, "newest 1,000"], [100, "newest 100"]].map(([value, text]) => h("option", {value}, text)));
+    $("controls").prepend(h("a", {href: "/"}, "All runs"), tail);
+    addEventListener("scroll", () => { for (const one of charts) if (one.old) {
+      const box = one.figure.getBoundingClientRect();
+      if (box.bottom >= 0 && box.top <= innerHeight) { one.old = false; renew(one); }
+    } }, {passive: true});
+    $("live").hidden = false;
+    let failures = 0;
+    const say = text => { if ($("live").textContent !== text) $("live").textContent = text; };
+    const look = async () => {
+      try {
+        if (!document.hidden) {
+          const update = fresh > MOST_NEW ? (() => { throw new Gone(); })() : await ask(`news?since=${version}`);
+          if (update) refresh(take(update));
+          failures = 0;
+          say(lines.length && lines.every(rank => rank.ended) ? "The run has ended." : "Live: the newest steps come by themselves.");
+        }
+      } catch (error) {
+        if (error instanceof Gone) await again().catch(() => { failures += 1; });
+        else {
+          failures += 1;
+          say(`No answer from the sidecar (${shown(error.message)}): what is shown is not news.`);
+        }
+      }
+      setTimeout(look, EVERY_MS * Math.min(2 ** failures, 10));
+    };
+    // Everything anew: too much has come, or the sidecar's page has.
+    const again = async () => {
+      const chosen = state.chosen && idOf(state.chosen), hidden = new Set(lines.filter(rank => !rank.visible).map(rank => rank.label));
+      const came = await ask("data");
+      if (came.ids.join() !== data.ids.join()) { location.reload(); return; }
+      data = came;
+      fresh = 0;
+      version = data.version;
+      state.chosen = null;
+      addRuns();
+      for (const rank of lines) if (hidden.has(rank.label)) rank.visible = false;
+      gather();
+      listDecisions(listedAll);
+      listHead(); listRuns(); listRanks(); listDifferences(); listCharts(); redraw();
+      const same = chosen && decisionsShown().find(decision => idOf(decision) === chosen);
+      if (same) choose(same, true); else if (chosen) choose(null);
+    };
+    setTimeout(look, EVERY_MS);
+  }
+  if (LIVE) live();
 
   document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
@@ -825,7 +1156,7 @@
   addEventListener("afterprint", () => { paper.remove("paper"); redraw(); });
   let resized = 0;
   addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(fit, 120); });
-  globalThis.esperReport = {data, charts, state, choose, zoom, pan, reset};
+  globalThis.esperReport = {get data() { return data; }, charts, state, choose, zoom, pan, reset};
   performance.mark("drawn");
   document.documentElement.dataset.ready = "yes";
 })();
