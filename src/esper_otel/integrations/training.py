@@ -136,7 +136,7 @@ def watch_accelerate(watch: Watch, accelerator: Any) -> None:
 
     def backward(original: Any, *args: Any, **kwargs: Any) -> Any:
         # It divides the loss by the number of micro-batches before tensors see it.
-        watch.quietly(watch.run._loop.recorder.loss_prescaled)
+        watch.quietly(watch.run._loop.recorder.under_way.losses.prescaled)
         return original(*args, **kwargs)
 
     # The folder that is saved to is known to Accelerate's own hooks only.
