@@ -163,13 +163,19 @@ class StepLosses:
 
     @property
     def assumed(self) -> Assumed | None:
-        """What several calls were taken for; None where there was one, or it was said."""
+        """What several calls were taken for; None where there was one, or it is certain.
+
+        So it is where that was said, and where each had a batch of its own.
+        """
         if self._reports or self._prescaled or self._count < 2:
             return None
         divisor = self._common_divisor()
         if divisor or self._are_parts():
             return Assumed.SHARES
-        return Assumed.SEPARATE if self._are_separate() else Assumed.MEAN
+        if self._are_separate():
+            return Assumed.SEPARATE
+        certain = all(each.batch for each in self._evaluations)
+        return None if certain and self._evaluations else Assumed.MEAN
 
     @property
     def divisors(self) -> set[float]:
