@@ -32,13 +32,15 @@ class Clipping:
     ) -> Any:
         """Around ``clip_grad_norm_``, or one that takes and returns the same."""
         norm_type = args[0] if args else kwargs.get("norm_type", 2.0)
-        given, clipped = self._listed(parameters)
-        is_told = norm_type == 2.0
-        if not is_told:
+        given = clipped = parameters
+        if type(parameters) is not list:
+            given, clipped = self._listed(parameters)
+        if norm_type != 2.0:
             self._measure(clipped)
         norm = original(given, max_norm, *args, **kwargs)
-        if is_told:
-            self._take(clipped, norm)
+        watch = self._watch
+        if norm_type == 2.0 and not watch.is_elsewhere:
+            watch.quietly(watch.norms.clipped, clipped, norm)
         return norm
 
     def _by_value(self, original: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +59,8 @@ class Clipping:
     ) -> Any:
         given, clipped = self._listed(parameters)
         if self._norm_type == 2.0:
-            self._take(clipped, total_norm)
+            if not self._watch.is_elsewhere:
+                self._watch.quietly(self._watch.norms.clipped, clipped, total_norm)
         else:
             self._measure(clipped)
         return original(given, max_norm, total_norm, *args, **kwargs)
@@ -66,11 +69,6 @@ class Clipping:
         norm = original(tensors, *args, **kwargs)
         self._norm_type = args[0] if args else kwargs.get("norm_type", 2.0)
         return norm
-
-    def _take(self, parameters: list[Any], norm: Any) -> None:
-        watch = self._watch
-        if not watch.is_elsewhere:
-            watch.quietly(watch.norms.clipped, parameters, norm)
 
     def _measure(self, parameters: list[Any]) -> None:
         watch = self._watch

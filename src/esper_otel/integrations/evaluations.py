@@ -1,8 +1,8 @@
 """What tells the calls of ``backward`` of one step apart, read off the autograd graph.
 
 The rules are :mod:`esper_otel.tolaria.losses`'s; here is found what they ask for. It is looked for
-at the first steps of a training, and later only where a step has several calls, so that a loop
-with one call pays for an addition. Of weights and gradients one parameter is looked at, the first
+at the first steps of a training, and where the number of calls changes, until a few steps in a row
+had the same to say. Then a step pays for an addition. Of weights and gradients one parameter is looked at, the first
 of an optimizer that got a gradient: whether it was changed in place says its version, which torch
 counts.
 """
@@ -18,6 +18,9 @@ from esper_otel.tolaria.losses import Assumed, Evaluation, Follows, StepLosses
 
 LOOKED_AT = 4
 """First steps of a training of which all calls are looked at."""
+
+ALIKE = 8
+"""Steps with several calls that have to say the same until nobody looks any more."""
 
 MOST_OPTIMIZERS = 8
 """Beyond that many (one per parameter) nobody is spared by a loss."""
@@ -44,12 +47,21 @@ class Evaluations:
     """The calls of the step under way."""
 
     def __init__(self) -> None:
+        self.looks = True
+        """Whether the calls of the step under way are looked at from the first on."""
+        self.calls = 0
+        """Calls in the step under way."""
+        self.batch = 0
+        """The iterator that a batch came from since the call before, 0 where none did."""
+        self.expected = 0
+        """Calls in a step, where it is known what they are; 0: in any but the first."""
         self._steps_left = LOOKED_AT
-        self._several = False
+        self._alike = 0
+        self._said: list[tuple[Any, ...]] = []
         self._assumed: set[Assumed] = set()
-        self._calls = 0
-        self._batch = 0
         self._found: Evaluation | None = None
+        self.looked = False
+        """Whether the call under way is looked at."""
         self._gradients: list[tuple[weakref.ref[Any], Any]] = []
         self._sample: weakref.ref[Any] | None = None
         self._after: tuple[Any, ...] = ()
@@ -57,11 +69,8 @@ class Evaluations:
     def training_changed(self) -> None:
         """The loop works on another training."""
         self._steps_left = LOOKED_AT
-        self._sample = None
-
-    def batch_came(self, iterator: int) -> None:
-        """The loop got a batch from the iterator of that number."""
-        self._batch = iterator
+        self.looks, self.expected = True, 0
+        self._alike, self._sample = 0, None
 
     def begins(
         self, loss: Any, *, keeps_graph: bool, optimizers: Callable[[], Iterable[Any]]
@@ -70,13 +79,11 @@ class Evaluations:
 
         ``optimizers`` gives those of the loop, as far as they are known.
         """
-        calls, self._calls = self._calls, self._calls + 1
-        batch, self._batch = self._batch, 0
-        self._found = None
-        if not (calls or self._several or self._steps_left):
-            return
+        calls, self.calls = self.calls, self.calls + 1
+        batch, self.batch = self.batch, 0
         divisor, operations = _last_operations(loss)
         follows = self._relation(new_batch=batch != 0) if calls else Follows.ANOTHER
+        self.looked = True
         self._found = Evaluation(
             divisor, batch, operations, keeps_graph=keeps_graph, follows=follows
         )
@@ -88,6 +95,7 @@ class Evaluations:
     def ended(self) -> Evaluation | None:
         """It was; what is known of it, None where nobody has looked."""
         found, self._found = self._found, None
+        self.looked = False
         if found is None:
             return None
         got, spared = [], 0
@@ -108,16 +116,27 @@ class Evaluations:
             found = found._replace(spares_others=True)
         return found
 
-    def optimizer_stepped(self, *, ends_step: bool) -> None:
+    def optimizer_stepped(self) -> None:
         """Weights have changed, by an optimizer of torch."""
         self._sample, self._after = None, ()
-        if ends_step:
-            self._several = self._calls > 1
-            self._calls = 0
-            if self._steps_left:
-                self._steps_left -= 1
 
-    def tell_assumed(self, losses: StepLosses) -> None:
+    def step_ended(self, losses: StepLosses) -> None:
+        """A step of the run is over, with these ``losses``."""
+        calls, self.calls = self.calls, 0
+        if calls == self.expected and not self.looks:
+            return  # as ever
+        self._sample, self._after = None, ()
+        self._tell_assumed(losses)
+        self._steps_left = max(self._steps_left - 1, 0)
+        said = [(bool(each.batch), *each[2:], each.divisor) for each in losses.evaluations]
+        ordinary = all(each.follows is Follows.ANOTHER for each in losses.evaluations)
+        same = calls > 1 and ordinary and said == self._said
+        self._alike = self._alike + 1 if same else 0
+        self._said = said
+        self.expected = calls if calls < 2 or self._alike >= ALIKE else 0
+        self.looks = self._steps_left > 0 or (calls > 1 and not self.expected)
+
+    def _tell_assumed(self, losses: StepLosses) -> None:
         """Say once what the loss of a step with several calls was taken for."""
         assumed = losses.assumed
         if assumed is not None and assumed not in self._assumed:

@@ -83,6 +83,7 @@ class GradientNorms:
         self._jobs = jobs
         self._known: deque[_Known] = deque(maxlen=MAX_CLIPS)
         self._unstepped: IdentityMap[int] = IdentityMap()
+        self.any_unstepped = False
         self._habits: weakref.WeakKeyDictionary[Job, _Habit] = weakref.WeakKeyDictionary()
         self._early: _Early | None = None
         self._backwards = 0
@@ -104,6 +105,7 @@ class GradientNorms:
     def made(self, optimizer: Any) -> None:
         """The script has made an ``optimizer``."""
         self._unstepped[optimizer] = 0
+        self.any_unstepped = True
 
     @property
     def unstepped(self) -> Iterator[Any]:
@@ -115,14 +117,15 @@ class GradientNorms:
     def backward_begins(self) -> None:
         """Gradients are about to change."""
         self._backwards += 1
-        self._drop_early()
+        if self._early is not None:
+            self._drop_early()
 
     def backward_ended(self, *, scaled: bool, optimizing: bool) -> None:
         """They have; ``scaled`` by a ``GradScaler``, ``optimizing``: within a closure."""
-        if scaled or not self._is_alone or not self._recorder.wants_norm:
+        if scaled or not self._is_alone or self._recorder.under_way.norm is not None:
             return
         habit = self._habit
-        if len(self._unstepped) and not optimizing:
+        if self.any_unstepped and not optimizing:
             self._measure_unstepped()
         if habit.tells or habit.rescales:
             return
@@ -145,7 +148,8 @@ class GradientNorms:
         """The script clips gradients of ``parameters``, whose norm was ``norm`` before."""
         norm = whole_norm(norm, parameters)
         if norm is not None:
-            self._remember(parameters, norm, told=True)
+            ids = with_gradients(parameters)
+            self._known.append(_Known(self._backwards, ids, norm, True))
 
     def before_clipping(self, parameters: list[Any]) -> None:
         """The script is about to clip gradients of ``parameters`` by something else."""
@@ -181,9 +185,10 @@ class GradientNorms:
         if habit.trials is not None and type(early.value) is float:
             self._try(habit, early.value, optimizer)
 
-    def another_begins(self, optimizer: Any) -> None:
-        """``optimizer``, which is none of that, is about to step, or that within a closure."""
+    def begins_to_step(self, optimizer: Any) -> None:
+        """``optimizer`` is about to step, for the first time perhaps."""
         self._unstepped.discard(optimizer)
+        self.any_unstepped = len(self._unstepped) > 0
 
     def step_ended(self, optimizer: Any) -> None:
         """``optimizer``, whose steps are the run's, has stepped."""

@@ -197,15 +197,21 @@ class Watch:
     def _evaluation_begins(self, tensor: Any, keeps_graph: bool) -> None:
         """What the loss is a part of is found here, and what led to it was forward."""
         self._fresh = True
-        if type(tensor) is self._tensor:
-            scaled = self._scaled
-            loss = scaled[1] if scaled is not None and scaled[0] is tensor else tensor
-            self.quietly(self._look_at, loss, keeps_graph)
+        calls = self._evaluations
+        if calls.looks or calls.calls >= calls.expected:
+            self.quietly(self._look_at, tensor, keeps_graph)
+        else:
+            calls.calls += 1
         self._recorder.backward_begins()
         self.jobs.note_gradients()
 
-    def _look_at(self, loss: Any, keeps_graph: bool) -> None:
-        self._evaluations.begins(loss, keeps_graph=keeps_graph, optimizers=self._optimizers)
+    def _look_at(self, tensor: Any, keeps_graph: bool) -> None:
+        if type(tensor) is self._tensor:
+            scaled = self._scaled
+            loss = scaled[1] if scaled is not None and scaled[0] is tensor else tensor
+            self._evaluations.begins(
+                loss, keeps_graph=keeps_graph, optimizers=self._optimizers
+            )
 
     def _optimizers(self) -> list[Any]:
         return [*self.norms.unstepped, *(o for job in self.jobs._turns for o in job.optimizers)]
@@ -223,7 +229,8 @@ class Watch:
             if scaled is not None and scaled[0] is tensor:
                 tensor, is_scaled = scaled[1], True
             loss = self._begin(tensor)
-        self._recorder.backward_ends(loss, self._evaluations.ended())
+        calls = self._evaluations
+        self._recorder.backward_ends(loss, calls.ended() if calls.looked else None)
         return is_scaled
 
     def _grad(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -315,7 +322,7 @@ class Watch:
             self._is_graded(),
         )
         self._recorder.batch_came(asked_for, samples_in(batch), source)
-        self._evaluations.batch_came(source.iterator)
+        self._evaluations.batch = source.iterator
 
     def _batches_ended(self, iterator: Any) -> None:
         self._recorder.batches_ended(self._loop.object_ids.of(iterator))
@@ -334,7 +341,8 @@ class Watch:
         job = self.jobs.of(optimizer, fresh=fresh, has_closure=closure)
         if job is not self._job:
             self._use(job)
-        self.norms.another_begins(optimizer)
+        if self.norms.any_unstepped:
+            self.norms.begins_to_step(optimizer)
         is_primary = job.sets_step(optimizer, fresh=fresh or closure)
         if is_primary:
             job.steps_by(optimizer)
@@ -365,13 +373,12 @@ class Watch:
     def _another_ended(self, optimizer: Any) -> None:
         if not (self.is_elsewhere or self.jobs.is_seed_optimizer(optimizer)):
             self._recorder.under_way.losses.another_stepped()
-            self._evaluations.optimizer_stepped(ends_step=False)
+            self._evaluations.optimizer_stepped()
 
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
         self._steps += 1
         self.quietly(self.norms.step_ended, optimizer)
-        self._evaluations.optimizer_stepped(ends_step=True)
-        self._evaluations.tell_assumed(self._recorder.under_way.losses)
+        self._evaluations.step_ended(self._recorder.under_way.losses)
         self.quietly(self._tell_copy)
         self._loop.optimizer_ended(optimizer, args, kwargs or {})
 

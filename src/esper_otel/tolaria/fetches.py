@@ -229,7 +229,11 @@ def samples_in(batch: object, depth: int = 0) -> int:
     if kind is list and batch:  # what a DataLoader collates
         first = batch[0]  # type: ignore[index]
         size = _sizes.get(type(first))
-        if size is not None and (samples := size(first)):
+        if size is _first_of_shape:
+            shape = first.shape
+            if shape:
+                return int(shape[0])
+        elif size is not None and (samples := size(first)):
             return samples
     if kind in _sizes:
         size = _sizes[kind]

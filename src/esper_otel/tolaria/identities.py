@@ -81,10 +81,11 @@ class ObjectIds:
 
     def of(self, thing: object) -> int:
         """Its number; the ``id``, below zero, of what takes no weak reference."""
-        number = self._given.get(thing)
-        if number is None:
-            try:
-                number = self._given[thing] = self._next()
-            except TypeError:  # a list, for example
-                return -id(thing)
+        entry = self._given._entries.get(id(thing))
+        if entry is not None and entry[0]() is thing:  # as get() does, at every batch
+            return entry[1]
+        try:
+            number = self._given[thing] = self._next()
+        except TypeError:  # a list, for example
+            return -id(thing)
         return number

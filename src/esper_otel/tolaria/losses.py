@@ -76,6 +76,8 @@ class StepLosses:
         """Whether all losses are shares of a step's, from here on."""
         self.divisor = 0.0
         """By what losses were divided in a step that had as many calls; 0: none were."""
+        self._parts_per_call = 1.0
+        """Of the newest step of which all calls are known."""
         self.start_next()
 
     def start_next(self) -> None:
@@ -91,7 +93,11 @@ class StepLosses:
 
     def take(self, other: StepLosses) -> None:
         """What ``other`` has of the step under way is of this training, and not of that."""
-        own = {"all_prescaled": self.all_prescaled, "divisor": self.divisor}
+        own = {
+            "all_prescaled": self.all_prescaled,
+            "divisor": self.divisor,
+            "_parts_per_call": self._parts_per_call,
+        }
         self.__dict__.update(other.__dict__ | own)
         self._prescaled = self._prescaled or self.all_prescaled
         other.start_next()
@@ -167,7 +173,7 @@ class StepLosses:
 
         So it is where that was said, and where each had a batch of its own.
         """
-        if self._reports or self._prescaled or self._count < 2:
+        if self._count < 2 or not self._evaluations or self._reports or self._prescaled:
             return None
         divisor = self._common_divisor()
         if divisor or self._are_parts():
@@ -175,12 +181,12 @@ class StepLosses:
         if self._are_separate():
             return Assumed.SEPARATE
         certain = all(each.batch for each in self._evaluations)
-        return None if certain and self._evaluations else Assumed.MEAN
+        return None if certain else Assumed.MEAN
 
     @property
-    def divisors(self) -> set[float]:
-        """By what the losses of this step were divided, as far as that is known."""
-        return {each.divisor for each in self._evaluations}
+    def evaluations(self) -> list[Evaluation]:
+        """What is known of the calls of this step, as far as anybody has looked at them."""
+        return self._evaluations
 
     @property
     def _parts(self) -> float:
@@ -189,6 +195,14 @@ class StepLosses:
             return 1
         if count < 2 and not self.divisor:
             return count
+        if not self._evaluations:
+            return count * self._parts_per_call
+        parts = self._parts_of_known(count)
+        if len(self._evaluations) == count > 1:
+            self._parts_per_call = parts / count
+        return parts
+
+    def _parts_of_known(self, count: int) -> float:
         divisor = self._common_divisor()
         if divisor:
             return count / divisor
@@ -201,7 +215,7 @@ class StepLosses:
 
     def _common_divisor(self) -> float:
         """What all losses were divided by, if that is a number of micro-batches; else 0."""
-        divisors = self.divisors
+        divisors = {each.divisor for each in self._evaluations}
         divisor = divisors.pop() if len(divisors) == 1 else 0.0
         if divisor == self._count > 1:
             self.divisor = divisor
