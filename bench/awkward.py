@@ -6,6 +6,9 @@ command that instruments a script. What was counted is read back from the run's 
 what was taken the loops say themselves. The latency of each step and the sum of its phases
 are held against a clock of the loop's own (``testkit/stopwatch.py``).
 
+Loops of the kinds that public scripts have keep an account of their own, with which what was
+recorded and what an enforced factor did are compared (:mod:`bench.public_scripts`).
+
 The worst step has a bar as well as the median one. Between the loop's reading of the clock
 and ours another process may get the processor, so a loop with a step that is off runs again,
 five times at most, and the run whose worst step is best counts: what this package does
@@ -32,6 +35,7 @@ from typing import NamedTuple
 import torch
 
 from bench.figures import Figure, median, run
+from bench.public_scripts import account
 from esper_otel.integrations.torch import TorchInstrumentor
 from esper_otel.process import start
 from esper_otel.stream import read_frames
@@ -52,6 +56,16 @@ QUIET = {
     # Recorded and not sent: a recording has what is sent.
     **{f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")},
 }
+
+
+OF_PUBLIC = [
+    ("steps", "steps miscounted", "steps"),
+    ("losses", "losses not as the loop says", "steps"),
+    ("norms", "gradient norms not those before clipping", "steps"),
+    ("rates", "rates recorded that were not used", "steps"),
+    ("factors", "enforced, updates with another rate than the script's × factor", "updates"),
+    ("weights", "weights that differ from the bare loop's", "tensors"),
+]
 
 
 class Counted(NamedTuple):
@@ -81,11 +95,16 @@ def figures() -> list[Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.update(QUIET)
+        public, wrong = account(Path(tempfile.mkdtemp(dir=folder)))
         all_counted = [quietest(count, folder) for count in every_way()]
     miscounted = sum(counted.miscounted for counted in all_counted)
     return [
         Figure.at_most(
             BENCH, f"steps miscounted, {len(all_counted)} loops", miscounted, "steps", bar=0
+        ),
+        *(
+            Figure.at_most(BENCH, f"{public} public loops, {what}", wrong[kind], unit, bar=0)
+            for kind, what, unit in OF_PUBLIC
         ),
         *(figure for counted in all_counted for figure in rows(counted)),
     ]

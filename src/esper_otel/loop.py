@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from esper_otel.run_config import arguments_of, flattened
 from esper_otel.tolaria.custom_values import CustomValues
 from esper_otel.tolaria.devices import DeviceSampler
-from esper_otel.tolaria.fetches import ObjectIds, Source, samples_in
+from esper_otel.tolaria.fetches import Source, samples_in
 from esper_otel.tolaria.gradients import gradient_norm, is_sharded
+from esper_otel.tolaria.identities import IdentitySet, ObjectIds
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.scalars import ScalarReader
 from esper_otel.tolaria.step import PHASES, REPORTABLE
@@ -39,7 +40,7 @@ log = logging.getLogger("esper_otel")
 Batch = TypeVar("Batch")
 
 _loops: weakref.WeakSet[LoopObserver] = weakref.WeakSet()
-_claimed: weakref.WeakSet[Any] = weakref.WeakSet()
+_claimed = IdentitySet()
 """Optimizers whose steps are, or were, those of a run: no other run changes their updates."""
 _told: set[str] = set()
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -229,20 +230,26 @@ class LoopObserver:
             self.recorder.skipped()
         return bool(skipped)
 
+    def norm_tensor(self, optimizer: Any) -> Any:
+        """The norm of the gradients that ``optimizer`` has now, None where there is none."""
+        tensor = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
+        if tensor is None:
+            self._tell_of_shards(optimizer)
+            return None
+        # A fused optimizer under a GradScaler gets scaled gradients, and the scale.
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            tensor = tensor / scale
+        if tensor.device.type == "cuda":
+            self._devices.watch(tensor.device.index)
+        return tensor
+
     def _norm_of(self, optimizer: Any) -> Any:
         try:
-            tensor = gradient_norm(
-                p for group in optimizer.param_groups for p in group["params"]
-            )
+            tensor = self.norm_tensor(optimizer)
             if tensor is None:
-                self._tell_of_shards(optimizer)
                 return None
-            # A fused optimizer under a GradScaler gets scaled gradients, and the scale.
-            scale = getattr(optimizer, "grad_scale", None)
-            if scale is not None:
-                tensor = tensor / scale
             if tensor.device.type == "cuda":
-                self._devices.watch(tensor.device.index)
                 self.norm_on_device(optimizer, tensor)
             return self.scalars.read_async(tensor)
         except Exception:

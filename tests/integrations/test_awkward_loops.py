@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from esper_otel import process  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
@@ -143,8 +144,8 @@ def test_each_step_has_the_loss_of_its_own_optimizer(instrumented):
     of_ours, of_others = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (ours, others))
     x = torch.ones(2, 4)
     for _ in range(3):
-        for factor in (1.0, 3.0):  # two micro-batches, whose mean it is
-            (ours(x).sum() * 0 + factor).backward()
+        for (factor,) in DataLoader(TensorDataset(torch.tensor([1.0, 3.0]))):
+            (ours(x).sum() * 0 + factor).backward()  # two micro-batches, whose mean it is
         of_ours.step()
         (others(x).sum() * 0 + 100).backward()
         of_others.step()
@@ -178,14 +179,14 @@ def test_one_loss_that_two_optimizers_step_by_is_the_steps(instrumented):
 
 
 @pytest.mark.parametrize(("shares", "loss"), [("false", 2.0), ("true", 8.0)])
-def test_losses_that_were_divided_by_their_number_add_up(captured, monkeypatch, shares, loss):
+def test_losses_are_shares_where_that_is_said(captured, monkeypatch, shares, loss):
     monkeypatch.setenv("ESPER_LOSSES_PRESCALED", shares)
     TorchInstrumentor().instrument(skip_dep_check=True)
     try:
         model = nn.Linear(4, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for _ in range(4):
-            ((model(torch.ones(2, 4)).sum() * 0 + 8.0) / 4).backward()
+            (model(torch.ones(2, 4)).sum() * 0 + 8.0 * torch.tensor(0.25)).backward()
         optimizer.step()
     finally:
         TorchInstrumentor().uninstrument()

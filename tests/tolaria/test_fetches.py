@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from esper_otel.tolaria.fetches import MAX_FETCH_RUNS, MAX_WAITS, Fetches, ObjectIds, Source
+from esper_otel.tolaria.fetches import MAX_FETCH_RUNS, MAX_WAITS, Fetches, Source
+from esper_otel.tolaria.identities import ObjectIds
 
 TRAIN, VALID, OTHER = (Source(n, n) for n in (1, 2, 3))
 UNGRADED = Source(4, 4, graded=False)

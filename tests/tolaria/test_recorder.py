@@ -265,7 +265,7 @@ def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
     step()
     recorder.losses_prescaled(False)
     step()
-    recorder.loss_prescaled()
+    recorder.under_way.losses.prescaled()
     step()
     step()
     assert [values["loss"] for _, values in frames.taken] == [3.0, 9.0, 9.0, 3.0, 9.0, 3.0]

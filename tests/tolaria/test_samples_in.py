@@ -1,4 +1,4 @@
-from collections import UserDict
+from collections import OrderedDict, UserDict, namedtuple
 
 import numpy
 import pytest
@@ -27,3 +27,70 @@ X = numpy.zeros((32, 3))
 )
 def test_samples_are_the_first_dimension_of_the_first_tensor(batch, samples):
     assert samples_in(batch) == samples
+
+
+class Decodes(dict):
+    """Makes its values when it is asked for them, at random."""
+
+    def __getitem__(self, key):
+        raise AssertionError("decoded")
+
+    values = items = __iter__ = __len__ = __contains__ = get = __getitem__
+
+
+class Sequence(list):
+    def __getitem__(self, key):
+        raise AssertionError("decoded")
+
+    __iter__ = __len__ = __getitem__
+
+
+class Lazy:
+    """A batch that is loaded when it is looked at."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"looked at: {name}")
+
+
+class Encoding(UserDict):
+    def __getattr__(self, name):
+        raise RuntimeError(f"looked at: {name}")
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (Decodes(x=X), 32),
+        (Sequence([X, X]), 32),
+        (OrderedDict(x=X), 32),
+        (Pair(X, None), 32),
+        (Encoding(input_ids=X), 32),
+        (Lazy(), 0),
+        ([Lazy(), X], 32),
+        ({"first": Lazy(), "second": X}, 32),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_batch_is_not_asked_for_anything(batch, samples):
+    assert samples_in(batch) == samples
+
+
+def test_a_tensor_of_the_scripts_own_kind_is_measured_without_its_code():
+    torch = pytest.importorskip("torch")
+
+    class Image(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            raise AssertionError(f"called: {function}")
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise AssertionError(f"called: {function}")
+
+    image = torch.zeros(32, 3).as_subclass(Image)
+    assert samples_in([image, torch.zeros(32)]) == 32
+    assert samples_in((torch.zeros(32, 1).as_subclass(Wrapper), torch.zeros(16))) == 16

@@ -90,7 +90,7 @@ def test_a_norm_measured_after_the_step_is_no_part_of_the_optimizers_time(clock,
 )
 def test_losses_add_up(clock, step, losses, shares, expected):
     if shares:
-        step.loss_prescaled()
+        step.losses.prescaled()
     for loss in losses:
         micro_batch(step, clock, loss)
     assert step.loss == expected
@@ -112,7 +112,7 @@ def test_of_the_losses_of_a_closure_the_first_counts(clock, step):
 
 def test_the_loss_of_another_optimizer_is_the_steps_only_when_none_follows(clock, step):
     micro_batch(step, clock, 4.0)
-    step.another_stepped()
+    step.losses.another_stepped()
     assert step.loss == (4.0, 1)
     micro_batch(step, clock, 1.0)
     assert step.loss == (1.0, 1)
@@ -188,14 +188,15 @@ def test_nothing_of_a_step_is_left_for_the_next(clock, step):
     fresh = StepUnderWay(enriched=True)
     fresh.losses_prescaled()
     step.losses_prescaled()
-    step.loss_prescaled()
+    step.losses.prescaled()
     micro_batch(step, clock)
-    step.another_stepped()
+    step.losses.another_stepped()
     step.loop_reported(1.0, {"accuracy": 0.5})
     step.optimizer_approaches(clock(), 2.0)
     step.optimizer_begins(clock())
     step.phase("forward", clock(), clock())
     for each in (step, fresh):
         each.start_next(clock(), 2)
-    goes_on = {"fetches": None, "backwards": 0}
+    assert vars(step.losses) == vars(fresh.losses)
+    goes_on = {"fetches": None, "losses": None, "backwards": 0}
     assert vars(step) | goes_on == vars(fresh) | goes_on

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from esper_otel.goodbye import DONE, Ending
 from esper_otel.integrations.primary import Primary
 from esper_otel.run import Run
+from esper_otel.tolaria.identities import IdentityMap, IdentitySet
 from esper_otel.tolaria.ports import HeldRun
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Job:
         """Steps of all optimizers of the process when one of its own stepped last; 0: never."""
         self.turns: list[weakref.ref[Any]] = []
         """Optimizers in the order of their steps, while it is not known to be a training."""
-        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._optimizers = IdentitySet()
         self._parameters: dict[int, weakref.ref[Any]] = {}
         self._sample: weakref.ref[Any] | None = None
         """A parameter, the first: what goes through a model at all has it in its graph."""
@@ -170,10 +171,9 @@ class Jobs:
         """Told which training the loop works on, whenever that changes."""
         self._turns = [Job(run)]
         self._open = [self._turns[0]]
-        self._of: weakref.WeakKeyDictionary[Any, Job] = weakref.WeakKeyDictionary()
+        self._of: IdentityMap[Job] = IdentityMap()
         self._newest: weakref.ref[Any] | None = None
-        self._count = 0
-        """Steps of all optimizers."""
+        self._count = 0  # steps of all optimizers
         self._begun = 1
 
     @property
@@ -294,8 +294,8 @@ class Jobs:
 
     def _related(self, optimizer: Any) -> Job | None:
         """The training that has a parameter of ``optimizer``; the newest of several."""
-        candidates = [*self._open, *(job for job in self._turns if job not in self._open)]
-        for job in reversed(candidates):
+        held = [job for job in self._turns if job not in self._open]
+        for job in reversed([*self._open, *held]):
             if not job.is_closed and job.shares_parameters(optimizer):
                 return job
         return None

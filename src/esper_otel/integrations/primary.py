@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from esper_otel.tolaria.identities import IdentityMap
+
 PATIENCE = 8
 """Steps of another optimizer, beyond twice the most that a cycle ever had, after which the
 primary is taken to have ended."""
@@ -24,7 +26,7 @@ class Primary:
 
     def __init__(self, wanted: str = "") -> None:
         self._wanted = wanted
-        self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._places: IdentityMap[int] = IdentityMap()
         self._next_place = 0
         self._ref: weakref.ref[Any] | None = None
         self._steps = 0

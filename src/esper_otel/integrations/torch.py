@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esper_otel")
 
+AFTER_TORCH = ("accelerate.accelerator", "transformers.trainer", "deepspeed.runtime.engine")
+"""Modules of frameworks that are instrumented as well, when they are imported."""
+
 
 class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     """Instruments torch, now or when it is imported.
@@ -52,7 +55,7 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         cls = type(self)
         cls._settings = settings
         # Not before torch is: a script that never imports it should not pay for it.
-        for name in ("torch", "accelerate.accelerator", "transformers.trainer"):
+        for name in ("torch", *AFTER_TORCH):
             if name in sys.modules or name not in cls._awaited:
                 cls._awaited.add(name)
                 wrapt.register_post_import_hook(cls._imported, name)
@@ -78,6 +81,10 @@ class TorchInstrumentor(BaseInstrumentor):  # type: ignore[misc]
             from esper_otel.integrations.training import watch_accelerate
 
             watch_accelerate(watch, module)
+        elif name == "deepspeed.runtime.engine" and watch is not None:
+            from esper_otel.integrations.training import watch_deepspeed
+
+            watch_deepspeed(watch, module)
         elif name == "transformers.trainer" and watch is not None:
             from esper_otel.integrations.transformers import watch_transformers
 

@@ -162,7 +162,7 @@ def watch_accelerate(watch: Watch, accelerator: Any) -> None:
 
     def backward(original: Any, *args: Any, **kwargs: Any) -> Any:
         # It divides the loss by the number of micro-batches before tensors see it.
-        watch.quietly(watch.run._loop.recorder.loss_prescaled)
+        watch.quietly(watch.run._loop.recorder.under_way.losses.prescaled)
         return original(*args, **kwargs)
 
     # The folder that is saved to is known to Accelerate's own hooks only.
@@ -185,6 +185,28 @@ def watch_accelerate(watch: Watch, accelerator: Any) -> None:
         watch.wrap(accelerator.Accelerator, "backward", backward)
         watch.wrap(accelerator.Accelerator, "save_state", save_state)
         watch.wrap(accelerator.Accelerator, "load_state", load_state)
+
+
+def watch_deepspeed(watch: Watch, engine: Any) -> None:
+    """Have ``watch`` learn the gradient norm of DeepSpeed's engines from before they clip.
+
+    ``engine`` is its module ``deepspeed.runtime.engine``, which was just imported. Without ZeRO
+    and in full precision an engine clips by a function of its module; in all other cases its
+    optimizer clips, and knows the norm (``get_global_grad_norm``) before the inner one steps.
+    """
+
+    def step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = getattr(engine, "optimizer", None)
+        watch.norms.engine = optimizer if hasattr(optimizer, "_global_grad_norm") else None
+        try:
+            return original(engine, *args, **kwargs)
+        finally:
+            watch.norms.engine = None
+
+    if hasattr(engine, "clip_grad_norm_"):
+        watch.wrap(engine, "clip_grad_norm_", watch.clipping.by_norm)
+    if hasattr(engine, "DeepSpeedEngine"):
+        watch.wrap(engine.DeepSpeedEngine, "step", step)
 
 
 def _until_returned(handle: Any, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,12 @@
 """What watches a plain PyTorch loop that knows nothing of it.
 
 Step boundaries come from torch's public global optimizer hooks. What has no hook is
-wrapped where it is looked up: ``backward`` (the loss is what it is called on),
-``clip_grad_norm_`` (its norm is reused), ``GradScaler`` (for the loss it hides and the
-steps it skips), the fetch of a DataLoader's iterator, ``os._exit`` (which would take what
-is unsent with it) and, with CUDA, ``Tensor.to`` and ``Tensor.cuda``. :meth:`Watch.undo`
-puts the very objects back.
+wrapped where it is looked up: ``backward`` and ``autograd.grad`` (the loss is what they are
+called on), the functions that clip (their norm is reused), ``GradScaler`` (for the loss it
+hides and the steps it skips), ``Optimizer.__init__`` (an optimizer is known before it steps),
+the fetch of a DataLoader's iterator, ``os._exit`` (which would take what is unsent with it)
+and, with CUDA, ``Tensor.to`` and ``Tensor.cuda``. :meth:`Watch.undo` puts the very objects
+back.
 
 A wrapper does its own work within :meth:`Watch.quietly`: what the user called behaves,
 returns and raises as ever. What happens on other threads than the one that trains, a
@@ -18,24 +19,23 @@ import functools
 import importlib
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from threading import get_ident
 from time import perf_counter_ns
+from types import GeneratorType
 from typing import Any
 
+from esper_otel.integrations.clipping import Clipping
+from esper_otel.integrations.evaluations import Evaluations
 from esper_otel.integrations.jobs import Job, Jobs
+from esper_otel.integrations.norms import GradientNorms
 from esper_otel.loop import has_closure, tell_once
 from esper_otel.run import Run
 from esper_otel.tolaria.fetches import Source, samples_in
-from esper_otel.tolaria.gradients import whole_norm, with_gradients
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import StepHooks
 
 log = logging.getLogger("esper_otel")
-
-MAX_CLIPS = 8
-"""Clippings that are remembered until the optimizer steps whose gradients they may be."""
 
 
 class Watch:
@@ -48,6 +48,9 @@ class Watch:
     def __init__(self, torch: Any, run: Run) -> None:
         self.jobs = run._jobs = Jobs(run)
         self.jobs.follow = self._use
+        self.norms = GradientNorms(self.jobs)
+        self.clipping = Clipping(self, torch.Tensor)
+        self._evaluations = Evaluations()
         self._use(self.jobs.current)
         self._is_graded: Callable[[], bool] = torch.is_grad_enabled
         self._thread = 0
@@ -57,7 +60,10 @@ class Watch:
         """Whether ``backward`` was called since an optimizer stepped last."""
         self._stepped: Any = None
         self._scaled: tuple[Any, Any] | None = None
-        self._clips: deque[tuple[list[int], Any]] = deque(maxlen=MAX_CLIPS)
+        self._by_grad = False
+        """Whether ``autograd.grad`` was called for weights since an optimizer stepped last."""
+        self._tensor: type = torch.Tensor
+        self._parameter: type = torch.nn.Parameter
         self._copies = CopyTimer()
         self._copied = False
         self._undo: list[Callable[[], None]] = []
@@ -76,14 +82,22 @@ class Watch:
         self._recorder = job.recorder
         self._begin = self._loop.scalars.read_async
         self._primary = job.primary
+        self.norms.use(job)
+        self._evaluations.training_changed()
 
     def _put_on(self, torch: Any) -> None:
         self._hook_optimizers()
         self.wrap(torch.Tensor, "backward", self._backward)
         self.wrap(torch.autograd, "backward", self._backward)
-        clip = self.wrap(torch.nn.utils, "clip_grad_norm_", self._clip)
-        self._put(torch.nn.utils.clip_grad, "clip_grad_norm_", clip)
+        self.wrap(torch.autograd, "grad", self._grad)
+        self.wrap(torch.optim.Optimizer, "__init__", self._made)
+        for name, clip in self.clipping.wrappers.items():
+            if hasattr(torch.nn.utils, name):
+                wrapper = self.wrap(torch.nn.utils, name, clip)
+                if hasattr(torch.nn.utils.clip_grad, name):
+                    self._put(torch.nn.utils.clip_grad, name, wrapper)
         self.wrap(torch.amp.GradScaler, "scale", self._scale)
+        self.wrap(torch.amp.GradScaler, "unscale_", self._unscale)
         self.wrap(torch.amp.GradScaler, "step", self._scaler_step)
         self.wrap(os, "_exit", functools.partial(self._exit, os.getpid()))
         if torch.cuda.is_available():
@@ -151,13 +165,13 @@ class Watch:
     # Around what the user calls.
 
     def _backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._backward_depth or self._elsewhere:
+        if self._backward_depth or self.is_elsewhere:
             return original(*args, **kwargs)
         self._backward_depth += 1
-        self._fresh = True
+        tensor = args[0] if args else kwargs.get("tensors")
+        keeps = args[2] if len(args) > 2 else kwargs.get("retain_graph")
         try:
-            self.quietly(self._recorder.backward_begins)
-            self.quietly(self.jobs.note_gradients)
+            self.quietly(self._backward_begins, tensor, bool(keeps))
             if self._job.steps_in_backward:
                 # Its updates are about to be made, on threads that must not wait for answers.
                 self.quietly(self._recorder.collect)
@@ -165,7 +179,7 @@ class Watch:
         finally:
             self._backward_depth -= 1
             stepped, self._stepped = self._stepped, None
-        self.quietly(self._take_loss, args[0] if args else kwargs.get("tensors"))
+        self.quietly(self._backward_ended, tensor)
         if stepped is not None:
             self._job.steps_in_backward = True
             self._thread = get_ident()
@@ -173,19 +187,83 @@ class Watch:
             self.quietly(self._end_step, stepped)
         return result
 
-    def _take_loss(self, tensor: Any) -> None:
-        loss = None
+    def _backward_begins(self, tensor: Any, keeps_graph: bool) -> None:
+        if self._by_grad:  # of an inner loop
+            self._by_grad = False
+            self._recorder.under_way.losses.forget()
+        self.norms.backward_begins()
+        self._evaluation_begins(tensor, keeps_graph)
+
+    def _evaluation_begins(self, tensor: Any, keeps_graph: bool) -> None:
+        """What the loss is a part of is found here, and what led to it was forward."""
+        self._fresh = True
+        calls = self._evaluations
+        if calls.looks or calls.calls >= calls.expected:
+            self.quietly(self._look_at, tensor, keeps_graph)
+        else:
+            calls.calls += 1
+        self._recorder.backward_begins()
+        self.jobs.note_gradients()
+
+    def _look_at(self, tensor: Any, keeps_graph: bool) -> None:
+        if type(tensor) is self._tensor:
+            scaled = self._scaled
+            loss = scaled[1] if scaled is not None and scaled[0] is tensor else tensor
+            self._evaluations.begins(
+                loss, keeps_graph=keeps_graph, optimizers=self._optimizers
+            )
+
+    def _optimizers(self) -> list[Any]:
+        return [*self.norms.unstepped, *(o for job in self.jobs._turns for o in job.optimizers)]
+
+    def _backward_ended(self, tensor: Any) -> None:
+        is_scaled = self._evaluation_ended(tensor)
+        optimizing = self._recorder.under_way.optimizing
+        self.norms.backward_ended(scaled=is_scaled, optimizing=optimizing)
+
+    def _evaluation_ended(self, tensor: Any) -> bool:
+        """Takes the loss; returns whether a ``GradScaler`` has scaled it."""
+        loss, is_scaled = None, False
         if getattr(tensor, "numel", int)() == 1:  # autograd.backward also takes several
             scaled, self._scaled = self._scaled, None
             if scaled is not None and scaled[0] is tensor:
-                tensor = scaled[1]
+                tensor, is_scaled = scaled[1], True
             loss = self._begin(tensor)
-        self._recorder.backward_ends(loss)
+        calls = self._evaluations
+        self._recorder.backward_ends(loss, calls.ended() if calls.looked else None)
+        return is_scaled
+
+    def _grad(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 or self._backward_depth or self.is_elsewhere:
+            return original(*args, **kwargs)
+        loss, weights, *others = args
+        if type(weights) is GeneratorType:  # model.parameters(), looked at twice
+            weights = tuple(weights)
+        first = weights[0] if type(weights) in (tuple, list) and weights else weights
+        if type(loss) is not self._tensor or type(first) is not self._parameter:
+            return original(loss, weights, *others, **kwargs)
+        self.quietly(self._evaluation_begins, loss, bool(kwargs.get("retain_graph")))
+        result = original(loss, weights, *others, **kwargs)
+        self._by_grad = True
+        self.quietly(self._evaluation_ended, loss)
+        return result
+
+    def _made(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        original(optimizer, *args, **kwargs)
+        self.quietly(self.norms.made, optimizer)
 
     def _scale(self, original: Any, scaler: Any, outputs: Any) -> Any:
         result = original(scaler, outputs)
         if result is not outputs and hasattr(result, "numel"):
             self._scaled = (result, outputs)
+        return result
+
+    def _unscale(
+        self, original: Any, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(scaler, optimizer, *args, **kwargs)
+        if not self.is_elsewhere:
+            self.quietly(self.norms.unscaled, optimizer)
         return result
 
     def _scaler_step(
@@ -196,7 +274,7 @@ class Watch:
         if not self._primary.may_be(optimizer):
             self.quietly(self._another_ended, optimizer)
         elif steps == self._steps:
-            self._clips.clear()
+            self.norms.skipped()
             self.quietly(self._recorder.skipped)
         return result
 
@@ -204,38 +282,6 @@ class Watch:
         if os.getpid() == pid:  # and not a child that was forked
             self.quietly(self.jobs.first._end)
         original(*args, **kwargs)
-
-    def _clip(
-        self, original: Any, parameters: Any, max_norm: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if isinstance(parameters, Iterable) and not hasattr(parameters, "grad"):
-            parameters = list(parameters)  # it may be a generator, and is looked at twice
-        norm = original(parameters, max_norm, *args, **kwargs)
-        norm_type = args[0] if args else kwargs.get("norm_type", 2.0)
-        if norm_type == 2.0 and not self._elsewhere:
-            self.quietly(self._take_norm, parameters, norm)
-        return norm
-
-    def _take_norm(self, parameters: Any, norm: Any) -> None:
-        clipped = [parameters] if hasattr(parameters, "grad") else parameters
-        norm = whole_norm(norm, clipped)
-        if norm is not None:
-            self._clips.append((with_gradients(clipped), norm))
-
-    def _tell_clips(self, optimizer: Any) -> None:
-        """Tell the norm of what was clipped, if that is all that ``optimizer`` steps by.
-
-        Not before it steps: which optimizer that will be is not known for certain. The norm
-        of a part of its gradients, or of others, is not the norm the registry means.
-        """
-        stepped = with_gradients(p for group in optimizer.param_groups for p in group["params"])
-        for clipped, norm in reversed(self._clips):
-            if clipped == stepped or sorted(clipped) == sorted(stepped):
-                self._recorder.clipped(self._begin(norm))
-                if getattr(norm, "is_cuda", False):
-                    self._loop.norm_on_device(optimizer, norm)
-                break
-        self._clips.clear()
 
     def _to_device(self, original: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if self._copied or tensor.device.type != "cpu":
@@ -260,10 +306,10 @@ class Watch:
         try:
             batch = original(iterator)
         except StopIteration:
-            if not self._elsewhere:
+            if not self.is_elsewhere:
                 self.quietly(self._batches_ended, iterator)
             raise
-        if self._elsewhere:
+        if self.is_elsewhere:
             return batch
         self.quietly(self._batch_came, iterator, asked_for, batch)
         return batch
@@ -276,6 +322,7 @@ class Watch:
             self._is_graded(),
         )
         self._recorder.batch_came(asked_for, samples_in(batch), source)
+        self._evaluations.batch = source.iterator
 
     def _batches_ended(self, iterator: Any) -> None:
         self._recorder.batches_ended(self._loop.object_ids.of(iterator))
@@ -294,6 +341,8 @@ class Watch:
         job = self.jobs.of(optimizer, fresh=fresh, has_closure=closure)
         if job is not self._job:
             self._use(job)
+        if self.norms.any_unstepped:
+            self.norms.begins_to_step(optimizer)
         is_primary = job.sets_step(optimizer, fresh=fresh or closure)
         if is_primary:
             job.steps_by(optimizer)
@@ -305,43 +354,43 @@ class Watch:
             self._recorder.before_update(optimizer, collects=False)
             return
         if not is_primary:
-            self._recorder.before_update(optimizer, collects=not self._elsewhere)
+            self._recorder.before_update(optimizer, collects=not self.is_elsewhere)
             return
         self._thread = get_ident()
-        if self._clips:
-            self.quietly(self._tell_clips, optimizer)
+        self.quietly(self.norms.update_begins, optimizer, has_closure=closure)
         self._loop.optimizer_begins(optimizer, args, kwargs)
 
     def _optimizer_ended(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.quietly(self._recorder.control.updates.put_back, optimizer)
         if self._backward_depth:
             return
-        self._fresh = False  # also of what a closure has called
+        self._fresh = self._by_grad = False  # also of what a closure has called
         if self._primary.current is optimizer:
             self.quietly(self._end_step, optimizer, args, kwargs)
         else:
             self.quietly(self._another_ended, optimizer)
 
     def _another_ended(self, optimizer: Any) -> None:
-        if not (self._elsewhere or self.jobs.is_seed_optimizer(optimizer)):
-            self._recorder.another_stepped()
+        if not (self.is_elsewhere or self.jobs.is_seed_optimizer(optimizer)):
+            self._recorder.under_way.losses.another_stepped()
+            self._evaluations.optimizer_stepped()
 
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
         self._steps += 1
-        if self._clips:  # by a closure, within the step
-            self.quietly(self._tell_clips, optimizer)
+        self.quietly(self.norms.step_ended, optimizer)
+        self._evaluations.step_ended(self._recorder.under_way.losses)
         self.quietly(self._tell_copy)
         self._loop.optimizer_ended(optimizer, args, kwargs or {})
 
     @property
-    def _elsewhere(self) -> bool:
+    def is_elsewhere(self) -> bool:
         """Whether this is another thread than the one that trains, as far as is known."""
         return self._thread not in (0, get_ident())
 
-    def quietly(self, work: Callable[..., Any], *args: Any) -> Any:
+    def quietly(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``work`` returns; None when it raises, which is told once."""
         try:
-            return work(*args)
+            return work(*args, **kwargs)
         except Exception:
             tell_once("a part of a step could not be recorded")
             return None

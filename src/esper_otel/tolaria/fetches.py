@@ -26,9 +26,9 @@ samples a batch has is found here as well (:func:`samples_in`).
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Mapping, Sequence, Set
+import sys
+from collections import UserDict
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 MAX_FETCH_RUNS = 64
@@ -39,7 +39,7 @@ MAX_WAITS = 64
 
 
 class Source(NamedTuple):
-    """Where a batch came from, in numbers that :class:`ObjectIds` gives.
+    """Where a batch came from, in numbers of :class:`~esper_otel.tolaria.identities.ObjectIds`.
 
     ``graded``: gradients were recorded when it was asked for, as no evaluation has it that
     runs under ``torch.no_grad``.
@@ -208,49 +208,86 @@ class Fetches:
         }
 
 
-class ObjectIds:
-    """Numbers for objects. None is given twice, as an ``id`` is once its owner is gone."""
-
-    def __init__(self) -> None:
-        self._given: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._next = itertools.count(1)
-
-    def of(self, thing: object) -> int:
-        """Its number; the ``id``, below zero, of what takes no weak reference."""
-        try:
-            number = self._given.get(thing)
-            if number is None:
-                number = self._given[thing] = next(self._next)
-        except TypeError:  # a list, or something that cannot be hashed
-            return -id(thing)
-        return number
-
-
 _DEEPEST = 4
+_MOST_KINDS = 256
+
+_Size = Callable[[Any], int]
+
+_sizes: dict[type, _Size | None] = {}
+"""How the first dimension of each kind of tensor seen so far is read, None: it is none."""
 
 
 def samples_in(batch: object, depth: int = 0) -> int:
     """Length of the first dimension of the first tensor in ``batch``, 0 when it has none.
 
-    Looks into mappings, sequences and objects of the kind Hugging Face collators make
-    (a mapping by behaviour), to a depth of four. Anything with a ``shape`` is a tensor.
+    Looks into dictionaries, lists and tuples, and what extends them or ``UserDict`` (as
+    batches of Hugging Face do), to a depth of four, for tensors of torch and arrays of numpy.
+    Nothing else is looked at, and none of the batch's own code runs: what decodes when it is
+    asked for something is not asked.
     """
-    if type(batch) is list and batch:  # what a DataLoader collates
-        shape = getattr(batch[0], "shape", None)
-        if shape:
-            return int(shape[0])
-    shape = getattr(batch, "shape", None)
-    if shape is not None:
-        return int(shape[0]) if len(shape) else 0
+    kind = type(batch)
+    if kind is list and batch:  # what a DataLoader collates
+        first = batch[0]  # type: ignore[index]
+        size = _sizes.get(type(first))
+        if size is _first_of_shape:
+            shape = first.shape
+            if shape:
+                return int(shape[0])
+        elif size is not None and (samples := size(first)):
+            return samples
+    if kind in _sizes:
+        size = _sizes[kind]
+    else:
+        size = _size_of(kind)
+        if len(_sizes) < _MOST_KINDS:
+            _sizes[kind] = size
+    if size is not None:
+        return size(batch)
     if depth == _DEEPEST:
         return 0
-    parts: object = ()
-    if isinstance(batch, Mapping):
-        parts = batch.values()
-    elif isinstance(batch, list | tuple):
-        parts = batch
-    for part in parts:  # type: ignore[attr-defined]
+    for part in _parts_of(batch, kind):
         samples = samples_in(part, depth + 1)
         if samples:
             return samples
     return 0
+
+
+def _parts_of(batch: Any, kind: type) -> Iterable[object]:
+    """What ``batch`` holds, by the methods of Python's own types."""
+    if issubclass(kind, dict):
+        return dict.values(batch)
+    if issubclass(kind, list):
+        return list.__iter__(batch)
+    if issubclass(kind, tuple):
+        return tuple.__iter__(batch)
+    if issubclass(kind, UserDict):
+        held = object.__getattribute__(batch, "__dict__").get("data")
+        return dict.values(held) if issubclass(type(held), dict) else ()
+    return ()
+
+
+def _size_of(kind: type) -> _Size | None:
+    """How the first dimension of a ``kind`` of tensor is read; None where it is no tensor."""
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None and kind is numpy.ndarray:
+        return _first_of_shape
+    if torch is None or not issubclass(kind, torch.Tensor):
+        return None
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return _first_of_shape
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not (
+        kind.__module__.startswith("torch.")
+    ):
+        return None  # its shape may be computed by the script
+    without_overrides = torch._C.DisableTorchFunctionSubclass
+
+    def first_dimension(tensor: Any) -> int:
+        with without_overrides():
+            return _first_of_shape(tensor)
+
+    return first_dimension
+
+
+def _first_of_shape(tensor: Any) -> int:
+    shape = tensor.shape
+    return int(shape[0]) if shape else 0

@@ -40,7 +40,9 @@ def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if type(gradient) is not torch.Tensor or flat:
+            if type(gradient) is not torch.Tensor or (
+                flat and getattr(parameter, "_fsdp_flattened", False)
+            ):
                 held = _held(parameter)
                 if held is None:
                     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 from esper_otel.leyline.metrics import STEP_SLOT
@@ -82,7 +83,7 @@ def _momentum_of(group: dict[str, Any]) -> float | None:
     momentum = group.get("momentum")
     if momentum is None:
         betas = group.get("betas")
-        momentum = betas[0] if isinstance(betas, tuple | list) and betas else None
+        momentum = betas[0] if type(betas) in (tuple, list) and betas else None
     return host_number(momentum)
 
 
@@ -90,11 +91,11 @@ def host_number(value: object) -> float | None:
     """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
     if type(value) is float:
         return value
-    if isinstance(value, int | float):
-        return float(value)
-    if getattr(getattr(value, "device", None), "type", None) != "cpu":
-        return None
     try:
+        if isinstance(value, Real):  # numpy's numbers as well
+            return float(value)
+        if getattr(getattr(value, "device", None), "type", None) != "cpu":
+            return None
         return float(value.detach())  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError):  # a vector, for example
+    except Exception:  # a vector, for example, or something of the script's own
         return None

@@ -90,7 +90,7 @@ class Recorder:
         self._in_hand_of: EndedStep | None = None
         self._backwards_asked = 0
         """Times that backward had been called when the newest request was sent."""
-        step = self._under_way = StepUnderWay(enriched=enriched)
+        step = self._under_way = self.under_way = StepUnderWay(enriched=enriched)
         self.control = UpdateControl(
             step,
             asking=self._asking,
@@ -107,7 +107,6 @@ class Recorder:
         self.backward_ends = step.backward_ends
         self.skipped = step.skipped
         self.may_be_skipped = step.may_be_skipped
-        self.another_stepped = step.another_stepped
         self.clipped = step.clipped
         self.measured = step.measured
         self.phase = step.phase
@@ -115,7 +114,6 @@ class Recorder:
         self.copied_to_device = step.copied_to_device
         self.update_skipped = step.update_skipped
         self.losses_prescaled = step.losses_prescaled
-        self.loss_prescaled = step.loss_prescaled
         self.phase_begins = step.phase_begins
         self.leftover = step.leftover
         ask = (self.control.end_update, self._seeds, self._seal, self._stream, self._ask)

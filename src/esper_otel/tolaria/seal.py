@@ -134,7 +134,7 @@ class PendingFrame:
         time: int,
         row: list[float],
         loss: Value | None,
-        parts: int,
+        parts: float,
         norm: Value | None,
         others: Mapping[int, Value],
         seeds: Sequence[tuple[str, list[float]]] = (),
@@ -250,7 +250,7 @@ class Sealer:
         self,
         row: list[float],
         loss: Value | None,
-        parts: int,
+        parts: float,
         norm: Value | None,
         others: Mapping[int, Value],
     ) -> bool:
@@ -303,7 +303,7 @@ class Sealer:
         self,
         row: list[float],
         loss: Any,
-        parts: int,
+        parts: float,
         norm: Any,
         others: Mapping[int, Any],
     ) -> None:
@@ -312,7 +312,7 @@ class Sealer:
         # "Minus the previous step's": after a step without a loss there is none.
         self._last_loss, last_loss = nan, self._last_loss
         if loss is not None:
-            if parts > 1:
+            if parts != 1:
                 loss /= parts
             if loss - loss != 0.0:  # NaN or infinite; a third of a call to math.isfinite
                 row[_NONFINITE] += 1.0

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.leyline.readings import Reading, Value, known
 from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
-from esper_otel.tolaria.seal import ConditionalReading, plus
+from esper_otel.tolaria.losses import Evaluation, StepLosses
+from esper_otel.tolaria.seal import ConditionalReading
 
 MAX_PHASES = 4096
 """Phases of one step that are remembered for its spans. Its times count all there were."""
@@ -23,7 +24,6 @@ MAX_PHASES = 4096
 PHASES = ("forward", "backward", "optimizer")
 """Phases that an explicit loop may time itself."""
 
-_NO_LOSS: tuple[Value | None, int] = None, 0
 _GRADIENT_NORM = STEP_SLOT["gradient_norm"]
 _CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
 _SKIPPED = STEP_SLOT["update_skipped"]
@@ -79,17 +79,10 @@ class StepUnderWay:
     custom: dict[str, Value]
     """Custom values by name."""
     phases: list[tuple[str, int, int]]
-    _losses_before: int
-    _loss: Value | None
-    _losses: int
-    _loss_of_another: tuple[Value | None, int]
-    _shares: bool
-    _reported_loss: Value | None
-    _reported_losses: int
 
     def __init__(self, *, enriched: bool) -> None:
         self._enriched = enriched
-        self._all_shares = False
+        self.losses = StepLosses()
         self.fetches = Fetches()
         self._steps = 0
         self.backwards = 0
@@ -107,11 +100,9 @@ class StepUnderWay:
         self.prepare_ns = 0
         self.samples = 0
         self.optimizing = False
-        self.outside_ns = self._losses_before = 0
-        self.norm = self._loss = self._reported_loss = None
-        self._losses = self._reported_losses = 0
-        self._loss_of_another = _NO_LOSS
-        self._shares = self._all_shares
+        self.outside_ns = 0
+        self.norm = None
+        self.losses.start_next()
         self.reported = {}
         self.custom = {}
         self.phases = []
@@ -132,11 +123,12 @@ class StepUnderWay:
         What lies between ``last_end``, the mark at which this one's own last step ended (0:
         there was none), and the end of that step of ``other`` is in no step's time.
         """
-        own = self.training_phase, self._steps, self._all_shares
+        own, losses = (self.training_phase, self._steps), self.losses
         backwards = self.backwards + other.backwards
         self.__dict__.update(other.__dict__)
-        self.training_phase, self._steps, self._all_shares = own
-        self.backwards, self._shares = backwards, self._shares or self._all_shares
+        self.training_phase, self._steps = own
+        self.backwards, self.losses = backwards, losses
+        losses.take(other.losses)
         if last_end and self.started:
             self.outside_ns += self.started - last_end
         other.start_next(0, other._steps)
@@ -174,20 +166,17 @@ class StepUnderWay:
         phases.append(("train.forward", mark, now))
         self.mark = now
 
-    def backward_ends(self, loss: Value | None) -> None:
+    def backward_ends(self, loss: Value | None, evaluation: Evaluation | None = None) -> None:
         """Backward is done; ``loss`` is what it began from, None when that is no scalar.
 
-        Of the losses that an optimizer's closure computes the first counts: it is that of
-        the parameters the step began with, and what ``step()`` returns.
+        ``evaluation`` says how it is related to the others of the step, as far as known.
         """
         now = perf_counter_ns()
         self.backward_ns += now - self.mark
         self.phases.append(("train.backward", self.mark, now))
         self.mark = now
-        if loss is None or (self.optimizing and self._losses > self._losses_before):
-            return
-        self._loss = loss if self._loss is None else plus(self._loss, loss)
-        self._losses += 1
+        if loss is not None:
+            self.losses.add(loss, evaluation, optimizing=self.optimizing)
 
     def skipped(self) -> None:
         """The optimizer did not step (a gradient scaler saw an overflow).
@@ -195,9 +184,8 @@ class StepUnderWay:
         What was learnt of this attempt is forgotten, its time is that of the next step. Custom
         values stay: an evaluation was none of the attempt.
         """
-        self.norm = self._loss = self._reported_loss = None
-        self._losses = self._reported_losses = 0
-        self._loss_of_another = _NO_LOSS
+        self.norm = None
+        self.losses.start_next()
         self.reported = {}
 
     def may_be_skipped(self, skipped: Reading) -> None:
@@ -207,34 +195,21 @@ class StepUnderWay:
         """
         if self.norm is not None:
             self.norm = ConditionalReading(self.norm, skipped)
-        loss, parts = self.loss
-        if loss is not None:
-            self._reported_loss, self._reported_losses = (
-                ConditionalReading(loss, skipped),
-                parts,
-            )
-
-    def another_stepped(self) -> None:
-        """An optimizer has stepped whose steps are not the run's (a critic's, say).
-
-        What ``backward`` began from so far was its loss; it is the step's as well only if
-        no other follows, as where one loss trains both.
-        """
-        if self._losses:
-            self._loss_of_another = self._loss, self._losses
-            self._loss, self._losses = None, 0
+        self.losses.doubt(skipped)
 
     @property
-    def loss(self) -> tuple[Value | None, int]:
+    def loss(self) -> tuple[Value | None, float]:
         """The losses of the step added up, and by what their sum is to be divided."""
-        if self._reported_losses:
-            return self._reported_loss, self._reported_losses
-        loss, losses = (self._loss, self._losses) if self._losses else self._loss_of_another
-        return loss, 1 if self._shares else losses
+        return self.losses.value
 
     def clipped(self, norm: Value) -> None:
         """Gradients were clipped, and ``norm`` is what their norm was before."""
         self.norm = norm
+
+    def forget_norm(self, norm: Value) -> None:
+        """``norm``, if nobody has told another since, was not of all the step's gradients."""
+        if self.norm is norm:
+            self.norm = None
 
     @property
     def wants_norm(self) -> bool:
@@ -249,9 +224,14 @@ class StepUnderWay:
         if self.fetches.waiting:
             self.charge_fetches()
         mark = self.mark
-        if self.backward_ns and hook_began > mark:  # clipping, unscaling
-            self.optimizer_ns += hook_began - mark
-            self.phases.append(("train.optimizer", mark, hook_began))
+        if hook_began > mark > 0:
+            if self.backward_ns:  # clipping, unscaling
+                self.optimizer_ns += hook_began - mark
+                self.phases.append(("train.optimizer", mark, hook_began))
+            else:  # a loop that has its gradients without ``backward``
+                self.begun = self.begun or mark
+                self.forward_ns += hook_began - mark
+                self.phases.append(("train.forward", mark, hook_began))
         self.phases.append(("tolaria.gradient_norm", hook_began, now))
 
     def optimizer_begins(self, hook_began: int) -> None:
@@ -264,7 +244,7 @@ class StepUnderWay:
     def closure_begins(self) -> None:
         """The optimizer is about to step, and will call forward and backward itself."""
         self.optimizing = True
-        self._losses_before = self._losses
+        self.losses.closure_begins()
 
     def optimizer_ends(self) -> int:
         """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
@@ -276,13 +256,21 @@ class StepUnderWay:
         self.mark = now
         return now
 
-    def measured(self, norm: Value | None) -> int:
-        """The norm was computed after :meth:`optimizer_ends`; returns the mark of now."""
+    def measured(self, norm: Value | None, began: int = 0) -> int:
+        """The norm was computed since ``began``, or the newest mark; returns that of now.
+
+        After :meth:`optimizer_ends`, or behind backward, before anybody has clipped.
+        """
         now = perf_counter_ns()
         if norm is not None:
             self.norm = norm
-        self.prepare_ns += now - self.mark
-        self.phases.append(("tolaria.gradient_norm", self.mark, now))
+        mark = self.mark
+        if began > mark:  # unscaling
+            self.optimizer_ns += began - mark
+            self.phases.append(("train.optimizer", mark, began))
+            mark = began
+        self.prepare_ns += now - mark
+        self.phases.append(("tolaria.gradient_norm", mark, now))
         self.mark = now
         return now
 
@@ -321,8 +309,7 @@ class StepUnderWay:
             elif self._enriched or slot != _CONFLICT_RATE:
                 self.reported[slot] = value
         if loss is not None:
-            self._reported_loss = plus(self._reported_loss, loss)
-            self._reported_losses += 1
+            self.losses.report(loss)
 
     def leftover(self) -> dict[str, float]:
         """Custom values behind the last step, as far as they have arrived; not given again."""
@@ -344,11 +331,7 @@ class StepUnderWay:
 
         So it is where each micro-batch's loss is divided by their number. False: no longer.
         """
-        self._all_shares = self._shares = shares
-
-    def loss_prescaled(self) -> None:
-        """As :meth:`losses_prescaled`, for the step under way."""
-        self._shares = True
+        self.losses.prescaled(shares, always=True)
 
     def charge_fetches(self) -> None:
         """Give the fetches since the last mark to this step, as far as they are its own."""

@@ -1,0 +1,217 @@
+"""What tells the calls of ``backward`` of one step apart, read off the autograd graph.
+
+The rules are :mod:`esper_otel.tolaria.losses`'s; here is found what they ask for. It is looked for
+at the first steps of a training, and where the number of calls changes, until a few steps in a row
+had the same to say. Then a step pays for an addition. Of weights and gradients one parameter is looked at, the first
+of an optimizer that got a gradient: whether it was changed in place says its version, which torch
+counts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from esper_otel.loop import tell_once
+from esper_otel.tolaria.losses import Assumed, Evaluation, Follows, StepLosses
+
+LOOKED_AT = 4
+"""First steps of a training of which all calls are looked at."""
+
+ALIKE = 8
+"""Steps with several calls that have to say the same until nobody looks any more."""
+
+MOST_OPTIMIZERS = 8
+"""Beyond that many (one per parameter) nobody is spared by a loss."""
+
+DEPTH = 6
+"""Operations of a loss that are compared, from the last one backwards."""
+
+ELEMENTS = 8
+"""Of a weight on the CPU, which some change without its version: as many are compared."""
+
+ASSUMED = {
+    Assumed.SHARES: "the sum, as each is divided by their number",
+    Assumed.SEPARATE: "the sum, as they are several losses of one batch; run.report(loss=...) "
+    "records another",
+    Assumed.MEAN: "the mean, as of micro-batches; ESPER_LOSSES_PRESCALED=true records the sum",
+}
+"""What is said once of steps with several calls of ``backward``."""
+
+_COPIES = ("ToCopyBackward0", "CloneBackward0", "ViewBackward0", "SqueezeBackward0")
+_QUOTIENTS = {"DivBackward0": 1.0, "MulBackward0": -1.0}
+
+
+class Evaluations:
+    """The calls of the step under way."""
+
+    def __init__(self) -> None:
+        self.looks = True
+        """Whether the calls of the step under way are looked at from the first on."""
+        self.calls = 0
+        """Calls in the step under way."""
+        self.batch = 0
+        """The iterator that a batch came from since the call before, 0 where none did."""
+        self.expected = 0
+        """Calls in a step, where it is known what they are; 0: in any but the first."""
+        self._steps_left = LOOKED_AT
+        self._alike = 0
+        self._said: list[tuple[Any, ...]] = []
+        self._assumed: set[Assumed] = set()
+        self._found: Evaluation | None = None
+        self.looked = False
+        """Whether the call under way is looked at."""
+        self._gradients: list[tuple[weakref.ref[Any], Any]] = []
+        self._sample: weakref.ref[Any] | None = None
+        self._after: tuple[Any, ...] = ()
+
+    def training_changed(self) -> None:
+        """The loop works on another training."""
+        self._steps_left = LOOKED_AT
+        self.looks, self.expected = True, 0
+        self._alike, self._sample = 0, None
+
+    def begins(
+        self, loss: Any, *, keeps_graph: bool, optimizers: Callable[[], Iterable[Any]]
+    ) -> None:
+        """``backward`` is about to be called on ``loss``, a tensor of one element.
+
+        ``optimizers`` gives those of the loop, as far as they are known.
+        """
+        calls, self.calls = self.calls, self.calls + 1
+        batch, self.batch = self.batch, 0
+        divisor, operations = _last_operations(loss)
+        follows = self._relation(new_batch=batch != 0) if calls else Follows.ANOTHER
+        self.looked = True
+        self._found = Evaluation(
+            divisor, batch, operations, keeps_graph=keeps_graph, follows=follows
+        )
+        samples = [_first_trained(each) for each in optimizers()]
+        self._gradients = [
+            (weakref.ref(each), _gradient(each)) for each in samples if each is not None
+        ]
+
+    def ended(self) -> Evaluation | None:
+        """It was; what is known of it, None where nobody has looked."""
+        found, self._found = self._found, None
+        self.looked = False
+        if found is None:
+            return None
+        got, spared = [], 0
+        for reference, before in self._gradients:
+            parameter = reference()
+            if parameter is None:
+                continue
+            now = _gradient(parameter)
+            if now is not None and now != before:
+                got.append(reference)
+            else:
+                spared += 1
+        known = self._sample is not None and self._sample() is not None
+        if got and not (known and any(each() is self._sample() for each in got)):  # type: ignore[misc]
+            self._sample = got[0]
+        self._after = self._state()
+        if got and 0 < spared and len(self._gradients) <= MOST_OPTIMIZERS:
+            found = found._replace(spares_others=True)
+        return found
+
+    def optimizer_stepped(self) -> None:
+        """Weights have changed, by an optimizer of torch."""
+        self._sample, self._after = None, ()
+
+    def step_ended(self, losses: StepLosses) -> None:
+        """A step of the run is over, with these ``losses``."""
+        calls, self.calls = self.calls, 0
+        if calls == self.expected and not self.looks:
+            return  # as ever
+        self._sample, self._after = None, ()
+        self._tell_assumed(losses)
+        self._steps_left = max(self._steps_left - 1, 0)
+        said = [(bool(each.batch), *each[2:], each.divisor) for each in losses.evaluations]
+        ordinary = all(each.follows is Follows.ANOTHER for each in losses.evaluations)
+        same = calls > 1 and ordinary and said == self._said
+        self._alike = self._alike + 1 if same else 0
+        self._said = said
+        self.expected = calls if calls < 2 or self._alike >= ALIKE else 0
+        self.looks = self._steps_left > 0 or (calls > 1 and not self.expected)
+
+    def _tell_assumed(self, losses: StepLosses) -> None:
+        """Say once what the loss of a step with several calls was taken for."""
+        assumed = losses.assumed
+        if assumed is not None and assumed not in self._assumed:
+            self._assumed.add(assumed)
+            tell_once(
+                "esper-otel: backward is called several times a step; the loss recorded is "
+                + ASSUMED[assumed]
+            )
+
+    def _relation(self, *, new_batch: bool) -> Follows:
+        before, now = self._after, self._state()
+        if not before or not now or before == now:
+            return Follows.ANOTHER
+        (gradient, version, values), (gradient_now, version_now, values_now) = before, now
+        if version != version_now or values != values_now:
+            return Follows.AFRESH
+        thrown_away = gradient is not None and gradient != gradient_now
+        return Follows.INSTEAD if thrown_away else Follows.ANOTHER
+
+    def _state(self) -> tuple[Any, ...]:
+        parameter = None if self._sample is None else self._sample()
+        if parameter is None:
+            return ()
+        values = None
+        if parameter.device.type == "cpu":
+            values = parameter.detach().reshape(-1)[:ELEMENTS].tolist()
+        return _gradient(parameter), parameter._version, values
+
+
+def _first_trained(optimizer: Any) -> Any:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                return parameter
+    return None
+
+
+def _gradient(parameter: Any) -> tuple[int, int] | None:
+    """What changes when a gradient comes, goes or is changed."""
+    gradient = parameter.grad
+    return None if gradient is None else (id(gradient), gradient._version)
+
+
+def _last_operations(loss: Any) -> tuple[float, tuple[str, ...]]:
+    """By what ``loss`` was divided at last, 0 where it was not, and its last operations."""
+    node = loss.grad_fn
+    operations: list[str] = []
+    while node is not None and len(operations) < DEPTH:
+        operations.append(node.name())
+        node = _next(node)
+    node = loss.grad_fn
+    while node is not None and node.name() in _COPIES:
+        node = _next(node)
+    return (0.0 if node is None else _divisor(node)), tuple(operations)
+
+
+def _next(node: Any) -> Any:
+    return next((each for each, _ in node.next_functions if each is not None), None)
+
+
+def _divisor(node: Any) -> float:
+    sign = _QUOTIENTS.get(node.name())
+    inner = _next(node)
+    if sign is None or inner is None or inner.name().startswith("SumBackward"):
+        return 0.0  # a sum over samples, whose number it is divided by
+    if sum(each is not None for each, _ in node.next_functions) != 1:
+        return 0.0  # a quotient of two results
+    other = getattr(node, "_saved_other", None)
+    if other is None:
+        other = getattr(node, "_saved_self", None)
+    if other is None or other.device.type != "cpu" or other.numel() != 1:
+        return 0.0
+    number = float(other)
+    if number <= 0.0:
+        return 0.0
+    divisor = number if sign > 0 else 1.0 / number
+    nearest = round(divisor)
+    return float(nearest) if nearest and abs(divisor - nearest) < 1e-6 * nearest else divisor

@@ -1,0 +1,283 @@
+"""The norm of a step's gradients, from before anybody has clipped them.
+
+A script may clip in ways that nobody is told of (``p.grad.data.clamp_(-1, 1)``, a norm computed
+by hand). So where a loop has one optimizer whose steps follow the same number of ``backward``
+calls each time, its gradients are measured behind the last of these, and not when it steps: once
+a step in either case. The functions of torch that clip tell what they do, and what they were
+given is the norm then.
+
+Until an optimizer has stepped once nobody knows of how many calls its steps are made; until then
+its gradients are measured behind each. After each of its first steps they are measured once more:
+where the script only multiplies them by a number that is always the same (their mean over
+micro-batches, taken at the end) it is the norm of the product that counts.
+
+In a process of several ranks gradients may be averaged by the script between backward and the
+step: there only clipping that tells of itself is seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from math import isfinite
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+
+from esper_otel.integrations.jobs import Job, Jobs, parameters_of
+from esper_otel.leyline.readings import Value
+from esper_otel.tolaria.gradients import gradient_norm, whole_norm, with_gradients
+from esper_otel.tolaria.identities import IdentityMap
+
+MAX_CLIPS = 8
+"""Norms that are remembered until the optimizer steps whose gradients they may be of."""
+
+MOST_UNSTEPPED = 4
+"""Optimizers that have not stepped yet whose gradients are measured behind a ``backward``."""
+
+PATIENCE = 16
+"""Times that this is done for one that never steps."""
+
+TRIALS = 3
+"""Steps of a training at which gradients are measured before and after clipping."""
+
+SAME = 1e-3
+"""Relative difference up to which two of these say the same."""
+
+
+class _Known(NamedTuple):
+    """The ``norm`` of the gradients of these ``parameters``, by id, behind the n-th backward."""
+
+    backwards: int
+    parameters: list[int]
+    norm: Any
+    told: bool
+    """Whether a function that clips has told it."""
+
+
+class _Early(NamedTuple):
+    """What was measured behind backward."""
+
+    optimizer: weakref.ref[Any]
+    tensor: Any
+    value: Value
+
+
+class _Habit:
+    """How the loop of one training treats its gradients."""
+
+    def __init__(self) -> None:
+        self.backwards = 0
+        """Calls of ``backward`` before the last step."""
+        self.tells = False
+        """Whether that was clipped by a function that tells of it."""
+        self.rescales = False
+        self.trials: list[float] | None = []
+        """Norm at the step by norm behind backward, of the first steps; None after these."""
+
+
+class GradientNorms:
+    """Measures, or is told, the norm of gradients as the loop of ``jobs`` made them."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._known: deque[_Known] = deque(maxlen=MAX_CLIPS)
+        self._unstepped: IdentityMap[int] = IdentityMap()
+        self.any_unstepped = False
+        self._habits: weakref.WeakKeyDictionary[Job, _Habit] = weakref.WeakKeyDictionary()
+        self._early: _Early | None = None
+        self._backwards = 0
+        """Calls of ``backward`` since the optimizer that sets the steps stepped."""
+        self.engine: Any = None
+        """An optimizer around the one that steps, which knows the norm (DeepSpeed's)."""
+        self.use(jobs.current)
+
+    def use(self, job: Job) -> None:
+        """The loop works on ``job`` from here on."""
+        self._job = job
+        self._loop = job.run._loop
+        self._recorder = job.recorder
+        self._is_alone = job.run.settings.world_size == 1
+        self._habit = self._habits.setdefault(job, _Habit())
+
+    # Optimizers that nobody knows of yet.
+
+    def made(self, optimizer: Any) -> None:
+        """The script has made an ``optimizer``."""
+        self._unstepped[optimizer] = 0
+        self.any_unstepped = True
+
+    @property
+    def unstepped(self) -> Iterator[Any]:
+        """Optimizers that have not stepped, seeds' excepted."""
+        return (each for each in self._unstepped if not self._jobs.is_seed_optimizer(each))
+
+    # What the loop does, in the order in which a step does it.
+
+    def backward_begins(self) -> None:
+        """Gradients are about to change."""
+        self._backwards += 1
+        if self._early is not None:
+            self._drop_early()
+
+    def backward_ended(self, *, scaled: bool, optimizing: bool) -> None:
+        """They have; ``scaled`` by a ``GradScaler``, ``optimizing``: within a closure."""
+        if scaled or not self._is_alone or self._recorder.under_way.norm is not None:
+            return
+        habit = self._habit
+        if self.any_unstepped and not optimizing:
+            self._measure_unstepped()
+        if habit.tells or habit.rescales:
+            return
+        is_last = self._backwards == habit.backwards
+        if is_last or (optimizing and not habit.backwards):
+            self._measure(self._job.primary.current)
+
+    def unscaled(self, optimizer: Any) -> None:
+        """A ``GradScaler`` has taken its scale out of the gradients of ``optimizer``."""
+        if not self._is_alone or not self._recorder.wants_norm:
+            return
+        if optimizer in self._unstepped:
+            self._measure_unstepped(optimizer)
+        elif optimizer is self._job.primary.current and not (
+            self._habit.tells or self._habit.rescales
+        ):
+            self._measure(optimizer)
+
+    def clipped(self, parameters: list[Any], norm: Any) -> None:
+        """The script clips gradients of ``parameters``, whose norm was ``norm`` before."""
+        norm = whole_norm(norm, parameters)
+        if norm is not None:
+            ids = with_gradients(parameters)
+            self._known.append(_Known(self._backwards, ids, norm, True))
+
+    def before_clipping(self, parameters: list[Any]) -> None:
+        """The script is about to clip gradients of ``parameters`` by something else."""
+        if self._early is None:
+            norm = gradient_norm(parameters)
+            if norm is not None:
+                self._remember(parameters, norm, told=True)
+
+    def update_begins(self, optimizer: Any, *, has_closure: bool) -> None:
+        """``optimizer``, whose steps are the run's, is about to step.
+
+        Where it ``has_closure``, its gradients are still to be made.
+        """
+        habit, early = self._habit, self._early
+        if has_closure:
+            self._drop_early()
+            self._known.clear()
+            return
+        habit.backwards = self._backwards
+        habit.tells = False
+        if self.engine is not None:
+            self._take_from(self.engine)
+        elif self._known and self.tell(optimizer):
+            return
+        if early is None:
+            return
+        if early.optimizer() is not optimizer:
+            self._drop_early()
+            return
+        self._early = None
+        if getattr(early.tensor, "is_cuda", False):
+            self._loop.norm_on_device(optimizer, early.tensor)
+        if habit.trials is not None and type(early.value) is float:
+            self._try(habit, early.value, optimizer)
+
+    def begins_to_step(self, optimizer: Any) -> None:
+        """``optimizer`` is about to step, for the first time perhaps."""
+        self._unstepped.discard(optimizer)
+        self.any_unstepped = len(self._unstepped) > 0
+
+    def step_ended(self, optimizer: Any) -> None:
+        """``optimizer``, whose steps are the run's, has stepped."""
+        if self._known:  # clipped by a closure, within the step
+            self.tell(optimizer)
+        self._habit.backwards = self._backwards
+        self._backwards, self._early = 0, None
+
+    def skipped(self) -> None:
+        """It was not let step."""
+        self._known.clear()
+        self._backwards, self._early = 0, None
+
+    def tell(self, optimizer: Any) -> bool:
+        """Tell the norm of what was clipped, if that is all that ``optimizer`` steps by.
+
+        Not before it steps: which optimizer that will be is not known for certain. The norm
+        of a part of its gradients, or of others, is not the norm the registry means.
+        """
+        stepped = with_gradients(parameters_of(optimizer))
+        found: _Known | None = None
+        for known in self._known:
+            if found is not None and known.backwards == found.backwards and found.told:
+                continue  # clipped twice: the first saw them as they were
+            if known.parameters == stepped or sorted(known.parameters) == sorted(stepped):
+                found = known
+        self._known.clear()
+        if found is None:
+            return False
+        self._early = None
+        self._recorder.clipped(self._loop.scalars.read_async(found.norm))
+        if getattr(found.norm, "is_cuda", False):
+            self._loop.norm_on_device(optimizer, found.norm)
+        self._habit.tells = found.told
+        return True
+
+    def _measure(self, optimizer: Any) -> None:
+        if optimizer is None:
+            return
+        began = perf_counter_ns()
+        tensor = self._norm_of(optimizer)
+        if tensor is None:
+            return
+        value = self._loop.scalars.read_async(tensor)
+        if type(value) is float and not isfinite(value):
+            return  # a script may take out what is not finite: the step tells
+        self._recorder.measured(value, began)
+        self._early = _Early(weakref.ref(optimizer), tensor, value)
+
+    def _norm_of(self, optimizer: Any) -> Any:
+        try:
+            return self._loop.norm_tensor(optimizer)
+        except Exception:
+            return None  # it fails once more at the step, and is reported there
+
+    def _measure_unstepped(self, *optimizers: Any) -> None:
+        for optimizer in optimizers or list(self.unstepped)[:MOST_UNSTEPPED]:
+            times = (self._unstepped.get(optimizer) or 0) + 1
+            if times > PATIENCE:
+                self._unstepped.discard(optimizer)
+                continue
+            self._unstepped[optimizer] = times
+            norm = self._norm_of(optimizer)
+            if norm is not None and (norm.is_cuda or bool(norm.isfinite())):
+                self._remember(parameters_of(optimizer), norm, told=False)
+
+    def _remember(self, parameters: Iterable[Any], norm: Any, *, told: bool) -> None:
+        self._known.append(_Known(self._backwards, with_gradients(parameters), norm, told))
+
+    def _take_from(self, engine: Any) -> None:
+        norm = getattr(engine, "_global_grad_norm", None)
+        if norm:
+            self._recorder.clipped(self._loop.scalars.read_async(norm))
+
+    def _drop_early(self) -> None:
+        early, self._early = self._early, None
+        if early is not None:
+            self._recorder.under_way.forget_norm(early.value)
+
+    def _try(self, habit: _Habit, early: float, optimizer: Any) -> None:
+        """Whether what the script does to gradients is no clipping."""
+        tensor = self._norm_of(optimizer)
+        late = None if tensor is None else self._loop.scalars.read_async(tensor)
+        trials = habit.trials
+        if trials is None or type(late) is not float or early <= 0.0:
+            return
+        trials.append(late / early)
+        if len(trials) < TRIALS:
+            return
+        least, most = min(trials), max(trials)
+        habit.rescales = most - least <= SAME * most and abs(most - 1.0) > SAME
+        habit.trials = None
