@@ -61,6 +61,8 @@ class LastWords:
         """
         run = self._run
         step, clock = run._recorder.step, run._recorder.clock
+        if clock.last_end:
+            _exits.saw_steps = True
         if end is None or step == self._said_of or not clock.last_end or run._held is not None:
             return
         self._said_of = step
@@ -100,6 +102,8 @@ class _Exits:
     """
 
     def __init__(self) -> None:
+        self.saw_steps = False
+        """Whether a run that has ended had a step."""
         self._original: Any = None
         self._ours: Any = None
         self._status: object = None
@@ -134,9 +138,21 @@ class _Exits:
         return self._status if self._mark > mark else None
 
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether the process ends without an error, as far as is known."""
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        return error is None and end_by_status(self._status).how is HowEnded.DONE
+
+
 _exits = _Exits()
 watch_exits = _exits.watch_exits
 leave_exits = _exits.leave_exits
+
+
+def ended_without_steps() -> bool:
+    """Whether this process ends well, and none of its runs has had a step."""
+    return _exits.ended_well and not _exits.saw_steps
 
 
 def _is_interactive() -> bool:

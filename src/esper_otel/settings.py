@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from esper_otel.leyline.folders import check_socket_path, state_folder
+
 log = logging.getLogger("esper_otel")
 
 
@@ -82,6 +84,16 @@ class Summaries(StrEnum):
 
 class SettingsError(ValueError):
     """A setting that cannot be used: its name, its value and what was expected."""
+
+
+class UnusableVariableError(SettingsError):
+    """An environment variable that cannot be used."""
+
+    def __init__(self, variable: str, problem: str, instead: str) -> None:
+        """``instead`` says what holds without it."""
+        super().__init__(f"{variable}={problem}")
+        self.variable = variable
+        self.instead = instead
 
 
 class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,19 +273,34 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     ) -> EsperSettings:
         """Settings from ``environ`` (default: the process's), ``overrides`` winning.
 
-        Raises :class:`SettingsError` naming the variable, its value and what was expected. An
-        ``ESPER_`` variable that is no setting, most likely a misspelt one, is warned about once
-        per process, by the first of the ranks on a host.
+        Nothing in an environment keeps a training from starting: a variable that cannot be
+        used is warned about, with its value and what was expected, and the default takes its
+        place. An ``ESPER_`` variable that is no setting, most likely a misspelt one, is warned
+        about as well; each once per process, by the first of the ranks on a host. Raises
+        :class:`SettingsError` for what is wrong with ``overrides``.
         """
-        environ = os.environ if environ is None else environ
-        settings = cls.read(environ, **overrides)
+        environ = dict(os.environ if environ is None else environ)
+        problems: dict[str, str] = {}
+        while True:
+            try:
+                settings = cls.read(environ, **overrides)
+                break
+            except UnusableVariableError as error:
+                problems[error.variable] = f"{error}; {error.instead}"
+                environ[error.variable] = ""
         if settings.local_rank <= 0:
+            for variable in sorted(problems.keys() - _told):
+                _told.add(variable)
+                log.warning("%s", problems[variable])
             _tell_unknown(environ)
         return settings
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: object) -> EsperSettings:
-        """As :meth:`from_environment`, for another process's: nothing is warned about."""
+        """As :meth:`from_environment`, for another process's: nothing is warned about.
+
+        Raises :class:`SettingsError` for the first variable that cannot be used, which it names.
+        """
         raw: dict[str, object] = {}
         names: dict[str, str] = {}
         for field in msgspec.structs.fields(cls):
@@ -296,21 +323,27 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def _validate(self, names: Mapping[str, str] | None = None) -> None:
         """Raise :class:`SettingsError` for a value outside its range."""
+        names = names or {}
         for field, low, high in RANGES:
             value = getattr(self, field)
             if not low <= value <= high:
-                source = (names or {}).get(field, field)
                 wanted = f"expected a number from {low:g} to {high:g}"
-                raise SettingsError(f"{source}={value!r}: {wanted}")
+                raise _problem(names, field, f"{value!r}: {wanted}")
         rank, size = self.rank, self.world_size
         if rank >= size:
-            raise SettingsError(f"rank={rank}: expected less than world_size={size}")
+            # Of a scheduler that tells its processes their number, and not how many there are.
+            wanted = f"expected less than the size of the world, {size}"
+            raise _problem(names, "rank", f"{rank}: {wanted}", "world_size")
+        if self.tamiyo_socket:
+            try:
+                check_socket_path(Path(self.tamiyo_socket))
+            except ValueError as error:
+                raise _problem(names, "tamiyo_socket", str(error)) from None
 
     @property
     def spool_path(self) -> Path:
         """The folder of files of unsent OTLP."""
-        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return Path(self.spool_dir or Path(state, "esper", "spool"))
+        return Path(self.spool_dir or state_folder() / "esper" / "spool")
 
 
 _INFINITY = float("inf")
@@ -386,9 +419,21 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
         try:
             values[field.name] = msgspec.convert(value, field.type, strict=False)
         except msgspec.ValidationError:
-            name = names.get(field.name, field.name)
-            raise SettingsError(f"{name}={value!r}: expected {EXPECTED[field.type]}") from None
+            wanted = f"{value!r}: expected {EXPECTED[field.type]}"
+            raise _problem(names, field.name, wanted) from None
     return values
+
+
+def _problem(names: Mapping[str, str], field: str, problem: str, *also: str) -> SettingsError:
+    """What is wrong with ``field``, or with one of ``also`` where that alone is a variable."""
+    for name in (field, *also):
+        if name in names:
+            default = EsperSettings.__struct_defaults__[
+                EsperSettings.__struct_fields__.index(name)
+            ]
+            instead = f"{str(default) or 'the default'} is used"
+            return UnusableVariableError(names[name], problem, instead)
+    return SettingsError(f"{field}={problem}")
 
 
 def variables_of(field: str) -> tuple[str, ...]:

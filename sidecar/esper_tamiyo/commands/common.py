@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.leyline.terminal import say, say_json
-from esper_otel.leyline.wire import default_socket_path as default_path
+from esper_otel.leyline.folders import default_socket_path as default_path
 
 if TYPE_CHECKING:
     from esper_tamiyo.language.table import Table

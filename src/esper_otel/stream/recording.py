@@ -89,7 +89,7 @@ class Recording:
             return
         try:
             write_whole(self._file(signal), framed(body))
-        except OSError as error:
+        except Exception as error:
             self._failed = True
             log.warning("recording to %s stopped: %s", self._folder, error)
 
