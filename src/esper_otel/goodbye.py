@@ -137,7 +137,6 @@ class _Exits:
         """
         return self._status if self._mark > mark else None
 
-
     @property
     def ended_well(self) -> bool:
         """Whether the process ends without an error, as far as is known."""

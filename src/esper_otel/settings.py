@@ -299,7 +299,7 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     def read(cls, environ: Mapping[str, str], **overrides: object) -> EsperSettings:
         """As :meth:`from_environment`, for another process's: nothing is warned about.
 
-        Raises :class:`SettingsError` for the first variable that cannot be used, which it names.
+        Raises :class:`SettingsError`, which names the first variable that cannot be used.
         """
         raw: dict[str, object] = {}
         names: dict[str, str] = {}

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper_otel.leyline.terminal import Lines, log_to_stderr, say
 from esper_otel.leyline.folders import default_socket_path as default_path
+from esper_otel.leyline.terminal import Lines, log_to_stderr, say
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
 

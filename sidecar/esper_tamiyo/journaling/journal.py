@@ -49,8 +49,8 @@ class Damage(NamedTuple):
 def default_folder(socket: Path | None = None) -> Path:
     """The journal of the sidecar at ``socket`` (None: at the place that holds without a word).
 
-    Beside a socket that was chosen, by an option or by ``ESPER_TAMIYO_SOCKET``. The default socket's folder does not outlive a login,
-    so its journal is ``$XDG_STATE_HOME/esper/journal``.
+    Beside a socket that was chosen, by an option or by ``ESPER_TAMIYO_SOCKET``. The usual
+    socket's folder does not outlive a login: its journal is ``$XDG_STATE_HOME/esper/journal``.
     """
     socket = socket or named_socket()
     if socket is not None and socket != usual_socket_path():

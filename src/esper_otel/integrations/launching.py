@@ -2,9 +2,9 @@
 
 ``python`` starts one process, ``torchrun`` or ``accelerate launch`` several, a script may start
 itself anew, and a shell script anything at all. The *detour* is what has a Python instrument
-itself when it begins: a folder in front of ``PYTHONPATH``. A process that trains takes it out of its
-environment, so that its data workers know nothing of it, and hands it on to three kinds alone:
-to the program that takes its place (``os.execv``), to launchers, and to further ranks.
+itself when it begins: a folder in front of ``PYTHONPATH``. A process that trains takes it out
+of its environment, so that its data workers know nothing of it, and hands it on to three kinds
+alone: to the program that takes its place (``os.execv``), to launchers, and to further ranks.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ONLY_WORKERS = "ESPER_ONLY_WORKERS"
 """Set when the process that is started only launches those that train, or may do so."""
 
 _FLAGS = "bBdEhiIOPqRsStuvVx?"
-"""Options of ``python`` without a value; ``-W`` and ``-X`` have one, ``-c`` and ``-m`` are last."""
+"""Options of ``python`` without a value; ``-W`` and ``-X`` have one, ``-c`` ``-m`` are last."""
 
 _PYTHON = re.compile(r"python(\d+(\.\d+)*t?)?")
 
 _SCRIPTS = frozenset(
-    "torchrun accelerate-launch deepspeed horovodrun composer esper-otel".split()
+    ["torchrun", "accelerate-launch", "deepspeed", "horovodrun", "composer", "esper-otel"]
 )
 _WITH_COMMAND = {"accelerate": "launch", "fabric": "run", "lightning": "run"}
 _MODULES = (
@@ -55,8 +55,8 @@ _RANKS = ("LOCAL_RANK", "RANK")
 class PythonCall(NamedTuple):
     """What ``python`` is asked to run.
 
-    ``kind`` is ``script``, ``module``, ``code``, ``stdin``, or "" for nothing; ``flags`` are the
-    letters of its options without value, and ``words[:place]`` all options.
+    ``kind`` is ``script``, ``module``, ``code``, ``stdin``, or "" for nothing; ``flags`` are
+    the letters of its options without value, and ``words[:place]`` all options.
     """
 
     words: list[str]
@@ -71,7 +71,8 @@ class PythonCall(NamedTuple):
         """Whether it starts those that train, and does not train itself."""
         if self.kind == "module":
             return any(
-                self.name == each.rstrip(".") or (each[-1] == "." and self.name.startswith(each))
+                self.name == each.rstrip(".")
+                or (each[-1] == "." and self.name.startswith(each))
                 for each in _MODULES
             )
         if self.kind == "code":
@@ -200,21 +201,23 @@ class HandsOn:
             environment = self._for_successor(env)
             return execve(path, argv, env if environment is None else environment)
 
-        os.execv, os.execve = execv_with, execve_with  # type: ignore[assignment]
+        os.execv, os.execve = execv_with, execve_with
         begin = subprocess.Popen.__init__
 
         @functools.wraps(begin)
         def begin_with(popen: Any, *args: Any, **kwargs: Any) -> None:
             begin(popen, *args, **self._with_environment(args, kwargs))
 
-        subprocess.Popen.__init__ = begin_with  # type: ignore[method-assign]
+        subprocess.Popen.__init__ = begin_with  # type: ignore[method-assign, assignment]
 
     def _for_successor(self, environ: Any) -> dict[str, str] | None:
         """The environment of what takes this process's place; None to leave it alone."""
         try:
             if os.getpid() != self._pid:
                 return None  # a child, which is no successor
-            environment = with_detour({os.fsdecode(k): os.fsdecode(v) for k, v in environ.items()})
+            environment = with_detour(
+                {os.fsdecode(k): os.fsdecode(v) for k, v in environ.items()}
+            )
             self._before_exec()
         except Exception:  # an environment that is none: the call itself says so
             return None

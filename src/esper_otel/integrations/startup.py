@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 
 from esper_otel.integrations.launching import (
@@ -32,7 +32,7 @@ log = logging.getLogger("esper_otel")
 
 
 def execute(
-    command: Sequence[str], environ: Mapping[str, str], *, only_workers: bool = False
+    command: list[str], environ: Mapping[str, str], *, only_workers: bool = False
 ) -> NoReturn:
     """Become ``command`` with instrumentation; does not return. Raises :class:`OSError`.
 

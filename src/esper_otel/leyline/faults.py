@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def alone(part: str, work: Callable[[], _T]) -> _T | None:
-    """What ``work`` gives; None when it raises, and then people are told that ``part`` is off."""
+    """What ``work`` gives; None when it raises, and people are told that ``part`` is off."""
     try:
         return work()
     except Exception as error:

@@ -1,8 +1,8 @@
 """Terminal: the one place where people are told something, and text from elsewhere is escaped.
 
-Telling never fails: standard output or standard error may be closed (then they are ``None``), may
-be objects of the script's own without half of a stream's methods, may take no letters but those of
-ASCII, and a disk may be full. What is meant for standard error goes there or nowhere.
+Telling never fails: standard output or standard error may be closed (then they are ``None``),
+may be objects of the script's own without half of a stream's methods, may take no letters but
+those of ASCII, and a disk may be full. What is meant for standard error goes there or nowhere.
 
 A run id, a seed id, a rule's text, a file's name or an exception is whatever its author wrote:
 line breaks would forge lines of ours, and escape sequences move the cursor, clear the screen or

@@ -56,7 +56,10 @@ class Delivery:
         self._spool = spool
         self._folder = settings.spool_path
         self.keeper: Keeper = (
-            alone("files of unsent telemetry", lambda: Keeper(spool, self._folder, f"{stem}-{pid}"))
+            alone(
+                "files of unsent telemetry",
+                lambda: Keeper(spool, self._folder, f"{stem}-{pid}"),
+            )
             or NoFiles()
         )
         self._receivers = alone("telemetry", lambda: destinations(environ)) or {}
@@ -66,7 +69,9 @@ class Delivery:
             for each in self._receivers.values()
             if (sender := alone(f"sending {each.signal}", partial(self._sender, each, outage)))
         ]
-        self._earlier = alone("delivery of what earlier processes left", partial(self._of, stem))
+        self._earlier = alone(
+            "delivery of what earlier processes left", partial(self._of, stem)
+        )
 
     @property
     def sent(self) -> frozenset[Signal]:
@@ -95,7 +100,9 @@ class Delivery:
 
         Until ``end``, or a little later; returns the files.
         """
-        files = alone("files of unsent telemetry", lambda: self.keeper.finish(batches, end)) or ()
+        files = (
+            alone("files of unsent telemetry", lambda: self.keeper.finish(batches, end)) or ()
+        )
         lost = [batch for batch in batches if batch.segment is None]
         for batch in lost:
             self._spool.drop_spooled(batch.signal, batch.items)

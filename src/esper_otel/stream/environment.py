@@ -71,7 +71,7 @@ def usable() -> Iterator[None]:
 
 
 def can_have_provider(variable: str) -> bool:
-    """Whether the API gives a provider where ``variable`` is set; told once where it does not."""
+    """Whether the API gives a provider where ``variable`` is set; told once if not."""
     return _has_provider(variable, os.environ.get(variable))
 
 
@@ -84,7 +84,7 @@ def _has_provider(variable: str, name: str | None) -> bool:
 
 
 def _replaced(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that cannot be used, and what takes the place of their values; "" for nothing."""
+    """Variables that cannot be used, and what takes the place of each; "" for nothing."""
     found = {}
     for name in _COUNTS:
         value = environ.get(name)

@@ -51,7 +51,10 @@ class GrpcTransport:
         compression = grpc.Compression.Gzip if destination.gzip else None
         if destination.secure:
             self._channel = grpc.secure_channel(
-                destination.endpoint, _credentials(destination), _options(destination), compression
+                destination.endpoint,
+                _credentials(destination),
+                _options(destination),
+                compression,
             )
         else:
             self._channel = grpc.insecure_channel(

@@ -245,9 +245,7 @@ def _trust(certificate: str | None) -> ssl.SSLContext:
     if certificate is None and bundle:
         try:
             folder = bundle if Path(bundle).is_dir() else None
-            return ssl.create_default_context(
-                cafile=None if folder else bundle, capath=folder
-            )
+            return ssl.create_default_context(cafile=None if folder else bundle, capath=folder)
         except OSError as error:  # left over from an image or an environment of before
             if bundle not in _told:
                 _told.add(bundle)

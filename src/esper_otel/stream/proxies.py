@@ -37,8 +37,8 @@ def proxy_for(url: SplitResult) -> SplitResult | None:
     if proxy not in _told:
         _told.add(proxy)
         log.warning(
-            "%s_PROXY: expected an address such as http://proxy:3128, got %r; telemetry is sent "
-            "without a proxy",
+            "%s_PROXY: expected an address such as http://proxy:3128, got %r; telemetry is "
+            "sent without a proxy",
             url.scheme.upper(),
             shown_endpoint(proxy),
         )
