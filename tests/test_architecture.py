@@ -16,7 +16,8 @@ SOURCES = {
 MAY_IMPORT = {
     "esper_otel.leyline": {"esper_otel.leyline"},
     "esper_otel._version": set(),
-    "esper_otel.settings": set(),
+    "esper_otel.choices": set(),
+    "esper_otel.settings": {"esper_otel.choices", "esper_otel.leyline"},
     "esper_otel.finalization": set(),
     "esper_otel.tolaria": {
         "esper_otel.finalization",

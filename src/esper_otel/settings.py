@@ -8,78 +8,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from esper_otel.choices import Blending as Blending
+from esper_otel.choices import Fossils as Fossils
+from esper_otel.choices import Growth as Growth
+from esper_otel.choices import Mode as Mode
+from esper_otel.choices import Schedule as Schedule
+from esper_otel.choices import Summaries as Summaries
 from esper_otel.leyline.folders import check_socket_path, state_folder
 
 log = logging.getLogger("esper_otel")
-
-
-class Mode(StrEnum):
-    """What happens to Tamiyo's decisions."""
-
-    OFF = "off"
-    """Nobody is asked."""
-
-    ADVISE = "advise"
-    """Decisions are recorded and reported, never applied."""
-
-    ENFORCE = "enforce"
-    """Decisions are applied to the run."""
-
-
-class Growth(StrEnum):
-    """Who lets a seed take its next step."""
-
-    ASKED = "asked"
-    """Tamiyo: an operation needs a SEED decision that is enforced."""
-
-    AUTONOMOUS = "autonomous"
-    """The garden itself, unless an enforced decision says otherwise."""
-
-
-class Blending(StrEnum):
-    """How a seed's output comes into the host's."""
-
-    CONVEX = "convex"
-    RESIDUAL = "residual"
-    CHANNELWISE = "channelwise"
-    CONFIDENCE = "confidence"
-
-
-class Schedule(StrEnum):
-    """How alpha goes from 0 to 1."""
-
-    SIGMOID = "sigmoid"
-    COSINE = "cosine"
-    LINEAR = "linear"
-
-
-class Fossils(StrEnum):
-    """What trains a seed that has become part of the network."""
-
-    JOIN = "join"
-    """The host's optimizer."""
-
-    STAY = "stay"
-    """The seed's own."""
-
-
-class Summaries(StrEnum):
-    """What is told on standard error when a run is over."""
-
-    TEXT = "text"
-    """A few lines for a person."""
-
-    JSON = "json"
-    """One line for a machine."""
-
-    OFF = "off"
-    """Nothing."""
 
 
 class SettingsError(ValueError):

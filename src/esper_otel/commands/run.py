@@ -14,6 +14,7 @@ from esper_otel.commands.common import Subcommands, refuse
 from esper_otel.integrations.launching import (
     PythonCall,
     is_interpreter,
+    own_call,
     past_option,
     python_call,
 )
@@ -114,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         return refuse(f"run: --enforce and --mode {options.mode} exclude each other")
     given = _variables(options)
     try:
-        start = _start_of(options.python)
+        start = _start_of([*_own_options(), *options.python])
         EsperSettings.read(given)
     except (_StartError, SettingsError) as error:
         return refuse(f"run: {error}")
@@ -151,13 +152,19 @@ def _start_of(words: Sequence[str]) -> _Start:
         return _Start([python, *options, *module], True)
     program = _program(call.name)
     if program is None:
-        folder = "a folder without __main__.py" if Path(call.name).is_dir() else "no such file"
-        raise _StartError(f"{call.name}: {folder}")
+        raise _StartError(f"{call.name}: {_fault_of(Path(call.name))}")
     if not options:
         return _Start([program, *call.arguments], True)
     if not _is_pythons(Path(program)):
         raise _StartError(f"{call.name}: not a Python, so {options[0]} is no option for it")
     return _Start([python, *options, program, *call.arguments], True)
+
+
+def _own_options() -> list[str]:
+    """Options that Python was given before ``-m esper_otel``: they are the script's as well."""
+    own = own_call()
+    is_module = own is not None and (own.kind, own.name) == ("module", "esper_otel")
+    return own.words[: own.place] if own is not None and is_module else []
 
 
 def _call_of(words: Sequence[str]) -> PythonCall:
@@ -183,6 +190,13 @@ def _is_pythons(path: Path) -> bool:
     except OSError:
         return True  # Python says what is wrong with it
     return not head.startswith((b"\x7fELF", b"#!")) or b"python" in head
+
+
+def _fault_of(path: Path) -> str:
+    """Why ``path`` is nothing to start."""
+    if path.is_dir():
+        return "a folder without __main__.py"
+    return "not for Python to read, and not executable" if path.exists() else "no such file"
 
 
 def _program(name: str) -> str | None:

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from esper_otel.leyline.faults import alone, end_each
 from esper_otel.settings import EsperSettings
@@ -23,21 +25,10 @@ from esper_otel.stream.spool_files import Keeper, resend_words
 log = logging.getLogger("esper_otel")
 
 
-class NoFiles(Keeper):
-    """In place of a keeper that cannot be: what is unsent waits in memory."""
-
-    def __init__(self) -> None:
-        pass
-
-    def look(self) -> None:
-        """Nothing is written."""
-
-    def settled(self, batches: object) -> None:
-        """Nothing lies in files."""
-
-    def finish(self, batches: object, end: float) -> tuple[Path, ...]:
-        """Nothing is left in files."""
-        return ()
+_NO_FILES: Any = SimpleNamespace(
+    look=lambda: None, settled=lambda batches: None, finish=lambda batches, end: ()
+)
+"""In place of a keeper that cannot be: what is unsent waits in memory."""
 
 
 class Delivery:
@@ -60,7 +51,7 @@ class Delivery:
                 "files of unsent telemetry",
                 lambda: Keeper(spool, self._folder, f"{stem}-{pid}"),
             )
-            or NoFiles()
+            or _NO_FILES
         )
         self._receivers = alone("telemetry", lambda: destinations(environ)) or {}
         outage = Outage(f"up to {settings.spool_mb:g} MB are kept in {self._folder}")
@@ -95,7 +86,7 @@ class Delivery:
         end_each(partial(sender.finish_by, deadline) for sender in self._senders)
         end_each(sender.join for sender in self._senders)
 
-    def leave(self, batches: list[Batch], end: float) -> tuple[Path, ...]:
+    def leave_in_files(self, batches: list[Batch], end: float) -> tuple[Path, ...]:
         """Leave ``batches``, all that is unsent, in files, which hold most of it already.
 
         Until ``end``, or a little later; returns the files.

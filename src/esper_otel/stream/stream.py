@@ -232,7 +232,7 @@ class Stream:
         end_each([self._abandon_lanes])
         batches = self._spool.seal()
         if delivery is not None:
-            self._files = delivery.leave(batches, end)
+            self._files = delivery.leave_in_files(batches, end)
 
     def _stop_drain(self, deadline: float) -> None:
         if self._drain is not None and not self._drain.stop(deadline - time.monotonic()):
