@@ -50,6 +50,7 @@ BENCHES = (
     "report",
     "judgement",
     "awkward",
+    "environments",
     "peers",
     "ranks_agree",
     "imports",
