@@ -8,8 +8,8 @@ compared. Its steps are counted where they arrived, at a receiver or in files; w
 missing, a line that begins with `esper-otel:` has to say why. After the kinds come combinations
 of them, made from a seed.
 
-What has to do with Python itself is tried with torch; the other kinds with a loop that ends its
-steps itself, which starts in a tenth of the time.
+A few kinds are tried with torch, the others with a loop that ends its steps itself, which starts
+in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Kind(msgspec.Struct, frozen=True):
     ``env`` are variables, None for one that is missing; FOLDER in them stands for that of the
     trial, PORT for the receiver's port. ``shell`` comes before the command, ``streams`` behind
     it. ``site`` is a ``sitecustomize`` of the user's own. ``to_python``: what ``python`` does
-    may differ as well.
+    may differ as well. ``torch``: tried with torch.
     """
 
     env: dict[str, str | None] = {}
@@ -106,6 +106,7 @@ class Kind(msgspec.Struct, frozen=True):
     site: str = ""
     to_python: bool = False
     grpc: bool = False
+    torch: bool = False
 
 
 def _v(**env: str | None) -> Kind:
@@ -118,9 +119,7 @@ PROXY = "http://127.0.0.1:9"
 KINDS: dict[str, Kind] = {
     "span limit no number": _v(OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT="abc"),
     "span limit below 0": _v(OTEL_ATTRIBUTE_COUNT_LIMIT="-1", OTEL_SPAN_LINK_COUNT_LIMIT=""),
-    "propagator not installed": Kind(
-        {"OTEL_PROPAGATORS": "tracecontext,b3multi"}, to_python=True
-    ),
+    "propagator not installed": Kind({"OTEL_PROPAGATORS": "tracecontext,b3multi"}, torch=True),
     "context not installed": _v(OTEL_PYTHON_CONTEXT="nowhere"),
     "tracer provider not installed": _v(OTEL_PYTHON_TRACER_PROVIDER="nowhere"),
     "meter provider not installed": _v(OTEL_PYTHON_METER_PROVIDER="nowhere"),
@@ -173,17 +172,17 @@ KINDS: dict[str, Kind] = {
         "unshare --user --map-user=54321 --map-group=54321",
     ),
     "time zone": _v(TZ="Nowhere/Else", LANG="xx_YY", LC_ALL="xx_YY"),
-    "devices": _v(CUDA_VISIBLE_DEVICES="no"),
+    "devices": Kind({"CUDA_VISIBLE_DEVICES": "no"}, torch=True),
     "path empty": Kind({"PYTHONPATH": ""}, to_python=True),
     "path of separators": Kind({"PYTHONPATH": ":lib:"}, to_python=True),
-    "warnings are errors": Kind({"PYTHONWARNINGS": "error"}, to_python=True),
+    "warnings are errors": Kind({"PYTHONWARNINGS": "error"}, to_python=True, torch=True),
     "optimised": Kind({"PYTHONOPTIMIZE": "2"}, to_python=True),
     "development mode": Kind({"PYTHONDEVMODE": "1"}, to_python=True),
     "ASCII": Kind(
         {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}, to_python=True
     ),
     "safe path": Kind({"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}, to_python=True),
-    "site that raises": Kind(site="raise KeyError('mine')", to_python=True),
+    "site that raises": Kind(site="raise KeyError('mine')", to_python=True, torch=True),
     "stderr without flush": Kind(site=TEE, to_python=True),
     "stderr that raises": Kind(site=RAISING, to_python=True),
     "no threads": Kind(site=NO_THREADS),
@@ -197,7 +196,7 @@ KINDS: dict[str, Kind] = {
     ),
     "switched off": Kind({"OTEL_SDK_DISABLED": "true"}),
 }
-ALONE = {"switched off", "stale bundle, TLS with nobody", "exporters of others"}
+ALONE = {"switched off", "stale bundle, TLS with nobody"}
 """Kinds that are not combined with others: they say that nothing is to be sent there."""
 
 
@@ -232,6 +231,7 @@ def together(names: Iterable[str]) -> Kind:
         site="\n".join(sorted({kind.site for kind in kinds if kind.site}, reverse=True)),
         to_python=any(kind.to_python for kind in kinds),
         grpc=any(kind.grpc for kind in kinds),
+        torch=False,
     )
 
 
@@ -248,7 +248,7 @@ def combinations(seed: int = 1) -> list[tuple[str, ...]]:
 
 def tried(kind: Kind) -> Trial:
     """Train in an environment of this kind, with ``python`` and with ours."""
-    training = TRAINING if kind.to_python else BY_HAND
+    training = TRAINING if kind.torch else BY_HAND
     with (
         tempfile.TemporaryDirectory(prefix="esper-bench-") as name,
         (GrpcReceiver if kind.grpc else HttpReceiver)() as receiver,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from esper_otel.leyline.faults import alone
-from esper_otel.leyline.folders import default_socket_path
+from esper_otel.leyline.folders import usual_socket_path
 from esper_otel.loop import tell_once
 from esper_otel.ranks.world import is_shared
 from esper_otel.settings import EsperSettings, Mode
@@ -34,7 +34,7 @@ def client_of(settings: EsperSettings, run_id: str, instance_id: str) -> TamiyoC
     return alone(
         "asking Tamiyo",
         lambda: TamiyoClient(
-            Path(settings.tamiyo_socket) if settings.tamiyo_socket else default_socket_path(),
+            Path(settings.tamiyo_socket) if settings.tamiyo_socket else usual_socket_path(),
             run=run_id,
             instance=instance_id,
             rank=settings.rank,

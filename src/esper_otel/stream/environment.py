@@ -79,7 +79,7 @@ def can_have_provider(variable: str) -> bool:
 def _has_provider(variable: str, name: str | None) -> bool:
     if name is None or _missing(_PROVIDERS[variable], [name]) == []:
         return True
-    _tell(variable, name, "a provider that is installed", "none is used")
+    _tell(variable, name, f"what is installed, and {name} is not", "the default is used")
     return False
 
 
@@ -93,7 +93,7 @@ def _replaced(environ: Mapping[str, str]) -> dict[str, str]:
         if value.strip():  # an empty one is none, says the specification
             _tell(name, value, "a whole number from 0", "the default is used")
         found[name] = ""
-    for name, group in _PLUGINS.items():
+    for name, group in (_PLUGINS | _PROVIDERS).items():
         value = environ.get(name)
         if not value:
             continue

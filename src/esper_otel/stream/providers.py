@@ -31,6 +31,7 @@ from opentelemetry.sdk.trace.sampling import (
 )
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext
+from opentelemetry.util.types import AttributeValue
 
 from esper_otel._version import __version__
 from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID, WORLD_SIZE
@@ -69,10 +70,18 @@ def trainer_resource(
         # Detectors are plugins, and at the interpreter's end they get no threads.
         log.debug("resource detection failed: %s", error)
         resource = Resource(identity)
+    resource = Resource(
+        {name: _text(value) for name, value in resource.attributes.items()}, resource.schema_url
+    )
     name = str(resource.attributes.get(SERVICE_NAME, ""))
     if not name or name.startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "esper-trainer"}))
     return resource
+
+
+def _text(value: AttributeValue) -> AttributeValue:
+    """``value`` as UTF-8 can have it: the environment may hold any bytes."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def resource_of_another(resource: Resource, run_id: str, instance_id: str) -> Resource:
@@ -288,7 +297,12 @@ def _within(count: int, most: int | None) -> bool:
 def _serialised_scope() -> bytes:
     """Our scope as the SDK's own encoder writes it, taken from around a span."""
     scope = InstrumentationScope(SCOPE, __version__)
-    span = ReadableSpan("scope", context=SpanContext(1, 1, False), instrumentation_scope=scope)
+    span = ReadableSpan(
+        "scope",
+        context=SpanContext(1, 1, False),
+        resource=Resource.get_empty(),  # else it is detected once more
+        instrumentation_scope=scope,
+    )
     return encode_spans([span]).resource_spans[0].scope_spans[0].scope.SerializeToString()
 
 
