@@ -8,7 +8,7 @@ compared. Its steps are counted where they arrived, at a receiver or in files; w
 missing, a line that begins with `esper-otel:` has to say why. After the kinds come combinations
 of them, made from a seed.
 
-A few kinds are tried with torch, the others with a loop that ends its steps itself, which starts
+A few kinds are tried with torch, the others with a loop that ends its steps itself: it starts
 in a tenth of the time.
 """
 

@@ -66,8 +66,9 @@ class EsperSettings(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode = Mode.ADVISE
 
     tamiyo_socket: str = ""
-    """Where the sidecar listens; empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a
-    temporary folder of the user's own."""
+    """Where the sidecar listens, in at most 107 bytes; ``tamiyo`` reads the variable as well.
+    Empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a temporary folder of the user's
+    own."""
 
     tamiyo_deadline_ms: float = 5.0
     """Longest wait for one decision, counted from the sending of its request."""

@@ -80,7 +80,7 @@ ONE = {
     "esper-otel run ranks.py train.py": "python ranks.py train.py",
     "esper-otel run deepspeed train.py": "deepspeed train.py",
 }
-"""Way to start → what it is compared with: arguments, path, flags, status, streams, and so on."""
+"""Way to start → what it is compared with: arguments, path, flags, environment, streams."""
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 ACCELERATE = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"

@@ -89,14 +89,29 @@ def _put(
         return
     try:
         # In one piece: other processes write to the same terminal.
-        out.write(_encodable(f"{text}\n", getattr(out, "encoding", None), escape))
-        if flush:
-            out.flush()
+        whole = _encodable(f"{text}\n", getattr(out, "encoding", None), escape)
+        if out is sys.__stderr__:
+            _write_through(out, whole)
+        else:
+            out.write(whole)
+            if flush:
+                out.flush()
     except BrokenPipeError:
         if isinstance(file, _Output):
             raise
     except Exception:  # of a disk that is full, or of an object that the script has put there
         return
+
+
+def _write_through(out: TextIO, text: str) -> None:
+    """Write ``text`` to the file itself: what a full disk does not take must not be buffered.
+
+    The interpreter would try again at its end, and exit with another status (120).
+    """
+    out.flush()
+    rest = memoryview(text.encode(out.encoding, out.errors or "strict"))
+    while rest:
+        rest = rest[os.write(out.fileno(), rest) :]
 
 
 def _encodable(text: str, encoding: str | None, escape: Callable[[str], str]) -> str:
