@@ -52,6 +52,7 @@ BENCHES = (
     "top",
     "judgement",
     "awkward",
+    "environments",
     "peers",
     "ranks_agree",
     "imports",

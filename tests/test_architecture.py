@@ -16,8 +16,13 @@ SOURCES = {
 MAY_IMPORT = {
     "esper_otel.leyline": {"esper_otel.leyline"},
     "esper_otel._version": set(),
+    "esper_otel.choices": set(),
     "esper_otel.run_settings": {"esper_otel.leyline"},
-    "esper_otel.settings": {"esper_otel.run_settings"},
+    "esper_otel.settings": {
+        "esper_otel.choices",
+        "esper_otel.leyline",
+        "esper_otel.run_settings",
+    },
     "esper_otel.run_config": {"esper_otel.leyline"},
     "esper_otel.home": {"esper_otel._version", "esper_otel.leyline"},
     "esper_otel.finalization": set(),

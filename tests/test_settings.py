@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,13 @@ def test_an_empty_variable_is_not_set() -> None:
         ("RANK", "first", "expected a whole number"),
     ],
 )
-def test_a_bad_value_is_named_with_its_variable_and_what_was_expected(
-    variable: str, text: str, expected: str
+def test_a_bad_value_is_named_with_its_variable_and_the_default_takes_its_place(
+    variable: str, text: str, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(SettingsError) as mistake:
-        EsperSettings.from_environment({variable: text})
-    message = str(mistake.value)
+    assert EsperSettings.from_environment({variable: text}) == EsperSettings()
+    (message,) = [record.getMessage() for record in caplog.records]
+    with pytest.raises(SettingsError, match=expected.replace("+", "[+]")):
+        EsperSettings.read({variable: text})
     assert message.startswith(f"{variable}=")
     assert text in message
     assert expected in message
@@ -175,9 +177,34 @@ def test_a_bad_argument_is_named_by_its_field() -> None:
         EsperSettings.from_environment({}, run_id=7)
 
 
-def test_a_rank_outside_its_world_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"rank=2: expected less than world_size=2"):
-        EsperSettings.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+def test_a_rank_outside_its_world_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    settings = EsperSettings.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+    assert (settings.rank, settings.world_size) == (0, 2)
+    assert "RANK=2: expected less than the size of the world, 2" in caplog.text
+    with pytest.raises(SettingsError, match="rank=2: expected less than"):
+        EsperSettings.from_environment({}, rank=2, world_size=2)
+
+
+def test_several_bad_values_are_each_told_once_and_the_good_ones_are_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environ = {"ESPER_MODE": "loud", "ESPER_RING_STEPS": "1", "ESPER_SPAN_EVERY": "7"}
+    for _ in range(2):
+        assert EsperSettings.from_environment(environ) == EsperSettings(span_every=7)
+    assert [record.getMessage().partition("=")[0] for record in caplog.records] == [
+        "ESPER_MODE",
+        "ESPER_RING_STEPS",
+    ]
+
+
+def test_a_socket_that_the_system_cannot_take_is_a_mistake(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = "/" + "x" * 107
+    assert EsperSettings.from_environment({"ESPER_TAMIYO_SOCKET": path}).tamiyo_socket == ""
+    assert "a Unix socket's path may have 107 bytes, this has 108" in caplog.text
+    with pytest.raises(SettingsError, match=r"^tamiyo_socket="):
+        EsperSettings.from_environment({}, tamiyo_socket=path)
 
 
 def test_a_misspelt_variable_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -233,6 +260,21 @@ def test_unsent_telemetry_is_left_where_state_belongs(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert EsperSettings().spool_path == tmp_path / ".local" / "state" / "esper" / "spool"
     assert EsperSettings(spool_dir="here").spool_path == Path("here")
+    monkeypatch.setenv("XDG_STATE_HOME", "not/absolute")
+    assert EsperSettings().spool_path == tmp_path / ".local" / "state" / "esper" / "spool"
+
+
+def test_who_has_no_home_has_a_folder_for_what_is_unsent_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert EsperSettings().spool_path == tmp_path / f"esper-{os.getuid()}" / "esper" / "spool"
 
 
 def test_settings_do_not_change() -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel import run_settings, settings
+from esper_otel import choices, run_settings, settings
 from esper_otel.run_settings import RunSettings
 from esper_otel.settings import EsperSettings
 from ops.generate.files import COMMAND
 
 PAGE = Path("docs/settings.md")
+
+_FUTURE = "from __future__ import annotations"
 
 OF_SEEDS = "growth"
 """The first of the fields that only a garden needs."""
@@ -67,8 +69,8 @@ def _rows() -> Iterator[tuple[str, ...]]:
 def _said() -> dict[tuple[str, str], str]:
     """What stands under each field of each class, by their names; empty where nothing does."""
     said = {}
-    sources = (inspect.getsource(module) for module in (settings, run_settings))
-    for found in (node for source in sources for node in ast.parse(source).body):
+    text = "".join(inspect.getsource(module) for module in (choices, settings, run_settings))
+    for found in ast.parse(text.replace(_FUTURE, "")).body:
         if not isinstance(found, ast.ClassDef):
             continue
         for node, after in zip(found.body, [*found.body[1:], None], strict=True):
@@ -78,10 +80,10 @@ def _said() -> dict[tuple[str, str], str]:
                 name = ast.unparse(node.targets[0])
             else:
                 continue
-            text = ""
+            words = ""
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                text = inspect.cleandoc(str(after.value.value))
-            said[found.name, name] = " ".join(text.split())
+                words = inspect.cleandoc(str(after.value.value))
+            said[found.name, name] = " ".join(words.split())
     return said
 
 
@@ -118,9 +120,10 @@ _TEMPLATE = """\
 
 Of the training process. Each is an environment variable, and a keyword argument of the
 lower-case name (without `ESPER_`) to `esper_otel.start`, `TorchInstrumentor().instrument`
-and, those about seeds, `run.plant`. A value that cannot be used ends `esper-otel run` before
-the script begins, with the variable, its value and what was expected; a variable that begins
-with `ESPER_` and is none of these is warned about.
+and, those about seeds, `run.plant`. A variable that cannot be used is warned about once, with
+its value and what was expected, and the default takes its place; so is a variable that begins
+with `ESPER_` and is none of these. An argument, or an option of `esper-otel run`, that cannot
+be used is refused ([ways to start](starting.md)).
 
 Where telemetry goes is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OTLP_ENDPOINT`,
 `_METRICS_ENDPOINT`, `_TRACES_ENDPOINT`, `_PROTOCOL`, `_HEADERS`, `_TIMEOUT`, `_COMPRESSION`,

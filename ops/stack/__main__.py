@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel.leyline.wire import default_socket_path
+from esper_otel.leyline.folders import default_socket_path
 from ops.stack import configuration, services, traces_page
 from ops.stack.ports import free, is_free
 from ops.stack.processes import Process, StartError

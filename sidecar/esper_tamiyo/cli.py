@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from esper_otel.leyline.terminal import say
+from esper_otel.leyline.terminal import discard_output, say, take_any_text
 from esper_tamiyo.commands import (
     ask,
     check,
@@ -30,6 +30,7 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    take_any_text()
     parser = argparse.ArgumentParser(
         prog="tamiyo", description="The sidecar that reads a training run and decides."
     )
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"tamiyo: {first}", *others, file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
+        discard_output()
         return 1
     return status
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from esper_otel._version import __version__
 from esper_otel.commands import export, report, resend, run, runs, show, top
+from esper_otel.leyline.terminal import discard_output, take_any_text
 
 COMMANDS = {
     command.__name__.rpartition(".")[2]: command
@@ -18,6 +18,9 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (2 for a mistake in the call)."""
+    take_any_text()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    pythons: list[str] = []
     parser = argparse.ArgumentParser(
         prog="esper-otel", description="Records training runs, and shows what was recorded."
     )
@@ -25,13 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add(commands)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(run.spelled_out(given) if given[:1] == ["run"] else given)
+    if words[:1] == ["run"]:
+        # What Python is given is not argparse's to look at: it would lose a --.
+        ours, pythons = run.divided(commands.choices["run"], run.spelled_out(words)[1:])
+        words = ["run", *ours]
+    options = parser.parse_args(words, argparse.Namespace(python=pythons))
     try:
         status: int = options.command(options)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
     except KeyboardInterrupt:
         return 130

@@ -63,6 +63,8 @@ class LastWords:
         """
         run = self._run
         step, clock = run._recorder.step, run._recorder.clock
+        if clock.last_end:
+            _exits.saw_steps = True
         if end is None or not clock.last_end or run._held is not None:
             return
         own = {custom_key(name): value for name, value in run._recorder.leftover().items()}
@@ -105,6 +107,8 @@ class _Exits:
     """
 
     def __init__(self) -> None:
+        self.saw_steps = False
+        """Whether a run that has ended had a step."""
         self._original: Any = None
         self._ours: Any = None
         self._status: object = None
@@ -138,10 +142,21 @@ class _Exits:
         """
         return self._status if self._mark > mark else None
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether the process ends without an error, as far as is known."""
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        return error is None and end_by_status(self._status).how is HowEnded.DONE
+
 
 _exits = _Exits()
 watch_exits = _exits.watch_exits
 leave_exits = _exits.leave_exits
+
+
+def ended_without_steps() -> bool:
+    """Whether this process ends well, and none of its runs has had a step."""
+    return _exits.ended_well and not _exits.saw_steps
 
 
 def _is_interactive() -> bool:

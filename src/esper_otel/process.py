@@ -93,6 +93,14 @@ def end_automatic() -> None:
         run._end(end=run._goodbye.at_hand())
 
 
+def end_before_exec() -> None:
+    """Send what is unsent: another program is about to take this one's place."""
+    if _automatic is not None:
+        _automatic._end(end=_automatic._goodbye.at_hand())
+    for run in list(_started):
+        run.close()
+
+
 def _forget_in_child() -> None:
     global _automatic
     _automatic = None

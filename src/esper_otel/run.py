@@ -15,6 +15,7 @@ from esper_otel.display import DisplayedRun
 from esper_otel.final_report import FinalReport
 from esper_otel.goodbye import Closing, Ending, LastWords, leave_exits, watch_exits
 from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.faults import alone, end_each
 from esper_otel.loop import LoopCalls, LoopObserver
 from esper_otel.ranks.world import new_run_id, with_identity
 from esper_otel.settings import EsperSettings
@@ -86,7 +87,12 @@ class Run(LoopCalls, Closing, DisplayedRun):
         )
         self._client = self._new_client() if self.enabled and held is None else None
         enriched = settings.tolaria_step_enrichment_enabled
-        self._devices: DeviceSampler = beside._devices if beside else DeviceSampler(enriched)
+        self._devices: DeviceSampler = (
+            beside._devices
+            if beside
+            else alone("the device probes", lambda: DeviceSampler(enriched))
+            or DeviceSampler(False, probes=())
+        )
         self._responses = responses_of(settings)
         self._recorder = Recorder(
             held or self._stream,
@@ -122,7 +128,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
         """From here on telemetry is sent and decisions are asked for."""
         self._start_stream()
         if self._beside is None:
-            self._devices.start()
+            alone("the device probes", self._devices.start)
             atexit.register(self._end_at_exit)
             watch_exits()
         held, self._held = self._held, None
@@ -322,17 +328,17 @@ class Run(LoopCalls, Closing, DisplayedRun):
             leave_exits()
         self._finish(end)
         if self._beside is None:
-            _end_each([self._devices.stop])
+            end_each([self._devices.stop])
         self._report = self._stream.close(timeout_s)
         if self._beside is None:
-            self._tell_summary(self._report)
+            end_each([partial(self._tell_summary, self._report)])
         return self._report
 
     def _finish(self, end: Ending) -> None:
         """The training is over: what it has recorded is still to be sent. Once."""
         if not self._finished:
             self._finished = True
-            _end_each(self._ends(end))
+            end_each(self._ends(end))
 
     def _ends(self, end: Ending) -> Iterator[Callable[[], Any]]:
         """What ends each part of the run but the stream, in order."""
@@ -375,15 +381,6 @@ class Run(LoopCalls, Closing, DisplayedRun):
             self._recorder.attach_garden(None)
             self._sharing.forget_garden()
         return self.stream_report
-
-
-def _end_each(ends: Iterable[Callable[[], Any]]) -> None:
-    for end in ends:
-        try:
-            end()
-        except Exception:
-            # Whatever it is, what was recorded is still sent.
-            log.warning("a part of the run could not be ended", exc_info=True)
 
 
 def _switch_off_in_child() -> None:

@@ -8,82 +8,35 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from esper_otel.choices import Blending as Blending
+from esper_otel.choices import Fossils as Fossils
+from esper_otel.choices import Growth as Growth
+from esper_otel.choices import Mode as Mode
+from esper_otel.choices import Schedule as Schedule
+from esper_otel.choices import Summaries as Summaries
+from esper_otel.leyline.folders import check_socket_path, state_folder
 from esper_otel.run_settings import RunSettings, faults_of, format_tags
 
 log = logging.getLogger("esper_otel")
 
 
-class Mode(StrEnum):
-    """What happens to Tamiyo's decisions."""
-
-    OFF = "off"
-    """Nobody is asked."""
-
-    ADVISE = "advise"
-    """Decisions are recorded and reported, never applied."""
-
-    ENFORCE = "enforce"
-    """Decisions are applied to the run."""
-
-
-class Growth(StrEnum):
-    """Who lets a seed take its next step."""
-
-    ASKED = "asked"
-    """Tamiyo: an operation needs a SEED decision that is enforced."""
-
-    AUTONOMOUS = "autonomous"
-    """The garden itself, unless an enforced decision says otherwise."""
-
-
-class Blending(StrEnum):
-    """How a seed's output comes into the host's."""
-
-    CONVEX = "convex"
-    RESIDUAL = "residual"
-    CHANNELWISE = "channelwise"
-    CONFIDENCE = "confidence"
-
-
-class Schedule(StrEnum):
-    """How alpha goes from 0 to 1."""
-
-    SIGMOID = "sigmoid"
-    COSINE = "cosine"
-    LINEAR = "linear"
-
-
-class Fossils(StrEnum):
-    """What trains a seed that has become part of the network."""
-
-    JOIN = "join"
-    """The host's optimizer."""
-
-    STAY = "stay"
-    """The seed's own."""
-
-
-class Summaries(StrEnum):
-    """What is told on standard error when a run is over."""
-
-    TEXT = "text"
-    """A few lines for a person."""
-
-    JSON = "json"
-    """One line for a machine."""
-
-    OFF = "off"
-    """Nothing."""
-
-
 class SettingsError(ValueError):
     """A setting that cannot be used: its name, its value and what was expected."""
+
+
+class UnusableVariableError(SettingsError):
+    """An environment variable that cannot be used."""
+
+    def __init__(self, variable: str, problem: str, instead: str) -> None:
+        """``instead`` says what holds without it."""
+        super().__init__(f"{variable}={problem}")
+        self.variable = variable
+        self.instead = instead
 
 
 class EsperSettings(RunSettings, frozen=True, kw_only=True):
@@ -110,8 +63,9 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     mode: Mode = Mode.ADVISE
 
     tamiyo_socket: str = ""
-    """Where the sidecar listens; empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a
-    temporary folder of the user's own."""
+    """Where the sidecar listens, in at most 107 bytes; ``tamiyo`` reads the variable as well.
+    Empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a temporary folder of the user's
+    own."""
 
     tamiyo_deadline_ms: float = 5.0
     """Longest wait for one decision, counted from the sending of its request."""
@@ -256,19 +210,34 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     ) -> EsperSettings:
         """Settings from ``environ`` (default: the process's), ``overrides`` winning.
 
-        Raises :class:`SettingsError` naming the variable, its value and what was expected. An
-        ``ESPER_`` variable that is no setting, most likely a misspelt one, is warned about once
-        per process, by the first of the ranks on a host.
+        Nothing in an environment keeps a training from starting: a variable that cannot be
+        used is warned about, with its value and what was expected, and the default takes its
+        place. An ``ESPER_`` variable that is no setting, most likely a misspelt one, is warned
+        about as well; each once per process, by the first of the ranks on a host. Raises
+        :class:`SettingsError` for what is wrong with ``overrides``.
         """
-        environ = os.environ if environ is None else environ
-        settings = cls.read(environ, **overrides)
+        environ = dict(os.environ if environ is None else environ)
+        problems: dict[str, str] = {}
+        while True:
+            try:
+                settings = cls.read(environ, **overrides)
+                break
+            except UnusableVariableError as error:
+                problems[error.variable] = f"{error}; {error.instead}"
+                environ[error.variable] = ""
         if settings.local_rank <= 0:
+            for variable in sorted(problems.keys() - _told):
+                _told.add(variable)
+                log.warning("%s", problems[variable])
             _tell_unknown(environ)
         return settings
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: object) -> EsperSettings:
-        """As :meth:`from_environment`, for another process's: nothing is warned about."""
+        """As :meth:`from_environment`, for another process's: nothing is warned about.
+
+        Raises :class:`SettingsError`, which names the first variable that cannot be used.
+        """
         raw: dict[str, object] = {}
         names: dict[str, str] = {}
         for field in msgspec.structs.fields(cls):
@@ -291,24 +260,29 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
 
     def _validate(self, names: Mapping[str, str] | None = None) -> None:
         """Raise :class:`SettingsError` for a value outside its range."""
+        names = names or {}
         for field, low, high in RANGES:
             value = getattr(self, field)
             if not low <= value <= high:
-                source = (names or {}).get(field, field)
                 wanted = f"expected a number from {low:g} to {high:g}"
-                raise SettingsError(f"{source}={value!r}: {wanted}")
+                raise _problem(names, field, f"{value!r}: {wanted}")
         for field, wanted in faults_of(self).items():
-            value = getattr(self, field)
-            raise SettingsError(f"{(names or {}).get(field, field)}={value!r}: {wanted}")
+            raise _problem(names, field, f"{getattr(self, field)!r}: {wanted}")
         rank, size = self.rank, self.world_size
         if rank >= size:
-            raise SettingsError(f"rank={rank}: expected less than world_size={size}")
+            # Of a scheduler that tells its processes their number, and not how many there are.
+            wanted = f"expected less than the size of the world, {size}"
+            raise _problem(names, "rank", f"{rank}: {wanted}", "world_size")
+        if self.tamiyo_socket:
+            try:
+                check_socket_path(Path(self.tamiyo_socket))
+            except ValueError as error:
+                raise _problem(names, "tamiyo_socket", str(error)) from None
 
     @property
     def spool_path(self) -> Path:
         """The folder of files of unsent OTLP."""
-        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return Path(self.spool_dir or Path(state, "esper", "spool"))
+        return Path(self.spool_dir or state_folder() / "esper" / "spool")
 
 
 _INFINITY = float("inf")
@@ -386,9 +360,21 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
         try:
             values[field.name] = msgspec.convert(value, field.type, strict=False)
         except msgspec.ValidationError:
-            name = names.get(field.name, field.name)
-            raise SettingsError(f"{name}={value!r}: expected {EXPECTED[field.type]}") from None
+            wanted = f"{value!r}: expected {EXPECTED[field.type]}"
+            raise _problem(names, field.name, wanted) from None
     return values
+
+
+def _problem(names: Mapping[str, str], field: str, problem: str, *also: str) -> SettingsError:
+    """What is wrong with ``field``, or with one of ``also`` where that alone is a variable."""
+    for name in (field, *also):
+        if name in names:
+            default = EsperSettings.__struct_defaults__[
+                EsperSettings.__struct_fields__.index(name)
+            ]
+            instead = f"{str(default) or 'the default'} is used"
+            return UnusableVariableError(names[name], problem, instead)
+    return SettingsError(f"{field}={problem}")
 
 
 def variables_of(field: str) -> tuple[str, ...]:

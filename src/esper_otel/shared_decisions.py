@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from esper_otel.leyline.wire import default_socket_path
+from esper_otel.leyline.faults import alone
+from esper_otel.leyline.folders import usual_socket_path
 from esper_otel.loop import tell_once
 from esper_otel.ranks.world import is_shared
-from esper_otel.settings import EsperSettings, Mode, SettingsError
+from esper_otel.settings import EsperSettings, Mode
 from esper_otel.tamiyo.client import TamiyoClient
 from esper_otel.tolaria.ports import DecisionAgreement
 from esper_otel.tolaria.recorder import Recorder
@@ -27,25 +28,21 @@ if TYPE_CHECKING:
 
 
 def client_of(settings: EsperSettings, run_id: str, instance_id: str) -> TamiyoClient | None:
-    """Who asks the sidecar for a run; None where nobody is to be asked.
-
-    Raises :class:`~esper_otel.SettingsError` for a path that no socket can have.
-    """
+    """Who asks the sidecar for a run; None where nobody is to be asked, or can be."""
     if settings.mode is Mode.OFF:
         return None
-    path = Path(settings.tamiyo_socket) if settings.tamiyo_socket else default_socket_path()
-    try:
-        return TamiyoClient(
-            path,
+    return alone(
+        "asking Tamiyo",
+        lambda: TamiyoClient(
+            Path(settings.tamiyo_socket) if settings.tamiyo_socket else usual_socket_path(),
             run=run_id,
             instance=instance_id,
             rank=settings.rank,
             world_size=settings.world_size,
             deadline_ms=settings.tamiyo_deadline_ms,
             mode=settings.mode.value,
-        )
-    except ValueError as error:
-        raise SettingsError(f"tamiyo_socket: {error}") from None
+        ),
+    )
 
 
 def responses_of(settings: EsperSettings) -> Responses:

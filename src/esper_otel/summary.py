@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from esper_otel.leyline.decisions import (
     UNREACHABLE,
 )
 from esper_otel.leyline.sparklines import sparkline
-from esper_otel.leyline.terminal import printable, printable_json
+from esper_otel.leyline.terminal import printable, printable_json, tell
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
 from esper_otel.stream.spool_files import resend_words
@@ -372,10 +371,9 @@ def tell_summary(
             write_beside(Path(page), printable_json(summary.as_json()))
         if wanted:
             as_json = settings.summary is Summaries.JSON
-            text = printable_json(summary.as_json()) if as_json else summary.as_text()
-            print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass  # nobody reads any more
+            tell(printable_json(summary.as_json()) if as_json else summary.as_text())
+    except Exception as error:  # what was recorded is sent, whatever is wrong with this
+        log.warning("the run cannot be summed up: %r", error)
 
 
 def _seconds(seconds: float) -> str:

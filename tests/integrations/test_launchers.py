@@ -59,7 +59,7 @@ def start(tmp_path):
     return run
 
 
-TOLD = "ESPER_SPAM is set, but esper-otel has no such setting\n"
+TOLD = "esper-otel: ESPER_SPAM is set, but esper-otel has no such setting\n"
 
 
 SINGLE = {
@@ -131,7 +131,6 @@ def test_processes_that_the_script_spawns_itself_are_recorded_where_they_say_so(
 
 
 RANKS = {
-    "esper-otel run torchrun": "esper-otel run torchrun OPTIONS train.py",
     "esper-otel run …/torchrun": f"esper-otel run {BIN}/torchrun OPTIONS train.py",
     "esper-otel run -m torch.distributed.launch": (
         "esper-otel run -m torch.distributed.launch --use-env OPTIONS train.py"

@@ -1,5 +1,6 @@
 """``esper-otel run`` is ``python``: the same script under both, compared."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import esper_otel
+
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+CLEAN["ESPER_SUMMARY"] = "off"
 ESPER = [str(Path(sys.executable).parent / "esper-otel")]
 
 
@@ -128,6 +132,13 @@ def test_a_script_that_never_imports_torch_does_not_pay_for_it(script, tmp_path)
 MISTAKES = {
     "no script": (["run"], "expected a script"),
     "missing script": (["run", "nope.py"], "run: nope.py: no such file"),
+    "no option": (["run", "-Z", "x.py"], "unrecognized arguments: -Z"),
+    "option without a script": (["run", "-u"], "expected a script"),
+    "option for a shell": (["run", "-u", "sh", "-c", "true"], "sh: not a Python, so -u"),
+    "missing Python": (["run", "python9.9", "x.py"], "python9.9: no such program"),
+    "isolated": (["run", "-I", "x.py"], "call esper_otel.start(optimizer) in the script"),
+    "without site": (["run", "-uS", "x.py"], "-S has Python start without its site module"),
+    "bad socket": (["run", "--socket", "/" + "x" * 107, "-c", "1"], "may have 107 bytes"),
     "missing launcher": (["run", "nowhere/torchrun"], "run: nowhere/torchrun: no such file"),
     "module without name": (["run", "-m"], "expected a script"),
     "conflict": (["run", "--enforce", "--mode", "off", "x.py"], "exclude each other"),
@@ -144,16 +155,75 @@ def test_a_mistake_in_the_call_is_told_in_words(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_a_setting_that_does_not_fit_stops_it_before_the_script(script, tmp_path):
+def test_a_variable_that_does_not_fit_or_is_no_setting_is_told_of_once(script, tmp_path):
     script("print('ran')")
-    env = CLEAN | {"ESPER_TAMIYO_DEADLINE_MS": "soon"}
+    env = CLEAN | {"ESPER_TAMIYO_DEADLINE_MS": "soon", "ESPER_SPAM": "1"}
     done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=env)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "ESPER_TAMIYO_DEADLINE_MS='soon': expected" in done.stderr
-
-
-def test_a_variable_that_is_no_setting_is_told_of_once(script, tmp_path):
-    script("print('ran')")
-    done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=CLEAN | {"ESPER_SPAM": "1"})
     assert (done.returncode, done.stdout) == (0, "ran\n")
-    assert done.stderr == "ESPER_SPAM is set, but esper-otel has no such setting\n"
+    assert done.stderr.splitlines() == [
+        "esper-otel: ESPER_TAMIYO_DEADLINE_MS='soon': expected a number; 5.0 is used",
+        "esper-otel: ESPER_SPAM is set, but esper-otel has no such setting",
+    ]
+
+
+def test_a_sitecustomize_that_raises_says_so_as_ever_and_ends_nothing(script, tmp_path):
+    script("raise KeyError('mine')", "site/sitecustomize.py")
+    script("import sys; print('esper_otel.integrations.torch' in sys.modules)")
+    env = CLEAN | {"PYTHONPATH": str(tmp_path / "site")}
+    bare, ours = both(["train.py"], cwd=tmp_path, env=env)
+    assert (bare.stdout, ours.stdout) == ("False\n", "True\n")
+    assert "KeyError: 'mine'" in bare.stderr
+    assert ours.stderr == bare.stderr * 2  # of the command, and of what takes its place
+
+
+def test_a_python_that_has_no_esper_otel_says_so_and_runs_the_script(script, tmp_path):
+    # As in another environment: a package of the name, with nothing in it.
+    script("", "other/esper_otel/__init__.py")
+    script("import os, sys; print(os.environ['PYTHONPATH'], 'sitecustomize' in sys.modules)")
+    env = CLEAN | {"PYTHONPATH": str(tmp_path / "other")}
+    autoload = Path(esper_otel.__file__).parent / "integrations" / "autoload"
+    ours = env | {
+        "PYTHONPATH": f"{autoload}{os.pathsep}{tmp_path / 'other'}",
+        "ESPER_CHAINED_PYTHONPATH": str(tmp_path / "other"),
+    }
+    bare = run([sys.executable, "train.py"], cwd=tmp_path, env=env)
+    done = run([sys.executable, "train.py"], cwd=tmp_path, env=ours)
+    assert (done.returncode, done.stdout) == (0, bare.stdout)
+    assert done.stderr.startswith("esper-otel: nothing is recorded: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("pass", "the script has not imported torch; "),
+        ("import sys; sys.exit(3)", ""),
+        ("raise KeyError(1)", ""),
+    ],
+    ids=["well", "by a status", "by an error"],
+)
+def test_a_script_that_trains_nothing_says_so_unless_it_fails(script, tmp_path, source, told):
+    script(source)
+    env = {k: v for k, v in CLEAN.items() if k != "ESPER_SUMMARY"}
+    done = run([*ESPER, "run", "train.py"], cwd=tmp_path, env=env)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("esper-otel:")]
+    assert len(lines) == bool(told)
+    assert told in "".join(lines)
+    if told:
+        as_json = run([*ESPER, "run", "--json", "train.py"], cwd=tmp_path, env=env)
+        assert json.loads(as_json.stderr)["steps"] == 0
+
+
+def test_what_is_closed_stays_closed_and_is_not_written_to(script, tmp_path):
+    script("""
+        import os, sys, tempfile
+        print(sys.stderr, flush=True)
+        file = tempfile.TemporaryFile()
+        assert file.fileno() > 2
+        code = "import os; os.fstat(2)"
+        print(os.spawnl(os.P_WAIT, sys.executable, "python", "-c", code))
+    """)
+    shell = f"{ESPER[0]} run --mode off train.py 2>&-"
+    env = {k: v for k, v in CLEAN.items() if k != "ESPER_SUMMARY"} | {"ESPER_SPAM": "1"}
+    done = run(["sh", "-c", shell], cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (0, "None\n1\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from math import isnan
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -252,33 +251,6 @@ def test_messages_before_an_oversized_one_still_come() -> None:
     assert next(bodies) == good[4:]
     with pytest.raises(wire.WireError):
         next(bodies)
-
-
-# --- where the socket is
-
-
-def test_the_socket_lies_in_the_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
-    assert wire.default_socket_path() == Path("/run/user/7/esper/tamiyo.sock")
-
-
-def test_without_one_it_lies_in_a_folder_of_the_users_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("os.getuid", lambda: 42)
-    assert wire.default_socket_path() == tmp_path / "esper-42" / "tamiyo.sock"
-
-
-@pytest.mark.parametrize(("length", "fits"), [(107, True), (108, False)])
-def test_a_path_must_fit_the_systems_address(length: int, fits: bool) -> None:
-    path = Path("/" + "é" * ((length - 1) // 2) + "x" * ((length - 1) % 2))
-    if fits:
-        wire.check_socket_path(path)
-    else:
-        with pytest.raises(ValueError, match="may have 107 bytes, this has 108"):
-            wire.check_socket_path(path)
 
 
 class OldHello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):

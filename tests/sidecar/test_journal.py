@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.leyline.wire import default_socket_path
+from esper_otel.leyline.folders import default_socket_path
 from esper_tamiyo.journaling.entries import Closed, Gap, Opened
 from esper_tamiyo.journaling.journal import (
     Damage,

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from esper_otel.leyline.folders import default_socket_path as default_path
 from esper_otel.leyline.terminal import say, say_json
-from esper_otel.leyline.wire import default_socket_path as default_path
 
 if TYPE_CHECKING:
     from esper_otel.leyline.tool_requests import ToolRequest

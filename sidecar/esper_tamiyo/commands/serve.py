@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.leyline.folders import default_socket_path as default_path
 from esper_otel.leyline.terminal import Lines, log_to_stderr, say
-from esper_otel.leyline.wire import default_socket_path as default_path
 from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
 
@@ -93,7 +93,7 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         "--journal",
         type=Path,
         metavar="DIR",
-        help="where decisions are written down (default: beside a --socket that was "
+        help="where decisions are written down (default: beside a socket that was "
         "chosen, else in $XDG_STATE_HOME/esper/journal)",
     )
     group.add_argument("--no-journal", action="store_true", help="write nothing down")
@@ -262,10 +262,7 @@ def _state_folder(options: argparse.Namespace) -> Path | None:
     if options.state is not None:
         folder: Path = options.state.absolute()
         return folder
-    try:
-        journal: Path = options.journal or default_folder(options.socket)
-    except RuntimeError:  # of a user without a home, who may well do without a journal
-        return None
+    journal: Path = options.journal or default_folder(options.socket)
     return journal.with_suffix(".state").absolute()
 
 

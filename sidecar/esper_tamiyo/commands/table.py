@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from esper_otel.leyline.terminal import say, say_json
 from esper_tamiyo.commands.common import CommandError, Commands
 
 
@@ -25,8 +25,10 @@ def add(commands: Commands) -> None:
 def _table(options: argparse.Namespace) -> int:
     from esper_tamiyo.language.table_file import SCHEMA
 
-    path = SCHEMA if options.schema else _shipped(options.name)
-    sys.stdout.write(path.read_text(encoding="utf-8"))
+    if options.schema:
+        say_json(SCHEMA.read_text(encoding="utf-8").removesuffix("\n"))
+    else:
+        say(*_shipped(options.name).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     return 0
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.wire import default_socket_path
+from esper_otel.leyline.folders import named_socket, state_folder, usual_socket_path
 from esper_tamiyo.journaling.entries import AnyEntry, TableInUse, rfc3339
 
 MAX_FILE_MB = 8.0
@@ -47,16 +47,15 @@ class Damage(NamedTuple):
 
 
 def default_folder(socket: Path | None = None) -> Path:
-    """The journal of the sidecar at ``socket`` (None: at the default place).
+    """The journal of the sidecar at ``socket`` (None: at the place that holds without a word).
 
-    Beside a socket that was chosen. The default socket's folder does not outlive a login,
-    so its journal is ``$XDG_STATE_HOME/esper/journal``.
+    Beside a socket that was chosen, by an option or by ``ESPER_TAMIYO_SOCKET``. The usual
+    socket's folder does not outlive a login: its journal is ``$XDG_STATE_HOME/esper/journal``.
     """
-    if socket is not None and socket != default_socket_path():
+    socket = socket or named_socket()
+    if socket is not None and socket != usual_socket_path():
         return socket.with_suffix(".journal")
-    state = os.environ.get("XDG_STATE_HOME")
-    home = Path(state) if state else Path.home() / ".local" / "state"
-    return home / "esper" / "journal"
+    return state_folder() / "esper" / "journal"
 
 
 def files_of(folder: Path) -> list[Path]:

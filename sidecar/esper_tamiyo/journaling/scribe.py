@@ -252,7 +252,6 @@ def main() -> None:
     log_to_stderr(logging.WARNING, hiding(os.environ))
     pipe = socket.socket(fileno=int(fd))
     Scribe(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
-    sys.stderr.flush()
     os._exit(0)  # threads that wait for a network or a disk need no goodbye
 
 

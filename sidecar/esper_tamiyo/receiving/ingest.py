@@ -114,7 +114,6 @@ async def _beat(
                 rss,
                 memory_mb,
             )
-            sys.stderr.flush()
             os._exit(1)
         if pipe.transport.get_write_buffer_size() < PIPE_BACKLOG:  # else enough waits there
             pipe.write(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from esper_otel.leyline.wire import check_socket_path
+from esper_otel.leyline.folders import check_socket_path
 
 _BACKLOG = 128
 _AS_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

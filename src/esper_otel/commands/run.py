@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from esper_otel.commands.common import Subcommands, refuse
+from esper_otel.integrations.launching import (
+    PythonCall,
+    is_interpreter,
+    own_call,
+    past_option,
+    python_call,
+)
 from esper_otel.run_settings import format_tags
 from esper_otel.settings import EsperSettings, Mode, SettingsError
 
 _RUN = """\
 Runs a training script as `python` would, and records it: every optimizer step streams
 out as OpenTelemetry (OTEL_* variables say where to; default http://localhost:4318), and
-a Tamiyo sidecar on this host is asked after each."""
+a Tamiyo sidecar on this host is asked after each. What follows the options of this command
+is what `python` would be given, its own options included (-u, -O, -W error, -m module), or
+a launcher: torchrun, accelerate launch, a shell script, any program that starts Pythons."""
+
+_DEAF = {
+    "E": "-E has Python ignore the environment",
+    "I": "-I has Python ignore the environment",
+    "S": "-S has Python start without its site module",
+}
+"""Options of ``python`` with which it cannot be instrumented, and why."""
 
 
 def add(commands: Subcommands) -> None:
@@ -23,7 +42,8 @@ def add(commands: Subcommands) -> None:
         "run",
         help="run a training script, instrumented",
         description=_RUN,
-        usage="esper-otel run [option ...] (script | -m module | torchrun ...) [argument ...]",
+        usage="esper-otel run [option ...] [option of python ...] "
+        "(script | -m module | -c code | - | program) [argument ...]",
     )
     parser.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
     parser.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")
@@ -47,33 +67,76 @@ def add(commands: Subcommands) -> None:
     told.add_argument(
         "--json", action="store_true", help="the summary as one line of JSON, on stderr"
     )
-    parser.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="run a module")
-    parser.add_argument("script", nargs=argparse.REMAINDER, help="what `python` would be given")
     parser.set_defaults(command=_run)
 
 
+def divided(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The words that are options of this command, and those that ``python`` would be given.
+
+    Ours come first, or among those of ``python``; from what is to be run on, all is its own.
+    """
+    ours: list[str] = []
+    at = 0
+    pythons: list[str] = []
+    while at < len(words) and words[at] != "--":
+        takes = _values_of(parser, words[at])
+        if takes is not None:
+            ours += words[at : at + 1 + takes]
+            at += 1 + takes
+            continue
+        following = past_option(words, at)
+        if following is None:
+            ours.append(words[at])  # of nobody: the parser says so
+            at += 1
+        elif following == at:
+            break
+        else:
+            pythons += words[at:following]
+            at = following
+    return ours, [*pythons, *words[at:]]
+
+
+def _values_of(parser: argparse.ArgumentParser, word: str) -> int | None:
+    """How many words belong to the option ``word`` of ``parser``; None for none of its own."""
+    if word != "-h" and not (word.startswith("--") and len(word) > 2):
+        return None
+    name, equals, _ = word.partition("=")
+    options = parser._option_string_actions
+    found = {id(options[each]): options[each] for each in options if each.startswith(name)}
+    action = options.get(name) or (found.popitem()[1] if len(found) == 1 else None)
+    if action is None:
+        return None
+    return 0 if equals or action.nargs == 0 else 1
+
+
+class _Start(NamedTuple):
+    """What is started."""
+
+    command: list[str]
+    only_workers: bool
+
+
+class _StartError(Exception):
+    """What cannot be started, and why."""
+
+
 def _run(options: argparse.Namespace) -> int:
-    script: list[str] = options.script
-    if options.module is not None:
-        script = ["-m", *options.module] if options.module else []
-    if not script:
-        return refuse("run: expected a script, or -m and a module")
     if options.enforce and options.mode not in (None, "enforce"):
         return refuse(f"run: --enforce and --mode {options.mode} exclude each other")
-    only_workers = _launches(script)
-    if script[0] == "torchrun" and not Path("torchrun").exists():
-        script = ["-m", "torch.distributed.run", *script[1:]]
-    fault = _fault_of(script[0])
-    if fault:
-        return refuse(f"run: {fault}")
-    environment = {**os.environ, **_variables(options)}
+    given = _variables(options)
     try:
-        EsperSettings.read(environment)
-    except SettingsError as error:
+        start = _start_of([*_own_options(), *options.python])
+        EsperSettings.read(given)
+    except (_StartError, SettingsError) as error:
         return refuse(f"run: {error}")
     from esper_otel.integrations.startup import execute
 
-    return execute(script, environment, only_workers=only_workers)
+    try:
+        execute(start.command, {**os.environ, **given}, only_workers=start.only_workers)
+    except OSError as error:
+        return refuse(f"run: {start.command[0]}: {error.strerror}")
 
 
 _HOME = "--record="
@@ -106,31 +169,93 @@ _WITH_VALUE = frozenset({"--mode", "--socket", "--report", "--run-id", "--name",
 """Options that have a word behind them."""
 
 
+_LAUNCHERS = frozenset({"accelerate", "deepspeed", "mpirun", "sh", "srun", "torchrun"})
+"""Words behind ``--record`` that are no folder, but what people start trainings with."""
+
+
 def _is_folder(word: str, *, is_last: bool) -> bool:
-    is_script = word.endswith(".py") or word == "torchrun" or Path(word).is_file()
-    return not (is_last or is_script or word.startswith("-"))
+    is_script = word.endswith(".py") or Path(word).is_file()
+    starts = is_interpreter(word) or Path(word).name in _LAUNCHERS
+    return not (is_last or is_script or starts or word.startswith("-"))
 
 
-def _launches(script: list[str]) -> bool:
-    """Whether this starts the processes that train, and is none itself."""
-    if script[0] == "-m":
-        return script[1] in ("torch.distributed.run", "torch.distributed.launch")
-    return Path(script[0]).name == "torchrun"
+def _start_of(words: Sequence[str]) -> _Start:
+    """What ``esper-otel run WORDS`` starts; raises :class:`_StartError`."""
+    python = sys.executable
+    call = _call_of(words)
+    if call.kind == "script" and is_interpreter(call.name) and not _is_script(call.name):
+        python = _program(call.name) or ""
+        if not python:
+            raise _StartError(f"{call.name}: no such program")
+        call = _call_of([*call.words[: call.place], *call.arguments])
+    for letter in call.flags:
+        if letter in _DEAF:
+            raise _StartError(
+                f"{_DEAF[letter]}, by which the script would be instrumented: leave it out, or "
+                "call esper_otel.start(optimizer) in the script"
+            )
+    if not call.kind and "V" not in call.flags:
+        raise _StartError("expected a script, or -m and a module, or a program")
+    if call.kind != "script" or _is_script(call.name):
+        return _Start([python, *call.words], call.is_launcher)
+    options = call.words[: call.place]
+    if call.name == "torchrun" and not Path("torchrun").exists():
+        module = ["-m", "torch.distributed.run", *call.arguments]
+        return _Start([python, *options, *module], True)
+    program = _program(call.name)
+    if program is None:
+        raise _StartError(f"{call.name}: {_fault_of(Path(call.name))}")
+    if not options:
+        return _Start([program, *call.arguments], True)
+    if not _is_pythons(Path(program)):
+        raise _StartError(f"{call.name}: not a Python, so {options[0]} is no option for it")
+    return _Start([python, *options, program, *call.arguments], True)
 
 
-def _fault_of(script: str) -> str:
-    """Why ``script`` cannot be run, empty when it can.
+def _own_options() -> list[str]:
+    """Options that Python was given before ``-m esper_otel``: they are the script's as well."""
+    own = own_call()
+    is_module = own is not None and (own.kind, own.name) == ("module", "esper_otel")
+    return own.words[: own.place] if own is not None and is_module else []
 
-    It is a file called train.py and not a module path: -c and - are Python's own.
-    """
-    if script.startswith("-"):
-        return ""
-    path = Path(script)
-    if not path.exists():
-        return f"{path}: no such file"
-    if path.is_dir() and not (path / "__main__.py").exists():
-        return f"{path}: a folder without __main__.py"
-    return ""
+
+def _call_of(words: Sequence[str]) -> PythonCall:
+    try:
+        return python_call(words)
+    except ValueError as error:
+        raise _StartError(f"{error}: no option of python") from None
+
+
+def _is_script(name: str) -> bool:
+    """Whether ``name`` is a file, or a folder, that Python is to read."""
+    path = Path(name)
+    if path.is_dir():
+        return (path / "__main__.py").exists()
+    return path.exists() and _is_pythons(path)
+
+
+def _is_pythons(path: Path) -> bool:
+    """Whether a file is Python's to read: no program for the machine, no script of a shell."""
+    try:
+        with path.open("rb") as file:
+            head = file.readline(512)
+    except OSError:
+        return True  # Python says what is wrong with it
+    return not head.startswith((b"\x7fELF", b"#!")) or b"python" in head
+
+
+def _fault_of(path: Path) -> str:
+    """Why ``path`` is nothing to start."""
+    if path.is_dir():
+        return "a folder without __main__.py"
+    return "not for Python to read, and not executable" if path.exists() else "no such file"
+
+
+def _program(name: str) -> str | None:
+    """The program that ``name`` means: beside this Python, or on the ``PATH``."""
+    if os.sep in name:
+        return name if os.access(name, os.X_OK) and Path(name).is_file() else None
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 def _encoded(tag: str) -> str:

@@ -8,56 +8,55 @@ Python's own; runpy in this process would have had to imitate each of them.
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NoReturn
+
+from esper_otel.integrations.launching import (
+    AUTOLOAD,
+    CHAINED,
+    ONLY_WORKERS,
+    HandsOn,
+    own_call,
+    with_detour,
+    without_detour,
+)
+from esper_otel.leyline.terminal import say, say_json
 
 log = logging.getLogger("esper_otel")
 
-AUTOLOAD = str(Path(__file__).parent / "autoload")
-CHAINED = "ESPER_CHAINED_PYTHONPATH"
-"""Carries the user's own PYTHONPATH past the exec; absent when there was none."""
-
-
-ONLY_WORKERS = "ESPER_ONLY_WORKERS"
-"""Set when the process that is started only launches those that train."""
-
 
 def execute(
-    arguments: Sequence[str], environ: Mapping[str, str], *, only_workers: bool = False
+    command: list[str], environ: Mapping[str, str], *, only_workers: bool = False
 ) -> NoReturn:
-    """Become ``python ARGUMENTS`` with instrumentation; does not return.
+    """Become ``command`` with instrumentation; does not return. Raises :class:`OSError`.
 
-    ``only_workers``: it is a launcher, and the processes it starts with a ``LOCAL_RANK``
-    are instrumented instead.
+    ``only_workers``: it is a launcher, or may be one, and the Pythons that it starts are
+    instrumented as well.
     """
-    environment = dict(environ)
-    own = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = AUTOLOAD if own is None else AUTOLOAD + os.pathsep + own
-    environment.pop(CHAINED, None)
-    environment.pop(ONLY_WORKERS, None)
-    if only_workers:
-        environment[ONLY_WORKERS] = "1"
-    if own is not None:
-        environment[CHAINED] = own
-    os.execve(sys.executable, [sys.executable, *arguments], environment)
+    os.execve(command[0], command, with_detour(environ, only_workers=only_workers))
 
 
 def begin() -> None:
-    """Undo the detour of :func:`execute`, and instrument."""
-    if os.environ.get(ONLY_WORKERS) and "LOCAL_RANK" not in os.environ:
-        return  # a launcher, which hands the detour on
-    os.environ.pop(ONLY_WORKERS, None)
-    own = os.environ.pop(CHAINED, None)
-    # Children of the script (workers, subprocesses) are not the training process.
-    if own is None:
-        os.environ.pop("PYTHONPATH", None)
-    else:
-        os.environ["PYTHONPATH"] = own
+    """Undo the detour of :func:`execute`, and instrument; within Python's own start.
+
+    Raises what a ``sitecustomize`` of the user's own raises: Python says so, and goes on.
+    """
+    launched = bool(os.environ.get(ONLY_WORKERS))
+    call = own_call()
+    if launched and call is not None and call.is_launcher:
+        return  # it hands the detour on
+    environment = without_detour(os.environ)
+    for name in (CHAINED, ONLY_WORKERS, "PYTHONPATH"):
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            os.environ.pop(name, None)
     while AUTOLOAD in sys.path:
         sys.path.remove(AUTOLOAD)
     ours = sys.modules.pop("sitecustomize", None)
@@ -69,9 +68,71 @@ def begin() -> None:
             raise
         if ours is not None:
             sys.modules["sitecustomize"] = ours
+    finally:
+        _instrument(tells=not (launched and call is not None and call.kind == "code"))
+
+
+def _instrument(*, tells: bool) -> None:
+    """Have torch instrumented once it is there. Never raises."""
     try:
+        _plug_closed_streams()
         from esper_otel.integrations.torch import TorchInstrumentor
 
         TorchInstrumentor().instrument(skip_dep_check=True)
+        from esper_otel import process
+        from esper_otel.goodbye import watch_exits
+
+        hands_on = HandsOn(before_exec=process.end_before_exec)
+        hands_on.put_on()
+        if tells:
+            watch_exits()
+            # Before any run has been: so this comes after all of theirs.
+            atexit.register(_tell_nothing, hands_on, os.getpid())
     except Exception:
         log.exception("the script could not be instrumented and runs without")
+
+
+def _plug_closed_streams() -> None:
+    """Have nothing of ours become standard input, output or error where these are closed.
+
+    What C code writes there would go into a socket or a file of ours. Children get it closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _tell_nothing(hands_on: HandsOn, pid: int) -> None:
+    """Say in one line that this process trained nothing that could be seen, and why."""
+    try:
+        from esper_otel.goodbye import ended_without_steps
+        from esper_otel.settings import EsperSettings, Summaries
+
+        if os.getpid() != pid or hands_on.handed or not ended_without_steps():
+            return
+        settings = EsperSettings.from_environment()
+        if settings.summary is Summaries.OFF or settings.rank:
+            return
+        why = _why_nothing()
+        if settings.summary is Summaries.JSON:
+            say_json(json.dumps({"steps": 0, "nothing_recorded": why}), file=sys.stderr)
+        else:
+            say(f"esper-otel: nothing was recorded: {why}", file=sys.stderr, flush=True)
+    except Exception:  # at the end of a script that went well
+        return
+
+
+def _why_nothing() -> str:
+    from esper_otel.stream import is_disabled
+
+    if is_disabled():
+        return "OTEL_SDK_DISABLED is true"
+    by_hand = "run = esper_otel.start(), and run.step() after each update"
+    if "torch" not in sys.modules:
+        return f"the script has not imported torch; for others: {by_hand}"
+    return (
+        "no optimizer of torch has stepped in this process. Where updates are made otherwise: "
+        f"{by_hand}; where other processes train: esper_otel.start(optimizer) in each"
+    )

@@ -8,12 +8,15 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import wrapt
-from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
-    BaseInstrumentor,
-)
 
 from esper_otel import process
 from esper_otel.settings import EsperSettings, SettingsError
+from esper_otel.stream.environment import usable
+
+with usable():
+    from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
+        BaseInstrumentor,
+    )
 
 if TYPE_CHECKING:
     from esper_otel.integrations.watch import Watch

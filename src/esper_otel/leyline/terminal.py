@@ -1,4 +1,8 @@
-"""Terminal: text from elsewhere as it is shown to people, so that it cannot pose as ours.
+"""Terminal: the one place where people are told something, and text from elsewhere is escaped.
+
+Telling never fails: standard output or standard error may be closed (then they are ``None``),
+may be objects of the script's own without half of a stream's methods, may take no letters but
+those of ASCII, and a disk may be full. What is meant for standard error goes there or nowhere.
 
 A run id, a seed id, a rule's text, a file's name or an exception is whatever its author wrote:
 line breaks would forge lines of ours, and escape sequences move the cursor, clear the screen or
@@ -9,9 +13,14 @@ set the window's title. So whatever people read on a terminal or in a log passes
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
+
+PREFIX = "esper-otel: "
+"""What begins each line that a trainer is told."""
 
 
 class Lines(str):
@@ -46,15 +55,96 @@ def printable_json(text: str) -> str:
     )
 
 
-def say(*lines: str, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print ``lines``, each escaped, to ``file`` (default: standard output)."""
-    out = sys.stdout if file is None else file
-    print("\n".join(map(printable, lines)), file=out, flush=flush)
+class _Output:
+    """Stands for standard output as it is when something is said."""
 
 
-def say_json(text: str, flush: bool = False) -> None:
-    """Print a JSON text to standard output."""
-    print(printable_json(text), flush=flush)
+_OUTPUT = _Output()
+
+
+def say(*lines: str, file: TextIO | _Output | None = _OUTPUT, flush: bool = False) -> None:
+    """Print ``lines``, each escaped, to ``file`` (default: standard output; None: nowhere).
+
+    ``sys.stderr`` is None where it is closed. Raises ``BrokenPipeError`` alone, and that for
+    standard output alone: whoever reads a command's output has seen enough.
+    """
+    _put("\n".join(map(printable, lines)), file, flush, _python_escape)
+
+
+def say_json(text: str, file: TextIO | _Output | None = _OUTPUT, flush: bool = False) -> None:
+    """As :func:`say`, for a JSON text: what the stream has no bytes for is ``\\uXXXX``."""
+    _put(printable_json(text), file, flush, _json_escape)
+
+
+def tell(text: str) -> None:
+    """Print ``text``, whose lines are escaped already, to standard error. Never raises."""
+    _put(text, sys.stderr, True, _python_escape)
+
+
+def _put(
+    text: str, file: TextIO | _Output | None, flush: bool, escape: Callable[[str], str]
+) -> None:
+    out = sys.stdout if isinstance(file, _Output) else file
+    if out is None:
+        return
+    try:
+        # In one piece: other processes write to the same terminal.
+        whole = _encodable(f"{text}\n", getattr(out, "encoding", None), escape)
+        if out is sys.__stderr__:
+            _write_through(out, whole)
+        else:
+            out.write(whole)
+            if flush:
+                out.flush()
+    except BrokenPipeError:
+        if isinstance(file, _Output):
+            raise
+    except Exception:  # of a disk that is full, or of an object that the script has put there
+        return
+
+
+def _write_through(out: TextIO, text: str) -> None:
+    """Write ``text`` to the file itself: what a full disk does not take must not be buffered.
+
+    The interpreter would try again at its end, and exit with another status (120).
+    """
+    out.flush()
+    rest = memoryview(text.encode(out.encoding, out.errors or "strict"))
+    while rest:
+        rest = rest[os.write(out.fileno(), rest) :]
+
+
+def _encodable(text: str, encoding: str | None, escape: Callable[[str], str]) -> str:
+    """``text`` with escapes for what ``encoding`` has no bytes for."""
+    if text.isascii() or not encoding:
+        return text
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(
+            char if char.encode(encoding, "ignore") else escape(char) for char in text
+        )
+    return text
+
+
+def _python_escape(char: str) -> str:
+    return ascii(char)[1:-1]
+
+
+def take_any_text() -> None:
+    """Have this process's output escape what its encoding has no bytes for.
+
+    For commands, whose help and tables have letters of all scripts.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # an object that is no text file, or none at all
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def discard_output() -> None:
+    """Have what is still to be written to standard output go nowhere: nobody reads it."""
+    with suppress(Exception):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class EscapingFilter(logging.Filter):
@@ -85,6 +175,37 @@ class EscapingFilter(logging.Filter):
 
             text = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
             record.exc_text = "\n".join(f"  {printable(line)}" for line in text.split("\n"))
+
+
+class LastResort(logging.Handler):
+    """Tells people on standard error what the script has no handler for.
+
+    In place of :data:`logging.lastResort`, which writes no prefix, and through which a stream
+    that raises would raise into the script. Where the script has a handler, that one is it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell it. Never raises."""
+        try:
+            if _has_another(self, record.name):
+                return
+            text = self.format(record)
+            tell(text if text.startswith(PREFIX) else PREFIX + text)
+        except Exception:  # an argument whose text cannot be made
+            return
+
+
+def _has_another(handler: logging.Handler, name: str) -> bool:
+    """Whether the logger called ``name``, or one above it, has another handler."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        if any(each is not handler for each in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def log_to_stderr(

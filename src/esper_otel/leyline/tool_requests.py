@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+from esper_otel.leyline.folders import check_socket_path
 from esper_otel.leyline.wire import (
     LatestRequest,
     MessageBuffer,
@@ -14,7 +15,6 @@ from esper_otel.leyline.wire import (
     StatusRequest,
     ToClient,
     WireError,
-    check_socket_path,
     decode_to_client,
     encode,
     may_steer,

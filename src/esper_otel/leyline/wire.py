@@ -23,10 +23,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import tempfile
 from collections.abc import Iterator
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,8 +33,6 @@ from esper_otel.leyline.decisions import Decision, Proposal
 
 PROTOCOL = 1
 MAX_BODY = 64 * 1024
-MAX_SOCKET_PATH = 107
-"""Longest path that fits ``sun_path`` on Linux, in bytes (108 with its final NUL)."""
 
 _LENGTH = struct.Struct("<I")
 _PEER = struct.Struct("3i")
@@ -366,14 +362,6 @@ class MessageBuffer:
             yield body
 
 
-def default_socket_path() -> Path:
-    """``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a per-user temporary folder."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime:
-        return Path(runtime) / "esper" / "tamiyo.sock"
-    return Path(tempfile.gettempdir()) / f"esper-{os.getuid()}" / "tamiyo.sock"
-
-
 def peer_uid(connection: socket.socket) -> int:
     """The user at the other end, as the kernel knows it."""
     peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
@@ -383,12 +371,3 @@ def peer_uid(connection: socket.socket) -> int:
 def may_steer(uid: int) -> bool:
     """Whether that user may be at the other end: ourselves, and root, who could anyway."""
     return uid in (0, os.geteuid())
-
-
-def check_socket_path(path: Path) -> None:
-    """Raise ``ValueError`` when the system cannot take ``path`` as a socket's name."""
-    length = len(os.fsencode(path))
-    if length > MAX_SOCKET_PATH:
-        raise ValueError(
-            f"{path}: a Unix socket's path may have {MAX_SOCKET_PATH} bytes, this has {length}"
-        )

@@ -15,7 +15,7 @@ class Progress:
         """``whole`` is the size of all the work, in bytes."""
         self._what = what
         self._whole = max(whole, 1)
-        self._shown = sys.stderr.isatty()
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._next = time.monotonic() + EVERY_S
         self._written = False
 

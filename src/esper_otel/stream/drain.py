@@ -283,7 +283,10 @@ class Drain:
     def stop(self, timeout_s: float) -> bool:
         """Drain once more and end; False when that did not happen in time."""
         self._stopping.set()
-        self._thread.join(timeout_s)
+        if self._thread.ident is None:  # the system gave no thread: here, at the end
+            self._drain()
+            return True
+        self._thread.join(max(timeout_s, 0.0))
         return not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -18,6 +18,7 @@ from esper_otel._version import __version__
 from esper_otel.leyline.custom import EVALUATION, NAME, is_evaluation
 from esper_otel.leyline.metrics import CUSTOM, SEED_ID, SEED_METRICS, STEP_METRICS
 from esper_otel.stream.encoding import SCOPE
+from esper_otel.stream.environment import can_have_provider
 from esper_otel.stream.ring import FrameRing
 
 log = logging.getLogger("esper_otel")
@@ -48,6 +49,8 @@ def register(ring: FrameRing) -> None:
         if _shown.registered:
             return
         _shown.registered = True
+        if not can_have_provider("OTEL_PYTHON_METER_PROVIDER"):
+            return
         meter = get_meter(SCOPE, __version__)
         for slot, metric in enumerate(STEP_METRICS):
             meter.create_observable_gauge(

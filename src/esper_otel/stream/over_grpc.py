@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -11,6 +12,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from esper_otel.stream.destination import Destination, Signal
+from esper_otel.stream.proxies import needs_no_proxy
 from esper_otel.stream.transport import (
     USER_AGENT,
     SendResult,
@@ -49,11 +51,14 @@ class GrpcTransport:
         compression = grpc.Compression.Gzip if destination.gzip else None
         if destination.secure:
             self._channel = grpc.secure_channel(
-                destination.endpoint, _credentials(destination), _CHANNEL_OPTIONS, compression
+                destination.endpoint,
+                _credentials(destination),
+                _options(destination),
+                compression,
             )
         else:
             self._channel = grpc.insecure_channel(
-                destination.endpoint, _CHANNEL_OPTIONS, compression
+                destination.endpoint, _options(destination), compression
             )
         self._export = self._channel.unary_unary(
             _EXPORT[destination.signal],
@@ -75,6 +80,15 @@ class GrpcTransport:
     def close(self) -> None:
         """Close the channel, which cancels a call in flight."""
         self._channel.close()
+
+
+def _options(destination: Destination) -> tuple[tuple[str, str | int], ...]:
+    """Options of the channel; gRPC itself reads ``http_proxy``, and knows of no networks."""
+    try:
+        host = urlsplit(f"//{destination.endpoint}").hostname or ""
+    except ValueError:
+        host = ""
+    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if needs_no_proxy(host) else 1))
 
 
 def _judge_call(error: grpc.RpcError) -> SendResult:

@@ -20,11 +20,13 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
+from esper_otel.leyline.endpoints import shown_endpoint
 from esper_otel.stream.destination import Destination
+from esper_otel.stream.proxies import proxy_for
 from esper_otel.stream.transport import (
     MAX_ANSWER,
     USER_AGENT,
@@ -36,6 +38,9 @@ from esper_otel.stream.transport import (
 )
 
 log = logging.getLogger("esper_otel")
+
+_OF_A_PROXY = (401, 403, 405, 407, 511)
+"""What proxies say to a request that they do not let through."""
 
 MOST_READ = 4 * MAX_ANSWER
 """Bytes that are taken in for one answer, its headers and what comes before it included."""
@@ -53,6 +58,8 @@ class HttpTransport:
         self._signal = destination.signal
         self._gzip = destination.gzip
         self._target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        self._through = ""
+        """The proxy that is asked for the receiver, as a message may name it."""
         self._headers = {
             "User-Agent": USER_AGENT,
             "Content-Type": "application/x-protobuf",
@@ -122,6 +129,10 @@ class HttpTransport:
         if status in (429, 502, 503, 504):
             after = _retry_after(response.headers.get("Retry-After", ""))
             return SendResult(Verdict.RETRY, reason, retry_after_s=after)
+        if self._through and status in _OF_A_PROXY:
+            # It need not be the receiver's word, and what it is about can be mended.
+            told = f"{reason}, of the proxy {self._through} or behind it"
+            return SendResult(Verdict.RETRY, one_line(told))
         if status in (404, 501):
             return SendResult(Verdict.UNSUPPORTED, reason)
         return SendResult(Verdict.REFUSED, reason)
@@ -129,11 +140,12 @@ class HttpTransport:
     def _open(self, url: SplitResult, tls: ssl.SSLContext | None) -> HTTPConnection:
         """A connection to the receiver, or to the proxy on the way to it; not yet made."""
         host = url.hostname or ""
-        proxy = _proxy(url)
+        proxy = proxy_for(url)
         there = proxy or url
         address = (there.hostname or "", _port(there))
         if tls is None:
             if proxy is not None:
+                self._through = shown_endpoint(proxy.geturl())
                 self._target = f"http://{url.netloc.rpartition('@')[2]}{self._target}"
                 self._headers |= _authorization("Proxy-Authorization", proxy)
             return HTTPConnection(*address)
@@ -207,15 +219,6 @@ def _has_something_to_read(idle: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _proxy(url: SplitResult) -> SplitResult | None:
-    """The proxy that the environment names for ``url``."""
-    proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(url.netloc.rpartition("@")[2]):
-        return None
-    return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-
-
 def _port(url: SplitResult) -> int | None:
     """Its port; raises :class:`ValueError`, which shows nothing of it."""
     try:
@@ -226,11 +229,32 @@ def _port(url: SplitResult) -> int | None:
 
 
 def _tls(destination: Destination) -> ssl.SSLContext:
-    bundle = destination.certificate or os.environ.get("REQUESTS_CA_BUNDLE") or None
-    context = ssl.create_default_context(cafile=bundle)
+    context = _trust(destination.certificate)
     if destination.client_certificate:
         context.load_cert_chain(destination.client_certificate, destination.client_key)
     return context
+
+
+_told: set[str] = set()
+"""Bundles of certificates that were found to be none."""
+
+
+def _trust(certificate: str | None) -> ssl.SSLContext:
+    """A context that trusts ``certificate``, else ``REQUESTS_CA_BUNDLE``, else the system's."""
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE")
+    if certificate is None and bundle:
+        try:
+            folder = bundle if Path(bundle).is_dir() else None
+            return ssl.create_default_context(cafile=None if folder else bundle, capath=folder)
+        except OSError as error:  # left over from an image or an environment of before
+            if bundle not in _told:
+                _told.add(bundle)
+                log.warning(
+                    "REQUESTS_CA_BUNDLE=%r: %s; the certificates of the system are trusted",
+                    bundle,
+                    plain(error),
+                )
+    return ssl.create_default_context(cafile=certificate)
 
 
 def _authorization(header: str, url: SplitResult) -> dict[str, str]:

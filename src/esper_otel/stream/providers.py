@@ -31,11 +31,13 @@ from opentelemetry.sdk.trace.sampling import (
 )
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext
+from opentelemetry.util.types import AttributeValue
 
 from esper_otel._version import __version__
 from esper_otel.leyline.metrics import INSTANCE_ID, LOCAL_RANK, RANK, RUN_ID, WORLD_SIZE
 from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream.encoding import SCOPE
+from esper_otel.stream.environment import can_have_provider
 from esper_otel.stream.span_encoding import SPANS_PER_REQUEST, SpanContent, SpanEncoder
 
 log = logging.getLogger("esper_otel")
@@ -74,10 +76,18 @@ def trainer_resource(
         # Detectors are plugins, and at the interpreter's end they get no threads.
         log.debug("resource detection failed: %s", error)
         resource = Resource(identity)
+    resource = Resource(
+        {name: _text(value) for name, value in resource.attributes.items()}, resource.schema_url
+    )
     name = str(resource.attributes.get(SERVICE_NAME, ""))
     if not name or name.startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "esper-trainer"}))
     return resource
+
+
+def _text(value: AttributeValue) -> AttributeValue:
+    """``value`` as UTF-8 can have it: the environment may hold any bytes."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def resource_of_another(resource: Resource, run_id: str, instance_id: str) -> Resource:
@@ -143,6 +153,8 @@ class Tracers:
     span exceeds, and samplers that we do not know. Its spans are collected here as well.
     """
 
+    is_on = True
+
     def __init__(self, resource: Resource) -> None:
         who = resource.attributes
         self.ids = StepIds(
@@ -167,11 +179,11 @@ class Tracers:
     @property
     def are_users(self) -> bool:
         """Whether the user has set a provider, which then delivers the spans itself."""
-        return isinstance(trace.get_tracer_provider(), TracerProvider)
+        return isinstance(_current_provider(), TracerProvider)
 
     def tracer(self) -> trace.Tracer:
         """A tracer whose ids are ours; a tracer is one scope's, so only our spans are."""
-        current = trace.get_tracer_provider()
+        current = _current_provider()
         provider = current if isinstance(current, TracerProvider) else self._own
         tracer = provider.get_tracer(SCOPE, __version__)
         if isinstance(tracer, SdkTracer):
@@ -228,11 +240,42 @@ class Tracers:
             put(encode_spans(some).SerializeToString(), len(some))
 
 
+class NoSpans(Tracers):
+    """In place of tracers that cannot be made: the run has no spans."""
+
+    is_on = False
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def are_users(self) -> bool:
+        """Nobody's."""
+        return False
+
+    @property
+    def waiting(self) -> int:
+        """None."""
+        return 0
+
+    def encode_finished(self, put: Callable[[bytes, int], None]) -> None:
+        """There is none."""
+
+
+def _current_provider() -> trace.TracerProvider | None:
+    """The global one; None where asking for it raises, as its variable names none."""
+    if can_have_provider("OTEL_PYTHON_TRACER_PROVIDER"):
+        return trace.get_tracer_provider()
+    return trace._TRACER_PROVIDER
+
+
 def users_logger() -> _logs.Logger | None:
     """A logger of the provider that the user has set, None when there is none.
 
     Looked for every time, since a script may set one after the stream began.
     """
+    if not can_have_provider("OTEL_PYTHON_LOGGER_PROVIDER"):
+        return None
     provider = _logs.get_logger_provider()
     if not isinstance(provider, LoggerProvider):
         return None
@@ -260,7 +303,12 @@ def _within(count: int, most: int | None) -> bool:
 def _serialised_scope() -> bytes:
     """Our scope as the SDK's own encoder writes it, taken from around a span."""
     scope = InstrumentationScope(SCOPE, __version__)
-    span = ReadableSpan("scope", context=SpanContext(1, 1, False), instrumentation_scope=scope)
+    span = ReadableSpan(
+        "scope",
+        context=SpanContext(1, 1, False),
+        resource=Resource.get_empty(),  # else it is detected once more
+        instrumentation_scope=scope,
+    )
     return encode_spans([span]).resource_spans[0].scope_spans[0].scope.SerializeToString()
 
 

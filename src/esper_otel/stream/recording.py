@@ -113,7 +113,7 @@ class Recording:
             write_whole(self._file(signal), framed(body))
             if self.card is not None:
                 self.card.look()
-        except OSError as error:
+        except Exception as error:
             self._failed = True
             log.warning("recording to %s stopped: %s", self._folder, error)
 

@@ -17,7 +17,7 @@ from math import isnan
 from esper_otel.stream.destination import Destination, OtlpProtocol, Signal
 from esper_otel.stream.spool import BatchGroup, Spool
 from esper_otel.stream.spool_files import Keeper
-from esper_otel.stream.transport import SendResult, Transport, Verdict
+from esper_otel.stream.transport import NoTransport, SendResult, Transport, Verdict, plain
 
 log = logging.getLogger("esper_otel")
 
@@ -33,7 +33,17 @@ run without telemetry for an hour, and one at fault could silence it for good.""
 
 
 def open_transport(destination: Destination) -> Transport:
-    """The transport that ``destination`` asks for; connects at the first request."""
+    """The transport that ``destination`` asks for; connects at the first request.
+
+    Where it cannot be made, its requests fail and say why, as they do where nobody listens.
+    """
+    try:
+        return _transport(destination)
+    except Exception as error:  # certificates that are none, a receiver of nowhere
+        return NoTransport(plain(error))
+
+
+def _transport(destination: Destination) -> Transport:
     if destination.protocol is OtlpProtocol.GRPC:
         from esper_otel.stream.over_grpc import GrpcTransport
 
@@ -142,7 +152,8 @@ class Sender:
 
     def join(self) -> None:
         """Wait for the thread until the deadline, then let go of it and its connection."""
-        self._thread.join(max(self._deadline - time.monotonic(), 0.0))
+        if self._thread.ident is not None:  # else it could not be started
+            self._thread.join(max(self._deadline - time.monotonic(), 0.0))
         self._transport.close()
 
     def _run(self) -> None:

@@ -45,6 +45,8 @@ STEP_ATTRIBUTES = (
 def emit_spans(timeline: StepTimeline, tracers: Tracers) -> None:
     """Make the spans of one step, each with its own start and end."""
     root, phases = _step_span(timeline), list(_phase_spans(timeline))
+    if not tracers.is_on:
+        return
     ids = tracers.ids
     encoder = tracers.encoder_for((root, *phases), timeline.step)
     if encoder is None:

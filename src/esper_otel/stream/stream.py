@@ -13,25 +13,25 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from esper_otel.leyline.events import Event
+from esper_otel.leyline.faults import alone, end_each
 from esper_otel.leyline.frames import NO_CUSTOM, StepFrame, StepTimeline
 from esper_otel.run_config import RunConfig
 from esper_otel.settings import EsperSettings
-from esper_otel.stream.destination import Signal, destinations
+from esper_otel.stream.destination import Signal
 from esper_otel.stream.recording import Recording, recording_of, stem
-from esper_otel.stream.redelivery import EarlierProcesses
-from esper_otel.stream.spool import Account, Batch, Spool
-from esper_otel.stream.spool_files import Keeper, resend_words
+from esper_otel.stream.spool import Account, Spool
 
 if TYPE_CHECKING:
+    from esper_otel.stream.delivery import Delivery
     from esper_otel.stream.drain import Drain, Lane, RunTotals
     from esper_otel.stream.ring import SeedRows
-    from esper_otel.stream.sender import Sender
 
 log = logging.getLogger("esper_otel")
 
@@ -114,9 +114,7 @@ class Stream:
         self.totals: RunTotals | None = None
         """What the run was like so far; None when nothing is recorded."""
         self._drain: Drain | None = None
-        self._senders: dict[Signal, Sender] = {}
-        self._keeper: Keeper | None = None
-        self._earlier: EarlierProcesses | None = None
+        self._delivery: Delivery | None = None
         self._unregister: Callable[[], None] | None = None
         self._files: tuple[Path, ...] = ()
         self._config = RunConfig()
@@ -224,67 +222,66 @@ class Stream:
         if self._beside is not None:
             self._leave_beside(self._beside)
             return StreamReport(frames=self._ring.accepted)
-        if self._earlier is not None:
-            self._earlier.stop()
         budget_s = self._settings.flush_timeout_s if timeout_s is None else timeout_s
-        end = time.monotonic() + budget_s
-        # The last part of the time is for writing what could not be sent.
-        deadline = end - min(0.2 * budget_s, 0.25)
-        if self._unregister is not None:
-            self._unregister()
-        if self._drain is not None and not self._drain.stop(deadline - time.monotonic()):
-            log.warning("telemetry of the last steps could not be written in time")
-        self._spool.end_input()
-        for sender in self._senders.values():
-            sender.finish_by(deadline)
-        for sender in self._senders.values():
-            sender.join()
-        self._abandon_lanes()
-        self._leave(self._spool.seal(), end)
+        end_each([partial(self._finish, time.monotonic() + budget_s, budget_s)])
         return self.snapshot()
 
-    def _start(self) -> None:
-        from esper_otel.stream.drain import Drain
-        from esper_otel.stream.providers import trainer_resource
-        from esper_otel.stream.sender import Outage, Sender
+    def _finish(self, end: float, budget_s: float) -> None:
+        """What is left to do until ``end``, of :func:`time.monotonic`."""
+        delivery = self._delivery
+        # The last part of the time is for writing what could not be sent.
+        deadline = end - min(0.2 * budget_s, 0.25)
+        if delivery is not None:
+            delivery.stop_redelivery()
+        if self._unregister is not None:
+            end_each([self._unregister])
+        end_each([partial(self._stop_drain, deadline)])
+        self._spool.end_input()
+        if delivery is not None:
+            delivery.finish_by(deadline)
+        end_each([self._abandon_lanes])
+        batches = self._spool.seal()
+        if delivery is not None:
+            self._files = delivery.leave_in_files(batches, end)
 
-        settings = self._settings
-        self._resource = trainer_resource(
-            self._run_id,
-            self._instance_id,
-            *(settings.rank, settings.world_size, settings.local_rank),
-            settings.labels,
-        )
-        outage = Outage(f"up to {settings.spool_mb:g} MB are kept in {settings.spool_path}")
-        name = stem(self._run_id, settings.rank)
-        keeper = Keeper(self._spool, settings.spool_path, f"{name}-{self._pid}")
-        self._keeper = keeper
-        receivers = destinations(self._environ)
-        for destination in receivers.values():
-            try:
-                sender = Sender(destination, self._spool, outage, keeper)
-                self._senders[destination.signal] = sender
-            except (OSError, ValueError) as error:
-                # Certificates that are none: ssl.SSLError is an OSError.
-                log.warning(
-                    "%s are not sent to %s: %s",
-                    destination.signal,
-                    destination.shown,
-                    error,
-                )
-        self._drain = Drain(
-            self._new_lane(self._resource),
-            spool=self._spool,
-            keeper=keeper,
-            sent=frozenset(self._senders),
-            interval_s=settings.stream_interval_ms / 1e3,
-        )
-        self._drain.start()
-        for sender in self._senders.values():
-            sender.start()
-        self._earlier = EarlierProcesses(settings.spool_path, name, receivers)
-        self._earlier.start()
-        self._register()
+    def _stop_drain(self, deadline: float) -> None:
+        if self._drain is not None and not self._drain.stop(deadline - time.monotonic()):
+            log.warning("telemetry of the last steps could not be written in time")
+
+    def _start(self) -> None:
+        from esper_otel.stream.environment import usable
+
+        with usable():
+            from esper_otel.stream.delivery import Delivery
+            from esper_otel.stream.drain import Drain
+            from esper_otel.stream.providers import trainer_resource
+
+            settings = self._settings
+            self._resource = trainer_resource(
+                self._run_id,
+                self._instance_id,
+                settings.rank,
+                settings.world_size,
+                settings.local_rank,
+                settings.labels,
+            )
+            self._delivery = Delivery(
+                settings,
+                self._spool,
+                stem=stem(self._run_id, settings.rank),
+                pid=self._pid,
+                environ=self._environ,
+            )
+            self._drain = Drain(
+                self._new_lane(self._resource),
+                spool=self._spool,
+                keeper=self._delivery.keeper,
+                sent=self._delivery.sent,
+                interval_s=settings.stream_interval_ms / 1e3,
+            )
+            alone("sending while the run goes on", self._drain.start)
+            self._delivery.start()
+            alone("gauges of OpenTelemetry's metrics API", self._register)
 
     def _start_beside(self, other: Stream) -> None:
         from esper_otel.stream.providers import resource_of_another
@@ -311,10 +308,13 @@ class Stream:
         from esper_otel.stream.console import printer
         from esper_otel.stream.drain import Lane
         from esper_otel.stream.logs import TrainerIdentity
-        from esper_otel.stream.providers import Tracers, serialised_resource
+        from esper_otel.stream.providers import NoSpans, Tracers, serialised_resource
 
         settings = self._settings
-        recording = recording_of(settings, self._run_id, self._config.values)
+        recording = alone(
+            "recording to files",
+            lambda: recording_of(settings, self._run_id, self._config.values),
+        )
         if recording is not None:
             self._recordings.append(recording)
         self._lane = Lane(
@@ -323,7 +323,7 @@ class Stream:
             events=self._events,
             resource=serialised_resource(resource),
             trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
-            tracers=Tracers(resource),
+            tracers=alone("spans", lambda: Tracers(resource)) or NoSpans(),
             recording=recording,
             show=printer(settings, self._environ),
             config=None if settings.rank else self._config,
@@ -347,28 +347,6 @@ class Stream:
         for lane in self._drain.lanes:
             made = lane.tracers.waiting
             drop_all(lane.ring, lane.timelines, lane.events, self._spool, made)
-
-    def _leave(self, batches: list[Batch], end: float) -> None:
-        """Leave what is unsent in files, which hold most of it already."""
-        if self._keeper is None:
-            return
-        self._files = self._keeper.finish(batches, end)
-        lost = [batch for batch in batches if batch.segment is None]
-        for batch in lost:
-            self._spool.drop_spooled(batch.signal, batch.items)
-        for signal in sorted({batch.signal for batch in lost}):
-            items = sum(batch.items for batch in lost if batch.signal is signal)
-            log.warning(
-                "unsent %s are lost: %d could not be left in %s",
-                signal,
-                items,
-                self._settings.spool_path,
-            )
-        if self._files:
-            log.warning(
-                "unsent telemetry is left in files; deliver it with: esper-otel resend %s",
-                resend_words(self._files),
-            )
 
     def _fault(self, error: Exception) -> None:
         """A frame that is none: counted and said once; its points are not known."""

@@ -63,6 +63,20 @@ class Transport(Protocol):
         """Let go of connections, and of a call in flight where that is possible."""
 
 
+class NoTransport:
+    """In place of a transport that cannot be made."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def send(self, body: bytes, timeout_s: float) -> SendResult:
+        """Nothing is sent, and may be later by somebody else."""
+        return SendResult(Verdict.UNREACHABLE, self._why)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def delivered(signal: Signal, answer: bytes) -> SendResult:
     """A request that was taken, perhaps without some of its points or spans."""
     if not answer:

@@ -15,7 +15,13 @@ from time import perf_counter_ns, time_ns
 import msgspec
 
 from esper_otel.leyline import wire
-from esper_otel.leyline.decisions import BREAKER_OPEN, Decision, Proposal, unanswered
+from esper_otel.leyline.decisions import (
+    BREAKER_OPEN,
+    SUPERSEDED,
+    Decision,
+    Proposal,
+    unanswered,
+)
 from esper_otel.leyline.endings import RunEnd
 from esper_otel.leyline.frames import NO_CUSTOM
 from esper_otel.leyline.guards import Guards
@@ -76,6 +82,7 @@ class TamiyoClient:
         self.breaker = Breaker()
         self._connection = Connection(path, hello)
         self._run = run
+        self._rank = rank
         self._patience_ns = int(_PATIENCE * deadline_ms * 1e6)
         self._request_id = 0
         self._under_way: wire.Ask | wire.Check | None = None
@@ -83,6 +90,7 @@ class TamiyoClient:
         self._failure: RequestFailure | None = None
         """Why the message under way is not answered, as far as the sending has shown it."""
         self._reported_down = False
+        self._reported_superseded = False
         self._closed = threading.Event()
         _clients.add(self)
 
@@ -185,6 +193,14 @@ class TamiyoClient:
         if self._reported_down:
             self._reported_down = False
             log.info("esper-otel: Tamiyo answers again at %s", self.path)
+        if answer.decision.reason == SUPERSEDED and not self._reported_superseded:
+            self._reported_superseded = True
+            log.warning(
+                "esper-otel: another process, which began later, trains as rank %d of run %s: "
+                "this one gets no decisions; give each training a run id of its own (--run-id)",
+                self._rank,
+                self._run,
+            )
         return answer.decision
 
     def say_goodbye(self, step: int, time_unix_nano: int, end: RunEnd) -> None:

@@ -10,6 +10,7 @@ from time import perf_counter_ns
 
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import PROTOCOL_ERROR, TIMEOUT, UNREACHABLE
+from esper_otel.leyline.folders import check_socket_path
 from esper_otel.leyline.guards import Guards
 
 _RECEIVE = 16 * 1024
@@ -30,7 +31,7 @@ class Connection:
     """One persistent connection, made when it is first needed and again after it broke."""
 
     def __init__(self, path: Path, hello: wire.Hello) -> None:
-        wire.check_socket_path(path)
+        check_socket_path(path)
         self.path = path
         self.table_version = ""
         """Table the sidecar decides by, once it has said so."""
