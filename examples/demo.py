@@ -258,11 +258,11 @@ def train(mode: str, epochs: int, folder: Path, socket: Path, otlp: str) -> Obse
     return run
 
 
-def grow(folder: Path, socket: Path, otlp: str) -> Growing:
+def grow(epochs: int, folder: Path, socket: Path, otlp: str) -> Growing:
     """Let a network grow by Tamiyo's consent; what its telemetry said."""
     run = Growing(folder / "grow-rank0.metrics.otlp")
     options = ["--mode", "enforce", "--run-id", "grow"]
-    script = ["-m", "examples.grow", "--asked"]
+    script = ["-m", "examples.grow", "--asked", "--epochs", str(epochs)]
     output = show(run, options, script, folder, socket, otlp)
     run.accuracies = [float(told.split()[0]) for told in output.split("test accuracy")[1:]]
     return run
@@ -346,6 +346,7 @@ def summary(runs: list[Observed]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=60, help="of each of the two runs")
+    parser.add_argument("--growing-epochs", type=int, default=80, help="of the run that grows")
     parser.add_argument("--picture", metavar="FILE", help="also write the output as SVG")
     options = parser.parse_args()
     console.record = options.picture is not None
@@ -362,7 +363,7 @@ def main() -> int:
                 train(mode, options.epochs, folder, socket, otlp)
                 for mode in ("advise", "enforce")
             ]
-            grown = grow(folder, socket, otlp)
+            grown = grow(options.growing_epochs, folder, socket, otlp)
     except KeyboardInterrupt:
         console.print("\nended; what was recorded lies in", str(folder))
         return 130
