@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = str(Path(__file__).parent.parent)
+COMMON = "torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"
+"""What most scripts of tests import; scikit-learn, which the examples need, if it is here."""
+
 LARGEST = 200_000
 """Bytes of a request: a command, and an environment."""
 
@@ -65,7 +68,7 @@ class Forked:
 
 
 class ForkServer:
-    """A process that has imported torch and ``modules``, and forks for each command."""
+    """A process that has imported ``modules`` and what is common, and forks when asked."""
 
     def __init__(self, *modules: str) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -146,9 +149,10 @@ def fork_server(*modules: str) -> ForkServer:
 
 
 def serve(fd: int, modules: Sequence[str]) -> None:
-    """Import, and fork for each request until nobody can send any more; returns in forks."""
-    for module in ("torch", "torch._dynamo", *modules):
-        __import__(module)
+    """Import, and fork for each request until nobody can send any more."""
+    for module in (*COMMON, *modules):
+        with suppress(ModuleNotFoundError):
+            __import__(module)
     path = [each for each in sys.path[1:] if each != ROOT]
     signal.signal(signal.SIGCHLD, _reap)
     requests = socket.socket(fileno=fd)
@@ -227,8 +231,12 @@ def _become(command: Sequence[str], env: Mapping[str, str], path: list[str]) -> 
     sys.path[:] = ["", *own, *path]
     for name in [name for name in sys.modules if re.match(r"esper_otel\b|testkit\b", name)]:
         del sys.modules[name]
+
+    def execve(_: object, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+        _become(argv, env, path)
+
     # `esper-otel run` becomes another Python, whose modules this one has.
-    os.execve = lambda _, argv, env: _become(argv, env, path)  # type: ignore[assignment]
+    os.execve = execve  # type: ignore[assignment]
     if any(Path(each, "sitecustomize.py").exists() for each in own):
         sys.modules.pop("sitecustomize", None)
         __import__("sitecustomize")

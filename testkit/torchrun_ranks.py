@@ -10,7 +10,7 @@ from datetime import timedelta
 @contextmanager
 def torchrun_ranks(count: int) -> Iterator[list[dict[str, str]]]:
     """The variables of each of ``count`` ranks of one host, and for so long their store."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300)

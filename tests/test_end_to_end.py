@@ -71,9 +71,7 @@ def run(command, env):
 
 def run_forked(command, env, **options):
     """For what is not about how the process starts: torch is there already."""
-    done = fork_server("sklearn.datasets", "sklearn.model_selection").run(
-        command, env=env, **options
-    )
+    done = fork_server().run(command, env=env, **options)
     assert done.returncode == 0, done.stderr
     return done
 

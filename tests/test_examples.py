@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parent.parent
 ESPER = [str(Path(sys.executable).with_name("esper-otel")), "run"]
-IMPORTED = "sklearn.datasets", "sklearn.model_selection", "lightning", "transformers.trainer"
+IMPORTED = "lightning", "transformers.trainer"
 DRIVER = """
 import json, runpy, sys
 for name, *arguments in json.loads(sys.argv[1]):
