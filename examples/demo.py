@@ -223,6 +223,7 @@ def tell_growth(grown: Ended) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=60, help="of each of the two runs")
+    parser.add_argument("--growing-epochs", type=int, default=80, help="of the run that grows")
     parser.add_argument("--picture", metavar="FILE", help="also write the output as SVG")
     options = parser.parse_args()
     console.record = options.picture is not None
@@ -231,7 +232,7 @@ def main() -> int:
     folder = Path("recordings") / f"demo-{stamp}"
     folder.mkdir(parents=True)
     digits = [str(SCRIPT), "--epochs", str(options.epochs)]
-    growing = ["-m", "examples.grow", "--asked"]
+    growing = ["-m", "examples.grow", "--asked", "--epochs", str(options.growing_epochs)]
     try:
         with tempfile.TemporaryDirectory() as run_folder, sidecar(Path(run_folder)) as running:
             runs = [

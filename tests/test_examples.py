@@ -1,12 +1,11 @@
 """Every example, bare and under ``esper-otel run``: the same to the bit, no step missed.
 
-Importing torch takes longer than these trainings, so the examples of one process share one:
-a driver runs them one after the other, each as ``python -m`` would.
+Importing frameworks takes longer than these trainings, so both processes are forked from one
+that has them, and a driver runs the examples one after the other, each as ``python -m`` would.
 """
 
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from esper_otel.stream import read_frames
+from testkit.fork_server import fork_server
+from testkit.torchrun_ranks import torchrun_ranks
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parent.parent
 ESPER = [str(Path(sys.executable).with_name("esper-otel")), "run"]
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+IMPORTED = "lightning", "transformers.trainer"
 DRIVER = """
 import json, runpy, sys
 for name, *arguments in json.loads(sys.argv[1]):
@@ -43,7 +44,7 @@ EXAMPLES = {
 RANKS = 2
 
 
-def environment(folder):
+def environment(folder, **more):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return clean | {
@@ -53,21 +54,16 @@ def environment(folder):
         "ESPER_SUMMARY": "off",
         "ESPER_RECORDING_DIR": str(folder / "recordings"),
         **{f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")},
+        **more,
     }
 
 
-def output_of(command, folder):
-    done = subprocess.run(
-        command, cwd=folder, env=environment(folder), capture_output=True, text=True
+def output_of(command, folder, **more):
+    done = fork_server(*IMPORTED).run(
+        command, cwd=folder, env=environment(folder, **more), timeout=250
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def side_by_side(*calls):
-    """What ``output_of`` returns for each; most of their time they import."""
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(lambda call: output_of(*call), calls))
 
 
 def frames_in(folder):
@@ -86,10 +82,10 @@ def runs(tmp_path_factory):
     asked = json.dumps([[name, *EXAMPLES[name][0]] for name in EXAMPLES])
     for folder in folders:
         (folder / "driver.py").write_text(DRIVER)
-    printed = side_by_side(
-        ([sys.executable, "driver.py", asked], folders[0]),
-        ([*ESPER, "driver.py", asked], folders[1]),
-    )
+    printed = [
+        output_of([*command, "driver.py", asked], folder)
+        for command, folder in zip(([sys.executable], ESPER), folders, strict=True)
+    ]
     outputs = [
         {name: text for name, _, text in (part.partition("\n") for part in parts)}
         for parts in (output.split("example ")[1:] for output in printed)
@@ -138,19 +134,24 @@ def test_every_step_of_an_example_is_counted_with_its_loss(runs, example):
     assert [frames[0].values["loss"], frames[-1].values["loss"]] == [first, last]
 
 
-def ranks():
-    """What ``torchrun`` is told; it finds ports by itself."""
-    options = ["--nproc-per-node", str(RANKS), "--standalone", "--local-addr", "127.0.0.1"]
-    return [*options, "-m", "examples.ddp", "--epochs", "1"]
+def output_of_ranks(command, folder):
+    with torchrun_ranks(RANKS) as ranks, ThreadPoolExecutor() as threads:
+        return "".join(
+            threads.map(
+                lambda rank: output_of(
+                    [*command, "-m", "examples.ddp", "--epochs", "1"], folder, **rank
+                ),
+                ranks,
+            )
+        )
 
 
 def test_two_ranks_print_the_same_losses_and_weights_and_each_is_recorded(tmp_path):
     folders = tmp_path / "bare", tmp_path / "ours"
     for folder in folders:
         folder.mkdir()
-    bare, ours = side_by_side(
-        ([TORCHRUN, *ranks()], folders[0]), ([*ESPER, "torchrun", *ranks()], folders[1])
-    )
+    bare = output_of_ranks([sys.executable], folders[0])
+    ours = output_of_ranks(ESPER, folders[1])
     assert len(bare.splitlines()) == 2 * RANKS
     assert sorted(ours.splitlines()) == sorted(bare.splitlines())
     assert frames_in(folders[0]) == []

@@ -10,11 +10,14 @@ import threading
 import pytest
 
 from esper_otel.finalization import FinalizingError, ShutdownGuard
+from testkit.fork_server import fork_server
 
 
 def ends_with(script: str) -> subprocess.CompletedProcess[str]:
+    """How a process that trains ends; it has torch already."""
+    pytest.importorskip("torch")
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return fork_server().run(command, finalizes=True)
 
 
 def test_the_end_waits_for_who_is_inside() -> None:
@@ -64,7 +67,8 @@ IN_A_CHILD = """
 
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
-    assert ends_with(IN_A_CHILD).returncode == 0
+    script = textwrap.dedent(IN_A_CHILD)
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
 
 
 A_BUSY_FETCH = """
@@ -91,7 +95,6 @@ A_BUSY_FETCH = """
 
 @pytest.mark.torch
 def test_a_process_ends_well_while_a_seed_is_built() -> None:
-    pytest.importorskip("torch")
     done = ends_with(A_BUSY_FETCH)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -144,6 +147,5 @@ LEAVING = {
 @pytest.mark.torch
 @pytest.mark.parametrize(("before", "leaves"), LEAVING.values(), ids=LEAVING)
 def test_a_rank_that_leaves_before_the_others_have_come_ends_well(before, leaves) -> None:
-    pytest.importorskip("torch")
     done = ends_with(LEFT_EARLY.replace("BEFORE", before).replace("LEAVES", leaves))
     assert (done.returncode, done.stdout, done.stderr) == (0, "left it\n", "")

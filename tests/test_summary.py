@@ -19,6 +19,7 @@ from esper_otel.stream.drain import MOST_TOTALS, RunTotals, shortened
 from esper_otel.stream.loss_curve import PARTS, LossCurve
 from esper_otel.summary import summary_of, tell_summary
 from esper_otel.tolaria.restoring import SnapshotReport
+from testkit.fork_server import fork_server
 
 ESPER = str(Path(sys.executable).with_name("esper-otel"))
 
@@ -301,25 +302,21 @@ def test_json_stays_json(bad):
     assert json.loads(summary.as_json())["run"] == "r"
 
 
-def started(tmp_path, script, *command):
+def prepared(tmp_path, script):
+    """Where a script lies now, and its environment."""
     (tmp_path / "train.py").write_text(script)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     env = clean | {"ESPER_SPOOL_DIR": str(tmp_path), "OTEL_METRICS_EXPORTER": "none"}
     env |= {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "ESPER_MODE": "off"}
-    return subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
+    return {"cwd": tmp_path, "env": env, "timeout": 100}
 
 
 def run(tmp_path, *options, steps=5):
     pytest.importorskip("torch")
-    return started(tmp_path, SCRIPT, ESPER, "run", *options, "train.py", str(steps))
+    command = [ESPER, "run", *options, "train.py", str(steps)]
+    done = fork_server().run(command, **prepared(tmp_path, SCRIPT))
+    done.check_returncode()
+    return done
 
 
 def test_a_run_ends_with_its_summary_behind_the_output_of_the_script(tmp_path):
@@ -348,7 +345,9 @@ def test_a_process_without_a_step_says_so_in_one_line_and_why(tmp_path):
 
 
 def test_a_forked_child_that_ends_as_python_does_tells_nothing_and_closes_nothing(tmp_path):
-    said = started(tmp_path, FORKING, sys.executable, "train.py").stderr
+    command, where = [sys.executable, "train.py"], prepared(tmp_path, FORKING)
+    done = subprocess.run(command, **where, capture_output=True, text=True, check=True)
+    said = done.stderr
     first, second, summary = said.split("\n", 2)
     assert (first, second) == ("done", "left the others")
     assert summary.startswith("esper-otel: run ")

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from esper_otel.stream import read_frames
+from testkit.fork_server import fork_server
 
 pytest.importorskip("torch")
 pytest.importorskip("opentelemetry.configuration", exc_type=ImportError)
@@ -35,19 +37,16 @@ instrumentation/development:
 """
 
 
-def configured(tmp_path, more=""):
+in_a_new_process = partial(subprocess.run, capture_output=True, text=True)
+
+
+def configured(tmp_path, run, more=""):
     (tmp_path / "otel.yaml").write_text(FILE.replace("MORE", more).replace(": off", ': "off"'))
     (tmp_path / "train.py").write_text(SCRIPT)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     quiet = {f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")}
-    return subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=tmp_path,
-        env=clean | quiet,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    command = [sys.executable, "train.py"]
+    return run(command, cwd=tmp_path, env=clean | quiet, timeout=100)
 
 
 def steps(tmp_path):
@@ -56,13 +55,13 @@ def steps(tmp_path):
 
 
 def test_the_file_instruments_with_the_options_it_gives(tmp_path):
-    done = configured(tmp_path)
+    done = configured(tmp_path, in_a_new_process)  # torch is imported behind it
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path) == [[1, 2, 3]], done.stderr
 
 
 def test_an_option_that_is_none_is_named_and_the_script_runs(tmp_path):
-    done = configured(tmp_path, more="spam: 1")
+    done = configured(tmp_path, fork_server().run, more="spam: 1")
     assert done.returncode == 0
     assert "spam" in done.stderr
     assert steps(tmp_path) == []

@@ -1,7 +1,6 @@
 """Several trainings in one process: which steps are whose, told by optimizers alone."""
 
 import gc
-import subprocess
 import sys
 
 import pytest
@@ -21,6 +20,7 @@ from esper_otel.stream import read_frames  # noqa: E402
 from integrations.conftest import CapturedStream  # noqa: E402
 from sidecar.running import sidecar  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer, decision_about  # noqa: E402
+from testkit.fork_server import fork_server  # noqa: E402
 from testkit.loops import generator_and_critic, generator_first, in_backward  # noqa: E402
 
 
@@ -562,18 +562,12 @@ def test_a_sweep_under_the_default_table_is_left_alone(tmp_path):
 
     script = tmp_path / "sweep.py"
     script.write_text(SWEEP)
-    bare = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    bare = fork_server().run([sys.executable, script])
     env = environment(tmp_path, ESPER_SUMMARY="text", OTEL_SDK_DISABLED="false")
     env |= {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     with sidecar(tmp_path / "s.sock") as tamiyo:
         command = [ESPER, "run", "--enforce", "--socket", str(tmp_path / "s.sock")]
-        done = subprocess.run(
-            [*command, "--run-id", "sweep", str(script)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        done = fork_server().run([*command, "--run-id", "sweep", str(script)], env=env)
         with tamiyo.client() as client:
             report = client.status()
     assert done.returncode == 0, done.stderr
@@ -621,7 +615,7 @@ def test_a_forked_child_begins_no_trainings(tmp_path):
     script.write_text(FORKING)
     env = environment(tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
     command = [ESPER, "run", "--mode", "off", "--record", str(tmp_path), "--run-id", "job"]
-    done = subprocess.run([*command, str(script)], env=env, capture_output=True, timeout=100)
+    done = fork_server().run([*command, str(script)], env=env)
     assert done.returncode == 0, done.stderr
     told = {
         file.name.removesuffix("-rank0.metrics.otlp"): [

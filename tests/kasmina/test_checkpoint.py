@@ -3,7 +3,6 @@
 import copy
 import io
 import os
-import subprocess
 import sys
 from functools import cache
 from unittest.mock import patch
@@ -26,6 +25,7 @@ from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import RateFactor, Responses
+from testkit.fork_server import fork_server
 
 NOT_OF_THE_RUN = "kasmina.seed.last_kernel_latency_ms"
 """Measured with a clock, so no two runs have the same."""
@@ -418,10 +418,8 @@ def test_another_process_goes_on_to_the_bit(tmp_path):
     (tmp_path / "run.pt").write_bytes(driven.saved())
     driven.losses.clear()
     _, weights = lived(driven, 30)
-    done = subprocess.run(
+    done = fork_server().run(
         [sys.executable, "-c", RESUME, tmp_path / "run.pt", tmp_path / "end.pt"],
-        capture_output=True,
-        text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.returncode == 0, done.stderr

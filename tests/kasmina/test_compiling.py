@@ -71,7 +71,7 @@ def compiled() -> dict[str, Any]:
     while not compilation.done():
         drawn += draws(1)
         looks += 1
-        time.sleep(0.002)  # the compiler wants a processor, too
+        time.sleep(0.02)  # the compiler wants a processor, too
     after = draws(50)
     fetcher.stop()
     return {

@@ -284,7 +284,7 @@ class GardenMachine(RuleBasedStateMachine):
 
 
 GardenMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None
+    max_examples=20, stateful_step_count=30, deadline=None
 )
 TestGarden = GardenMachine.TestCase
 

@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from collections import namedtuple
@@ -23,6 +22,7 @@ from esper_otel.kasmina.blueprints import lookup
 from esper_otel.kasmina.garden import Garden, GardenError
 from esper_otel.kasmina.hook import SlotHook
 from esper_otel.leyline import events
+from testkit.fork_server import fork_server
 
 pytestmark = pytest.mark.torch
 
@@ -65,12 +65,8 @@ def _quietly():
 @cache
 def outcomes(stage: str, slots: str = ",".join(SLOTS), *tools: str) -> dict[str, str]:
     """What came of each tool, in a process of its own: some could end it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kasmina.tools", stage, slots, *tools],
-        capture_output=True,
-        text=True,
-        env=ENV,
-    )
+    command = [sys.executable, "-m", "kasmina.tools", stage, slots, *tools]
+    done = fork_server().run(command, env=ENV)
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"it ended at {lines[-1:]}: {done.stderr[-2000:]}"
     return {tool: said for tool, _, said in lines}
@@ -148,12 +144,8 @@ def test_what_is_saved_can_be_loaded_where_this_package_is_not(tmp_path):
     x, _ = harvested.batch()
     for model in (harvested.garden.harvest(), planted.host):
         torch.save((model, x, model(x)), tmp_path / "model.pt")
-        done = subprocess.run(
-            [sys.executable, "-c", ELSEWHERE, tmp_path / "model.pt"],
-            capture_output=True,
-            text=True,
-            env=ENV,
-        )
+        command = [sys.executable, "-c", ELSEWHERE, tmp_path / "model.pt"]
+        done = fork_server().run(command, env=ENV)
         assert done.returncode == 0, done.stderr
 
 

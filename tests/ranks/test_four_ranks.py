@@ -1,10 +1,9 @@
-"""A script of four ranks under torchrun, not edited, beside a sidecar that dies once."""
+"""Four ranks as torchrun starts them, not edited, beside a sidecar that dies once."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from esper_otel.leyline.trace_ids import STEP_SPAN
 from esper_otel.settings import EsperSettings
 from sidecar.running import sidecar
+from testkit.fork_server import Forked, fork_server
 from testkit.receiver import METRICS, HttpReceiver
+from testkit.torchrun_ranks import torchrun_ranks
 
 pytest.importorskip("torch")
 from ranks.four_ranks import (
@@ -36,7 +37,6 @@ from ranks.four_ranks import (
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(400)]
 
 HERE = Path(__file__).parent
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 SCRIPT = str(HERE / "four_ranks.py")
 RANKS = range(4)
 STEPS = 120
@@ -65,28 +65,31 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return clean | ours | more
 
 
-def start(folder: Path, *command: str, env: dict[str, str]) -> subprocess.Popen[str]:
+def start(folder: Path, *words: str, envs: list[dict[str, str]]) -> list[Forked]:
+    """A process in each environment."""
     with (folder / "said").open("w") as said:
-        return subprocess.Popen(command, env=env, stdout=said, stderr=said, text=True)
+        return [
+            fork_server().start([sys.executable, *words], env=env, stdout=said, stderr=said)
+            for env in envs
+        ]
 
 
-def ended(process: subprocess.Popen[str], folder: Path) -> list[dict[str, Any]]:
+def ended(processes: list[Forked], folder: Path) -> list[dict[str, Any]]:
     """What the ranks have left, once all have ended well."""
     try:
-        status = process.wait(LONG_S)
+        statuses = {process.wait(LONG_S) for process in processes}
     finally:
-        process.terminate()  # torchrun ends its workers with it
-        process.wait()
-    assert status == 0, (folder / "said").read_text()
+        for process in processes:
+            process.kill()
+    assert statuses == {0}, (folder / "said").read_text()
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in RANKS]
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("bare")
-    command = [sys.executable, SCRIPT, str(folder), str(UNTOUCHED)]
-    process = start(folder, *command, env=environment(folder))
-    return ended(process, folder)
+    words = SCRIPT, str(folder), str(UNTOUCHED)
+    return ended(start(folder, *words, envs=[environment(folder)]), folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,34 +106,35 @@ def watched(tmp_path_factory) -> Told:
             ESPER_RELEASE_STEPS="100000",
             ESPER_SUMMARY="off",
         )
-        with sidecar(socket, "--table", table) as first:
-            command = [TORCHRUN, "--standalone", "--nproc-per-node", str(len(RANKS))]
-            command += ["-m", "esper_otel", SCRIPT, str(folder), str(STEPS), "slow"]
-            process = start(folder, *command, env=env)
-            waits_for(process, folder, "killed")
-            first.process.kill()
-            first.process.wait()
-            (folder / "killed").touch()
-        # Not before it is asked for: between the two steps nobody must be there to answer.
-        waits_for(process, folder, "restarted")
-        with sidecar(socket, "--table", table):
-            (folder / "restarted").touch()
-            script = ended(process, folder)
+        with torchrun_ranks(len(RANKS)) as ranks:
+            with sidecar(socket, "--table", table) as first:
+                words = "-m", "esper_otel", SCRIPT, str(folder), str(STEPS), "slow"
+                processes = start(folder, *words, envs=[env | rank for rank in ranks])
+                waits_for(processes, folder, "killed")
+                first.process.kill()
+                first.process.wait()
+                (folder / "killed").touch()
+            # Not before it is asked for: between the two steps nobody must be there to answer.
+            waits_for(processes, folder, "restarted")
+            with sidecar(socket, "--table", table):
+                (folder / "restarted").touch()
+                script = ended(processes, folder)
         points, came, resources = received(receiver)
         spans = receiver.inbox.spans()
     return Told(script, points, came, resources, spans, (folder / "said").read_text())
 
 
-def waits_for(process: subprocess.Popen[str], folder: Path, word: str) -> None:
+def waits_for(processes: list[Forked], folder: Path, word: str) -> None:
     """Until rank 0 waits for the test to have done what ``word`` says."""
     deadline = time.monotonic() + LONG_S
     try:
         while not (folder / f"to be {word}").exists():
-            assert process.poll() is None, (folder / "said").read_text()
+            assert {each.poll() for each in processes} == {None}, (folder / "said").read_text()
             assert time.monotonic() < deadline, (folder / "said").read_text()
             time.sleep(0.02)
     except BaseException:
-        process.terminate()
+        for process in processes:
+            process.kill()
         raise
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# One process that imports torch, and the ranks that it forks.
+from testkit.fork_server import fork_server
+
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
 
 RANK = Path(__file__).with_name("one_rank.py")
@@ -79,13 +79,8 @@ def folder(tmp_path_factory) -> Path:
     environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:1"
     environ["PYTHONPATH"] = os.pathsep.join([str(RANK.parents[1]), *filter(None, sys.path)])
     pairs = {name: list(scenarios.values()) for name, scenarios in PAIRS.items()}
-    done = subprocess.run(
-        [sys.executable, str(RANK), json.dumps({"folder": str(folder), "pairs": pairs})],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-    )
+    command = [sys.executable, RANK, json.dumps({"folder": str(folder), "pairs": pairs})]
+    done = fork_server().run(command, env=environ, timeout=LONG_S)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import pytest
 
 pytest.importorskip("torch")
 from ranks.restored_ranks import ASKED
+
+from testkit.fork_server import fork_server
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(200)]
 
@@ -30,13 +31,8 @@ def ranks(folder: Path, *words: str) -> list[dict[str, Any]]:
     ours = {"OMP_NUM_THREADS": "1", "OTEL_METRICS_EXPORTER": "none"}
     ours |= {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
     ours["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), clean.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), *words],
-        env=clean | ours,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+    command = [sys.executable, str(SCRIPT), str(folder), *words]
+    done = fork_server().run(command, env=clean | ours, timeout=150)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

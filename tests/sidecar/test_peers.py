@@ -1,7 +1,7 @@
 """Rules that compare ranks: a live run and its replay decide alike."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -145,7 +145,6 @@ def trainings(draw):
     return frames, delays
 
 
-@settings(max_examples=200)
 @given(trainings())
 def test_the_order_in_which_ranks_are_heard_changes_no_decision(training):
     frames, delays = training

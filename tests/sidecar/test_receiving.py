@@ -22,7 +22,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceS
 
 from esper_tamiyo.receiving.intake import MAX_REQUEST, PIPE_BACKLOG
 from sidecar.frames_made import add_point, frame, otlp_of
-from sidecar.running import is_alive, sidecar, tamiyo, until
+from sidecar.running import PATIENCE_S, is_alive, sidecar, tamiyo, until
 
 PROTOBUF = "application/x-protobuf"
 
@@ -36,7 +36,7 @@ def shared(tmp_path_factory):
 
 def post(running, body, *, path="/v1/metrics", method="POST", **headers):
     """(status, content type, body, headers) of one HTTP request."""
-    connection = HTTPConnection(running.words["otlp_http"], timeout=10)
+    connection = HTTPConnection(running.words["otlp_http"], timeout=PATIENCE_S)
     try:
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, path, body, {"Content-Type": PROTOBUF} | headers)

@@ -1,0 +1,262 @@
+"""Python processes that start with torch imported: each is forked from one that did only that.
+
+A process takes three seconds of a processor to import torch, and two more to make its first
+optimizer, which imports torch's compiler. A test that looks at something else need not pay
+for them: it names its command as it would for ``subprocess.run``, and the process that runs it
+is a fork that has these modules already, and nothing of ours. How a process starts (the order
+of imports, launchers, ``esper-otel run`` itself) is for tests with processes of their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+ROOT = str(Path(__file__).parent.parent)
+COMMON = "torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"
+"""What most scripts of tests import; scikit-learn, which the examples need, if it is here."""
+
+LARGEST = 200_000
+"""Bytes of a request: a command, and an environment."""
+
+
+class Forked:
+    """A process that was asked for: enough of a ``subprocess.Popen`` to wait for and to end."""
+
+    def __init__(self, answers: socket.socket, command: Sequence[str]) -> None:
+        self.args = command
+        self.returncode: int | None = None
+        self._answers = answers
+        self.pid = int(answers.recv(64))
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, negative for a signal, once it has ended."""
+        if self.returncode is None:
+            self._answers.settimeout(timeout)
+            try:
+                self.returncode = int(self._answers.recv(64))
+            except (BlockingIOError, TimeoutError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0) from None
+            self._answers.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs."""
+        try:
+            return self.wait(0.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signal_number)
+
+
+class ForkServer:
+    """A process that has imported ``modules`` and what is common, and forks when asked."""
+
+    def __init__(self, *modules: str) -> None:
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = f"from testkit.fork_server import serve; serve({theirs.fileno()}, {modules!r})"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+            )
+
+    def close(self) -> None:
+        """End it; what it has forked goes on. It also ends when this process does."""
+        self._requests.close()
+        self._process.wait()
+
+    def start(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        stdout: IO[Any],
+        stderr: IO[Any],
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        finalizes: bool = False,
+    ) -> Forked:
+        """Run ``command``, which begins with this Python or is a script of its ``bin``.
+
+        It ends as what ``multiprocessing`` forks does, behind threads and exit functions; with
+        ``finalizes`` its interpreter is finalized, which takes a second with torch's modules.
+        """
+        words = [os.fspath(word) for word in command]
+        request = {
+            "command": words,
+            "env": dict(os.environ if env is None else env),
+            "cwd": os.fspath(cwd or Path.cwd()),
+            "finalizes": finalizes,
+        }
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            fds = [theirs.fileno(), stdout.fileno(), stderr.fileno()]
+            socket.send_fds(self._requests, [json.dumps(request).encode()], fds)
+        return Forked(ours, words)
+
+    def run(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        timeout: float = 100.0,
+        finalizes: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        """As ``subprocess.run`` with its output as text; ends it after ``timeout`` seconds."""
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = self.start(
+                command, stdout=out, stderr=err, env=env, cwd=cwd, finalizes=finalizes
+            )
+            try:
+                status = process.wait(timeout)
+            finally:
+                process.kill()
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess(command, status, out.read(), err.read())
+
+
+@cache
+def fork_server(*modules: str) -> ForkServer:
+    """The one of this process with those modules; it takes seconds to be ready."""
+    server = ForkServer(*modules)
+    atexit.register(server.close)
+    return server
+
+
+# --- in the server, and in what it forks
+
+
+def serve(fd: int, modules: Sequence[str]) -> None:
+    """Import, and fork for each request until nobody can send any more."""
+    for module in (*COMMON, *modules):
+        with suppress(ModuleNotFoundError):
+            __import__(module)
+    path = [each for each in sys.path[1:] if each != ROOT]
+    signal.signal(signal.SIGCHLD, _reap)
+    requests = socket.socket(fileno=fd)
+    while True:
+        body, fds, _, _ = socket.recv_fds(requests, LARGEST, 3)
+        if not body:
+            os._exit(0)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            requests.close()
+            answers, out, err = fds
+            _watch_a_fork(answers)
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            os.close(out)
+            os.close(err)
+            request = json.loads(body)
+            os.chdir(request["cwd"])
+            work = partial(_become, request["command"], request["env"], path)
+            if request["finalizes"]:
+                work()
+            _end(work)
+        for each in fds:
+            os.close(each)
+
+
+def _reap(*_: object) -> None:
+    """Wait for the processes that have told how their forks have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _watch_a_fork(fd: int) -> None:
+    """Fork; returns in the child, and its parent tells how the child has ended."""
+    answers = socket.socket(fileno=fd)
+    pid = os.fork()
+    if pid == 0:
+        answers.close()
+        return
+    answers.send(str(pid).encode())
+    _, status = os.waitpid(pid, 0)
+    try:
+        answers.send(str(os.waitstatus_to_exitcode(status)).encode())
+    finally:
+        os._exit(0)
+
+
+def _end(work: Callable[[], NoReturn]) -> NoReturn:
+    """Do what ends by an exception, and then what Python does before it finalizes itself."""
+    status = 1
+    try:
+        work()
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            status = error.code or 0
+        else:
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status & 0xFF)
+
+
+def _become(command: Sequence[str], env: Mapping[str, str], path: list[str]) -> NoReturn:
+    """Run a command of Python's as Python does, with ``path`` behind its own ``PYTHONPATH``."""
+    given = dict(env)
+    os.environ.clear()
+    os.environ.update(given)
+    own = [each for each in given.get("PYTHONPATH", "").split(os.pathsep) if each]
+    sys.path[:] = ["", *own, *path]
+    for name in [name for name in sys.modules if re.match(r"esper_otel\b|testkit\b", name)]:
+        del sys.modules[name]
+
+    def execve(_: object, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+        _become(argv, env, path)
+
+    # `esper-otel run` becomes another Python, whose modules this one has.
+    os.execve = execve  # type: ignore[assignment]
+    if any(Path(each, "sitecustomize.py").exists() for each in own):
+        sys.modules.pop("sitecustomize", None)
+        __import__("sitecustomize")
+    python = Path(command[0]).name.startswith("python")
+    first, *arguments = command[1:] if python else command
+    namespace = sys.modules["__main__"].__dict__
+    if first == "-m":
+        sys.path[0] = str(Path.cwd())
+        sys.argv = arguments
+        runpy._run_module_as_main(arguments[0])  # type: ignore[attr-defined]
+        sys.exit()
+    if first == "-c":
+        source, file = arguments[0], "<string>"
+        sys.argv = ["-c", *arguments[1:]]
+    else:
+        source, file = Path(first).read_text(), first
+        sys.argv = [first, *arguments]
+        sys.path[0] = str(Path(first).resolve().parent)
+        namespace["__file__"] = first
+    for name in [name for name in namespace if not name.startswith("__")]:
+        del namespace[name]
+    exec(compile(source, file, "exec"), namespace)
+    sys.exit()
