@@ -20,7 +20,7 @@ from esper_otel.leyline.decisions import FAILED_OPEN, Action
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.stream.console import Printer
+from esper_otel.stream.console import printer
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
@@ -183,7 +183,6 @@ class Lane:
         trainer: TrainerIdentity,
         tracers: Tracers,
         recording: Recording | None,
-        show: Printer | None = None,
     ) -> None:
         self.ring = ring
         self.timelines = timelines
@@ -195,7 +194,7 @@ class Lane:
         self.encoder = FrameEncoder(resource)
         self.tracers = tracers
         self.recording = recording
-        self.show = show
+        self.show = printer(trainer.rank)
         """What prints frames for people, where that is asked for."""
         self.totals = RunTotals()
         self.over = False

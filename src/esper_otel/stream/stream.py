@@ -299,7 +299,6 @@ class Stream:
             self._lane.over = True
 
     def _new_lane(self, resource: Any) -> Lane:
-        from esper_otel.stream.console import printer
         from esper_otel.stream.drain import Lane
         from esper_otel.stream.logs import TrainerIdentity
         from esper_otel.stream.providers import Tracers, serialised_resource
@@ -318,7 +317,6 @@ class Stream:
             trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
             tracers=Tracers(resource),
             recording=recording,
-            show=printer(settings, self._environ),
         )
         self.totals = self._lane.totals
         return self._lane
