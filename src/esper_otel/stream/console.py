@@ -7,13 +7,12 @@ own words and not with JSON of all its points.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.stages import Stage
 from esper_otel.leyline.terminal import say
-from esper_otel.settings import EsperSettings
 from esper_otel.stream.ring import Frames
 
 COLUMNS = (
@@ -36,17 +35,13 @@ _STAGES = {float(stage): stage.name for stage in Stage}
 Printer = Callable[[Frames], None]
 
 
-def is_asked_for(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether ``OTEL_METRICS_EXPORTER`` names ``console``, alone or beside others."""
-    value = (os.environ if environ is None else environ).get("OTEL_METRICS_EXPORTER", "")
-    return "console" in {name.strip().lower() for name in value.split(",")}
-
-
-def printer(settings: EsperSettings, environ: Mapping[str, str] | None) -> Printer | None:
-    """What prints frames, None where nobody asks for it."""
-    if not is_asked_for(environ):
+def printer(rank: int) -> Printer | None:
+    """What prints frames of a rank, None where the environment does not ask for it."""
+    value = os.environ.get("OTEL_METRICS_EXPORTER", "")
+    if "console" not in {name.strip().lower() for name in value.split(",")}:
         return None
-    whose = f"rank={settings.rank} " if settings.world_size > 1 else ""
+    several = rank > 0 or os.environ.get("WORLD_SIZE", "1") != "1"
+    whose = f"rank={rank} " if several else ""
     return lambda frames: say(*(whose + line for line in lines(frames)), flush=True)
 
 

@@ -21,7 +21,7 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.run_config import RunConfig
-from esper_otel.stream.console import Printer
+from esper_otel.stream.console import printer
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
@@ -202,7 +202,6 @@ class Lane:
         trainer: TrainerIdentity,
         tracers: Tracers,
         recording: Recording | None,
-        show: Printer | None = None,
         config: RunConfig | None = None,
     ) -> None:
         self.ring = ring
@@ -215,7 +214,7 @@ class Lane:
         self.encoder = FrameEncoder(resource)
         self.tracers = tracers
         self.recording = recording
-        self.show = show
+        self.show = printer(trainer.rank)
         """What prints frames for people, where that is asked for."""
         self.config = config
         """What the stream tells of the run's hyper-parameters; None: nothing."""

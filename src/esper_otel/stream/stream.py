@@ -305,7 +305,6 @@ class Stream:
             self._lane.over = True
 
     def _new_lane(self, resource: Any) -> Lane:
-        from esper_otel.stream.console import printer
         from esper_otel.stream.drain import Lane
         from esper_otel.stream.logs import TrainerIdentity
         from esper_otel.stream.providers import NoSpans, Tracers, serialised_resource
@@ -325,7 +324,6 @@ class Stream:
             trainer=TrainerIdentity(self._run_id, settings.rank, self._instance_id),
             tracers=alone("spans", lambda: Tracers(resource)) or NoSpans(),
             recording=recording,
-            show=printer(settings, self._environ),
             config=None if settings.rank else self._config,
         )
         self.totals = self._lane.totals
