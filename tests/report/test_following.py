@@ -91,6 +91,17 @@ def test_what_is_compressed_as_a_whole_is_read_where_it_is(tmp_path, recording):
     assert steps_in(archive) == {0: (10, 0, 9)}
 
 
+def test_a_folder_that_cannot_be_looked_through_is_a_problem_once(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(following, "files_of", refused)
+    archive = GrowingArchive([tmp_path])
+    for second in range(3):
+        archive.look(100.0 * second)
+    assert archive.problems == [f"{tmp_path}: Permission denied"]
+
+
 def test_files_that_stand_still_are_looked_at_less_often(recording, monkeypatch):
     archive = GrowingArchive([recording])
     archive.look(0.0)

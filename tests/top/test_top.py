@@ -8,6 +8,7 @@ import pytest
 
 from esper_otel.cli import main
 from esper_otel.leyline.otlp_file import framed
+from esper_otel.top.screen import time_between
 from report.made import frames, recorded
 from sidecar.frames_made import otlp_of
 from sidecar.running import sidecar
@@ -95,6 +96,11 @@ def test_whatever_ends_it_the_terminal_is_as_before_and_colours_may_be_unwanted(
         assert terminal.is_as_before()
         assert not terminal.screen.styles & COLOURS
         assert "Traceback" not in terminal.screen.text
+
+
+@pytest.mark.parametrize(("used_s", "s"), [(0.001, 0.5), (0.025, 1.0), (1.0, 5.0)])
+def test_what_takes_long_is_done_less_often(used_s, s):
+    assert time_between(used_s) == s
 
 
 def test_a_fault_of_ours_leaves_the_terminal_as_it_was(folder):

@@ -14,6 +14,7 @@ from esper_otel.leyline.terminal import say
 from esper_otel.leyline.wire import default_socket_path
 
 if TYPE_CHECKING:
+    from esper_otel.top.choice import Choice
     from esper_otel.top.recorded_source import RecordedSource
     from esper_otel.top.sidecar_source import SidecarSource
 
@@ -48,7 +49,7 @@ def add(commands: Subcommands) -> None:
 
 def _top(options: argparse.Namespace) -> int:
     paths = [Path(run) for run in options.runs]
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if _is_missing(path)]
     name = options.run
     if len(paths) == 1 and missing and "/" not in options.runs[0] and not name:
         name, paths = options.runs[0], []
@@ -70,6 +71,14 @@ def _top(options: argparse.Namespace) -> int:
     status = watch(source, choice)
     _tell_problems(source)
     return status
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return True
+    return False
 
 
 def _fail(problem: str) -> int:
@@ -101,14 +110,12 @@ def _recorded(paths: list[Path]) -> RecordedSource:
     return source
 
 
-def _of_sidecar(socket: Path | None, choice: object) -> SidecarSource | str:
+def _of_sidecar(socket: Path | None, choice: Choice) -> SidecarSource | str:
     """The runs of a sidecar that answers, or what to do when none does."""
     import time
 
-    from esper_otel.top.choice import Choice
     from esper_otel.top.sidecar_source import SidecarSource
 
-    assert isinstance(choice, Choice)
     named = os.environ.get("ESPER_TAMIYO_SOCKET")
     source = SidecarSource(socket or (Path(named) if named else default_socket_path()))
     source.refresh(choice.run, choice.rank, time.monotonic())
@@ -117,13 +124,11 @@ def _of_sidecar(socket: Path | None, choice: object) -> SidecarSource | str:
     return source
 
 
-def _print(source: RecordedSource | SidecarSource, choice: object) -> int:
+def _print(source: RecordedSource | SidecarSource, choice: Choice) -> int:
     """One picture, as plain text."""
     from esper_otel.top.charts import ASCII, without_braille
-    from esper_otel.top.choice import Choice
     from esper_otel.top.picture import SMALLEST, snapshot
 
-    assert isinstance(choice, Choice)
     size = get_terminal_size((80, _PRINTED_ROWS))
     rows = snapshot(
         source.runs(), choice, max(size.columns, SMALLEST), max(size.lines, _PRINTED_ROWS)

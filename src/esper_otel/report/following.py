@@ -131,8 +131,12 @@ class GrowingArchive(Archive):
                 for found in files_of(path):
                     if found not in self._followed:
                         self._followed[found] = _Followed(found, now)
-            except OSError:
+            except FileNotFoundError:
                 continue  # it may come yet
+            except OSError as error:
+                problem = f"{path}: {error.strerror or error}"
+                if problem not in self.problems:
+                    self.problems.append(problem)
         if is_due:
             self._folders_due = now + FOLDERS_EVERY_S
 

@@ -140,10 +140,15 @@ class TrainerCurves:
         if len(times):
             clock = self.curves.setdefault((None, CLOCK), Curve(self._held))
             clock.extend(steps, times.astype(np.float64))
+        times, firsts = np.unique(times, return_index=True)
+        steps = steps[firsts]
+        is_behind = not len(times) or not len(self._times) or times[0] > self._times[-1]
         times = np.concatenate([self._times[-AT_ONCE:], times])
         steps = np.concatenate([self._steps[-AT_ONCE:], steps])
-        self._times, firsts = np.unique(times, return_index=True)
-        self._steps = steps[firsts]
+        if not is_behind:  # else there is nothing to sort: steps are followed
+            times, firsts = np.unique(times, return_index=True)
+            steps = steps[firsts]
+        self._times, self._steps = times, steps
 
     def _steps_of(self, times: Times) -> tuple[np.ndarray, Times]:
         """Of each time whether a step ended then, and which."""
@@ -192,7 +197,8 @@ class TrainerCurves:
         firsts.sort()
         before = self._before.get(kind)
         if before is not None:
-            firsts = firsts[~np.isin(times[firsts], before)]
+            if times.min() <= before.max():  # else nothing can be here already
+                firsts = firsts[~np.isin(times[firsts], before)]
             times = np.concatenate([before[-AT_ONCE:], times[firsts]])
         if before is not None or len(self._before) < _MOST_REMEMBERED:
             self._before[kind] = times
@@ -200,6 +206,8 @@ class TrainerCurves:
 
     def _leave_gaps(self, broken: Times, present: dict[str, list[Times]]) -> None:
         """Where a step had values that were not finite, what it lacks is a gap."""
+        if not len(broken):
+            return
         for (seed, key), curve in self.curves.items():
             if seed is None and key != CLOCK and curve.total.count and not is_custom(key):
                 there = np.concatenate(present[key]) if key in present else broken[:0]

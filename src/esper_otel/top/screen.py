@@ -27,8 +27,12 @@ from esper_otel.top.picture import picture
 from esper_otel.top.rows import Piece, Row, fitted
 from esper_otel.top.watched import RunSource
 
-EVERY_S = 0.5
-"""Between two looks at what is new."""
+EVERY_S, SLOWEST_S = 0.5, 5.0
+"""Between two looks at what is new; the second where there is very much."""
+
+SHARE = 0.025
+"""Of one processor that looking and drawing may take: beside a training there are few. Where
+one look takes longer the next one is later."""
 
 STYLES = {
     "title": "bold",
@@ -211,19 +215,23 @@ class Screen:
                 termios.tcsetattr(self._input, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
 
 
+def time_between(used_s: float) -> float:
+    """Seconds until the next look, when one and its drawing took ``used_s`` of a processor."""
+    return min(max(EVERY_S, used_s / SHARE), SLOWEST_S)
+
+
 def watch(source: RunSource, choice: Choice) -> int:
     """Show runs until somebody ends it; returns the exit status, 128 more than a signal."""
     with Screen() as screen:
-        size, looked_at = screen.size, float("-inf")
+        size, looked_at, every = screen.size, float("-inf"), EVERY_S
         problem, changed = "", True
         while screen.ended_by is None:
-            due_in = looked_at + EVERY_S - time.monotonic()
-            keys = screen.wait(due_in)
+            keys = screen.wait(looked_at + every - time.monotonic())
             if "q" in keys:
                 return 0
             pressed = [choice.press(key, source.runs()) for key in keys]
-            now = time.monotonic()
-            if any(pressed) or now >= looked_at + EVERY_S:
+            now, began = time.monotonic(), time.process_time()
+            if any(pressed) or now >= looked_at + every:
                 run, rank = choice.resolve(source.runs())
                 names = (run.name, rank.rank) if run and rank else (choice.run, choice.rank)
                 changed |= source.refresh(*names, now)
@@ -236,4 +244,6 @@ def watch(source: RunSource, choice: Choice) -> int:
             if anew or any(pressed) or (changed and not choice.is_held):
                 problem, changed = source.problem, False
                 screen.show(picture(source.runs(), choice, *size, source.name, problem))
+            if looked_at > now:
+                every = time_between(time.process_time() - began)
         return 128 + screen.ended_by
