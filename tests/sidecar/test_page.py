@@ -123,6 +123,13 @@ def test_what_is_not_there(serving, path, status):
     assert get(serving.words["ui"], path)[0] == status
 
 
+def test_a_question_for_the_head_alone(serving):
+    request = urllib.request.Request(serving.words["ui"], method="HEAD")
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+        assert (answer.status, answer.read(), answer.headers["Server"]) == (200, b"", "tamiyo")
+        assert int(answer.headers["Content-Length"]) > 1000
+
+
 def test_nothing_can_be_done_but_look(serving):
     request = urllib.request.Request(serving.words["ui"], method="POST", data=b"x" * 100_000)
     with pytest.raises(urllib.error.HTTPError) as caught:

@@ -55,6 +55,7 @@ _HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
+    "Server": "tamiyo",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }

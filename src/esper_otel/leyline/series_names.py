@@ -2,8 +2,7 @@
 
 The one place where names are translated: the sidecar's ``/metrics``, the metrics page, the
 dashboards, the alert rules and the tests that look into a real Prometheus take them from here.
-It says what the
-Collector's Prometheus exporters do with their defaults, which is
+It says what the Collector's Prometheus exporters do with their defaults, which is
 github.com/prometheus/otlptranslator: escaping, with suffixes.
 """
 
