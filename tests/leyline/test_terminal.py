@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from esper_otel.leyline.terminal import (
     EscapingFilter,
     Lines,
+    discard_output,
     printable,
     printable_json,
     say,
+    say_json,
+    take_any_text,
+    tell,
 )
 
 
@@ -117,3 +122,102 @@ logging.getLogger("mine").warning("one\\ntwo")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr == "script: run x\\nscript: all is well\nscript: one\ntwo\n"
+
+
+class Poor:
+    """Something that a script has put in place of a stream: it writes, and no more."""
+
+    def __init__(self, encoding="utf-8"):
+        self.encoding = encoding
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+class Raising(Poor):
+    def write(self, text):
+        raise RuntimeError("no more")
+
+
+def test_standard_error_that_is_closed_is_not_standard_output(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    say("lost", file=sys.stderr)
+    tell("lost")
+    monkeypatch.setattr("sys.stdout", None)
+    say("lost")
+    say_json("{}")
+    take_any_text()
+    discard_output()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stream", [Raising(), object(), io.BytesIO()])
+def test_nothing_that_stands_for_a_stream_makes_telling_raise(monkeypatch, stream):
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("sys.stdout", stream)
+    say("x", flush=True)
+    say("x", file=sys.stderr, flush=True)
+    tell("x")
+    take_any_text()
+
+
+def test_a_stream_without_flush_is_written_to(monkeypatch):
+    monkeypatch.setattr("sys.stderr", poor := Poor())
+    tell("x")
+    assert poor.text == "x\n"
+
+
+def test_what_an_encoding_has_no_bytes_for_is_escaped(monkeypatch):
+    monkeypatch.setattr("sys.stdout", poor := Poor("latin-1"))
+    say("é …")
+    say_json('{"a":"é … 🙂"}')
+    first, second = poor.text.splitlines()
+    assert first == r"é \u2026"
+    assert json.loads(second) == {"a": "é … 🙂"}
+    assert poor.text.encode("latin-1")
+
+
+def test_who_has_read_enough_of_the_output_ends_a_command(monkeypatch):
+    class Gone(Poor):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        say("x")
+    monkeypatch.setattr("sys.stderr", Gone())
+    say("x", file=sys.stderr)
+    tell("x")
+
+
+LAST_RESORT = """
+import sys
+from pathlib import Path
+import esper_otel.leyline, logging
+log = logging.getLogger("esper_otel")
+log.warning("run %s", "x\\ny")
+log.warning("esper-otel: %s", "once")
+log.info("not told")
+class Raising:
+    def write(self, text): raise RuntimeError("no more")
+stderr, sys.stderr = sys.stderr, Raising()
+log.warning("lost")
+log.warning("%d", "no number")
+sys.stderr = stderr
+logging.getLogger("esper_otel").addHandler(logging.NullHandler())
+log.warning("the script's own handler has it")
+"""
+
+
+def test_where_the_script_has_no_handler_warnings_have_our_name_and_never_raise():
+    done = subprocess.run([sys.executable, "-c", LAST_RESORT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "esper-otel: run x\\ny\nesper-otel: once\n"
+
+
+def test_a_full_disk_leaves_the_exit_status_alone():
+    script = "from esper_otel.leyline.terminal import tell; tell('x' * 9000)"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stderr=full)
+    assert done.returncode == 0

@@ -13,11 +13,13 @@ from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import (
     BREAKER_OPEN,
     PROTOCOL_ERROR,
+    SUPERSEDED,
     TIMEOUT,
     UNREACHABLE,
     Action,
     Proposal,
     SeedOperation,
+    unanswered,
 )
 from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.frames import seed_row, step_row
@@ -59,6 +61,22 @@ def test_the_answer_to_an_ask_is_the_decision(path):
     (hello,) = sidecar.hellos
     assert (hello.run, hello.rank, hello.world_size) == ("r", 3, 4)
     assert (tuple(hello.step_columns), tuple(hello.seed_columns)) == (STEP_KEYS, SEED_KEYS)
+
+
+def test_who_is_no_longer_its_rank_hears_of_it_at_once_and_once(path, caplog):
+    def replaced(request):
+        told = unanswered("r", request.step, SUPERSEDED)
+        return [wire.encode(wire.Answer(request.request_id, told))]
+
+    with FakeSidecar(path, replaced):
+        client = connect(path)
+        reasons = {ask(client, step).reason for step in (1, 2, 3)}
+        client.close()
+    assert reasons == {SUPERSEDED}
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        "esper-otel: another process, which began later, trains as rank 3"
+    )
 
 
 def test_an_ask_carries_the_seeds_and_the_proposal(path):
