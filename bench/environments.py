@@ -239,7 +239,7 @@ def combinations(seed: int = 1) -> list[tuple[str, ...]]:
     """Several kinds at a time, the same for the same ``seed``; each kind is in one at least."""
     chooser = random.Random(seed)
     names = [name for name in KINDS if name not in ALONE]
-    found = []
+    found: list[tuple[str, ...]] = []
     while len(found) < COMBINATIONS:
         chooser.shuffle(names)
         found += [tuple(names[at : at + OF_EACH]) for at in range(0, len(names), OF_EACH)]

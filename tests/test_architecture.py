@@ -165,3 +165,17 @@ def test_importing_brings_nothing_heavy_along(module, heavy):
     code = f"import sys, {module}; print(sorted(set(sys.modules) & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_whatever_is_told_goes_through_one_module():
+    tellers = set()
+    for package in SOURCES:
+        for module in modules(package):
+            for node in ast.walk(ast.parse(module.read_text())):
+                if isinstance(node, ast.Call) and (
+                    getattr(node.func, "id", "") == "print"
+                    or ast.unparse(node.func) in ("sys.stdout.write", "sys.stderr.write")
+                ):
+                    tellers.add(module.name)
+    # A Python that cannot load us has to be told without us.
+    assert tellers == {"terminal.py", "sitecustomize.py"}

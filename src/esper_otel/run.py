@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import secrets
 import weakref
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from esper_otel.integrations.jobs import Jobs
     from esper_otel.kasmina.garden import Garden
     from esper_otel.tamiyo.client import TamiyoClient
-
-log = logging.getLogger("esper_otel")
 
 STATE_VERSION = 1
 """Of what :meth:`Run.state_dict` gives."""
@@ -321,7 +318,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
         if self._report is not None:
             return self._report
         if self._jobs is not None and self._beside is None:
-            end = self._jobs.close(end)
+            end = alone("the trainings of this process", partial(self._jobs.close, end))
         atexit.unregister(self._end_at_exit)
         _runs.discard(self)
         if not _runs:
@@ -373,13 +370,13 @@ class Run(LoopCalls, Closing, DisplayedRun):
         return self.garden is not None and self.garden.is_seed_optimizer(optimizer)
 
     def _let_go(self, end: Ending) -> StreamReport:
-        self._loop.prefer(None)
+        lets_go: list[Callable[[], Any]] = [partial(self._loop.prefer, None)]
         if self._jobs is not None:
-            self._jobs.ended(self, end)
+            lets_go.append(partial(self._jobs.ended, self, end))
         if self.garden is not None:
-            self.garden.close()
-            self._recorder.attach_garden(None)
-            self._sharing.forget_garden()
+            lets_go += [self.garden.close, partial(self._recorder.attach_garden, None)]
+            lets_go.append(self._sharing.forget_garden)
+        end_each(lets_go)
         return self.stream_report
 
 

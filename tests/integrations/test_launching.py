@@ -136,8 +136,10 @@ def test_other_children_do_not(put_on, args):
 
 
 def test_what_takes_the_place_of_the_process_gets_it_and_what_was_unsent_is_sent(put_on):
-    os.execv("/bin/program", ["program"])
-    os.execvpe("/bin/program", ["program"], {"PYTHONPATH": "lib"})
+    os.execv("/nowhere/program", ["program"])
+    assert put_on.execed.pop() == ("/nowhere/program", None)
+    os.execv(sys.executable, ["program"])
+    os.execvpe(sys.executable, ["program"], {"PYTHONPATH": "lib"})
     sent, (_, first), again, (_, second) = put_on.execed
     assert sent == again == "sent"
     assert first["PYTHONPATH"].startswith(AUTOLOAD)
@@ -146,5 +148,5 @@ def test_what_takes_the_place_of_the_process_gets_it_and_what_was_unsent_is_sent
 
 def test_a_forked_child_execs_without_it(put_on, monkeypatch):
     monkeypatch.setattr("os.getpid", lambda: -1)
-    os.execv("/bin/program", ["program"])
-    assert put_on.execed == [("/bin/program", None)]
+    os.execv(sys.executable, ["program"])
+    assert put_on.execed == [(sys.executable, None)]

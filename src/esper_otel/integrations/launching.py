@@ -191,14 +191,14 @@ class HandsOn:
 
         @functools.wraps(execv)
         def execv_with(path: Any, argv: Any, /) -> Any:
-            environment = self._for_successor(os.environ)
+            environment = self._for_successor(path, os.environ)
             if environment is None:
                 return execv(path, argv)
             return execve(path, argv, environment)
 
         @functools.wraps(execve)
         def execve_with(path: Any, argv: Any, env: Any) -> Any:
-            environment = self._for_successor(env)
+            environment = self._for_successor(path, env)
             return execve(path, argv, env if environment is None else environment)
 
         os.execv, os.execve = execv_with, execve_with
@@ -210,11 +210,11 @@ class HandsOn:
 
         subprocess.Popen.__init__ = begin_with  # type: ignore[method-assign, assignment]
 
-    def _for_successor(self, environ: Any) -> dict[str, str] | None:
+    def _for_successor(self, path: Any, environ: Any) -> dict[str, str] | None:
         """The environment of what takes this process's place; None to leave it alone."""
         try:
-            if os.getpid() != self._pid:
-                return None  # a child, which is no successor
+            if os.getpid() != self._pid or not os.access(path, os.X_OK):
+                return None  # a child, which is no successor, or a place of the PATH without it
             environment = with_detour(
                 {os.fsdecode(k): os.fsdecode(v) for k, v in environ.items()}
             )

@@ -81,6 +81,21 @@ def tell(text: str) -> None:
     _put(text, sys.stderr, True, _python_escape)
 
 
+def tell_over(text: str) -> None:
+    """Have the last line of standard error, a terminal, show ``text`` alone. Never raises."""
+    with suppress(Exception):
+        sys.stderr.write(f"\r{printable(text)}\x1b[K")
+        sys.stderr.flush()
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether somebody looks at ``stream``, which may be anything, or None."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except Exception:
+        return False
+
+
 def _put(
     text: str, file: TextIO | _Output | None, flush: bool, escape: Callable[[str], str]
 ) -> None:
@@ -90,7 +105,8 @@ def _put(
     try:
         # In one piece: other processes write to the same terminal.
         whole = _encodable(f"{text}\n", getattr(out, "encoding", None), escape)
-        if out is sys.__stderr__:
+        is_its_own = out is sys.__stderr__
+        if is_its_own:
             _write_through(out, whole)
         else:
             out.write(whole)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from esper_otel.leyline.terminal import is_terminal, tell_over
+
 EVERY_S = 0.2
 
 
@@ -15,7 +17,7 @@ class Progress:
         """``whole`` is the size of all the work, in bytes."""
         self._what = what
         self._whole = max(whole, 1)
-        self._shown = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = is_terminal(sys.stderr)
         self._next = time.monotonic() + EVERY_S
         self._written = False
 
@@ -26,11 +28,11 @@ class Progress:
         self._next = time.monotonic() + EVERY_S
         share = min(done / self._whole, 1.0)
         text = f"{self._what}: {share:.0%} of {self._whole / 1e6:,.0f} MB"
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        tell_over(text)
         self._written = True
 
     def end(self) -> None:
         """Take the line away."""
         if self._written:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            tell_over("")
             self._written = False
