@@ -1,9 +1,9 @@
 """Loops of public kinds, recorded and enforced, against the account they keep themselves.
 
 A part of :mod:`bench.awkward`. Each loop of :mod:`testkit.public_loops` and
-:mod:`testkit.public_frameworks` trains three times from one seed: bare, recorded, and enforced by
-a sidecar whose table scales the learning rate once. Counted is what is not as the loop says: steps,
-losses, gradient norms, rates, weights, and what its optimizers used.
+:mod:`testkit.public_frameworks` trains three times from one seed: bare, recorded, and
+enforced by a sidecar whose table scales the learning rate once. Counted is what is not as the
+loop says: steps, losses, gradient norms, rates, weights, and what its optimizers used.
 """
 
 from __future__ import annotations

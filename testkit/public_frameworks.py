@@ -1,7 +1,7 @@
 """Trainings of the frameworks that public scripts use, which keep their own account.
 
-As :mod:`testkit.public_loops`; each of :data:`PUBLIC_FRAMEWORKS` raises ``ImportError`` where the
-framework is not installed.
+As :mod:`testkit.public_loops`; each of :data:`PUBLIC_FRAMEWORKS` raises ``ImportError`` where
+the framework is not installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from testkit.public_loops import BATCH, STEPS, Ledger, loader, network, norm_of, rate_of, samples
+from testkit.public_loops import (
+    BATCH,
+    STEPS,
+    Ledger,
+    loader,
+    network,
+    norm_of,
+    rate_of,
+    samples,
+)
 
 
 def _trained(module: Any, ledger: Ledger, optimizer: Callable[[], Any]) -> Any:
@@ -94,9 +103,13 @@ def lightning_two_optimizers(ledger: Ledger) -> None:
 
         def training_step(self, batch: Any, index: int) -> None:
             x, _ = batch
-            of_critic, of_generator = self.optimizers()
+            optimizers: Any = self.optimizers()
+            of_critic, of_generator = optimizers
             fake = self.generator(torch.randn(len(x), 2))
-            parts = [self.critic(fake.detach()).square().mean(), (self.critic(x) - 1).square().mean()]
+            parts = [
+                self.critic(fake.detach()).square().mean(),
+                (self.critic(x) - 1).square().mean(),
+            ]
             of_critic.zero_grad()
             for part in parts:
                 self.manual_backward(part)
@@ -129,7 +142,7 @@ def fabric(ledger: Ledger) -> None:
     own = network()
     inner = ledger.probed(torch.optim.SGD)(own.parameters(), lr=0.05)
     model, optimizer = instance.setup(own, inner)
-    for x, y in instance.setup_dataloaders(loader()):  # type: ignore[misc]
+    for x, y in instance.setup_dataloaders(loader()):
         loss = F.mse_loss(model(x), y)
         instance.backward(loss)
         norm = norm_of(own.parameters())
@@ -168,7 +181,9 @@ def accelerate(ledger: Ledger) -> None:
     ledger.end(own)
 
 
-def _trainer(ledger: Ledger, model: nn.Module, compute_loss: Any = None, **options: Any) -> None:
+def _trainer(
+    ledger: Ledger, model: nn.Module, compute_loss: Any = None, **options: Any
+) -> None:
     """Transformers' Trainer; gradients are measured behind the step's last micro-batch."""
     import transformers as hf
 
@@ -179,7 +194,9 @@ def _trainer(ledger: Ledger, model: nn.Module, compute_loss: Any = None, **optio
 
         def create_optimizer(self, *args: Any) -> Any:
             trained = [p for p in model.parameters() if p.requires_grad]
-            self.optimizer = ledger.probed(torch.optim.AdamW)(trained, lr=self.args.learning_rate)
+            self.optimizer = ledger.probed(torch.optim.AdamW)(
+                trained, lr=self.args.learning_rate
+            )
             return self.optimizer
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,7 +245,10 @@ class Head(nn.Module):
         super().__init__()
         self.network = network()
 
-    def forward(self, x: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss alone."""
         if x is None or labels is None:
             raise ValueError("expected x and labels")
         return {"loss": F.mse_loss(self.network(x), labels)}

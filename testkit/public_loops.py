@@ -1,17 +1,17 @@
 """Training loops of the kinds that public scripts have, which keep their own account.
 
-Each loop of :data:`PUBLIC` trains for :data:`STEPS` steps, knows nothing of us and writes into a
-:class:`Ledger` what it took: the loss of each step as its author would report it, the norm of all
-gradients before anything is done to them, and the rate that the script set and that the update
-used, as a probe within the optimizer's own ``step`` reads them. Loops of frameworks are in
-:mod:`testkit.public_frameworks`.
+Each loop of :data:`PUBLIC` trains for :data:`STEPS` steps, knows nothing of us and writes
+into a :class:`Ledger` what it took: the loss of each step as its author would report it, the
+norm of all gradients before anything is done to them, and the rate that the script set and
+that the update used, as a probe within the optimizer's own ``step`` reads them. Loops of
+frameworks are in :mod:`testkit.public_frameworks`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ Parameters = Iterable[Tensor]
 class Ledger:
     """What a loop counted by itself.
 
-    Of several optimizers ``used`` and ``own`` have the rates of the one that sets the steps, and
-    ``others`` pairs of those that the others used and were set.
+    Of several optimizers ``used`` and ``own`` have the rates of the one that sets the steps,
+    and ``others`` pairs of those that the others used and were set.
     """
 
     def __init__(self) -> None:
@@ -70,6 +70,7 @@ class Ledger:
             self.losses.append(loss.item() if isinstance(loss, Tensor) else loss)
 
     def end(self, *modules: nn.Module) -> None:
+        """All steps have been made."""
         self.weights = [p.detach().clone() for m in modules for p in m.parameters()]
 
 
@@ -172,7 +173,9 @@ def word_language_model(ledger: Ledger) -> None:
 def dcgan(ledger: Ledger) -> None:
     """Two losses of the critic, each with a ``backward`` of its own; its loss is their sum."""
     generator, critic = network(2, 4), network(4, 1)
-    of_critic = ledger.probed(torch.optim.Adam)(critic.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    of_critic = ledger.probed(torch.optim.Adam)(
+        critic.parameters(), lr=2e-4, betas=(0.5, 0.999)
+    )
     kind = ledger.probed(torch.optim.Adam, primary=False)
     of_generator = kind(generator.parameters(), lr=1e-4, betas=(0.5, 0.999))
     real, made = torch.ones(BATCH, 1), torch.zeros(BATCH, 1)
@@ -206,7 +209,11 @@ def wgan_gp(ledger: Ledger) -> None:
         fake = generator(torch.randn(BATCH, 2)).detach()
         between = (x + fake).div(2).requires_grad_()
         (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-        parts = [-critic(x).mean(), critic(fake).mean(), (slope.norm(dim=1) - 1).square().mean()]
+        parts = [
+            -critic(x).mean(),
+            critic(fake).mean(),
+            (slope.norm(dim=1) - 1).square().mean(),
+        ]
         for part in parts:
             part.backward()
         ledger.step(of_critic, sum(map(float, parts)), norm_of(critic.parameters()))
@@ -291,7 +298,7 @@ def muon_and_adamw(ledger: Ledger) -> None:
             super().__init__(parameters, {"lr": lr, "momentum": 0.95})
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for group in self.param_groups:
                 for p in group["params"]:
                     u, _, v = torch.linalg.svd(p.grad, full_matrices=False)
@@ -325,7 +332,7 @@ def schedule_free(ledger: Ledger) -> None:
             self.training = training
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             if not self.training:
                 raise RuntimeError("not in train mode")
             for group in self.param_groups:
@@ -416,7 +423,9 @@ def reinforce(ledger: Ledger) -> None:
         chances = torch.distributions.Categorical(logits=policy(episode))
         actions = chances.sample()  # type: ignore[no-untyped-call]
         returns = torch.arange(len(episode), 0, -1.0)
-        loss = torch.stack([-p * r for p, r in zip(chances.log_prob(actions), returns, strict=True)])  # type: ignore[no-untyped-call]
+        loss = torch.stack(
+            [-p * r for p, r in zip(chances.log_prob(actions), returns, strict=True)]
+        )  # type: ignore[no-untyped-call]
         loss = loss.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -464,6 +473,7 @@ class Sam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self) -> None:
+        """To where the loss is highest nearby."""
         norm = norm_of(p for group in self.param_groups for p in group["params"])
         for group in self.param_groups:
             for p in group["params"]:
@@ -473,14 +483,16 @@ class Sam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_step(self) -> None:
+        """Back, and the other's step from there."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.data = self.state[p]["kept"]
         self.base.step()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        closure = torch.enable_grad()(closure)  # type: ignore[no-untyped-call]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Both, with an evaluation between."""
+        closure = torch.enable_grad()(closure)
         self.first_step()
         closure()
         self.second_step()
@@ -623,7 +635,7 @@ def by_autograd_grad(ledger: Ledger) -> None:
     optimizer = ledger.probed(torch.optim.Adam)(model.parameters(), lr=0.01)
     for x, y in loader():
         loss = F.mse_loss(model(x), y)
-        gradients = torch.autograd.grad(loss, model.parameters())  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(loss, cast(Any, model.parameters()))
         for p, gradient in zip(model.parameters(), gradients, strict=True):
             p.grad = gradient
         ledger.step(optimizer, loss, norm_of(model.parameters()))
@@ -723,7 +735,9 @@ def deepspeed(ledger: Ledger) -> None:
 def timm(ledger: Ledger) -> None:
     """Adaptive clipping, unit by unit, a rate set per update, a moving average of weights."""
     model = network()
-    optimizer = ledger.probed(torch.optim.SGD)(model.parameters(), lr=0.05, nesterov=True, momentum=0.9)
+    optimizer = ledger.probed(torch.optim.SGD)(
+        model.parameters(), lr=0.05, nesterov=True, momentum=0.9
+    )
     average = torch.optim.swa_utils.AveragedModel(model)
     updates = 0
 
@@ -841,7 +855,7 @@ def no_rate(ledger: Ledger) -> None:
             super().__init__(parameters, {"lr": None, "betas": None, "scale": (1, "x")})
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for group in self.param_groups:
                 for p in group["params"]:
                     p.sub_(p.grad, alpha=0.01)

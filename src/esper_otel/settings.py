@@ -123,9 +123,9 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     0; the process is one run then. Empty: :class:`integrations.primary.Primary` chooses."""
 
     losses_prescaled: bool = False
-    """Whether a script that accumulates gradients has divided each loss by the number of
-    micro-batches before ``backward``: then a step's loss is their sum, not their mean.
-    Frameworks that do so are known to. Losses that a loop reports are averaged either way."""
+    """Whether each loss of a step is divided by the number of micro-batches before
+    ``backward``: then the step's loss is their sum, not their mean. Frameworks that do so are
+    known to; else it is found where that was the last operation. Reported ones are averaged."""
 
     release_steps: int = 20
     """Steps without an OPTIMIZER decision before the learning rate is given back, and

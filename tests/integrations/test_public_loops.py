@@ -23,7 +23,9 @@ def kept(loop):
 
 
 def same(told, values):
-    return told == [value if value is None else pytest.approx(value, rel=1e-5) for value in values]
+    return told == [
+        value if value is None else pytest.approx(value, rel=1e-5) for value in values
+    ]
 
 
 @pytest.mark.parametrize("name", [*PUBLIC, *QUICK])

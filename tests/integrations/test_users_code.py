@@ -66,7 +66,9 @@ def test_data_sets_and_batches_are_not_looked_at(instrumented):
     train(Ledger(), model, optimizer, batches=batches)
     assert Decoded.unpacked == 3
     assert all("input_wait_ms" in frame for frame in instrumented.frames)
-    assert ["samples_per_s" in frame for frame in instrumented.frames] == [True] * 3 + [False] * 3
+    assert ["samples_per_s" in frame for frame in instrumented.frames] == [True] * 3 + [
+        False
+    ] * 3
 
 
 @dataclass
@@ -110,7 +112,9 @@ class Raises:
         {"lr": torch.empty((), device="meta")},
         {},
     ],
-    ids=lambda options: " ".join(f"{key}={type(each).__name__}" for key, each in options.items()),
+    ids=lambda options: " ".join(
+        f"{key}={type(each).__name__}" for key, each in options.items()
+    ),
 )
 def test_what_is_odd_in_a_group_takes_nothing_else_along(instrumented, options):
     class Odd(torch.optim.Optimizer):
@@ -227,7 +231,9 @@ def test_deepspeeds_engines_tell_their_norm_from_before_clipping(captured):
     class Engine:
         def step(self):
             if self.optimizer is inner:
-                module.clip_grad_norm_(parameters=list(model.parameters()), max_norm=0.1, mpu=None)
+                module.clip_grad_norm_(
+                    parameters=list(model.parameters()), max_norm=0.1, mpu=None
+                )
             self.optimizer.step()
 
     class Zero:

@@ -30,19 +30,36 @@ def loss_of(losses, *calls):
         ([(1.0, Evaluation(4.0)), (3.0, Evaluation(4 / 3))], 4.0, Assumed.SHARES),
         ([(1.0, Evaluation(keeps_graph=True)), (3.0, Evaluation())], 4.0, Assumed.SEPARATE),
         (
-            [(1.0, Evaluation(batch=7, spares_others=True)), (3.0, Evaluation(spares_others=True))],
+            [
+                (1.0, Evaluation(batch=7, spares_others=True)),
+                (3.0, Evaluation(spares_others=True)),
+            ],
             4.0,
             Assumed.SEPARATE,
         ),
-        ([(1.0, Evaluation(operations=MSE)), (3.0, Evaluation(operations=NLL))], 4.0, "separate losses"),
+        (
+            [(1.0, Evaluation(operations=MSE)), (3.0, Evaluation(operations=NLL))],
+            4.0,
+            Assumed.SEPARATE,
+        ),
         # Two losses of each of two batches: the mean of the sums.
         (
-            [(each, Evaluation(batch=batch, spares_others=True)) for each, batch in ((1.0, 7), (3.0, 0), (5.0, 7), (7.0, 0))],
+            [
+                (each, Evaluation(batch=batch, spares_others=True))
+                for each, batch in ((1.0, 7), (3.0, 0), (5.0, 7), (7.0, 0))
+            ],
             8.0,
             Assumed.SEPARATE,
         ),
         # Batches of their own, although a loop has another optimizer: micro-batches.
-        ([(1.0, OWN_BATCH._replace(spares_others=True)), (3.0, OWN_BATCH._replace(spares_others=True))], 2.0, None),
+        (
+            [
+                (1.0, OWN_BATCH._replace(spares_others=True)),
+                (3.0, OWN_BATCH._replace(spares_others=True)),
+            ],
+            2.0,
+            None,
+        ),
         # With other weights (SAM), and with gradients of before thrown away.
         ([(1.0, Evaluation()), (3.0, Evaluation(follows=Follows.AFRESH))], 1.0, None),
         ([(1.0, Evaluation()), (3.0, Evaluation(follows=Follows.INSTEAD))], 3.0, None),
@@ -66,7 +83,8 @@ def test_a_step_with_fewer_shares_has_the_mean_of_what_was_divided():
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "loss"), [(QUARTER, 8.0), (Evaluation(keeps_graph=True), 8.0), (OWN_BATCH, 2.0)]
+    ("evaluation", "loss"),
+    [(QUARTER, 8.0), (Evaluation(keeps_graph=True), 8.0), (OWN_BATCH, 2.0)],
 )
 def test_steps_that_nobody_looks_at_any_more_are_as_those_before(evaluation, loss):
     losses = StepLosses()

@@ -1,10 +1,10 @@
 """What tells the calls of ``backward`` of one step apart, read off the autograd graph.
 
-The rules are :mod:`esper_otel.tolaria.losses`'s; here is found what they ask for. It is looked for
-at the first steps of a training, and where the number of calls changes, until a few steps in a row
-had the same to say. Then a step pays for an addition. Of weights and gradients one parameter is looked at, the first
-of an optimizer that got a gradient: whether it was changed in place says its version, which torch
-counts.
+The rules are :mod:`esper_otel.tolaria.losses`'s; here is found what they ask for. It is
+looked for at the first steps of a training, and where the number of calls changes, until a
+few steps in a row had the same to say. Then a step pays for an addition. Of weights and
+gradients one parameter is looked at, the first of an optimizer that got a gradient: whether
+it was changed in place says its version, which torch counts.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Evaluations:
         self._steps_left = LOOKED_AT
         self._alike = 0
         self._said: list[tuple[Any, ...]] = []
+        self._is_ordinary = True
+        """Whether nothing was evaluated afresh, or instead of another, in this step."""
         self._assumed: set[Assumed] = set()
         self._found: Evaluation | None = None
         self.looked = False
@@ -82,7 +84,9 @@ class Evaluations:
         calls, self.calls = self.calls, self.calls + 1
         batch, self.batch = self.batch, 0
         divisor, operations = _last_operations(loss)
-        follows = self._relation(new_batch=batch != 0) if calls else Follows.ANOTHER
+        follows = self._relation() if calls else Follows.ANOTHER
+        if follows is not Follows.ANOTHER:
+            self._is_ordinary = False
         self.looked = True
         self._found = Evaluation(
             divisor, batch, operations, keeps_graph=keeps_graph, follows=follows
@@ -112,7 +116,7 @@ class Evaluations:
         if got and not (known and any(each() is self._sample() for each in got)):  # type: ignore[misc]
             self._sample = got[0]
         self._after = self._state()
-        if got and 0 < spared and len(self._gradients) <= MOST_OPTIMIZERS:
+        if got and spared > 0 and len(self._gradients) <= MOST_OPTIMIZERS:
             found = found._replace(spares_others=True)
         return found
 
@@ -129,8 +133,8 @@ class Evaluations:
         self._tell_assumed(losses)
         self._steps_left = max(self._steps_left - 1, 0)
         said = [(bool(each.batch), *each[2:], each.divisor) for each in losses.evaluations]
-        ordinary = all(each.follows is Follows.ANOTHER for each in losses.evaluations)
-        same = calls > 1 and ordinary and said == self._said
+        same = calls > 1 and self._is_ordinary and said == self._said
+        self._is_ordinary = True
         self._alike = self._alike + 1 if same else 0
         self._said = said
         self.expected = calls if calls < 2 or self._alike >= ALIKE else 0
@@ -146,7 +150,7 @@ class Evaluations:
                 + ASSUMED[assumed]
             )
 
-    def _relation(self, *, new_batch: bool) -> Follows:
+    def _relation(self) -> Follows:
         before, now = self._after, self._state()
         if not before or not now or before == now:
             return Follows.ANOTHER

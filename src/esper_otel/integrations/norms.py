@@ -2,14 +2,14 @@
 
 A script may clip in ways that nobody is told of (``p.grad.data.clamp_(-1, 1)``, a norm computed
 by hand). So where a loop has one optimizer whose steps follow the same number of ``backward``
-calls each time, its gradients are measured behind the last of these, and not when it steps: once
-a step in either case. The functions of torch that clip tell what they do, and what they were
-given is the norm then.
+calls each time, its gradients are measured behind the last of these, and not when it steps:
+once a step in either case. The functions of torch that clip tell what they do, and what they
+were given is the norm then.
 
-Until an optimizer has stepped once nobody knows of how many calls its steps are made; until then
-its gradients are measured behind each. After each of its first steps they are measured once more:
-where the script only multiplies them by a number that is always the same (their mean over
-micro-batches, taken at the end) it is the norm of the product that counts.
+Until an optimizer has stepped once nobody knows of how many calls its steps are made; until
+then its gradients are measured behind each. After each of its first steps they are measured
+once more: where the script only multiplies them by a number that is always the same (their
+mean over micro-batches, taken at the end) it is the norm of the product that counts.
 
 In a process of several ranks gradients may be averaged by the script between backward and the
 step: there only clipping that tells of itself is seen.
@@ -46,7 +46,7 @@ SAME = 1e-3
 
 
 class _Known(NamedTuple):
-    """The ``norm`` of the gradients of these ``parameters``, by id, behind the n-th backward."""
+    """The ``norm`` of gradients of these ``parameters``, by id, behind the n-th backward."""
 
     backwards: int
     parameters: list[int]

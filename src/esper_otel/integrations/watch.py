@@ -209,9 +209,7 @@ class Watch:
         if type(tensor) is self._tensor:
             scaled = self._scaled
             loss = scaled[1] if scaled is not None and scaled[0] is tensor else tensor
-            self._evaluations.begins(
-                loss, keeps_graph=keeps_graph, optimizers=self._optimizers
-            )
+            self._evaluations.begins(loss, keeps_graph=keeps_graph, optimizers=self._optimizers)
 
     def _optimizers(self) -> list[Any]:
         return [*self.norms.unstepped, *(o for job in self.jobs._turns for o in job.optimizers)]
@@ -239,7 +237,8 @@ class Watch:
         loss, weights, *others = args
         if type(weights) is GeneratorType:  # model.parameters(), looked at twice
             weights = tuple(weights)
-        first = weights[0] if type(weights) in (tuple, list) and weights else weights
+        held = weights.values() if type(weights) is dict else weights
+        first = next(iter(held), None) if type(weights) in (tuple, list, dict) else weights
         if type(loss) is not self._tensor or type(first) is not self._parameter:
             return original(loss, weights, *others, **kwargs)
         self.quietly(self._evaluation_begins, loss, bool(kwargs.get("retain_graph")))

@@ -1,7 +1,7 @@
 """Objects of the script, known by their identity: looking one up runs none of its code.
 
-A class of the script's own may have a ``__hash__`` that reads a whole data set, an ``__eq__`` that
-raises, or neither. Nothing here calls them, and nothing here keeps an object alive.
+A class of the script's own may have a ``__hash__`` that reads a whole data set, an ``__eq__``
+that raises, or neither. Nothing here calls them, and nothing here keeps an object alive.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ get no gradients (a critic's two losses)
 are anything else: micro-batches                    the mean
 =================================================== ==========================================
 
-Not all that was evaluated counts. With weights changed between two calls (SAM), the first counts:
-it is that of the weights the step began with. With gradients thrown away between them (an attack
-on the inputs, an attempt that failed) what was before does not count.
+Not all that was evaluated counts. With weights changed between two calls (SAM), the first
+counts: it is that of the weights the step began with. With gradients thrown away between them
+(an attack on the inputs, an attempt that failed) what was before does not count.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Follows(StrEnum):
 class Evaluation(NamedTuple):
     """What is known of a call of ``backward``, besides its loss.
 
-    ``divisor`` is that of the last operation of the loss, 0 where that is no division by a number
-    of the host. ``batch`` names the iterator that a batch came from since the call before, 0
-    where none did. ``operations`` are the names of the last ones, ``keeps_graph`` says that
-    another call may go through it, ``spares_others`` that another optimizer of the loop has got no
-    gradient by it.
+    ``divisor`` is that of the last operation of the loss, 0 where that is no division by a
+    number of the host. ``batch`` names the iterator that a batch came from since the call
+    before, 0 where none did. ``operations`` are the names of the last ones, ``keeps_graph``
+    says that another call may go through it, ``spares_others`` that another optimizer of the
+    loop has got no gradient by it.
     """
 
     divisor: float = 0.0
