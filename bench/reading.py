@@ -15,7 +15,8 @@ import time
 from bench.figures import Figure, alternate, median, run
 from bench.roundtrip_peers import FRAME, Trainer
 from esper_tamiyo.receiving import otlp_frames
-from esper_tamiyo.receiving.otlp_frames import Harvest, Known
+from esper_tamiyo.receiving.harvest import Harvest
+from esper_tamiyo.receiving.otlp_frames import Known
 from esper_tamiyo.receiving.pipe import pack
 from esper_tamiyo.receiving.shapes import KnownShapes
 from esper_tamiyo.receiving.staleness import StalenessFilter

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from esper_otel.leyline.metrics import RUN_ENDED, SEED_METRICS, STEP_METRICS
+from esper_otel.leyline.metrics import CUSTOM, RUN_ENDED, SEED_METRICS, STEP_METRICS
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from ops.generate.files import ROOT
 from ops.generate.prometheus_names import prometheus_name, series_name
@@ -33,7 +33,7 @@ def files() -> dict[Path, str]:
 
 def _help() -> Iterator[str]:
     """Help and type of every metric, in Prometheus' text format."""
-    for metric in (*STEP_METRICS, *SEED_METRICS, RUN_ENDED):
+    for metric in (*STEP_METRICS, *SEED_METRICS, CUSTOM, RUN_ENDED):
         always = metric.when == "always"
         meaning = metric.meaning if always else f"{metric.meaning} ({metric.when})"
         yield from _described(prometheus_name(metric), meaning, "gauge")

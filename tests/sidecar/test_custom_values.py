@@ -8,7 +8,8 @@ from esper_otel.leyline.wire import Ask, WireError
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.lint import doubts
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
-from esper_tamiyo.receiving.otlp_frames import AMOUNT, NAME, NO_STEP, frames_of
+from esper_tamiyo.receiving.harvest import AMOUNT, NAME, NO_STEP
+from esper_tamiyo.receiving.otlp_frames import frames_of
 from esper_tamiyo.replaying.table_test_file import load_tests
 from esper_tamiyo.serving.connection import Trainer
 from ops.generate.alerts.promql import Translator

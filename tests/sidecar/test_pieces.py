@@ -11,20 +11,17 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
 from esper_otel.leyline.protobuf import FieldError, as_varint
 from esper_tamiyo.receiving import otlp_frames, pieces
-from esper_tamiyo.receiving.otlp_frames import (
+from esper_tamiyo.receiving.harvest import (
     AMOUNT,
-    MAX_RESOURCES,
     MAX_STEPS,
-    MAX_WALKED,
     NAME,
     NO_STEP,
     SEEDS,
     TIME,
     Harvest,
     TooMuchError,
-    frames_of,
-    gather,
 )
+from esper_tamiyo.receiving.otlp_frames import MAX_RESOURCES, MAX_WALKED, frames_of, gather
 from sidecar.frames_made import add_point, frame, otlp_of, put, runs
 
 

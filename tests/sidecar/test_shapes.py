@@ -14,7 +14,8 @@ from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.metrics import BY_KEY, SEED_ID, SEED_KEYS
 from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving import otlp_frames, shapes
-from esper_tamiyo.receiving.otlp_frames import Harvest, Known, frames_of, gather
+from esper_tamiyo.receiving.harvest import SEEDS, Harvest
+from esper_tamiyo.receiving.otlp_frames import Known, frames_of, gather
 from sidecar.frames_made import frame, otlp_of, put, runs
 
 KEYS = ("step", "loss", "gradient_norm", *SEED_KEYS[:2])
@@ -141,7 +142,7 @@ def test_limits_hold_for_what_is_read_by_its_shape():
     for _ in range(MAX_SEEDS_PER_FRAME // shapes.MAX_LEARNED + 1):
         harvest = taken(request(), known)
     assert told(harvest) == first
-    assert harvest.reasons == {otlp_frames.SEEDS: 3}
+    assert harvest.reasons == {SEEDS: 3}
 
 
 def test_ever_new_shapes_take_bounded_memory(monkeypatch):

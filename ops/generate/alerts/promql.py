@@ -162,7 +162,7 @@ class Translator:
         if isinstance(when, Condition):
             # What is worked out is recorded once a minute, so here it is worked out anew.
             derived = _DERIVATIONS.get(when.metric)
-            now = f"({derived})" if derived else self._series(when.metric)
+            now = f"({derived})" if derived else self._newest(when.metric)
             return Expression(self._compared(when, now), _of_seeds(when.metric))
         first, *others = map(self._at_once, sorted(when.parts, key=_of_whom))
         joint = "and" if when.combine is Combine.ALL else "or"
@@ -299,11 +299,14 @@ class Translator:
             f" ({ended} >= {_on(WHOEVER_KEYS)} last_over_time({newest}[{EVER}]))"
         )
 
+    def _newest(self, key: str) -> str:
+        """The series itself, and not what is recorded of it once a minute."""
+        return _of_custom(key) if is_custom(key) else self._series(key)
+
     def _series(self, key: str) -> str:
         if is_custom(key):
-            name = json.dumps(key.removeprefix(PREFIX), ensure_ascii=False)
             series = f"esper:{label_name(prometheus_name(CUSTOM) + '_' + key)}"
-            self._record(series, f"{prometheus_name(CUSTOM)}{{{NAME}={name}}}")
+            self._record(series, _of_custom(key))
             return series
         metric = KNOWN[key]
         if key not in {row.metric.key for row in DERIVED}:
@@ -314,6 +317,11 @@ class Translator:
 
     def _record(self, name: str, expr: str) -> None:
         self.recordings[name] = Recording(name, expr)
+
+
+def _of_custom(key: str) -> str:
+    name = json.dumps(key.removeprefix(PREFIX), ensure_ascii=False)
+    return f"{prometheus_name(CUSTOM)}{{{NAME}={name}}}"
 
 
 def guarded(expression: Expression) -> str:

@@ -26,7 +26,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving.credentials import BearerAuth
-from esper_tamiyo.receiving.otlp_frames import (
+from esper_tamiyo.receiving.harvest import (
     AMOUNT,
     MAX_STEPS,
     NAME,
@@ -34,10 +34,9 @@ from esper_tamiyo.receiving.otlp_frames import (
     SEEDS,
     TIME,
     Harvest,
-    Known,
     TooMuchError,
-    gather,
 )
+from esper_tamiyo.receiving.otlp_frames import Known, gather
 from esper_tamiyo.receiving.pipe import IngestCounts, pack
 from esper_tamiyo.receiving.staleness import StalenessFilter
 

@@ -25,8 +25,9 @@ from esper_otel.leyline.limits import MAX_STEP
 from esper_otel.leyline.otlp_file import RecordingError
 from esper_otel.leyline.otlp_files import Kind, requests
 from esper_otel.leyline.terminal import printable
+from esper_tamiyo.receiving.harvest import Harvest
 from esper_tamiyo.receiving.moments import Identity, Moment
-from esper_tamiyo.receiving.otlp_frames import Harvest, moments_of
+from esper_tamiyo.receiving.otlp_frames import moments_of
 from esper_tamiyo.receiving.points import identity_of, text_of
 
 METRICS, LOGS, TRACES = ".metrics.otlp", ".logs.otlp", ".traces.otlp"

@@ -296,6 +296,7 @@ class LiveRuns:
         is_last = run is self._newest_run(run.name)
         return ShownRun(
             name=self.label(run),
+            title=self.label(run),
             ranks=sorted(trainers, key=lambda each: each.source.rank),
             settings={},
             rulings=sorted(rulings, key=lambda ruling: (ruling.step, ruling.rank)),

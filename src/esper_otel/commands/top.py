@@ -10,8 +10,8 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from esper_otel.commands.common import Subcommands
+from esper_otel.leyline.folders import default_socket_path
 from esper_otel.leyline.terminal import say
-from esper_otel.leyline.wire import default_socket_path
 
 if TYPE_CHECKING:
     from esper_otel.top.choice import Choice
