@@ -135,7 +135,7 @@ def test_alerts_ask_prometheus_by_the_name():
     made = table()
     translator = Translator(made.baseline)
     texts = [translator.translate(rule).text for rule in made.rules]
-    assert texts[0] == "max_over_time(esper:tolaria_custom_custom_val_loss[1m]) > 2"
+    assert texts[0] == "max_over_time(esper:tolaria_custom_custom_val_loss[5m]) > 2"
     recorded = {one.record: one.expr for one in translator.recordings.values()}
     assert recorded["esper:tolaria_custom_custom_kl___step"] == (
         'tolaria_custom{name="kl / step"}'

@@ -10,6 +10,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
 from esper_otel.leyline.protobuf import FieldError, as_varint
+from esper_tamiyo.receiving import harvest as harvests
 from esper_tamiyo.receiving import otlp_frames, pieces
 from esper_tamiyo.receiving.harvest import (
     AMOUNT,
@@ -175,7 +176,7 @@ def test_of_too_many_steps_in_a_request_the_first_are_taken():
 
 
 def test_of_too_many_seeds_in_a_request_the_first_are_taken(monkeypatch):
-    monkeypatch.setattr(otlp_frames, "MAX_SEED_ROWS", 10)
+    monkeypatch.setattr(harvests, "MAX_SEED_ROWS", 10)
     values = {"kasmina.seed.alpha": 0.5}
     frames = [frame(step, {f"s{n}": values for n in range(4)}) for step in range(4)]
     harvest, _ = gathered(otlp_of(*frames).SerializeToString())
