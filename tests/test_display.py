@@ -16,7 +16,8 @@ from esper_otel.display import SHOWN, DisplayedRun, run_card
 from esper_otel.leyline.decisions import Action, Decision, Finding, Severity
 from esper_otel.leyline.frames import StepTimeline, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.stream.drain import MOST_DECISIONS, RunTotals
+from esper_otel.stream.decision_marks import MOST
+from esper_otel.stream.drain import RunTotals
 
 HOSTILE = "<script>alert(1)</script>\"'\u202e"
 
@@ -98,7 +99,7 @@ def test_it_stays_small_however_long_a_run_is():
     totals = totals_of(np.linspace(1, 0, 100_000))
     for step in range(1000):
         decide(totals, step)
-    assert len(totals.newest_decisions) == MOST_DECISIONS
+    assert len(totals.marks.newest) == MOST
     card = run_card("run", totals)
     assert card.count("<td>PAUSE HIGH</td>") == SHOWN
     assert "1,000 decisions and notices" in card

@@ -158,11 +158,13 @@ def chart_of(losses: Sequence[float | None], totals: RunTotals) -> str:
         for line in lines
         if line
     )
+    places = [
+        (x(totals.marks.share_of(mark, totals.steps)), mark.severity)
+        for mark in totals.marks.newest
+    ]
     marks = "".join(
         f'<path d="M{at - 4:.1f} 2h8l-4 7z" fill="{_COLORS.get(severity, _FAINT)}"/>'
-        for at, severity in (
-            (x(min(max(share, 0.0), 1.0)), severity) for share, severity in _places(totals)
-        )
+        for at, severity in places
     )
     ground = HEIGHT - EDGE + 2
     return (
@@ -172,15 +174,8 @@ def chart_of(losses: Sequence[float | None], totals: RunTotals) -> str:
     )
 
 
-def _places(totals: RunTotals) -> Iterator[tuple[float, str]]:
-    """How far along the steps each of the newest decisions was, and its severity."""
-    first, count = totals.first_step, max(totals.steps - 1, 1)
-    for step, _, severity, _, _ in totals.newest_decisions:
-        yield (step - first) / count, severity
-
-
 def _decisions(totals: RunTotals) -> Iterator[str]:
-    newest = list(totals.newest_decisions)[-SHOWN:]
+    newest = list(totals.marks.newest)[-SHOWN:]
     if not newest:
         return
     count = totals.decisions.total()

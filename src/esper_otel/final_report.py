@@ -77,7 +77,8 @@ class FinalReport:
         """The page of what has been recorded so far. Raises :class:`RuntimeError`."""
         from esper_otel.report import ReportError, page_from
 
-        paths = [path for path in _files(settings, run, stream) if path.exists()]
+        some = _files(settings, run, stream) if stream.recordings else ()
+        paths = [path for path in some if path.exists()]
         if not paths:
             raise RuntimeError(
                 "this run has no recording to make a report of: expected a run with a step in "

@@ -67,7 +67,7 @@ class LiveData:
         self._beat_at: float | None = None
         self._packed: dict[tuple[str, ...], tuple[float, bytes]] = {}
 
-    def look(self) -> bool:
+    def read_on(self) -> bool:
         """Read on in the files; whether there was anything."""
         is_new = False
         if self._journal is not None:
@@ -200,7 +200,7 @@ async def _look(data: LiveData, worker: ThreadPoolExecutor) -> None:
     told = ""
     while True:
         try:
-            is_new = await loop.run_in_executor(worker, data.look)
+            is_new = await loop.run_in_executor(worker, data.read_on)
         except Exception as error:  # what is odd in a file must not end the page
             is_new, problem = False, repr(error)
             if problem != told:

@@ -22,6 +22,7 @@ from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.run_config import RunConfig
 from esper_otel.stream.console import printer
+from esper_otel.stream.decision_marks import DecisionMarks
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.encoding import FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
@@ -44,10 +45,6 @@ request with the spans of several steps costs little more than one with a single
 are encoded before that, as a timeline that waits is dozens of containers for Python's garbage
 collector."""
 
-MOST_DECISIONS = 64
-"""Newest decisions of a run that its sums remember one by one."""
-
-_STEP = STEP_SLOT["step"]
 _LATENCY = STEP_SLOT["step_latency_ms"]
 _LOSS = STEP_SLOT["loss"]
 _NONFINITE = STEP_SLOT["nonfinite"]
@@ -98,12 +95,7 @@ class RunTotals:
         """How often it changed something in the run."""
         self.unanswered: set[str] = set()
         """Why nobody answered, where nobody did and the step had spans."""
-        self.first_step = 0
-        self.newest_decisions: deque[tuple[int, str, str, str, bool]] = deque(
-            maxlen=MOST_DECISIONS
-        )
-        """The newest of those that are counted: step, action, severity, reason, and whether
-        it changed something in the run."""
+        self.marks = DecisionMarks()
         self._timed_steps = 0
         self._sums = np.zeros(len(STEP_KEYS))
         self._counts = np.zeros(len(STEP_KEYS), np.int64)
@@ -127,7 +119,7 @@ class RunTotals:
         """Take in ``rows`` (steps × metrics, NaN is absent), at Unix ``times`` (steps)."""
         if not self.steps:
             self.first_unix_nano = int(times[0])
-            self.first_step = int(np.nan_to_num(rows[0, _STEP]))
+            self.marks.begin(rows)
         self.last_unix_nano = int(times[-1])
         self.steps += len(rows)
         broken = rows[:, _NONFINITE] > 0.0
@@ -159,9 +151,7 @@ class RunTotals:
         elif decision.action is not Action.CONTINUE or decision.findings:
             what = decision.action.value, decision.reason
             self.decisions[what] += 1
-            self.newest_decisions.append(
-                (timeline.step, what[0], decision.severity.value, what[1], timeline.applied)
-            )
+            self.marks.note(timeline)
             if timeline.applied:
                 self.applied[what] += 1
 
