@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper_otel.leyline.metrics import BY_KEY, RANK, RUN_ENDED, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import BY_KEY, CUSTOM, RANK, RUN_ENDED, RUN_ID, SEED_ID
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind
 from ops.generate.prometheus_names import label_name, prometheus_name, series_name
 
@@ -45,6 +45,12 @@ def most(key: str) -> str:
 def total(key: str) -> str:
     """Summed over what a pixel spans."""
     return f"sum_over_time({of(key)}[$__interval])"
+
+
+def custom() -> str:
+    """What the scripts of the chosen ranks report themselves, by name."""
+    series = f"{prometheus_name(CUSTOM)}{{{CHOSEN_RANKS}}}"
+    return f"avg_over_time({series}[$__interval])"
 
 
 def over_ranks(key: str) -> str:
