@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,8 +84,8 @@ _HOME = "--record="
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """``arguments`` with ``--record`` and its folder as one word.
 
-    What stands behind it is the script and no folder when it is a file, when it is called as
-    scripts and launchers are, and when nothing follows it.
+    What stands behind it is the script and no folder when it is a file, when it ends in .py,
+    when it is a program that is found (a launcher), and when nothing follows it.
     """
     words = list(arguments)
     place = 1
@@ -107,8 +108,10 @@ _WITH_VALUE = frozenset({"--mode", "--socket", "--report", "--run-id", "--name",
 
 
 def _is_folder(word: str, *, is_last: bool) -> bool:
-    is_script = word.endswith(".py") or word == "torchrun" or Path(word).is_file()
-    return not (is_last or is_script or word.startswith("-"))
+    if is_last or word.startswith("-") or word.endswith(".py") or Path(word).is_file():
+        return False
+    is_program = word == "torchrun" or (os.sep not in word and shutil.which(word) is not None)
+    return Path(word).is_dir() or not is_program
 
 
 def _launches(script: list[str]) -> bool:
