@@ -357,6 +357,8 @@ def test_a_file_wins_over_a_name_and_what_is_neither_is_said(
         ("--record -m pkg --record x", ["--record=", "-m", "pkg", "--record", "x"]),
         ("--record torchrun train.py", ["--record=", "torchrun", "train.py"]),
         ("--record script", ["--record=", "script"]),
+        ("--record env torchrun t.py", ["--record=", "env", "torchrun", "t.py"]),
+        ("--record ./env t.py", ["--record=./env", "t.py"]),
         ("--name --record --record d t.py", ["--name", "--record", "--record=d", "t.py"]),
         ("train.py --record x y", ["train.py", "--record", "x", "y"]),
     ],

@@ -342,10 +342,10 @@ class Nowhere:
     def start(self):
         pass
 
-    def frame(self, *_):
+    def frame(self, *_, **__):
         pass
 
-    timeline = event = frame
+    timeline = event = configure = frame
 
     def close(self, timeout_s=None):
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from esper_otel.leyline.metrics import BY_KEY, RUN_ENDED
+from esper_otel.leyline.metrics import BY_KEY, CUSTOM, RUN_ENDED
 from esper_otel.leyline.stages import Stage
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from ops.generate.dashboards.answers import chosen, queries
@@ -38,7 +38,8 @@ def test_every_metric_of_the_registry_and_of_tamiyo_has_a_panel():
     asked = set().union(*(names_in(query.expr) for query in EVERY))
     asked = {re.sub(r"_bucket$", "", name) for name in asked}
     own = {series_name(metric.name, metric.unit, metric.kind.value) for metric in OWN_METRICS}
-    assert asked == own | {prometheus_name(metric) for metric in (*BY_KEY.values(), RUN_ENDED)}
+    others = (CUSTOM, RUN_ENDED)
+    assert asked == own | {prometheus_name(metric) for metric in (*BY_KEY.values(), *others)}
 
 
 @each_board

@@ -172,6 +172,9 @@ class _NoStream:
     def start(self) -> None:
         pass
 
+    def configure(self, *_: object, **__: object) -> None:
+        pass
+
     def frame(self, *_: object) -> None:
         pass
 

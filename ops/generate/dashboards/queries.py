@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper_otel.leyline.metrics import BY_KEY, RANK, RUN_ENDED, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import BY_KEY, CUSTOM, RANK, RUN_ENDED, RUN_ID, SEED_ID
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind
 from ops.generate.prometheus_names import label_name, prometheus_name, series_name
 
@@ -51,6 +51,12 @@ def total(key: str) -> str:
 def by_run(operator: str, series: str) -> str:
     """What the chosen ranks of each run come to together."""
     return f"{operator} by ({RUN}) ({series})"
+
+
+def custom() -> str:
+    """What the scripts of the chosen ranks report themselves, by name."""
+    series = f"{prometheus_name(CUSTOM)}{{{CHOSEN_RANKS}}}"
+    return f"avg_over_time({series}[$__interval])"
 
 
 def over_ranks(key: str) -> str:

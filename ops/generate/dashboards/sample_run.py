@@ -58,7 +58,8 @@ def send_sample_run(
         for step in range(steps):
             end_ns = round((begin_s + (step + 1) * step_s) * 1e9)
             values = step_values(step, steps, rank, step_s)
-            stream.frame(end_ns, *rows(values, seed_values(step / steps, rank)))
+            own = {"val_loss": values["loss"] + 0.1} if step % EVALUATED_EVERY == 0 else {}
+            stream.frame(end_ns, *rows(values, seed_values(step / steps, rank)), own)
             if values["step_latency_ms"] > 1500 * step_s:
                 stream.timeline(_timeline(step, end_ns, values))
         done = RunEnd(HowEnded.DONE)
@@ -66,6 +67,10 @@ def send_sample_run(
         stream.close(30.0)
     for at_s in range(0, round(steps * step_s), REPORT_S):
         _post(endpoint, tamiyo_report(begin_s, at_s, at_s / (steps * step_s)))
+
+
+EVALUATED_EVERY = 20
+"""Steps from one evaluation to the next."""
 
 
 def rows(
@@ -121,6 +126,7 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "gpu_util_percent": 88 + 4 * wobble,
         "cpu_util_percent": 35 + 5 * wobble,
         "nonfinite": float(slipped and step % 3 == 0),
+        "custom_nonfinite": float(slipped and step % 3 == 1),
         "kasmina.isolation.violations": float(done > 0.7),
         "kasmina.kernel_fetch_ms": 12.0,
         "kasmina.seeds_live": 2.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 from grafana_foundation_sdk.models import common, dashboard
 
+from esper_otel.leyline.custom import NAME
 from ops.generate.dashboards.panels import (
     BY_RANK,
     BY_RUN,
@@ -25,6 +26,7 @@ from ops.generate.dashboards.queries import (
     SLOW_SPAN,
     SLOW_STEPS,
     by_run,
+    custom,
     last,
     mean,
     most,
@@ -150,6 +152,16 @@ def _learning() -> list[PanelBuilder]:
         ),
         lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
         lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
+        lines(
+            "Values of the script's own",
+            "short",
+            [
+                Line(custom(), f"{{{{{NAME}}}}}, {BY_RANK}"),
+                Line(total("custom_nonfinite"), f"not finite, {BY_RANK}"),
+            ],
+            "What the script reports by names of its own, validation metrics among them; and "
+            "how many of them were NaN or infinite, counted over what a pixel spans.",
+        ),
         lines(
             "Phase",
             "none",

@@ -146,8 +146,8 @@ _HOME = "--record="
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """``arguments`` with ``--record`` and its folder as one word.
 
-    What stands behind it is the script and no folder when it is a file, when it is called as
-    scripts and launchers are, and when nothing follows it.
+    What stands behind it is the script and no folder when it is a file, when it ends in .py,
+    when it is a program that is found (a launcher), and when nothing follows it.
     """
     words = list(arguments)
     place = 1
@@ -169,14 +169,11 @@ _WITH_VALUE = frozenset({"--mode", "--socket", "--report", "--run-id", "--name",
 """Options that have a word behind them."""
 
 
-_LAUNCHERS = frozenset({"accelerate", "deepspeed", "mpirun", "sh", "srun", "torchrun"})
-"""Words behind ``--record`` that are no folder, but what people start trainings with."""
-
-
 def _is_folder(word: str, *, is_last: bool) -> bool:
-    is_script = word.endswith(".py") or Path(word).is_file()
-    starts = is_interpreter(word) or Path(word).name in _LAUNCHERS
-    return not (is_last or is_script or starts or word.startswith("-"))
+    if is_last or word.startswith("-") or word.endswith(".py") or Path(word).is_file():
+        return False
+    is_program = word == "torchrun" or (os.sep not in word and _program(word) is not None)
+    return Path(word).is_dir() or not is_program
 
 
 def _start_of(words: Sequence[str]) -> _Start:
