@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ class HandsOn:
         self._before_exec = before_exec
         self._pid = os.getpid()
         self._ranks = [os.environ.get(name) for name in _RANKS]
-        self._own = _call_of(_own_words())
+        self._own = _call_of(sys.orig_argv)
 
     def put_on(self) -> None:
         """Take part in ``os.execv``, ``os.execve`` and ``subprocess.Popen`` from now on."""
@@ -248,15 +249,9 @@ class HandsOn:
         return own is not None and (own.kind, own.name) == (call.kind, call.name)
 
 
-def _own_words() -> list[str]:
-    import sys
-
-    return list(sys.orig_argv)
-
-
 def own_call() -> PythonCall | None:
     """What this process was asked to run."""
-    return _call_of(_own_words())
+    return _call_of(sys.orig_argv)
 
 
 def _call_of(words: Sequence[str]) -> PythonCall | None:
