@@ -46,7 +46,7 @@ class Ledger:
             own_step = own_step.__wrapped__
         ledger = self
 
-        class Probed(kind):
+        class Probed(kind):  # type: ignore[misc]
             def step(self, *args: Any, **kwargs: Any) -> Any:
                 used, own = rate_of(self), ledger._set.pop(id(self), None)
                 if primary:
@@ -388,7 +388,7 @@ def dqn(ledger: Ledger) -> None:
             expected = target(x).max(1).values.unsqueeze(1) * 0.99 + reward
         loss = F.smooth_l1_loss(policy(x).gather(1, actions), expected)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = norm_of(policy.parameters())
         torch.nn.utils.clip_grad_value_(policy.parameters(), 0.01)
         ledger.step(optimizer, loss, norm)
@@ -423,12 +423,10 @@ def reinforce(ledger: Ledger) -> None:
         chances = torch.distributions.Categorical(logits=policy(episode))
         actions = chances.sample()  # type: ignore[no-untyped-call]
         returns = torch.arange(len(episode), 0, -1.0)
-        loss = torch.stack(
-            [-p * r for p, r in zip(chances.log_prob(actions), returns, strict=True)]
-        )  # type: ignore[no-untyped-call]
-        loss = loss.sum()
+        chosen = chances.log_prob(actions)  # type: ignore[no-untyped-call]
+        loss = torch.stack([-p * r for p, r in zip(chosen, returns, strict=True)]).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         ledger.step(optimizer, loss, norm_of(policy.parameters()))
         optimizer.step()
     ledger.end(policy)

@@ -106,5 +106,5 @@ def test_what_is_said_goes_before_what_is_found():
 def test_a_training_takes_over_what_another_has_of_the_step_under_way():
     ours, others = StepLosses(), StepLosses()
     others.add(3.0, OWN_BATCH, optimizing=False)
-    ours.take(others)
+    ours.take_over(others)
     assert (ours.value, others.value) == ((3.0, 1), (None, 0))

@@ -96,7 +96,7 @@ class Evaluations:
             (weakref.ref(each), _gradient(each)) for each in samples if each is not None
         ]
 
-    def ended(self) -> Evaluation | None:
+    def evaluated(self) -> Evaluation | None:
         """It was; what is known of it, None where nobody has looked."""
         found, self._found = self._found, None
         self.looked = False

@@ -190,7 +190,7 @@ class Watch:
     def _backward_begins(self, tensor: Any, keeps_graph: bool) -> None:
         if self._by_grad:  # of an inner loop
             self._by_grad = False
-            self._recorder.under_way.losses.forget()
+            self._recorder.under_way.losses.throw_away()
         self.norms.backward_begins()
         self._evaluation_begins(tensor, keeps_graph)
 
@@ -228,7 +228,7 @@ class Watch:
                 tensor, is_scaled = scaled[1], True
             loss = self._begin(tensor)
         calls = self._evaluations
-        self._recorder.backward_ends(loss, calls.ended() if calls.looked else None)
+        self._recorder.backward_ends(loss, calls.evaluated() if calls.looked else None)
         return is_scaled
 
     def _grad(self, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -266,7 +266,7 @@ def _parts_of(batch: Any, kind: type) -> Iterable[object]:
     return ()
 
 
-def _size_of(kind: type) -> _Size | None:
+def _size_of(kind: Any) -> _Size | None:
     """How the first dimension of a ``kind`` of tensor is read; None where it is no tensor."""
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None and kind is numpy.ndarray:

@@ -91,7 +91,7 @@ class StepLosses:
         self._reports: float = 0
         self._prescaled = self.all_prescaled
 
-    def take(self, other: StepLosses) -> None:
+    def take_over(self, other: StepLosses) -> None:
         """What ``other`` has of the step under way is of this training, and not of that."""
         own = {
             "all_prescaled": self.all_prescaled,
@@ -120,7 +120,7 @@ class StepLosses:
         self._total = loss if self._total is None else plus(self._total, loss)
         self._count += 1
 
-    def forget(self) -> None:
+    def throw_away(self) -> None:
         """What was evaluated so far in this step was no loss of it."""
         self._total, self._count = None, 0
         self._evaluations.clear()
@@ -136,7 +136,7 @@ class StepLosses:
         """
         if self._count:
             self._of_another = self._total, self._parts
-            self.forget()
+            self.throw_away()
 
     def report(self, loss: Value) -> None:
         """The loop tells a loss itself, which takes the place of all others."""

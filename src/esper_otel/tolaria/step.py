@@ -128,7 +128,7 @@ class StepUnderWay:
         self.__dict__.update(other.__dict__)
         self.training_phase, self._steps = own
         self.backwards, self.losses = backwards, losses
-        losses.take(other.losses)
+        losses.take_over(other.losses)
         if last_end and self.started:
             self.outside_ns += self.started - last_end
         other.start_next(0, other._steps)
