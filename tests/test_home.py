@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import re
 import time
 from collections import Counter
@@ -378,14 +379,15 @@ def test_options_become_the_environment_of_the_script(monkeypatch, tmp_path):
 
     def execute(script, environ, **_):
         given.update(environ, script=script)
-        return 0
+        raise SystemExit(0)  # as the script takes the place of this process
 
     monkeypatch.setattr("esper_otel.integrations.startup.execute", execute)
     (tmp_path / "t.py").write_text("")
     script = [str(tmp_path / "t.py"), "--name", "its own"]
     tags = ["--tag", "team=vision", "--tag", "what=a,b=c"]
-    assert main(["run", "--record", "--name", "my run", *tags, *script]) == 0
-    assert given["script"] == script
+    with pytest.raises(SystemExit):
+        main(["run", "--record", "--name", "my run", *tags, *script])
+    assert given["script"] == [sys.executable, *script]
     settings = EsperSettings.read(given)
     assert (settings.record, settings.recording_dir, settings.name) == (True, "", "my run")
     assert parse_tags(settings.tags) == {"team": "vision", "what": "a,b=c"}

@@ -134,6 +134,8 @@ def _remove(folder: Path, pid: int) -> None:
 def _files(settings: EsperSettings, run: str, stream: StreamReport) -> Iterator[Path]:
     """What this process recorded, and what other ranks did in the same folder."""
     yield from stream.recordings
+    if not stream.recordings:
+        return
     first = stream.recordings[0]
     attempt = first.name.removeprefix(stem(run, settings.rank)).partition(".")[0]
     for rank in range(1, settings.world_size):
