@@ -218,10 +218,8 @@ class LoopObserver:
         self.recorder.update_skipped(self.scalars.read_async(found))
 
     def _skipped(self, found_inf: Any) -> bool:
-        """Whether an optimizer that a GradScaler has told ``found_inf`` left its step out.
-
-        Fused ones are called in any case, and decide that in their kernel.
-        """
+        """Whether an optimizer that a GradScaler has told ``found_inf`` left its step out; fused
+        ones are called in any case, and decide that in their kernel."""
         skipped = self.scalars.read_async(found_inf)
         if not isinstance(skipped, float):
             self.recorder.may_be_skipped(skipped)  # nobody waits for a device
@@ -238,8 +236,7 @@ class LoopObserver:
             return None
         # A fused optimizer under a GradScaler gets scaled gradients, and the scale.
         scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            tensor = tensor / scale
+        tensor = tensor if scale is None else tensor / scale
         if tensor.device.type == "cuda":
             self._devices.watch(tensor.device.index)
         return tensor
@@ -387,7 +384,6 @@ class LoopCalls:
 
     @property
     def _in_use(self) -> Recorder:
-        """The recorder of the training under way, where the process has several."""
         return self._recorder if self._jobs is None else self._jobs.current.recorder
 
 

@@ -27,14 +27,14 @@ def recording(tmp_path):
 
 def test_what_is_added_is_read_once_it_is_whole(recording):
     archive = GrowingArchive([recording])
-    assert archive.look(0.0)
+    assert archive.read_growth(0.0)
     assert steps_in(archive) == {0: (10, 0, 9)}
-    assert not archive.look(1.0)
+    assert not archive.read_growth(1.0)
     more = framed(otlp_of(*frames(5, first=10, loss=loss)).SerializeToString())
     for part, is_read in ((more[:2], False), (more[2:50], False), (more[50:], True)):
         with recording.open("ab") as file:
             file.write(part)
-        assert archive.look(2.0) is is_read
+        assert archive.read_growth(2.0) is is_read
     assert steps_in(archive) == {0: (15, 0, 14)}
     (trainer,) = archive.trainers.values()
     curve = trainer.curves[None, "loss"]
@@ -44,11 +44,11 @@ def test_what_is_added_is_read_once_it_is_whole(recording):
 
 def test_files_that_come_later_are_found(tmp_path, recording):
     archive = GrowingArchive([tmp_path, tmp_path / "not-there-yet"])
-    assert archive.look(0.0)
+    assert archive.read_growth(0.0)
     recorded(tmp_path / "run-rank1.metrics.otlp", frames(4, rank=1, loss=loss))
     spans(tmp_path / "run-rank0.traces.otlp", "run", 3)
     logs(tmp_path / "run-rank0.logs.otlp", "run", "seed", "it grew")
-    assert archive.look(1.0)
+    assert archive.read_growth(1.0)
     assert steps_in(archive) == {0: (10, 0, 9), 1: (4, 0, 3)}
     assert [ruling.step for ruling in archive.ledger.rulings.values()] == [3]
     assert [each.text for each in archive.ledger.happenings] == ["it grew"]
@@ -60,11 +60,11 @@ def test_a_journal_and_files_of_json_are_followed_by_lines(tmp_path):
     first, rest = JOURNAL[:700], JOURNAL[700:]
     path.write_text(first)
     archive = GrowingArchive([tmp_path])
-    archive.look(0.0)
+    archive.read_growth(0.0)
     with path.open("a") as file:
         file.write(rest)
-    assert archive.look(1.0)
-    assert not archive.look(2.0)
+    assert archive.read_growth(1.0)
+    assert not archive.read_growth(2.0)
     (ruling,) = archive.ledger.rulings.values()
     assert (ruling.step, ruling.aftermath.outcome) == (30, "improved")
 
@@ -73,10 +73,10 @@ def test_what_turns_bad_is_a_problem_once_and_what_came_before_stays(tmp_path, r
     with recording.open("ab") as file:
         file.write(b"\xff\xff\xff\xff and more")
     archive = GrowingArchive([tmp_path])
-    assert archive.look(0.0)
+    assert archive.read_growth(0.0)
     with recording.open("ab") as file:
         file.write(b"!")
-    assert not archive.look(1.0)
+    assert not archive.read_growth(1.0)
     (problem,) = archive.problems
     assert problem.startswith(f"{recording}: byte ")
     assert steps_in(archive) == {0: (10, 0, 9)}
@@ -87,7 +87,7 @@ def test_what_is_compressed_as_a_whole_is_read_where_it_is(tmp_path, recording):
     packed.write_bytes(gzip.compress(recording.read_bytes()))
     recording.unlink()
     archive = GrowingArchive([tmp_path])
-    assert archive.look(0.0)
+    assert archive.read_growth(0.0)
     assert steps_in(archive) == {0: (10, 0, 9)}
 
 
@@ -98,27 +98,27 @@ def test_a_folder_that_cannot_be_looked_through_is_a_problem_once(tmp_path, monk
     monkeypatch.setattr(following, "files_of", refused)
     archive = GrowingArchive([tmp_path])
     for second in range(3):
-        archive.look(100.0 * second)
+        archive.read_growth(100.0 * second)
     assert archive.problems == [f"{tmp_path}: Permission denied"]
 
 
 def test_files_that_stand_still_are_looked_at_less_often(recording, monkeypatch):
     archive = GrowingArchive([recording])
-    archive.look(0.0)
+    archive.read_growth(0.0)
     looked = []
     monkeypatch.setattr(
         following._Followed, "size", lambda file: looked.append(1) or file.offset
     )
     late = following.IDLE_S + 1
     for tenth in range(100):
-        archive.look(late + tenth / 10)
+        archive.read_growth(late + tenth / 10)
     assert len(looked) == 10 / following.IDLE_EVERY_S
 
 
 def test_progress_is_told_of_the_first_reading(tmp_path, recording):
     other = recorded(tmp_path / "run-rank1.metrics.otlp", frames(300, rank=1, loss=loss))
     told = []
-    GrowingArchive([tmp_path]).look(0.0, told.append)
+    GrowingArchive([tmp_path]).read_growth(0.0, told.append)
     assert told == sorted(told)
     assert told[-1] == recording.stat().st_size + other.stat().st_size
 

@@ -23,7 +23,6 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import (
-    MAX_CUSTOM,
     MAX_NAME,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
@@ -130,7 +129,6 @@ class Engine:
             or (ask.seeds and (self._book.judges_seeds or len(ask.seeds) > MAX_SEEDS_PER_FRAME))
             or (ask.proposal is not None and len(ask.proposal.seed_id) > MAX_NAME)
             or (ask.custom and not state.guards.custom.isdisjoint(ask.custom))
-            or len(ask.custom) > MAX_CUSTOM
         ):
             return None
         warm_up, phase = state.warm_up, ask.values[_PHASE]
@@ -259,8 +257,7 @@ class Engine:
     def overview(self, now_ns: int | None = None) -> dict[str, Any]:
         """Counts of what it has seen, and some of the ranks, as plain data.
 
-        With ``now_ns``, by the clock of :meth:`tick`, each rank's ``state`` is a
-        :class:`~esper_tamiyo.judging.liveness.RankState`.
+        With ``now_ns``, by the clock of :meth:`tick`, each of them has its ``RankState``.
         """
         *_, whole = self.overview_in_parts(now_ns, len(self._runs) + 1)
         return whole or {}

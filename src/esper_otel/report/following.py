@@ -91,7 +91,7 @@ class GrowingArchive(Archive):
         self._folders_due = 0.0
         self._looks = 0
 
-    def look(self, now: float, on_bytes: OnBytes = lambda _: None) -> bool:
+    def read_growth(self, now: float, on_bytes: OnBytes = lambda _: None) -> bool:
         """Read what is new at ``now`` (seconds of a monotonic clock); whether anything was.
 
         Never raises for what is in the files. What is not a recording is a problem, once.

@@ -35,12 +35,12 @@ class RecordedSource:
 
     def read(self, now: float, on_bytes: OnBytes) -> None:
         """Read what lies there for the first time, which may take a while."""
-        self._archive.look(now, on_bytes)
+        self._archive.read_growth(now, on_bytes)
         self._gather()
 
     def refresh(self, run: str, rank: int, now: float) -> bool:
         """Read what was added; of all runs alike."""
-        grown = self._archive.look(now)
+        grown = self._archive.read_growth(now)
         if grown:
             self._gather()
         before, problems = self.problem, self._archive.problems
