@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sys
 import re
+import sys
 import time
 from collections import Counter
 from contextlib import suppress

@@ -218,7 +218,7 @@ class LoopObserver:
         self.recorder.update_skipped(self.scalars.read_async(found))
 
     def _skipped(self, found_inf: Any) -> bool:
-        """Whether an optimizer that a GradScaler has told ``found_inf`` left its step out; fused
+        """Whether an optimizer that a GradScaler told ``found_inf`` left its step out; fused
         ones are called in any case, and decide that in their kernel."""
         skipped = self.scalars.read_async(found_inf)
         if not isinstance(skipped, float):

@@ -76,18 +76,18 @@ def _instrument(*, tells: bool) -> None:
     """Have torch instrumented once it is there. Never raises."""
     try:
         _plug_closed_streams()
-        from esper_otel.integrations.torch import TorchInstrumentor
-
-        TorchInstrumentor().instrument(skip_dep_check=True)
         from esper_otel import process
         from esper_otel.goodbye import watch_exits
+        from esper_otel.integrations.torch import TorchInstrumentor
 
         hands_on = HandsOn(before_exec=process.end_before_exec)
-        hands_on.put_on()
         if tells:
             watch_exits()
-            # Before any run has been: so this comes after all of theirs.
+            # Before there can be a run, which is at once where torch is imported already: so
+            # this comes after all of theirs.
             atexit.register(_tell_nothing, hands_on, os.getpid())
+        TorchInstrumentor().instrument(skip_dep_check=True)
+        hands_on.put_on()
     except Exception:
         log.exception("the script could not be instrumented and runs without")
 
