@@ -405,10 +405,10 @@ def test_a_wrong_setting_raises_from_code_and_warns_from_the_environment(
     TorchInstrumentor().uninstrument()
     monkeypatch.setenv("ESPER_SPAN_EVERY", "often")
     TorchInstrumentor().instrument(skip_dep_check=True)
-    assert "ESPER_SPAN_EVERY='often'" in caplog.text
+    assert "ESPER_SPAN_EVERY='often': expected a whole number; 50 is used" in caplog.text
     plain_loop(epochs=1)
     TorchInstrumentor().uninstrument()
-    assert captured.frames == []
+    assert captured.frames
 
 
 def test_a_failure_of_ours_does_not_reach_the_loop(instrumented, monkeypatch, caplog):
@@ -574,7 +574,8 @@ def test_whatever_cannot_be_ended_what_was_recorded_is_still_sent(captured, capl
     assert run.close() is captured
     run.step()
     assert len(captured.frames) == 1
-    assert [r.message for r in caplog.records] == ["a part of the run could not be ended"] * 2
+    told = "a part of the run could not be ended"
+    assert [r.message[: len(told)] for r in caplog.records] == [told] * 2
 
 
 def test_a_setting_that_does_not_exist_or_fit_is_refused_at_once(captured):
