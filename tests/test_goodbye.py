@@ -148,6 +148,8 @@ def play(tamiyo, tmp_path, name, script, way):
     else:
         env |= {
             "ESPER_MODE": "off",
+            "OTEL_TRACES_EXPORTER": "none",  # of a slow step: nobody takes them
+            "OTEL_LOGS_EXPORTER": "none",
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": (
                 f"http://{tamiyo.words['otlp_http']}/v1/metrics"
             ),
