@@ -67,8 +67,9 @@ def output_of(command, folder, **more):
 
 
 def frames_in(folder):
+    """The steps of each recording; an evaluation behind the last one is none."""
     return [
-        list(read_frames(path))
+        [frame for frame in read_frames(path) if "nonfinite" in frame.values]
         for path in sorted((folder / "recordings").glob("*.metrics.otlp"))
     ]
 

@@ -21,7 +21,7 @@ def test_what_is_committed_is_what_the_code_makes(place: Path) -> None:
 def test_it_writes_compares_and_complains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(__main__, "files", lambda: MADE)  # made once: it takes seconds
+    monkeypatch.setattr(__main__, "files", lambda url: MADE)  # made once: it takes seconds
     check = ["--folder", str(tmp_path), "--check"]
     assert main(check) == 1
     assert [*tmp_path.iterdir()] == [], "--check wrote something"

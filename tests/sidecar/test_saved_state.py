@@ -93,7 +93,8 @@ STATEFUL = (
 PLAIN = {
     # Made of a table or for one call, and never changed.
     *(history.BaselineKey, history.RecordKey, history.Watched, rule_status.RuleTransition),
-    *(peers.Waiting, liveness.RankState, silences.SilenceOrder, silences.SilenceError),
+    *(peers.Waiting, liveness.RankCensus, liveness.RankState),
+    *(silences.SilenceOrder, silences.SilenceError),
     *(roster.Speaker, roster.Capacity),  # of open connections; of the table
     peers._Told,  # saved as each rank's posts
 }

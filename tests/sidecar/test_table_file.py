@@ -482,7 +482,8 @@ def test_all_errors_come_at_once_in_order_of_lines():
     )
     assert found == [
         'thresholds.yaml:4: rules[0].above: expected a number, got "fast"',
-        'thresholds.yaml:4: rules[0].metric: unknown metric "los"; did you mean loss?',
+        'thresholds.yaml:4: rules[0].metric: unknown metric "los"; did you mean loss?; '
+        "what a script reports itself is custom.los",
         'thresholds.yaml:6: rules[2].below: expected a number, got "x"',
         'thresholds.yaml:6: rules[2].id: "b" is already the rule of line 5',
         "thresholds.yaml:6: rules[2].severity: expected one of NORMAL, WARNING, HIGH, "

@@ -5,5 +5,5 @@ import logging
 from esper_otel.leyline.terminal import EscapingFilter, LastResort
 
 # Here, as the handlers are the script's, and whatever logs a name of a run loads this package.
+LastResort.listen("esper_otel")
 logging.getLogger("esper_otel").addFilter(EscapingFilter())
-logging.getLogger("esper_otel").addHandler(LastResort())

@@ -203,6 +203,17 @@ class LastResort(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
+    @classmethod
+    def listen(cls, name: str) -> None:
+        """Have one of these, and no second where this package was imported before, hear the
+        logger called ``name``."""
+        logger = logging.getLogger(name)
+        for handler in [*logger.handlers]:
+            kind = type(handler)
+            if (kind.__module__, kind.__qualname__) == (cls.__module__, cls.__qualname__):
+                logger.removeHandler(handler)
+        logger.addHandler(cls())
+
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it. Never raises."""
         try:
