@@ -26,7 +26,7 @@ from esper_otel.tolaria.recorder import Recorder
 if TYPE_CHECKING:
     from esper_otel.integrations.jobs import Jobs
     from esper_otel.kasmina.garden import Garden
-    from esper_otel.stream.drain import RunTotals
+    from esper_otel.stream.totals import RunTotals
     from esper_otel.tamiyo.client import TamiyoClient
 
 log = logging.getLogger("esper_otel")

@@ -46,6 +46,16 @@ class Frames(NamedTuple):
     seed_ids: Sequence[str]
 
 
+FEW = 32
+"""Frames that are taken as bytes: to call numpy for them costs more than it saves, above all
+after a pause, when hardly anything of it is in the processor's caches any more."""
+
+STEP_RECORD = struct.Struct(f"<qq{len(STEP_KEYS)}d")
+"""A step in the ring: its time, its tag and its values."""
+
+_TIME = struct.Struct("<q")
+
+
 class Ring:
     """Fixed number of records of one time, one tag and ``width`` doubles each."""
 
@@ -80,6 +90,24 @@ class Ring:
         """
         offset = index % self.capacity * self._size
         self._pack_into(self._buffer, offset, time_unix_nano, tag, *row)
+
+    def raw(self, start: int, end: int) -> bytes:
+        """The bytes of the records with running numbers ``start`` to ``end`` - 1."""
+        size, buffer = self._size, self._buffer
+        first, last = start % self.capacity * size, end % self.capacity * size
+        if first < last or start == end:
+            return bytes(buffer[first:last])
+        return bytes(buffer[first:] + buffer[:last])
+
+    def rows(self, raw: bytes | bytearray) -> Rows:
+        """The records that ``raw`` holds."""
+        rows = np.frombuffer(raw, self._rows.dtype)
+        return Rows(rows["time"], rows["tag"], rows["values"])
+
+    def time(self, index: int) -> int:
+        """The time of the record of the running number ``index``."""
+        (time_unix_nano,) = _TIME.unpack_from(self._buffer, index % self.capacity * self._size)
+        return int(time_unix_nano)
 
     def copy(self, start: int, end: int) -> Rows:
         """The records with running numbers ``start`` to ``end`` - 1."""
@@ -151,6 +179,32 @@ class FrameRing:
         seeds.read = last_seed
         steps.read = end
         return Frames(step_rows, seed_rows, self._seed_ids)
+
+    def drain_few(self, now_ns: int | None = None) -> bytes | None:
+        """As :meth:`drain` where a few frames without seeds wait: their :data:`STEP_RECORD`.
+
+        None where it is for :meth:`drain` to take what waits.
+        """
+        steps, seeds = self._steps, self._seeds
+        start, end = steps.read, steps.written
+        if end - start > FEW or seeds.written != seeds.read:
+            return None
+        if now_ns is not None and start != end:
+            began = now_ns - now_ns % 1_000_000
+            if steps.time(end - 1) < began + 1_000_000:
+                while end > start and steps.time(end - 1) >= began:
+                    end -= 1
+        raw = steps.raw(start, end)
+        steps.read = end
+        return raw
+
+    def step_rows(self, raw: bytes | bytearray) -> Rows:
+        """The steps that ``raw``, several :meth:`drain_few` laid end to end, holds."""
+        return self._steps.rows(raw)
+
+    def points_of(self, raw: bytes) -> int:
+        """How many data points the steps make that ``raw`` holds."""
+        return int(np.isfinite(self.step_rows(raw).values).sum())
 
     def latest(self) -> Frames | None:
         """The newest frame alone, whether taken or not; None before the first."""

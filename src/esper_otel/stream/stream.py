@@ -28,9 +28,10 @@ from esper_otel.stream.spool import Account, Batch, Spool
 from esper_otel.stream.spool_files import Keeper, resend_words
 
 if TYPE_CHECKING:
-    from esper_otel.stream.drain import Drain, Lane, RunTotals
+    from esper_otel.stream.drain import Drain, Lane
     from esper_otel.stream.ring import SeedRows
     from esper_otel.stream.sender import Sender
+    from esper_otel.stream.totals import RunTotals
 
 log = logging.getLogger("esper_otel")
 
