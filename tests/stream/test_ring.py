@@ -45,10 +45,11 @@ def test_a_few_are_taken_as_bytes_round_the_end_of_the_ring():
         if step % 5 == 4:
             taken += ring.drain_few(step * 1_000_000 + 1)  # the newest is of this millisecond
     taken += ring.drain_few()
-    rows = ring.step_rows(taken)
+    frames = ring.frames_of(taken)
+    rows = frames.steps
     assert rows.values[:, 0].tolist() == list(range(30))
     assert rows.times.tolist() == [step * 1_000_000 for step in range(30)]
-    assert ring.points_of(taken) == 30
+    assert points(frames) == 30
     assert ring.drain_few() == b""
     assert ring.drain() is None
 
@@ -70,7 +71,7 @@ def test_what_is_not_few_or_has_seeds_is_left_to_the_general_way():
 def test_a_clock_that_was_set_back_keeps_nothing_of_a_few_waiting():
     ring = FrameRing(8)
     ring.put(9_000_000, a_row(0), ())
-    assert ring.points_of(ring.drain_few(5_000_000)) == 1
+    assert points(ring.frames_of(ring.drain_few(5_000_000))) == 1
 
 
 def test_the_millisecond_under_way_is_left_for_the_next_time():

@@ -79,7 +79,7 @@ class Lane:
         """Take into the totals what has waited for it."""
         if self._unsummed:
             records, self._unsummed = self._unsummed, bytearray()
-            rows = self.ring.step_rows(records)
+            rows = self.ring.frames_of(records).steps
             self.totals.add(rows.times, rows.values)
 
 
@@ -191,7 +191,7 @@ class Drain:
         few = ring.drain_few(now_ns)
         if few is not None:
             lane.sum_later(few)
-            self._put_frames(lane, encoder.encode_few(few), lambda: ring.points_of(few))
+            self._put_frames(lane, encoder.encode_few(few), lambda: points(ring.frames_of(few)))
             return
         frames = ring.drain(now_ns)
         if frames is None:
@@ -204,16 +204,16 @@ class Drain:
         self._put_frames(lane, encoder.encode(frames), lambda: points(frames))
 
     def _put_frames(
-        self, lane: Lane, encoded: Iterator[Encoded], points: Callable[[], int]
+        self, lane: Lane, encoded: Iterator[Encoded], count: Callable[[], int]
     ) -> None:
-        """Put all requests of ``encoded``, or none; ``points`` counts what they hold."""
+        """Put all requests of ``encoded``, or none; ``count`` gives the points they hold."""
         if not self._is_wanted(lane, Signal.METRICS):
             return
         try:
             requests = list(encoded)
         except Exception as error:
             self._fault("frames", error)
-            self._spool.drop_unencoded(Signal.METRICS, points())
+            self._spool.drop_unencoded(Signal.METRICS, count())
             return
         for request in requests:
             self._put(lane, Signal.METRICS, request.body, request.points)

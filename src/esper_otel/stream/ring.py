@@ -198,13 +198,10 @@ class FrameRing:
         steps.read = end
         return raw
 
-    def step_rows(self, raw: bytes | bytearray) -> Rows:
-        """The steps that ``raw``, several :meth:`drain_few` laid end to end, holds."""
-        return self._steps.rows(raw)
-
-    def points_of(self, raw: bytes) -> int:
-        """How many data points the steps make that ``raw`` holds."""
-        return int(np.isfinite(self.step_rows(raw).values).sum())
+    def frames_of(self, raw: bytes | bytearray) -> Frames:
+        """What ``raw``, several :meth:`drain_few` laid end to end, holds."""
+        steps = self._steps.rows(raw)
+        return Frames(steps._replace(tags=steps.tags * 0), self._seeds.copy(0, 0), ())
 
     def latest(self) -> Frames | None:
         """The newest frame alone, whether taken or not; None before the first."""
