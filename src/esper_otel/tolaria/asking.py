@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter_ns
-from typing import NamedTuple
+
+import msgspec
 
 from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Decision, Proposal, unanswered
 from esper_otel.leyline.guards import Guards
 from esper_otel.tolaria.ports import DecisionAgreement, DecisionClient
 
 
-class Taken(NamedTuple):
+class Taken(msgspec.Struct, frozen=True):
     """A decision, and the marks between which it was asked for and taken."""
 
     decision: Decision

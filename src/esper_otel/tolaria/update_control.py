@@ -196,6 +196,8 @@ class UpdateControl:
     def take_events(self) -> list[Event]:
         """What happened to the weights since last asked, at Unix times."""
         offset, restoring = self._clock.offset, self._responses.restoring
+        if not restoring.events:
+            return []
         events, restoring.events = restoring.events, []
         return [event._replace(mark=event.mark + offset) for event in events]
 
