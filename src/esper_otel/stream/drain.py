@@ -21,7 +21,7 @@ from esper_otel.stream.encoding import Encoded, FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
 from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
-from esper_otel.stream.ring import FrameRing, points
+from esper_otel.stream.ring import Doorbell, FrameRing, points
 from esper_otel.stream.spans import emit_spans
 from esper_otel.stream.spool import Spool
 from esper_otel.stream.spool_files import Keeper
@@ -38,6 +38,13 @@ collector."""
 
 _MOST_UNSUMMED = 1 << 20
 """Bytes of steps that may wait to be summed."""
+
+
+PATIENT_TICKS = 3
+"""Times in a row that nothing has come before the thread sleeps until something does."""
+
+HASTE = 5
+"""What then comes is taken this many times sooner than at an interval's end."""
 
 
 class Lane:
@@ -68,6 +75,12 @@ class Lane:
         self._unsummed = bytearray()
         self.over = False
         """Whether nothing more is handed over."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing was handed over that has not been taken."""
+        waits = self.timelines or self.events or self.ends or self.over
+        return self.ring.is_empty and not waits
 
     def sum_later(self, records: bytes) -> None:
         """Have ``records``, of :meth:`~esper_otel.stream.ring.FrameRing.drain_few`, summed."""
@@ -108,9 +121,12 @@ class Drain:
     """Empties the rings of ``lanes`` every ``interval_s`` into the spool, and into recordings.
 
     Only signals in ``sent`` go to the spool and are accounted for; the others are made
-    when there is a recording to hold them. While a receiver is away that is done twice as
-    often: with ``keeper`` writing at once what comes of it, a process that is killed has lost
-    the steps of half an interval, and of the time that encoding and writing took.
+    when there is a recording to hold them. While nothing comes it sleeps until somebody rings
+    ``bell``, as whoever hands something over does when it is awaited.
+
+    While a receiver is away rings are emptied twice as often: with ``keeper`` writing at once
+    what comes of it, a process that is killed has lost the steps of half an interval, and of
+    the time that encoding and writing took.
     """
 
     def __init__(
@@ -121,6 +137,7 @@ class Drain:
         keeper: Keeper,
         sent: frozenset[Signal],
         interval_s: float,
+        bell: Doorbell,
     ) -> None:
         self.lanes = [lane]
         """Those that are not over, or not emptied yet; whoever begins another appends it."""
@@ -129,10 +146,8 @@ class Drain:
         self._sent = sent
         self._interval_s = interval_s
         self._faults: set[str] = set()
+        self._bell = bell
         self._stopping = False
-        # A lock and not an event: that one makes a lock and a queue each time it is waited for.
-        self._stopped = threading.Lock()
-        self._stopped.acquire()
         self._spans_due = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="esper-stream", daemon=True)
 
@@ -142,23 +157,45 @@ class Drain:
 
     def stop(self, timeout_s: float) -> bool:
         """Drain once more and end; False when that did not happen in time."""
-        if not self._stopping:
-            self._stopping = True
-            self._stopped.release()
+        self._stopping = True
+        self._bell.ring()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        wait = self._stopped.acquire
-        while not wait(True, self._interval_s / (2 if self._spool.away else 1)):
-            self._drain()
+        bell, interval_s = self._bell, self._interval_s
+        idle, patience = 0, PATIENT_TICKS
+        while not self._stopping:
+            bell.sleep(interval_s / 2 if self._spool.away else interval_s)
+            if not self._is_idle():
+                # Twice in a row: steps are many.
+                patience = patience if idle else PATIENT_TICKS
+                idle = 0
+                self._drain(rest=not patience)
+                continue
+            idle += 1
+            if idle <= patience:
+                self._drain(rest=idle == patience)
+                continue
+            bell.sleep_while(self._is_idle)
+            if not self._stopping:
+                # Steps are few: what has come waits for no others.
+                bell.sleep(interval_s / HASTE)
+                self._drain(rest=True)
+                patience = 0
         self._drain()
 
-    def _drain(self) -> None:
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to do, and the end has not come."""
+        waits = self._stopping or not self._spool.is_empty
+        return not waits and all(lane.is_idle for lane in self.lanes)
+
+    def _drain(self, rest: bool = False) -> None:
+        """Take what there is; ``rest``: also what waits for more of its kind."""
         now = time.monotonic()
         self._spool.look_for_overdue(now)
         stopping = self._stopping
-        due = stopping or now >= self._spans_due
+        due = stopping or rest or now >= self._spans_due
         if due:
             self._spans_due = now + SPAN_INTERVAL_S
         for lane in list(self.lanes):

@@ -89,7 +89,8 @@ class HttpTransport:
             answer = _body_of(begun)
             if answer is not None:
                 return delivered(self._signal, answer)
-            response = HTTPResponse(_Bounded(connected, deadline, begun), method="POST")
+            bounded: Any = _Bounded(connected, deadline, begun)
+            response = HTTPResponse(bounded, method="POST")
             response.begin()
         except Exception as error:
             # Not only OSError and HTTPException: bytes that are no HTTP raise many things.

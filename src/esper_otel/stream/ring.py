@@ -9,7 +9,9 @@ make the garbage collector walk them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import isfinite
 from typing import NamedTuple
 
@@ -121,6 +123,39 @@ class Ring:
         return Rows(rows["time"], rows["tag"], rows["values"])
 
 
+class Doorbell:
+    """What the thread that takes frames sleeps by: for a time, or until something comes.
+
+    One thread sleeps; any may ring.
+    """
+
+    __slots__ = ("_lock", "is_awaited")
+
+    def __init__(self) -> None:
+        # A lock and not an event: that one makes a lock and a queue each time it is waited for.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.is_awaited = False
+        """Whether nothing happens any more until it is rung."""
+
+    def ring(self) -> None:
+        """Wake who sleeps, or have the next sleep end at once; a few microseconds."""
+        self.is_awaited = False
+        with suppress(RuntimeError):  # it was rung already
+            self._lock.release()
+
+    def sleep(self, timeout_s: float) -> None:
+        """Until it is rung, or ``timeout_s`` have passed."""
+        self._lock.acquire(True, timeout_s)
+
+    def sleep_while(self, is_idle: Callable[[], bool]) -> None:
+        """Until it is rung, if ``is_idle`` then, when whoever hands something over rings."""
+        self.is_awaited = True
+        if is_idle():
+            self._lock.acquire()
+        self.is_awaited = False
+
+
 class FrameRing:
     """Ring of step frames, and ring of the seed rows that go with them.
 
@@ -136,6 +171,11 @@ class FrameRing:
         self._seed_ids: list[str] = []
         self.refused_frames = 0
         self.refused_points = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every frame was taken."""
+        return self._steps.read == self._steps.written
 
     @property
     def accepted(self) -> int:

@@ -110,6 +110,11 @@ class Spool:
         # One per signal: waking the other sender for nothing cost as much as a frame.
         self._changed = {signal: threading.Condition(self._lock) for signal in Signal}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits or is on its way."""
+        return not self._bytes
+
     def put(self, signal: Signal, body: bytes, items: int) -> None:
         """Take one batch in; where it does not fit, the oldest ones are dropped."""
         with self._lock:

@@ -92,13 +92,14 @@ class Stream:
         environ: Mapping[str, str] | None = None,
         beside: Stream | None = None,
     ) -> None:
-        from esper_otel.stream.ring import FrameRing
+        from esper_otel.stream.ring import Doorbell, FrameRing
 
         self._settings = settings
         self._run_id = run_id
         self._instance_id = instance_id
         self._environ = environ
         self._ring = FrameRing(settings.ring_steps)
+        self._bell: Doorbell = beside._bell if beside else Doorbell()
         self._timelines: deque[StepTimeline] = deque()
         self._refused_spans = 0
         self._events: deque[Event] = deque()
@@ -111,8 +112,7 @@ class Stream:
         self._resource: Any = None
         self._lane: Lane | None = None
         self._recordings: list[Recording] = [] if beside is None else beside._recordings
-        self.totals: RunTotals | None = None
-        """What the run was like so far; None when nothing is recorded."""
+        self.totals: RunTotals | None = None  # what the run was like; of none without records
         self._drain: Drain | None = None
         self._senders: dict[Signal, Sender] = {}
         self._keeper: Keeper | None = None
@@ -153,6 +153,8 @@ class Stream:
         if self._on:
             try:
                 self._ring.put(time_unix_nano, row, seeds)
+                if self._bell.is_awaited:
+                    self._bell.ring()
             except Exception as error:
                 self._fault(error)
 
@@ -171,6 +173,8 @@ class Stream:
             return
         if len(self._events) < MAX_EVENTS:
             self._events.append(event)
+            if self._bell.is_awaited:
+                self._bell.ring()
         else:
             self._refused_events += 1
 
@@ -178,6 +182,7 @@ class Stream:
         """Hand over how the run ended, to be sent behind its frames. Never raises."""
         if self._on and self._lane is not None:
             self._lane.ends.append(frame)
+            self._bell.ring()
 
     def snapshot(self) -> StreamReport:
         """What became of everything handed over so far."""
@@ -270,6 +275,7 @@ class Stream:
             keeper=keeper,
             sent=frozenset(self._senders),
             interval_s=settings.stream_interval_ms / 1e3,
+            bell=self._bell,
         )
         self._drain.start()
         for sender in self._senders.values():
@@ -298,6 +304,7 @@ class Stream:
             other._lost_by_others = other._lost_by_others.plus(self._counts)
         if self._lane is not None:
             self._lane.over = True
+            self._bell.ring()
 
     def _new_lane(self, resource: Any) -> Lane:
         from esper_otel.stream.drain import Lane

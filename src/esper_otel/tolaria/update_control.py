@@ -181,6 +181,8 @@ class UpdateControl:
     def decided(self, decision: Decision, timeline: EndedStep | None) -> None:
         """A decision about a step has come, of this rank or of all that agree."""
         asking, responses = self._asking, self._responses
+        if not (responses.restoring.keeps or decision.parameters):
+            return  # nothing of it is about weights
         shared = asking.is_shared
         finite = not asking.any_unsound if shared else decision.step != self._nonfinite_at
         responses.restoring.judged(decision, finite=finite)
