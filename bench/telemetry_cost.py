@@ -45,7 +45,7 @@ PHASES = ("train.input_wait", "train.forward", "train.backward", "train.optimize
 BLOCKS, BLOCK_STEPS = 40, 100
 RUNS, WARM_S, RUN_S = 3, 1.0, 3.0
 BACK_TO_BACK = 500, 4000
-PACES_MS = (0, 1, 5, 20)
+PACES_MS = (0, 1, 5, 20, 100)
 
 
 class Recording(NamedTuple):

@@ -17,7 +17,7 @@ from esper_otel.leyline.decisions import Action, Decision, Finding, Severity
 from esper_otel.leyline.frames import StepTimeline, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.stream.decision_marks import MOST
-from esper_otel.stream.drain import RunTotals
+from esper_otel.stream.totals import RunTotals
 
 HOSTILE = "<script>alert(1)</script>\"'\u202e"
 

@@ -13,7 +13,15 @@ import pytest
 
 import esper_otel
 from esper_otel.leyline.faults import alone, end_each
-from esper_otel.stream import drain, read_frames, recording, redelivery, sender, spool_files
+from esper_otel.stream import (
+    drain,
+    read_frames,
+    recording,
+    redelivery,
+    sender,
+    spool_files,
+    totals,
+)
 from esper_otel.stream import providers as providers_module
 from esper_otel.tamiyo import client
 from esper_otel.tolaria import devices
@@ -74,7 +82,7 @@ HARMLESS = {
     "a probe's reading": (devices.CpuUtilisation, "read"),
     "recording": (recording.Recording, "__init__"),
     "recording's write": (recording, "write_whole"),
-    "sums of frames": (drain.RunTotals, "add"),
+    "sums of frames": (totals.RunTotals, "add"),
     "spans of a step": (drain, "emit_spans"),
     "encoded spans": (providers_module.Tracers, "encode_finished"),
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from esper_otel.final_report import FinalReport
     from esper_otel.settings import EsperSettings
     from esper_otel.stream import Stream, StreamReport
-    from esper_otel.stream.drain import RunTotals
+    from esper_otel.stream.totals import RunTotals
 
 WIDTH, HEIGHT, EDGE = 480, 120, 8
 """Of the chart, and what is free around it, in pixels."""

@@ -63,7 +63,7 @@ class RunCard(msgspec.Struct, kw_only=True):
 
 
 class Sums(Protocol):
-    """As much of :class:`esper_otel.stream.drain.RunTotals` as goes onto a card."""
+    """As much of :class:`esper_otel.stream.totals.RunTotals` as goes onto a card."""
 
     steps: int
     first_unix_nano: int

@@ -26,7 +26,7 @@ from esper_otel.stream.spool_files import resend_words
 from esper_otel.tolaria.restoring import SnapshotReport
 
 if TYPE_CHECKING:
-    from esper_otel.stream.drain import RunTotals
+    from esper_otel.stream.totals import RunTotals
 
 log = logging.getLogger("esper_otel")
 

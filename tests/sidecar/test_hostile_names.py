@@ -283,7 +283,7 @@ def test_the_trainers_commands_show_them_on_our_lines(recording, capsys, monkeyp
 
 
 def test_the_summary_of_a_run_is_ours():
-    from esper_otel.stream.drain import RunTotals
+    from esper_otel.stream.totals import RunTotals
 
     totals = RunTotals()
     totals.decisions["PAUSE", EVIL] += 1

@@ -97,6 +97,21 @@ def test_decoding_gives_back_every_frame(recorded, max_request):
         assert request.points == sum(len(values) for _, _, values in wanted)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(times, step_rows), min_size=1, max_size=8),
+    st.sampled_from([1, 5000, 2 << 20]),
+)
+def test_a_few_steps_are_encoded_as_many_are(recorded, max_request):
+    rings = FrameRing(8), FrameRing(8)
+    for ring in rings:
+        for time_unix_nano, row in recorded:
+            ring.put(time_unix_nano, row, ())
+    encoder = FrameEncoder(RESOURCE.SerializeToString(), max_request)
+    few = encoder.encode_few(rings[0].drain_few())
+    assert list(few) == list(encoder.encode(rings[1].drain()))
+
+
 def test_the_message_is_canonical_and_says_who_sent_it():
     row = [float(slot) for slot in range(len(STEP_KEYS))]
     messages, requests = encoded([(1, row, [("s", [1.0] * len(SEED_KEYS))])])

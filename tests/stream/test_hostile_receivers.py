@@ -278,7 +278,7 @@ def test_a_fault_of_ours_while_sending_is_told_once_and_sending_goes_on(
 def test_a_fault_of_ours_while_draining_is_told_once_and_draining_goes_on(
     open_stream, row, caplog, wait_until, monkeypatch
 ):
-    from esper_otel.stream.drain import RunTotals
+    from esper_otel.stream.totals import RunTotals
 
     def faulty(*_: object) -> None:
         raise ArithmeticError("ours")
@@ -289,6 +289,7 @@ def test_a_fault_of_ours_while_draining_is_told_once_and_draining_goes_on(
         for step in range(3):
             stream.frame(step, row(step))
             wait_until(lambda made=2 * (step + 1): stream.snapshot().metrics.delivered == made)
+        stream.close()
     assert caplog.text.count("could not be turned into OTLP") == 1
 
 

@@ -9,7 +9,7 @@ from math import inf, isnan, nan
 import pytest
 
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
-from esper_otel.stream.ring import FrameRing, part, points
+from esper_otel.stream.ring import FEW, FrameRing, part, points
 
 WIDTH, SEED_WIDTH = len(STEP_KEYS), len(SEED_KEYS)
 
@@ -35,6 +35,54 @@ def test_what_was_put_is_taken_once_and_in_order():
     assert frames.seeds.times.tolist() == [100, 100, 101, 101, 102, 102]
     assert frames.seeds.values[:, 0].tolist() == [0, 0, 1, -1, 2, -2]
     assert ring.drain() is None
+
+
+def test_a_few_are_taken_as_bytes_round_the_end_of_the_ring():
+    ring = FrameRing(8)
+    taken = b""
+    for step in range(30):
+        ring.put(step * 1_000_000, a_row(step), ())
+        if step % 5 == 4:
+            taken += ring.drain_few(step * 1_000_000 + 1)  # the newest is of this millisecond
+    taken += ring.drain_few()
+    frames = ring.frames_of(taken)
+    rows = frames.steps
+    assert rows.values[:, 0].tolist() == list(range(30))
+    assert rows.times.tolist() == [step * 1_000_000 for step in range(30)]
+    assert points(frames) == 30
+    assert ring.drain_few() == b""
+    assert ring.drain() is None
+
+
+def test_what_is_not_few_or_has_seeds_is_left_to_the_general_way():
+    ring = FrameRing(2 * FEW)
+    for step in range(FEW):
+        ring.put(step, a_row(step), ())
+    assert ring.drain_few() is not None
+    for step in range(FEW + 1):
+        ring.put(step, a_row(step), ())
+    assert ring.drain_few() is None
+    assert len(ring.drain().steps.times) == FEW + 1
+    ring.put(99, a_row(99), [a_seed("a", 1.0)])
+    assert ring.drain_few() is None
+    assert ring.drain().seeds.times.tolist() == [99]
+
+
+def test_custom_values_are_left_to_the_general_way_with_their_steps():
+    ring = FrameRing(8)
+    ring.put(1_000_000, a_row(1), ())
+    ring.put(6_000_000, a_row(2), (), {"f1": 0.5})
+    assert ring.drain_few(6_000_001) is None
+    assert ring.drain(6_000_001).steps.times.tolist() == [1_000_000]
+    assert ring.drain_few() is None
+    assert ring.drain().customs == [(0, {"f1": 0.5})]
+    assert ring.drain_few() == b""
+
+
+def test_a_clock_that_was_set_back_keeps_nothing_of_a_few_waiting():
+    ring = FrameRing(8)
+    ring.put(9_000_000, a_row(0), ())
+    assert points(ring.frames_of(ring.drain_few(5_000_000))) == 1
 
 
 def test_the_millisecond_under_way_is_left_for_the_next_time():

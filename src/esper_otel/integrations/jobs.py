@@ -38,7 +38,7 @@ from esper_otel.tolaria.identities import IdentityMap, IdentitySet
 from esper_otel.tolaria.ports import HeldRun
 
 if TYPE_CHECKING:
-    from esper_otel.stream.drain import RunTotals
+    from esper_otel.stream.totals import RunTotals
 
 MOST_OPEN = 64
 """Trainings that are open at a time; one more closes that which has rested longest."""
@@ -373,7 +373,7 @@ class Jobs:
             job.run._begin()
         self._open.append(job)
         if job.run.totals is not None:
-            from esper_otel.stream.drain import shortened
+            from esper_otel.stream.totals import shortened
 
             self.totals = shortened([*self.totals, (job.run.run_id, job.run.totals)])
         if len(self._open) > MOST_OPEN:

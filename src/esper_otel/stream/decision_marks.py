@@ -30,7 +30,7 @@ class DecisionMark(NamedTuple):
 
 
 class DecisionMarks:
-    """The newest of those that :class:`~esper_otel.stream.drain.RunTotals` counts."""
+    """The newest of those that :class:`~esper_otel.stream.totals.RunTotals` counts."""
 
     def __init__(self) -> None:
         self.newest: deque[DecisionMark] = deque(maxlen=MOST)

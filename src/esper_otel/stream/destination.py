@@ -30,6 +30,8 @@ class Signal(StrEnum):
     TRACES = "traces"
     LOGS = "logs"
 
+    __hash__ = str.__hash__  # an enumeration's own is Python, called for each look-up
+
 
 class OtlpProtocol(StrEnum):
     """How OTLP travels."""

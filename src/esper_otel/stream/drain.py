@@ -2,7 +2,8 @@
 
 It does everything the training thread must not: encoding, span making, file writing. It
 never touches the network, so a receiver that stalls cannot hold it back. What a run was like
-so far (:class:`RunTotals`) is added up here as well, so that a step pays nothing for it.
+so far (:class:`~esper_otel.stream.totals.RunTotals`) is added up here as well, once a second,
+so that a step pays nothing for it.
 """
 
 from __future__ import annotations
@@ -10,32 +11,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterator
 
-import numpy as np
-
-from esper_otel.leyline.decisions import FAILED_OPEN, Action
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
-from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.run_config import RunConfig
 from esper_otel.stream.console import printer
-from esper_otel.stream.decision_marks import DecisionMarks
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.encoding import FrameEncoder, encode_end
+from esper_otel.stream.encoding import Encoded, FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
-from esper_otel.stream.loss_curve import LossCurve
 from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
-from esper_otel.stream.ring import FrameRing, points
+from esper_otel.stream.ring import Doorbell, FrameRing, Frames, points
 from esper_otel.stream.spans import emit_spans
 from esper_otel.stream.spool import Spool
 from esper_otel.stream.spool_files import Keeper
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from esper_otel.stream.totals import RunTotals
 
 log = logging.getLogger("esper_otel")
 
@@ -45,138 +37,16 @@ request with the spans of several steps costs little more than one with a single
 are encoded before that, as a timeline that waits is dozens of containers for Python's garbage
 collector."""
 
-_LATENCY = STEP_SLOT["step_latency_ms"]
-_LOSS = STEP_SLOT["loss"]
-_NONFINITE = STEP_SLOT["nonfinite"]
-_LR_SCALE = STEP_SLOT["lr_scale"]
-_SKIPPED = STEP_SLOT["update_skipped"]
-_UNJUDGED = STEP_SLOT["unjudged_steps"]
+
+_MOST_UNSUMMED = 1 << 20
+"""Bytes of steps that may wait to be summed."""
 
 
-_SUMMED = (
-    "steps",
-    "nonfinite_steps",
-    "skipped_updates",
-    "unjudged_steps",
-    "held_unjudged_steps",
-    "decisions",
-    "applied",
-    "_timed_steps",
-    "_sums",
-    "_counts",
-)
+PATIENT_TICKS = 3
+"""Times in a row that nothing has come before the thread sleeps until something does."""
 
-
-class RunTotals:
-    """Sums of one run. Read while it is written it may be a few steps behind, never wrong
-    by more than those."""
-
-    def __init__(self) -> None:
-        self.runs = 1
-        """How many are summed."""
-        self.complete = False
-        """Whether no step follows."""
-        self.steps = 0
-        self.first_unix_nano = 0
-        self.last_unix_nano = 0
-        self.first_loss: float | None = None
-        self.last_loss: float | None = None
-        self.losses = LossCurve()
-        self.nonfinite_steps = 0
-        self.skipped_updates = 0
-        self.unjudged_steps = 0
-        """Steps at which the newest decision request had not been answered."""
-        self.held_unjudged_steps = 0
-        """Those of them at which a decision still scaled the learning rates."""
-        self.decisions: Counter[tuple[str, str]] = Counter()
-        """How often each (action, reason) was decided; CONTINUE without a finding is not
-        counted."""
-        self.applied: Counter[tuple[str, str]] = Counter()
-        """How often it changed something in the run."""
-        self.unanswered: set[str] = set()
-        """Why nobody answered, where nobody did and the step had spans."""
-        self.marks = DecisionMarks()
-        self._timed_steps = 0
-        self._sums = np.zeros(len(STEP_KEYS))
-        self._counts = np.zeros(len(STEP_KEYS), np.int64)
-
-    @classmethod
-    def sum_of(cls, several: Sequence[RunTotals]) -> RunTotals:
-        """Those of several runs, one after the other or in turn; no losses of one are kept."""
-        total = cls()
-        total.runs = sum(each.runs for each in several)
-        total.complete = all(each.complete for each in several)
-        some = [each for each in several if each.steps]
-        total.first_unix_nano = min((each.first_unix_nano for each in some), default=0)
-        total.last_unix_nano = max((each.last_unix_nano for each in some), default=0)
-        for each in several:
-            for name in _SUMMED:
-                setattr(total, name, getattr(total, name) + getattr(each, name))
-            total.unanswered |= each.unanswered
-        return total
-
-    def add(self, times: NDArray[Any], rows: NDArray[Any]) -> None:
-        """Take in ``rows`` (steps × metrics, NaN is absent), at Unix ``times`` (steps)."""
-        if not self.steps:
-            self.first_unix_nano = int(times[0])
-            self.marks.begin(rows)
-        self.last_unix_nano = int(times[-1])
-        self.steps += len(rows)
-        broken = rows[:, _NONFINITE] > 0.0
-        self.nonfinite_steps += int(broken.sum())
-        self.skipped_updates += int((rows[:, _SKIPPED] > 0.0).sum())
-        unjudged = rows[:, _UNJUDGED] > 0.0
-        self.unjudged_steps += int(unjudged.sum())
-        self.held_unjudged_steps += int((unjudged & (rows[:, _LR_SCALE] != 1.0)).sum())
-        present = ~np.isnan(rows)
-        # Steps whose whole time is known, which the first one's is not: their parts add up.
-        timed = present & present[:, [_LATENCY]]
-        self._timed_steps += int(timed[:, _LATENCY].sum())
-        self._sums += np.where(timed, rows, 0.0).sum(axis=0)
-        self._counts += timed.sum(axis=0)
-        self.losses.extend(rows[:, _LOSS], broken)
-        losses = rows[present[:, _LOSS], _LOSS]
-        if len(losses):
-            if self.first_loss is None:
-                self.first_loss = float(losses[0])
-            self.last_loss = float(losses[-1])
-
-    def count_decision(self, timeline: StepTimeline) -> None:
-        """Take in what was decided about a step."""
-        decision = timeline.decision
-        if decision is None:
-            return
-        if decision.reason in FAILED_OPEN:
-            self.unanswered.add(decision.reason)
-        elif decision.action is not Action.CONTINUE or decision.findings:
-            what = decision.action.value, decision.reason
-            self.decisions[what] += 1
-            self.marks.note(timeline)
-            if timeline.applied:
-                self.applied[what] += 1
-
-    def per_step(self, key: str) -> float | None:
-        """What a step with a latency had of ``key`` on average, None when none had any."""
-        if not self._counts[STEP_SLOT[key]]:
-            return None
-        return float(self._sums[STEP_SLOT[key]]) / self._timed_steps
-
-
-MOST_TOTALS = 256
-"""Trainings whose sums are kept apart. Beyond it those in the middle are added up."""
-
-
-def shortened(totals: Iterable[tuple[str, RunTotals]]) -> list[tuple[str, RunTotals]]:
-    """``totals``, those that are complete added up where there are too many."""
-    kept = list(totals)
-    if len(kept) <= MOST_TOTALS:
-        return kept
-    first, others = kept[: MOST_TOTALS // 4], kept[MOST_TOTALS // 4 :]
-    complete = [each for _, each in others if each.complete]
-    rest = [(name, each) for name, each in others if not each.complete]
-    if not complete:
-        return kept
-    return [*first, ("", RunTotals.sum_of(complete)), *rest]
+HASTE = 5
+"""What then comes is taken this many times sooner than at an interval's end."""
 
 
 class Lane:
@@ -211,8 +81,34 @@ class Lane:
         self.totals = RunTotals()
         if recording is not None and recording.card is not None:
             recording.card.totals = self.totals
+        self._unsummed = bytearray()
         self.over = False
         """Whether nothing more is handed over."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing was handed over that has not been taken."""
+        told = not (self.has_config and self.totals.steps)
+        waits = self.timelines or self.events or self.ends or self.over
+        return self.ring.is_empty and told and not waits
+
+    @property
+    def has_config(self) -> bool:
+        """Whether there are hyper-parameters to be told of, behind the first steps."""
+        return self.config is not None and self.config.is_new
+
+    def sum_later(self, records: bytes) -> None:
+        """Have ``records``, of :meth:`~esper_otel.stream.ring.FrameRing.drain_few`, summed."""
+        self._unsummed += records
+        if len(self._unsummed) > _MOST_UNSUMMED:
+            self.sum_up()
+
+    def sum_up(self) -> None:
+        """Take into the totals what has waited for it."""
+        if self._unsummed:
+            records, self._unsummed = self._unsummed, bytearray()
+            rows = self.ring.frames_of(records).steps
+            self.totals.add(rows.times, rows.values)
 
 
 def drop_all(
@@ -240,9 +136,12 @@ class Drain:
     """Empties the rings of ``lanes`` every ``interval_s`` into the spool, and into recordings.
 
     Only signals in ``sent`` go to the spool and are accounted for; the others are made
-    when there is a recording to hold them. While a receiver is away that is done twice as
-    often: with ``keeper`` writing at once what comes of it, a process that is killed has lost
-    the steps of half an interval, and of the time that encoding and writing took.
+    when there is a recording to hold them. While nothing comes it sleeps until somebody rings
+    ``bell``, as whoever hands something over does when it is awaited.
+
+    While a receiver is away rings are emptied twice as often: with ``keeper`` writing at once
+    what comes of it, a process that is killed has lost the steps of half an interval, and of
+    the time that encoding and writing took.
     """
 
     def __init__(
@@ -253,6 +152,7 @@ class Drain:
         keeper: Keeper,
         sent: frozenset[Signal],
         interval_s: float,
+        bell: Doorbell,
     ) -> None:
         self.lanes = [lane]
         """Those that are not over, or not emptied yet; whoever begins another appends it."""
@@ -261,7 +161,8 @@ class Drain:
         self._sent = sent
         self._interval_s = interval_s
         self._faults: set[str] = set()
-        self._stopping = threading.Event()
+        self._bell = bell
+        self._stopping = False
         self._spans_due = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="esper-stream", daemon=True)
 
@@ -271,7 +172,8 @@ class Drain:
 
     def stop(self, timeout_s: float) -> bool:
         """Drain once more and end; False when that did not happen in time."""
-        self._stopping.set()
+        self._stopping = True
+        self._bell.ring()
         if self._thread.ident is None:  # the system gave no thread: here, at the end
             self._drain()
             return True
@@ -279,27 +181,52 @@ class Drain:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._interval_s / (2 if self._spool.away else 1)):
-            self._drain()
+        bell, interval_s = self._bell, self._interval_s
+        idle, patience = 0, PATIENT_TICKS
+        while not self._stopping:
+            bell.sleep(interval_s / 2 if self._spool.away else interval_s)
+            if not self._is_idle():
+                # Twice in a row: steps are many.
+                patience = patience if idle else PATIENT_TICKS
+                idle = 0
+                self._drain(rest=not patience)
+                continue
+            idle += 1
+            if idle <= patience:
+                self._drain(rest=idle == patience)
+                continue
+            bell.sleep_while(self._is_idle)
+            if not self._stopping:
+                # Steps are few: what has come waits for no others.
+                bell.sleep(interval_s / HASTE)
+                self._drain(rest=True)
+                patience = 0
         self._drain()
 
-    def _drain(self) -> None:
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to do, and the end has not come."""
+        waits = self._stopping or not self._spool.is_empty
+        return not waits and all(lane.is_idle for lane in self.lanes)
+
+    def _drain(self, rest: bool = False) -> None:
+        """Take what there is; ``rest``: also what waits for more of its kind."""
         now = time.monotonic()
         self._spool.look_for_overdue(now)
-        stopping = self._stopping.is_set()
-        due = stopping or now >= self._spans_due
+        stopping = self._stopping
+        due = stopping or rest or now >= self._spans_due
         if due:
             self._spans_due = now + SPAN_INTERVAL_S
         for lane in list(self.lanes):
             over = stopping or lane.over  # looked at before it is emptied for the last time
-            for what, drain in (
-                ("frames", self._drain_frames),
-                ("ends", self._drain_ends),
-                ("events", self._drain_events),
-                ("timelines", self._drain_timelines),
-                ("spans", self._put_spans),
+            for what, drain, wanted in (
+                ("frames", self._drain_frames, True),
+                ("sums of frames", self._sum_up, due or over),
+                ("ends", self._drain_ends, lane.ends),
+                ("events", self._drain_events, lane.events or lane.has_config),
+                ("timelines", self._drain_timelines, lane.timelines),
+                ("spans", self._put_spans, due or over),
             ):
-                if what != "spans" or due or over:
+                if wanted:
                     try:
                         drain(lane, over)
                     except Exception as error:  # one fault must not end all that follows
@@ -315,32 +242,54 @@ class Drain:
         # Prometheus keeps milliseconds, and refuses a whole request for a sample whose
         # millisecond has come in another one. So a millisecond is sent in one piece.
         now_ns = None if over else time.time_ns()
-        frames = lane.ring.drain(now_ns)
+        ring, encoder = lane.ring, lane.encoder
+        few = ring.drain_few(now_ns)
+        if few is not None:
+            if lane.show is not None and few:
+                self._show(lane, ring.frames_of(few))
+            self._put_frames(lane, encoder.encode_few(few), lambda: points(ring.frames_of(few)))
+            lane.sum_later(few)
+            return
+        frames = ring.drain(now_ns)
         if frames is None:
             return
         try:
+            lane.sum_up()
             lane.totals.add(frames.steps.times, frames.steps.values)
         except Exception as error:
             self._fault("sums of frames", error)
+        self._show(lane, frames)
+        self._put_frames(lane, encoder.encode(frames), lambda: points(frames))
+
+    def _show(self, lane: Lane, frames: Frames) -> None:
         if lane.show is not None:
             try:
                 lane.show(frames)
             except Exception as error:  # a terminal that is gone
                 lane.show = None
                 log.warning("steps are not printed any more: %r", error)
+
+    def _put_frames(
+        self, lane: Lane, encoded: Iterator[Encoded], count: Callable[[], int]
+    ) -> None:
+        """Put all requests of ``encoded``, or none; ``count`` gives the points they hold."""
         if not self._is_wanted(lane, Signal.METRICS):
             return
         try:
-            requests = list(lane.encoder.encode(frames))
+            requests = list(encoded)
         except Exception as error:
             self._fault("frames", error)
-            self._spool.drop_unencoded(Signal.METRICS, points(frames))
+            self._spool.drop_unencoded(Signal.METRICS, count())
             return
         for request in requests:
             self._put(lane, Signal.METRICS, request.body, request.points)
 
+    def _sum_up(self, lane: Lane, over: bool) -> None:
+        lane.sum_up()
+
     def _drain_ends(self, lane: Lane, over: bool) -> None:
-        while lane.ends:
+        # Behind its frames, of which those of the millisecond under way may be left.
+        while lane.ends and (over or lane.ring.is_empty):
             end = lane.ends.popleft()
             if lane.recording is not None and lane.recording.card is not None:
                 lane.recording.card.ended = str(end.ended or "")

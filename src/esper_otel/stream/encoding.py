@@ -11,9 +11,10 @@ every further frame is a copy with new bytes in them, written by numpy for a who
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, compress
+from struct import Struct
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ from esper_otel.leyline.metrics import (
 )
 from esper_otel.leyline.protobuf import as_varint
 from esper_otel.stream.custom_encoding import CustomEncoder, custom_metric
-from esper_otel.stream.ring import Frames, Rows, chosen, part, points
+from esper_otel.stream.ring import STEP_RECORD, Frames, Rows, chosen, part, points
 
 SCOPE = "esper_otel"
 
@@ -73,7 +74,15 @@ class Encoded(NamedTuple):
 class Template:
     """The bytes of one frame's ``ScopeMetrics`` with holes for its times and values."""
 
-    __slots__ = ("_bytes", "_columns", "_holes", "_time_fields", "_value_fields")
+    __slots__ = (
+        "_bytes",
+        "_columns",
+        "_constants",
+        "_holes",
+        "_pack",
+        "_time_fields",
+        "_value_fields",
+    )
 
     def __init__(self, metrics: Sequence[Metric], present: Sequence[int], seed_id: str) -> None:
         scope, other = (
@@ -83,6 +92,7 @@ class Template:
         times, values = _places(scope, other)
         if not len(times) == len(values) == len(present):
             raise AssertionError(f"{len(present)} points, but {len(times)} and {len(values)}")
+        self._constants, self._pack = _packing(scope, times, values)
         self._bytes = np.frombuffer(scope, np.uint8)
         self._columns = np.array(present, np.intp)
         self._time_fields = [f"time{hole}" for hole in range(len(times))]
@@ -97,6 +107,18 @@ class Template:
                 "itemsize": len(scope),
             }
         )
+
+    @property
+    def points(self) -> int:
+        """Data points of one frame."""
+        return len(self._columns)
+
+    def fill_one(self, time_unix_nano: int, values: Sequence[float]) -> bytes:
+        """The bytes of one frame; ``values`` are those that are present, in order."""
+        parts = self._constants.copy()
+        parts[1::4] = [time_unix_nano] * len(values)
+        parts[3::4] = values
+        return self._pack(*parts)
 
     def fill(
         self, times: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
@@ -124,6 +146,8 @@ class FrameEncoder:
         self._resource = _RESOURCE + as_varint(len(resource)) + resource
         self._max_request = max_request - len(self._resource) - 16
         self._templates: dict[tuple[bytes, str | None], Template | None] = {}
+        self._of_few: dict[bytes, Template | None] = {}
+        """Templates of steps by which of their values are present, a byte each."""
         self._customs = CustomEncoder()
 
     def encode(self, frames: Frames) -> Iterator[Encoded]:
@@ -131,6 +155,44 @@ class FrameEncoder:
         their request."""
         for start in range(0, len(frames.steps.times), MAX_FRAMES):
             yield from self._encode(part(frames, start, start + MAX_FRAMES))
+
+    def encode_few(self, records: bytes) -> Iterator[Encoded]:
+        """As :meth:`encode`, for the :data:`STEP_RECORD` of steps with neither seeds nor
+        custom values."""
+        scopes: list[bytes] = []
+        frames = size = count = 0
+        for time_unix_nano, _, *values in STEP_RECORD.iter_unpack(records):
+            present = [value - value == 0.0 for value in values]
+            template = self._template_of_few(bytes(present))
+            scope = b""
+            if template is not None:
+                scope = template.fill_one(time_unix_nano, list(compress(values, present)))
+            if frames and size + len(scope) > self._max_request:
+                yield self._request(scopes, size, count, frames)
+                scopes, frames, size, count = [], 0, 0, 0
+            scopes.append(scope)
+            size += len(scope)
+            frames += 1
+            count += 0 if template is None else template.points
+        if frames:
+            yield self._request(scopes, size, count, frames)
+
+    def _template_of_few(self, present: bytes) -> Template | None:
+        if present not in self._of_few:
+            if len(self._of_few) >= _MAX_TEMPLATES:
+                self._of_few.clear()
+            flags = np.frombuffer(present, np.bool_)
+            mask = np.packbits(flags).tobytes()
+            self._of_few[present] = self._template(mask, None, flags)
+        return self._of_few[present]
+
+    def _request(
+        self, scopes: Sequence[bytes | memoryview], size: int, points: int, frames: int
+    ) -> Encoded:
+        """One request of ``scopes``, which have ``size`` bytes together."""
+        length = as_varint(len(self._resource) + size)
+        body = b"".join((_RESOURCE_METRICS, length, self._resource, *scopes))
+        return Encoded(body, points, frames)
 
     def _encode(self, frames: Frames) -> Iterator[Encoded]:
         steps = self._records(frames.steps, None)
@@ -150,13 +212,9 @@ class FrameEncoder:
         while start < len(steps):
             end = max(bisect_right(sizes, before + self._max_request), start + 1)
             seed_end = ends[end - 1]
-            length = as_varint(len(self._resource) + sizes[end - 1] - before)
             scopes = [*steps[start:end], *seeds[seed_start:seed_end]]
-            yield Encoded(
-                b"".join((_RESOURCE_METRICS, length, self._resource, *scopes)),
-                points(part(frames, start, end)),
-                end - start,
-            )
+            size = sizes[end - 1] - before
+            yield self._request(scopes, size, points(part(frames, start, end)), end - start)
             start, seed_start, before = end, seed_end, sizes[end - 1]
 
     def _records(self, rows: Rows, seed_ids: Sequence[str] | None) -> list[bytes | memoryview]:
@@ -253,3 +311,18 @@ def _places(first: bytes, second: bytes) -> tuple[list[int], list[int]]:
     times = [start for start in starts if first[start : start + 8] == time_mark]
     values = [start for start in starts if first[start : start + 8] == _VALUE_MARKS[0]]
     return times, values
+
+
+def _packing(
+    scope: bytes, times: Sequence[int], values: Sequence[int]
+) -> tuple[list[Any], Callable[..., bytes]]:
+    """What lies before each time and value in ``scope``, None where these are to go, and what
+    makes bytes of it all."""
+    parts: list[Any] = []
+    form, end = "<", 0
+    for time, value in zip(times, values, strict=True):
+        before, between = scope[end:time], scope[time + 8 : value]
+        parts += (before, None, between, None)
+        form += f"{len(before)}sq{len(between)}sd"
+        end = value + 8
+    return [*parts, scope[end:]], Struct(f"{form}{len(scope) - end}s").pack

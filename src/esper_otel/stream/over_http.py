@@ -2,7 +2,9 @@
 
 On ``http.client``, because a request ten times a second is most of what telemetry costs a
 process: with ``requests`` one took 0.8 ms of CPU, with this 0.15 ms (1.4 and 0.5 ms after
-a pause of 100 ms).
+a pause of 100 ms). What is the same in every request is made once, and an answer as nearly
+all are (200, complete, a length, the connection stays) is read here; everything else is
+``http.client``'s. That halves it once more.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ import gzip
 import io
 import logging
 import os
+import re
 import select
 import socket
 import ssl
 import time
 from base64 import b64encode
+from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -41,6 +45,9 @@ log = logging.getLogger("esper_otel")
 
 _OF_A_PROXY = (401, 403, 405, 407, 511)
 """What proxies say to a request that they do not let through."""
+
+MOST_BEGUN = 16 * 1024
+"""Bytes of an answer that are received at once."""
 
 MOST_READ = 4 * MAX_ANSWER
 """Bytes that are taken in for one answer, its headers and what comes before it included."""
@@ -68,28 +75,38 @@ class HttpTransport:
             **dict(destination.headers),
         }
         self._connection = self._open(url, _tls(destination) if url.scheme == "https" else None)
-        self._answers = _Answers()
-        # What its class says is any class, is for any callable that makes a response.
-        self._connection.response_class = self._answers.new  # type: ignore[assignment]
+        self._head = _head(self._connection, self._target, self._headers)
 
     def send(self, body: bytes, timeout_s: float) -> SendResult:
         """POST one request; the answer is read up to 64 KiB, and for ``timeout_s`` in all."""
         # Level 1: what repeats in a batch are whole names, which the fastest level finds.
         data = gzip.compress(body, 1) if self._gzip else body
         connection = self._connection
-        self._answers.begin(timeout_s)
+        deadline = time.monotonic() + timeout_s
         try:
             self._connect(timeout_s)
         except (OSError, HTTPException) as error:
             connection.close()
             return SendResult(Verdict.UNREACHABLE, plain(error))
         try:
-            connection.request("POST", self._target, data, self._headers)
-            response = connection.getresponse()
+            connected = connection.sock
+            connected.sendall(b"%b%d\r\n\r\n%b" % (self._head, len(data), data))
+            connected.settimeout(max(deadline - time.monotonic(), 1e-3))
+            begun = connected.recv(MOST_BEGUN)
+            answer = _body_of(begun)
+            if answer is not None:
+                return delivered(self._signal, answer)
+            bounded: Any = _Bounded(connected, deadline, begun)
+            response = HTTPResponse(bounded, method="POST")
+            response.begin()
         except Exception as error:
             # Not only OSError and HTTPException: bytes that are no HTTP raise many things.
             connection.close()
             return SendResult(Verdict.RETRY, plain(error))
+        return self._judge(response, self._rest_of(response))
+
+    def _rest_of(self, response: HTTPResponse) -> bytes:
+        """The body of an answer whose status is known."""
         answer = b""
         try:
             answer = response.read(MAX_ANSWER)
@@ -97,11 +114,11 @@ class HttpTransport:
             # The status has said what became of the request: to send it again because the rest
             # does not come would deliver it twice.
             log.debug("the rest of an answer did not come: %s", plain(error))
-            connection.close()
-        if not response.isclosed():
+            self._connection.close()
+        if response.will_close or not response.isclosed():
             # More than anybody needs to say; the rest would be read as the next answer.
-            connection.close()
-        return self._judge(response, answer)
+            self._connection.close()
+        return answer
 
     def close(self) -> None:
         """Close the connection; a request in flight on another thread fails at once."""
@@ -156,33 +173,18 @@ class HttpTransport:
         return connection
 
 
-class _Answers:
-    """Makes responses of a connection that are read within the time of their request.
-
-    A time-out of a socket holds for one receive: a receiver that sends a byte now and then, or
-    one interim answer after the other, would be waited for without end.
-    """
-
-    def __init__(self) -> None:
-        self._deadline = inf
-
-    def begin(self, timeout_s: float) -> None:
-        """From here on it is counted for the next request."""
-        self._deadline = time.monotonic() + timeout_s
-
-    def new(self, connected: socket.socket, *args: Any, **options: Any) -> HTTPResponse:
-        """A response that comes over ``connected``."""
-        bounded: Any = _Bounded(connected, self._deadline)
-        return HTTPResponse(bounded, *args, **options)
-
-
 class _Bounded(io.RawIOBase):
     """The bytes of a socket, until a moment of the monotonic clock, and :data:`MOST_READ` at
-    most. To a response it is a socket of which it makes its file."""
+    most. To a response it is a socket of which it makes its file.
 
-    def __init__(self, connected: socket.socket, deadline: float) -> None:
+    A time-out of a socket holds for one receive: a receiver that sends a byte now and then, or
+    one interim answer after the other, would be waited for without end. ``begun`` was received
+    before.
+    """
+
+    def __init__(self, connected: socket.socket, deadline: float, begun: bytes) -> None:
         self._socket = connected
-        self._bytes = connected.makefile("rb", buffering=0)
+        self._begun = begun
         self._deadline = deadline
         self._left = MOST_READ
 
@@ -201,15 +203,74 @@ class _Bounded(io.RawIOBase):
             raise TimeoutError("the answer was not complete in time")
         if self._left <= 0:
             raise OSError(f"the answer has more than {MOST_READ:,} bytes")
-        self._socket.settimeout(left_s)
-        count = self._bytes.readinto(buffer) or 0
+        if self._begun:
+            count = min(len(buffer), len(self._begun))
+            buffer[:count], self._begun = self._begun[:count], self._begun[count:]
+        else:
+            self._socket.settimeout(left_s)
+            count = self._socket.recv_into(buffer)
         self._left -= count
         return count
 
+
+class _Written:
+    """In place of a socket: what a connection writes."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def sendall(self, data: bytes) -> None:
+        """Take it."""
+        self.data += data
+
     def close(self) -> None:
-        """Let go of the socket."""
-        self._bytes.close()
-        super().close()
+        """Nothing is open."""
+
+
+def _head(connection: HTTPConnection, target: str, headers: Mapping[str, str]) -> bytes:
+    """What every request begins with, up to the number of its bytes.
+
+    Raises :class:`ValueError` for what cannot be a target or a header.
+    """
+    written: Any = _Written()
+    connection.sock = written
+    try:
+        given = {name.lower() for name in headers}
+        connection.putrequest(
+            "POST",
+            target,
+            skip_host="host" in given,
+            skip_accept_encoding="accept-encoding" in given,
+        )
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+    finally:
+        connection.close()
+    return bytes(written.data).removesuffix(b"\r\n") + b"Content-Length: "
+
+
+_OTHER_HEADERS = (
+    rb"(?:(?!Content-Length|Transfer-Encoding|Connection(?!: keep-alive\r))"
+    rb"[A-Za-z0-9-]+:[^\r\n]*\r\n)*"
+)
+_PLAIN_ANSWER = re.compile(
+    rb"HTTP/1\.1 200 [^\r\n]*\r\n"
+    + _OTHER_HEADERS
+    + rb"Content-Length: ?(\d{1,5})\r\n"
+    + _OTHER_HEADERS
+    + rb"\r\n",
+    re.IGNORECASE,
+)
+"""The head of an answer after which the connection stays as it is (RFC 9112, 6.3 and 9.3)."""
+
+
+def _body_of(answer: bytes) -> bytes | None:
+    """The body of a complete answer that says 200; None for any other, or one that goes on."""
+    head = _PLAIN_ANSWER.match(answer)
+    if head is None or len(answer) - head.end() != int(head[1]):
+        return None
+    return answer[head.end() :]
 
 
 def _has_something_to_read(idle: socket.socket) -> bool:

@@ -9,8 +9,10 @@ make the garbage collector walk them.
 from __future__ import annotations
 
 import struct
+import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from typing import NamedTuple
 
@@ -50,6 +52,16 @@ class Frames(NamedTuple):
     customs: Sequence[tuple[int, Mapping[str, float]]] = ()
 
 
+FEW = 32
+"""Frames that are taken as bytes: to call numpy for them costs more than it saves, above all
+after a pause, when hardly anything of it is in the processor's caches any more."""
+
+STEP_RECORD = struct.Struct(f"<qq{len(STEP_KEYS)}d")
+"""A step in the ring: its time, its tag and its values."""
+
+_TIME = struct.Struct("<q")
+
+
 class Ring:
     """Fixed number of records of one time, one tag and ``width`` doubles each."""
 
@@ -85,6 +97,24 @@ class Ring:
         offset = index % self.capacity * self._size
         self._pack_into(self._buffer, offset, time_unix_nano, tag, *row)
 
+    def raw(self, start: int, end: int) -> bytes:
+        """The bytes of the records with running numbers ``start`` to ``end`` - 1."""
+        size, buffer = self._size, self._buffer
+        first, last = start % self.capacity * size, end % self.capacity * size
+        if first < last or start == end:
+            return bytes(buffer[first:last])
+        return bytes(buffer[first:] + buffer[:last])
+
+    def rows(self, raw: bytes | bytearray) -> Rows:
+        """The records that ``raw`` holds."""
+        rows = np.frombuffer(raw, self._rows.dtype)
+        return Rows(rows["time"], rows["tag"], rows["values"])
+
+    def time(self, index: int) -> int:
+        """The time of the record of the running number ``index``."""
+        (time_unix_nano,) = _TIME.unpack_from(self._buffer, index % self.capacity * self._size)
+        return int(time_unix_nano)
+
     def copy(self, start: int, end: int) -> Rows:
         """The records with running numbers ``start`` to ``end`` - 1."""
         if start == end:
@@ -95,6 +125,39 @@ class Ring:
         else:
             rows = np.concatenate((self._rows[first:], self._rows[:last]))
         return Rows(rows["time"], rows["tag"], rows["values"])
+
+
+class Doorbell:
+    """What the thread that takes frames sleeps by: for a time, or until something comes.
+
+    One thread sleeps; any may ring.
+    """
+
+    __slots__ = ("_lock", "is_awaited")
+
+    def __init__(self) -> None:
+        # A lock and not an event: that one makes a lock and a queue each time it is waited for.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.is_awaited = False
+        """Whether nothing happens any more until it is rung."""
+
+    def ring(self) -> None:
+        """Wake who sleeps, or have the next sleep end at once; a few microseconds."""
+        self.is_awaited = False
+        with suppress(RuntimeError):  # it was rung already
+            self._lock.release()
+
+    def sleep(self, timeout_s: float) -> None:
+        """Until it is rung, or ``timeout_s`` have passed."""
+        self._lock.acquire(True, timeout_s)
+
+    def sleep_while(self, is_idle: Callable[[], bool]) -> None:
+        """Until it is rung, if ``is_idle`` then, when whoever hands something over rings."""
+        self.is_awaited = True
+        if is_idle():
+            self._lock.acquire()
+        self.is_awaited = False
 
 
 class FrameRing:
@@ -116,6 +179,11 @@ class FrameRing:
         """The newest of each custom value."""
         self.refused_frames = 0
         self.refused_points = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every frame was taken."""
+        return self._steps.read == self._steps.written
 
     @property
     def accepted(self) -> int:
@@ -169,6 +237,31 @@ class FrameRing:
         seeds.read = last_seed
         steps.read = end
         return Frames(step_rows, seed_rows, self._seed_ids, customs)
+
+    def drain_few(self, now_ns: int | None = None) -> bytes | None:
+        """As :meth:`drain` where a few frames wait that are rows alone: their
+        :data:`STEP_RECORD`.
+
+        None where it is for :meth:`drain` to take what waits: seeds and custom values as well.
+        """
+        steps, seeds = self._steps, self._seeds
+        start, end = steps.read, steps.written
+        # Custom values are put before their step: those of what was written are there by now.
+        if end - start > FEW or seeds.written != seeds.read or self._customs:
+            return None
+        if now_ns is not None and start != end:
+            began = now_ns - now_ns % 1_000_000
+            if steps.time(end - 1) < began + 1_000_000:
+                while end > start and steps.time(end - 1) >= began:
+                    end -= 1
+        raw = steps.raw(start, end)
+        steps.read = end
+        return raw
+
+    def frames_of(self, raw: bytes | bytearray) -> Frames:
+        """What ``raw``, several :meth:`drain_few` laid end to end, holds."""
+        steps = self._steps.rows(raw)
+        return Frames(steps._replace(tags=steps.tags * 0), self._seeds.copy(0, 0), ())
 
     def latest(self) -> Frames | None:
         """The newest frame alone, whether taken or not; None before the first."""

@@ -101,12 +101,19 @@ class Spool:
         self._numbered = 0
         self._lines: dict[Signal, deque[Batch]] = {signal: deque() for signal in Signal}
         self._in_flight: dict[Signal, BatchGroup | None] = dict.fromkeys(Signal)
-        self._accounts = dict.fromkeys(Signal, Account())
+        self._counts = {
+            signal: dict.fromkeys(Account.__struct_fields__, 0) for signal in Signal
+        }
         self._closed: set[Signal] = set()
         self._phase = _Phase.OPEN
         self._lock = threading.RLock()
         # One per signal: waking the other sender for nothing cost as much as a frame.
         self._changed = {signal: threading.Condition(self._lock) for signal in Signal}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits or is on its way."""
+        return not self._bytes
 
     def put(self, signal: Signal, body: bytes, items: int) -> None:
         """Take one batch in; where it does not fit, the oldest ones are dropped."""
@@ -192,6 +199,8 @@ class Spool:
 
     def look_for_overdue(self, now: float) -> None:
         """Take a receiver for away that has let a batch wait, at monotonic time ``now``."""
+        if not self._bytes:
+            return
         with self._lock:
             for signal in self._lines.keys() - self.away - self._closed:
                 oldest = self._oldest(signal)
@@ -266,7 +275,7 @@ class Spool:
     def account(self, signal: Signal) -> Account:
         """The numbers of ``signal`` at this moment."""
         with self._lock:
-            return self._accounts[signal]
+            return Account(**self._counts[signal])
 
     def _wake_all(self) -> None:
         for changed in self._changed.values():
@@ -315,7 +324,6 @@ class Spool:
             )
 
     def _count(self, signal: Signal, **changes: int) -> None:
-        account = self._accounts[signal]
-        self._accounts[signal] = msgspec.structs.replace(
-            account, **{name: getattr(account, name) + by for name, by in changes.items()}
-        )
+        counts = self._counts[signal]
+        for name, by in changes.items():
+            counts[name] += by

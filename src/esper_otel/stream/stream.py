@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.events import Event
+from esper_otel.leyline.events import Attribute, Event
 from esper_otel.leyline.faults import alone, end_each
 from esper_otel.leyline.frames import NO_CUSTOM, StepFrame, StepTimeline
 from esper_otel.run_config import RunConfig
@@ -30,8 +30,9 @@ from esper_otel.stream.spool import Account, Spool
 
 if TYPE_CHECKING:
     from esper_otel.stream.delivery import Delivery
-    from esper_otel.stream.drain import Drain, Lane, RunTotals
+    from esper_otel.stream.drain import Drain, Lane
     from esper_otel.stream.ring import SeedRows
+    from esper_otel.stream.totals import RunTotals
 
 log = logging.getLogger("esper_otel")
 
@@ -92,13 +93,14 @@ class Stream:
         environ: Mapping[str, str] | None = None,
         beside: Stream | None = None,
     ) -> None:
-        from esper_otel.stream.ring import FrameRing
+        from esper_otel.stream.ring import Doorbell, FrameRing
 
         self._settings = settings
         self._run_id = run_id
         self._instance_id = instance_id
         self._environ = environ
         self._ring = FrameRing(settings.ring_steps)
+        self._bell: Doorbell = beside._bell if beside else Doorbell()
         self._timelines: deque[StepTimeline] = deque()
         self._refused_spans = 0
         self._events: deque[Event] = deque()
@@ -111,14 +113,12 @@ class Stream:
         self._resource: Any = None
         self._lane: Lane | None = None
         self._recordings: list[Recording] = [] if beside is None else beside._recordings
-        self.totals: RunTotals | None = None
-        """What the run was like so far; None when nothing is recorded."""
+        self.totals: RunTotals | None = None  # what the run was like; of none without records
         self._drain: Drain | None = None
         self._delivery: Delivery | None = None
         self._unregister: Callable[[], None] | None = None
         self._files: tuple[Path, ...] = ()
         self._config = RunConfig()
-        self.configure = self._config.add
         self._on = True
         self._faulted = False
         self._closed = False
@@ -160,8 +160,16 @@ class Stream:
         if self._on:
             try:
                 self._ring.put(time_unix_nano, row, seeds, custom)
+                if self._bell.is_awaited:
+                    self._bell.ring()
             except Exception as error:
                 self._fault(error)
+
+    def configure(self, values: Mapping[str, Attribute], *, explicit: bool = False) -> None:
+        """Take in hyper-parameters (:meth:`RunConfig.add`), to be told of. Never raises."""
+        self._config.add(values, explicit=explicit)
+        if self._bell.is_awaited:
+            self._bell.ring()
 
     def timeline(self, timeline: StepTimeline) -> None:
         """Hand over the times of one step, to be told as spans. Never raises."""
@@ -178,6 +186,8 @@ class Stream:
             return
         if len(self._events) < MAX_EVENTS:
             self._events.append(event)
+            if self._bell.is_awaited:
+                self._bell.ring()
         else:
             self._refused_events += 1
 
@@ -185,6 +195,7 @@ class Stream:
         """Hand over how the run ended, to be sent behind its frames. Never raises."""
         if self._on and self._lane is not None:
             self._lane.ends.append(frame)
+            self._bell.ring()
 
     def snapshot(self) -> StreamReport:
         """What became of everything handed over so far."""
@@ -278,6 +289,7 @@ class Stream:
                 keeper=self._delivery.keeper,
                 sent=self._delivery.sent,
                 interval_s=settings.stream_interval_ms / 1e3,
+                bell=self._bell,
             )
             alone("sending while the run goes on", self._drain.start)
             self._delivery.start()
@@ -303,6 +315,7 @@ class Stream:
             other._lost_by_others = other._lost_by_others.plus(self._counts)
         if self._lane is not None:
             self._lane.over = True
+            self._bell.ring()
 
     def _new_lane(self, resource: Any) -> Lane:
         from esper_otel.stream.drain import Lane

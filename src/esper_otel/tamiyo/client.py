@@ -33,6 +33,7 @@ _PATIENCE = 0.95
 """Share of the deadline that is waited: the kernel ends a wait about 0.1 ms late, and to give
 up takes time as well."""
 
+_CLOSED = State.CLOSED
 _BREAKER_IS_OPEN = RequestFailure(BREAKER_OPEN, "the circuit breaker is open")
 
 log = logging.getLogger("esper_otel")
@@ -155,7 +156,14 @@ class TamiyoClient:
             except RequestFailure as late:
                 failure = late
             else:
-                return self._answered(answer)
+                self.breaker.succeeded()
+                if self._reported_down:
+                    self._reported_down = False
+                    log.info("esper-otel: Tamiyo answers again at %s", self.path)
+                decision = answer.decision
+                if decision.reason == SUPERSEDED and not self._reported_superseded:
+                    self._tell_superseded()
+                return decision
         self._failure = None
         if failure.reason != BREAKER_OPEN:
             self._failed(failure, message)
@@ -179,7 +187,7 @@ class TamiyoClient:
     def _send(self, message: wire.Ask | wire.Check) -> None:
         self._under_way = message
         self._failure = None
-        if self.breaker.state is not State.CLOSED:
+        if self.breaker.state is not _CLOSED:
             self._failure = _BREAKER_IS_OPEN
             return
         self._until_ns = perf_counter_ns() + self._patience_ns
@@ -188,20 +196,14 @@ class TamiyoClient:
         except RequestFailure as failure:
             self._failure = failure
 
-    def _answered(self, answer: wire.Answer) -> Decision:
-        self.breaker.succeeded()
-        if self._reported_down:
-            self._reported_down = False
-            log.info("esper-otel: Tamiyo answers again at %s", self.path)
-        if answer.decision.reason == SUPERSEDED and not self._reported_superseded:
-            self._reported_superseded = True
-            log.warning(
-                "esper-otel: another process, which began later, trains as rank %d of run %s: "
-                "this one gets no decisions; give each training a run id of its own (--run-id)",
-                self._rank,
-                self._run,
-            )
-        return answer.decision
+    def _tell_superseded(self) -> None:
+        self._reported_superseded = True
+        log.warning(
+            "esper-otel: another process, which began later, trains as rank %d of run %s: "
+            "this one gets no decisions; give each training a run id of its own (--run-id)",
+            self._rank,
+            self._run,
+        )
 
     def say_goodbye(self, step: int, time_unix_nano: int, end: RunEnd) -> None:
         """The run has ended behind ``step``; does not wait, and nobody answers.

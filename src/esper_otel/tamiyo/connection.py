@@ -54,7 +54,20 @@ class Connection:
         read, or a message cut in two, needs a fresh connection, which the next call makes.
         """
         try:
-            self._send(message)
+            connection = self._socket or self._connect()
+            data = wire.encode(message)
+            if self._unsent:
+                data = self._unsent + data
+            if connection.send(data) < len(data):
+                self.close()
+                raise RequestFailure(TIMEOUT, "the sidecar does not read")
+            self._unsent = b""
+        except BlockingIOError as error:
+            failure = RequestFailure(TIMEOUT, "the sidecar does not read")
+            raise self._failure_of(failure) from error
+        except OSError as error:
+            failure = RequestFailure(UNREACHABLE, f"{self.path}: {error.strerror}")
+            raise self._failure_of(failure) from error
         except Exception as error:
             raise self._failure_of(error) from error
 
@@ -65,7 +78,14 @@ class Connection:
         the late answer is recognised by its id and dropped.
         """
         try:
-            return self._await(request_id, until_ns)
+            # Without asking whether there is something to read: an answer that is collected a
+            # forward and backward pass later nearly always is.
+            answer = self._receive(request_id)
+            while answer is None:
+                if not self._readable(until_ns):
+                    raise RequestFailure(TIMEOUT, "no answer within the deadline")
+                answer = self._receive(request_id)
+            return answer
         except Exception as error:
             raise self._failure_of(error) from error
 
@@ -108,32 +128,6 @@ class Connection:
             self.close()
         return error
 
-    def _send(self, message: wire.Ask | wire.Check | wire.Goodbye) -> None:
-        connection = self._socket or self._connect()
-        data = self._unsent + wire.encode(message)
-        try:
-            sent = connection.send(data)
-        except BlockingIOError:
-            raise RequestFailure(TIMEOUT, "the sidecar does not read") from None
-        except OSError as error:
-            raise RequestFailure(UNREACHABLE, f"{self.path}: {error.strerror}") from None
-        if sent < len(data):
-            self.close()
-            raise RequestFailure(TIMEOUT, "the sidecar does not read")
-        self._unsent = b""
-
-    def _await(self, request_id: int, until_ns: int) -> wire.Answer:
-        if self._socket is None:
-            raise RequestFailure(UNREACHABLE, f"{self.path}: the connection was lost")
-        # Without asking whether there is something to read: an answer that is collected a
-        # forward and backward pass later nearly always is.
-        answer = self._receive(request_id)
-        while answer is None:
-            if not self._readable(until_ns):
-                raise RequestFailure(TIMEOUT, "no answer within the deadline")
-            answer = self._receive(request_id)
-        return answer
-
     def _readable(self, until_ns: int) -> bool:
         """Wait for something to read; False when the deadline came first.
 
@@ -155,7 +149,8 @@ class Connection:
 
     def _receive(self, request_id: int) -> wire.Answer | None:
         """The answer to ``request_id`` if it is here by now; older answers are dropped."""
-        assert self._socket is not None
+        if self._socket is None:
+            raise RequestFailure(UNREACHABLE, f"{self.path}: the connection was lost")
         found = None
         try:
             count = self._socket.recv_into(self._incoming)

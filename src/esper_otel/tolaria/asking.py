@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
-from typing import NamedTuple
+
+import msgspec
 
 from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Decision, Proposal, unanswered
 from esper_otel.leyline.frames import NO_CUSTOM
@@ -17,7 +18,7 @@ from esper_otel.leyline.guards import Guards
 from esper_otel.tolaria.ports import DecisionAgreement, DecisionClient
 
 
-class Taken(NamedTuple):
+class Taken(msgspec.Struct, frozen=True):
     """A decision, and the marks between which it was asked for and taken."""
 
     decision: Decision

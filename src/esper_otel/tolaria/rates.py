@@ -12,6 +12,7 @@ from esper_otel.tolaria.seal import put
 _LR = STEP_SLOT["optimizer_lr"]
 _LR_BASE = STEP_SLOT["optimizer_lr_base"]
 _MOMENTUM = STEP_SLOT["optimizer_momentum"]
+_PAIRS = (tuple, list)
 
 
 class BaseRate:
@@ -28,6 +29,8 @@ class BaseRate:
 
     def of(self, groups: list[dict[str, Any]]) -> float | None:
         """The base rate of ``groups``; None where the host knows none."""
+        if self._first is not None and "initial_lr" not in groups[0]:
+            return self._first
         base = _mean_of("initial_lr", groups)
         if base is not None and isfinite(base):
             return base
@@ -46,12 +49,14 @@ def put_optimizer(
     ``factor`` is what decisions multiplied the script's own rates by. A group may hold
     anything under these names: what is no number of the host leaves its metric out.
     """
-    base_rate = base.of(groups)
+    base_rate = base.of(groups) if groups else None
     if base_rate is not None and isfinite(base_rate):  # the rate itself counts what is not
         row[_LR_BASE] = base_rate
     if len(groups) == 1:
         group = groups[0]
         rate, momentum = group.get("lr"), group.get("momentum")
+        if momentum is None and type(betas := group.get("betas")) is tuple and betas:
+            momentum = betas[0]
         if type(rate) is float and type(momentum) is float and isfinite(rate + momentum):
             row[_LR], row[_MOMENTUM] = rate * factor, momentum
             return
@@ -83,7 +88,7 @@ def _momentum_of(group: dict[str, Any]) -> float | None:
     momentum = group.get("momentum")
     if momentum is None:
         betas = group.get("betas")
-        momentum = betas[0] if type(betas) in (tuple, list) and betas else None
+        momentum = betas[0] if type(betas) in _PAIRS and betas else None
     return host_number(momentum)
 
 
@@ -91,8 +96,10 @@ def host_number(value: object) -> float | None:
     """``value`` as a float when that needs no device: numbers, and tensors on the CPU."""
     if type(value) is float:
         return value
+    if value is None:
+        return None
     try:
-        if isinstance(value, Real):  # numpy's numbers as well
+        if isinstance(value, (int, float, Real)):  # numpy's numbers as well
             return float(value)
         if getattr(getattr(value, "device", None), "type", None) != "cpu":
             return None

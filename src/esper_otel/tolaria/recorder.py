@@ -116,8 +116,9 @@ class Recorder:
         self.losses_prescaled = step.losses_prescaled
         self.phase_begins = step.phase_begins
         self.leftover = step.leftover
-        ask = (self.control.end_update, self._seeds, self._seal, self._stream, self._ask)
-        self._stages = (*ask, self._apply, self._spans, self.control.keep)
+        ask = (self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans)
+        keep = (self.control.end_update, self.control.keep)  # for runs with snapshots alone
+        self._stages = (keep[0], *ask, keep[1]) if responses.restoring.keeps else ask
 
     # Around an optimizer's step.
 

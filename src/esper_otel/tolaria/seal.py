@@ -336,7 +336,10 @@ class Sealer:
                     row[_GRAD_NORM_EWMA] = statistics.mean
                     row[_GRAD_VAR] = statistics.variance
         for slot, number in others.items():
-            put(row, slot, number)
+            if number - number == 0.0:
+                row[slot] = number
+            else:
+                row[_NONFINITE] += 1.0
 
 
 def _finite(custom: Mapping[str, Value], row: list[float]) -> dict[str, float]:

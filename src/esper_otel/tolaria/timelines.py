@@ -66,31 +66,28 @@ class EndedStep:
     monotonic clock. One object and not two, as one is made at every step.
     """
 
-    __slots__ = (
-        "acted",
-        "apply_ns",
-        "asked",
-        "custom",
-        "decision",
-        "ended",
-        "events",
-        "first_update",
-        "growing",
-        "has_step_before",
-        "latency_ms",
-        "newest",
-        "phase",
-        "phases",
-        "row",
-        "scales",
-        "since",
-        "start",
-        "step",
-        "taken",
-        "update",
-        "waits",
-        "wanted",
-    )
+    # What few steps have is left to the class: it costs nothing to make.
+    latency_ms = nan
+    growing: GardenFrame | None = None
+    newest: Newest | None = None
+    custom: Mapping[str, float] = NO_CUSTOM
+    """Custom values of the step that is the newest."""
+    taken: Sequence[Taken] = ()
+    """Decisions that were taken at this step's end."""
+    events: Sequence[Event] = ()
+    apply_ns = 0
+    update: Decision | None = None
+    """What was decided about this step's own update, before it was made."""
+    decision: Decision | None = None
+    waits = False
+    """Whether the decision about it is still to come."""
+    scales = False
+    """Whether the decision changed the factor on learning rates."""
+    acted = False
+    """Whether the decision changed anything in the run."""
+    wanted = False
+    """Whether it becomes spans whatever is decided."""
+    phase = TrainingPhase()
 
     def __init__(
         self,
@@ -107,32 +104,10 @@ class EndedStep:
         self.has_step_before = last_end > 0
         self.start = start
         self.phases = phases
-        self.phase = TrainingPhase()
         self.row = _EMPTY_ROW.copy()
-        self.latency_ms = nan
-        self.growing: GardenFrame | None = None
-        self.newest: Newest | None = None
-        self.custom: Mapping[str, float] = NO_CUSTOM
-        """Custom values of the step that is the newest."""
-        self.taken: tuple[Taken, ...] = ()
-        """Decisions that were taken at this step's end."""
-        self.events: Sequence[Event] = ()
-        self.apply_ns = 0
-        self.update: Decision | None = None
-        """What was decided about this step's own update, before it was made."""
-        self.decision: Decision | None = None
-        self.waits = False
-        """Whether the decision about it is still to come."""
-        self.asked = step
-        """The step that was asked about at its end: an older one, where values are late."""
-        self.first_update = step
-        """The step whose update is the first that the decision could change."""
-        self.scales = False
-        """Whether the decision changed the factor on learning rates."""
-        self.acted = False
-        """Whether the decision changed anything in the run."""
-        self.wanted = False
-        """Whether it becomes spans whatever is decided."""
+        self.asked = self.first_update = step
+        """The step that was asked about at its end: an older one, where values are late; and
+        that whose update is the first which the decision could change."""
 
     @property
     def proposal(self) -> Proposal | None:

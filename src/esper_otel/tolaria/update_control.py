@@ -181,6 +181,8 @@ class UpdateControl:
     def decided(self, decision: Decision, timeline: EndedStep | None) -> None:
         """A decision about a step has come, of this rank or of all that agree."""
         asking, responses = self._asking, self._responses
+        if not (responses.restoring.keeps or decision.parameters):
+            return  # nothing of it is about weights
         shared = asking.is_shared
         finite = not asking.any_unsound if shared else decision.step != self._nonfinite_at
         responses.restoring.judged(decision, finite=finite)
@@ -196,6 +198,8 @@ class UpdateControl:
     def take_events(self) -> list[Event]:
         """What happened to the weights since last asked, at Unix times."""
         offset, restoring = self._clock.offset, self._responses.restoring
+        if not restoring.events:
+            return []
         events, restoring.events = restoring.events, []
         return [event._replace(mark=event.mark + offset) for event in events]
 

@@ -1,0 +1,150 @@
+"""Totals: what a run was like so far, added up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esper_otel.leyline.decisions import FAILED_OPEN, Action
+from esper_otel.leyline.frames import StepTimeline
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
+from esper_otel.stream.decision_marks import DecisionMarks
+from esper_otel.stream.loss_curve import LossCurve
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_LATENCY = STEP_SLOT["step_latency_ms"]
+_LOSS = STEP_SLOT["loss"]
+_NONFINITE = STEP_SLOT["nonfinite"]
+_LR_SCALE = STEP_SLOT["lr_scale"]
+_SKIPPED = STEP_SLOT["update_skipped"]
+_UNJUDGED = STEP_SLOT["unjudged_steps"]
+
+_SUMMED = (
+    "steps",
+    "nonfinite_steps",
+    "skipped_updates",
+    "unjudged_steps",
+    "held_unjudged_steps",
+    "decisions",
+    "applied",
+    "_timed_steps",
+    "_sums",
+    "_counts",
+)
+
+
+class RunTotals:
+    """Sums of one run. Read while it is written it may be a second behind, never wrong by more
+    than the steps of that."""
+
+    def __init__(self) -> None:
+        self.runs = 1
+        """How many are summed."""
+        self.complete = False
+        """Whether no step follows."""
+        self.steps = 0
+        self.first_unix_nano = 0
+        self.last_unix_nano = 0
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.losses = LossCurve()
+        self.nonfinite_steps = 0
+        self.skipped_updates = 0
+        self.unjudged_steps = 0
+        """Steps at which the newest decision request had not been answered."""
+        self.held_unjudged_steps = 0
+        """Those of them at which a decision still scaled the learning rates."""
+        self.decisions: Counter[tuple[str, str]] = Counter()
+        """How often each (action, reason) was decided; CONTINUE without a finding is not
+        counted."""
+        self.applied: Counter[tuple[str, str]] = Counter()
+        """How often it changed something in the run."""
+        self.unanswered: set[str] = set()
+        """Why nobody answered, where nobody did and the step had spans."""
+        self.marks = DecisionMarks()
+        self._timed_steps = 0
+        self._sums = np.zeros(len(STEP_KEYS))
+        self._counts = np.zeros(len(STEP_KEYS), np.int64)
+
+    @classmethod
+    def sum_of(cls, several: Sequence[RunTotals]) -> RunTotals:
+        """Those of several runs, one after the other or in turn; no losses of one are kept."""
+        total = cls()
+        total.runs = sum(each.runs for each in several)
+        total.complete = all(each.complete for each in several)
+        some = [each for each in several if each.steps]
+        total.first_unix_nano = min((each.first_unix_nano for each in some), default=0)
+        total.last_unix_nano = max((each.last_unix_nano for each in some), default=0)
+        for each in several:
+            for name in _SUMMED:
+                setattr(total, name, getattr(total, name) + getattr(each, name))
+            total.unanswered |= each.unanswered
+        return total
+
+    def add(self, times: NDArray[Any], rows: NDArray[Any]) -> None:
+        """Take in ``rows`` (steps × metrics, NaN is absent), at Unix ``times`` (steps)."""
+        if not self.steps:
+            self.first_unix_nano = int(times[0])
+            self.marks.begin(rows)
+        self.last_unix_nano = int(times[-1])
+        self.steps += len(rows)
+        broken = rows[:, _NONFINITE] > 0.0
+        self.nonfinite_steps += int(broken.sum())
+        self.skipped_updates += int((rows[:, _SKIPPED] > 0.0).sum())
+        unjudged = rows[:, _UNJUDGED] > 0.0
+        self.unjudged_steps += int(unjudged.sum())
+        self.held_unjudged_steps += int((unjudged & (rows[:, _LR_SCALE] != 1.0)).sum())
+        present = ~np.isnan(rows)
+        # Steps whose whole time is known, which the first one's is not: their parts add up.
+        timed = present & present[:, [_LATENCY]]
+        self._timed_steps += int(timed[:, _LATENCY].sum())
+        self._sums += np.where(timed, rows, 0.0).sum(axis=0)
+        self._counts += timed.sum(axis=0)
+        self.losses.extend(rows[:, _LOSS], broken)
+        losses = rows[present[:, _LOSS], _LOSS]
+        if len(losses):
+            if self.first_loss is None:
+                self.first_loss = float(losses[0])
+            self.last_loss = float(losses[-1])
+
+    def count_decision(self, timeline: StepTimeline) -> None:
+        """Take in what was decided about a step."""
+        decision = timeline.decision
+        if decision is None:
+            return
+        if decision.reason in FAILED_OPEN:
+            self.unanswered.add(decision.reason)
+        elif decision.action is not Action.CONTINUE or decision.findings:
+            what = decision.action.value, decision.reason
+            self.decisions[what] += 1
+            self.marks.note(timeline)
+            if timeline.applied:
+                self.applied[what] += 1
+
+    def per_step(self, key: str) -> float | None:
+        """What a step with a latency had of ``key`` on average, None when none had any."""
+        if not self._counts[STEP_SLOT[key]]:
+            return None
+        return float(self._sums[STEP_SLOT[key]]) / self._timed_steps
+
+
+MOST_TOTALS = 256
+"""Trainings whose sums are kept apart. Beyond it those in the middle are added up."""
+
+
+def shortened(totals: Iterable[tuple[str, RunTotals]]) -> list[tuple[str, RunTotals]]:
+    """``totals``, those that are complete added up where there are too many."""
+    kept = list(totals)
+    if len(kept) <= MOST_TOTALS:
+        return kept
+    first, others = kept[: MOST_TOTALS // 4], kept[MOST_TOTALS // 4 :]
+    complete = [each for _, each in others if each.complete]
+    rest = [(name, each) for name, each in others if not each.complete]
+    if not complete:
+        return kept
+    return [*first, ("", RunTotals.sum_of(complete)), *rest]
