@@ -62,6 +62,20 @@ def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
     return True
 
 
+@pytest.fixture(autouse=True)
+def left():
+    """Threads that tests before have left behind, as they had them fail at their end."""
+    LEFT[:] = threading.enumerate()
+
+
+LEFT: list[threading.Thread] = []
+
+
+def names_of_threads() -> set[str]:
+    """Of those that have been started since."""
+    return {thread.name for thread in threading.enumerate() if thread not in LEFT}
+
+
 def test_values_of_all_probes_are_there_after_one_sample() -> None:
     sampler = DeviceSampler(True, [CPU, FakeProbe("gpu", {"gpu_util_percent": 9.0})])
     assert sampler.latest == {}
@@ -111,7 +125,7 @@ def test_the_thread_samples_again_and_again_and_ends_with_its_probes_closed() ->
     sampler.stop()
     assert sampler.latest == {}
     assert probe.closed == 1
-    assert "esper-devices" not in {thread.name for thread in threading.enumerate()}
+    assert "esper-devices" not in names_of_threads()
     sampler.stop()
 
 
@@ -147,9 +161,7 @@ def test_a_probe_that_hangs_holds_up_nobody_and_makes_the_values_stale() -> None
     sampler.stop(timeout_s=0.05)
     assert monotonic() - began < 1.0
     release.set()
-    assert eventually(
-        lambda: "esper-devices" not in {thread.name for thread in threading.enumerate()}
-    )
+    assert eventually(lambda: "esper-devices" not in names_of_threads())
     assert sampler.latest == {}
 
 

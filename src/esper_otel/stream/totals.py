@@ -92,7 +92,6 @@ class RunTotals:
             self.first_unix_nano = int(times[0])
             self.marks.begin(rows)
         self.last_unix_nano = int(times[-1])
-        self.steps += len(rows)
         broken = rows[:, _NONFINITE] > 0.0
         self.nonfinite_steps += int(broken.sum())
         self.skipped_updates += int((rows[:, _SKIPPED] > 0.0).sum())
@@ -111,6 +110,7 @@ class RunTotals:
             if self.first_loss is None:
                 self.first_loss = float(losses[0])
             self.last_loss = float(losses[-1])
+        self.steps += len(rows)  # last: whoever sees these steps sees their loss
 
     def count_decision(self, timeline: StepTimeline) -> None:
         """Take in what was decided about a step."""
