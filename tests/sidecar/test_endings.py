@@ -339,3 +339,24 @@ def test_a_replay_finds_no_silence_of_a_rank_that_said_it_had_ended(tmp_path):
 
     assert reasons(*steps, otlp_of(frame(5)), *others) == {"nominal", "quiet"}
     assert reasons(*steps, ends, *others) == {"nominal"}
+
+
+def test_an_end_that_comes_before_the_first_step_is_kept_for_it():
+    engine = Engine(TABLE)
+    engine.observe(end(3, FAILED))
+    engine.observe(end(3, instance="foreign"))
+    for step in range(1, 4):
+        engine.observe(frame(step))
+    report, ranks = told(engine, 10_000)
+    assert (report["states"], ranks[0]["ended"]) == ({"failed": 1}, "exception ValueError")
+    engine.observe(frame(1, instance="two"))  # another attempt, whose end was not said
+    assert told(engine, 2)[0]["states"] == {"healthy": 1}
+
+
+def test_ends_of_processes_that_are_never_heard_of_are_not_kept_for_ever():
+    engine = Engine(TABLE)
+    for run in range(1000):
+        engine.observe(end(3, run=f"run-{run}"))
+    engine.observe(frame(3, run="run-0"))
+    engine.observe(frame(3, run="run-999"))
+    assert told(engine, 4)[0]["states"] == {"healthy": 1, "finished": 1}

@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from esper_tamiyo.judging.silences import Silences
 
 
+MAX_EARLY = 256
+"""Ends that are kept for processes of which nothing else was heard."""
+
+
 class Endings:
     """The ranks that have ended, in the order of their ends."""
 
     def __init__(self) -> None:
         self._ended: OrderedDict[Key, None] = OrderedDict()
+        self._early: OrderedDict[tuple[Key, str], StepFrame] = OrderedDict()
+        """Ends of processes of which no step was heard yet: a Collector that sends several
+        requests at once lets the second of a short run come first."""
 
     def hear(
         self,
@@ -41,15 +48,32 @@ class Endings:
             observed.tell_end(frame)
         return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
 
+    def begin(
+        self,
+        frame: StepFrame,
+        ranks: Mapping[Key, RunState],
+        silences: Silences,
+        observed: Observed,
+    ) -> None:
+        """The rank of ``frame``, its first step, is known now: perhaps its end came already."""
+        early = self._early.pop(((frame.run, frame.rank), frame.instance), None)
+        if early is not None:
+            self.hear(early, ranks, silences, observed)
+
     def _is_news(self, frame: StepFrame, ranks: Mapping[Key, RunState]) -> bool:
         """Take an end in, unless it is none.
 
-        That is one of a rank or process that is not known, of one that has gone on since, and
-        one that comes again: by the socket and in the stream.
+        That is one of a rank or process that is not known yet, of one that has gone on since,
+        and one that comes again: by the socket and in the stream.
         """
         key = frame.run, frame.rank
         state = ranks.get(key)
-        if state is None or state.instance != frame.instance or frame.step < state.newest:
+        if state is None or state.instance != frame.instance:
+            self._early[key, frame.instance] = frame
+            if len(self._early) > MAX_EARLY:
+                self._early.popitem(last=False)
+            return False
+        if frame.step < state.newest:
             return False
         before = state.pace.ending
         if before is not None and before.step == frame.step:

@@ -70,13 +70,7 @@ class Engine:
         self._runs = self.roster.ranks
         self._silences = self.roster.silences
         self._refused = Counter({reason.value: 0 for reason in RefusalReason})
-        self._counts = {
-            "judged": 0,
-            "duplicate": 0,
-            "late": 0,
-            "superseded": 0,
-            "bad": 0,
-        }
+        self._counts = dict.fromkeys(("judged", "duplicate", "late", "superseded", "bad"), 0)
 
     @property
     def table(self) -> Table:
@@ -298,6 +292,7 @@ class Engine:
             if isinstance(admitted, RefusalReason):
                 return self.refuse(frame.run, frame.step, admitted)
             state = admitted
+            self.roster.endings.begin(frame, self._runs, self._silences, self._observed)
         is_new = frame.step > state.newest
         if is_new:
             fault = self.roster.fault_of_next(state, frame, at_ns, asked=asked)

@@ -244,7 +244,7 @@ DERIVED: dict[type, frozenset[str]] = {
 the engine."""
 
 BY_HAND: dict[type, frozenset[str]] = {
-    Endings: frozenset({"_ended"}),
+    Endings: frozenset({"_ended", "_early"}),  # those of a few milliseconds are let go
     PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
     Roster: frozenset(
         {
