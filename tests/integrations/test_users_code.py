@@ -261,3 +261,22 @@ def test_deepspeeds_engines_tell_their_norm_from_before_clipping(captured):
         process.end_automatic()
     assert module.clip_grad_norm_ is clip_grad_norm_
     assert [frame["gradient_norm"] for frame in captured.frames] == pytest.approx(norms)
+
+
+def test_gradients_that_grow_behind_backward_are_told_as_the_update_gets_them(instrumented):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    norms = []
+    for step in range(12):
+        optimizer.zero_grad()
+        model(torch.ones(8, 4)).square().mean().backward()
+        for parameter in model.parameters():
+            if step == 8:
+                parameter.grad.mul_(1e4)  # what a faulty device or reduction does
+            elif step > 8:
+                parameter.grad.mul_(0.5)  # clipped by hand
+        before = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        norms.append(before * 2 if step > 8 else before)
+        optimizer.step()
+    told = [frame["gradient_norm"] for frame in instrumented.frames]
+    assert told == pytest.approx(norms, rel=1e-4)

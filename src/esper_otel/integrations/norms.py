@@ -61,6 +61,8 @@ class _Early(NamedTuple):
     optimizer: weakref.ref[Any]
     tensor: Any
     value: Value
+    changes: int
+    """Changes in place that the gradients had been through by then."""
 
 
 class _Habit:
@@ -182,8 +184,12 @@ class GradientNorms:
         self._early = None
         if getattr(early.tensor, "is_cuda", False):
             self._loop.norm_on_device(optimizer, early.tensor)
-        if habit.trials is not None and type(early.value) is float:
+        if type(early.value) is not float:
+            return
+        if habit.trials is not None:
             self._try(habit, early.value, optimizer)
+        elif _changes(optimizer) != early.changes:
+            self._look_for_more(early.value, optimizer)
 
     def begins_to_step(self, optimizer: Any) -> None:
         """``optimizer`` is about to step, for the first time perhaps."""
@@ -236,7 +242,7 @@ class GradientNorms:
         if type(value) is float and not isfinite(value):
             return  # a script may take out what is not finite: the step tells
         self._recorder.measured(value, began)
-        self._early = _Early(weakref.ref(optimizer), tensor, value)
+        self._early = _Early(weakref.ref(optimizer), tensor, value, _changes(optimizer))
 
     def _norm_of(self, optimizer: Any) -> Any:
         try:
@@ -268,6 +274,15 @@ class GradientNorms:
         if early is not None:
             self._recorder.under_way.forget_norm(early.value)
 
+    def _look_for_more(self, early: float, optimizer: Any) -> None:
+        """Tell the norm anew if gradients have grown since: what is clipped has not, and what
+        went wrong behind backward is what the update must not be made with."""
+        began = perf_counter_ns()
+        tensor = self._norm_of(optimizer)
+        late = None if tensor is None else self._loop.scalars.read_async(tensor)
+        if type(late) is float and not late <= early * (1.0 + SAME):
+            self._recorder.measured(late, began)
+
     def _try(self, habit: _Habit, early: float, optimizer: Any) -> None:
         """Whether what the script does to gradients is no clipping."""
         tensor = self._norm_of(optimizer)
@@ -281,3 +296,9 @@ class GradientNorms:
         least, most = min(trials), max(trials)
         habit.rescales = most - least <= SAME * most and abs(most - 1.0) > SAME
         habit.trials = None
+
+
+def _changes(optimizer: Any) -> int:
+    """How often the gradients of ``optimizer`` were changed in place, as torch counts it."""
+    groups = optimizer.param_groups
+    return sum(p.grad._version for g in groups for p in g["params"] if p.grad is not None)
