@@ -87,10 +87,9 @@ class Engine:
     ) -> Decision:
         """Judge ``frame`` unless it was seen before, and decide. Never raises.
 
-        A frame that cannot be judged, or that a newer process of the same run and rank
-        has replaced, is counted and gets the CONTINUE that says nobody judged. ``at_ns`` is
-        when it was heard, by the clock of :meth:`tick`; its own time unless given. ``asked``:
-        by a process that was introduced, and not from the stream.
+        One that cannot be judged, or whose process a newer one has replaced, is counted and
+        gets the CONTINUE that says nobody judged. ``at_ns`` is when it was heard, by the clock
+        of :meth:`tick`; its own time unless given. ``asked``: by a process that was introduced.
         """
         try:
             fault = fault_of(frame, proposal)
@@ -132,8 +131,11 @@ class Engine:
         if state.guards.crossed(ask.values):
             return None
         is_warming_up = warm_up.steps < self._book.warm_after
-        return self._decision(
-            state, key, step, ask.proposal, step, [], warming_up=is_warming_up
+        return decide(
+            *(key, step, step, [], ask.proposal),
+            conservative=False,
+            table_version=self._book.table.version,
+            warming_up=is_warming_up,
         )
 
     def commit(self, frame: StepFrame, decision: Decision, at_ns: int | None = None) -> None:
@@ -190,29 +192,37 @@ class Engine:
     def tick(self, now_ns: int) -> None:
         """Note the ranks that have sent nothing for too long at ``now_ns``.
 
-        Of any clock, the one by which :meth:`observe` is told when frames were heard. To be
-        called about once a second; never raises. A replay need not: a silence that ended is
-        found by the frame that ended it, with the same instants.
+        By the clock by which :meth:`observe` is told when frames were heard. To be called
+        about once a second; never raises. A replay need not: the frame that ends a silence
+        finds it.
         """
+        any(self.tick_in_parts(now_ns, len(self._runs) + 1))
+
+    def tick_in_parts(self, now_ns: int, ranks_at_once: int) -> Iterator[None]:
+        """The same, with a stop after so many ranks each: an ask may come between."""
         try:
-            self.roster.trim()
+            yield from self.roster.trim_in_parts(ranks_at_once)
             behind = SWITCHED_AT_ONCE
-            for key, state in self._runs.items():
-                if state.book is not self._book:
-                    behind -= 1
-                    if behind < 0:
+            for part in self._runs.in_parts(ranks_at_once):
+                for key, state in part:
+                    if self._runs.get(key) is not state:  # gone, or replaced, in between
                         continue
-                    self._catch_up(state, key)
-                self._find_silence(state, key, now_ns - state.pace.heard_ns)
+                    if state.book is not self._book:
+                        behind -= 1
+                        if behind < 0:
+                            continue
+                        self._catch_up(state, key)
+                    if self._find_silence(state, key, now_ns - state.pace.heard_ns):
+                        yield
+                yield
         except Exception:
             log.exception("could not look for silent ranks")
 
     def reload(self, table: Table) -> ReloadReport:
         """Judge by ``table`` from the next frame on.
 
-        Rules that are the same keep their state with every rank and seed, and baselines
-        that are still watched keep their window. Each rank goes over at its own next frame,
-        or within a few ticks: all of them at once would keep an ask waiting.
+        Rules that are the same keep their state, and baselines that are still watched their
+        window. Each rank goes over at its next frame, or within a few ticks.
         """
         before = self._book.table
         self._book = Rulebook(table)
@@ -249,10 +259,8 @@ class Engine:
         return state.decision if state else None
 
     def overview(self, now_ns: int | None = None) -> dict[str, Any]:
-        """Counts of what it has seen, and some of the ranks, as plain data.
-
-        With ``now_ns``, by the clock of :meth:`tick`, each of them has its ``RankState``.
-        """
+        """Counts of what it has seen, and some ranks, as plain data: with ``now_ns``, by the
+        clock of :meth:`tick`, each of them with its ``RankState``."""
         *_, whole = self.overview_in_parts(now_ns, len(self._runs) + 1)
         return whole or {}
 
@@ -261,9 +269,8 @@ class Engine:
     ) -> Iterator[dict[str, Any] | None]:
         """The overview last, and None after so many ranks each: an ask may come between."""
         census = RankCensus(now_ns)
-        ranks = list(reversed(self._runs.items()))
-        for first in range(0, len(ranks), ranks_at_once):
-            for key, state in ranks[first : first + ranks_at_once]:
+        for part in self._runs.in_parts(ranks_at_once):
+            for key, state in part:
                 census.count(key, state)
             yield None
         yield {
@@ -309,10 +316,7 @@ class Engine:
             self._counts["late"] += 1
             if asked:
                 return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
-        decision = self._decision(
-            *(state, key, frame.step, proposal, state.newest, state.fired),
-            warming_up=state.warm_up.under_way,
-        )
+        decision = self._decision(state, key, frame.step, proposal, state.fired)
         # The stream's copy of a step that was asked about must not hide what was answered.
         if is_new or (proposal is not None and frame.step == state.newest):
             self._conclude(state, frame, decision, is_new=is_new)
@@ -347,8 +351,10 @@ class Engine:
             transition.as_change(*key, step, time_ns) for transition in transitions
         )
 
-    def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> None:
-        """Let the rules on silence fire whose patience ended within ``silent_ns``."""
+    def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> bool:
+        """Let the rules on silence fire whose patience ended within ``silent_ns``; whether one
+        did."""
+        found = False
         for place, entry in self._book.silence:
             steps = self._book.patience[place]
             ended = state.pace.silent_since(silent_ns, steps)
@@ -357,6 +363,7 @@ class Engine:
             transition = state.fall_silent(place, entry)
             if transition is None:
                 continue
+            found = True
             silent_s = (ended - state.time_unix_nano) / 1e9
             seen = {"step": float(state.newest), "silent(s)": silent_s}
             self._notify(key, state.newest, ended, [transition._replace(values=seen)])
@@ -364,13 +371,11 @@ class Engine:
             if rule.id in state.silences.at(state.newest):
                 continue
             finding = Finding(rule.id, rule.action, rule.severity, rule.text, seen)
-            decision = self._decision(
-                *(state, key, state.newest, None, state.newest, [(entry, finding)]),
-                warming_up=state.warm_up.under_way,
-            )
+            decision = self._decision(state, key, state.newest, None, [(entry, finding)])
             run, rank = key
             empty = StepFrame(run, state.instance, rank, state.newest, ended, {})
             self._conclude(state, empty, decision, is_new=False)
+        return found
 
     def _decision(
         self,
@@ -378,18 +383,15 @@ class Engine:
         key: Key,
         step: int,
         proposal: Proposal | None,
-        newest: int,
         fired: list[Fired],
-        *,
-        warming_up: bool,
     ) -> Decision:
         return decide(
             key,
             step,
-            newest,
+            state.newest,
             fired,
             proposal,
             conservative=state.conservative,
             table_version=self._book.table.version,
-            warming_up=warming_up,
+            warming_up=state.warm_up.under_way,
         )

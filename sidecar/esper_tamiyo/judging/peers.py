@@ -116,6 +116,10 @@ class PeerBoard:
         if self.ranks:
             self.remove_rank(rank)
 
+    def is_first(self, rank: int) -> bool:
+        """Whether it is the one of the ranks that was heard of first."""
+        return next(iter(self._first_ns), rank) == rank
+
     @property
     def most_steps(self) -> int:
         """Steps that are kept at most."""

@@ -25,7 +25,7 @@ from esper_tamiyo.judging.history import (
 from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import PeerBoard, PeerComparison, Waiting
-from esper_tamiyo.judging.roster import Roster
+from esper_tamiyo.judging.roster import Ranks, Roster
 from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
 from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.silences import SilencedRules, Silences
@@ -246,6 +246,7 @@ the engine."""
 BY_HAND: dict[type, frozenset[str]] = {
     Endings: frozenset({"_ended", "_early"}),  # those of a few milliseconds are let go
     PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
+    Ranks: frozenset({"_free", "_place_of", "_places"}),  # as ranks are put back
     Roster: frozenset(
         {
             *("_boards", "_retired", "endings", "ranks", "silences"),

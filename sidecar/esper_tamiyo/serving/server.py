@@ -43,7 +43,8 @@ log = logging.getLogger("tamiyo")
 MAX_CONNECTIONS = 512
 TICK_S = 1.0
 RANKS_PER_TURN = 32
-"""Ranks that are looked at for a heartbeat in one turn: at most 0.3 ms with cold caches."""
+"""Ranks that are looked at for a heartbeat, or for silence, in one turn: at most 0.3 ms with
+cold caches."""
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 
@@ -84,6 +85,8 @@ class Server:
         self._started_at = time.monotonic()
         self._last_streamed_at: float | None = None
         self._tick_at = 0.0
+        self._ticking: Iterator[None] | None = None
+        """The look for silent ranks that goes on, some of them in each turn."""
         self._seen_at = 0
         """Mark of ``perf_counter_ns`` at which this turn saw what there is to do."""
         self._stopping = False
@@ -186,9 +189,11 @@ class Server:
             seen = self._last_frame_at()
             if seen is not None and now - seen > TICK_S:
                 self._garbage.collect_all()
-            now_ns = time.perf_counter_ns()
-            self._log.set_context(now_ns, asked=False)
-            self._engine.tick(now_ns)
+            self._ticking = self._engine.tick_in_parts(time.perf_counter_ns(), RANKS_PER_TURN)
+        if self._ticking is not None:
+            self._log.set_context(time.perf_counter_ns(), asked=False)
+            if next(self._ticking, True):  # the last of its parts
+                self._ticking = None
 
     def _announce(self) -> None:
         """Once, as soon as everything listens."""
@@ -199,6 +204,8 @@ class Server:
 
     def _patience(self) -> float:
         """How long to wait for something to do, at most until the next tick."""
+        if self._ticking is not None:
+            return 0.0
         dues = [max(0.0, self._tick_at - time.monotonic()), self._reporter.due_in()]
         dues += self._reloading.due_in(), self._keeper.due_in_s()
         if self._ingest is not None:
