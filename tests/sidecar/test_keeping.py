@@ -244,13 +244,15 @@ def test_files_are_bounded_however_long_a_run(tmp_path, monkeypatch):
 def test_ranks_beyond_the_room_are_left_out_the_longest_silent_first(tmp_path, monkeypatch):
     monkeypatch.setattr(state_keeper, "SEGMENT_BYTES", 30_000)
     monkeypatch.setattr(state_keeper, "MAX_RANKS_BYTES", 3_000)
+    left_out = []
     with kept(tmp_path) as one:
         for step in range(1000):
-            one.judge(frame(step, run=f"run {step // 50}", loss=0.5))
-        assert one.status()["left_out"] > 0
+            one.judge(frame(step, run=f"run {step // 25}", loss=0.5))
+            left_out.append(one.status()["left_out"])
+    assert max(left_out) > 20
     engine, restored = restore(tmp_path, table())
-    assert 1 <= restored.ranks < 20
-    assert engine.latest("run 19") is not None
+    assert 1 <= restored.ranks < 40
+    assert engine.latest("run 39") is not None
 
 
 def test_a_folder_that_another_sidecar_uses_is_left_alone(tmp_path):

@@ -211,16 +211,6 @@ def changes_besides_ranks(engine: Engine) -> tuple[int, object]:
     return engine._silences.orders, next(reversed(engine.roster._retired), None)
 
 
-def heard_since(engine: Engine, since_ns: int) -> list[tuple[Key, int]]:
-    """The ranks heard since ``since_ns``, by the clock of
-    :meth:`~esper_tamiyo.judging.engine.Engine.tick`, and when: the last one first."""
-    return [
-        (key, state.pace.heard_ns)
-        for key, state in reversed(engine._runs.items())
-        if state.pace.heard_ns >= since_ns
-    ]
-
-
 def heard_ns(engine: Engine, key: Key) -> int:
     """When a rank was heard last, by the same clock; 0 where it is not known."""
     state = engine._runs.get(key)

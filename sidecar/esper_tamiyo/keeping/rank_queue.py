@@ -17,6 +17,7 @@ import msgspec
 
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.liveness import Key
+from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.saved_state import (
     SEEDS_AT_ONCE,
     heard_ns,
@@ -27,6 +28,9 @@ from esper_tamiyo.judging.saved_structs import SavedRank, SavedTarget
 from esper_tamiyo.keeping.bodies import encode_rank, encode_seed
 
 log = logging.getLogger("tamiyo")
+
+GATHERED_AT_ONCE = 32
+"""Ranks that are asked in one turn when they were heard of: at most 0.3 ms with cold caches."""
 
 PART_PAUSE_S = 0.005
 """After a part of a rank: ten times what it takes."""
@@ -54,10 +58,25 @@ class RankQueue:
         """Ranks that were not saved."""
         self._due: deque[Key] = deque()
         self._saving: _Saving | None = None
+        self._gathering: Iterator[list[tuple[Key, RunState]]] | None = None
+        """All ranks, some at a time, as long as they have not all been asked when they were
+        heard of."""
+        self._since_ns = 0
+        self._gathered: list[tuple[int, Key]] = []
 
     def __bool__(self) -> bool:
-        """Whether a rank is to be saved, or the rest of one."""
-        return self._saving is not None or bool(self._due)
+        """Whether there is something to do."""
+        return bool(self._due) or self._saving is not None or self._gathering is not None
+
+    def start_over(self, engine: Engine, since_ns: int) -> None:
+        """Save all ranks that were heard since then, by the clock of
+        :meth:`~esper_tamiyo.judging.engine.Engine.tick`, the last one first."""
+        self.clear()
+        self.left_out = 0
+        self._since_ns = since_ns
+        self._gathering = engine.roster.ranks.in_parts(GATHERED_AT_ONCE)
+        while self._gathering and len(engine.roster.ranks) <= GATHERED_AT_ONCE:
+            self._gather(self._gathering)
 
     def enqueue(self, ranks: Iterable[Key]) -> None:
         """Save these as well."""
@@ -66,18 +85,22 @@ class RankQueue:
     def clear(self) -> None:
         """Save none of them."""
         self._due.clear()
-        self._saving = None
+        self._gathered.clear()
+        self._saving = self._gathering = None
 
     def leave_out(self) -> None:
-        """Do not save the next one."""
-        self._due.popleft()
-        self.left_out += 1
+        """Do not save the ones that are left."""
+        self.left_out += len(self._due)
+        self.clear()
 
     def pop(self, engine: Engine) -> bytes | None:
-        """The body of the next one; None where it is gone, or only a part of it is saved yet.
+        """The body of the next one; None where it is gone, or there was only a part to do.
 
         Never raises.
         """
+        if self._gathering is not None:
+            self._gather(self._gathering)
+            return None
         if self._saving is None:
             first = self._due.popleft()
             self._saving = _Saving(first, saved_rank_in_parts(engine, first), [])
@@ -89,6 +112,16 @@ class RankQueue:
             self.left_out += 1
             log.exception("could not save rank %d of run %.80r", rank, run)
             return None
+
+    def _gather(self, ranks: Iterator[list[tuple[Key, RunState]]]) -> None:
+        """Take in some more ranks; when these were all, bring them into their order."""
+        for part in ranks:
+            heard = ((state.pace.heard_ns, key) for key, state in part)
+            self._gathered += (each for each in heard if each[0] >= self._since_ns)
+            return
+        self._due.extendleft(key for _, key in sorted(self._gathered))
+        self._gathered.clear()
+        self._gathering = None
 
     def _next_of(self, saving: _Saving, engine: Engine) -> bytes | None:
         key, parts, seeds = saving

@@ -29,7 +29,6 @@ from esper_tamiyo.judging.observer import EngineObserver, RuleChange
 from esper_tamiyo.judging.roster import STATE_BYTES
 from esper_tamiyo.judging.saved_state import (
     changes_besides_ranks,
-    heard_since,
     saved_engine,
 )
 from esper_tamiyo.keeping.bodies import (
@@ -315,9 +314,7 @@ class StateKeeper(ChildProcess):
         self._put(EntryKind.HEADER, encode_body(head))
         self._put_engine(engine)
         since_ns = time.perf_counter_ns() - int(MAX_AGE_S * 1e9)
-        self._due.clear()
-        self._due.enqueue(key for key, _ in heard_since(engine, since_ns))
-        self._due.left_out = 0
+        self._due.start_over(engine, since_ns)
         self._changed.clear()
 
     def _note(self, engine: Engine) -> None:
