@@ -200,7 +200,7 @@ def _holds(condition: Condition, value: float, bound: float) -> bool:
 def _why(condition: Condition, number: float, values: Values, table: TableInUse) -> str:
     """Where a bound comes from."""
     if condition.operator in ON_RECORDS:
-        return f": {number:g} × what its record explains"
+        return f": {number:g} × its record"
     reference = _reference(condition, values)
     if reference is None:
         return ""
