@@ -9,11 +9,11 @@ when the share is above the target. A sentence has more than four words, and cou
 - says *held against* (*hold*, *holds*, *holding*), where the field compares or validates.
 
 Sentences come from three sources. *docs*: README, ARCHITECTURE, CONTRIBUTING, CHANGELOG and the
-pages in ``docs/``, generated ones included: paragraphs, list items and table cells, without code.
-*texts*: all strings of the two packages and of ``ops/generate`` that have more than four words,
-except docstrings; that includes help texts, messages, metric descriptions, alerts and dashboards;
-also the rule texts of the shipped tables and the help of the Makefile. *docstrings*: those of the
-names that ``esper_otel`` exports, with their methods.
+pages in ``docs/``, including generated ones: paragraphs, list items and table cells, without
+code. *texts*: all strings of the two packages and of ``ops/generate`` that have more than four
+words, except docstrings; this covers help texts, messages, metric descriptions, alerts and
+dashboards. The rule texts of the shipped tables and the help of the Makefile count as well.
+*docstrings*: those of the names that ``esper_otel`` exports, with their public methods.
 """
 
 from __future__ import annotations
@@ -102,9 +102,8 @@ def strings(tree: ast.AST) -> Iterator[str]:
                     str(part.value) if isinstance(part, ast.Constant) else "\x00"
                     for part in node.values
                 )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node not in skipped:
-                yield node.value
+        elif isinstance(node, ast.Constant) and node not in skipped:
+            yield node.value if isinstance(node.value, str) else ""
 
 
 def _of_docs() -> Iterator[Sentence]:
@@ -126,7 +125,8 @@ def _of_texts() -> Iterator[Sentence]:
         place = str(path.relative_to(ROOT))
         for text in re.findall(r"^ +text: (.+(?:\n {6,}.+)*)", path.read_text(), re.MULTILINE):
             yield from (Sentence("texts", place, each) for each in sentences(text))
-    for text in re.findall(r"^[a-z-]+:.*##(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE):
+    makefile = (ROOT / "Makefile").read_text()
+    for text in re.findall(r"^[a-z-]+:.*##(.*)$", makefile, re.MULTILINE):
         yield from (Sentence("texts", "Makefile", each) for each in sentences(text))
 
 
@@ -151,9 +151,8 @@ def docstrings(node: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
     for each in node.body if isinstance(node, ast.ClassDef) else ():
         if isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
             yield ast.get_docstring(each) or ""
-        elif isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):
-            if each is not node.body[0]:
-                yield str(each.value.value)
+        elif each is not node.body[0] and isinstance(each, ast.Expr):
+            yield str(each.value.value) if isinstance(each.value, ast.Constant) else ""
 
 
 def collect() -> list[Sentence]:

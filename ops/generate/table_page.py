@@ -180,20 +180,21 @@ _TEMPLATE = """\
 
 # Threshold tables
 
-A table is the rule set of the sidecar: its rules detect trouble in a run and choose the response.
-It is YAML, loaded by `tamiyo serve --table FILE`. Two tables ship with the package, `default` and
-`prototype`. `default` compares a run with its own past. For loss and gradients that past is the
-run's own variation: a value must exceed the [record of its excursions](#records-of-excursions), and
-most rules need several such steps. Baseline factors in these rules are floors, below which no value
-matters. `prototype` has fixed numbers, which fit the workload they were made for.
+A table is the rule set of the sidecar: its rules detect trouble in a run and choose the
+response. It is YAML, loaded by `tamiyo serve --table FILE`. Two tables ship with the package,
+`default` and `prototype`. `default` compares a run with its own past. For loss and gradients
+that past is the run's own variation: a value must exceed the [record of its
+excursions](#records-of-excursions), and most rules need several such steps. Baseline factors
+in these rules are floors, below which no value matters. `prototype` has fixed numbers, which
+fit the workload they were made for.
 
-`tamiyo check FILE` validates a table and describes it. It reports every mistake with its file, line
-and field, and also unreachable, always-inhibited or never-resolving rules and no-op inhibitions.
-`tamiyo table default` prints a shipped table with its comments. `tamiyo table --schema >
-table.schema.json` writes the JSON Schema of tables: with `# yaml-language-server:
-$schema=table.schema.json` as the first line, most editors complete and validate a table. A file has
-at most {max_bytes:,} bytes and {max_values:,} values, counting aliases wherever they are used; a
-table has at most {max_rules:,} rules, and a rule {max_conditions} conditions.
+`tamiyo check FILE` validates a table and describes it. It reports every mistake with its file,
+line and field, and also unreachable, always-inhibited or never-resolving rules and no-op
+inhibitions. `tamiyo table default` prints a shipped table with its comments. `tamiyo table
+--schema > table.schema.json` writes the JSON Schema of tables: with `# yaml-language-server:
+$schema=table.schema.json` as the first line, most editors complete and validate a table. A
+file has at most {max_bytes:,} bytes and {max_values:,} values, counting aliases wherever they
+are used; a table has at most {max_rules:,} rules, and a rule {max_conditions} conditions.
 
 ```yaml
 version: mine-1
@@ -215,10 +216,10 @@ rules:
     text: The loss keeps rising, beyond all that this run explains.
 ```
 
-Every rule is evaluated at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed seed
-operation, and that over CONTINUE. Among rules with the same action the higher severity wins, then
-the order of the table. Every rule that fired is among the decision's findings, even if another one
-won.
+Every rule is evaluated at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed
+seed operation, and that over CONTINUE. Among rules with the same action the higher severity
+wins, then the order of the table. Every rule that fired is among the decision's findings, even
+if another one won.
 
 ## A rule
 
@@ -230,8 +231,8 @@ The former name of `inhibits` is `silences`, which is still accepted with a warn
 
 ## A table of your own
 
-`tamiyo table default > mine.yaml` starts from a full copy of `default`. A table that lists only its
-differences follows later releases:
+`tamiyo table default > mine.yaml` starts from a full copy of `default`. A table that lists
+only its differences follows later releases:
 
 ```yaml
 extends: default
@@ -246,47 +247,50 @@ rules:
 
 - `extends` names a shipped table, or a file relative to the extending one. That file may extend
   another in turn.
-- A rule with an id of the extended table changes that rule field by field; unlisted fields stay. A
-  rule with a condition replaces the whole former condition. Other rules are new and are appended.
+- A rule with an id of the extended table changes that rule field by field; unlisted fields
+  stay. A rule with a condition replaces the whole former condition. Other rules are new and
+  are appended.
 - `remove` deletes rules; rules that inhibit them no longer do.
-- `baseline` and `conservative` also change field by field. Without a `version` the table has that of
-  the extended one.
-- The hash in the version covers all files. While the sidecar serves, a change to any of these files
-  takes effect; shipped tables are not watched.
+- `baseline` and `conservative` also change field by field. Without a `version` the table has
+  that of the extended one.
+- The hash in the version covers all files. While the sidecar serves, a change to any of these
+  files takes effect; shipped tables are not watched.
 - An error message names the file and line of the mistake, even if that is the extended file.
 
-[`tamiyo silence`](decisions.md#silence) suppresses a rule for one run while it trains, without a
-table.
+[`tamiyo silence`](decisions.md#silence) suppresses a rule for one run while it trains, without
+a table.
 
 ## Parameters
 
-Parameters are the changes that a rule requests of the optimizer's update. A rule without any changes
-no update: OPTIMIZER then only holds back a proposed seed operation, and PAUSE only pauses seeds.
+Parameters are the changes that a rule requests of the optimizer's update. A rule without any
+changes no update: OPTIMIZER then only holds back a proposed seed operation, and PAUSE only
+pauses seeds.
 
 {parameters}
 
-A rule with parameters is evaluated twice. *After each step*, like every rule: the factor of that
-decision stays in force from the next update on, and the trainer restores the learning rate after a
-number of clean steps. And *before an update*, for a trainer in `enforce` mode that finds a value
-beyond one of its guards. That decision is about this one update, so a gradient that would ruin the
-weights never reaches them.
+A rule with parameters is evaluated twice. *After each step*, like every rule: the factor of
+that decision stays in force from the next update on, and the trainer restores the learning
+rate after a number of clean steps. And *before an update*, for a trainer in `enforce` mode
+that finds a value beyond one of its guards. That decision is about this one update, so a
+gradient that would ruin the weights never reaches them.
 
-- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr` and `nonfinite`. The sidecar derives
-  them from the rules with parameters and sends them to the trainer when they change. In an `all` one
-  condition on these metrics is enough to guard the rule; in an `any` every part needs one. A rule
-  without a guard is evaluated before an update only when another rule's guard is crossed.
+- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr` and `nonfinite`. The sidecar
+  derives them from the rules with parameters and sends them to the trainer when they change.
+  In an `all` one condition on these metrics is enough to guard the rule; in an `any` every
+  part needs one. A rule without a guard is evaluated before an update only when another rule's
+  guard is crossed.
 - These metrics are known before an update: {known}. Conditions on others are unknown.
-- The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits` count as
-  usual, and the evaluation leaves no trace in the rule's state. A rule that fired and is
-  `recovering` changes no update within its bounds.
-- Of several rules, `restore` wins, then `skip_step`. Otherwise `lr_scale` is that of the strongest
-  rule with one, and `max_norm` is the smallest of all.
-- Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated before an
-  update.
+- The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits`
+  count as usual, and the evaluation leaves no trace in the rule's state. A rule that fired and
+  is `recovering` changes no update within its bounds.
+- Of several rules, `restore` wins, then `skip_step`. Otherwise `lr_scale` is that of the
+  strongest rule with one, and `max_norm` is the smallest of all.
+- Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated
+  before an update.
 
-After a step, a decision includes `restore` and the other parameters of its rule even if a stronger
-rule wins, because a PAUSE of seeds does not repair weights. A trainer without a good snapshot applies
-the other parameters ([snapshots](enforcing.md#snapshots)).
+After a step, a decision includes `restore` and the other parameters of its rule even if a
+stronger rule wins, because a PAUSE of seeds does not repair weights. A trainer without a good
+snapshot applies the other parameters ([snapshots](enforcing.md#snapshots)).
 
 ## A condition
 
@@ -299,51 +303,52 @@ unknown.
 
 {condition_fields}
 
-A missing value makes a condition unknown, never false. `all` is false when one part is false and,
-failing that, unknown when one part is unknown; `any` is true when one part is true. Groups nest
-once.
+A missing value makes a condition unknown, never false. `all` is false when one part is false
+and, failing that, unknown when one part is unknown; `any` is true when one part is true.
+Groups nest once.
 
-With a `release`, a rule that fired stays active until its condition does not hold with the easier
-number either (hysteresis). In a group each condition may have one, and those without one keep their
-number.
+With a `release`, a rule that fired stays active until its condition does not hold with the
+easier number either (hysteresis). In a group each condition may have one, and those without
+one keep their number.
 
 ## Baselines
 
 {baselines}
 
-`baseline` at the top of a table sets their spans. A value is compared only with the past: it enters a
-baseline after its evaluation, and a missing or non-finite value never does.
+`baseline` at the top of a table sets their spans. A value is compared only with the past: it
+enters a baseline after its evaluation, and a missing or non-finite value never does.
 
 {baseline_fields}
 
 ## Records of excursions
 
-A baseline is the usual value; a record is the run's own variation around it. `above_record` and
-`below_record` use raw values. The ordinary state of a metric has a level (the median of the newest
-values, excluding the last {lag}) and a scatter (the 98th percentile of the distances of values above
-the level before them). A value more than one scatter away begins an excursion, which ends after
-{calm} values within one scatter. The record keeps the extent of each excursion. From these it
-estimates how far chance alone may take the metric once in `false_alarm_steps` observations: about
-four scatters with light-tailed noise, tens for a run with outlier batches. A rule with `for` and `of`
-is compared with the extent that so many values reached *at once*: one outlier, however large, says
-nothing about six of eight. After {patience} values outside, the metric has a new level. With
-`rising` a value counts only while it is a scatter beyond the first three of its excursion: an
-intended change is farthest out at its beginning, while a divergence continues.
+A baseline is the usual value; a record is the run's own variation around it. `above_record`
+and `below_record` use raw values. The ordinary state of a metric has a level (the median of
+the newest values, excluding the last {lag}) and a scatter (the 98th percentile of the
+distances of values above the level before them). A value more than one scatter away begins an
+excursion, which ends after {calm} values within one scatter. The record keeps the extent of
+each excursion. From these it estimates how far chance alone may take the metric once in
+`false_alarm_steps` observations: about four scatters with light-tailed noise, tens for a run
+with outlier batches. A rule with `for` and `of` is compared with the extent that so many
+values reached *at once*: one outlier, however large, says nothing about six of eight. After
+{patience} values outside, the metric has a new level. With `rising` a value counts only while
+it is a scatter beyond the first three of its excursion: an intended change is farthest out at
+its beginning, while a divergence continues.
 
-Conditions on a record are unknown until there is a level, and for as many observations again until
-there is a scatter. With the spans below a rule can fire after about 40 steps. A prior stands in for
-the excursions that a young run has not had yet. A metric that has never moved, and is zero, has no
-scatter, and conditions on it stay unknown. `run.phase_begins()` resets levels and baselines and keeps
-records.
+Conditions on a record are unknown until there is a level, and for as many observations again
+until there is a scatter. With the spans below a rule can fire after about 40 steps. A prior
+stands in for the excursions that a young run has not had yet. A metric that has never moved,
+and is zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` resets
+levels and baselines and keeps records.
 
 {record_fields}
 
 ## Conservative mode
 
 In conservative mode every step with a proposed seed operation gets a PAUSE. Rules with
-`conservative: true` enter it. A step is clean when no rule has fired or is recovering, except rules
-that only observe, only report (action `CONTINUE`) or only downgrade. The fields are at the top of a
-table, below `conservative`:
+`conservative: true` enter it. A step is clean when no rule has fired or is recovering, except
+rules that only observe, only report (action `CONTINUE`) or only downgrade. The fields are at
+the top of a table, below `conservative`:
 
 {conservative_fields}
 
@@ -355,13 +360,14 @@ Each rule has a state for each rank and, if it is about seeds, for each seed.
 
 ## Warming up
 
-A rank warms up while its rules with an effect lack the past that they compare with. Such rules are
-about its steps and act (their action is not `CONTINUE`, or they begin conservative mode; neither
-`mode: observe` nor `downgrade`). The warm-up lasts, from the rank's first step, as many steps as the
-longest of their conditions needs: `warmup` for a baseline, `warmup` and `window` for a `frozen` one
-and for `runs_out_within`, and twice the `warmup` of `record` and 16 for a record. It ends after those
-steps even if a metric never arrives. A new process, a new phase of the training, and another table
-that needs another past restart it. For the table `default` it is {warm_after} steps.
+A rank warms up while its rules with an effect lack the past that they compare with. Such rules
+are about its steps and act (their action is not `CONTINUE`, or they begin conservative mode;
+neither `mode: observe` nor `downgrade`). The warm-up lasts, from the rank's first step, as
+many steps as the longest of their conditions needs: `warmup` for a baseline, `warmup` and
+`window` for a `frozen` one and for `runs_out_within`, and twice the `warmup` of `record` and
+16 for a record. It ends after those steps even if a metric never arrives. A new process, a new
+phase of the training, and another table that needs another past restart it. For the table
+`default` it is {warm_after} steps.
 
 During warm-up, rules that need no past act. A decision for which no rule fired has the reason
 `warming_up` in place of `nominal`: `CONTINUE`, or `SEED` where the garden proposed something. A
@@ -370,32 +376,33 @@ trainer does not count such a step as clean, and restores nothing.
 ## Ranks and seeds
 
 A rule with a seed's metric is evaluated for each seed separately, with its own persistence,
-cool-down and state. If it acts for several seeds at a step, the decision names the first; with a
-cool-down the next one follows at the next step.
+cool-down and state. If it acts for several seeds at a step, the decision names the first; with
+a cool-down the next one follows at the next step.
 
-A rule with `above_peers` or `below_peers` has a delayed evaluation. When the rank's next step record
-arrives, the sidecar evaluates the step whose record is {hindsight} old, with the values and
-baselines of that step in all its conditions. The findings count from the following step record, and
-include the `step` that they are about. Ranks that only stream arrive later than one that sends
-decision requests. A rank therefore is a peer only if it ended that step {arrival} before the current
-step record, by the times of both. If everything arrives within {arrival}, in any order, decisions
-are the same; later records are not compared. A rank without peers is evaluated at once, with the
-peers missing.
+A rule with `above_peers` or `below_peers` has a delayed evaluation. When the rank's next step
+record arrives, the sidecar evaluates the step whose record is {hindsight} old, with the values
+and baselines of that step in all its conditions. The findings count from the following step
+record, and include the `step` that they are about. Ranks that only stream arrive later than
+one that sends decision requests. A rank therefore is a peer only if it ended that step
+{arrival} before the current step record, by the times of both. If everything arrives within
+{arrival}, in any order, decisions are the same; later records are not compared. A rank without
+peers is evaluated at once, with the peers missing.
 
-A rank that sends nothing triggers no rule that needs a step record. `missing_for` on the metric
-`step` detects it; it accepts no other condition beside it, no persistence and no action but CONTINUE,
-because no request waits for an answer. The sidecar measures the silence with its own clock, from the
-arrival of a step record, so a wrong clock on the trainer does not matter. The silence begins at the
-same instant of the records' time whether a record ended it or the clock noticed it first, so a replay
-reports it the same way; only a record that was late and not missing differs. One step counts for ten
-times the others at most: a pause makes the timeout of a rank slightly longer.
+A rank that sends nothing triggers no rule that needs a step record. `missing_for` on the
+metric `step` detects it; it accepts no other condition beside it, no persistence and no action
+but CONTINUE, because no request waits for an answer. The sidecar measures the silence with its
+own clock, from the arrival of a step record, so a wrong clock on the trainer does not matter.
+The silence begins at the same instant of the records' time whether a record ended it or the
+clock noticed it first, so a replay reports it the same way; only a record that was late and
+not missing differs. One step counts for ten times the others at most: a pause makes the
+timeout of a rank slightly longer.
 
 A rank that has reported the end of its run is expected to be silent and triggers no such rule.
 
-With or without such a rule, `tamiyo status` and Tamiyo's metrics report a rank as `stale` when no
-step record has arrived for {stale_after} of its step times, and for at least ten seconds, or for ten
-minutes while only one of its steps is known. Its other rules are then `unknown`, and the status shows
-their previous states.
+With or without such a rule, `tamiyo status` and Tamiyo's metrics report a rank as `stale` when
+no step record has arrived for {stale_after} of its step times, and for at least ten seconds,
+or for ten minutes while only one of its steps is known. Its other rules are then `unknown`,
+and the status shows their previous states.
 
 ## Derived metrics
 
@@ -403,9 +410,8 @@ their previous states.
 
 ## Reloading a table
 
-A reloaded table keeps all unchanged parts: the state of a rule with identical fields, at any position
-in the table, and the baselines that are still in use, unless `window` or `warmup` changed. Records of
-a metric are kept while `record` and the `for` and `of` of their rules are the same. New or changed
-rules begin as unknown. A restart of the sidecar does the same
-([operating](operating.md#a-restart-of-tamiyo)).
-"""
+A reloaded table keeps all unchanged parts: the state of a rule with identical fields, at any
+position in the table, and the baselines that are still in use, unless `window` or `warmup`
+changed. Records of a metric are kept while `record` and the `for` and `of` of their rules are
+the same. New or changed rules begin as unknown. A restart of the sidecar does the same
+([operating](operating.md#a-restart-of-tamiyo)). """

@@ -120,7 +120,10 @@ FORMS: dict[Operator, Form] = {
         Operand.AMOUNT, "the value is at least this much higher than the last known one"
     ),
     Operator.UNCHANGED_FOR: Form(
-        Operand.COUNT, "the value is the same for this many observations, including the current one", 0, 2
+        Operand.COUNT,
+        "the value is the same for this many observations, including the current one",
+        0,
+        2,
     ),
     Operator.RUNS_OUT_WITHIN: Form(
         Operand.COUNT,

@@ -64,8 +64,8 @@ PARAMETERS: dict[str, Parameter] = {
         flag=True,
     ),
     RESTORE: Parameter(
-        "restores the last good snapshot of weights and optimizer state in place of the update, "
-        "if the trainer keeps snapshots",
+        "restores the last good snapshot of weights and optimizer state in place of the "
+        "update, if the trainer keeps snapshots",
         (Action.OPTIMIZER,),
         flag=True,
     ),

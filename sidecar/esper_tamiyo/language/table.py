@@ -60,8 +60,8 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
     baseline_of: Annotated[
         str,
         Meta(
-            description="metric whose baseline is multiplied, by default the condition's own; a "
-            "seed's metric may be compared with the baseline of its rank's"
+            description="metric whose baseline is multiplied, by default the condition's own; "
+            "a seed's metric may be compared with the baseline of its rank's"
         ),
     ] = ""
     baseline: Annotated[
@@ -78,9 +78,9 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
     rising: Annotated[
         bool,
         Meta(
-            description="with `above_record` or `below_record`: only while the value keeps moving "
-            "away, beyond the first values of the excursion. An intended change, such as other "
-            "data, is farthest out at its beginning"
+            description="with `above_record` or `below_record`: only while the value keeps "
+            "moving away, beyond the first values of the excursion. An intended change, such "
+            "as other data, is farthest out at its beginning"
         ),
     ] = False
     hold: tuple[int, int] = (1, 1)
@@ -196,9 +196,9 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
     scope: Annotated[
         RuleScope,
         Meta(
-            description="follows from the metrics and operators, so never required: `seed` with a "
-            "seed's metric, `rank` with `above_peers` or `below_peers`, else `step`. A given "
-            "scope must match"
+            description="follows from the metrics and operators, so never required: `seed` "
+            "with a seed's metric, `rank` with `above_peers` or `below_peers`, else `step`. A "
+            "given scope must match"
         ),
     ] = RuleScope.STEP
     downgrade: Annotated[
@@ -217,8 +217,9 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
     inhibits: Annotated[
         tuple[str, ...],
         Meta(
-            description="ids of rules, no more severe than this one, to inhibit: they neither act "
-            "nor appear among the findings while this rule fires for the same rank and run"
+            description="ids of rules, no more severe than this one, to inhibit: they neither "
+            "act nor appear among the findings while this rule fires for the same rank and "
+            "run"
         ),
     ] = ()
     parameters: Annotated[
