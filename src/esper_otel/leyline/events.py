@@ -21,7 +21,7 @@ RETRIED = "esper.seed.retry"
 more. ``esper.attempts`` counts the fetches, here and in a fallback."""
 
 VIOLATION = "esper.seed.violation"
-"""A seed that had to be isolated reached the host's gradients."""
+"""An isolated seed reached the host's gradients."""
 
 PAUSED = "esper.seed.paused"
 RESUMED = "esper.seed.resumed"
