@@ -1,4 +1,4 @@
-"""The command ``tamiyo``; what each command does is in :mod:`esper_tamiyo.commands`."""
+"""The command ``tamiyo``; :mod:`esper_tamiyo.commands` has a module for each command."""
 
 from __future__ import annotations
 

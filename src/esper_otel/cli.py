@@ -1,4 +1,4 @@
-"""The command ``esper-otel``; what each command does is in :mod:`esper_otel.commands`."""
+"""The command ``esper-otel``; :mod:`esper_otel.commands` has a module for each command."""
 
 from __future__ import annotations
 

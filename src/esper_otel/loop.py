@@ -1,4 +1,4 @@
-"""The loop: what its optimizers do, told to the recorder of the run.
+"""The loop: events of its optimizers, forwarded to the recorder of the run.
 
 The observer is called by hooks on one optimizer (``esper_otel.start(optimizer)``), or by those
 on every one of the process (:mod:`esper_otel.integrations.watch`). What a script itself calls

@@ -1,4 +1,5 @@
-"""The run: what a training loop calls, and where recorder, stream, client and probes meet."""
+"""The run: the interface of a training loop, which joins recorder, stream, client and
+probes."""
 
 from __future__ import annotations
 

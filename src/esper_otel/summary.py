@@ -1,4 +1,4 @@
-"""What a person is told when a run is over, and a machine that reads along."""
+"""The summary at the end of a run, for people and for machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tamiyo check``: say what a table does, or what is wrong with it.
+"""``tamiyo check``: validate and describe a table.
 
 Exits with 1 when it is not a table, or when a rule of it can never fire, never be heard
 or never end, or inhibits in vain; each is named with file and line.

@@ -1,4 +1,4 @@
-"""What several commands share: the socket and its replies, tables, recordings, output."""
+"""Helpers of several commands: the socket and its replies, tables, recordings, output."""
 
 from __future__ import annotations
 

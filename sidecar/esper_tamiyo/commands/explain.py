@@ -1,4 +1,4 @@
-"""``tamiyo explain``: a decision or notice in words: why, what came of it, what to change."""
+"""``tamiyo explain``: a decision or notice in words: reason, outcome, remedy."""
 
 from __future__ import annotations
 

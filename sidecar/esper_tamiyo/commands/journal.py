@@ -1,4 +1,4 @@
-"""``tamiyo journal``: show what was written down, and what is being written."""
+"""``tamiyo journal``: show journal entries, and follow new ones."""
 
 from __future__ import annotations
 

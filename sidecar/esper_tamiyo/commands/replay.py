@@ -1,4 +1,4 @@
-"""``tamiyo replay``: what a table would have decided about a recorded run."""
+"""``tamiyo replay``: the decisions of a table about a recorded run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision log: what the engine's observer is told, and the journal entries made of it.
+"""The decision log: turns the engine's notifications into journal entries.
 
 While a decision is worked out the log only keeps what it is given. Entries, field
 reports and counts are made of it afterwards, when no trainer waits.

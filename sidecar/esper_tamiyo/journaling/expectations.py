@@ -1,4 +1,4 @@
-"""Expectations: what a rule held normal when it fired, and what would have let it pass.
+"""Expectations: the normal range of a rule when it fired, and the smallest change to pass it.
 
 Both are made of the values that the finding saw and of the rule's condition, as the journal
 has them.

@@ -1,4 +1,4 @@
-"""Outcomes: how a run went on after a decision, and what its excursions do when left alone.
+"""Outcomes: the run's course after a decision, compared with excursions without an action.
 
 A report says what happened *after*, which need not be *because*: there is no second run
 to compare with. It compares three samples: *before*, the median over the steps up to the

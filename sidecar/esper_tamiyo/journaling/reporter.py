@@ -1,4 +1,4 @@
-"""The reporter: what the decide process does to keep a record, when nobody waits for it.
+"""The reporter: the decide process's part of keeping records, outside the answering path.
 
 It puts the decision log, the scribe process and a heartbeat once a second together, so that
 the server has one thing to call at the end of each turn.

@@ -1,4 +1,4 @@
-"""The scribe process: journal, health endpoint and Tamiyo's own OpenTelemetry.
+"""The journal writer (scribe): journal, health endpoint and Tamiyo's own OpenTelemetry.
 
 A process of its own, because files, the OTel SDK and whoever asks after our health may
 take their time, and the process that decides may not. It is sent messages through a pipe

@@ -1,4 +1,4 @@
-"""The scribe process as the decide process sees it: sent to, never waited for, restarted."""
+"""The decide process's handle on the journal writer: sends without waiting, and restarts it."""
 
 from __future__ import annotations
 

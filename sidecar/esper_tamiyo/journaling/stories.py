@@ -1,4 +1,4 @@
-"""Stories: a decision, or notice, found in the journal with all that belongs to it."""
+"""Stories: a decision, or notice, in the journal with all related entries."""
 
 from __future__ import annotations
 

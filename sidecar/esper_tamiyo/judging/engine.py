@@ -1,4 +1,4 @@
-"""The engine: step frames in, one decision per step out.
+"""The engine: step records in, one decision per step out.
 
 It does no I/O and reads no clock, so a replayed stream gives the same decisions. A frame
 may come twice, in an ask and in the stream; whichever copy is first is judged. Findings

@@ -1,4 +1,4 @@
-"""Restoring: an engine that knows what the one before it knew, from the segments in a folder.
+"""Restoring: an engine with its predecessor's state, from the segments in a folder.
 
 The entries are gone through in the order in which they were written. Each rank is put back
 where it was saved last, and its steps behind that place are judged again, which nobody hears

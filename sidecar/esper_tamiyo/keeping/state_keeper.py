@@ -1,4 +1,4 @@
-"""The keeper of state: what the decide process does so that a restart forgets nothing.
+"""The keeper of state: the decide process's part of surviving a restart.
 
 Between the engine and its observer it hears of every step that was judged. At the end of a
 turn, when the answers are out, these go down a pipe to the process that writes them

@@ -1,4 +1,4 @@
-"""Finds rules that can never fire, never be heard or never end, or that inhibit in vain.
+"""Finds unreachable, always-inhibited and never-resolving rules, and no-op inhibitions.
 
 Also what is asked of an update by a rule that no update is ever checked by.
 

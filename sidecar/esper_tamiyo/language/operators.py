@@ -1,4 +1,4 @@
-"""What a condition can ask of its metric: every operator of the table language.
+"""Operators of the table language: the conditions on a metric.
 
 Names, meanings and bounds are written here once; the reader, the JSON Schema and the
 reference page are made from them.

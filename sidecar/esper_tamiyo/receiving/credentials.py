@@ -1,4 +1,4 @@
-"""Who may send OTLP: certificates, the bearer token, and what an open address needs.
+"""Authorised senders of OTLP: certificates, the bearer token, and rules for open addresses.
 
 Frames are what decisions follow from, so whoever can send frames can steer a run.
 """

@@ -1,4 +1,4 @@
-"""The ingest process: OTLP metrics over gRPC and HTTP/protobuf in, frames down the pipe.
+"""The receiver process: OTLP over gRPC and HTTP/protobuf in, step records down the pipe.
 
 A process of its own because parsing 10,000 points holds the interpreter for 50 ms, ten
 times what a trainer waits for a decision. It ends when its pipe does, so it cannot

@@ -1,4 +1,4 @@
-"""Intake: OTLP requests, whichever protocol brought them, to frames down the pipe.
+"""Intake: OTLP requests of either protocol, to step records down the pipe.
 
 A request is taken whole or not at all, one at a time and in the order they came. What is still
 coming in or waits has a bound in bytes; beyond it producers are told to come again, first the

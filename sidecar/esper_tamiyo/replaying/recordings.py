@@ -1,4 +1,4 @@
-"""Recordings: what a run sent, as steps with what was proposed at each.
+"""Recordings: a run's telemetry, as steps with their proposals.
 
 A recording is a file or a folder of them (:mod:`~esper_otel.leyline.otlp_files` says what
 they may look like): one for each rank and signal, or a Collector's, rotated or not.

@@ -1,4 +1,4 @@
-"""Replies: what each message of a client is answered, and what an ask brings about."""
+"""Replies: the answer to each message of a client, and the effects of a decision request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page's process: reads what is kept of runs, and serves it over HTTP.
+"""The page's process: reads the stored data of runs, and serves it over HTTP.
 
 A process of its own, for two reasons: making a page holds the interpreter for a second, and
 whoever looks may be slow. It costs the process that decides nothing: steps come out of the

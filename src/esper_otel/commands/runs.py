@@ -1,4 +1,4 @@
-"""Lists the runs that are recorded at home, and removes those that nobody needs any more."""
+"""Lists recorded runs, and removes old ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OTLP as lines of JSON, each one request: what the Collector's file exporter writes.
+"""OTLP as lines of JSON, each one request, like the Collector's file exporter.
 
 Ids are hexadecimal and enums numbers, as OTLP's JSON wants them and protobuf's does not.
 Requests that are JSON already stay as they are.

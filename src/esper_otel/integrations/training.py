@@ -1,4 +1,4 @@
-"""The training that a framework announces: watched from its beginning to its end."""
+"""The training that a framework announces, instrumented from its beginning to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What watches a plain PyTorch loop that knows nothing of it.
+"""The hooks that instrument an unchanged PyTorch loop.
 
 Step boundaries come from torch's public global optimizer hooks. What has no hook is
 wrapped where it is looked up: ``backward`` and ``autograd.grad`` (the loss is what they are

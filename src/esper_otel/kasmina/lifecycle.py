@@ -1,4 +1,4 @@
-"""Lifecycle: the stage of a slot, how long it has been in it, and what comes next."""
+"""Lifecycle: the stage of a slot, the time spent in it, and the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State: what a checkpoint of a garden consists of, field by field.
+"""State: the contents of a garden's checkpoint, field by field.
 
 It is plain: dictionaries, lists, numbers, text and tensors, as
 ``torch.load(weights_only=True)`` takes them. It goes out by :func:`plain` and comes in,

@@ -1,4 +1,4 @@
-"""Decisions: what Tamiyo answers, and how strong each answer is."""
+"""Decisions: Tamiyo's answers, and their order of precedence."""
 
 from __future__ import annotations
 

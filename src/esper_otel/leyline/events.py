@@ -1,4 +1,4 @@
-"""Events: what happened to a seed or the weights, once, where metrics say how each step is."""
+"""Events: single occurrences of a seed or the weights, beside the per-step metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rendezvous: how ranks that nobody told to agree come to do so, and hold up no step.
+"""Rendezvous: how ranks find each other without configuration and without delaying a step.
 
 Whether all ranks train at all, and together, is not known beforehand: one may only
 evaluate, or each may train a model of its own. So a thread waits for the others, while the

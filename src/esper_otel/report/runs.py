@@ -1,4 +1,4 @@
-"""Runs: which trainers belong together, and what is told of each run as a whole."""
+"""Runs: groups trainers into runs, and describes each run as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources: which files a report is made from, and reading them whatever they are.
+"""Sources: the files of a report, and reading them in any format.
 
 A recording, a spool, what a Collector's file exporter wrote, or a journal: what a file is
 shows in its bytes, and in the endings of our own names. What cannot be read ends its file and

@@ -1,4 +1,4 @@
-"""Telling: rulings and happenings out of OTLP traces and logs, and out of a journal."""
+"""Telling: rulings and events from OTLP traces and logs, and from a journal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Delivery: what takes OTLP out of the spool, to receivers or into files.
+"""Delivery: takes OTLP out of the spool, to receivers or into files.
 
 Its parts are a sender of each signal, the keeper of what waits for a receiver, and the
 redelivery of what earlier processes have left. Each starts, fails and ends on its own: without

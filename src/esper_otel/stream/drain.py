@@ -1,4 +1,4 @@
-"""Drain: the thread that turns frames and timelines into OTLP, and adds up what goes by.
+"""Drain: the thread that turns step records and timelines into OTLP, and sums them up.
 
 It does everything the training thread must not: encoding, span making, file writing. It
 never touches the network, so a receiver that stalls cannot hold it back. What a run was like

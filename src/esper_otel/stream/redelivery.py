@@ -1,4 +1,4 @@
-"""Redelivery: deliver what earlier processes had to leave in files.
+"""Redelivery: sends the files left by earlier processes.
 
 Nothing is lost on the way: a file goes when all of it was delivered, otherwise what is
 left of it, unreadable bytes included, takes its place in one step. A spool file

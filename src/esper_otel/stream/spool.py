@@ -1,4 +1,4 @@
-"""Spool: what waits to be delivered, bounded, and the account of all of it.
+"""Spool: undelivered telemetry, bounded, and its account.
 
 For each signal *produced = delivered + spooled + dropped* holds at every moment, because
 one lock guards the four numbers and the queue. The training thread never takes it.

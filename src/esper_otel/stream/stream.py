@@ -1,4 +1,4 @@
-"""Stream: the door through which a recorder hands over its frames.
+"""Stream: the entrance for a recorder's step records.
 
 The training thread writes numbers and returns; two kinds of daemon thread do the rest:
 ``esper-stream`` turns frames into OTLP, ``esper-send-metrics``, ``-traces`` and ``-logs``

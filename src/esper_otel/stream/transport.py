@@ -1,4 +1,4 @@
-"""Transport: one serialised request to one receiver, and what became of it.
+"""Transport: one serialised request to one receiver, and its outcome.
 
 What may be tried again is decided here and nowhere else, as the OTLP specification says.
 A request whose answer did not come in time may have been taken all the same; it counts as

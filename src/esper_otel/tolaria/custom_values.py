@@ -1,4 +1,4 @@
-"""Custom values as a script reports them: under which names, and what of them are numbers."""
+"""Custom values as a script reports them: their names, and their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Garden calls: the recorder's side of a garden, and what it does when a garden fails.
+"""Garden calls: the recorder's side of a garden, and the response to its failures.
 
 A garden grows seeds inside the model (:mod:`esper_otel.kasmina`). Whatever it raises stays
 here: the step is then recorded as if no garden had been planted.

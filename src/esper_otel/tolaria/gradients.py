@@ -1,4 +1,4 @@
-"""Gradients: how large they are, and what to do when several of them disagree.
+"""Gradients: their norm, and the aggregation of conflicting ones.
 
 Everything here is queued on the device that holds the gradients; the host never waits
 for a value. Nothing draws a random number or writes to a gradient. PyTorch is imported

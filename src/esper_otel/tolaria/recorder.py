@@ -1,4 +1,4 @@
-"""Turns what happens in a training loop into one frame per optimizer step.
+"""Turns the events of a training loop into one step record per optimizer step.
 
 The recorder is told of events (a batch came, backward began, the optimizer stepped) and
 knows nothing of torch; who tells it is an integration or the explicit API. All its

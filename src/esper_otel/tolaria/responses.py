@@ -1,4 +1,4 @@
-"""Responses: what a decision does to the run, in the one place where anything is applied.
+"""Responses: the effect of a decision on the run, the only place that applies anything.
 
 What it does to the learning rates is one number, :class:`RateFactor`, that is given back in
 time. Weights are put back by :class:`~esper_otel.tolaria.restoring.Restoring`.

@@ -1,4 +1,4 @@
-"""The source that is a sidecar: what is watched comes from Tamiyo, over its socket."""
+"""The sidecar source: runs from Tamiyo, over its socket."""
 
 from __future__ import annotations
 
