@@ -13,7 +13,8 @@ pages in ``docs/``, including generated ones: paragraphs, list items and table c
 code. *texts*: all strings of the two packages and of ``ops/generate`` that have more than four
 words, except docstrings; this covers help texts, messages, metric descriptions, alerts and
 dashboards. The rule texts of the shipped tables and the help of the Makefile count as well.
-*docstrings*: those of the names that ``esper_otel`` exports, with their public methods.
+*docstrings*: those of the names that ``esper_otel`` exports, of their public methods, and of
+their base classes.
 """
 
 from __future__ import annotations
@@ -131,18 +132,22 @@ def _of_texts() -> Iterator[Sentence]:
 
 
 def _of_docstrings() -> Iterator[Sentence]:
-    for module, names in esper_otel._HOMES.items():
-        path = ROOT / "src" / module.replace(".", "/")
-        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names:
-                for text in docstrings(node):
-                    for block in blocks(text):
-                        yield from (
-                            Sentence("docstrings", f"{module}.{node.name}", each)
-                            for each in sentences(block)
-                        )
+    package = ROOT / "src" / "esper_otel"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
+    defined = {
+        node.name: node
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
+    for name in sorted(esper_otel.__all__):
+        node = defined.get(name)
+        bases = node.bases if isinstance(node, ast.ClassDef) else []
+        owners = [node, *(defined.get(getattr(base, "id", "")) for base in bases)]
+        for owner in filter(None, owners):
+            for text in docstrings(owner):
+                for block in blocks(text):
+                    yield from (Sentence("docstrings", name, one) for one in sentences(block))
 
 
 def docstrings(node: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:

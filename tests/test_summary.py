@@ -232,7 +232,7 @@ def test_what_to_do_next_is_said_where_something_is_wrong_and_only_there():
         "esper-otel resend left.otlp"
     ]
     assert advice(tally_of(*steps[:2], {"unjudged_steps": 1.0})) == [
-        "`tamiyo status` shows how the sidecar is doing and how fast it answers"
+        "`tamiyo status` shows the health of the sidecar and its answer times"
     ]
 
 

@@ -129,7 +129,7 @@ class SharedDecisions:
             )
             self._decide_by(self.rendezvous, leads=self.rendezvous.leads)
         except Exception:
-            tell_once("the ranks of this run cannot agree")
+            tell_once("the ranks of this run cannot synchronise decisions")
 
     def close(self) -> None:
         """The run is over on this rank."""

@@ -33,7 +33,7 @@ def test_it_writes_compares_and_complains(
     capsys.readouterr()
     assert main(check) == 1
     complaint = capsys.readouterr().err
-    assert complaint == f"{page}: not what the code makes; run {COMMAND}\n"
+    assert complaint == f"{page}: out of date; run {COMMAND}\n"
     assert page.read_text().endswith("an edit by hand\n"), "--check wrote something"
 
 

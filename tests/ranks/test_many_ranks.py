@@ -199,7 +199,7 @@ def test_ranks_that_are_told_to_agree_do_so_at_once(ranks) -> None:
 
 REFUSALS = {
     "each for itself": "one of them has taken a step without waiting for another",
-    "settings that differ": "their settings for what decisions may do differ",
+    "settings that differ": "their settings for decisions differ",
 }
 
 

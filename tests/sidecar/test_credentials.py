@@ -429,8 +429,8 @@ TOKENS = {"token_file": "t"}
         ("0.0.0.0", {}, False, None),
         ("::", {}, False, None),
         ("192.0.2.1", {}, False, None),
-        ("0.0.0.0", {}, True, "anybody who reaches it can send"),
-        ("0.0.0.0", TLS, False, "anybody who reaches it can send"),
+        ("0.0.0.0", {}, True, "anyone who reaches it can send"),
+        ("0.0.0.0", TLS, False, "anyone who reaches it can send"),
         ("0.0.0.0", TOKENS, False, "the token travels in the clear"),
         ("::", TLS | TOKENS, False, ""),
         ("0.0.0.0", TLS | {"tls_client_ca": "a"}, False, ""),
@@ -451,7 +451,7 @@ def test_insecure_is_an_explicit_choice(tmp_path, capfd):
     with sidecar(tmp_path / "t.sock", *options, ingest=True) as running:
         outcome = sent_by_own(running, "http", request_of("open"), scheme="http")
         assert outcome.verdict is Verdict.DELIVERED
-    assert "--otlp-http 0.0.0.0:0: anybody who reaches it can send" in capfd.readouterr().err
+    assert "--otlp-http 0.0.0.0:0: anyone who reaches it can send" in capfd.readouterr().err
 
 
 def test_the_command_says_what_is_wrong_and_no_secret_shows(tmp_path, files):

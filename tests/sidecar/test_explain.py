@@ -65,13 +65,13 @@ loss_spike decided: loss_spike in words.
 Conservative mode is on: operations on seeds wait.
 The trainer is in enforce mode.
 
-Not followed, as this was stronger:
+Overridden by the stronger rule:
   loss_warning (OPTIMIZER, WARNING): loss_warning in words. [loss_delta 2.5 (before 0.1)]
   grad_variance_high: inhibited by loss_spike
   the proposal to blend seed s1
 
 Afterwards (32 of 32 steps): improved
-  loss is back to what it was
+  loss is back to its earlier value
   loss: before 0.5, at the decision 3, after 0.6
 loss_spike let go at step 70.
 
@@ -122,7 +122,7 @@ SKIPPED = {"skip_step": 1.0}
     ("parameters", "told", "expected"),
     [
         # lasting factors, from a decision about a step
-        (SCALED, None, "What its updates were made with has not been seen yet."),
+        (SCALED, None, "The factor of its updates is not known yet."),
         (SCALED, {}, "Whether updates were made with a lower rate is not known."),
         (
             SCALED,
@@ -213,17 +213,17 @@ def test_a_decision_about_an_update_says_so():
         ),
         (
             msgspec.structs.replace(reported(61), skipped=True, skipped_after=2),
-            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
-            "update of step 61 left out; 2 later updates left out",
+            "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
+            "update of step 61 left out; 2 later updates skipped",
         ),
         (
             msgspec.structs.replace(reported(61), scaled_from=62, lr_scale_after=0.25),
-            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
             "updates made at 0.25 times the script's rate from step 62 on",
         ),
         (
             msgspec.structs.replace(reported(61), update=True, lr_scale=0.5),
-            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
             "update of step 61 made at 0.5 times the script's rate",
         ),
     ],
@@ -323,7 +323,7 @@ def test_the_journal_is_one_line_each():
         "run/0/20  PAUSE HIGH: loss_spike",
         "run/0/61  PAUSE HIGH: loss_spike (conservative)",
         "run/0/70  loss_spike: firing → inactive",
-        "run/0/61  afterwards, 32 steps: improved (loss is back to what it was)",
+        "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value)",
         "another/0/7  PAUSE HIGH: loss_spike",
         "run/0/90  loss_spike: firing → inactive",
     ]
@@ -411,10 +411,10 @@ jump (HIGH): jump in words.
   it asks for: loss above 2 × its baseline
   loss 3, expected at most 2: 2 × its baseline of 1 (rolling median of the last 64)
 
-It is a notice: nothing is asked of the run.
+It is a notice: it requests nothing of the run.
 
 Afterwards (32 of 32 steps): came back by itself
-  loss is back to what it was
+  loss is back to its earlier value
   loss: before 0.5, at the decision 3, after 0.6
 jump let go at step 60.
 
@@ -469,7 +469,8 @@ def test_notices_and_reports_on_one_line():
     told = [format_entry(entry).partition("Z  ")[2] for entry in NOTICED]
     assert told[1:3] == [
         "run/0/40  notice: loss_drift (WARNING), jump (HIGH)",
-        "run/0/40  afterwards, 32 steps: came back by itself (loss is back to what it was)",
+        "run/0/40  afterwards, 32 steps: came back by itself (loss is back to its earlier "
+        "value)",
     ]
     more = msgspec.structs.replace(
         reported(61),
@@ -478,9 +479,9 @@ def test_notices_and_reports_on_one_line():
         saw={"loss": 3.0, "baseline(loss)": 1.0},
     )
     assert format_entry(more).partition("Z  ")[2] == (
-        "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); 7 of 9 such "
-        "excursions of this run came back by themselves; jump saw loss 3 (baseline 1, 3 times "
-        "that)"
+        "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); 7 of 9 "
+        "such excursions of this run came back by themselves; jump saw loss 3 (baseline 1, 3 "
+        "times that)"
     )
 
 

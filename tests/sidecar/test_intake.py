@@ -97,7 +97,7 @@ def test_what_comes_while_too_much_waits_is_refused_and_afterwards_it_is_not(mon
     async def test(intake, pipe):
         pipe.reads.clear()
         waiting = [asyncio.create_task(intake.ingest(request(step))) for step in range(3)]
-        with pytest.raises(BusyError, match="more requests come in than can be read"):
+        with pytest.raises(BusyError, match="more requests arrive than can be read"):
             await waiting.pop()
         pipe.reads.set()
         await asyncio.gather(*waiting)

@@ -334,8 +334,8 @@ def test_a_living_one_is_not(shared, bystander):
     second = tamiyo("serve", "--no-ingest", "--socket", shared.socket)
     assert second.returncode == 1
     assert second.stderr == (
-        f"tamiyo: {shared.socket}: taken by a living sidecar; "
-        "end it or choose another --socket\n"
+        f"tamiyo: {shared.socket}: in use by a running sidecar; stop it or choose another "
+        "--socket\n"
     )
 
 
@@ -412,7 +412,7 @@ def test_what_is_infinite_is_null_in_json(capsys):
 
 def test_a_sidecar_that_has_seen_nothing_says_so(tmp_path):
     with sidecar(tmp_path / "t.sock") as running:
-        assert "it has seen no step yet" in tamiyo("status", "--socket", running.socket).stdout
+        assert "it has no step yet" in tamiyo("status", "--socket", running.socket).stdout
         nothing = tamiyo("ask", "--socket", running.socket)
         assert nothing.stderr == "tamiyo: no step of any run, rank 0, has been seen\n"
 

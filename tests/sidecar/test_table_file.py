@@ -261,7 +261,7 @@ BAD = [
     ),
     (
         f"id: a, metric: step, missing_for: 5, {REST}",
-        "rules[0].action: expected CONTINUE: nobody asks for a silent rank; got PAUSE",
+        "rules[0].action: expected CONTINUE: a stale rank sends no request; got PAUSE",
     ),
     (
         "id: a, metric: step, missing_for: 5, for: 2, severity: HIGH, action: CONTINUE",
@@ -526,11 +526,11 @@ def test_a_cycle_of_rules_that_inhibit_each_other_is_refused():
         )
     ) == [
         'thresholds.yaml:5: rules[1].inhibits[0]: "b" inhibits this rule by way of "c": none '
-        "would ever be heard",
+        "would ever be reported",
         'thresholds.yaml:6: rules[2].inhibits[1]: "c" inhibits this rule by way of "a": none '
-        "would ever be heard",
+        "would ever be reported",
         'thresholds.yaml:7: rules[3].inhibits[0]: "a" inhibits this rule by way of "b": none '
-        "would ever be heard",
+        "would ever be reported",
         'thresholds.yaml:9: rules[5].inhibits[0]: "another" inhibits this rule: neither would '
         "ever be heard",
         'thresholds.yaml:10: rules[6].inhibits[1]: "other" inhibits this rule: neither would '
@@ -571,8 +571,8 @@ def test_both_words_at_once_are_refused_and_faults_use_the_one_that_was_given(ca
             "action: CONTINUE",
         )
     ) == [
-        "thresholds.yaml:4: rules[0].silences: is what inhibits was called; expected one of "
-        "them",
+        "thresholds.yaml:4: rules[0].silences: is the former name of inhibits; expected one "
+        "of them",
         "thresholds.yaml:5: rules[1].silences[0]: no rule has this id",
         "thresholds.yaml:6: rules[2].silences: has no meaning beside missing_for of the metric "
         "step",
@@ -588,7 +588,7 @@ def test_silence_is_a_rule_of_its_own():
         )
     ) == [
         "thresholds.yaml:4: rules[0].all[0]: missing_for of the metric step stands alone: no "
-        "frame tells it",
+        "step record shows it",
     ]
 
 

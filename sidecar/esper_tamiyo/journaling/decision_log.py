@@ -212,7 +212,7 @@ class DecisionLog:
                 entries += self._entries_of(thing, now_s)
             except Exception:
                 if not self.dropped:  # one is enough to find out why
-                    log.exception("nothing can be written down of %.200r", thing)
+                    log.exception("cannot record %.200r", thing)
                 self.dropped += 1
         return entries
 

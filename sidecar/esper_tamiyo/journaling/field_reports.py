@@ -189,7 +189,7 @@ class FieldReports:
             report
             for past in self._ranks.values()
             if (past.pending or past.checked) and now_s - past.heard_s > _patience_s(past)
-            for report in _given_up(past, "the run said no more")
+            for report in _given_up(past, "the run sent no more steps")
         ]
 
     def close(self) -> list[DueReport]:

@@ -146,13 +146,13 @@ def restore(
     except _UNUSABLE as error:
         problem = f"{error}; {_aside(folder)}"
     except Exception as error:  # whatever it is, a sidecar that begins anew is better than none
-        log.exception("the state in %s could not be put back", folder)
+        log.exception("the state in %s could not be restored", folder)
         problem = f"{error!r}; {_aside(folder)}"
     else:
         if report.found:
             log.info("%s, from %s", report, folder)
         return engine, report
-    log.warning("state is not restored, all ranks begin anew: %s", problem)
+    log.warning("state is not restored, all ranks start afresh: %s", problem)
     return Engine(table, state_bytes, observer=observer), Restored(problem=problem)
 
 
@@ -250,7 +250,7 @@ class _Restoring:
             put_rank_back(bodies.rank(found.saved), self.engine, found.key, self._now_ns)
         except (UnfitStateError, msgspec.MsgspecError) as error:
             self.report.unfit += 1
-            log.warning("the state of a rank does not fit and is left out: %.200s", error)
+            log.warning("the state of a rank does not fit and is skipped: %.200s", error)
 
     def _judge(self, place: _Place, turn: bodies.StepsBody) -> None:
         for frame in turn.frames:

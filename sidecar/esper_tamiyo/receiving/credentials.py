@@ -114,10 +114,11 @@ class Credentials(msgspec.Struct, frozen=True):
             )
         if not (self.token_file or self.tls_client_ca):
             return (
-                f"anybody who reaches it can {deed}; --token-file or --tls-client-ca ends that"
+                f"anyone who reaches it can {deed}; --token-file or --tls-client-ca prevents "
+                "that"
             )
         if not self.tls_cert:
-            return "the token travels in the clear; --tls-cert and --tls-key end that"
+            return "the token travels in the clear; --tls-cert and --tls-key prevent that"
         return ""
 
 
@@ -144,7 +145,7 @@ class RenewedFiles:
             take()
         except CredentialsError as error:  # half written, perhaps
             if str(error) != self._told:
-                log.warning("%s; the last good one holds", error)
+                log.warning("%s; the last good one stays in use", error)
             self._told = str(error)
             return
         if seen == self._signatures():  # else one was exchanged while they were read

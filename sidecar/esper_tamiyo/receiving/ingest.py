@@ -109,8 +109,8 @@ async def _beat(
         rss = rss_mb()
         if rss > memory_mb:
             log.error(
-                "the ingest process has %.0f MB, more than the %.0f MB it may have: it starts "
-                "anew, and producers send again what was not answered",
+                "the ingest process has %.0f MB, more than its limit of %.0f MB: it restarts, "
+                "and producers resend unanswered requests",
                 rss,
                 memory_mb,
             )

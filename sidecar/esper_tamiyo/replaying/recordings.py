@@ -70,7 +70,7 @@ class RecordedRuns:
             yield from self._with_proposals(assembly.add_request(request), run)
         yield from self._with_proposals(assembly.rest(), run)
         for operation in sorted(self.proposals.unknown):
-            self.problems.append(f"a proposal was left out: unknown operation {operation!r}")
+            self.problems.append(f"a proposal was skipped: unknown operation {operation!r}")
 
     def _with_proposals(
         self, frames: Iterator[StepFrame], run: str

@@ -61,7 +61,7 @@ def _lines_of(
     path: Path, problems: list[str], before: int, on_bytes: OnBytes
 ) -> Iterator[bytes]:
     if is_journal(path):
-        problems.append(f"{path}: a journal is no OTLP, and left out")
+        problems.append(f"{path}: a journal is not OTLP, and is skipped")
         return
     try:
         for offset, data in payloads(path):

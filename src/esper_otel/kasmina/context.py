@@ -232,7 +232,7 @@ class SlotEvents:
         if reason == self.fallback:
             return
         self.fallback = reason
-        text = f"identity takes the place of {seed.id}: {reason}"
+        text = f"identity replaces {seed.id}: {reason}"
         self.add(
             seed,
             events.FALLBACK,

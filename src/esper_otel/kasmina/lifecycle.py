@@ -39,7 +39,7 @@ ISOLATED = frozenset({Stage.GERMINATED, Stage.TRAINING})
 
 
 class GardenError(ValueError):
-    """Something a garden was asked for that cannot be; says what was expected."""
+    """An impossible request to a garden; the message has the expected arguments."""
 
 
 class Lifecycle:

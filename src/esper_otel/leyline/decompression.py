@@ -22,7 +22,7 @@ class ZstdMissingError(Exception):
 
     def __init__(self) -> None:
         super().__init__(
-            "compressed by zstd, which takes the package zstandard to read: "
+            "compressed by zstd, which needs the package zstandard: "
             "pip install 'esper-otel[zstd]'"
         )
 

@@ -267,7 +267,7 @@ class Drain:
                 lane.show(frames)
             except Exception as error:  # a terminal that is gone
                 lane.show = None
-                log.warning("steps are not printed any more: %r", error)
+                log.warning("steps are no longer printed: %r", error)
 
     def _put_frames(
         self, lane: Lane, encoded: Iterator[Encoded], count: Callable[[], int]

@@ -100,7 +100,7 @@ def _never_raising(
     try:
         return observations(ring, slot)
     except Exception:
-        log.debug("reading the latest frame failed", exc_info=True)
+        log.debug("reading the latest step record failed", exc_info=True)
         return []
 
 

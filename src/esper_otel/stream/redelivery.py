@@ -110,7 +110,7 @@ class EarlierProcesses:
         except Exception as error:
             # What is there stays there, and `esper-otel resend` says more.
             log.warning(
-                "what earlier processes of this run have left in %s could not be delivered: %s",
+                "telemetry of earlier processes of this run in %s could not be delivered: %s",
                 self._folder,
                 error,
             )
@@ -207,7 +207,7 @@ class _Resending:
             return FileReport(path, problem=f"{path}: {variable}=none, so nothing is sent")
         try:
             if not self._is_ours_to_take(path):
-                problem = f"{path}: another process is at it: its own, or one that delivers it"
+                problem = f"{path}: another process uses it: its own, or one that delivers it"
                 return FileReport(path, problem=problem, later=True)
             return self._deliver_contents(path, signal)
         except OSError as error:

@@ -118,4 +118,4 @@ class SafeGarden:
     def _trouble(self) -> None:
         if not self._told:
             self._told = True
-            log.exception("the garden failed at a step; the run goes on")
+            log.exception("the garden failed at a step; the run continues")

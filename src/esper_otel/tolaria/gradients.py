@@ -161,10 +161,10 @@ class PCGrad(NamedTuple):
 
 
 def pcgrad(sources: Sequence[Source]) -> PCGrad:
-    """Average gradient sources (tasks, losses, shards) after taking out their conflicts.
+    """Average gradient sources (tasks, losses, shards) after removing their conflicts.
 
-    From each source its projection on every other with which its inner product is
-    negative is taken out, then all are averaged: Yu et al., "Gradient Surgery for
+    It removes from each source its projection on every other with a negative inner product,
+    and then averages all: Yu et al., "Gradient Surgery for
     Multi-Task Learning" (2020), arXiv 2001.06782. They project one after another in
     random order. Here all projections use the original gradients, so that the result
     depends on no order and draws no random number; for two sources it is the same.

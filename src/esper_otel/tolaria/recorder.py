@@ -396,4 +396,4 @@ class Recorder:
     def _report_fault(self, where: str) -> None:
         if where not in self._faults:
             self._faults.add(where)
-            log.exception("esper-otel: %r of a step failed; the run goes on", where)
+            log.exception("esper-otel: %r of a step failed; the run continues", where)

@@ -239,5 +239,7 @@ class Responses:
             try:
                 freeze(decision)
             except Exception:
-                log.exception("esper-otel: a callback of run.on_pause raised; the run goes on")
+                log.exception(
+                    "esper-otel: a callback of run.on_pause raised; the run continues"
+                )
         return bool(self._on_pause)

@@ -81,8 +81,8 @@ class SidecarSource:
             return reply
         why = reply.message if isinstance(reply, Refusal) else type(reply).__name__
         raise NoAnswerError(
-            f"{self.path}: this sidecar does not know what it is asked ({why}): "
-            "it is older than this esper-otel, start it again"
+            f"{self.path}: this sidecar does not support the request ({why}): "
+            "it is older than this esper-otel, restart it"
         )
 
     def _take(self, recent: Recent) -> bool:
