@@ -224,4 +224,4 @@ def test_a_rank_that_is_gone_keeps_nobody_waiting_for_good(folder, ranks, end) -
     first = ranks[end][0]
     assert len(first["steps"]) == 60
     assert first["decisions"][40][:2] == ["CONTINUE", "not_agreed"]
-    assert said(folder, end, 0).count("agree no more") == 1
+    assert said(folder, end, 0).count("no longer synchronise decisions") == 1

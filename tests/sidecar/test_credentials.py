@@ -302,7 +302,7 @@ def test_a_token_of_which_nothing_can_be_made_is_told_once(tmp_path, monkeypatch
         assert door.admits(f"Bearer {TOKEN}")
     assert len(caplog.records) == 1
     assert "at least 16 printable ASCII characters" in caplog.text
-    assert "the last good one holds" in caplog.text
+    assert "the last good one stays in use" in caplog.text
 
 
 def issued(folder, authority):
@@ -342,12 +342,12 @@ def test_certificates_can_be_replaced_while_it_runs(tmp_path, capfd):
             assert delivers("http", 1)
             assert delivers("grpc", 1)
             told.append(capfd.readouterr().err)
-            return "the last good one holds" in "".join(told)
+            return "the last good one stays in use" in "".join(told)
 
         until(refused)
         written(tmp_path / "k.pem", good)
         assert delivers("grpc", 1)
-    assert "".join(told).count("the last good one holds") == 1
+    assert "".join(told).count("the last good one stays in use") == 1
     assert "the certificates have changed and were read again" in "".join(told)
 
 

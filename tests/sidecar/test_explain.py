@@ -105,7 +105,7 @@ or, for this run alone and while it runs, say:
         ),
         ({"parameters": {"lr_scale": 0.25}}, "lr_scale 0.25"),
         ({"observed_step": 9}, "It had already seen step 9."),
-        ({}, "no field report yet"),
+        ({}, "no outcome report yet"),
     ],
 )
 def test_what_else_is_said(changes, expected):
@@ -144,9 +144,9 @@ SKIPPED = {"skip_step": 1.0}
             {"lr_scale": 0.25, "lr_scale_after": 0.25},
             "Updates were made at 0.25 times the script's rate, as before.",
         ),
-        (SKIPPED, {"skipped": True}, "The update of step 61 was left out."),
-        (SKIPPED, {"skipped": False}, "The update of step 61 was not left out."),
-        (SKIPPED, {}, "Whether the update of step 61 was left out is not known."),
+        (SKIPPED, {"skipped": True}, "The update of step 61 was skipped."),
+        (SKIPPED, {"skipped": False}, "The update of step 61 was not skipped."),
+        (SKIPPED, {}, "Whether the update of step 61 was skipped is not known."),
         # one update
         (
             SCALED,
@@ -199,7 +199,7 @@ def test_a_decision_about_an_update_says_so():
     [
         (
             decided(61, id="run/0/61/update", update=True, parameters=SKIPPED),
-            "run/0/61/update  update of step 61 to be left out: loss_spike (PAUSE, HIGH)",
+            "run/0/61/update  update of step 61 to be skipped: loss_spike (PAUSE, HIGH)",
         ),
         (
             decided(
@@ -214,7 +214,7 @@ def test_a_decision_about_an_update_says_so():
         (
             msgspec.structs.replace(reported(61), skipped=True, skipped_after=2),
             "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
-            "update of step 61 left out; 2 later updates skipped",
+            "update of step 61 skipped; 2 later updates skipped",
         ),
         (
             msgspec.structs.replace(reported(61), scaled_from=62, lr_scale_after=0.25),

@@ -157,7 +157,7 @@ def test_where_nothing_was_out_of_the_ordinary_there_is_nothing_to_compare():
     run.usual(WINDOW, 0.3, lr_scale=0.5)
     report = run.made[-1]
     assert report.outcome == "improved"
-    assert report.comparison.startswith("no value was unusual, so nobody can say")
+    assert report.comparison.startswith("no value was unusual, so the effect")
 
 
 def test_a_better_loss_without_an_excursion_did_not_come_back():

@@ -297,8 +297,8 @@ def test_a_finding_says_what_was_expected_and_why():
     }
     (sentence,) = expected(one.rules[0].when, seen, table_entry(one, ""))
     assert sentence.startswith(
-        f"loss 50, expected at most {seen['expected(loss)']:.4g}: 1 × what its record "
-        f"explains; level {seen['level(loss)']:.4g}; scatter {seen['scatter(loss)']:.4g}; "
+        f"loss 50, expected at most {seen['expected(loss)']:.4g}: 1 × its record; "
+        f"level {seen['level(loss)']:.4g}; scatter {seen['scatter(loss)']:.4g}; "
     )
 
 

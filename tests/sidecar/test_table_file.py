@@ -483,7 +483,7 @@ def test_all_errors_come_at_once_in_order_of_lines():
     assert found == [
         'thresholds.yaml:4: rules[0].above: expected a number, got "fast"',
         'thresholds.yaml:4: rules[0].metric: unknown metric "los"; did you mean loss?; '
-        "what a script reports itself is custom.los",
+        "a custom value is custom.los",
         'thresholds.yaml:6: rules[2].below: expected a number, got "x"',
         'thresholds.yaml:6: rules[2].id: "b" is already the rule of line 5',
         "thresholds.yaml:6: rules[2].severity: expected one of NORMAL, WARNING, HIGH, "
@@ -532,9 +532,9 @@ def test_a_cycle_of_rules_that_inhibit_each_other_is_refused():
         'thresholds.yaml:7: rules[3].inhibits[0]: "a" inhibits this rule by way of "b": none '
         "would ever be reported",
         'thresholds.yaml:9: rules[5].inhibits[0]: "another" inhibits this rule: neither would '
-        "ever be heard",
+        "ever be reported",
         'thresholds.yaml:10: rules[6].inhibits[1]: "other" inhibits this rule: neither would '
-        "ever be heard",
+        "ever be reported",
     ]
 
 
