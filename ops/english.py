@@ -10,7 +10,8 @@ when the share is above the target. A sentence has more than four words, and cou
 
 Sentences come from three sources. *docs*: README, ARCHITECTURE, CONTRIBUTING, CHANGELOG and the
 pages in ``docs/``, including generated ones: paragraphs, list items and table cells, without
-code. *texts*: all strings of the two packages and of ``ops/generate`` that have more than four
+code; also the comments of the configurations in ``collector/``, ``deploy/`` and ``docker/``.
+*texts*: all strings of the two packages and of ``ops`` that have more than four
 words, except docstrings; this covers help texts, messages, metric descriptions, alerts and
 dashboards. The rule texts of the shipped tables and the help of the Makefile count as well.
 *docstrings*: those of the names that ``esper_otel`` exports, of their public methods, and of
@@ -35,7 +36,8 @@ TARGET = 0.02
 
 FEWEST_WORDS = 5
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
-CODE = ("src/esper_otel", "sidecar/esper_tamiyo", "ops/generate")
+CONFIGURATIONS = ("collector/*.yaml", "deploy/kubernetes/*.yaml", "docker/**/*.y*ml")
+CODE = ("src/esper_otel", "sidecar/esper_tamiyo", "ops")
 
 HANGING = re.compile(
     r"\b(?:what|whatever)\b"
@@ -112,6 +114,12 @@ def _of_docs() -> Iterator[Sentence]:
         for path in sorted(ROOT.glob(pattern)):
             place = str(path.relative_to(ROOT))
             for block in blocks(path.read_text(encoding="utf-8")):
+                yield from (Sentence("docs", place, each) for each in sentences(block))
+    for pattern in CONFIGURATIONS:
+        for path in sorted(ROOT.glob(pattern)):
+            place = str(path.relative_to(ROOT))
+            comments = re.sub(r"^(?! *#).*$|^ *# ?", "", path.read_text(), flags=re.MULTILINE)
+            for block in blocks(comments):
                 yield from (Sentence("docs", place, each) for each in sentences(block))
 
 

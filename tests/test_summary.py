@@ -256,7 +256,7 @@ def test_what_a_receiver_rejects_is_said_as_that():
     )
     text = summary_of("r", 0, tally_of({}), report).as_text()
     assert "7 of 10 points sent, 3 rejected by the receiver;" in text
-    assert "0 of 30 spans sent, 30 rejected by the receiver: it takes no traces" in text
+    assert "0 of 30 spans sent, 30 rejected by the receiver: it does not accept traces" in text
 
 
 def test_what_was_lost_and_what_waits_is_said():

@@ -233,7 +233,7 @@ class Summary(msgspec.Struct, frozen=True):
             text = f"{account['delivered']:,} of {account['produced']:,} {names[signal]} sent"
             if account["refused"]:
                 whole = account["refused"] == account["produced"]
-                kind = "" if not whole else f": it takes no {signal}"
+                kind = "" if not whole else f": it does not accept {signal}"
                 text += f", {account['refused']:,} rejected by the receiver{kind}"
             if account["dropped"] > account["refused"]:
                 text += f", {account['dropped'] - account['refused']:,} DROPPED"
