@@ -113,13 +113,13 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
                 refused={"no snapshot is good yet": 2},
             ),
             "snapshots 12 made in 0.457 ms each, good: the last of step 1,200; they take "
-            "3.21 MB of host memory; step 900 put back at step 1,003; asked for and not put "
-            "back × 2: no snapshot is good yet",
+            "3.21 MB of host memory; step 900 restored at step 1,003; requested and not "
+            "restored × 2: no snapshot is good yet",
         ),
         (SnapshotReport(0, None, 0, 0.0, [], {}), "snapshots none made"),
         (
             SnapshotReport(0, None, 0, 0.0, [], {"no snapshots are kept": 1}),
-            "snapshots asked for and not put back × 1: no snapshots are kept",
+            "snapshots requested and not restored × 1: no snapshots are kept",
         ),
     ],
 )

@@ -252,9 +252,9 @@ def _of_snapshots(report: SnapshotReport) -> Iterator[str]:
     elif not (report.restored or report.refused):
         yield "none made"
     for to, at in report.restored:
-        yield f"step {to:,} put back at step {at:,}"
+        yield f"step {to:,} restored at step {at:,}"
     for why, times in report.refused.items():
-        yield f"asked for and not put back × {times:,}: {why}"
+        yield f"requested and not restored × {times:,}: {why}"
 
 
 def summary_of(

@@ -177,8 +177,8 @@ def _(entry: StateRestored) -> str:
         told.append(f"all ranks start afresh, state could not be restored: {entry.problem}")
     elif entry.age_s is not None:
         told.append(
-            f"{entry.ranks} ranks go on from a step {entry.age_s:.1f} s before the start, "
-            f"{entry.too_old + entry.unfit} begin anew"
+            f"{entry.ranks} ranks continue from a step {entry.age_s:.1f} s before the start, "
+            f"{entry.too_old + entry.unfit} start afresh"
         )
     return "; ".join(told)
 

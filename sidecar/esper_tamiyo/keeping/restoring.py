@@ -83,9 +83,9 @@ class Restored(msgspec.Struct, kw_only=True):
         if self.steps:
             parts.append(f"{self.steps} steps judged again")
         if self.too_old:
-            parts.append(f"{self.too_old} ranks left out as too old")
+            parts.append(f"{self.too_old} ranks too old to restore")
         if self.unfit:
-            parts.append(f"{self.unfit} ranks left out as they could not be read")
+            parts.append(f"{self.unfit} ranks unreadable")
         return "; ".join(parts)
 
 

@@ -305,7 +305,7 @@ class StateKeeper(ChildProcess):
             self._is_torn, self._retry_at = True, time.monotonic() + RETRY_S
             self._due.clear()
         if error and error != self._logged_error:
-            log.warning("state is not kept: %s; decisions go on without it", error)
+            log.warning("state is not kept: %s; decisions continue without it", error)
         elif self._logged_error and not error:
             log.warning("state is kept again")
         self._logged_error = error

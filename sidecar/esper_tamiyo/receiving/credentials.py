@@ -108,7 +108,7 @@ class Credentials(msgspec.Struct, frozen=True):
             return ""
         if not (self.tls_cert or self.token_file or insecure):
             raise CredentialsError(
-                f"{address.host} is reachable from other machines, and whoever {risk}; "
+                f"{address.host} is reachable from other machines, and anyone who {risk}; "
                 "expected a loopback address such as 127.0.0.1, or "
                 "--tls-cert and --tls-key, --token-file, or --insecure"
             )
