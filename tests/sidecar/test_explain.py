@@ -188,7 +188,7 @@ def test_a_decision_about_an_update_says_so():
         "run/0/61/update: PAUSE (HIGH)",
         "about the update of step 61, before it was made",
     ]
-    with pytest.raises(UnknownDecisionError, match="near it are run/0/61/update, run/0/20"):
+    with pytest.raises(UnknownDecisionError, match="similar ids are run/0/61/update, run/0/20"):
         find_decision([decided(20), update], "run/0/60")
     with pytest.raises(UnknownDecisionError, match=r"it knows run$"):
         find_decision([update], "latest", "nobody")
@@ -272,13 +272,13 @@ def test_another_seed_that_is_let_go_of_does_not_end_it():
 @pytest.mark.parametrize(
     ("wanted", "near"),
     [
-        ("run/0/22", "near it are run/0/20, run/0/61"),
+        ("run/0/22", "similar ids are run/0/20, run/0/61"),
         ("rum/0/61", "run/0/61"),
-        ("another/0/9", "near it are another/0/7"),
-        ("", "near it are"),
-        ("run/0/x", "near it are run/0/61, run/0/20"),
-        ("run/0/" + "9" * 5000, "near it are"),
-        ("run/0/²", "near it are"),
+        ("another/0/9", "similar ids are another/0/7"),
+        ("", "similar ids are"),
+        ("run/0/x", "similar ids are run/0/61, run/0/20"),
+        ("run/0/" + "9" * 5000, "similar ids are"),
+        ("run/0/²", "similar ids are"),
     ],
 )
 def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
@@ -288,7 +288,7 @@ def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
 
 
 def test_an_id_without_a_step_is_no_worse_than_another():
-    with pytest.raises(UnknownDecisionError, match="near it are run/0/x, run/0/20"):
+    with pytest.raises(UnknownDecisionError, match="similar ids are run/0/x, run/0/20"):
         find_decision([*JOURNAL, decided(5, id="run/0/x")], "run/0/3")
 
 

@@ -274,7 +274,7 @@ def test_a_usual_norm_beside_no_condition_on_the_norm_is_told():
     known = table(f"id: a, metric: gradient_norm, above_record: 1, {rest}")
     unknown = table(f"id: a, metric: loss, above_record: 1, {rest}")
     assert doubts(known) == []
-    assert ["usual_norm in vain" in doubt.message for doubt in doubts(unknown)] == [True]
+    assert ["usual_norm without effect" in doubt.message for doubt in doubts(unknown)] == [True]
 
 
 # What explains it.

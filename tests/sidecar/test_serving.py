@@ -224,9 +224,7 @@ def test_what_was_decided_of_an_update_and_what_became_of_it(guarding):
     assert "spike decided: gradient_norm above 11 × its baseline\n" in told()
     assert "The trainer is in enforce mode.\nThe update of step 5 was skipped.\n" in told()
     lines = tamiyo("journal", "--run", "told", *journal).stdout
-    assert (
-        "told/0/5/update  update of step 5 to be skipped: spike (OPTIMIZER, HIGH)\n" in lines
-    )
+    assert "told/0/5/update  update of step 5 to be skipped: spike (OPTIMIZER, HIGH)\n" in lines
     assert "told/0/5/update  afterwards, 32 steps: neutral (" in lines
     assert "; update of step 5 skipped; spike saw gradient_norm 50 (baseline 2, " in lines
 

@@ -503,10 +503,10 @@ def test_what_rules_say_of_each_other_is_checked():
     ) == [
         'thresholds.yaml:4: rules[0].inhibits[0]: "b" is HIGH, more severe than this rule',
         'thresholds.yaml:4: rules[0].inhibits[1]: "c" inhibits this rule: neither would ever '
-        "be heard",
+        "be reported",
         "thresholds.yaml:4: rules[0].inhibits[2]: no rule has this id; did you mean d?",
         'thresholds.yaml:6: rules[2].inhibits[0]: "a" inhibits this rule: neither would ever '
-        "be heard",
+        "be reported",
     ]
 
 

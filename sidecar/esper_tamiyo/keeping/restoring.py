@@ -81,7 +81,7 @@ class Restored(msgspec.Struct, kw_only=True):
         if self.age_s is not None:
             parts.append(f"the newest step was {self.age_s:.1f} s before the start")
         if self.steps:
-            parts.append(f"{self.steps} steps judged again")
+            parts.append(f"{self.steps} steps evaluated again")
         if self.too_old:
             parts.append(f"{self.too_old} ranks too old to restore")
         if self.unfit:
