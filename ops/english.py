@@ -142,7 +142,7 @@ def _of_texts() -> Iterator[Sentence]:
 def _of_docstrings() -> Iterator[Sentence]:
     package = ROOT / "src" / "esper_otel"
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
-    defined = {
+    defined: dict[str, ast.ClassDef | ast.FunctionDef] = {
         node.name: node
         for tree in trees
         for node in tree.body
@@ -152,10 +152,9 @@ def _of_docstrings() -> Iterator[Sentence]:
         node = defined.get(name)
         bases = node.bases if isinstance(node, ast.ClassDef) else []
         owners = [node, *(defined.get(getattr(base, "id", "")) for base in bases)]
-        for owner in filter(None, owners):
-            for text in docstrings(owner):
-                for block in blocks(text):
-                    yield from (Sentence("docstrings", name, one) for one in sentences(block))
+        for text in (each for owner in owners if owner for each in docstrings(owner)):
+            for block in blocks(text):
+                yield from (Sentence("docstrings", name, one) for one in sentences(block))
 
 
 def docstrings(node: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:

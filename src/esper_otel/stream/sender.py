@@ -112,7 +112,7 @@ class Outage:
             was_down = destination.signal in self._down
             self._down.discard(destination.signal)
         if was_down:
-            log.info("delivery of telemetry to %s has resumed", destination.shown)
+            log.info("telemetry is delivered to %s again", destination.shown)
 
 
 class Sender:

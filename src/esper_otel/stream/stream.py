@@ -364,7 +364,7 @@ class Stream:
         self._ring.refused_frames += 1
         if not self._faulted:
             self._faulted = True
-            log.warning("a step record could not be stored: %r", error)
+            log.warning("a step could not be recorded: %r", error)
 
     def _silence(self) -> None:
         """In a forked child: the run belongs to the parent."""
