@@ -1,4 +1,4 @@
-"""Field reports: what a run did after a decision, gathered until there is enough to tell.
+"""Outcome reports (field reports): the run's course after a decision, collected over a window.
 
 Followed are decisions and notices: steps that go on as they are, with a finding. Three samples
 are taken of the loss, its volatility and the step time: over the :data:`WINDOW` steps up to
@@ -205,7 +205,7 @@ class FieldReports:
         return [
             report
             for key in list(islice(ended, GIVEN_UP_AT_ONCE))
-            for report in self._give_up(key, "the run said no more")
+            for report in self._give_up(key, "the run sent no more steps")
         ]
 
     def close(self) -> list[DueReport]:
