@@ -17,6 +17,7 @@ ONCE = 2
 _INACTIVE, _PENDING, _FIRING, _RECOVERING, _UNKNOWN = RuleState
 
 _AT_REST = (_UNKNOWN, _INACTIVE)
+_HELD = (_FIRING, _RECOVERING)
 
 _NOTHING = object()
 _IDLE: dict[RuleState, object] = {_INACTIVE: False, _UNKNOWN: None}
@@ -223,3 +224,27 @@ def usual(
         if entry.keeps_norm and step - status.since >= ONCE:
             return {key: value for key, value in values.items() if key != "gradient_norm"}
     return values
+
+
+def would_hold(
+    place: int,
+    entry: CompiledRule,
+    values: Values,
+    rank: RuleTarget,
+    seeds: Sequence[RuleTarget],
+) -> bool:
+    """Whether the rule at ``place`` would have fired and not be released by ``values``; as it
+    stands now with the rank, or with any of its seeds, if these cannot tell."""
+    rule = entry.rule
+    if not (rule.about_seeds or rule.about_ranks):
+        status = rank.statuses[place]
+        verdict = entry.test(values, rank.history)
+        kept = status.kept(entry, verdict, values, rank.history)
+        after = status.peek(entry, verdict, kept)
+        if after is not _UNKNOWN:
+            return after in _HELD
+    targets = seeds if rule.about_seeds else (rank,)
+    return any(
+        status.active and status.state in _HELD
+        for status in (target.statuses[place] for target in targets)
+    )
