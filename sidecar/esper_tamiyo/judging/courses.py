@@ -97,7 +97,7 @@ class _Part(NamedTuple):
     """A rank, or one of its seeds: what a row has of it.
 
     ``derived`` are the metrics that follow from its values, and ``absent`` those that cannot be
-    told. ``columns`` are the places of what its past takes in.
+    told. ``columns`` are the places of what its past takes in, among all that is put off.
     """
 
     target: RuleTarget
@@ -113,8 +113,18 @@ class Course:
     values for each step."""
 
     __slots__ = (
-        *("_book", "_crossed", "_edges", "_least", "_lower", "_most", "_moving"),
-        *("_names", "_parts", "_repeats", "_rows", "_sides", "_upper"),
+        *(
+            "_book",
+            "_crossed",
+            "_edges",
+            "_keep",
+            "_kept",
+            "_least",
+            "_lower",
+            "_most",
+            "_moving",
+        ),
+        *("_names", "_parts", "_repeats", "_rows", "_shape", "_sides", "_upper"),
     )
 
     def __init__(self, book: Rulebook, crossed: dict[str, int]) -> None:
@@ -131,7 +141,13 @@ class Course:
         self._edges: list[_Edge] = []
         self._sides: list[_Side] = []
         self._repeats: list[_Repeats] = []
+        self._shape: tuple[tuple[str, ...], list[str]] = ((), [])
+        """Keys and names of the newest part."""
+        self._kept: list[int] = []
+        """The places in a row of what pasts take in."""
+        self._keep: Callable[[Sequence[float]], tuple[float, ...]]
         self._rows = array("d")
+        """What pasts have not taken in."""
 
     def join(self, target: RuleTarget, own: Values, holds: Sequence[Hold]) -> None:
         """A rank, or then one of its seeds, with the values ``own`` that its frames have."""
@@ -147,16 +163,21 @@ class Course:
         self._names += names
         self._least += [-inf] * len(names)
         self._most += [inf] * len(names)
-        self._parts.append(
-            _Part(
-                target=target,
-                keys=tuple(own),
-                pick=itemgetter(*picked),
-                derived=[each.of for each in told],
-                absent=[each.of for each in derived if each not in told],
-                columns={key: place[key] for key in history.put_off if key in place},
-            )
+        part = _Part(
+            target=target,
+            keys=tuple(own),
+            pick=itemgetter(*picked),
+            derived=[each.of for each in told],
+            absent=[each.of for each in derived if each not in told],
+            columns=self._put_off(
+                [(key, place[key]) for key in history.put_off if key in place]
+            ),
         )
+        if self._shape == (part.keys, names):  # seeds are alike: then what says so is shared
+            alike = self._parts[-1]._asdict()
+            part = _Part(**{**alike, "target": target, "columns": part.columns})
+        self._shape = part.keys, names
+        self._parts.append(part)
         self._sides += [
             _Side(place[key[0]], history.excursions[key], below=key[1])
             for key in history.own_excursions
@@ -164,6 +185,14 @@ class Course:
         ]
         for hold in holds:
             self._keep_to(hold, place.get(hold.metric))
+
+    def _put_off(self, columns: list[tuple[str, int]]) -> dict[str, int]:
+        """Have what is put off have these metrics, by their place in a row."""
+        first = len(self._kept)
+        self._kept += [place for _, place in columns]
+        some = self._kept[0] if self._kept else 0
+        self._keep = itemgetter(*self._kept, some, some)
+        return {metric: first + offset for offset, (metric, _) in enumerate(columns)}
 
     def _keep_to(self, hold: Hold, place: int | None) -> None:
         if hold.edge is not None and place is not None:
@@ -249,11 +278,11 @@ class Course:
         """Take in the row of a step."""
         for side in self._sides:
             side.take(row[side.place])
-        self._rows.extend(row)
+        self._rows.extend(self._keep(row))
 
     def absorb(self, frame: StepFrame) -> None:
         """Make the rows that wait part of the past; ``frame`` is the newest of them."""
-        rows, width = self._rows, len(self._names)
+        rows, width = self._rows, len(self._kept) + 2
         for side in self._sides:
             side.begin()
         for part, own in zip(self._parts, (frame.values, *frame.seeds.values()), strict=False):

@@ -181,7 +181,7 @@ def _hold_of(condition: Condition, verdict: Verdict, past: Past) -> Hold | None:
     if metric not in past.values:
         return _hold(metric, _always) if verdict is None else None
     if operator in ON_BASELINES:
-        return _hold(metric, _on_baseline(condition, verdict, past))
+        return _hold(metric, _OnBaseline(condition, verdict, past))
     if operator in ON_RECORDS:
         return _on_record(condition, verdict, past)
     if operator in ON_PEERS:
@@ -227,38 +227,39 @@ def _name(metric: str, kind: BaselineKind) -> str:
     return BaselineKey(metric, kind).name
 
 
-def _on_baseline(condition: Condition, verdict: Verdict, past: Past) -> Within:
+class _OnBaseline:
     """A bound is a product, and so lies between those of the ends of where the median may
-    be. Of a baseline of zero nothing is known, and of one that may change its sign nothing."""
-    factor, lower = condition.number, is_lower(condition.operator)
-    reference = past.history.baselines[_name(condition.baseline_of, condition.baseline)]
-    is_told = condition.baseline_of in past.told
+    be. Of a baseline of zero nothing is known, and of one that may change its sign nothing.
 
-    def within(steps: int) -> Range | None:
-        value = reference.value
-        if is_told:
-            span = reference.span(steps)
+    No closure: of each rank there are twenty, and those take five times the memory.
+    """
+
+    __slots__ = ("_factor", "_is_lower", "_is_told", "_reference", "_verdict")
+
+    def __init__(self, condition: Condition, verdict: Verdict, past: Past) -> None:
+        self._factor, self._verdict = condition.number, verdict
+        self._is_lower = is_lower(condition.operator)
+        name = _name(condition.baseline_of, condition.baseline)
+        self._reference = past.history.baselines[name]
+        self._is_told = condition.baseline_of in past.told
+
+    def __call__(self, steps: int) -> Range | None:
+        value, verdict = self._reference.value, self._verdict
+        if self._is_told:
+            span = self._reference.span(steps)
             if span is None:
                 return None
         elif value is None:
             return ANY if verdict is None else None
         else:
             span = (value, value)
-        least, most = span
         if verdict is None:
-            return ANY if least == most == 0.0 else None
-        if least > 0.0:
-            bounds = factor * least, factor * most
-        elif most < 0.0:
-            ends = times(factor, least), times(factor, most)
-            margin = _MARGIN * max(abs(least), abs(most), *map(abs, ends))
-            bounds = min(ends) - margin, max(ends) + margin
-        else:
+            return ANY if span == (0.0, 0.0) else None
+        bounds = self._bounds(*span)
+        if bounds is None or not bounds[1] - bounds[0] < inf:
             return None
         nearest, farthest = bounds
-        if not farthest - nearest < inf:
-            return None
-        if lower:
+        if self._is_lower:
             if verdict:
                 return -inf, nextafter(nearest, -inf), ENDLESS
             return farthest, inf, ENDLESS
@@ -266,7 +267,15 @@ def _on_baseline(condition: Condition, verdict: Verdict, past: Past) -> Within:
             return nextafter(farthest, inf), inf, ENDLESS
         return -inf, nearest, ENDLESS
 
-    return within
+    def _bounds(self, least: float, most: float) -> tuple[float, float] | None:
+        factor = self._factor
+        if least > 0.0:
+            return factor * least, factor * most
+        if most < 0.0:
+            ends = times(factor, least), times(factor, most)
+            margin = _MARGIN * max(abs(least), abs(most), *map(abs, ends))
+            return min(ends) - margin, max(ends) + margin
+        return None
 
 
 def _on_record(condition: Condition, verdict: Verdict, past: Past) -> Hold | None:
@@ -297,14 +306,17 @@ def _rises(condition: Condition, verdict: Verdict, past: Past) -> Within | None:
     return within
 
 
-def _unchanged(condition: Condition, verdict: Verdict, past: Past) -> Hold | None:
+class _Unchanged:
     """Unknown while all values there ever were are the same, else false until enough are."""
-    metric, needed = condition.metric, int(condition.number)
-    last = past.history.lasts[metric]
-    is_brief = needed <= BRIEF
 
-    def within(steps: int) -> Range | None:
-        value, left = last.value, needed - 1 - last.repeats
+    __slots__ = ("_last", "_needed", "_verdict")
+
+    def __init__(self, last: Last, needed: int, verdict: Verdict) -> None:
+        self._last, self._needed, self._verdict = last, needed, verdict
+
+    def __call__(self, steps: int) -> Range | None:
+        last, verdict = self._last, self._verdict
+        value, left = last.value, self._needed - 1 - last.repeats
         if value is None:
             return None
         if verdict:
@@ -313,11 +325,15 @@ def _unchanged(condition: Condition, verdict: Verdict, past: Past) -> Hold | Non
             return None
         if verdict is None:
             return value, value, left
-        return ANY if is_brief else (-inf, inf, left)
+        return ANY if self._needed <= BRIEF else (-inf, inf, left)
 
-    if verdict is False and is_brief:
-        return Hold(metric, within, repeats=(last, needed))
-    return Hold(metric, within)
+
+def _unchanged(condition: Condition, verdict: Verdict, past: Past) -> Hold:
+    metric, needed = condition.metric, int(condition.number)
+    last = past.history.lasts[metric]
+    is_brief = verdict is False and needed <= BRIEF
+    repeats = (last, needed) if is_brief else None
+    return Hold(metric, _Unchanged(last, needed, verdict), repeats=repeats)
 
 
 def _runs_out(condition: Condition, verdict: Verdict, past: Past) -> Within | None:

@@ -65,8 +65,8 @@ def capacity_of(book: Rulebook, state_bytes: int) -> Capacity:
     Nine parts of sixteen are for ranks, four for seeds and three for comparing ranks.
     """
     part = state_bytes / 16
-    of_rank = 8_000 + 500 * len(book.rules) + past_bytes(book.step_watch)
-    of_seed = 4_000 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
+    of_rank = 10_000 + 700 * len(book.rules) + past_bytes(book.step_watch)
+    of_seed = 4_800 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
     return Capacity(
         max(1, min(MAX_RUNS, int(9 * part / of_rank))),
         max(MAX_SEEDS_PER_FRAME, int(4 * part / of_seed)),
