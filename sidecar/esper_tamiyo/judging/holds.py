@@ -218,7 +218,9 @@ def _fixed(condition: Condition, verdict: Verdict) -> Hold | None:
         (Operator.BELOW, True): (-inf, below),
         (Operator.AT_MOST, False): (above, inf),
         (Operator.AT_MOST, True): (-inf, number),
-    }[condition.operator, verdict]
+    }.get((condition.operator, verdict))
+    if made is None:  # an operator that nothing is known of here: its rules are tried
+        return None
     return Hold(metric, lambda steps: (*made, ENDLESS), True)
 
 

@@ -21,9 +21,9 @@ from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.history import Watched
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS, Key
 from esper_tamiyo.judging.peers import PeerBoard
+from esper_tamiyo.judging.rule_status import NEW_AT_ONCE
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.run_state import RunState
-from esper_tamiyo.judging.seeds import NEW_AT_ONCE
 from esper_tamiyo.judging.silences import Silences
 
 MAX_RUNS = 4096

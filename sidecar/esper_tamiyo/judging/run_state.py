@@ -17,12 +17,12 @@ from esper_tamiyo.judging.rule_status import (
     RuleStatus,
     RuleTarget,
     RuleTransition,
+    bring_up,
     usual,
     would_hold,
 )
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
-from esper_tamiyo.judging.seeds import bring_up
 from esper_tamiyo.judging.silences import SilencedRules, unheard
 from esper_tamiyo.judging.stretches import Stretch
 from esper_tamiyo.judging.update_guards import UpdateGuards
