@@ -100,8 +100,8 @@ def held(found: Costs) -> str:
     gateway, tamiyo = (cores / (of_rank * cost) for cost in (found.collector, found.tamiyo))
     return (
         f"So a gateway holds {gateway:,.0f} such ranks. One Tamiyo, whose two processes are as "
-        f"busy on two cores, holds {tamiyo:,.0f} by its cores and {kept:,} by its memory, which "
-        "`--state-mb` raises."
+        f"busy on two cores, holds {tamiyo:,.0f} by its cores and {kept:,} by its memory, "
+        "which `--state-mb` raises."
     )
 
 

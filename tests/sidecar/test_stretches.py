@@ -4,7 +4,7 @@ from random import Random
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
@@ -326,6 +326,7 @@ class Passage:
         self.step += self.draw.choice([1, 3, 70])
 
 
+@settings(max_examples=60)
 @given(st.permutations(sorted(TABLES)), PASSAGES, st.integers(0, 1 << 30), st.integers(1, 3))
 def test_steps_in_a_stretch_are_judged_as_each_alone(names, passages, seed, ranks):
     tables = [TABLES[name] for name in names]
@@ -356,14 +357,14 @@ def test_rows_of_observations_are_as_one_after_the_other(values, cuts, window):
         row, values = values[:cut], values[cut:]
         if not row:
             break
-        span = rows[0].span(len(row))
+        span = rows[0].range_in(len(row))
         for value in row:
             for one in alone:
                 one.add(value)
             if span is not None:
                 assert span[0] <= alone[0].value <= span[1]
         for one in rows:
-            one.extend(row)
+            one.add_row(row)
         for one, other in zip(alone, rows, strict=True):
             for field in ("value", "_ordered", "_arrived", "repeats", "total", "_values"):
                 assert getattr(one, field, None) == getattr(other, field, None), field

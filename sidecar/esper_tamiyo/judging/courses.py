@@ -30,9 +30,9 @@ class _Repeats:
         self.place = place
         self._last = last
         self._needed = needed
-        self.begin()
+        self.start()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Go on from what is remembered."""
         self._value, self._count = self._last.value, self._last.repeats
 
@@ -69,9 +69,9 @@ class _Side:
         self._excursions = excursions
         self._sign = -1.0 if below else 1.0
         self._waiting: list[float] = []
-        self.begin()
+        self.flush()
 
-    def begin(self) -> None:
+    def flush(self) -> None:
         """Take in what waits, and go on behind it."""
         excursions = self._excursions
         if self._waiting:
@@ -81,16 +81,16 @@ class _Side:
         self._few = excursions.steady_for
         self._edge = -inf if edge is None else self._sign * edge
 
-    def take(self, value: float) -> None:
+    def put_off(self, value: float) -> None:
         """Take in a value, now or later."""
         if self._few and self._sign * value <= self._edge:
             self._waiting.append(value)
             if len(self._waiting) == self._few:
-                self.begin()
+                self.flush()
         else:
-            self.begin()
+            self.flush()
             self._excursions.add(value)
-            self.begin()
+            self.flush()
 
 
 class _Part(NamedTuple):
@@ -149,7 +149,7 @@ class Course:
         self._rows = array("d")
         """What pasts have not taken in."""
 
-    def join(self, target: RuleTarget, own: Values, holds: Sequence[Hold]) -> None:
+    def add_part(self, target: RuleTarget, own: Values, holds: Sequence[Hold]) -> None:
         """A rank, or then one of its seeds, with the values ``own`` that its frames have."""
         history, first = target.history, len(self._names)
         watched = (*history.put_off, *(metric for metric, _ in history.own_excursions))
@@ -169,7 +169,7 @@ class Course:
             pick=itemgetter(*picked),
             derived=[each.of for each in told],
             absent=[each.of for each in derived if each not in told],
-            columns=self._put_off(
+            columns=self._columns(
                 [(key, place[key]) for key in history.put_off if key in place]
             ),
         )
@@ -186,7 +186,7 @@ class Course:
         for hold in holds:
             self._keep_to(hold, place.get(hold.metric))
 
-    def _put_off(self, columns: list[tuple[str, int]]) -> dict[str, int]:
+    def _columns(self, columns: list[tuple[str, int]]) -> dict[str, int]:
         """Have what is put off have these metrics, by their place in a row."""
         first = len(self._kept)
         self._kept += [place for _, place in columns]
@@ -229,9 +229,9 @@ class Course:
                     upper[place] = high
         self._lower, self._upper = lower, upper
         for repeats in self._repeats:
-            repeats.begin()
+            repeats.start()
         for side in self._sides:
-            side.begin()
+            side.flush()
         return steps
 
     def row_of(self, parts: Sequence[Values]) -> list[float] | None:
@@ -274,17 +274,17 @@ class Course:
             if not least <= value <= most:
                 crossed[name] = crossed.get(name, 0) + 1
 
-    def take(self, row: list[float]) -> None:
+    def put_off(self, row: list[float]) -> None:
         """Take in the row of a step."""
         for side in self._sides:
-            side.take(row[side.place])
+            side.put_off(row[side.place])
         self._rows.extend(self._keep(row))
 
-    def absorb(self, frame: StepFrame) -> None:
+    def flush(self, frame: StepFrame) -> None:
         """Make the rows that wait part of the past; ``frame`` is the newest of them."""
         rows, width = self._rows, len(self._kept) + 2
         for side in self._sides:
-            side.begin()
+            side.flush()
         for part, own in zip(self._parts, (frame.values, *frame.seeds.values()), strict=False):
             target = part.target
             target.values = (

@@ -133,7 +133,7 @@ class Engine:
         if phase != warm_up.phase and (phase == phase or warm_up.phase):
             return None  # another phase begins
         if state.stretch.behind:
-            state.stretch.settle(state)
+            state.stretch.catch_up(state)
         ask.values[STEP_SLOT["step"]] = step  # two places say it, and frames follow this one
         if state.guards.crossed(ask.values):
             return None
@@ -192,7 +192,7 @@ class Engine:
         state = self._runs.get(key)
         if state is None or state.instance != instance:
             return None
-        state.stretch.settle(state)
+        state.stretch.catch_up(state)
         return state.update_guards
 
     def tick(self, now_ns: int) -> None:
@@ -312,7 +312,7 @@ class Engine:
         if is_new:
             self._judge(state, key, frame, at_ns)
             if not asked:
-                state.stretch.begin(state, frame)
+                state.stretch.start(state, frame)
         elif state.was_seen(frame.step):
             self._counts["duplicate"] += 1
         else:
@@ -336,7 +336,7 @@ class Engine:
         state = self._runs.get(key)
         if state is None or state.book is not self._book or frame.ended is not None:
             return None
-        if (transitions := state.stretch.take(state, frame, at_ns)) is None:
+        if (transitions := state.stretch.carry_on(state, frame, at_ns)) is None:
             return None
         self._runs.move_to_end(key)
         self._counts["judged"] += 1

@@ -179,10 +179,10 @@ class History:
                 references.take_in(columns[metric])
         for key in self._watched.slopes:
             if key in columns:
-                self.slopes[key].extend(columns[key])
+                self.slopes[key].add_row(columns[key])
         for key, last in self._own_lasts:
             if key in columns:
-                last.extend(columns[key])
+                last.add_row(columns[key])
             else:
                 last.missed += steps
 

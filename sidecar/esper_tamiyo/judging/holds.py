@@ -248,7 +248,7 @@ class _OnBaseline:
     def __call__(self, steps: int) -> Range | None:
         value, verdict = self._reference.value, self._verdict
         if self._is_told:
-            span = self._reference.span(steps)
+            span = self._reference.range_in(steps)
             if span is None:
                 return None
         elif value is None:

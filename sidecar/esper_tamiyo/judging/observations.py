@@ -49,7 +49,7 @@ class RollingMedian:
             low, high = ordered[middle - 1], ordered[middle]
             self.value = low + (high - low) / 2
 
-    def extend(self, values: Sequence[float]) -> None:
+    def add_row(self, values: Sequence[float]) -> None:
         """Take in a row of observations."""
         arrived, ordered = self._arrived, self._ordered
         if len(ordered) == self._window and (
@@ -65,8 +65,8 @@ class RollingMedian:
             low, high = ordered[(count - 1) >> 1], ordered[count >> 1]
             self.value = low + (high - low) / 2
 
-    def extend_and_tell(self, values: Sequence[float]) -> tuple[float, float] | None:
-        """As :meth:`extend`; the lowest and the highest median on the way, None without any."""
+    def add_row_and_tell(self, values: Sequence[float]) -> tuple[float, float] | None:
+        """As :meth:`add_row`; the lowest and the highest median on the way, or None."""
         arrived, ordered, window = self._arrived, self._ordered, self._window
         warmup, medians = self._warmup, []
         count = len(ordered)
@@ -85,7 +85,7 @@ class RollingMedian:
         self.value = medians[-1]
         return min(medians), max(medians)
 
-    def span(self, steps: int) -> tuple[float, float] | None:
+    def range_in(self, steps: int) -> tuple[float, float] | None:
         """The least and the most that the median can be until ``steps`` more are in, whatever
         they are; None where that cannot be said.
 
@@ -132,7 +132,7 @@ class FrozenMedian:
             self._rolling.add(value)
             self.value = self._rolling.value
 
-    def span(self, steps: int) -> tuple[float, float] | None:
+    def range_in(self, steps: int) -> tuple[float, float] | None:
         """As of a rolling median; None until the median is kept."""
         value = self.value
         return None if value is None else (value, value)
@@ -156,16 +156,16 @@ class Extreme:
 
     def may_move(self, steps: int) -> bool:
         """Whether it may be another behind so many steps."""
-        return self.span(steps) != (self.value, self.value)
+        return self.range_in(steps) != (self.value, self.value)
 
     def reach(self, low: float, high: float) -> None:
         """Look at all medians from ``low`` to ``high``."""
         best = self._better(low, high)
         self.value = best if self.value is None else self._better(self.value, best)
 
-    def span(self, steps: int) -> tuple[float, float] | None:
+    def range_in(self, steps: int) -> tuple[float, float] | None:
         """As of a rolling median, which it follows on one side."""
-        value, medians = self.value, self._rolling.span(steps)
+        value, medians = self.value, self._rolling.range_in(steps)
         if value is None or medians is None:
             return None
         reached = [self._better(value, median) for median in medians]
@@ -195,7 +195,7 @@ class Last:
         self.missed = 0
         self.value = value
 
-    def extend(self, values: Sequence[float]) -> None:
+    def add_row(self, values: Sequence[float]) -> None:
         """Take in a row of observations, one at least."""
         newest, count = values[-1], len(values)
         if values.count(newest) == count:
@@ -232,7 +232,7 @@ class Slope:
         else:
             self._values.append(value)
 
-    def extend(self, values: Sequence[float]) -> None:
+    def add_row(self, values: Sequence[float]) -> None:
         """Take in a row of observations."""
         skipped = min(self._skip, len(values))
         self._skip -= skipped
@@ -331,12 +331,12 @@ class References:
         steps = len(values)
         for median in self._rolling:
             if any(each.may_move(steps) for each in self._extremes):
-                medians = median.extend_and_tell(values)
+                medians = median.add_row_and_tell(values)
                 if medians is not None:
                     for extreme in self._extremes:
                         extreme.reach(*medians)
             else:
-                median.extend(values)
+                median.add_row(values)
         for frozen in self._frozen:
             if frozen.value is None:
                 for value in values:

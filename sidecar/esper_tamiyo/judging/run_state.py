@@ -133,7 +133,7 @@ class RunState:
         Only what the update itself breaks counts: a rule that fired, and is on its way back,
         acts on the steps until then and not on an update that is within all bounds.
         """
-        self.stretch.settle(self)
+        self.stretch.catch_up(self)
         rank = self._rank
         history, statuses = rank.history, rank.statuses
         silenced = self.silences.at(step)
@@ -157,7 +157,7 @@ class RunState:
         status = self._rank.statuses[place]
         if status.state is _FIRING:
             return None
-        self.stretch.end(self)
+        self.stretch.close(self)
         transition = RuleTransition(entry, None, status.state, _FIRING, status.since, {}, "")
         status.enter(_FIRING, self.newest)
         self._unrest = None
@@ -169,7 +169,7 @@ class RunState:
         ``places`` says for each of its rules where the same rule was before, None for what
         is new. What is gone while it was pending or fired is told as having become unknown.
         """
-        self.stretch.end(self)
+        self.stretch.close(self)
         kept = {place for place in places if place is not None}
         if not book.warmed_by <= self.book.warmed_by:
             self.warm_up.steps = 0

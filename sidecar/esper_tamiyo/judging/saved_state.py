@@ -87,7 +87,7 @@ def saved_rank(engine: Engine, key: Key) -> SavedRank | None:
         return None
     if state.book is not engine._book:
         engine._catch_up(state, key)
-    state.stretch.settle(state)
+    state.stretch.catch_up(state)
     board = engine.roster._boards[key[0]]
     return SavedRank(
         comparison=_taken(state._comparison),

@@ -80,9 +80,9 @@ class Stretch:
         """Steps for which the ranges still hold."""
         self._taken = self._ends = self._waited = self._patience = 0
         self.behind = False
-        """Whether somebody who looks has to :meth:`settle` it first."""
+        """Whether somebody who looks has to :meth:`catch_up` with it first."""
 
-    def take(
+    def carry_on(
         self, state: RunState, frame: StepFrame, at_ns: int
     ) -> list[RuleTransition] | None:
         """Take in the frame behind the newest of its rank; None where it has to be judged.
@@ -120,7 +120,7 @@ class Stretch:
         state.newest = step
         state.clean_steps += 1
         state.warm_up.steps += 1
-        course.take(row)
+        course.put_off(row)
         self._newest = frame
         self._left -= 1
         self._taken += 1
@@ -129,10 +129,10 @@ class Stretch:
             return _NOTHING
         transitions = state.compare(frame)
         if transitions or state.acting:
-            self.end(state)
+            self.close(state)
         return transitions
 
-    def settle(self, state: RunState) -> None:
+    def catch_up(self, state: RunState) -> None:
         """Bring the past and the guards up to the newest step; the stretch goes on."""
         if self.behind:
             self._absorb()
@@ -145,13 +145,13 @@ class Stretch:
             self._absorb()
             self._is_open = self.behind = False
 
-    def end(self, state: RunState) -> None:
+    def close(self, state: RunState) -> None:
         """It is over: something else than a step has changed the rank."""
-        self.settle(state)
+        self.catch_up(state)
         self._course = self._choosing = None
         self._is_open = False
 
-    def begin(self, state: RunState, frame: StepFrame) -> None:
+    def start(self, state: RunState, frame: StepFrame) -> None:
         """Behind ``frame``, which was judged, go on with the same ranges or choose others.
 
         To choose takes a few such steps, as asks of others wait meanwhile.
@@ -164,7 +164,7 @@ class Stretch:
             self._give_up()
         elif self._course is not None and self._ends < ENDS:
             self._ends += 1
-            self._start(state, frame)
+            self._open(state, frame)
         elif self._waited < self._patience:
             self._waited += 1
         else:
@@ -179,7 +179,7 @@ class Stretch:
         if self._choosing is not None and next(self._choosing, True):
             self._choosing = None
             if self._course is not None:
-                self._start(state, frame)
+                self._open(state, frame)
 
     def _chosen(self, state: RunState, frame: StepFrame, course: Course) -> Iterator[bool]:
         """Give a course ranges for a rank and each of its seeds, or give up; False while there
@@ -210,10 +210,10 @@ class Stretch:
                 if not count % RULES_AT_ONCE:
                     yield False
             own = values if target is rank else frame.seeds[target.seed_id or ""]
-            course.join(target, {**values, **own} if book.mixes else own, holds)
+            course.add_part(target, {**values, **own} if book.mixes else own, holds)
             holds = []
 
-    def _start(self, state: RunState, frame: StepFrame) -> None:
+    def _open(self, state: RunState, frame: StepFrame) -> None:
         """Begin with the ranges that were chosen, if they still are about the same."""
         course, live = self._course, (state._live if state.book.judges_seeds else [])
         is_same = (
@@ -241,7 +241,7 @@ class Stretch:
 
     def _absorb(self) -> None:
         if self._newest is not None and self._course is not None:
-            self._course.absorb(self._newest)
+            self._course.flush(self._newest)
             self._newest = None
 
 
