@@ -13,7 +13,7 @@ from esper_tamiyo.judging import peers
 from esper_tamiyo.judging.admission import FREE_LEAP, HELD_LEAP
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.roster import GONE_AFTER_NS, MAX_RUNS
-from esper_tamiyo.judging.seeds import NEW_AT_ONCE
+from esper_tamiyo.judging.rule_status import NEW_AT_ONCE
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 

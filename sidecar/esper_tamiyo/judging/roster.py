@@ -21,9 +21,9 @@ from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.history import Watched
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS, Key
 from esper_tamiyo.judging.peers import PeerBoard
+from esper_tamiyo.judging.rule_status import NEW_AT_ONCE
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.run_state import RunState
-from esper_tamiyo.judging.seeds import NEW_AT_ONCE
 from esper_tamiyo.judging.silences import Silences
 
 MAX_RUNS = 4096
@@ -65,8 +65,8 @@ def capacity_of(book: Rulebook, state_bytes: int) -> Capacity:
     Nine parts of sixteen are for ranks, four for seeds and three for comparing ranks.
     """
     part = state_bytes / 16
-    of_rank = 8_000 + 500 * len(book.rules) + past_bytes(book.step_watch)
-    of_seed = 4_000 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
+    of_rank = 10_000 + 700 * len(book.rules) + past_bytes(book.step_watch)
+    of_seed = 4_800 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
     return Capacity(
         max(1, min(MAX_RUNS, int(9 * part / of_rank))),
         max(MAX_SEEDS_PER_FRAME, int(4 * part / of_seed)),

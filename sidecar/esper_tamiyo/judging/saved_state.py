@@ -16,8 +16,9 @@ from typing import Any
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.excursions import Excursions
-from esper_tamiyo.judging.history import Extreme, FrozenMedian, History, RollingMedian
+from esper_tamiyo.judging.history import History
 from esper_tamiyo.judging.liveness import Key
+from esper_tamiyo.judging.observations import Extreme, FrozenMedian, RollingMedian
 from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS, KEPT_STEPS, PeerBoard
 from esper_tamiyo.judging.rule_status import _OF_OTHERS, RuleStatus, RuleTarget
 from esper_tamiyo.judging.rules import compiled
@@ -109,6 +110,8 @@ def _up_to_date(engine: Engine, key: Key) -> RunState | None:
     state = engine._runs.get(key)
     if state is not None and state.book is not engine._book:
         engine._catch_up(state, key)
+    if state is not None:
+        state.stretch.catch_up(state)
     return state
 
 

@@ -47,8 +47,8 @@ from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
 
-GATHER_S = 0.02
-"""Steps that follow each other faster go down the pipe together: what a kill costs at most."""
+GATHER_S, GATHERED = 0.02, 64
+"""Steps within so long, so many at most, go down the pipe together: what a kill costs."""
 ROUND_S = 5.0
 """Between two times that a rank which goes on is saved."""
 
@@ -177,7 +177,7 @@ class StateKeeper(ChildProcess):
                 self._begin_segment(engine)
         elif (
             not self._frames  # then what has happened besides steps is written at once
-            or now >= self._write_at
+            or (now >= self._write_at or len(self._frames) >= GATHERED)
             or (self._due and now >= self._due.at)
             or engine.table is not self._table
         ):
