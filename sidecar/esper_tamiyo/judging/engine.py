@@ -51,8 +51,8 @@ SWITCHED_AT_ONCE = 8
 
 
 class Engine:
-    """Judges frames of many runs by one table, in bounded memory: as many ranks, seeds and steps
-    as :mod:`~esper_tamiyo.judging.roster` has room for."""
+    """Judges frames of many runs by one table, in bounded memory: as many ranks, seeds and
+    steps as :mod:`~esper_tamiyo.judging.roster` has room for."""
 
     def __init__(
         self,
