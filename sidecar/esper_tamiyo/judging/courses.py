@@ -115,18 +115,9 @@ class Course:
     values for each step."""
 
     __slots__ = (
-        *(
-            "_book",
-            "_crossed",
-            "_edges",
-            "_keep",
-            "_kept",
-            "_least",
-            "_lower",
-            "_most",
-            "_moving",
-        ),
-        *("_names", "_parts", "_repeats", "_rows", "_shape", "_sides", "_steps", "_upper"),
+        *("_book", "_crossed", "_edges", "_keep", "_kept", "_least", "_lower", "_most"),
+        *("_moving", "_names", "_parts", "_repeats", "_rows", "_shape", "_sides"),
+        *("_steps", "_upper"),
     )
 
     def __init__(self, book: Rulebook, crossed: Counter[Condition | None]) -> None:
