@@ -1,4 +1,4 @@
-"""The command ``tamiyo``; what each command does is in :mod:`esper_tamiyo.commands`."""
+"""The command ``tamiyo``; :mod:`esper_tamiyo.commands` has a module for each command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     take_any_text()
     parser = argparse.ArgumentParser(
-        prog="tamiyo", description="The sidecar that reads a training run and decides."
+        prog="tamiyo",
+        description="The sidecar that evaluates training runs and makes decisions.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

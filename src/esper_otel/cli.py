@@ -1,4 +1,4 @@
-"""The command ``esper-otel``; what each command does is in :mod:`esper_otel.commands`."""
+"""The command ``esper-otel``; :mod:`esper_otel.commands` has a module for each command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     pythons: list[str] = []
     parser = argparse.ArgumentParser(
-        prog="esper-otel", description="Records training runs, and shows what was recorded."
+        prog="esper-otel", description="Records training runs, and shows recorded runs."
     )
     parser.add_argument("--version", action="version", version=f"esper-otel {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     """Describe the command."""
     parser = commands.add_parser("ask", help="show the newest decision of a run")
     add_socket(parser)
-    parser.add_argument("--run", default="", help="default: the run heard of last")
+    parser.add_argument("--run", default="", help="default: the most recently active run")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=_ask)

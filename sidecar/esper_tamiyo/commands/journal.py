@@ -1,4 +1,4 @@
-"""``tamiyo journal``: show what was written down, and what is being written."""
+"""``tamiyo journal``: show journal entries, and follow new ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("journal", help="show what was decided, and when")
-    parser.add_argument("--run", default="", help="only what is about this run")
-    parser.add_argument("--follow", action="store_true", help="go on with what comes")
-    parser.add_argument("--json", action="store_true", help="the lines as they are written")
+    parser = commands.add_parser("journal", help="show decisions and other journal entries")
+    parser.add_argument("--run", default="", help="only entries about this run")
+    parser.add_argument("--follow", action="store_true", help="follow new entries")
+    parser.add_argument("--json", action="store_true", help="raw JSON lines")
     add_folder(parser)
     parser.set_defaults(command=_journal)
 

@@ -1,4 +1,4 @@
-"""``tamiyo replay``: what a table would have decided about a recorded run."""
+"""``tamiyo replay``: the decisions of a table about a recorded run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Describe the command."""
-    parser = commands.add_parser(
-        "replay", help="show what a table would have decided about a recorded run"
-    )
+    parser = commands.add_parser("replay", help="show a table's decisions about a recorded run")
     add_recording(parser)
     parser.add_argument(
         "--table", default="default", help="default, prototype or a file (default: %(default)s)"
     )
-    parser.add_argument("--all", action="store_true", help="also show what is nominal")
+    parser.add_argument("--all", action="store_true", help="also show nominal decisions")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.set_defaults(command=_replay)
 

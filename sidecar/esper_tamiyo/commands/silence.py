@@ -14,7 +14,7 @@ from esper_tamiyo.commands.common import CommandError, Commands, add_socket, rep
 
 def add(commands: Commands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("silence", help="silence a rule for one run, while it runs")
+    parser = commands.add_parser("silence", help="suppress a rule for one run while it trains")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("rule", metavar="RULE", help="id of the rule")
     how_long = parser.add_mutually_exclusive_group()
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     how_long.add_argument(
         "--until-end", action="store_true", help="until the run ends (the default)"
     )
-    how_long.add_argument("--undo", action="store_true", help="let the rule be heard again")
+    how_long.add_argument("--undo", action="store_true", help="end the silence")
     add_socket(parser)
     parser.set_defaults(command=_silence)
 

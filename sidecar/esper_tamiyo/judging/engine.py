@@ -1,4 +1,4 @@
-"""The engine: step frames in, one decision per step out.
+"""The engine: step records in, one decision per step out.
 
 It does no I/O and reads no clock, so a replayed stream gives the same decisions. A frame
 may come twice, in an ask and in the stream; whichever copy is first is judged. Findings
@@ -51,11 +51,8 @@ SWITCHED_AT_ONCE = 8
 
 
 class Engine:
-    """Judges frames of many runs by one table.
-
-    Memory is bounded: so many ranks, seeds and steps as :mod:`~esper_tamiyo.judging.roster`
-    has room for in ``state_bytes``.
-    """
+    """Judges frames of many runs by one table, in bounded memory: as many ranks, seeds and steps
+    as :mod:`~esper_tamiyo.judging.roster` has room for."""
 
     def __init__(
         self,
@@ -87,10 +84,9 @@ class Engine:
     ) -> Decision:
         """Judge ``frame`` unless it was seen before, and decide. Never raises.
 
-        A frame that cannot be judged, or that a newer process of the same run and rank
-        has replaced, is counted and gets the CONTINUE that says nobody judged. ``at_ns`` is
-        when it was heard, by the clock of :meth:`tick`; its own time unless given. ``asked``:
-        by a process that was introduced, and not from the stream.
+        One that cannot be judged, or whose process a newer one has replaced, is counted and
+        gets the CONTINUE that says nobody judged. ``at_ns`` is when it was heard, by the clock
+        of :meth:`tick`; its own time unless given. ``asked``: by a process that was introduced.
         """
         try:
             heard_ns = frame.time_unix_nano if at_ns is None else at_ns
@@ -110,8 +106,7 @@ class Engine:
         """The decision that :meth:`observe` would give, where no rule can fire; else None.
 
         ``ask.values`` must be in registry order. None also when anything else is out of the
-        ordinary. Changes no state: once the answer is on its way the frame has to be given
-        to :meth:`commit`, which takes ``observe``'s place.
+        ordinary. Once the answer is on its way the frame has to be given to :meth:`commit`.
         """
         state = self._runs.get(key)
         step = ask.step
@@ -198,29 +193,33 @@ class Engine:
     def tick(self, now_ns: int) -> None:
         """Note the ranks that have sent nothing for too long at ``now_ns``.
 
-        Of any clock, the one by which :meth:`observe` is told when frames were heard. To be
-        called about once a second; never raises. A replay need not: a silence that ended is
-        found by the frame that ended it, with the same instants.
+        By the clock of ``at_ns`` of :meth:`observe`. To be called about once a second; never
+        raises. A replay need not: the frame that ends a silence finds it.
         """
+        any(self.tick_in_parts(now_ns, len(self._runs) + 1))
+
+    def tick_in_parts(self, now_ns: int, ranks_at_once: int) -> Iterator[None]:
+        """The same, with a stop after so many ranks each: an ask may come between."""
         try:
-            self.roster.trim()
+            yield from self.roster.trim_in_parts(ranks_at_once)
             behind = SWITCHED_AT_ONCE
-            for key, state in self._runs.items():
-                if state.book is not self._book:
-                    behind -= 1
-                    if behind < 0:
-                        continue
-                    self._catch_up(state, key)
-                self._find_silence(state, key, now_ns - state.pace.heard_ns)
+            for part in self._runs.in_parts(ranks_at_once):
+                for key, state in part:
+                    if state.book is not self._book:
+                        behind -= 1
+                        if behind < 0:
+                            continue
+                        self._catch_up(state, key)
+                    self._find_silence(state, key, now_ns - state.pace.heard_ns)
+                yield
         except Exception:
-            log.exception("could not look for silent ranks")
+            log.exception("could not check for stale ranks")
 
     def reload(self, table: Table) -> ReloadReport:
         """Judge by ``table`` from the next frame on.
 
-        Rules that are the same keep their state with every rank and seed, and baselines
-        that are still watched keep their window. Each rank goes over at its own next frame,
-        or within a few ticks: all of them at once would keep an ask waiting.
+        Rules that are the same keep their state, and baselines that are still watched their
+        window. Each rank goes over at its next frame, or within a few ticks.
         """
         before = self._book.table
         self._book = Rulebook(table)
@@ -247,7 +246,7 @@ class Engine:
 
     def _count_failure(self, frame: StepFrame) -> None:
         self.note_bad_frame()
-        log.exception("could not judge step %s of run %.80r", frame.step, frame.run)
+        log.exception("could not evaluate step %s of run %.80r", frame.step, frame.run)
 
     def latest(self, run: str = "", rank: int = 0) -> Decision | None:
         """The newest decision of that rank; an empty ``run`` means the run heard of last."""
@@ -257,10 +256,8 @@ class Engine:
         return state.decision if state else None
 
     def overview(self, now_ns: int | None = None) -> dict[str, Any]:
-        """Counts of what it has seen, and some of the ranks, as plain data.
-
-        With ``now_ns``, by the clock of :meth:`tick`, each of them has its ``RankState``.
-        """
+        """Counts of what it has seen, and some ranks, as plain data: with ``now_ns``, by the
+        clock of :meth:`tick`, each of them with its ``RankState``."""
         *_, whole = self.overview_in_parts(now_ns, len(self._runs) + 1)
         return whole or {}
 
@@ -269,19 +266,17 @@ class Engine:
     ) -> Iterator[dict[str, Any] | None]:
         """The overview last, and None after so many ranks each: an ask may come between."""
         census = RankCensus(now_ns)
-        ranks = list(reversed(self._runs.items()))
-        for first in range(0, len(ranks), ranks_at_once):
-            for key, state in ranks[first : first + ranks_at_once]:
+        for part in self._runs.in_parts(ranks_at_once):
+            for key, state in part:
                 census.count(key, state)
             yield None
+        newest = self.roster.newest_steps() if self._silences.used else {}
         yield {
             "frames": {**self._counts, "runs_forgotten": self.roster.forgotten},
             "refused": dict(self._refused),
             **self.roster.overview(),
             "witness_failed": self._observed.failed,
-            "silences": self._silences.overview(
-                self.roster.newest_steps() if self._silences.used else {}
-            ),
+            "silences": self._silences.overview(newest),
             **census.result(),
         }
 
@@ -349,9 +344,8 @@ class Engine:
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""
-        lost = state.switch_table(
-            self._book, earlier_places(state.book.table, self._book.table)
-        )
+        places = earlier_places(state.book.table, self._book.table)
+        lost = state.switch_table(self._book, places)
         self._notify(key, state.newest, state.time_unix_nano, lost)
 
     def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:

@@ -1,4 +1,4 @@
-"""Ranks held against the other ranks of their run, in hindsight: each step when all told it.
+"""Peers: ranks compared with the others of their run, with a delay until all have reported.
 
 A rank that asks is heard at once, one that only streams a batch later; so whose value is here
 depends on who reads, and when. What a comparison may see is therefore said in the time of the
@@ -118,6 +118,10 @@ class PeerBoard:
         self._first_ns.pop(rank, None)
         if self.ranks:
             self.remove_rank(rank)
+
+    def is_first(self, rank: int) -> bool:
+        """Whether it is the one of the ranks that was heard of first."""
+        return next(iter(self._first_ns), rank) == rank
 
     @property
     def most_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""Where rules stand with a rank and its seeds: what it takes to fire, and to stop."""
+"""The state of a rule for a rank and its seeds: the conditions to fire, and to stop."""
 
 from __future__ import annotations
 

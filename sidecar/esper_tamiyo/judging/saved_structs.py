@@ -1,4 +1,4 @@
-"""Saved structs: what is known of a rank as plain data, one struct for each stateful class.
+"""Saved structs: a rank's data as plain data, one struct for each stateful class.
 
 The fields have the names of the class's own, without their underscore. How objects become
 these, and these objects again: :mod:`~esper_tamiyo.judging.saved_state`.
@@ -24,7 +24,7 @@ from esper_tamiyo.judging.observations import (
 )
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import PeerBoard, PeerComparison, Waiting
-from esper_tamiyo.judging.roster import Roster
+from esper_tamiyo.judging.roster import Ranks, Roster
 from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
 from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.silences import SilencedRules, Silences
@@ -245,6 +245,7 @@ the engine."""
 BY_HAND: dict[type, frozenset[str]] = {
     Endings: frozenset({"_ended", "_early"}),  # those of a few milliseconds are let go
     PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
+    Ranks: frozenset({"_free", "_place_of", "_places"}),  # as ranks are put back
     Roster: frozenset(
         {
             *("_boards", "_retired", "endings", "ranks", "silences"),

@@ -12,7 +12,7 @@ from esper_otel.leyline.terminal import say
 
 def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
-    parser = commands.add_parser("resend", help="deliver telemetry that a run left unsent")
+    parser = commands.add_parser("resend", help="deliver unsent telemetry of a run")
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="or a folder of spool files"
     )
@@ -32,7 +32,11 @@ def _resend(options: argparse.Namespace) -> int:
     report = resend(files)
     for file in report.files:
         rejected = f", {file.rejected:,} rejected by the receiver" if file.rejected else ""
-        cut = f", {file.cut_bytes:,} bytes of a cut request removed" if file.cut_bytes else ""
+        cut = (
+            f", {file.cut_bytes:,} bytes of a truncated request removed"
+            if file.cut_bytes
+            else ""
+        )
         say(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept{cut}")
         if file.problem:
             say(f"esper-otel: resend: {file.problem}", file=sys.stderr)
