@@ -7,6 +7,7 @@ the same places: so a step is compared in C, and many are taken in at once.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import inf
 from operator import ge, itemgetter, le
@@ -19,6 +20,7 @@ from esper_tamiyo.judging.observations import Last
 from esper_tamiyo.judging.rule_status import RuleTarget
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import Test, Values
+from esper_tamiyo.language.table import Condition
 
 
 class _Repeats:
@@ -113,22 +115,13 @@ class Course:
     values for each step."""
 
     __slots__ = (
-        *(
-            "_book",
-            "_crossed",
-            "_edges",
-            "_keep",
-            "_kept",
-            "_least",
-            "_lower",
-            "_most",
-            "_moving",
-        ),
-        *("_names", "_parts", "_repeats", "_rows", "_shape", "_sides", "_upper"),
+        *("_book", "_crossed", "_edges", "_keep", "_kept", "_least", "_lower", "_most"),
+        *("_moving", "_names", "_parts", "_repeats", "_rows", "_shape", "_sides"),
+        *("_steps", "_upper"),
     )
 
-    def __init__(self, book: Rulebook, crossed: dict[str, int]) -> None:
-        """``crossed`` counts how often each metric has left its range."""
+    def __init__(self, book: Rulebook, crossed: Counter[Condition | None]) -> None:
+        """``crossed`` counts how often the range of each condition was left."""
         self._book = book
         self._crossed = crossed
         self._parts: list[_Part] = []
@@ -137,7 +130,7 @@ class Course:
         self._least: list[float] = []
         self._most: list[float] = []
         """The ends of ranges that do not move."""
-        self._moving: list[tuple[int | None, Within]] = []
+        self._moving: list[tuple[int | None, Within, Condition | None]] = []
         self._edges: list[_Edge] = []
         self._sides: list[_Side] = []
         self._repeats: list[_Repeats] = []
@@ -200,7 +193,7 @@ class Course:
         elif hold.repeats is not None and place is not None:
             self._repeats.append(_Repeats(place, *hold.repeats))
         if not hold.is_fixed:
-            self._moving.append((place, hold.within))
+            self._moving.append((place, hold.within, hold.condition))
         elif place is not None:
             low, high, _ = hold.within(0) or ANY
             self._least[place] = max(low, self._least[place])
@@ -214,8 +207,9 @@ class Course:
 
     def renew(self, steps: int) -> int:
         """Work out the ranges anew; for how many steps they hold, of ``steps`` at most."""
+        self._steps = steps
         lower, upper = self._least.copy(), self._most.copy()
-        for place, within in self._moving:
+        for place, within, _ in self._moving:
             found = within(steps)
             if found is None:
                 return 0
@@ -267,12 +261,12 @@ class Course:
         return row
 
     def _note_crossed(self, row: list[float]) -> None:
-        crossed = self._crossed
-        for name, least, value, most in zip(
-            self._names, self._lower, row, self._upper, strict=True
-        ):
-            if not least <= value <= most:
-                crossed[name] = crossed.get(name, 0) + 1
+        """Note whose ranges a step has left, of those that move: others may leave more room."""
+        for place, within, condition in self._moving:
+            if place is not None and not self._lower[place] <= row[place] <= self._upper[place]:
+                low, high, _ = within(self._steps) or ANY
+                if not low <= row[place] <= high:
+                    self._crossed[condition] += 1
 
     def put_off(self, row: list[float]) -> None:
         """Take in the row of a step."""

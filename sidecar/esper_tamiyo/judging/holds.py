@@ -80,6 +80,7 @@ class Hold(NamedTuple):
     is_fixed: bool = False
     edge: tuple[Excursions, bool, Test] | None = None
     repeats: tuple[Last, int] | None = None
+    condition: Condition | None = None
 
 
 Holds = tuple[float, list[Hold]]
@@ -90,15 +91,15 @@ class Past(NamedTuple):
     """The newest values of a rank or seed, its past with them, and steps to look ahead.
 
     ``told`` are the metrics whose past goes on: of a seed those of its rank as well.
-    ``crossed`` says how often a metric has left its range: how much room it needs is not known
-    otherwise.
+    ``crossed`` says how often the range that a condition asks for was left: how much room a
+    metric needs is not known otherwise.
     """
 
     values: Values
     history: History
     steps: int
     told: Collection[str]
-    crossed: Mapping[str, int]
+    crossed: Mapping[Condition | None, int]
 
 
 def holds_of(when: Condition | Group, wanted: Wanted, past: Past) -> Holds | None:
@@ -151,9 +152,9 @@ def _holds_of(condition: Condition, wanted: Wanted, past: Past) -> Holds | None:
         if room >= 0.0:
             if made.edge is not None or made.repeats is not None:
                 room = LITTLE
-            if metric in past.crossed:
-                room /= (1 + past.crossed[metric]) ** 2
-            return room, [made]
+            if past.crossed:
+                room /= (1 + past.crossed.get(condition, 0)) ** 2
+            return room, [made._replace(condition=condition)]
     return None
 
 

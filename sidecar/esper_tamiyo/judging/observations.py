@@ -62,8 +62,7 @@ class RollingMedian:
         ordered = self._ordered = sorted(arrived)
         count = len(ordered)
         if count >= self._warmup:
-            low, high = ordered[(count - 1) >> 1], ordered[count >> 1]
-            self.value = low + (high - low) / 2
+            self.value = _middle(ordered)
 
     def add_row_and_tell(self, values: Sequence[float]) -> tuple[float, float] | None:
         """As :meth:`add_row`; the lowest and the highest median on the way, or None."""
@@ -78,8 +77,7 @@ class RollingMedian:
             else:
                 del ordered[bisect_left(ordered, arrived.popleft())]
             if count >= warmup:
-                low, high = ordered[(count - 1) >> 1], ordered[count >> 1]
-                medians.append(low + (high - low) / 2)
+                medians.append(_middle(ordered))
         if not medians:
             return None
         self.value = medians[-1]
@@ -104,6 +102,14 @@ class RollingMedian:
         self._arrived.clear()
         self._ordered.clear()
         self.value = None
+
+
+def _middle(ordered: Sequence[float]) -> float:
+    middle = len(ordered) >> 1
+    if len(ordered) & 1:
+        return ordered[middle]
+    low, high = ordered[middle - 1], ordered[middle]
+    return low + (high - low) / 2
 
 
 class FrozenMedian:

@@ -11,6 +11,7 @@ Steps that a trainer asks about are none: their bounds must be those behind the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from esper_tamiyo.judging.liveness import FLOOR_NS
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.rule_status import RuleStatus, RuleTransition
 from esper_tamiyo.judging.rules import Values
+from esper_tamiyo.language.table import Condition
 
 if TYPE_CHECKING:
     from esper_tamiyo.judging.run_state import RunState
@@ -33,7 +35,7 @@ LEAST = 4
 WORTH = 12
 """Steps that stretches must have on the average, but for the first, to be worth it."""
 
-ENDS = 8
+ENDS = 4
 """Stretches with the same ranges, after which others are tried."""
 
 RULES_AT_ONCE = 12
@@ -51,25 +53,15 @@ class Stretch:
     """The stretch that a rank is in, and how it went with those before."""
 
     __slots__ = (
-        *(
-            "_choosing",
-            "_course",
-            "_crossed",
-            "_ends",
-            "_idle",
-            "_ids",
-            "_is_open",
-            "_left",
-            "_newest",
-        ),
-        *("_patience", "_taken", "_waited", "behind"),
+        *("_choosing", "_course", "_crossed", "_ends", "_idle", "_ids", "_is_open"),
+        *("_left", "_newest", "_patience", "_taken", "_waited", "behind"),
     )
 
     def __init__(self) -> None:
         self._course: Course | None = None
         self._choosing: Iterator[bool] | None = None
         """Goes on choosing ranges for the course."""
-        self._crossed: dict[str, int] = {}
+        self._crossed: Counter[Condition | None] = Counter()
         self._ids: tuple[str, ...] = ()
         self._idle: list[tuple[RuleStatus, object]] = []
         """The verdicts that change nothing, of each rule's status."""
