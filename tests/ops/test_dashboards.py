@@ -121,6 +121,22 @@ def test_curves_of_several_runs_are_told_apart(name):
             assert not re.search(r"\b(avg|sum|max|min|count) ?\(", query.expr), query.panel
 
 
+@pytest.mark.parametrize(
+    ("name", "title"), [("training", "Loss by step: $run"), ("seeds", "Alpha by step: $run")]
+)
+def test_some_panels_have_steps_as_their_axis(name, title):
+    (panel,) = (p for p in BOARDS[name]["panels"] if p["title"] == title)
+    assert (panel["type"], panel["repeat"]) == ("trend", "run")
+    axis = panel["options"]["xField"]
+    told = [target["legendFormat"] for target in panel["targets"]]
+    assert told.count(axis) == 1
+    # Such a panel reads one table, whose axis has no holes and never falls.
+    made = {one["id"]: one["options"] for one in panel["transformations"]}
+    assert [*made] == ["joinByField", "filterByValue", "sortBy", "organize"]
+    assert made["filterByValue"]["filters"][0]["fieldName"] == axis
+    assert made["sortBy"]["sort"] == [{"field": axis, "desc": False}]
+
+
 def test_a_slow_step_leads_to_its_trace():
     (slow,) = (p for p in BOARDS["training"]["panels"] if p["title"] == "Slow steps")
     (link,) = slow["fieldConfig"]["defaults"]["links"]
