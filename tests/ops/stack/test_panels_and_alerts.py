@@ -7,7 +7,6 @@ import time
 import urllib.parse
 import urllib.request
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
 
@@ -19,7 +18,6 @@ from ops.generate.alerts.from_table import translated
 from ops.generate.alerts.promql import JUDGED
 from ops.generate.dashboards import answers
 from ops.generate.dashboards.json_files import FOLDER
-from ops.generate.dashboards.queries import RISING_STEPS
 from ops.generate.dashboards.sample_run import RANKS, REPORT_S, RUN, send_sample_run
 from ops.generate.files import ROOT
 from ops.generate.prometheus_names import prometheus_name, series_name
@@ -91,16 +89,6 @@ def test_a_panel_has_something_to_show(sample_run, query):
         found = answers.over(url, expr, begin_s, end_s, 5.0)
     # Alerts are what Prometheus makes itself, within minutes, of what goes wrong.
     assert found or "ALERTS" in expr
-
-
-def test_steps_that_are_an_axis_rise_even_where_nothing_new_comes(sample_run):
-    url, begin_s, end_s = sample_run
-    expr = answers.chosen(RISING_STEPS, {"run": RUN, "rank": ".*", "__interval": "5s"})
-    # Prometheus repeats the last value for five minutes.
-    (steps,) = answers.over(url, expr, begin_s, end_s + 60, 5.0)
-    assert len(steps.values) >= STEPS * STEP_S / 5 - 2
-    assert all(before < after for before, after in pairwise(steps.values))
-    assert steps.values[-1] == STEPS - 1
 
 
 FOUND = {"EsperNonfiniteLoss", "EsperIsolationViolations", "TamiyoDecided"}
