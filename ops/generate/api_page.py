@@ -110,7 +110,7 @@ def _definition(name: str, module: str) -> tuple[ast.ClassDef | ast.FunctionDef,
 def _home(name: str) -> str:
     homes = _assigned("_HOMES")
     assert isinstance(homes, dict)
-    return next(module for module, names in homes.items() if name in names)
+    return next(str(module) for module, names in homes.items() if name in names)
 
 
 def _anchor(name: str) -> str:

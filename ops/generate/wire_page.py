@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
@@ -71,10 +72,14 @@ def page() -> str:
         command=COMMAND,
         version=wire.PROTOCOL,
         about=about,
-        to_server="\n\n".join(map(_message, get_args(wire.ToServer))),
-        to_client="\n\n".join(map(_message, get_args(wire.ToClient))),
-        parts="\n\n".join(map(_message, PARTS)),
+        to_server=_messages(get_args(wire.ToServer)),
+        to_client=_messages(get_args(wire.ToClient)),
+        parts=_messages(PARTS),
     )
+
+
+def _messages(kinds: Iterable[type[msgspec.Struct]]) -> str:
+    return "\n\n".join(_message(kind) for kind in kinds)
 
 
 def _message(kind: type[msgspec.Struct]) -> str:

@@ -97,8 +97,8 @@ class CommandParser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     """Prints the version, which is found out only then."""
 
-    def __init__(self, *arguments: Any, release: Callable[[], str], **options: Any) -> None:
-        super().__init__(*arguments, help="print the version and end", **options)
+    def __init__(self, *, release: Callable[[], str], **options: Any) -> None:
+        super().__init__(**{**options, "help": "print the version and end"})
         self._release = release
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
