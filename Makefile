@@ -10,12 +10,13 @@ BENCH ?=
 PORTS ?=
 # Of each target of tests/fuzz; there are ten.
 MINUTES ?= 6
+COVERED ?= tests --ignore=tests/ops/stack --ignore=tests/bench --ignore=tests/fuzz
 TARGET ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
 # In the order of their names, or the files with few and long tests would come last, alone.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test fuzz test-deployed test-gpu bench lint format docs clean collector stack stack-programs
+.PHONY: help demo test fuzz test-deployed test-gpu bench coverage lint format docs pictures clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -49,11 +50,25 @@ stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="ja
 bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULTS.md
 	$(BIN)/python -m bench $(BENCH)
 
+docs: $(READY)  ## build the documentation site into build/site
+	@$(BIN)/python -m ops.site
+
+pictures: $(READY)  ## make the pictures of the docs anew, which takes minutes
+	$(BIN)/python -m ops.pictures
+
+coverage: $(READY)  ## run the tests (not those of the stack and the browser) and show coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 0 $(COVERED)
+	@$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
+
 lint: $(READY)  ## check style, types and generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m ops.generate --check
+	$(BIN)/python -m ops.pictures --check
 	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and make the generated files anew
@@ -63,12 +78,12 @@ format: $(READY)  ## format the code, and make the generated files anew
 	$(BIN)/python -m bench.topology
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis recordings
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build recordings
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; PYTHON=/path/to/python3.12 make ... names another"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time fetches PyTorch, a few GB ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,docs]'
 	@touch $@
