@@ -36,7 +36,7 @@ html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
 
 _SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
-_PAGE = re.compile(r"^- \[[^]]+\]\(([^)#:]+)\.md\)", re.MULTILINE)
+_PAGE = re.compile(r"^- \[([^]]+)\]\(([^)#:]+)\.md\)", re.MULTILINE)
 
 
 def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
@@ -46,7 +46,7 @@ def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
     _, *sections = _SECTION.split(source[0])
     for heading, text in zip(sections[::2], sections[1::2], strict=True):
         if pages := _PAGE.findall(text):
-            listed = "\n".join(pages)
+            listed = "\n".join(f"{text} <{page}>" for text, page in pages)
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{listed}\n```\n"
 
 

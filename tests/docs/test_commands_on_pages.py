@@ -20,6 +20,8 @@ import pytest
 from esper_otel.home import runs_in
 from testkit.fork_server import fork_server
 
+pytestmark = pytest.mark.timeout(600)  # of the longest page on a machine that is busy
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BIN = Path(sys.executable).parent
@@ -112,7 +114,7 @@ class Typed:
             start_new_session=True,
         )
         try:
-            self.out, self.err = shell.communicate(timeout=100)
+            self.out, self.err = shell.communicate(timeout=500)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGKILL)
