@@ -21,21 +21,21 @@ TEST_PROCESSES ?= 2
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
-demo: $(READY)  ## train a CNN through an accident, only watched and rescued; then let one grow
+demo: $(READY)  ## train a CNN through an injected fault, recorded only and recovered; then let one grow
 	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## run the tests; those of the stack where its programs can be had
 	@$(BIN)/python -m ops.stack build --if-possible
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-fuzz: $(READY)  ## send odd things to every door, MINUTES=6 to each (TARGET=name for one)
+fuzz: $(READY)  ## send odd input to every entrance, MINUTES=6 to each (TARGET=name for one)
 	FUZZ_MINUTES=$(MINUTES) FUZZ_TARGET="$(TARGET)" \
 	  $(BIN)/python -m pytest -s -n 0 --timeout 0 tests/fuzz
 
-test-deployed: $(READY)  ## build what the images hold (takes long), and run the stack's tests on it
+test-deployed: $(READY)  ## build the images' programs (takes long), and run the stack's tests on them
 	@$(BIN)/python -m ops.stack as-deployed $(BIN)/python -m pytest tests/ops/stack tests/ops/alerts
 
-test-gpu:  ## check what is promised of a GPU, on one (with PYTHON as it is; installs nothing)
+test-gpu:  ## check the GPU promises on a GPU (with PYTHON as it is; installs nothing)
 	@$(PYTHON) -m ops.gpu_check
 
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
@@ -63,15 +63,16 @@ coverage: $(READY)  ## run the tests (not those of the stack and the browser) an
 	$(BIN)/python -m coverage report
 	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
 
-lint: $(READY)  ## check style, types and generated files
+lint: $(READY)  ## check style, types, English, pictures and generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m ops.english
 	$(BIN)/python -m ops.generate --check
 	$(BIN)/python -m ops.pictures --check
 	$(BIN)/python -m bench.topology --check
 
-format: $(READY)  ## format the code, and make the generated files anew
+format: $(READY)  ## format the code, and regenerate files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m ops.generate

@@ -79,8 +79,8 @@ def section(figures: Sequence[Figure]) -> str:
     head = [
         f"Each rank {STEPS_PER_S} steps a second of {WHAT}, {POINTS} points; {RANKS_PER_NODE} "
         f"ranks on a node; gateways of {GATEWAY_CORES} cores, busy to {BUSY:.0%}. An agent is "
-        "taken to cost what the measured Collector did; Tamiyo's cores are for every step, "
-        "worked out from the steps that it was told of.",
+        "assumed to cost as much as the measured Collector; Tamiyo's cores are for every step, "
+        "computed from the steps that it received.",
         "",
         "| ranks | points/s | from trainers | series | Collectors | cores of agents | "
         "cores of gateways | of Prometheus | of Tamiyo | on disk for an hour's outage |",

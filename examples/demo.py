@@ -1,10 +1,10 @@
-"""The demo: one script, one accident, twice; once only watched and once rescued. Then one
-network that is too small for its task, and grows.
+"""The demo: one script with one injected fault, run twice: recorded only, and corrected. Then
+a network that is too small for its task, and grows.
 
-Starts a Tamiyo sidecar and runs ``digits.py``, which knows nothing of it, under
-``esper-otel run``, and after that ``grow.py``, whose seeds take every step by Tamiyo's
-consent. What is shown while they run is the picture of ``esper-otel top``, made from the OTLP
-that the runs record, as any backend would get it.
+It starts a Tamiyo sidecar and runs the unchanged ``digits.py`` under ``esper-otel run``, and
+after that ``grow.py``, whose seeds need Tamiyo's consent for every operation. While they run,
+it shows the picture of ``esper-otel top``, made from the OTLP that the runs record, as any
+backend would get it.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def main() -> int:
             ]
             grown = train("grow", ["--mode", "enforce"], growing, folder, running)
     except KeyboardInterrupt:
-        console.print("\nended; what was recorded lies in", str(folder))
+        console.print("\nended; the recordings are in", str(folder))
         return 130
     summary(runs, folder)
     tell_growth(grown)

@@ -1,8 +1,7 @@
 """A small CNN learns scikit-learn's digits: 1,797 real scans of handwritten digits.
 
-An ordinary training script: it knows nothing of esper-otel. Its learning-rate schedule
-holds a mistake of a kind that happens, ``gamma=50`` where somebody meant to lower the
-rate; ``--no-accident`` leaves it out.
+An ordinary training script, without esper-otel in it. Its learning-rate schedule has a
+realistic mistake, ``gamma=50`` in place of a lower rate; ``--no-accident`` removes it.
 
     python examples/digits.py [--epochs 40] [--seed 0] [--no-accident]
 """

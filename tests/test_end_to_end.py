@@ -133,7 +133,7 @@ def test_with_nobody_there_the_run_is_undisturbed_and_its_telemetry_can_be_sent_
     warnings = done.stderr.splitlines()
     assert len(warnings) == 3, done.stderr
     assert sum("telemetry cannot be delivered" in line for line in warnings) == 1
-    assert sum("Tamiyo does not answer" in line for line in warnings) == 1
+    assert sum("Tamiyo is unreachable" in line for line in warnings) == 1
     left = sorted((tmp_path / "spool").iterdir())
     assert all(str(path) in done.stderr for path in left)
     metrics = next(path for path in left if path.name.endswith(".metrics.otlp"))

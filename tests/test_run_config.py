@@ -74,7 +74,7 @@ def test_what_has_no_names_is_refused(values):
 
 def test_one_odd_value_costs_only_itself(caplog):
     assert flattened({"odd": Broken(), "lr": 1.0}) == {"lr": 1.0}
-    assert "run.config: odd is left out" in caplog.text
+    assert "run.config: odd is omitted" in caplog.text
 
 
 def test_it_is_bounded_in_number_length_and_depth():

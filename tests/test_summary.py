@@ -113,13 +113,13 @@ def test_decisions_are_counted_and_what_was_applied_of_them():
                 refused={"no snapshot is good yet": 2},
             ),
             "snapshots 12 made in 0.457 ms each, good: the last of step 1,200; they take "
-            "3.21 MB of host memory; step 900 put back at step 1,003; asked for and not put "
-            "back × 2: no snapshot is good yet",
+            "3.21 MB of host memory; step 900 restored at step 1,003; requested and not "
+            "restored × 2: no snapshot is good yet",
         ),
         (SnapshotReport(0, None, 0, 0.0, [], {}), "snapshots none made"),
         (
             SnapshotReport(0, None, 0, 0.0, [], {"no snapshots are kept": 1}),
-            "snapshots asked for and not put back × 1: no snapshots are kept",
+            "snapshots requested and not restored × 1: no snapshots are kept",
         ),
     ],
 )
@@ -232,7 +232,7 @@ def test_what_to_do_next_is_said_where_something_is_wrong_and_only_there():
         "esper-otel resend left.otlp"
     ]
     assert advice(tally_of(*steps[:2], {"unjudged_steps": 1.0})) == [
-        "`tamiyo status` shows how the sidecar is doing and how fast it answers"
+        "`tamiyo status` shows the health of the sidecar and its answer times"
     ]
 
 
@@ -256,7 +256,7 @@ def test_what_a_receiver_rejects_is_said_as_that():
     )
     text = summary_of("r", 0, tally_of({}), report).as_text()
     assert "7 of 10 points sent, 3 rejected by the receiver;" in text
-    assert "0 of 30 spans sent, 30 rejected by the receiver: it takes no traces" in text
+    assert "0 of 30 spans sent, 30 rejected by the receiver: it does not accept traces" in text
 
 
 def test_what_was_lost_and_what_waits_is_said():

@@ -24,7 +24,7 @@ def bring_up_to_date(files: Mapping[Path, str], command: str, *, check: bool) ->
             continue
         differ += 1
         if check:
-            print(f"{path}: not what the code makes; run {command}", file=sys.stderr)
+            print(f"{path}: out of date; run {command}", file=sys.stderr)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(fresh, encoding="utf-8")

@@ -95,14 +95,14 @@ _TEMPLATE = """\
 
 # Metrics
 
-Every optimizer step is one set of gauge points, all with that step's own timestamp. A
-value that is not known is not sent: there is no zero that stands for "missing". A value
-that was NaN or infinite is not sent either, but counted in `tolaria.nonfinite`.
+Every optimizer step is one set of gauge points, all with that step's own timestamp (a *step
+record*). An unknown value is not sent: no zero stands for "missing". A NaN or infinite value is
+not sent either, but counted in `tolaria.nonfinite`.
 
-*Key* is the name used in threshold tables. *Gated* metrics, and the probes behind them,
-are off when `TOLARIA_STEP_ENRICHMENT_ENABLED=false`; the others are always there. Times are
-milliseconds of a monotonic clock; weighted statistics give the newest value a weight of
-0.2. Units are UCUM.
+*Key* is the name used in threshold tables. *Gated* metrics, and their probes, are off when
+`TOLARIA_STEP_ENRICHMENT_ENABLED=false`; the others are always present. Times are milliseconds
+of a monotonic clock; weighted statistics give the newest value a weight of 0.2. Units are
+UCUM.
 
 ## Of a step
 
@@ -122,35 +122,34 @@ Values of `kasmina.seed.stage`:
 
 {ended}
 
-The attribute `{how_ended}` says how it ended: {hows}. Where an
-exception did, or an interruption, `{exception_type}` names its type. It is one point with a
-time of its own, behind all steps.
-A process that is killed, by SIGKILL or by a SIGTERM that the script does not handle, says
-nothing, nor does one that leaves by `os._exit`. Where a step follows after all, as after the
-first of two trainings of one model, it was not the end, and another point says the next one.
+The attribute `{how_ended}` says how the run ended: {hows}. After an exception or an
+interruption, `{exception_type}` names its type. The metric is one point with its own time,
+after all steps. A killed process sends no such point: this covers SIGKILL, a SIGTERM that the
+script does not handle, and `os._exit`. If a step follows, as after the first of two trainings
+of one model, the run had not ended, and another point reports the next end.
 
 ## Of the script's own
 
 {custom}
 
-The attribute `{custom_name}` is what the script, or the framework, calls the value:
-`run.report(kl=kl)` makes a point with `{custom_name}="kl"`, which tables call `custom.kl`. A
-run can have {most_custom} names of up to {longest_custom} printable characters. They are one
-metric, and not one for each name, as what a script calls its values need not be the name of a
-metric: OpenTelemetry allows no blanks in those, Prometheus gives `val.loss` and `val_loss` the
-same one, and `loss` is taken. With an attribute any text is a name, and one query finds all of
-them. The price: they share a unit, so a sum over names means nothing.
+The attribute `{custom_name}` is the name that the script, or the framework, gives the value:
+`run.report(kl=kl)` makes a point with `{custom_name}="kl"`, and tables call it `custom.kl`. A
+run can have {most_custom} names of up to {longest_custom} printable characters. All names
+share one metric, because a script's name may not be a valid metric name: OpenTelemetry allows
+no blanks, Prometheus maps `val.loss` and `val_loss` to the same name, and `loss` is taken. As
+an attribute any text is valid, and one query finds all of them. The price: they share a unit,
+so a sum over names has no meaning.
 
-Where a word of the name says that it is measured on held-out data (`val`, `valid`,
-`validation`, `eval`, `evaluation`, `test`, `dev`, `heldout`), the point carries `{evaluation}`,
-true. What is reported between two steps has the time of the step that follows: with that one
-the sidecar evaluates it. A report shows evaluations at the step before, whose weights were
-measured. What no step follows comes with the end of the run, at its time.
+If a word of the name indicates held-out data (`val`, `valid`, `validation`, `eval`,
+`evaluation`, `test`, `dev`, `heldout`), the point carries `{evaluation}`, true. A value
+reported between two steps has the time of the following step, and the sidecar evaluates it
+with that step. A report shows an evaluation at the preceding step, whose weights it measured.
+A value after the last step arrives with the end of the run, at its time.
 
-## Whose values they are
+## Identifying runs and processes
 
-Which run and which process a point belongs to is said by its resource, never by its own
-attributes, and a step number is never an attribute: it would make one series per step.
+The resource of a point identifies its run and process; the attributes of the point never do. A
+step number is never an attribute, because it would create one series per step.
 
 | resource attribute | meaning |
 | --- | --- |
@@ -161,24 +160,24 @@ attributes, and a step number is never an attribute: it would make one series pe
 | `{local_rank}` | this process among those of the run on its host, where that is known |
 | `esper.run.name`, `esper.run.tag.KEY` | name and tags of the run, where it has any |
 
-Whatever else OpenTelemetry detects, or `OTEL_RESOURCE_ATTRIBUTES` adds, is there as well.
+Other attributes that OpenTelemetry detects, or that `OTEL_RESOURCE_ATTRIBUTES` adds, are
+included.
 
-In Prometheus, resource attributes become labels of `target_info`; to have them on every
-series set `resource_to_telemetry_conversion: {{enabled: true}}` on the Collector's
-exporter, or `promote_resource_attributes` in Prometheus itself.
+In Prometheus, resource attributes become labels of `target_info`. To have them on every
+series, set `resource_to_telemetry_conversion: {{enabled: true}}` on the Collector's exporter,
+or `promote_resource_attributes` in Prometheus itself.
 
-What a metric means is told to Prometheus by
-[`docker/prometheus/assets/help.txt`](../docker/prometheus/assets/help.txt), which it scrapes of
-itself ([operating](operating.md#the-stack-on-one-machine)): points carry no description, which
-would double a step's bytes. The gauges of a meter provider of your own have it.
+Prometheus gets the metric descriptions from
+[`docker/prometheus/assets/help.txt`](../docker/prometheus/assets/help.txt), which it scrapes
+from itself ([operating](operating.md#the-stack-on-one-machine)). The points carry no
+description, because it would double the bytes of a step. The gauges of your own meter provider
+have descriptions.
 
 ## About the names
 
-OpenTelemetry's conventions advise seconds, and no unit in a name. These names were fixed
-by the metric schema that threshold tables and dashboards are written against, so they
-stay, and the unit is sent beside them all the same. That is why the translation to
-Prometheus, which appends the unit's word unless the name has it already, gives names
-such as `tolaria_step_latency_ms_milliseconds`: odd, but right, and the same everywhere.
-The conventions have no names for training; for what they do name, processes and hosts,
-use a Collector's host metrics receiver beside these.
-"""
+OpenTelemetry's conventions recommend seconds, and no unit in a name. The metric schema of
+threshold tables and dashboards fixed these names, so they stay, and the unit is sent as well.
+The translation to Prometheus appends the unit's word unless the name ends in it, which gives
+names such as `tolaria_step_latency_ms_milliseconds`: odd, but correct, and the same
+everywhere. The conventions have no names for training. For processes and hosts, which they do
+cover, use a Collector's host metrics receiver beside these. """

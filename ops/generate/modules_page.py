@@ -12,7 +12,7 @@ PAGE = Path("docs/modules.md")
 PACKAGES = (
     (
         ROOT / "src" / "esper_otel",
-        "In the training process; `leyline` is what it shares with the sidecar.",
+        "In the training process; it shares `leyline` with the sidecar.",
     ),
     (ROOT / "sidecar" / "esper_tamiyo", "The sidecar, which never imports torch."),
 )
@@ -23,7 +23,7 @@ def files() -> dict[Path, str]:
     parts = [
         f"<!-- Made by {COMMAND} from the modules' docstrings; edits here are lost. -->",
         "# Modules",
-        "How they belong together: [ARCHITECTURE.md](../ARCHITECTURE.md).",
+        "[ARCHITECTURE.md](../ARCHITECTURE.md) explains how they work together.",
     ]
     for top, what in PACKAGES:
         parts += [f"## {top.name}", what]

@@ -118,19 +118,19 @@ _TEMPLATE = """\
 
 # Settings
 
-Of the training process. Each is an environment variable, and a keyword argument of the
-lower-case name (without `ESPER_`) to `esper_otel.start`, `TorchInstrumentor().instrument`
-and, those about seeds, `run.plant`. A variable that cannot be used is warned about once, with
-its value and what was expected, and the default takes its place; so is a variable that begins
-with `ESPER_` and is none of these. An argument, or an option of `esper-otel run`, that cannot
-be used is refused ([ways to start](starting.md)).
+These settings configure the training process. Each is an environment variable, and also a
+keyword argument of the lower-case name (without `ESPER_`) to `esper_otel.start`,
+`TorchInstrumentor().instrument` and, for settings about seeds, `run.plant`. For an unusable
+variable esper-otel logs one warning with its value and the expected one, and uses the default.
+An unknown variable that begins with `ESPER_` gets a warning too. An unusable argument, or
+option of `esper-otel run`, is an error ([ways to start](starting.md)).
 
-Where telemetry goes is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OTLP_ENDPOINT`,
+OpenTelemetry's own variables configure the exporter: `OTEL_EXPORTER_OTLP_ENDPOINT`,
 `_METRICS_ENDPOINT`, `_TRACES_ENDPOINT`, `_PROTOCOL`, `_HEADERS`, `_TIMEOUT`, `_COMPRESSION`,
 `_CERTIFICATE`, `_CLIENT_KEY`, `_CLIENT_CERTIFICATE`, `_INSECURE`, and `OTEL_SERVICE_NAME`,
 `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SDK_DISABLED`. `OTEL_METRICS_EXPORTER=console` prints
-[a line for each step](export.md#lines-on-the-console). What the sidecar can be told is in
-`tamiyo serve --help`.
+[a line for each step](export.md#lines-on-the-console). `tamiyo serve
+--help` lists the options of the sidecar.
 
 ## Of a run
 
@@ -138,7 +138,7 @@ Where telemetry goes is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OT
 
 ## Of seeds
 
-They need a garden ([growing seeds](kasmina.md)).
+These settings need a garden ([growing seeds](kasmina.md)).
 
 {seeds}
 """

@@ -56,7 +56,7 @@ def page() -> str:
         condition_fields=_fields(
             Condition, ("metric", "baseline", "baseline_of", "release", "rising")
         ),
-        baselines=_rows(("baseline", "what it is"), _coded(BASELINES)),
+        baselines=_rows(("baseline", "definition"), _coded(BASELINES)),
         baseline_fields=_fields(Baseline, Baseline.__struct_fields__),
         record_fields=_fields(RecordSpan, RecordSpan.__struct_fields__),
         conservative_fields=_fields(Conservative, Conservative.__struct_fields__),
@@ -81,7 +81,7 @@ def page() -> str:
                 for name, one in PARAMETERS.items()
             ],
         ),
-        told=", ".join(f"`{key}`" for key in STEP_KEYS if key in KNOWN_BEFORE_UPDATE),
+        known=", ".join(f"`{key}`" for key in STEP_KEYS if key in KNOWN_BEFORE_UPDATE),
         arrival=f"{ARRIVAL_NS / 1e9:g} s",
         hindsight=f"{HINDSIGHT_NS / 1e9:g} s",
         stale_after=STALE_AFTER_STEPS,
@@ -96,14 +96,14 @@ def page() -> str:
 STATES: dict[RuleState, str] = {
     RuleState.INACTIVE: "its condition does not hold",
     RuleState.PENDING: "its condition holds, or did at some of the last `of` observations, but "
-    "not yet at as many as `for` asks",
-    RuleState.FIRING: "its condition holds and has for long enough: the rule acts, unless it "
+    "at fewer than `for` requires",
+    RuleState.FIRING: "its condition has held for long enough: the rule acts, unless it "
     "cools down, is inhibited or only observes",
-    RuleState.RECOVERING: "it fired and its condition holds no longer, but it has not been "
+    RuleState.RECOVERING: "it fired and its condition no longer holds, but it is not "
     "released yet: it still acts",
-    RuleState.UNKNOWN: "a value it needs is missing, a baseline still warms up, or nothing "
-    "comes at all: nobody can say. What it had counted is kept; a rule that fired and is "
-    "unknown does not act, and conservative mode does not end meanwhile",
+    RuleState.UNKNOWN: "a required value is missing, a baseline still warms up, or no step "
+    "records arrive. The rule keeps its count; a rule that fired and is unknown does not act, "
+    "and conservative mode does not end meanwhile",
 }
 
 
@@ -136,7 +136,7 @@ def _fields(owner: type[msgspec.Struct], names: Sequence[str]) -> str:
                 str(bounds.description),
             )
         )
-    return _rows(("field", "values", "unless given", "meaning"), rows)
+    return _rows(("field", "values", "default", "meaning"), rows)
 
 
 def _values(owner: type[msgspec.Struct], field: str) -> str:
@@ -180,22 +180,21 @@ _TEMPLATE = """\
 
 # Threshold tables
 
-A table says when something is wrong with a run and what to do about it. It is YAML, read
-by `tamiyo serve --table FILE`; two come with the package, `default` and `prototype`.
-`default` compares a run with its own past. For loss and gradients that is what the run does by
-itself: a value counts that is beyond the [record of its excursions](#records-of-excursions),
-and most rules want several such steps. Factors of a baseline beside that are floors, below
-which nothing is worth a word. `prototype` has fixed numbers, which fit the workload they were
-made for.
+A table is the rule set of the sidecar: its rules detect trouble in a run and choose the
+response. It is YAML, loaded by `tamiyo serve --table FILE`. Two tables ship with the package,
+`default` and `prototype`. `default` compares a run with its own past. For loss and gradients
+that past is the run's own variation: a value must exceed the [record of its
+excursions](#records-of-excursions), and most rules need several such steps. Baseline factors
+in these rules are floors, below which no value matters. `prototype` has fixed numbers, which
+fit the workload they were made for.
 
-`tamiyo check FILE` says what a table does, or what is wrong with it: every mistake with
-its file, line and field, and rules that can never fire, never be heard or never end, or
-that inhibit in vain. `tamiyo table default` prints a shipped table with its comments, and
-`tamiyo table --schema > table.schema.json` writes the JSON Schema of tables: with
-`# yaml-language-server: $schema=table.schema.json` as the first line most editors
-complete and check a table while it is written. A file has at most {max_bytes:,} bytes and
-{max_values:,} values, what stands behind an alias counted wherever it is used; a table at most
-{max_rules:,} rules, and a rule {max_conditions} conditions.
+`tamiyo check FILE` validates a table and describes it. It reports every mistake with its file,
+line and field, and also unreachable, always-inhibited or never-resolving rules and no-op
+inhibitions. `tamiyo table default` prints a shipped table with its comments. `tamiyo table
+--schema > table.schema.json` writes the JSON Schema of tables: with `# yaml-language-server:
+$schema=table.schema.json` as the first line, most editors complete and validate a table. A
+file has at most {max_bytes:,} bytes and {max_values:,} values, counting aliases wherever they
+are used; a table has at most {max_rules:,} rules, and a rule {max_conditions} conditions.
 
 ```yaml
 version: mine-1
@@ -214,26 +213,26 @@ rules:
     severity: HIGH
     action: OPTIMIZER
     parameters: {{lr_scale: 0.25}}
-    text: The loss goes on rising, beyond all that this run explains.
+    text: The loss keeps rising, beyond all that this run explains.
 ```
 
-Every rule is tried at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed
-seed operation, that over CONTINUE; with the same action the higher severity wins, then
-the order of the table. Every rule that fired is among the decision's findings, also when
-another one won.
+Every rule is evaluated at every step. PAUSE wins over OPTIMIZER, OPTIMIZER over a proposed
+seed operation, and that over CONTINUE. Among rules with the same action the higher severity
+wins, then the order of the table. Every rule that fired is among the decision's findings, even
+if another one won.
 
 ## A rule
 
-A rule has one condition, or one group of them, and these fields.
+A rule has one condition, or one group of conditions, and these fields.
 
 {rule_fields}
 
-`inhibits` was called `silences`, which is still read, with a warning.
+The former name of `inhibits` is `silences`, which is still accepted with a warning.
 
 ## A table of your own
 
-`tamiyo table default > mine.yaml` begins with all of `default`. A table that says only what
-differs goes along with later releases:
+`tamiyo table default > mine.yaml` starts from a full copy of `default`. A table that lists
+only its differences follows later releases:
 
 ```yaml
 extends: default
@@ -246,55 +245,57 @@ rules:
     above_baseline: 130
 ```
 
-- `extends` names a shipped table, or a file, relative to the one that says it. That may extend
+- `extends` names a shipped table, or a file relative to the extending one. That file may extend
   another in turn.
-- A rule whose id the extended table has changes that rule field by field: what is not written
-  stays. A rule with a condition keeps nothing of the former condition. Other rules are new, and
-  follow behind.
-- `remove` leaves rules out; rules that inhibit them no longer do.
-- `baseline` and `conservative` change field by field as well. Without a `version` the table
-  has that of the extended one.
-- The hash in the version covers all files. While serving, a changed file takes effect whichever
-  of them it is; tables that come with the package are not watched.
-- A mistake is named with the file and line that it is in, also where that is the extended file.
+- A rule with an id of the extended table changes that rule field by field; unlisted fields
+  stay. A rule with a condition replaces the whole former condition. Other rules are new and
+  are appended.
+- `remove` deletes rules; rules that inhibit them no longer do.
+- `baseline` and `conservative` also change field by field. Without a `version` the table has
+  that of the extended one.
+- The hash in the version covers all files. While the sidecar serves, a change to any of these
+  files takes effect; shipped tables are not watched.
+- An error message names the file and line of the mistake, even if that is the extended file.
 
-A rule can be silenced for one run, while it runs, without a table:
-[`tamiyo silence`](decisions.md#silence).
+[`tamiyo silence`](decisions.md#silence) suppresses a rule for one run while it trains, without
+a table.
 
 ## Parameters
 
-What a rule asks of the optimizer's update. A rule without any changes no update: OPTIMIZER
-then only holds back a proposed seed operation, PAUSE only seeds.
+Parameters are the changes that a rule requests of the optimizer's update. A rule without any
+changes no update: OPTIMIZER then only holds back a proposed seed operation, and PAUSE only
+pauses seeds.
 
 {parameters}
 
 A rule with parameters is evaluated twice. *After each step*, like every rule: the factor of
-a decision made there stays in force from the next update on, and the trainer gives the rate
-back when steps have been clean for a while. And *before an update*, by a trainer in
-`enforce` mode that finds a value beyond one of its guards: what is decided then is about
-this one update, so a gradient that would ruin the weights never reaches them.
+that decision stays in force from the next update on, and the trainer restores the learning
+rate after a number of clean steps. And *before an update*, for a trainer in `enforce` mode
+that finds a value beyond one of its guards. That decision is about this one update, so a
+gradient that would ruin the weights never reaches them.
 
-- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr` and `nonfinite`, made from the
-  rules with parameters and sent to the trainer when they change. In an `all` one condition
-  on these metrics is enough to guard the rule, in an `any` every part needs one. A rule that
-  cannot be guarded is evaluated before an update only when another rule's guard is crossed.
-- Before an update these metrics are known: {told}. Conditions on others are unknown.
+- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr` and `nonfinite`. The sidecar
+  derives them from the rules with parameters and sends them to the trainer when they change.
+  In an `all` one condition on these metrics is enough to guard the rule; in an `any` every
+  part needs one. A rule without a guard is evaluated before an update only when another rule's
+  guard is crossed.
+- These metrics are known before an update: {known}. Conditions on others are unknown.
 - The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits`
-  count as usual, and nothing of the evaluation is remembered. A rule that fired and is
-  `recovering` changes no update that is within its bounds.
-- Of several rules, `restore` wins, then `skip_step`. Else `lr_scale` is that of the strongest
-  rule with one, and `max_norm` the smallest of all.
+  count as usual, and the evaluation leaves no trace in the rule's state. A rule that fired and
+  is `recovering` changes no update within its bounds.
+- Of several rules, `restore` wins, then `skip_step`. Otherwise `lr_scale` is that of the
+  strongest rule with one, and `max_norm` is the smallest of all.
 - Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated
   before an update.
 
-After a step, `restore` and the other parameters of its rule are also asked for when a stronger
-rule wins: a PAUSE of seeds heals no weights. A trainer without a snapshot that is good does the
-other parameters ([snapshots](enforcing.md#snapshots)).
+After a step, a decision includes `restore` and the other parameters of its rule even if a
+stronger rule wins, because a PAUSE of seeds does not repair weights. A trainer without a good
+snapshot applies the other parameters ([snapshots](enforcing.md#snapshots)).
 
 ## A condition
 
-A metric and exactly one operator. The metrics are those of [metrics.md](metrics.md), the ones
-worked out below, and `custom.NAME` for what the script
+A condition has a metric and exactly one operator. The metrics are those of
+[metrics.md](metrics.md), the derived ones below, and `custom.NAME` for values that the script
 [reports itself](runs.md#values-of-your-own). A step without such a value leaves the condition
 unknown.
 
@@ -302,53 +303,52 @@ unknown.
 
 {condition_fields}
 
-A value that is missing makes a condition unknown, never false. `all` is false when one
-part is false and unknown when, failing that, one is unknown; `any` is true when one part
-is true. Groups nest once.
+A missing value makes a condition unknown, never false. `all` is false when one part is false
+and, failing that, unknown when one part is unknown; `any` is true when one part is true.
+Groups nest once.
 
-With a `release` a rule that fired goes on until its condition does not hold with the
-easier number either; in a group each condition may have one, and those that have none
-keep their number.
+With a `release`, a rule that fired stays active until its condition does not hold with the
+easier number either (hysteresis). In a group each condition may have one, and those without
+one keep their number.
 
 ## Baselines
 
 {baselines}
 
-`baseline` at the top of a table says what they span. A value is held against the past
-only: it becomes part of a baseline after it was judged, and what is missing or was not
-finite never does.
+`baseline` at the top of a table sets their spans. A value is compared only with the past: it
+enters a baseline after its evaluation, and a missing or non-finite value never does.
 
 {baseline_fields}
 
 ## Records of excursions
 
-A baseline says what is usual; a record says how far a run strays from it by itself.
-`above_record` and `below_record` work on raw values. The ordinary state of a metric is a level
-(the median of the newest values, the last {lag} left out) and a scatter (the 98th percentile of
-what values lay above the level before them). A value that is more than one scatter out begins
-an excursion, which ends after {calm} values within one scatter. What each excursion reached is
-kept, and from it follows how far out chance alone may take the metric once in
+A baseline is the usual value; a record is the run's own variation around it. `above_record`
+and `below_record` use raw values. The ordinary state of a metric has a level (the median of
+the newest values, excluding the last {lag}) and a scatter (the 98th percentile of the
+distances of values above the level before them). A value more than one scatter away begins an
+excursion, which ends after {calm} values within one scatter. The record keeps the extent of
+each excursion. From these it estimates how far chance alone may take the metric once in
 `false_alarm_steps` observations: about four scatters with light-tailed noise, tens for a run
-with outlier batches. A rule with `for` and `of` is compared with what so many values reached
-*at once*: one outlier, however large, says nothing about six of eight. After {patience} values
-outside, the metric has a new level. With `rising` a value counts only while it is a scatter
-beyond the first three of its excursion: a change that is meant is farthest out at its
-beginning, and what diverges goes on.
+with outlier batches. A rule with `for` and `of` is compared with the extent that so many
+values reached *at once*: one outlier, however large, says nothing about six of eight. After
+{patience} values outside, the metric has a new level. With `rising` a value counts only while
+it is a scatter beyond the first three of its excursion: an intended change is farthest out at
+its beginning, while a divergence continues.
 
-Until there is a level, and for as many observations again until there is a scatter, conditions
-on a record are unknown: with the spans below a rule can fire after about 40 steps. A prior
-stands in for the excursions that a young run has not had. A metric that has never moved, and is
-zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` starts levels and
-baselines anew; records stay.
+Conditions on a record are unknown until there is a level, and for as many observations again
+until there is a scatter. With the spans below a rule can fire after about 40 steps. A prior
+stands in for the excursions that a young run has not had yet. A metric that has never moved,
+and is zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` resets
+levels and baselines and keeps records.
 
 {record_fields}
 
 ## Conservative mode
 
-While it is on, every step with a proposed seed operation gets a PAUSE. Rules that say
-`conservative: true` enter it. A step is clean when no rule has fired or is recovering, but
-for those that only observe, only tell (action `CONTINUE`) or only downgrade. At the top of
-a table, below `conservative`:
+In conservative mode every step with a proposed seed operation gets a PAUSE. Rules with
+`conservative: true` enter it. A step is clean when no rule has fired or is recovering, except
+rules that only observe, only report (action `CONTINUE`) or only downgrade. The fields are at
+the top of a table, below `conservative`:
 
 {conservative_fields}
 
@@ -360,57 +360,58 @@ Each rule has a state for each rank and, if it is about seeds, for each seed.
 
 ## Warming up
 
-A rank warms up while rules about its steps that act (their action is not `CONTINUE`, or they
-begin conservative mode; neither `mode: observe` nor `downgrade`) have no past to compare with.
-It lasts for as many steps, from the rank's first, as the longest of their conditions needs:
-`warmup` for a baseline, `warmup` and `window` for a `frozen` one and for `runs_out_within`, and
-twice the `warmup` of `record` and 16 for a record. So it ends after those steps also where a
-metric never comes. A new process, a new phase of the training, and another table that needs
-another past begin it anew. For the table `default` it is {warm_after} steps.
+A rank warms up while its rules with an effect lack the past that they compare with. Such rules
+are about its steps and act (their action is not `CONTINUE`, or they begin conservative mode;
+neither `mode: observe` nor `downgrade`). The warm-up lasts, from the rank's first step, as
+many steps as the longest of their conditions needs: `warmup` for a baseline, `warmup` and
+`window` for a `frozen` one and for `runs_out_within`, and twice the `warmup` of `record` and
+16 for a record. It ends after those steps even if a metric never arrives. A new process, a new
+phase of the training, and another table that needs another past restart it. For the table
+`default` it is {warm_after} steps.
 
-Meanwhile rules that need no past act, and a decision for which no rule fired has the reason
+During warm-up, rules that need no past act. A decision for which no rule fired has the reason
 `warming_up` in place of `nominal`: `CONTINUE`, or `SEED` where the garden proposed something. A
-trainer counts no such step as a clean one, and gives back nothing that it holds.
+trainer does not count such a step as clean, and restores nothing.
 
 ## Ranks and seeds
 
-A rule with a seed's metric is judged for each seed by itself: its persistence, cool-down
-and state are that seed's. Of several seeds for which it acts at a step, the first is named
-in the decision; with a cool-down the next one has its turn at the next step.
+A rule with a seed's metric is evaluated for each seed separately, with its own persistence,
+cool-down and state. If it acts for several seeds at a step, the decision names the first; with
+a cool-down the next one follows at the next step.
 
-A rule with `above_peers` or `below_peers` is judged in hindsight: of a step whose frame is
-{hindsight} old, with the values and baselines of that step in all its conditions, when the
-rank's next frame comes. What it finds counts from the frame after that one, and says which
-`step` it is about. Ranks that only stream are heard later than one that asks; so a rank is
-among the peers when it ended that step {arrival} before the frame at hand, by the times of
-both, and only then. As long as everything arrives within {arrival}, in whatever order,
-decisions are the same; what comes later is not compared. A rank that is alone is judged at
-once: all that it lacks are the peers.
+A rule with `above_peers` or `below_peers` has a delayed evaluation. When the rank's next step
+record arrives, the sidecar evaluates the step whose record is {hindsight} old, with the values
+and baselines of that step in all its conditions. The findings count from the following step
+record, and include the `step` that they are about. Ranks that only stream arrive later than
+one that sends decision requests. A rank therefore is a peer only if it ended that step
+{arrival} before the current step record, by the times of both. If everything arrives within
+{arrival}, in any order, decisions are the same; later records are not compared. A rank without
+peers is evaluated at once, with the peers missing.
 
-A rank that sends nothing breaks no rule that needs a frame. `missing_for` on the metric
-`step` is for that; it takes no other condition beside it, no persistence and no action but
-CONTINUE, for nobody asks. Silence is measured by the sidecar's own clock, from when a frame
-came, so that a trainer's clock may be wrong. Whether a silence ended by a frame or the clock
-noticed it first, it began at the same instant of the frames' time, so that a replay tells it
-alike; only a frame that was late and not missing is told differently. One step counts for
-ten times the others at most: a pause makes a rank a little more patient.
+A rank that sends nothing triggers no rule that needs a step record. `missing_for` on the
+metric `step` detects it; it accepts no other condition beside it, no persistence and no action
+but CONTINUE, because no request waits for an answer. The sidecar measures the silence with its
+own clock, from the arrival of a step record, so a wrong clock on the trainer does not matter.
+The silence begins at the same instant of the records' time whether a record ended it or the
+clock noticed it first, so a replay reports it the same way; only a record that was late and
+not missing differs. One step counts for ten times the others at most: a pause makes the
+timeout of a rank slightly longer.
 
-A rank that has said that its run ended is silent with good reason, and breaks no such rule.
+A rank that has reported the end of its run is expected to be silent and triggers no such rule.
 
-With such a rule or without, `tamiyo status` and Tamiyo's metrics say `stale` of a rank that
-was not heard of for {stale_after} of its step times, and for ten seconds at least, or for
-ten minutes while only one step of it is known. Then its other rules are `unknown`, with what
-they last were beside it.
+With or without such a rule, `tamiyo status` and Tamiyo's metrics report a rank as `stale` when
+no step record has arrived for {stale_after} of its step times, and for at least ten seconds,
+or for ten minutes while only one of its steps is known. Its other rules are then `unknown`,
+and the status shows their previous states.
 
-## Metrics that Tamiyo works out
+## Derived metrics
 
 {derived}
 
-## Another table without a restart
+## Reloading a table
 
-A table that is read again keeps what has not changed: the state of a rule that is the same
-in every field, wherever it stands now, and the baselines that are still watched, unless
-`window` or `warmup` changed. Records of a metric are kept while `record` and the `for` and `of`
-that look at them are the same. Rules that are new or different begin unknown.
-A restart of the sidecar does the same ([operating](operating.md#a-restart-of-tamiyo)).
-"""
+A reloaded table keeps all unchanged parts: the state of a rule with identical fields, at any
+position in the table, and the baselines that are still in use, unless `window` or `warmup`
+changed. Records of a metric are kept while `record` and the `for` and `of` of their rules are
+the same. New or changed rules begin as unknown. A restart of the sidecar does the same
+([operating](operating.md#a-restart-of-tamiyo)). """

@@ -67,7 +67,7 @@ def _schema() -> dict[str, Any]:
     }
     rule = {yaml_name(Rule, field): property_of(Rule, field) for field in rule_fields()}
     rule[OUTDATED] = {**rule["inhibits"], "deprecated": True}
-    rule[OUTDATED]["description"] = "what `inhibits` was called"
+    rule[OUTDATED]["description"] = "former name of `inhibits`"
     fields = {**rule, **condition, **groups}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -79,26 +79,26 @@ def _schema() -> dict[str, Any]:
         "properties": {
             "version": {
                 "type": ["string", "number"],
-                "description": "name of the table; a hash of the file, and of those that it "
-                "extends, is added to it",
+                "description": "name of the table; the sidecar appends a hash of the file and "
+                "of those that it extends",
             },
             "extends": {
                 "type": "string",
-                "description": "the table that this one differs from: a shipped one, or a "
-                "file, relative to this one. Only what differs is written",
+                "description": "the table that this one extends: a shipped one, or a file, "
+                "relative to this one. This table lists only the differences",
             },
             "remove": {
                 "type": "array",
                 "items": {"type": "string"},
-                "description": "ids of rules of the extended table that are left out",
+                "description": "ids of rules to remove from the extended table",
             },
             "baseline": _object(Baseline),
             "record": _object(RecordSpan),
             "conservative": _object(Conservative),
             "rules": {
                 "type": "array",
-                "description": "tried in this order. With `extends`, a rule whose id the "
-                "extended table has changes that one field by field; others follow behind",
+                "description": "evaluated in this order. With `extends`, a rule with an id of "
+                "the extended table changes that rule field by field; others are appended",
             },
         },
         "dependentRequired": {"remove": ["extends"]},

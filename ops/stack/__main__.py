@@ -40,19 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ops.stack", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    build = commands.add_parser("build", help="get the binaries that are not here yet")
+    build = commands.add_parser("build", help="get the missing binaries")
     build.add_argument("program", nargs="*", choices=[*PROGRAMS, []], help="default: all")
     build.add_argument(
-        "--if-possible", action="store_true", help="say what cannot be had, and exit with 0"
+        "--if-possible",
+        action="store_true",
+        help="report unavailable programs, and exit with 0",
     )
     build.set_defaults(command=_build)
     deployed = commands.add_parser(
-        "as-deployed", help="run a command with what the images hold, made when it is not here"
+        "as-deployed",
+        help="run a command against the deployed versions, building them if missing",
     )
     deployed.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND …")
     deployed.set_defaults(command=_as_deployed)
-    check = commands.add_parser("check", help="hold Collector configurations against it")
-    check.add_argument("config", nargs="+", type=Path, help="the later over the earlier")
+    check = commands.add_parser("check", help="validate Collector configurations")
+    check.add_argument("config", nargs="+", type=Path, help="later files override earlier ones")
     check.set_defaults(command=_check)
     up = commands.add_parser("up", help="run the stack until Ctrl-C")
     up.add_argument("--port", action="append", default=[], metavar="NAME=NUMBER")
@@ -98,7 +101,7 @@ def _up(options: argparse.Namespace) -> int:
         if not is_free(port):
             (other,) = free(1)
             raise MistakeError(
-                f"port {port} ({name}) is taken: end what listens there, or choose another, "
+                f"port {port} ({name}) is taken: end its listener, or choose another, "
                 f"such as make stack PORTS={name}={other}"
             )
     complaint = configuration.complaint(

@@ -225,7 +225,7 @@ class ChildProcess:
             self.reap()
         elif self.pulse.is_silent and not was_silent:
             log.warning(
-                "the %s process does not respond: it has said nothing for %d s",
+                "the %s process does not respond: no heartbeat for %d s",
                 self._title,
                 SILENT_AFTER,
             )

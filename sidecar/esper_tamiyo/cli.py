@@ -1,4 +1,4 @@
-"""The command ``tamiyo``; what each command does is in :mod:`esper_tamiyo.commands`."""
+"""The command ``tamiyo``; :mod:`esper_tamiyo.commands` has a module for each command."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def command_parser() -> CommandParser:
     """The parser of the whole command line."""
     parser = CommandParser(
         prog="tamiyo",
-        description="The sidecar that reads a training run and decides.",
+        description="The sidecar that evaluates training runs and makes decisions.",
         examples=[
             ("tamiyo serve", "answer trainers on this machine, and receive OTLP"),
             ("tamiyo status", "whether the sidecar works, and how the runs are"),

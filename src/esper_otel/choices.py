@@ -1,4 +1,4 @@
-"""Choices: what a setting can be that is one of a few words."""
+"""Choices: settings that accept one of a few words."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """What happens to Tamiyo's decisions."""
+    """Treatment of Tamiyo's decisions."""
 
     OFF = "off"
-    """Nobody is asked."""
+    """No decision requests are sent."""
 
     ADVISE = "advise"
     """Decisions are recorded and reported, never applied."""
@@ -19,7 +19,7 @@ class Mode(StrEnum):
 
 
 class Growth(StrEnum):
-    """Who lets a seed take its next step."""
+    """Who grants a seed its next operation."""
 
     ASKED = "asked"
     """Tamiyo: an operation needs a SEED decision that is enforced."""
@@ -29,7 +29,7 @@ class Growth(StrEnum):
 
 
 class Blending(StrEnum):
-    """How a seed's output comes into the host's."""
+    """How a seed's output joins the host's."""
 
     CONVEX = "convex"
     RESIDUAL = "residual"
@@ -38,7 +38,7 @@ class Blending(StrEnum):
 
 
 class Schedule(StrEnum):
-    """How alpha goes from 0 to 1."""
+    """How alpha rises from 0 to 1."""
 
     SIGMOID = "sigmoid"
     COSINE = "cosine"
@@ -46,7 +46,7 @@ class Schedule(StrEnum):
 
 
 class Fossils(StrEnum):
-    """What trains a seed that has become part of the network."""
+    """The optimizer of a seed that has become part of the network."""
 
     JOIN = "join"
     """The host's optimizer."""
@@ -56,7 +56,7 @@ class Fossils(StrEnum):
 
 
 class Summaries(StrEnum):
-    """What is told on standard error when a run is over."""
+    """The summary on standard error at the end of a run."""
 
     TEXT = "text"
     """A few lines for a person."""

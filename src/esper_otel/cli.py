@@ -1,4 +1,4 @@
-"""The command ``esper-otel``; what each command does is in :mod:`esper_otel.commands`."""
+"""The command ``esper-otel``; :mod:`esper_otel.commands` has a module for each command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command_parser() -> CommandParser:
     """The parser of the whole command line."""
     parser = CommandParser(
         prog="esper-otel",
-        description="Records training runs, and shows what was recorded.",
+        description="Records training runs, and shows recorded runs.",
         examples=[
             ("esper-otel run train.py --epochs 10", "train as ever, and record every step"),
             ("esper-otel top", "watch runs while they train"),

@@ -38,7 +38,7 @@ _COLORS = {"WARNING": "#b8860b", "HIGH": "#e8590c", "CRITICAL": "#d6336c"}
 
 
 class DisplayedRun:
-    """What of a run is there to be looked at."""
+    """The display of a run in a notebook, and its report."""
 
     if TYPE_CHECKING:
         settings: EsperSettings
@@ -49,7 +49,7 @@ class DisplayedRun:
 
         @property
         def stream_report(self) -> StreamReport:
-            """What became of the telemetry so far."""
+            """The telemetry so far: produced, delivered, spooled and dropped."""
 
     @property
     def totals(self) -> RunTotals | None:
@@ -57,11 +57,11 @@ class DisplayedRun:
         return getattr(self._stream, "totals", None)
 
     def report_html(self) -> str:
-        """The report about the run so far, one HTML page that needs nothing else.
+        """The report about the run so far, as one self-contained HTML page.
 
-        It is made from the run's recording: where none was asked for (``recording_dir``,
-        ``report``), notebooks have one all the same. Raises :class:`RuntimeError` where there
-        is none, or no step in it yet. Takes seconds for many steps, on the thread that asks::
+        It is made from the run's recording (``recording_dir``, ``report``); notebooks always
+        have one. Raises :class:`RuntimeError` without a recording, or without a step in it.
+        Takes seconds for many steps, on the calling thread::
 
             Path("so-far.html").write_text(run.report_html())
         """

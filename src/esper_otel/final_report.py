@@ -81,7 +81,7 @@ class FinalReport:
         paths = [path for path in some if path.exists()]
         if not paths:
             raise RuntimeError(
-                "this run has no recording to make a report of: expected a run with a step in "
+                "this run has no recording for a report: expected a run with a step in "
                 "a notebook, or one that began with recording_dir=... or report=..."
             )
         try:

@@ -1,4 +1,4 @@
-"""Finalization: no thread of ours may be within torch when the interpreter ends.
+"""Finalization: keeps our threads out of torch when the interpreter ends.
 
 Until 3.14 CPython ends a thread that wants the interpreter back after finalization has
 begun by unwinding its stack (``PyThread_exit_thread``). Where that stack has torch's C++ on

@@ -30,7 +30,7 @@ INTERRUPTED = RunEnd(HowEnded.INTERRUPTED)
 
 
 class Closing:
-    """What is closed at the end of a ``with``, and then knows what ended the block."""
+    """An object that a ``with`` closes, together with the exception that ended the block."""
 
     def __enter__(self) -> Self:
         return self
@@ -41,7 +41,7 @@ class Closing:
     def close(
         self, timeout_s: float | None = None, *, error: BaseException | None = None
     ) -> Any:
-        """End it; ``error`` is what ended the block."""
+        """End it; ``error`` is the exception that ended the block."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""The loop: what its optimizers do, told to the recorder of the run.
+"""The loop: events of its optimizers, forwarded to the recorder of the run.
 
 The observer is called by hooks on one optimizer (``esper_otel.start(optimizer)``), or by those
 on every one of the process (:mod:`esper_otel.integrations.watch`). What a script itself calls
@@ -257,13 +257,13 @@ class LoopObserver:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         if self._tells_shards and any(map(is_sharded, parameters)):
             tell_once(
-                "the gradients are sharded over ranks, and their norm would take a "
-                "collective: gradient_norm is left out of steps that do not clip them"
+                "the gradients are sharded over ranks, and their norm would need a "
+                "collective: gradient_norm is omitted for steps that do not clip them"
             )
 
 
 class LoopCalls:
-    """What a script calls of its run, from within the loop."""
+    """The methods of a run that a script calls from within the loop."""
 
     _jobs: Jobs | None
     """The trainings of a process that is watched from outside."""
@@ -276,7 +276,7 @@ class LoopCalls:
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over ``loader``, timing the wait for each batch and counting its samples.
 
-        Yields what ``loader`` does, and raises what it raises::
+        Yields the batches of ``loader``, and passes on its exceptions::
 
             for images, labels in run.batches(loader):
                 ...
@@ -296,17 +296,17 @@ class LoopCalls:
             yield batch
 
     def report(self, loss: Any = None, **values: Any) -> None:
-        """Tell what the loop knows of this step, before the optimizer steps.
+        """Report values of this step, before the optimizer steps.
 
         ``loss`` and ``values`` are numbers or tensors of one element; a tensor on a device is
-        read when it gets here, without waiting for it. Called once per micro-batch, the
+        read when it arrives, without waiting for it. With one call per micro-batch, the
         step's loss is their mean; of all others the last counts. A loop that clips its
-        gradients tells their ``gradient_norm`` of before; without it the norm is that of what
-        the optimizer is given. ``accuracy`` and ``grad_conflict_rate`` are shares from 0 to 1,
-        ``samples_per_s`` is a rate. Whatever else it is called, a value is recorded as a custom
-        one, ``custom.`` and its name in tables; ``val_loss`` and the like count as
-        evaluations (:func:`~esper_otel.leyline.custom.is_evaluation`). What cannot be recorded
-        is left out, with one warning::
+        gradients reports their ``gradient_norm`` before clipping; otherwise the norm is that of
+        the optimizer's input. ``accuracy`` and ``grad_conflict_rate`` are shares from 0 to 1,
+        ``samples_per_s`` is a rate. Any other name is recorded as a custom value, ``custom.``
+        and its name in tables; ``val_loss`` and the like count as evaluations
+        (:func:`~esper_otel.leyline.custom.is_evaluation`). An unusable value is omitted, with
+        one warning::
 
             run.report(loss=loss, accuracy=correct / len(labels), kl=kl)
             run.report(val_loss=evaluate(model))
@@ -319,13 +319,13 @@ class LoopCalls:
         self._in_use.loop_reported(None if loss is None else begin(loss), known)
 
     def config(self, values: Any = None, /, **more: Any) -> None:
-        """Tell the run's hyper-parameters: a mapping, a namespace or a dataclass, and names.
+        """Record the run's hyper-parameters: a mapping, a namespace or a dataclass, and names.
 
         Nested ones are named with dots. They are recorded as text, numbers and truth values, at
-        most :data:`~esper_otel.run_config.MOST` of them; values that a name or their form gives
-        away as secrets (``api_key``, ``password``) are not. Told again, a name takes its newest
-        value. The arguments of the script are recorded without this. Raises ``TypeError`` for
-        ``values`` that have no names::
+        most :data:`~esper_otel.run_config.MOST` of them; values whose name or form indicates a
+        secret (``api_key``, ``password``) are not. A repeated name takes its newest value. The
+        arguments of the script are recorded without this. Raises ``TypeError`` for ``values``
+        without names::
 
             run.config({"lr": 3e-4, "model": {"depth": 12}}, seed=0)
         """
@@ -352,13 +352,13 @@ class LoopCalls:
             self._in_use.phase(name, began, perf_counter_ns())
 
     def phase_begins(self, name: str) -> None:
-        """Tell that from the next step on the past is no measure: a curriculum's next stage.
+        """Announce that the past is no reference from the next step on, as in a curriculum.
 
-        For changes that are meant (longer sequences, another batch size or data mix, layers
-        unfrozen), at which loss and gradients may step to another level and be healthy there.
-        The metric ``phase`` rises by one with the next step, and ``name`` is on the spans of
-        the steps that follow (``esper.phase.name``). Nothing is reset in the trainer; raises
-        ``TypeError`` for a name that is no text::
+        Use it for intended changes (longer sequences, another batch size or data mix, layers
+        unfrozen) that move loss and gradients to another, healthy level. The metric ``phase``
+        rises by one with the next step, and ``name`` is on the spans of the following steps
+        (``esper.phase.name``). The trainer resets nothing; raises ``TypeError`` for a name
+        that is not text::
 
             run.phase_begins("curriculum-2")
         """
@@ -370,7 +370,7 @@ class LoopCalls:
     def step(self) -> None:
         """End the step; for loops whose optimizer was not given to :func:`esper_otel.start`.
 
-        Waits for a decision that is late, for at most ``tamiyo_deadline_ms``.
+        Waits for a late decision, for at most ``tamiyo_deadline_ms``.
         """
         if self._sharing.may_meet:
             self._sharing.meet()

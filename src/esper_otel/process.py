@@ -24,19 +24,19 @@ _automatic: Run | None = None
 def start(optimizer: Any = None, **settings: Any) -> Run:
     """Begin to record this process's training loop.
 
-    ``optimizer`` is the one whose steps are the run's; without one the loop calls
-    :meth:`Run.step` itself. ``settings`` are fields of :class:`EsperSettings` and win
-    over the environment; raises :class:`SettingsError` for one that cannot be used.
-    Decisions are only reported unless the settings say ``mode="enforce"``::
+    ``optimizer`` defines the run's steps; without one the loop calls :meth:`Run.step`
+    itself. ``settings`` are fields of :class:`EsperSettings` and override the environment;
+    raises :class:`SettingsError` for an unusable one. Decisions are only reported
+    (``mode="advise"``) unless the settings say ``mode="enforce"``::
 
         run = esper_otel.start(optimizer, mode="enforce", tamiyo_deadline_ms=5.0)
 
-    Called again, as a notebook's cell is, it ends the run before: that of the same
-    optimizer, of one that is gone, or of a loop that had none either.
+    A further call, such as a notebook cell that runs again, ends the earlier run: that of
+    the same optimizer, of one that is gone, or of a loop without one.
 
-    When the process is already instrumented (``esper-otel run``) steps go on being counted
-    once: what is returned is the run of the training that ``optimizer`` belongs to, or that
-    it begins. Settings that differ from the process's are told.
+    In an already instrumented process (``esper-otel run``) each step still counts once: this
+    returns the run of the training that ``optimizer`` belongs to or begins. One warning lists
+    ignored settings.
     """
     if _automatic is not None:
         tell_ignored(_automatic.settings, settings)
@@ -55,21 +55,18 @@ def start(optimizer: Any = None, **settings: Any) -> Run:
 
 
 def tell_ignored(held: EsperSettings, wanted: Mapping[str, Any]) -> None:
-    """Tell which of ``wanted`` are not what the process was instrumented with, ``held``.
+    """Warn of those ``wanted`` that differ from ``held``, the settings of the process.
 
-    Raises :class:`SettingsError` for what is no setting at all.
+    Raises :class:`SettingsError` for an unknown setting.
     """
     other = held.changed(**wanted)
     ignored = [
-        f"{name} is {str(getattr(held, name))!r}, not {str(getattr(other, name))!r}"
+        f"{name}={str(getattr(other, name))!r} (active: {str(getattr(held, name))!r})"
         for name in wanted
         if getattr(other, name) != getattr(held, name)
     ]
     if ignored:
-        tell_once(
-            "this process is instrumented already, with settings that hold for all of it: "
-            + ", ".join(ignored)
-        )
+        tell_once(f"process is already instrumented; ignoring {', '.join(ignored)}")
 
 
 def start_automatic(**settings: Any) -> Run:

@@ -1,4 +1,5 @@
-"""The run: what a training loop calls, and where recorder, stream, client and probes meet."""
+"""The run: the interface of a training loop, which joins recorder, stream, client and
+probes."""
 
 from __future__ import annotations
 
@@ -30,17 +31,17 @@ if TYPE_CHECKING:
     from esper_otel.tamiyo.client import TamiyoClient
 
 STATE_VERSION = 1
-"""Of what :meth:`Run.state_dict` gives."""
+"""Version of the result of :meth:`Run.state_dict`."""
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 class Run(LoopCalls, Closing, DisplayedRun):
-    """A training run as it is recorded, streamed and decided about.
+    """A training run: recorded, streamed, and subject to decisions.
 
-    :func:`esper_otel.start` makes one; so does ``esper-otel run`` for a script that knows
-    nothing of it. Nothing here raises because of what happens while training; a wrong
-    *argument* does, at once. Called from the thread that trains.
+    :func:`esper_otel.start` makes one; so does ``esper-otel run`` for an unchanged script. No
+    method raises because of an event during training; a wrong *argument* raises at once. Call
+    the methods from the training thread.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class Run(LoopCalls, Closing, DisplayedRun):
         beside: Run | None = None,
         held: HeldRun | None = None,
     ) -> None:
-        """``beside``: the process's run, which this one shares delivery and probes with.
+        """``beside``: the process's run, whose delivery and probes this one shares.
 
-        ``held``: keeps what would be sent and asked until :meth:`_begin`.
+        ``held``: keeps telemetry and decision requests until :meth:`_begin`.
         """
         self.enabled = not is_disabled()
-        """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or asked."""
+        """False under ``OTEL_SDK_DISABLED``: then nothing is recorded, sent or requested."""
         if self.enabled:
             settings = with_identity(settings)
         self._final_report = FinalReport(settings)
@@ -67,7 +68,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
         self.run_id = settings.run_id or new_run_id()
         """Name of the run, the same on all its ranks."""
         self.instance_id = secrets.token_hex(8)
-        """What tells this process from every other, one that is started again included."""
+        """Unique id of this process; a restarted process has another one."""
         self.garden: Garden | None = None
         """The garden that was planted last."""
         self._jobs: Jobs | None = None
@@ -122,7 +123,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
             self._begin()
 
     def _begin(self) -> None:
-        """From here on telemetry is sent and decisions are asked for."""
+        """Begin to send telemetry and decision requests."""
         self._start_stream()
         if self._beside is None:
             alone("the device probes", self._devices.start)
@@ -141,15 +142,15 @@ class Run(LoopCalls, Closing, DisplayedRun):
     # Ranks, and seeds.
 
     def agree(self) -> bool:
-        """Have all ranks of the run apply the same decisions at the same step.
+        """Synchronise decisions: all ranks of the run apply the same ones at the same step.
 
-        Rank 0 asks for all of them from here on, and what it is answered about a step is
-        applied by every rank at the end of the next. Ranks that train together come to this
-        by themselves some steps after the first (``ranks_agree``); calling it makes it so
-        from here on. Each rank calls it, at the same place of the script and after
+        From here on rank 0 sends the decision requests for all ranks, and every rank applies
+        the answer about a step at the end of the next. Ranks that train together do this
+        automatically some steps after the first (``ranks_agree``); this call starts it at
+        once. Each rank calls it, at the same place of the script and after
         ``torch.distributed.init_process_group``; :meth:`plant` does so itself. Returns
-        whether there is more than one rank. Raises :class:`esper_otel.ProcessGroupError` when
-        not all come within ``ranks_timeout_s`` seconds.
+        whether there is more than one rank. Raises :class:`esper_otel.ProcessGroupError` if
+        not all ranks connect within ``ranks_timeout_s`` seconds.
         """
         return self.enabled and self._sharing.agree()
 
@@ -167,18 +168,18 @@ class Run(LoopCalls, Closing, DisplayedRun):
     ) -> Garden:
         """Let seeds grow in ``model`` at the submodules called ``slots``.
 
-        ``optimizer`` is the host's, by default the one whose steps are the run's.
+        ``optimizer`` is the host's, by default the one that defines the run's steps.
         ``make_optimizer``, called with (parameters, learning rate), makes that of a seed;
-        ``blueprints`` are those the garden germinates of its own accord. ``scaler`` is the
+        ``blueprints`` are those that the garden germinates on its own. ``scaler`` is the
         ``torch.amp.GradScaler`` of a loop that scales its loss. ``settings`` are
-        fields of :class:`EsperSettings` that are about seeds.
+        fields of :class:`EsperSettings` about seeds.
 
         In a run of several ranks (``torch.distributed``) every rank plants, at the same
-        place of the script: they meet here, for at most ``ranks_timeout_s``.
+        place of the script: they wait for each other here, for at most ``ranks_timeout_s``.
 
-        Raises :class:`esper_otel.GardenError` for slots that cannot be and while another garden
+        Raises :class:`esper_otel.GardenError` for impossible slots and while another garden
         is planted, ``KeyError`` for an unknown blueprint, :class:`esper_otel.SettingsError` for
-        a setting, and what :meth:`agree` raises::
+        a setting, and the errors of :meth:`agree`::
 
             garden = run.plant(model, ["layer2"], growth="autonomous")
         """
@@ -214,11 +215,11 @@ class Run(LoopCalls, Closing, DisplayedRun):
         return self.garden
 
     def protect(self, *modules: Any) -> None:
-        """Have snapshots (``snapshot_every``) hold all parameters and buffers of ``modules``.
+        """Include all parameters and buffers of ``modules`` in snapshots (``snapshot_every``).
 
-        The parameters that optimizers update, and the optimizers' state, are held anyway, as
-        are the persistent buffers of their modules where none are named. Raises ``TypeError``
-        for what is no ``torch.nn.Module``::
+        Snapshots always include the parameters that optimizers update, and the optimizers'
+        state; without this call also the persistent buffers of their modules. Raises
+        ``TypeError`` if an argument is not a ``torch.nn.Module``::
 
             run.protect(model, average_of_model)
         """
@@ -230,7 +231,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
     # A restart.
 
     def state_dict(self) -> dict[str, Any]:
-        """What decisions hold, and what coming records depend on: plain data.
+        """The factor in force and the recorder's state, as plain data.
 
         For a checkpoint, beside those of model and optimizer; a garden has its own
         (:meth:`Garden.state_dict`). The adapters of Lightning, Transformers and Accelerate
@@ -245,10 +246,10 @@ class Run(LoopCalls, Closing, DisplayedRun):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was called.
+        """Continue from the call of :meth:`state_dict`.
 
-        Steps are counted on, and a factor that was in force on the learning rates is in force
-        again (in ``enforce``). Raises ``ValueError`` for what is no such state, which then
+        The step count continues, and a factor that was in force on the learning rates is in
+        force again (in ``enforce``). Raises ``ValueError`` for an invalid state, and then
         changes nothing.
         """
         parts = dict(state) if isinstance(state, Mapping) else {}
@@ -266,10 +267,10 @@ class Run(LoopCalls, Closing, DisplayedRun):
             raise ValueError(f"state of a run: {error}") from None
 
     def on_pause(self, freeze: Callable[[Decision], None]) -> None:
-        """Have ``freeze`` called with every PAUSE decision that is enforced.
+        """Call ``freeze`` with every enforced PAUSE decision.
 
-        On the training thread, between two updates; what it raises is logged, and the run
-        goes on::
+        It runs on the training thread, between two updates; its exceptions are logged, and the
+        run continues::
 
             run.on_pause(lambda decision: print(decision.reason))
         """
@@ -287,21 +288,21 @@ class Run(LoopCalls, Closing, DisplayedRun):
 
     @property
     def stream_report(self) -> StreamReport:
-        """What became of the telemetry so far."""
+        """The telemetry so far: produced, delivered, spooled and dropped."""
         return self._report or self._stream.snapshot()
 
     def close(
         self, timeout_s: float | None = None, *, error: BaseException | None = None
     ) -> StreamReport:
-        """Send what is unsent, and stop; returns what became of the telemetry.
+        """Send unsent telemetry, and stop; returns the account of the telemetry.
 
-        ``timeout_s`` is the longest that takes, in seconds (default: ``flush_timeout_s``);
-        what is unsent by then is left in files for ``esper-otel resend``. Called again, and
-        at the end of the process, it does nothing more. The run is said to have ended: by
-        ``error``, by the exception that is passing or handled, or well. ``with`` calls it.
+        ``timeout_s`` bounds the time, in seconds (default: ``flush_timeout_s``); the rest is
+        left in files for ``esper-otel resend``. Further calls, and the end of the process, do
+        nothing more. The run reports how it ended: by ``error``, by the exception that is
+        passing or handled, or well. ``with`` calls this method.
 
-        A process that was instrumented from outside (``esper-otel run``) goes on being
-        recorded: then this lets go of the script's optimizer and garden, and no more.
+        Under ``esper-otel run`` recording of the process continues: then this only releases
+        the script's optimizer and garden.
         """
         end = self._goodbye.at_hand(error)
         return self._let_go(end) if self._outlives_script else self._end(timeout_s, end)

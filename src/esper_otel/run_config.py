@@ -75,7 +75,7 @@ class RunConfig:
     def _tell_of_more(self) -> None:
         if not self._told:
             self._told = True
-            log.warning("run.config: a run can have %d values; further ones are left out", MOST)
+            log.warning("run.config: a run can have %d values; further ones are omitted", MOST)
 
     def take_event(self, time_unix_nano: int) -> Event:
         """The event that tells all of it."""
@@ -145,7 +145,7 @@ def _leaves(
             else:
                 yield name, _plain(name, value)
         except Exception as error:  # of a property, or a str() of somebody else's
-            log.warning("run.config: %s is left out: %r", name, error)
+            log.warning("run.config: %s is omitted: %r", name, error)
 
 
 def _fields(value: Any) -> Mapping[Any, Any] | None:

@@ -1,4 +1,4 @@
-"""Which run it is, what people call it, and where it is recorded: the settings that say so."""
+"""Settings that identify a run: its id, name, tags, and where it is recorded."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the settings that is about a run as a whole."""
 
     run_id: str = ""
-    """Id of the run; empty: one is made from the time and random bytes, which the ranks
-    that torchrun has started agree on."""
+    """Id of the run; empty: generated from the time and random bytes, the same on all ranks
+    that torchrun started."""
 
     name: str = ""
-    """What people call the run. Several runs may have one name."""
+    """Name of the run for people. Several runs may share a name."""
 
     tags: str = ""
-    """What runs are told apart by, as `team=vision,data=v2`; a comma, an equals sign or a
+    """Tags that distinguish runs, such as `team=vision,data=v2`; a comma, an equals sign or a
     percent sign within a value is percent-encoded. In Python also a dictionary."""
 
     arguments: bool = True
-    """Whether the script's arguments are recorded as hyper-parameters. Those whose name or form
-    says that they are secrets are left out in any case."""
+    """Whether to record the script's arguments as hyper-parameters. Arguments whose name or
+    form indicates a secret are always excluded."""
 
     record: bool = False
-    """Whether the run is recorded at home, where `esper-otel runs` finds it."""
+    """Whether to record the run to the runs home, where `esper-otel runs` finds it."""
 
     runs_dir: str = ""
     """The home of recorded runs; empty: ``$XDG_DATA_HOME/esper/runs``."""
 
     recording_dir: str = ""
-    """When set, all OTLP of the run is also written to files below it, and not at home."""
+    """Directory for files with all OTLP of the run, instead of the runs home."""
 
     @property
     def runs_path(self) -> Path:
@@ -61,7 +61,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_tags(text: str) -> dict[str, str]:
-    """The tags in ``text``; raises ``ValueError`` that says what is wrong with it."""
+    """The tags in ``text``; raises ``ValueError`` with the problem and the expected form."""
     found = {}
     for part in filter(None, (each.strip() for each in text.split(","))):
         key, separator, value = part.partition("=")
@@ -80,12 +80,12 @@ def parse_tags(text: str) -> dict[str, str]:
 
 
 def format_tags(tags: Mapping[str, object]) -> str:
-    """What :func:`parse_tags` makes ``tags`` of."""
+    """The text from which :func:`parse_tags` makes ``tags``."""
     return ",".join(f"{quote(str(k), '/')}={quote(str(v), ' /:')}" for k, v in tags.items())
 
 
 def faults_of(settings: RunSettings) -> dict[str, str]:
-    """What is wrong with name and tags, by setting."""
+    """The faults of name and tags, by setting."""
     found = {}
     if len(settings.name) > LONGEST or not settings.name.isprintable():
         found["name"] = f"expected at most {LONGEST} printable characters"

@@ -1,6 +1,6 @@
 """Settings of a trainer, read from the environment.
 
-Where telemetry goes say ``OTEL_*`` variables (:mod:`esper_otel.stream.destination`).
+``OTEL_*`` variables set the destination (:mod:`esper_otel.stream.destination`).
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ log = logging.getLogger("esper_otel")
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used: its name, its value and what was expected."""
+    """An unusable setting: its name, its value and the expected values."""
 
 
 class UnusableVariableError(SettingsError):
-    """An environment variable that cannot be used."""
+    """An unusable environment variable."""
 
     def __init__(self, variable: str, problem: str, instead: str) -> None:
-        """``instead`` says what holds without it."""
+        """``instead`` describes the fallback."""
         super().__init__(f"{variable}={problem}")
         self.variable = variable
         self.instead = instead
 
 
 class EsperSettings(RunSettings, frozen=True, kw_only=True):
-    """How this process records, streams and answers.
+    """How this process records, streams and applies decisions.
 
     Every field can be set by an environment variable: ``ESPER_`` + its name in capitals
     (``tolaria_step_enrichment_enabled``: without the prefix). :meth:`from_environment`
@@ -52,58 +52,59 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     """False removes every gated metric and stops the device probes."""
 
     rank: int = 0
-    """Which of the run's processes this is, from 0."""
+    """Rank of this process in the run, from 0."""
 
     world_size: int = 1
-    """How many processes the run has."""
+    """Number of processes of the run."""
 
     local_rank: int = -1
-    """Place among the ranks of this host; -1: not known, and not told."""
+    """Rank among the processes of this host; -1: unknown, and not sent."""
 
     mode: Mode = Mode.ADVISE
 
     tamiyo_socket: str = ""
-    """Where the sidecar listens, in at most 107 bytes; ``tamiyo`` reads the variable as well.
-    Empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below a temporary folder of the user's
-    own."""
+    """Socket path of the sidecar, at most 107 bytes; ``tamiyo`` also reads the variable.
+    Empty: ``$XDG_RUNTIME_DIR/esper/tamiyo.sock``, else below the user's own temporary
+    directory."""
 
     tamiyo_deadline_ms: float = 5.0
-    """Longest wait for one decision, counted from the sending of its request."""
+    """Longest wait for one decision, counted from the time its request was sent."""
 
     wait_for_decisions: bool = False
     """Wait for each decision at the end of its own step, so that a seed operation or a pause
-    happens in that very step and not at the end of the next. It costs a round trip to the
-    sidecar per step, 0.1 to 0.5 ms on a quiet machine. Ranks that agree never wait so."""
+    happens in that same step and not at the end of the next. It costs one round trip to the
+    sidecar per step, 0.1 to 0.5 ms on a quiet machine. Ranks that synchronise decisions
+    ignore it."""
 
     ranks_agree: bool = True
-    """Ranks that train together apply the same decisions at the same step: rank 0 asks for
-    all of them. False: each rank asks and acts on its own."""
+    """Ranks that train together apply the same decisions at the same step: rank 0 requests them
+    for all. False: each rank requests and applies its own."""
 
     ranks_timeout_s: float = 30.0
-    """Longest wait for the other ranks of a run, which ends what they agree on for good.
-    A rank that does something alone between two steps keeps the others waiting anyway, but
+    """Longest wait for the other ranks of a run; a timeout ends synchronised decisions for
+    good. A rank that works alone between two steps keeps the others waiting anyway, but
     must not do so for longer."""
 
     stream_interval_ms: float = 100.0
-    """How often frames are turned into OTLP and sent."""
+    """Interval at which step records are encoded as OTLP and sent."""
 
     ring_steps: int = 8192
-    """Step frames, and seed frames, that may wait to be turned into OTLP."""
+    """Most step records, and seed records, that may wait for encoding."""
 
     spool_mb: float = 64.0
-    """Unsent OTLP held in memory and on disk; beyond it the oldest is dropped, and counted."""
+    """Unsent OTLP kept in memory and on disk; beyond it the oldest is dropped and counted."""
 
     spool_dir: str = ""
-    """Where files of unsent OTLP are; empty: ``$XDG_STATE_HOME/esper/spool``."""
+    """Directory of unsent OTLP files; empty: ``$XDG_STATE_HOME/esper/spool``."""
 
     report: str = ""
-    """File that rank 0 writes a report to when the run is over; empty: none."""
+    """File for the report that rank 0 writes at the end of the run; empty: none."""
 
     flush_timeout_s: float = 2.0
-    """Longest that the end of the process waits for unsent telemetry."""
+    """Longest wait for unsent telemetry at the end of the process."""
 
     summary: Summaries = Summaries.TEXT
-    """What rank 0 tells when a run of at least one step is over."""
+    """Summary that rank 0 prints at the end of a run of at least one step."""
 
     span_every: int = 50
     """Every n-th step gets spans (0: none by count); slow steps and findings always do."""
@@ -112,67 +113,69 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     """A step is slow when it takes this many times the weighted mean of step latency."""
 
     lr_scale_min: float = 0.001
-    """Lower bound of what decisions may multiply a learning rate by, all together."""
+    """Lower bound of the combined factor of decisions on a learning rate."""
 
     lr_scale_max: float = 1.0
-    """Upper bound of the same."""
+    """Upper bound of the same factor."""
 
     primary_optimizer: str = ""
-    """Which optimizer's steps are the run's when a script that knows nothing of us has
-    several: the name of its class, or its place in the order in which they first step, from
-    0; the process is one run then. Empty: :class:`integrations.primary.Primary` chooses."""
+    """The optimizer that defines the run's steps when an unchanged script has several: the name
+    of its class, or its position in the order of first steps, from 0; the process is then one
+    run. Empty: :class:`integrations.primary.Primary` chooses."""
 
     losses_prescaled: bool = False
     """Whether each loss of a step is divided by the number of micro-batches before
-    ``backward``: then the step's loss is their sum, not their mean. Frameworks that do so are
-    known to; else it is found where that was the last operation. Reported ones are averaged."""
+    ``backward``: then the step's loss is their sum, not their mean. Known frameworks set it;
+    otherwise it is detected if the division is the last operation. Reported losses are
+    averaged."""
 
     release_steps: int = 20
-    """Steps without an OPTIMIZER decision before the learning rate is given back, and
-    over which it is. More than a table's baseline window, so that what comes of it is held
-    against a healthy past and not against the trouble itself."""
+    """Steps without an OPTIMIZER decision before the learning rate is restored, and over which
+    it is. With more steps than a table's baseline window, the outcome is compared with a
+    healthy past and not with the trouble itself."""
 
     snapshot_every: int = 0
-    """About how many steps there are between two copies of weights and optimizer state in host
-    memory, to which a decision may go back, in ``enforce``; two are kept. 0: none are made."""
+    """Approximate steps between two snapshots of weights and optimizer state in host memory,
+    which a decision may restore in ``enforce``; two are kept. 0: none."""
 
     snapshot_restores_max: int = 3
-    """How often decisions may go back to one in a run."""
+    """Most restores of snapshots in a run."""
 
     # What follows is about seeds, and needs a garden to be planted.
 
     growth: Growth = Growth.ASKED
 
     plateau_steps: int = 200
-    """Steps without a better loss after which a seed is germinated."""
+    """Steps without a better loss before a seed germinates."""
 
     plateau_improvement: float = 0.01
-    """Share of the loss by which it must fall to count as better."""
+    """Share by which the loss must fall to count as better."""
 
     seeds_at_once: int = 1
-    """Seeds that may be growing when one is germinated of the garden's own accord. With
-    more than one nobody can tell which of them the loss owes its change to."""
+    """Most seeds that the garden grows at once on its own. With more than one, a change of
+    the loss cannot be attributed to one of them."""
 
     training_steps: int = 100
-    """Steps that a seed trains in isolation, at least."""
+    """Least steps that a seed trains in isolation."""
 
     blending_steps: int = 100
-    """Steps in which alpha goes from 0 to 1."""
+    """Steps in which alpha rises from 0 to 1."""
 
     shadowing_steps: int = 50
-    """Steps that a blended seed is watched, at least."""
+    """Least steps that a blended seed is observed."""
 
     probation_steps: int = 50
-    """Steps more, before it becomes part of the network."""
+    """Further steps before the seed becomes part of the network."""
 
     patience_steps: int = 200
-    """Steps that a gate may stay shut before the seed behind it is culled."""
+    """Steps that a gate may stay closed before its seed is culled."""
 
     embargo_steps: int = 200
-    """Steps that a slot lies fallow after its seed was culled."""
+    """Steps that a slot stays empty after its seed was culled."""
 
     embargo_s: float = 0.0
-    """Seconds that it does, at least; both must have passed, and a pause does not count."""
+    """Seconds that the slot stays empty, at least; both must have passed, and a pause does not
+    count."""
 
     blending: Blending = Blending.CONVEX
     alpha_schedule: Schedule = Schedule.COSINE
@@ -183,17 +186,18 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     fossils: Fossils = Fossils.JOIN
 
     isolation_every: int = 10
-    """Every n-th step isolation statistics are taken (0: never); leaks are always seen."""
+    """Isolation statistics are taken every n-th step (0: never); leaks are always detected."""
 
     compile_seeds: bool = False
     """Compile each seed in another process, which takes minutes of one processor and a C++
-    compiler; the seed is called as it is until then, and when that fails."""
+    compiler; until then, and after a failure, the seed runs uncompiled."""
 
     kernel_budget_ms: float = 10.0
-    """Longest that fetching, or one call of, a seed's kernel may take."""
+    """Longest duration of one fetch, or one call, of a seed's kernel."""
 
     gradient_ratio_max: float = 1e4
-    """Gate G1: a seed's gradient norm over the host's, or the host's over the seed's."""
+    """Gate G1: largest ratio of a seed's gradient norm to the host's, or the host's to the
+    seed's."""
 
     loss_rise_max: float = 0.25
     """Gate G4: share by which the loss may rise while a seed joins."""
@@ -208,13 +212,13 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
     def from_environment(
         cls, environ: Mapping[str, str] | None = None, **overrides: object
     ) -> EsperSettings:
-        """Settings from ``environ`` (default: the process's), ``overrides`` winning.
+        """Settings from ``environ`` (default: the process's); ``overrides`` win.
 
-        Nothing in an environment keeps a training from starting: a variable that cannot be
-        used is warned about, with its value and what was expected, and the default takes its
-        place. An ``ESPER_`` variable that is no setting, most likely a misspelt one, is warned
-        about as well; each once per process, by the first of the ranks on a host. Raises
-        :class:`SettingsError` for what is wrong with ``overrides``.
+        No environment keeps a training from starting: for an unusable variable this logs a
+        warning with its value and the expected values, and uses the default. An ``ESPER_``
+        variable that is no setting, most likely a misspelt one, gets a warning too. Each is
+        logged once per process, by the first rank on a host. Raises :class:`SettingsError`
+        for unusable ``overrides``.
         """
         environ = dict(os.environ if environ is None else environ)
         problems: dict[str, str] = {}
@@ -234,9 +238,9 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: object) -> EsperSettings:
-        """As :meth:`from_environment`, for another process's: nothing is warned about.
+        """As :meth:`from_environment`, for another process's environment: without warnings.
 
-        Raises :class:`SettingsError`, which names the first variable that cannot be used.
+        Raises :class:`SettingsError`, which names the first unusable variable.
         """
         raw: dict[str, object] = {}
         names: dict[str, str] = {}
@@ -281,7 +285,7 @@ class EsperSettings(RunSettings, frozen=True, kw_only=True):
 
     @property
     def spool_path(self) -> Path:
-        """The folder of files of unsent OTLP."""
+        """The directory of unsent OTLP files."""
         return Path(self.spool_dir or state_folder() / "esper" / "spool")
 
 
@@ -348,7 +352,7 @@ def _tell_unknown(environ: Mapping[str, str]) -> None:
 
 
 def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:
-    """``raw`` as the types of the fields; ``names`` says what a mistake is to be called."""
+    """``raw`` as the types of the fields; ``names`` has the variables for error messages."""
     for name in raw:
         if name not in EsperSettings.__struct_fields__:
             raise SettingsError(f"{name}={raw[name]!r}: there is no such setting")
@@ -366,7 +370,7 @@ def _converted(raw: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
 
 
 def _problem(names: Mapping[str, str], field: str, problem: str, *also: str) -> SettingsError:
-    """What is wrong with ``field``, or with one of ``also`` where that alone is a variable."""
+    """The error for ``field``, or for one of ``also`` where only that is a variable."""
     for name in (field, *also):
         if name in names:
             default = EsperSettings.__struct_defaults__[

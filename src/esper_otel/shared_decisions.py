@@ -1,4 +1,4 @@
-"""Shared decisions: whom a rank asks for them, and how all ranks of a run apply the same ones.
+"""Shared decisions: the source of a rank's decisions, and their application on all ranks.
 
 Either each calls :meth:`esper_otel.Run.agree`, or they meet by themselves at the end of the
 first step (:class:`~esper_otel.ranks.rendezvous.Rendezvous`). torch is imported only where it
@@ -129,7 +129,7 @@ class SharedDecisions:
             )
             self._decide_by(self.rendezvous, leads=self.rendezvous.leads)
         except Exception:
-            tell_once("the ranks of this run cannot agree")
+            tell_once("the ranks of this run cannot synchronise decisions")
 
     def close(self) -> None:
         """The run is over on this rank."""

@@ -1,4 +1,4 @@
-"""What a person is told when a run is over, and a machine that reads along."""
+"""The summary at the end of a run, for people and for machines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esper_otel")
 
-_LOST = "values could not be read without waiting for a device, and are left out"
+_LOST = "values could not be read without waiting for a device, and are omitted"
 
 PHASES = {
     "input wait": "input_wait_ms",
@@ -52,11 +52,11 @@ _CURVE = 24
 
 _WHY = {
     TIMEOUT: "no answer within the deadline",
-    UNREACHABLE: "nobody listens at its socket",
-    BREAKER_OPEN: "after several failures it is asked less often",
-    PROTOCOL_ERROR: "what came was no answer",
+    UNREACHABLE: "nothing listens at its socket",
+    BREAKER_OPEN: "the circuit breaker is open after several failures",
+    PROTOCOL_ERROR: "the answer was invalid",
     SUPERSEDED: "a newer process is this rank",
-    NOT_AGREED: "the ranks did not settle on a decision",
+    NOT_AGREED: "the ranks did not synchronise decisions",
 }
 """Why nobody judged a step, in words."""
 
@@ -214,9 +214,9 @@ class Summary(msgspec.Struct, frozen=True):
         if self.unsent:
             yield f"esper-otel resend {resend_words(self.unsent)}"
         if {UNREACHABLE, BREAKER_OPEN} & set(self.unanswered):
-            yield "is the sidecar running? `tamiyo serve` starts it, `tamiyo status` asks it"
+            yield "is the sidecar running? `tamiyo serve` starts it, `tamiyo status` checks it"
         elif self.unanswered or self.unjudged_steps:
-            yield "`tamiyo status` shows how the sidecar is doing and how fast it answers"
+            yield "`tamiyo status` shows the health of the sidecar and its answer times"
         waited = self.phases.get("input wait", 0.0)
         if self.step_ms and waited >= max(_STARVED * self.step_ms, _STARVED_MS / self.steps):
             yield (
@@ -233,7 +233,7 @@ class Summary(msgspec.Struct, frozen=True):
             text = f"{account['delivered']:,} of {account['produced']:,} {names[signal]} sent"
             if account["refused"]:
                 whole = account["refused"] == account["produced"]
-                kind = "" if not whole else f": it takes no {signal}"
+                kind = "" if not whole else f": it does not accept {signal}"
                 text += f", {account['refused']:,} rejected by the receiver{kind}"
             if account["dropped"] > account["refused"]:
                 text += f", {account['dropped'] - account['refused']:,} DROPPED"
@@ -252,9 +252,9 @@ def _of_snapshots(report: SnapshotReport) -> Iterator[str]:
     elif not (report.restored or report.refused):
         yield "none made"
     for to, at in report.restored:
-        yield f"step {to:,} put back at step {at:,}"
+        yield f"step {to:,} restored at step {at:,}"
     for why, times in report.refused.items():
-        yield f"asked for and not put back × {times:,}: {why}"
+        yield f"requested and not restored × {times:,}: {why}"
 
 
 def summary_of(

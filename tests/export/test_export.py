@@ -265,8 +265,8 @@ def test_otlp_json_lines_are_the_requests_of_the_recording(recording, tmp_path, 
     status = main(["export", str(recording), "--to", "otlp-json", "-o", str(to)])
     assert (status, capsys.readouterr().err) == (
         1,
-        f"esper-otel: export: {recording}/journal-000001.jsonl: a journal is no OTLP, and left "
-        "out\n",
+        f"esper-otel: export: {recording}/journal-000001.jsonl: a journal is not OTLP, and is "
+        "skipped\n",
     )
     lines = [json.loads(line) for line in to.read_text().splitlines()]
     kinds = [next(iter(line)) for line in lines]

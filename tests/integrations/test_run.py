@@ -137,7 +137,7 @@ MISTAKES = {
     "option for a shell": (["run", "-u", "sh", "-c", "true"], "sh: not a Python, so -u"),
     "missing Python": (["run", "python9.9", "x.py"], "python9.9: no such program"),
     "isolated": (["run", "-I", "x.py"], "call esper_otel.start(optimizer) in the script"),
-    "without site": (["run", "-uS", "x.py"], "-S has Python start without its site module"),
+    "without site": (["run", "-uS", "x.py"], "-S makes Python start without its site module"),
     "bad socket": (["run", "--socket", "/" + "x" * 107, "-c", "1"], "may have 107 bytes"),
     "missing launcher": (["run", "nowhere/torchrun"], "run: nowhere/torchrun: no such file"),
     "module without name": (["run", "-m"], "expected a script"),

@@ -25,7 +25,7 @@ def test_it_writes_compares_and_complains(
     check = ["--folder", str(tmp_path), "--check"]
     assert main(check) == 1
     assert [*tmp_path.iterdir()] == [], "--check wrote something"
-    assert capsys.readouterr().err.count(f"not what the code makes; run {COMMAND}") == len(MADE)
+    assert capsys.readouterr().err.count(f"out of date; run {COMMAND}") == len(MADE)
     assert main(["--folder", str(tmp_path)]) == 0
     assert main(check) == 0
     page = tmp_path / "docs" / "metrics.md"
@@ -33,7 +33,7 @@ def test_it_writes_compares_and_complains(
     capsys.readouterr()
     assert main(check) == 1
     complaint = capsys.readouterr().err
-    assert complaint == f"{page}: not what the code makes; run {COMMAND}\n"
+    assert complaint == f"{page}: out of date; run {COMMAND}\n"
     assert page.read_text().endswith("an edit by hand\n"), "--check wrote something"
 
 

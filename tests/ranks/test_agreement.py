@@ -286,4 +286,4 @@ def test_trouble_ends_it_for_good_and_is_told_once(trouble, caplog) -> None:
     assert [each.ends for each in shared] == [1, 1]
     assert [each.group.left for each in agreements] == [1, 1]
     assert len(caplog.records) == 2
-    assert "the ranks of this run agree no more" in caplog.text
+    assert "the ranks of this run no longer synchronise decisions" in caplog.text

@@ -288,9 +288,9 @@ def test_gradient_norms_are_those_of_all_ranks_or_left_out(watched) -> None:
         # Sharded, and not clipped.
         assert [ours for ours, _ in (a, b, c)] == [None] * 3
     assert len({script["norms"][-1] for script in watched.script}) == 1
-    assert watched.said.count("gradient_norm is left out") == 1
+    assert watched.said.count("gradient_norm is omitted") == 1
 
 
 def test_only_the_rank_that_asks_complains_of_the_dead_sidecar(watched) -> None:
-    assert watched.said.count("Tamiyo does not answer") == 1
+    assert watched.said.count("Tamiyo is unreachable") == 1
     assert "agree" not in watched.said

@@ -199,7 +199,7 @@ def test_ranks_that_are_told_to_agree_do_so_at_once(ranks) -> None:
 
 REFUSALS = {
     "each for itself": "one of them has taken a step without waiting for another",
-    "settings that differ": "their settings for what decisions may do differ",
+    "settings that differ": "their settings for decisions differ",
 }
 
 
@@ -224,4 +224,4 @@ def test_a_rank_that_is_gone_keeps_nobody_waiting_for_good(folder, ranks, end) -
     first = ranks[end][0]
     assert len(first["steps"]) == 60
     assert first["decisions"][40][:2] == ["CONTINUE", "not_agreed"]
-    assert said(folder, end, 0).count("agree no more") == 1
+    assert said(folder, end, 0).count("no longer synchronise decisions") == 1

@@ -100,7 +100,7 @@ def test_if_one_is_late_none_begins_and_they_try_again_further_ahead(subject) ->
     ("differs", "why"),
     [
         ({"together": False}, "without waiting for another"),
-        ({"alike": False}, "settings for what decisions may do differ"),
+        ({"alike": False}, "settings for decisions differ"),
         ({"apart": APART_STEPS + 1}, "steps apart"),
     ],
 )

@@ -50,4 +50,8 @@ def test_ranks_that_do_not_agree_do_not_go_back(tmp_path) -> None:
     one, other = ranks(tmp_path, "lonely")
     assert one["after"] == other["after"]
     assert one["restored"] == other["restored"] == []
-    assert one["refused"] == other["refused"] == {"the ranks of this run do not agree": 1}
+    assert (
+        one["refused"]
+        == other["refused"]
+        == {"the ranks of this run do not synchronise decisions": 1}
+    )

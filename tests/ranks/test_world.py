@@ -124,7 +124,7 @@ def test_without_a_store_each_rank_has_a_name_of_its_own(
         names = {named(monkeypatch) for _ in range(2)}
     assert len(names) == 2
     assert told in caplog.text
-    assert "give all ranks the same ESPER_RUN_ID" in caplog.text
+    assert "set the same ESPER_RUN_ID on all ranks" in caplog.text
 
 
 def test_a_store_that_never_answers_is_not_waited_for(monkeypatch, caplog) -> None:

@@ -110,7 +110,7 @@ JOURNAL = """\
 "values":{},"silenced_by":""}
 {"kind":"field_report","time_unix_nano":4,"decision":"run/0/30","run":"run","rank":0,\
 "step":30,"action":"PAUSE","reason":"loss_spike","mode":"enforce","outcome":"improved",\
-"because":"loss is back to what it was","window":20,"observed":20,"before":{"loss":0.5},\
+"because":"loss is back to its earlier value","window":20,"observed":20,"before":{"loss":0.5},\
 "during":{"loss":9.0},"after":{"loss":0.4},"applied":true,"comparison":"none was left alone"}
 """
 """A journal of one decision about step 30 of "run", and what came of it."""

@@ -138,7 +138,7 @@ def test_a_decision_is_clicked_in_the_table(opened, recording):
         "The loss leapt.",
         "loss_delta above 2",
         "mode enforce",
-        "improved: loss is back to what it was",
+        "improved: loss is back to its earlier value",
         "lr_scale",
     ):
         assert words in told
@@ -267,7 +267,7 @@ def test_several_runs_are_compared(opened, recording, tmp_path):
     made = frames(150, run="other", loss=lambda s: 3.0, step_latency_ms=lambda s: 20.0)
     page = opened(recording, recorded(tmp_path / "other.metrics.otlp", made))
     table = page.locator("#differences").inner_text()
-    for words in ("What differs", "other", "mean step", "20 ms", "decisions: loss_spike"):
+    for words in ("Differences", "other", "mean step", "20 ms", "decisions: loss_spike"):
         assert words in table
     page.get_by_label("Show other").uncheck()
     page.wait_for_selector(READY, state="attached")

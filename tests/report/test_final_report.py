@@ -185,7 +185,7 @@ def test_a_run_in_a_notebook_shows_itself_and_makes_its_report(tmp_path):
     assert done.returncode == 0, done.stderr
     first, refused, card, *kept = done.stdout.splitlines()
     assert first == "<div><b>&lt;b&gt;note&lt;/b&gt;</b>: no step yet</div>"
-    assert refused.startswith("this run has no recording to make a report of: expected ")
+    assert refused.startswith("this run has no recording for a report: expected ")
     assert card.startswith("<div><b>&lt;b&gt;note&lt;/b&gt;</b>: 20 steps, loss 1 → 0.05")
     assert kept == ["1", "1"]
     assert list((tmp_path / "tmp").iterdir()) == []  # it goes with the process

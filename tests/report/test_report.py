@@ -143,7 +143,10 @@ def test_a_journal_tells_what_came_of_a_decision(tmp_path):
     assert run["decisions"] == [[0, 30, 0, 1.0, 0.5, 9.0]]
     after = run["aftermaths"]["0"]
     assert after["outcome"] == "improved"
-    assert after["sentences"][:2] == ["loss is back to what it was", "none was left alone"]
+    assert after["sentences"][:2] == [
+        "loss is back to its earlier value",
+        "none was left alone",
+    ]
     assert after["values"] == {"loss": [0.5, 9.0, 0.4]}
     assert run["rules"] == [[0, "loss_spike", "", "firing", 30, 40]]
     assert data["rules"] == {"loss_spike": ["loss_delta above 2", "The loss leapt."]}
@@ -156,7 +159,7 @@ def test_a_journal_alone_makes_a_report(tmp_path):
     assert data["runs"][0]["ranks"] == []
     # That it was applied is in the report of what came of it.
     assert [row[1:4] for row in data["runs"][0]["decisions"]] == [[30, 0, 1.0]]
-    assert problems == [f"{path}: 1 lines are no entries of a journal"]
+    assert problems == [f"{path}: 1 lines are not journal entries"]
 
 
 def test_ranks_of_a_run_and_other_runs_are_laid_side_by_side(tmp_path):
@@ -265,7 +268,7 @@ def test_a_recording_of_another_program_is_said_to_be_one(tmp_path):
         scope.metrics[0].name = "http.requests"
     path = tmp_path / "x.otlp"
     path.write_bytes(FORMATS["json"]([request]))
-    with pytest.raises(ReportError, match=r"x\.otlp: nothing in it is of esper-otel"):
+    with pytest.raises(ReportError, match=r"x\.otlp: it has no data of esper-otel"):
         write_report([path], tmp_path / "r.html")
 
 

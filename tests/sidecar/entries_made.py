@@ -91,7 +91,7 @@ def reported(step, outcome="improved", run="run"):
         reason="loss_spike",
         mode="enforce",
         outcome=outcome,
-        because="loss is back to what it was",
+        because="loss is back to its earlier value",
         window=32,
         observed=32,
         before={"loss": 0.5},

@@ -327,7 +327,7 @@ def test_a_check_never_raises(caplog):
     deciding = engine(f"metric: loss, above: 1, {SKIP}")
     deciding.observe(frame(0, loss=1.0))
     assert deciding.check(frame(1, loss="much")).reason == PROTOCOL_ERROR
-    assert "could not judge step 1" in caplog.text
+    assert "could not evaluate step 1" in caplog.text
     assert deciding.check(frame(1, loss=2.0)).reason == "r0"
 
 

@@ -302,7 +302,7 @@ def test_a_token_of_which_nothing_can_be_made_is_told_once(tmp_path, monkeypatch
         assert door.admits(f"Bearer {TOKEN}")
     assert len(caplog.records) == 1
     assert "at least 16 printable ASCII characters" in caplog.text
-    assert "the last good one holds" in caplog.text
+    assert "the last good one stays in use" in caplog.text
 
 
 def issued(folder, authority):
@@ -342,12 +342,12 @@ def test_certificates_can_be_replaced_while_it_runs(tmp_path, capfd):
             assert delivers("http", 1)
             assert delivers("grpc", 1)
             told.append(capfd.readouterr().err)
-            return "the last good one holds" in "".join(told)
+            return "the last good one stays in use" in "".join(told)
 
         until(refused)
         written(tmp_path / "k.pem", good)
         assert delivers("grpc", 1)
-    assert "".join(told).count("the last good one holds") == 1
+    assert "".join(told).count("the last good one stays in use") == 1
     assert "the certificates have changed and were read again" in "".join(told)
 
 
@@ -429,8 +429,8 @@ TOKENS = {"token_file": "t"}
         ("0.0.0.0", {}, False, None),
         ("::", {}, False, None),
         ("192.0.2.1", {}, False, None),
-        ("0.0.0.0", {}, True, "anybody who reaches it can send"),
-        ("0.0.0.0", TLS, False, "anybody who reaches it can send"),
+        ("0.0.0.0", {}, True, "anyone who reaches it can send"),
+        ("0.0.0.0", TLS, False, "anyone who reaches it can send"),
         ("0.0.0.0", TOKENS, False, "the token travels in the clear"),
         ("::", TLS | TOKENS, False, ""),
         ("0.0.0.0", TLS | {"tls_client_ca": "a"}, False, ""),
@@ -451,7 +451,7 @@ def test_insecure_is_an_explicit_choice(tmp_path, capfd):
     with sidecar(tmp_path / "t.sock", *options, ingest=True) as running:
         outcome = sent_by_own(running, "http", request_of("open"), scheme="http")
         assert outcome.verdict is Verdict.DELIVERED
-    assert "--otlp-http 0.0.0.0:0: anybody who reaches it can send" in capfd.readouterr().err
+    assert "--otlp-http 0.0.0.0:0: anyone who reaches it can send" in capfd.readouterr().err
 
 
 def test_the_command_says_what_is_wrong_and_no_secret_shows(tmp_path, files):

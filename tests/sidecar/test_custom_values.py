@@ -42,13 +42,13 @@ def test_any_text_behind_the_prefix_is_a_metric_of_a_table():
     [
         (
             "metric: val_loss, above: 1",
-            'unknown metric "val_loss"; did you mean loss?; what a script reports itself is '
-            "custom.val_loss",
+            'unknown metric "val_loss"; did you mean loss?; a custom value is custom.val_loss',
         ),
         ("metric: custom., above: 1", 'unknown metric "custom."'),
         (
             "metric: custom.kl, nonfinite: true",
-            "which custom value was not finite is not told; expected custom_nonfinite above 0",
+            "no record says which custom value was not finite; expected custom_nonfinite "
+            "above 0",
         ),
     ],
 )

@@ -160,7 +160,7 @@ def test_what_else_a_rule_knew_of_the_past_is_told_in_words():
     seen |= {"level(grad_var)": 7.0}
     assert list(expected(when, seen, table_entry(load("default"), ""))) == [
         "loss 4.2, expected at most 3; level 1.5; scatter 0.25; excursions so far 2; "
-        "scatters that the farthest of them reached 2.8; risk 0.0001"
+        "farthest of them in scatters 2.8; risk 0.0001"
     ]
 
 

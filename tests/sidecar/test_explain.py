@@ -65,13 +65,13 @@ loss_spike decided: loss_spike in words.
 Conservative mode is on: operations on seeds wait.
 The trainer is in enforce mode.
 
-Not followed, as this was stronger:
+Overridden by the stronger rule:
   loss_warning (OPTIMIZER, WARNING): loss_warning in words. [loss_delta 2.5 (before 0.1)]
   grad_variance_high: inhibited by loss_spike
   the proposal to blend seed s1
 
 Afterwards (32 of 32 steps): improved
-  loss is back to what it was
+  loss is back to its earlier value
   loss: before 0.5, at the decision 3, after 0.6
 loss_spike let go at step 70.
 
@@ -105,7 +105,7 @@ or, for this run alone and while it runs, say:
         ),
         ({"parameters": {"lr_scale": 0.25}}, "lr_scale 0.25"),
         ({"observed_step": 9}, "It had already seen step 9."),
-        ({}, "no field report yet"),
+        ({}, "no outcome report yet"),
     ],
 )
 def test_what_else_is_said(changes, expected):
@@ -122,7 +122,7 @@ SKIPPED = {"skip_step": 1.0}
     ("parameters", "told", "expected"),
     [
         # lasting factors, from a decision about a step
-        (SCALED, None, "What its updates were made with has not been seen yet."),
+        (SCALED, None, "The factor of its updates is not known yet."),
         (SCALED, {}, "Whether updates were made with a lower rate is not known."),
         (
             SCALED,
@@ -144,9 +144,9 @@ SKIPPED = {"skip_step": 1.0}
             {"lr_scale": 0.25, "lr_scale_after": 0.25},
             "Updates were made at 0.25 times the script's rate, as before.",
         ),
-        (SKIPPED, {"skipped": True}, "The update of step 61 was left out."),
-        (SKIPPED, {"skipped": False}, "The update of step 61 was not left out."),
-        (SKIPPED, {}, "Whether the update of step 61 was left out is not known."),
+        (SKIPPED, {"skipped": True}, "The update of step 61 was skipped."),
+        (SKIPPED, {"skipped": False}, "The update of step 61 was not skipped."),
+        (SKIPPED, {}, "Whether the update of step 61 was skipped is not known."),
         # one update
         (
             SCALED,
@@ -188,7 +188,7 @@ def test_a_decision_about_an_update_says_so():
         "run/0/61/update: PAUSE (HIGH)",
         "about the update of step 61, before it was made",
     ]
-    with pytest.raises(UnknownDecisionError, match="near it are run/0/61/update, run/0/20"):
+    with pytest.raises(UnknownDecisionError, match="similar ids are run/0/61/update, run/0/20"):
         find_decision([decided(20), update], "run/0/60")
     with pytest.raises(UnknownDecisionError, match=r"it knows run$"):
         find_decision([update], "latest", "nobody")
@@ -199,7 +199,7 @@ def test_a_decision_about_an_update_says_so():
     [
         (
             decided(61, id="run/0/61/update", update=True, parameters=SKIPPED),
-            "run/0/61/update  update of step 61 to be left out: loss_spike (PAUSE, HIGH)",
+            "run/0/61/update  update of step 61 to be skipped: loss_spike (PAUSE, HIGH)",
         ),
         (
             decided(
@@ -213,17 +213,17 @@ def test_a_decision_about_an_update_says_so():
         ),
         (
             msgspec.structs.replace(reported(61), skipped=True, skipped_after=2),
-            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
-            "update of step 61 left out; 2 later updates left out",
+            "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
+            "update of step 61 skipped; 2 later updates skipped",
         ),
         (
             msgspec.structs.replace(reported(61), scaled_from=62, lr_scale_after=0.25),
-            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
             "updates made at 0.25 times the script's rate from step 62 on",
         ),
         (
             msgspec.structs.replace(reported(61), update=True, lr_scale=0.5),
-            "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); "
+            "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); "
             "update of step 61 made at 0.5 times the script's rate",
         ),
     ],
@@ -272,13 +272,13 @@ def test_another_seed_that_is_let_go_of_does_not_end_it():
 @pytest.mark.parametrize(
     ("wanted", "near"),
     [
-        ("run/0/22", "near it are run/0/20, run/0/61"),
+        ("run/0/22", "similar ids are run/0/20, run/0/61"),
         ("rum/0/61", "run/0/61"),
-        ("another/0/9", "near it are another/0/7"),
-        ("", "near it are"),
-        ("run/0/x", "near it are run/0/61, run/0/20"),
-        ("run/0/" + "9" * 5000, "near it are"),
-        ("run/0/²", "near it are"),
+        ("another/0/9", "similar ids are another/0/7"),
+        ("", "similar ids are"),
+        ("run/0/x", "similar ids are run/0/61, run/0/20"),
+        ("run/0/" + "9" * 5000, "similar ids are"),
+        ("run/0/²", "similar ids are"),
     ],
 )
 def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
@@ -288,7 +288,7 @@ def test_an_unknown_id_is_told_with_those_near_it(wanted, near):
 
 
 def test_an_id_without_a_step_is_no_worse_than_another():
-    with pytest.raises(UnknownDecisionError, match="near it are run/0/x, run/0/20"):
+    with pytest.raises(UnknownDecisionError, match="similar ids are run/0/x, run/0/20"):
         find_decision([*JOURNAL, decided(5, id="run/0/x")], "run/0/3")
 
 
@@ -323,7 +323,7 @@ def test_the_journal_is_one_line_each():
         "run/0/20  PAUSE HIGH: loss_spike",
         "run/0/61  PAUSE HIGH: loss_spike (conservative)",
         "run/0/70  loss_spike: firing → inactive",
-        "run/0/61  afterwards, 32 steps: improved (loss is back to what it was)",
+        "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value)",
         "another/0/7  PAUSE HIGH: loss_spike",
         "run/0/90  loss_spike: firing → inactive",
     ]
@@ -411,10 +411,10 @@ jump (HIGH): jump in words.
   it asks for: loss above 2 × its baseline
   loss 3, expected at most 2: 2 × its baseline of 1 (rolling median of the last 64)
 
-It is a notice: nothing is asked of the run.
+It is a notice: it requests nothing of the run.
 
 Afterwards (32 of 32 steps): came back by itself
-  loss is back to what it was
+  loss is back to its earlier value
   loss: before 0.5, at the decision 3, after 0.6
 jump let go at step 60.
 
@@ -469,7 +469,8 @@ def test_notices_and_reports_on_one_line():
     told = [format_entry(entry).partition("Z  ")[2] for entry in NOTICED]
     assert told[1:3] == [
         "run/0/40  notice: loss_drift (WARNING), jump (HIGH)",
-        "run/0/40  afterwards, 32 steps: came back by itself (loss is back to what it was)",
+        "run/0/40  afterwards, 32 steps: came back by itself (loss is back to its earlier "
+        "value)",
     ]
     more = msgspec.structs.replace(
         reported(61),
@@ -478,9 +479,9 @@ def test_notices_and_reports_on_one_line():
         saw={"loss": 3.0, "baseline(loss)": 1.0},
     )
     assert format_entry(more).partition("Z  ")[2] == (
-        "run/0/61  afterwards, 32 steps: improved (loss is back to what it was); 7 of 9 such "
-        "excursions of this run came back by themselves; jump saw loss 3 (baseline 1, 3 times "
-        "that)"
+        "run/0/61  afterwards, 32 steps: improved (loss is back to its earlier value); 7 of 9 "
+        "such excursions of this run came back by themselves; jump saw loss 3 (baseline 1, 3 "
+        "times that)"
     )
 
 

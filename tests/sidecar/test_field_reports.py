@@ -70,7 +70,7 @@ def test_the_outcome(before, during, after, outcome):
 def test_a_loss_that_is_not_finite_is_worse_while_it_lasts():
     assert followed(0.5, None, None, nonfinite=1.0).outcome == "worse"
     healed = followed(0.5, None, 0.5, nonfinite=1.0)
-    assert (healed.outcome, healed.because) == ("improved", "loss is back to what it was")
+    assert (healed.outcome, healed.because) == ("improved", "loss is back to its earlier value")
 
 
 def test_what_was_out_of_the_ordinary_is_what_the_report_is_about():
@@ -107,7 +107,7 @@ def test_a_run_that_ends_is_inconclusive_and_says_how():
     followed_up_to(ended)
     assert ended.expire(QUIET_S) == []
     report = report_of(*ended.expire(QUIET_S + 1))
-    assert (report.outcome, report.because) == ("inconclusive", "the run said no more")
+    assert (report.outcome, report.because) == ("inconclusive", "the run sent no more steps")
     assert ended.pending == 0
 
     closed = FieldReports()

@@ -97,7 +97,7 @@ def test_what_comes_while_too_much_waits_is_refused_and_afterwards_it_is_not(mon
     async def test(intake, pipe):
         pipe.reads.clear()
         waiting = [asyncio.create_task(intake.ingest(request(step))) for step in range(3)]
-        with pytest.raises(BusyError, match="more requests come in than can be read"):
+        with pytest.raises(BusyError, match="more requests arrive than can be read"):
             await waiting.pop()
         pipe.reads.set()
         await asyncio.gather(*waiting)
@@ -201,7 +201,7 @@ def test_who_is_at_its_request_for_the_longest_makes_room_for_others(monkeypatch
             assert not first.data, "what it had is gone at once"
             with pytest.raises(BusyError, match="others needed the room"):
                 first.extend(b"more")
-            with pytest.raises(BusyError, match="more requests come in"):
+            with pytest.raises(BusyError, match="more requests arrive"):
                 second.extend(bytes(500))  # nobody is left who could make room
         assert (intake.held, pipe.told("turned_away_busy")) == (0, 2)
 

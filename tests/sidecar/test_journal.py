@@ -322,7 +322,7 @@ def test_what_is_written_after_a_file_was_taken_away_is_found(
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1, "once in a while, not each time"
     assert f"{gone} was " in told[0]
-    assert "goes on in" in told[0]
+    assert "continues in" in told[0]
 
 
 def test_a_file_that_is_taken_away_while_nothing_happens_is_noticed_as_well(

@@ -165,7 +165,7 @@ def test_a_rule_by_itself(rule, message):
         assert found[0].startswith(f"a: {message}")
 
 
-HEARD = "is never heard: whenever it fires, all does, which inhibits it"
+HEARD = "is always inhibited: each time it fires, all fires too and inhibits it"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,9 @@ def test_a_rule_that_inhibits_the_one_on_silence():
     found = doubts(parse(TableSource("t", text.encode())))
     assert found == [
         Doubt(
-            "a", "inhibits quiet in vain: that speaks while nothing comes, whatever else fired"
+            "a",
+            "inhibits quiet without effect: that rule fires while no data arrives, beside any "
+            "other",
         )
     ]
 
@@ -262,22 +264,23 @@ def test_every_step_metric_has_limits_that_its_zero_is_within():
         ("metric: loss, above_peers: 2", ""),
         (
             "metric: loss, above_peers: 2, parameters: {skip_step: true}",
-            "asks for skip_step in vain: no update is checked by a rule that is about other "
-            "ranks",
+            "asks for skip_step without effect: no update is checked by a rule that is about "
+            "other ranks",
         ),
         (
             "metric: kasmina.seed.alpha, above: 0.5, parameters: {max_norm: 1}",
-            "asks for max_norm in vain: no update is checked by a rule that is about seeds",
+            "asks for max_norm without effect: no update is checked by a rule that is about "
+            "seeds",
         ),
         (
             "metric: loss, above: 1, downgrade: true, parameters: {max_norm: 1}",
-            "asks for max_norm in vain: no update is checked by a rule that counts only beside "
-            "a proposal",
+            "asks for max_norm without effect: no update is checked by a rule that counts "
+            "only beside a proposal",
         ),
         (
             "metric: step_latency_ms, above: 1, parameters: {skip_step: true}",
-            "asks for skip_step in vain: no update is checked by a rule that has no condition "
-            "on loss, gradient_norm, optimizer_lr or nonfinite",
+            "asks for skip_step without effect: no update is checked by a rule that has no "
+            "condition on loss, gradient_norm, optimizer_lr or nonfinite",
         ),
     ],
 )

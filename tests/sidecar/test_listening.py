@@ -112,7 +112,7 @@ def test_a_folder_exchanged_between_check_and_bind_is_noticed(tmp_path, monkeypa
         return bound(path)
 
     monkeypatch.setattr(listening, "_bound", exchange_first)
-    message = f"{folder}: was exchanged for another folder meanwhile"
+    message = f"{folder}: was replaced by another folder meanwhile"
     assert refusal(folder / "t.sock") == message
 
 

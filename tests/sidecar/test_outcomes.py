@@ -96,8 +96,8 @@ def test_without_excursions_that_were_left_alone_nobody_can_say(after, outcome):
     report = Run().excursion(after, mode="enforce", then=SCALED)
     assert (report.outcome, report.applied) == (outcome, True)
     assert report.comparison == (
-        "no such excursion of this run was left alone, so nobody can say whether the action "
-        "did it"
+        "no such excursion of this run was without an action, so the effect of the action is "
+        "unknown"
     )
     assert (report.left_alone, report.came_back) == (0, 0)
 
@@ -140,7 +140,7 @@ def test_what_is_compared_is_the_metric_that_the_outcome_rests_on():
     report = run.made[-1]
     assert (report.outcome, report.because) == (
         "improved",
-        "step_latency_ms is back to what it was",
+        "step_latency_ms is back to its earlier value",
     )
     assert report.left_alone == 0
 
@@ -157,7 +157,7 @@ def test_where_nothing_was_out_of_the_ordinary_there_is_nothing_to_compare():
     run.usual(WINDOW, 0.3, lr_scale=0.5)
     report = run.made[-1]
     assert report.outcome == "improved"
-    assert report.comparison.startswith("no value was out of the ordinary, so nobody can say")
+    assert report.comparison.startswith("no value was unusual, so the effect")
 
 
 def test_a_better_loss_without_an_excursion_did_not_come_back():

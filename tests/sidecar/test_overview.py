@@ -90,4 +90,4 @@ def test_people_are_shown_how_many_and_who(engine, capsys):
     status._show({**report, "ingest": None, "scribe": None, "engine": told(engine)})
     shown = capsys.readouterr().out
     assert f"ranks: healthy {RANKS - 1}, stale 1" in shown
-    assert "r/5: step 9, CONTINUE (quiet), conservative; stale, silent for 90 s" in shown
+    assert "r/5: step 9, CONTINUE (quiet), conservative; stale, no data for 90 s" in shown

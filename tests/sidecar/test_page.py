@@ -275,7 +275,7 @@ def test_a_token_lets_in_by_a_bearer_or_as_a_password(tmp_path):
         (("--ui", "example.com:8321"), "--ui example.com:8321: expected an IP address"),
         (
             ("--ui", "0.0.0.0:8321"),
-            "0.0.0.0 is reachable from other machines, and whoever sees the page sees all "
+            "0.0.0.0 is reachable from other machines, and anyone who sees the page sees all "
             "runs; expected a loopback address",
         ),
         (

@@ -182,7 +182,7 @@ def test_runs_are_laid_over_one_another(page, running):
     page.locator("#over").click()
     page.wait_for_selector(DRAWN, state="attached")
     table = page.locator("#differences").inner_text()
-    for words in ("What differs", "other", "last loss"):
+    for words in ("Differences", "other", "last loss"):
         assert words in table
 
 

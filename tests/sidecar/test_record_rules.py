@@ -274,7 +274,7 @@ def test_a_usual_norm_beside_no_condition_on_the_norm_is_told():
     known = table(f"id: a, metric: gradient_norm, above_record: 1, {rest}")
     unknown = table(f"id: a, metric: loss, above_record: 1, {rest}")
     assert doubts(known) == []
-    assert ["usual_norm in vain" in doubt.message for doubt in doubts(unknown)] == [True]
+    assert ["usual_norm without effect" in doubt.message for doubt in doubts(unknown)] == [True]
 
 
 # What explains it.
@@ -297,8 +297,8 @@ def test_a_finding_says_what_was_expected_and_why():
     }
     (sentence,) = expected(one.rules[0].when, seen, table_entry(one, ""))
     assert sentence.startswith(
-        f"loss 50, expected at most {seen['expected(loss)']:.4g}: 1 × what its record "
-        f"explains; level {seen['level(loss)']:.4g}; scatter {seen['scatter(loss)']:.4g}; "
+        f"loss 50, expected at most {seen['expected(loss)']:.4g}: 1 × its record; "
+        f"level {seen['level(loss)']:.4g}; scatter {seen['scatter(loss)']:.4g}; "
     )
 
 

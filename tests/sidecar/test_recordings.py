@@ -207,7 +207,7 @@ def test_an_operation_of_a_later_version_is_left_out_and_said(tmp_path):
     path.write_bytes(FORMATS["json"]([otlp_of(frame(1)), proposed((1, "graft", "s1"))]))
     recording = RecordedRuns(path)
     assert [proposal for _, proposal in recording.steps()] == [None]
-    assert recording.problems == ["a proposal was left out: unknown operation 'graft'"]
+    assert recording.problems == ["a proposal was skipped: unknown operation 'graft'"]
 
 
 @pytest.mark.parametrize("step", ["9" * 17, "9" * 5000, "²", "١", "-1", ""])

@@ -83,7 +83,7 @@ def test_decisions_are_those_of_a_run_left_alone(tmp_path):
     told = [entry for entry in map(json.loads, lines) if entry["kind"] == "restored"]
     assert [entry["ranks"] for entry in told] == [1, 1]
     shown = tamiyo("journal", "--journal", tmp_path / "j").stdout
-    assert "1 ranks go on from a step" in shown
+    assert "1 ranks continue from a step" in shown
 
 
 def test_silences_outlive_a_restart_and_status_says_what_was_restored(tmp_path):

@@ -137,7 +137,7 @@ def test_a_scribe_that_is_killed_is_started_again_and_the_hole_is_told(tmp_path)
         lost = running.status()["scribe"]["lost"]
     if ended.returncode:  # it may have been started again by then
         assert ended.returncode == 3
-        assert "nothing is written down: the scribe process is" in ended.stderr
+        assert "the journal is not written: the scribe process is" in ended.stderr
     gaps = [entry.lost for entry in journal_of(path) if isinstance(entry, Gap)]
     missing = 41 - len(decisions_of(path))
     assert sum(gaps) == lost >= missing >= 19, "those that died in the pipe count as well"
@@ -220,7 +220,7 @@ def asked(address, path):
 
 NOT_DECIDING = {
     "deciding": False,
-    "reason": "the decide process has said nothing for 3 s",
+    "reason": "no heartbeat of the decide process for 3 s",
 }
 
 
@@ -400,4 +400,4 @@ def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatc
                 messages += decode_messages(scribe.other.recv(1 << 20))
     assert [message.lost for message in messages if isinstance(message, Gap)] == [3]
     (due,) = (message for message in messages if isinstance(message, DueReport))
-    assert (due.decision, due.ended) == ("run/0/19", "the run said no more")
+    assert (due.decision, due.ended) == ("run/0/19", "the run sent no more steps")

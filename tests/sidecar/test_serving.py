@@ -222,13 +222,11 @@ def test_what_was_decided_of_an_update_and_what_became_of_it(guarding):
         "told/0/5/update: OPTIMIZER (HIGH)\nabout the update of step 5, before it was made\n"
     )
     assert "spike decided: gradient_norm above 11 × its baseline\n" in told()
-    assert "The trainer is in enforce mode.\nThe update of step 5 was left out.\n" in told()
+    assert "The trainer is in enforce mode.\nThe update of step 5 was skipped.\n" in told()
     lines = tamiyo("journal", "--run", "told", *journal).stdout
-    assert (
-        "told/0/5/update  update of step 5 to be left out: spike (OPTIMIZER, HIGH)\n" in lines
-    )
+    assert "told/0/5/update  update of step 5 to be skipped: spike (OPTIMIZER, HIGH)\n" in lines
     assert "told/0/5/update  afterwards, 32 steps: neutral (" in lines
-    assert "; update of step 5 left out; spike saw gradient_norm 50 (baseline 2, " in lines
+    assert "; update of step 5 skipped; spike saw gradient_norm 50 (baseline 2, " in lines
 
 
 def test_a_restarted_trainer_starts_anew(client):
@@ -334,8 +332,8 @@ def test_a_living_one_is_not(shared, bystander):
     second = tamiyo("serve", "--no-ingest", "--socket", shared.socket)
     assert second.returncode == 1
     assert second.stderr == (
-        f"tamiyo: {shared.socket}: taken by a living sidecar; "
-        "end it or choose another --socket\n"
+        f"tamiyo: {shared.socket}: in use by a running sidecar; stop it or choose another "
+        "--socket\n"
     )
 
 
@@ -412,7 +410,7 @@ def test_what_is_infinite_is_null_in_json(capsys):
 
 def test_a_sidecar_that_has_seen_nothing_says_so(tmp_path):
     with sidecar(tmp_path / "t.sock") as running:
-        assert "it has seen no step yet" in tamiyo("status", "--socket", running.socket).stdout
+        assert "it has no step yet" in tamiyo("status", "--socket", running.socket).stdout
         nothing = tamiyo("ask", "--socket", running.socket)
         assert nothing.stderr == "tamiyo: no step of any run, rank 0, has been seen\n"
 

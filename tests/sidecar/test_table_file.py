@@ -261,7 +261,7 @@ BAD = [
     ),
     (
         f"id: a, metric: step, missing_for: 5, {REST}",
-        "rules[0].action: expected CONTINUE: nobody asks for a silent rank; got PAUSE",
+        "rules[0].action: expected CONTINUE: a stale rank sends no request; got PAUSE",
     ),
     (
         "id: a, metric: step, missing_for: 5, for: 2, severity: HIGH, action: CONTINUE",
@@ -483,7 +483,7 @@ def test_all_errors_come_at_once_in_order_of_lines():
     assert found == [
         'thresholds.yaml:4: rules[0].above: expected a number, got "fast"',
         'thresholds.yaml:4: rules[0].metric: unknown metric "los"; did you mean loss?; '
-        "what a script reports itself is custom.los",
+        "a custom value is custom.los",
         'thresholds.yaml:6: rules[2].below: expected a number, got "x"',
         'thresholds.yaml:6: rules[2].id: "b" is already the rule of line 5',
         "thresholds.yaml:6: rules[2].severity: expected one of NORMAL, WARNING, HIGH, "
@@ -503,10 +503,10 @@ def test_what_rules_say_of_each_other_is_checked():
     ) == [
         'thresholds.yaml:4: rules[0].inhibits[0]: "b" is HIGH, more severe than this rule',
         'thresholds.yaml:4: rules[0].inhibits[1]: "c" inhibits this rule: neither would ever '
-        "be heard",
+        "be reported",
         "thresholds.yaml:4: rules[0].inhibits[2]: no rule has this id; did you mean d?",
         'thresholds.yaml:6: rules[2].inhibits[0]: "a" inhibits this rule: neither would ever '
-        "be heard",
+        "be reported",
     ]
 
 
@@ -526,15 +526,15 @@ def test_a_cycle_of_rules_that_inhibit_each_other_is_refused():
         )
     ) == [
         'thresholds.yaml:5: rules[1].inhibits[0]: "b" inhibits this rule by way of "c": none '
-        "would ever be heard",
+        "would ever be reported",
         'thresholds.yaml:6: rules[2].inhibits[1]: "c" inhibits this rule by way of "a": none '
-        "would ever be heard",
+        "would ever be reported",
         'thresholds.yaml:7: rules[3].inhibits[0]: "a" inhibits this rule by way of "b": none '
-        "would ever be heard",
+        "would ever be reported",
         'thresholds.yaml:9: rules[5].inhibits[0]: "another" inhibits this rule: neither would '
-        "ever be heard",
+        "ever be reported",
         'thresholds.yaml:10: rules[6].inhibits[1]: "other" inhibits this rule: neither would '
-        "ever be heard",
+        "ever be reported",
     ]
 
 
@@ -571,8 +571,8 @@ def test_both_words_at_once_are_refused_and_faults_use_the_one_that_was_given(ca
             "action: CONTINUE",
         )
     ) == [
-        "thresholds.yaml:4: rules[0].silences: is what inhibits was called; expected one of "
-        "them",
+        "thresholds.yaml:4: rules[0].silences: is the former name of inhibits; expected one "
+        "of them",
         "thresholds.yaml:5: rules[1].silences[0]: no rule has this id",
         "thresholds.yaml:6: rules[2].silences: has no meaning beside missing_for of the metric "
         "step",
@@ -588,7 +588,7 @@ def test_silence_is_a_rule_of_its_own():
         )
     ) == [
         "thresholds.yaml:4: rules[0].all[0]: missing_for of the metric step stands alone: no "
-        "frame tells it",
+        "step record shows it",
     ]
 
 

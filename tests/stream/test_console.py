@@ -69,10 +69,10 @@ def test_a_console_that_is_gone_is_said_once_and_steps_go_on(
 
     monkeypatch.setattr(sys, "stdout", Gone())
     stream.frame(1, row(1))
-    wait_until(lambda: "not printed any more" in caplog.text)
+    wait_until(lambda: "no longer printed" in caplog.text)
     stream.frame(2, row(2))
     assert stream.close().metrics.delivered == 4
-    assert caplog.text.count("not printed any more") == 1
+    assert caplog.text.count("no longer printed") == 1
 
 
 @pytest.mark.parametrize("value", ["", "otlp", "none"])

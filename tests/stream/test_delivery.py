@@ -290,7 +290,7 @@ def test_a_receiver_without_traces_gets_no_more_of_them(
     assert report.traces.dropped == report.traces.refused == report.traces.produced == 2
     assert http.inbox.attempts[TRACES] == 1
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "takes no traces" in caplog.text
+    assert "does not accept traces" in caplog.text
 
 
 def test_nothing_listening_is_said_once_in_a_run(open_stream, row, caplog, wait_until):

@@ -161,7 +161,7 @@ def test_a_page_instead_of_an_answer_is_told_of_once(open_stream, row, caplog, w
         for step in range(3):
             stream.frame(step, row(step))
             wait_until(lambda made=2 * (step + 1): stream.snapshot().metrics.delivered == made)
-    assert caplog.text.count("no answer of OTLP") == 1
+    assert caplog.text.count("an answer that is not OTLP") == 1
 
 
 def test_what_a_receiver_says_cannot_write_on_a_terminal(open_stream, row, caplog):

@@ -191,10 +191,10 @@ def test_files_of_a_living_process_are_left_to_it(open_stream, row, wait_until, 
         timeout=60,
     )
     assert done.returncode == 1
-    assert "another process is at it" in done.stderr
+    assert "another process uses it" in done.stderr
     report = send([path], http)
     assert report.files[0].later
-    assert "another process is at it" in report.files[0].problem
+    assert "another process uses it" in report.files[0].problem
     assert http.inbox.requests == []
     (left,) = stream.close().files
     assert left == path

@@ -98,7 +98,7 @@ def test_a_probe_that_raises_leaves_its_value_out_is_told_once_and_may_come_back
         assert sampler.latest["cpu_util_percent"] == 50.0
     assert seen == [1.0, None, None, 2.0, None]
     assert [record.getMessage() for record in caplog.records] == [
-        "gpu cannot be measured, and is left out: driver is gone"
+        "gpu cannot be measured, and is omitted: driver is gone"
     ]
     assert {record.name for record in caplog.records} == {"esper_otel"}
 

@@ -458,7 +458,7 @@ def test_an_exception_inside_is_told_once_and_reaches_nobody(clock, caplog):
     one_step(recorder, clock)
     one_step(recorder, clock)
     assert len(caplog.records) == 1
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
 
 
 def test_switched_off_it_does_nothing(clock):

@@ -264,7 +264,7 @@ def test_one_that_does_not_fit_any_more_is_dropped_and_the_run_goes_on(caplog):
     loop.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     loop.train()
     assert loop.at == 10, "nothing was put back"
-    assert loop.subject.report.refused == {"it could not be put back": 1}
+    assert loop.subject.report.refused == {"it could not be restored": 1}
     assert any("not those of the snapshot" in r.getMessage() for r in caplog.records)
     loop.train(3 * EVERY)
     assert loop.subject.report.good_step > 10

@@ -123,7 +123,7 @@ def test_it_is_told_once(broken, caplog):
     (record,) = caplog.get_records("setup")
     assert record.levelno == logging.ERROR
     assert f"'_{stage}'" in record.getMessage()
-    assert "the run goes on" in record.getMessage()
+    assert "the run continues" in record.getMessage()
 
 
 def test_every_step_is_streamed(broken):

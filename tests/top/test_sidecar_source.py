@@ -138,4 +138,4 @@ def test_an_older_sidecar_is_told_apart_from_none(told):
     runs, replies, _ = told
     replies.append(Refusal("not a message of protocol 1"))
     runs.refresh("", 0, 0.0)
-    assert "older than this esper-otel, start it again" in runs.problem
+    assert "older than this esper-otel, restart it" in runs.problem

@@ -191,7 +191,7 @@ def test_without_the_library_one_line_says_what_to_install(folder, capsys, monke
     status, out, err = printed(capsys, folder)
     assert (status, out) == (1, "")
     assert err == (
-        "esper-otel: top: takes rich to draw: pip install 'esper-otel[top]' "
+        "esper-otel: top: needs rich to draw: pip install 'esper-otel[top]' "
         "(--once prints without it)\n"
     )
     assert printed(capsys, folder, "--once")[0] == 0

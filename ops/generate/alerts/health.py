@@ -1,4 +1,4 @@
-"""Alerts about runs that end, and about those who watch: Tamiyo, and the Collector between it
+"""Alerts about runs that end, and about the health of Tamiyo and of the Collector between it
 and the trainers."""
 
 from __future__ import annotations
@@ -93,15 +93,15 @@ def tamiyo() -> list[Alert]:
             severity="high",
             anchor="tamiyodecided",
             summary="Tamiyo decided {{ $labels.action }} by the rule {{ $labels.rule }}.",
-            description="{{ $value | humanize }} times in five minutes; what the rule means "
-            "stands in the runbook under its name.",
+            description="{{ $value | humanize }} times in five minutes; the runbook explains "
+            "the rule under its name.",
         ),
         _alert(
             "TamiyoRunFailed",
             "high",
             "0s",
             _rises("tamiyo.runs.ended", f'how="{HowEnded.EXCEPTION}"', "instance"),
-            "Tamiyo was told of runs that an exception ended.",
+            "Runs of this Tamiyo ended by an exception.",
             "{{ $value | humanize }} ranks in five minutes; the journal names them.",
         ),
         _alert(
@@ -113,28 +113,28 @@ def tamiyo() -> list[Alert]:
             f"(max by (job) (last_over_time({beats}[1h]))"
             f" unless on(job) increase({beats}[{WITHIN}]) > 0)"
             f" and on() ({_TRAINING} > 0)",
-            "Tamiyo does not beat, and somebody trains.",
+            "Tamiyo heartbeat missing while training runs are active.",
         ),
         _alert(
             "TamiyoMissesSteps",
             "warning",
             WITHIN,
             _rises("tamiyo.frames.missed", by="instance"),
-            "Tamiyo judged steps without having seen those before them.",
+            "Tamiyo evaluated steps without having received those before them.",
         ),
         _alert(
             "TamiyoAnswersLate",
             "warning",
             WITHIN,
             f"{_share('tamiyo.answer.duration', 99)} > {DEADLINE_MS}",
-            f"One ask in a hundred takes more than {DEADLINE_MS} ms to answer.",
+            f"One decision request in a hundred takes more than {DEADLINE_MS} ms to answer.",
         ),
         _alert(
             "TamiyoLags",
             "warning",
             WITHIN,
             f"{_share('tamiyo.ingest.lag', 95)} > {LAG_MS}",
-            "Streamed steps are judged more than a second after they ended.",
+            "Streamed steps are evaluated more than a second after they ended.",
         ),
         _alert(
             "TamiyoRefuses",
@@ -148,14 +148,14 @@ def tamiyo() -> list[Alert]:
             "warning",
             "0s",
             _rises("tamiyo.restarts", by="process"),
-            "A process of Tamiyo's ended and was started again: {{ $labels.process }}.",
+            "A Tamiyo process ended and was restarted: {{ $labels.process }}.",
         ),
         _alert(
             "TamiyoHung",
             "high",
             "0s",
             _rises("tamiyo.hung", by="process"),
-            "A process of Tamiyo's did not respond, and was replaced: {{ $labels.process }}.",
+            "A Tamiyo process stopped responding and was replaced: {{ $labels.process }}.",
         ),
         _alert(
             "TamiyoJournalLoses",
@@ -179,14 +179,15 @@ def collector() -> list[Alert]:
             "high",
             "1m",
             'up{part="collector"} == 0',
-            "The Collector at {{ $labels.instance }} does not answer. Trainers spool.",
+            "The Collector at {{ $labels.instance }} does not answer. Trainers spool their "
+            "telemetry.",
         ),
         _alert(
             "CollectorQueueFills",
             "warning",
             "2m",
             f"otelcol_exporter_queue_size{{{queued}}} / otelcol_exporter_queue_capacity > 0.5",
-            "The queue of {{ $labels.exporter }} is half full: its receiver is away or slow.",
+            "The queue of {{ $labels.exporter }} is half full: its backend is down or slow.",
             "Full to {{ $value | humanizePercentage }}.",
         ),
         _alert(
@@ -196,7 +197,7 @@ def collector() -> list[Alert]:
             _any_rises(
                 f"otelcol_receiver_refused_{what}{{{of_trainers}}}" for what in _SIGNALS
             ),
-            "The Collector turns requests of trainers away: memory or a queue is full.",
+            "The Collector rejects requests of trainers: memory or a queue is full.",
         ),
         _alert(
             "CollectorLoses",
@@ -206,7 +207,8 @@ def collector() -> list[Alert]:
                 (f"otelcol_exporter_send_failed_{what}{{{to_stay}}}" for what in _SIGNALS),
                 by="instance, exporter",
             ),
-            "What {{ $labels.exporter }} had taken is lost: its receiver refused it for good.",
+            "{{ $labels.exporter }} lost accepted telemetry: its backend rejected it "
+            "permanently.",
         ),
         _alert(
             "CollectorDropsForTamiyo",
@@ -216,7 +218,8 @@ def collector() -> list[Alert]:
                 f"otelcol_exporter_{why}_failed_metric_points{{{to_tamiyo}}}"
                 for why in ("enqueue", "send")
             ),
-            "Points for Tamiyo are dropped: it is away or too slow, and judges by asks alone.",
+            "Points for Tamiyo are dropped: it is down or slow, and evaluates decision "
+            "requests only.",
         ),
     ]
 

@@ -61,66 +61,67 @@ _TEMPLATE = """\
 
 # Alerts
 
-Tamiyo judges every step and answers within the step. Prometheus judges four times a minute
-what it was sent; its alerts are for people, and they work where no Tamiyo runs. They are in
-[`docker/prometheus/rules`](../docker/prometheus/rules), made from the default table by
-`{command}`; what to do about each stands in [the runbook]({runbook}).
+Tamiyo evaluates every step and answers within the step. Prometheus evaluates received metrics
+four times a minute; its alerts notify people, and they work where no Tamiyo runs. The alert
+rules are in [`docker/prometheus/rules`](../docker/prometheus/rules), made from the default
+table by `{command}`. [The runbook]({runbook}) says how to respond to each.
 
-The `runbook_url` of an alert is absolute: the copy of the runbook that Prometheus itself
-serves, from `docker/prometheus/assets` (`--web.user-assets`), by its `--web.external-url`.
-`{command} --runbook-url https://…/runbook` writes the rules with another address.
+The `runbook_url` of an alert is absolute: it points to the copy of the runbook that Prometheus
+itself serves, from `docker/prometheus/assets` (`--web.user-assets`), under its
+`--web.external-url`. `{command} --runbook-url https://…/runbook` writes the rules with another
+address.
 
-## How a table's rule is said in PromQL
+## How a table's rule becomes PromQL
 
-A table counts observations, PromQL knows times. So the two agree about trouble that lasts,
-and may differ about a single step:
+A table counts observations; PromQL counts time. The two agree about lasting trouble, and may
+differ about a single step:
 
-- a rule that one observation is enough for (`for: 1`) looks at the most extreme value of the
-  last five minutes, so nothing is missed between two evaluations;
-- a rule that wants several looks at the median of the last minute, for a minute;
-- parts of `all` that are about different values are compared at the same steps: at the newest
-  step of each second of the last five minutes, or, where the rule wants several observations,
-  of each five seconds of the last minute, more than half of which must agree. Of several steps
-  within a second only the last is looked at so. Where a part looks at a range itself
-  (`rises_by`, `unchanged_for`, …) all must be true within the same minutes;
-- nothing is said of a rank that began less than {young} ago, nor of one whose run has ended
-  well (`{ended}` says done or interrupted) and has made no step since: `{judged}`
-  has those that are left;
-- a rolling baseline is the median of the last ten minutes and counts after as many
-  observations as the table's warm-up, so a rule that wants one says nothing of a run whose
-  steps take longer than {longest_s} s; the lowest or highest ever are those of the last day;
-- a record of excursions is the farthest of ten minutes, five minutes ago, and a value is beyond
-  it when it is out by more than twice as much; `rising` has no counterpart, and a level that
-  stays for five minutes is the ordinary one;
-- what is to last for a minute must be told each minute: of longer steps at most those rules
-  speak that have `0s` in the table below;
-- the peers of a rank are all ranks of its run, itself included;
+- A rule that needs one observation (`for: 1`) uses the most extreme value of the last five
+  minutes, so it misses nothing between two evaluations.
+- A rule that needs several uses the median of the last minute, for a minute.
+- Parts of `all` about different values are compared at the same steps: at the newest step of
+  each second of the last five minutes, or, where the rule needs several observations, of each
+  five seconds of the last minute, more than half of which must agree. Of several steps within
+  a second, this comparison uses only the last. Where a part looks at a range itself
+  (`rises_by`, `unchanged_for`, …), all must be true within the same minutes.
+- Alerts ignore a rank that began less than {young} ago, and one whose run ended well
+  (`{ended}` is done or interrupted) and has made no step since. `{judged}` has the remaining
+  ranks.
+- A rolling baseline is the median of the last ten minutes and counts after as many
+  observations as the table's warm-up. A rule that needs one therefore ignores a run whose
+  steps take longer than {longest_s} s. The lowest or highest ever are those of the last day.
+- A record of excursions is the farthest of ten minutes, five minutes ago, and a value exceeds
+  it when it is out by more than twice as much. `rising` has no counterpart, and a level that
+  stays for five minutes becomes the ordinary one.
+- An alert that must last for a minute needs a value each minute: for longer steps at most the
+  rules with `0s` in the table below fire.
+- The peers of a rank are all ranks of its run, including the rank itself.
 - `unchanged_for` is an hour without a change and with so many observations: never wrong, and
-  late for fast steps;
-- a rank is missing when it has told nothing for a minute and others of its run are so many
-  steps ahead of it, while these go on; it may come back as another process. One that has said
-  how its run ended is not missing. Whether a run of one rank that has said nothing ended or
-  fell silent nobody can see from outside;
+  late for fast steps.
+- A rank is missing when it has sent nothing for a minute and others of its run are so many
+  steps ahead of it and continue; it may return as another process. A rank that reported its
+  end is not missing. For a run of one rank without such a report, nothing distinguishes an end
+  from an outage.
 - `release` and `cooldown` have no counterpart; Tamiyo's do.
 
 ## Rules that alert
 
 {said}
 
-## Rules that do not
+## Rules without an alert
 
-What they find is in `tamiyo_decisions_total` when it decides, and `TamiyoDecided` tells of
-the grave ones.
+Their findings are in `tamiyo_decisions_total` when Tamiyo decides, and `TamiyoDecided` alerts
+on the severe ones.
 
 {untranslated}
 
-## About runs that end
+## Run alerts
 
-A trainer says how its run ended; of one that is done, or was interrupted, nobody is told.
+A trainer reports how its run ended. A run that is done, or was interrupted, raises no alert.
 
 {runs}
 
-## About those who watch
+## Health alerts
 
 {health}
 """

@@ -120,7 +120,7 @@ class Translator:
         """What is true while ``rule`` fires; raises :class:`UntranslatableError`."""
         if rule.downgrade:
             raise UntranslatableError(
-                "it counts only while a seed operation is proposed, which no metric tells"
+                "it counts only while a seed operation is proposed, and no metric reports that"
             )
         self._rule = rule.id
         return self._when(rule.when, rule.persistence > 1)
@@ -134,7 +134,7 @@ class Translator:
         # What tells seeds apart first: labels of the left side are those of the alert.
         first, *others = sorted(parts, key=lambda part: not part.of_seeds)
         if when.combine is Combine.ANY and any(o.of_seeds != first.of_seeds for o in others):
-            raise UntranslatableError("`any` of what is a seed's and what is a rank's")
+            raise UntranslatableError("`any` mixes metrics of seeds and of ranks")
         joint = "and" if when.combine is Combine.ALL else "or"
         text = f"({first.text})"
         for other in others:
@@ -231,7 +231,7 @@ class Translator:
                 base = f"max_over_time({name}[{EVER}])"
             case BaselineKind.FROZEN:
                 raise UntranslatableError(
-                    "its baseline is of the run's beginning, which moves out of every range "
+                    "its baseline is from the start of the run, which moves out of every range "
                     "that PromQL can look at"
                 )
         bound = f"({condition.number:g} * {base})"
@@ -275,7 +275,7 @@ class Translator:
 
     def _nonfinite(self, condition: Condition) -> str:
         if condition.metric != "nonfinite":
-            raise UntranslatableError("which of the values was not finite is not told")
+            raise UntranslatableError("no metric reports which value was not finite")
         return f"max_over_time({self._series('nonfinite')}[{LATELY}]) > 0"
 
     def _missing(self, condition: Condition) -> str:

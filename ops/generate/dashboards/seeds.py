@@ -1,4 +1,4 @@
-"""*Seeds*: what each small network inside the host is doing, and to whom."""
+"""*Seeds*: the state of each small network inside the host, and its effect on the host."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _panels() -> list[PanelBuilder]:
             "Alpha",
             "percentunit",
             [Line(mean("kasmina.seed.alpha"), BY_SEED)],
-            "How much of the seed the host gets to see.",
+            "Share of the seed's output in the host's.",
         )
         .min(0)
         .max(1),
@@ -64,8 +64,8 @@ def _panels() -> list[PanelBuilder]:
             "Isolation: cosine of host and seed",
             "short",
             [Line(COSINE, BY_SEED)],
-            "Of what comes back through each at the slot's input: -1 when they pull in "
-            "opposite directions. Without a point while a norm is zero.",
+            "Cosine of the two gradients at the slot's input: -1 when they pull in opposite "
+            "directions. No point while a norm is zero.",
         )
         .min(-1)
         .max(1),
@@ -76,7 +76,7 @@ def _panels() -> list[PanelBuilder]:
                 Line(mean("kasmina.seed.isolation.host_norm"), f"host, {BY_SEED}"),
                 Line(mean("kasmina.seed.isolation.seed_norm"), f"seed, {BY_SEED}"),
             ],
-            "While a seed must be isolated the second is 0.",
+            "The seed norm is 0 while the seed must be isolated.",
         ),
         lines(
             "Isolation: inner product",

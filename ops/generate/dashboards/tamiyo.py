@@ -1,4 +1,4 @@
-"""*Tamiyo*: what it decides, how fast, and whether it sees what it should."""
+"""*Tamiyo*: its decisions, its latency, and the health of its ingest."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def tamiyo() -> Dashboard:
     made = board(
         "esper-tamiyo",
         "esper / Tamiyo",
-        "Decisions and rules, and how the sidecar itself is. Its own metrics are of all runs "
-        "it serves; the variables choose whose waiting and annotations are shown.",
+        "Decisions and rules, and the health of the sidecar. Its own metrics cover all runs "
+        "that it serves; the variables filter request times and annotations.",
     )
     for panel in (*_head(), *_deciding()):
         made = made.with_panel(panel)
-    made = made.with_row(Row("Whether it sees what it should"))
+    made = made.with_row(Row("Ingest health"))
     for panel in _seeing():
         made = made.with_panel(panel)
     return made
@@ -56,17 +56,17 @@ def tamiyo() -> Dashboard:
 
 def _head() -> list[PanelBuilder]:
     return [
-        number("Ranks heard of", "none", f"sum({_ranks('healthy')})"),
+        number("Healthy ranks", "none", f"sum({_ranks('healthy')})"),
         number(
             "In conservative mode",
             "none",
             f"sum({reported('tamiyo.conservative')})",
-            "Ranks for which every seed operation is refused for a while.",
+            "Ranks whose seed operations are all refused for a while.",
         ),
         number("Connections", "none", f"sum({reported('tamiyo.connections')})"),
-        number("Serving for", "s", f"min({reported('tamiyo.uptime')})"),
+        number("Uptime", "s", f"min({reported('tamiyo.uptime')})"),
         number(
-            "Table in use for",
+            "Age of the table",
             "s",
             f"time() - max({reported('tamiyo.table.loaded')})",
         ),
@@ -89,8 +89,8 @@ def _deciding() -> list[PanelBuilder]:
                     "{{rule}}: {{action}}",
                 )
             ],
-            "Those that are neither `nominal` nor `warming_up`; `conservative_mode` refused a "
-            "seed operation.",
+            "All except `nominal` and `warming_up`; `conservative_mode` refused a seed "
+            "operation.",
         ),
         stacked(
             "All decisions by action",
@@ -101,14 +101,14 @@ def _deciding() -> list[PanelBuilder]:
             "Updates checked before they were made",
             "short",
             [Line(increase("tamiyo.checks", "decided"), "{{decided}}")],
-            "A trainer in `enforce` mode found a value beyond its guards and asked first. "
-            "`smaller`: lower rate or clipped gradients for this update; `skipped`: left out.",
+            "A trainer in `enforce` mode found a value beyond its guards and sent a request. "
+            "`smaller`: lower rate or clipped gradients for this update; `skipped`: no update.",
         ),
         states(
             "Rules",
             [Line(f"max by (rule) ({worst})", "{{rule}}")],
             {value: (state.value, color) for state, (value, color) in STATES.items()},
-            "Of the rank, or the seed, for which each is worst.",
+            "Worst state of each rule over all ranks and seeds.",
         ),
         states(
             "Conservative mode",
@@ -120,7 +120,7 @@ def _deciding() -> list[PanelBuilder]:
             "Alerts of Prometheus",
             "none",
             [Line('count by (alertname, alertstate) (ALERTS{rule!=""})', "{{alertname}}")],
-            "Rules of Tamiyo's table that can be said in PromQL, as Prometheus judges them.",
+            "Rules of Tamiyo's table with a PromQL form, as Prometheus evaluates them.",
             width=12,
         ),
     ]
@@ -141,20 +141,20 @@ def _seeing() -> list[PanelBuilder]:
             "Answering",
             "ms",
             [Line(share("tamiyo.answer.duration", of), f"p{of}") for of in _LATENCIES],
-            "From receiving a request, about a step or an update, to having answered it.",
+            "From receiving a request, about a step or an update, to answering it.",
         ),
         lines(
             "Time spent on decision requests",
             "ms",
             [Line(most("tamiyo_latency_ms"), BY_RANK)],
-            "On the training thread: sending, collecting the answer, and waiting where it is "
-            "late. The longest that a pixel spans.",
+            "On the training thread: sending, collecting the answer, and waiting for a late "
+            "one. The longest per pixel.",
         ),
         lines(
             "Unanswered decision requests in a row",
             "none",
             [Line(most("unjudged_steps"), BY_RANK)],
-            "Above 0 nobody evaluates the run: a scaled learning rate stays scaled.",
+            "Above 0 the run is not evaluated: a scaled learning rate stays scaled.",
         ),
         lines(
             "Lag of the stream",
@@ -163,14 +163,14 @@ def _seeing() -> list[PanelBuilder]:
             "From a streamed step's own time to its evaluation.",
         ),
         lines(
-            "Frames",
+            "Step records",
             "short",
             [
                 Line(increase("tamiyo.frames", "state"), "{{state}}"),
                 Line(increase("tamiyo.frames.missed"), "missed"),
                 Line(increase("tamiyo.frames.refused", "reason"), "refused: {{reason}}"),
             ],
-            "`duplicate` is no fault: an ask and the stream tell the same step.",
+            "`duplicate` is normal: a decision request and the stream carry the same step.",
         ),
         lines(
             "Points received",
@@ -196,34 +196,34 @@ def _seeing() -> list[PanelBuilder]:
             "Journal",
             "short",
             [Line(increase("tamiyo.journal.entries", "state"), "{{state}}")],
-            "What is `lost` cannot be replayed.",
+            "`lost` entries cannot be recovered.",
         ),
         stacked(
-            "Ranks by how they are",
+            "Ranks by state",
             "none",
             [Line(f"sum by (state) ({reported('tamiyo.runs')})", "{{state}}")],
-            "`stale`: not heard of for too long, and nobody knows why. `finished` and `failed` "
-            "have said that their run ended, and are forgotten first.",
+            "`stale`: no telemetry for too long, for an unknown reason. `finished` and "
+            "`failed` ranks reported the end of their run, and are removed first.",
         ),
         lines(
             "Ends of runs",
             "short",
             [Line(increase("tamiyo.runs.ended", "how"), "{{how}}")],
-            "As their ranks have said.",
+            "As reported by their ranks.",
         ),
         lines(
             "Restarts and reloads",
             "none",
             [
-                Line(increase("tamiyo.restarts", "process"), "{{process}} started again"),
-                Line(increase("tamiyo.hung", "process"), "{{process}} did not respond"),
-                Line(increase("tamiyo.table.reloads", "state"), "another table {{state}}"),
+                Line(increase("tamiyo.restarts", "process"), "{{process}} restarted"),
+                Line(increase("tamiyo.hung", "process"), "{{process}} hung"),
+                Line(increase("tamiyo.table.reloads", "state"), "table {{state}}"),
             ],
         ),
         lines(
             "Heartbeat",
             "short",
             [Line(f"sum(rate({own('tamiyo.heartbeat')}[$__rate_interval]))", "per second")],
-            "About one a second for each sidecar.",
+            "About one per second for each sidecar.",
         ),
     ]

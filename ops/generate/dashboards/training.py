@@ -45,7 +45,7 @@ def training() -> Dashboard:
     )
     for panel in (*_head(), *_learning()):
         made = made.with_panel(panel)
-    made = made.with_row(Row("Where the time goes"))
+    made = made.with_row(Row("Step time breakdown"))
     for panel in _time():
         made = made.with_panel(panel)
     made = made.with_row(Row("Devices"))
@@ -64,11 +64,11 @@ def _head() -> list[PanelBuilder]:
         _of_runs("Samples per second", "short", "sum", of("samples_per_s"), "Of all ranks."),
         _of_runs("Step time", "ms", "avg", of("step_latency_ms")),
         _of_runs(
-            "Values that were not finite",
+            "Non-finite values",
             "none",
             "sum",
             f"sum_over_time({of('nonfinite')}[$__range])",
-            "NaN or infinite, in the time shown. They are in no curve.",
+            "NaN or infinite, in the time range shown. Curves omit them.",
         ),
     ]
 
@@ -106,12 +106,12 @@ def _learning() -> list[PanelBuilder]:
                 Line(most("gradient_norm"), BY_RANK),
                 Line(over_ranks("grad_norm_ewma"), f"{BY_RUN} weighted mean"),
             ],
-            "Before clipping; the largest that a pixel spans.",
+            "Before clipping; the largest per pixel.",
             width=12,
         ),
         lines("Change of the loss", "short", [Line(most("loss_delta"), BY_RANK)]),
         lines(
-            "Unsteadiness",
+            "Volatility",
             "short",
             [
                 Line(over_ranks("loss_volatility"), f"{BY_RUN} loss: standard deviation"),
@@ -122,7 +122,7 @@ def _learning() -> list[PanelBuilder]:
             "Conflicting gradient sources",
             "percentunit",
             [Line(mean("grad_conflict_rate"), BY_RANK)],
-            "Of the pairs that were compared; with two sources or more.",
+            "Share of the compared pairs; with two sources or more.",
         ),
         lines(
             "Learning rate",
@@ -131,13 +131,13 @@ def _learning() -> list[PanelBuilder]:
                 Line(mean("optimizer_lr"), BY_RANK),
                 Line(mean("optimizer_lr_base"), f"base, {BY_RANK}"),
             ],
-            "The rate that updates used: the script's own times the factor.",
+            "The rate of the updates: the script's own times the factor.",
         ),
         lines(
             "Learning rate factor",
             "short",
             [Line(mean("lr_scale"), BY_RANK)],
-            "What decisions scale the script's own rate by: 1 when none is applied, and always "
+            "Factor of decisions on the script's own rate: 1 when none is applied, and always "
             "in `advise` mode.",
         ),
         lines(
@@ -145,29 +145,29 @@ def _learning() -> list[PanelBuilder]:
             "none",
             [
                 Line(total("update_skipped"), BY_RANK),
-                Line(total("restored"), f"{BY_RANK}, a snapshot put back"),
+                Line(total("restored"), f"{BY_RANK}, snapshot restored"),
             ],
-            "Updates left out by decisions, and those in whose place a snapshot was put back, "
-            "counted over what a pixel spans.",
+            "Updates skipped by decisions, and updates replaced by a restored snapshot; count "
+            "per pixel.",
         ),
         lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
         lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
         lines(
-            "Values of the script's own",
+            "Custom values",
             "short",
             [
                 Line(custom(), f"{{{{{NAME}}}}}, {BY_RANK}"),
                 Line(total("custom_nonfinite"), f"not finite, {BY_RANK}"),
             ],
-            "What the script reports by names of its own, validation metrics among them; and "
-            "how many of them were NaN or infinite, counted over what a pixel spans.",
+            "Values that the script reports under its own names, including validation metrics; "
+            "and the count of NaN or infinite ones per pixel.",
         ),
         lines(
             "Phase",
             "none",
             [Line(most("phase"), BY_RANK)],
-            "Where it rises the loop has said that a new phase begins: values of before are no "
-            "measure for those after.",
+            "A rise marks a new phase reported by the loop: earlier values are no reference "
+            "for later ones.",
         ),
     ]
 
@@ -179,11 +179,10 @@ def _time() -> list[PanelBuilder]:
             "Slow steps",
             "ms",
             [Line(SLOW_STEPS, BY_RANK)],
-            f"Steps that took more than {SLOW_FACTOR} times the median of {SLOW_SPAN}. A click "
-            "on one looks in Jaeger for steps that took as long. Traced is what a trainer "
-            "finds slow: a step that takes several times (ESPER_SPAN_SLOW_FACTOR) the weighted "
-            "mean of those just before it. Slow steps that come again and again raise that "
-            "mean, and need not be traced.",
+            f"Steps that took more than {SLOW_FACTOR} times the median of {SLOW_SPAN}. Click "
+            "one to search Jaeger for steps of that duration. A trainer traces a step as slow "
+            "when it takes several times (ESPER_SPAN_SLOW_FACTOR) the weighted mean of those "
+            "just before it. Repeated slow steps raise that mean, and may not be traced.",
         )
         .draw_style(common.GraphDrawStyle.POINTS)
         .point_size(7)
@@ -196,8 +195,8 @@ def _time() -> list[PanelBuilder]:
                 "Step time by phase: $run",
                 "ms",
                 [*phases, Line(OTHER, "other")],
-                "Mean over the chosen ranks. `esper` is what this package did on the training "
-                "thread, decision requests included.",
+                "Mean over the chosen ranks. `esper` is the overhead of esper-otel on the "
+                "training thread, including decision requests.",
                 width=12,
             )
         ),
@@ -205,7 +204,7 @@ def _time() -> list[PanelBuilder]:
             "Step time by rank",
             "ms",
             [Line(most("step_latency_ms"), BY_RANK)],
-            "The slowest step that a pixel spans.",
+            "The slowest step per pixel.",
             width=12,
         ),
         slow,
@@ -216,10 +215,10 @@ def _time() -> list[PanelBuilder]:
         ),
         lines("Samples per second", "short", [Line(mean("samples_per_s"), BY_RANK)]),
         lines(
-            "What watching costs",
+            "Instrumentation overhead",
             "ms",
             [
-                Line(over_ranks("hook_latency_ms"), f"{BY_RUN} this package, of that"),
+                Line(over_ranks("hook_latency_ms"), f"{BY_RUN} esper-otel, of that"),
                 Line(over_ranks("tamiyo_latency_ms"), f"{BY_RUN} decision requests"),
                 Line(over_ranks("kasmina.apply_ms"), f"{BY_RUN} applying decisions"),
                 Line(over_ranks("kasmina.finalize_ms"), f"{BY_RUN} seeds"),

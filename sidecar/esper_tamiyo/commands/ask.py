@@ -22,12 +22,12 @@ def add(commands: Subcommands) -> None:
         "ask",
         help="show the newest decision of a run",
         examples=[
-            ("tamiyo ask", "of the run heard of last"),
+            ("tamiyo ask", "of the most recent run"),
             ("tamiyo ask --run mine --rank 3 --json", "of one rank, as JSON"),
         ],
     )
     add_socket(parser)
-    parser.add_argument("--run", default="", help="default: the run heard of last")
+    parser.add_argument("--run", default="", help="default: the most recently active run")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=_ask)

@@ -1,4 +1,4 @@
-"""``tamiyo check``: say what a table does, or what is wrong with it.
+"""``tamiyo check``: validate and describe a table.
 
 Exits with 1 when it is not a table, or when a rule of it can never fire, never be heard
 or never end, or inhibits in vain; each is named with file and line.
@@ -25,7 +25,7 @@ def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "check",
-        help="say what a table does, or what is wrong with it (exit status 1)",
+        help="validate and describe a table (exit status 1 if it is invalid)",
         examples=[
             ("tamiyo check mine.yaml", "its rules, or its mistakes by line"),
             ("tamiyo check --json mine.yaml", "the same, for editors and CI"),
@@ -62,7 +62,7 @@ def _check(options: argparse.Namespace) -> int:
             return 1
         lines = [fault.at(source.name) for fault in found[:MAX_FAULTS]]
         if len(found) > MAX_FAULTS:
-            lines.append(f"and {len(found) - MAX_FAULTS:,} more of the kind")
+            lines.append(f"and {len(found) - MAX_FAULTS:,} more of this kind")
         say(*lines, file=sys.stderr)
         return 1
     if options.json:
@@ -115,7 +115,7 @@ def _describe(name: str, table: Table, extends: tuple[str, ...]) -> None:
         say(f"extends {', which extends '.join(extends)}")
     window, warmup = table.baseline.window, table.baseline.warmup
     say(f"baseline: median of {window} observations, after {warmup}")
-    say(f"conservative mode: left after {table.clean_steps} clean steps")
+    say(f"conservative mode: ends after {table.clean_steps} clean steps")
     for action in sorted({rule.action for rule in table.rules}):
         say("", action.value)
         for rule in table.rules:

@@ -1,4 +1,4 @@
-"""What several commands share: the socket and its replies, tables, recordings, output."""
+"""Helpers of several commands: the socket and its replies, tables, recordings, output."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def add_recording(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recording",
         type=Path,
-        help="a file that a run or a Collector's file exporter wrote, or a folder of them",
+        help="a recording of a run, a file of a Collector's file exporter, or a folder of them",
     )
     parser.add_argument("--run", default="", help="default: every run of the recording")
 

@@ -1,4 +1,4 @@
-"""``tamiyo explain``: a decision or notice in words: why, what came of it, what to change."""
+"""``tamiyo explain``: a decision or notice in words: reason, outcome, remedy."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def add(commands: Subcommands) -> None:
         "decision", metavar="DECISION", help="its id, RUN/RANK/STEP, or latest; or a RUN, with"
     )
     parser.add_argument("step", nargs="?", type=int, metavar="STEP", help="a step of RUN")
-    parser.add_argument("--rank", type=int, default=0, help="of which rank STEP is meant")
-    parser.add_argument("--run", default="", help="of which run the latest is meant")
+    parser.add_argument("--rank", type=int, default=0, help="rank of STEP")
+    parser.add_argument("--run", default="", help="run of the latest decision")
     add_folder(parser)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=_explain)

@@ -1,4 +1,4 @@
-"""``tamiyo journal``: show what was written down, and what is being written."""
+"""``tamiyo journal``: show journal entries, and follow new ones."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "journal",
-        help="show what was decided, and when",
+        help="show decisions and other journal entries",
         examples=[
             ("tamiyo journal --follow", "new entries as they come"),
             ("tamiyo journal --since 1h --severity HIGH", "serious entries of the last hour"),
             ("tamiyo journal --run mine --rule loss_spike", "one rule, in one run"),
         ],
     )
-    parser.add_argument("--run", default="", help="only what is about this run")
+    parser.add_argument("--run", default="", help="only entries about this run")
     parser.add_argument(
         "--since",
         type=_time,
@@ -48,8 +48,8 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--all", action="store_true", help="also changes between inactive and unknown"
     )
-    parser.add_argument("--follow", action="store_true", help="go on with what comes")
-    parser.add_argument("--json", action="store_true", help="the lines as they are written")
+    parser.add_argument("--follow", action="store_true", help="follow new entries")
+    parser.add_argument("--json", action="store_true", help="raw JSON lines")
     add_folder(parser)
     parser.set_defaults(command=_journal)
 

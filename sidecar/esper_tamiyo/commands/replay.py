@@ -1,4 +1,4 @@
-"""``tamiyo replay``: what a table would have decided about a recorded run."""
+"""``tamiyo replay``: the decisions of a table about a recorded run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "replay",
-        help="show what a table would have decided about a recorded run",
+        help="show a table's decisions about a recorded run",
         examples=[
             ("tamiyo replay recordings/", "by the default table"),
             ("tamiyo replay recordings/ --table mine.yaml --json", "by your own, as JSON"),
@@ -35,7 +35,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--table", default="default", help="default, prototype or a file (default: %(default)s)"
     )
-    parser.add_argument("--all", action="store_true", help="also show what is nominal")
+    parser.add_argument("--all", action="store_true", help="also show nominal decisions")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.set_defaults(command=_replay)
 

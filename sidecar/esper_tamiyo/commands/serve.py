@@ -48,13 +48,13 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("--otlp-grpc", default="127.0.0.1:4317", metavar="HOST:PORT")
     parser.add_argument("--otlp-http", default="127.0.0.1:4318", metavar="HOST:PORT")
-    parser.add_argument("--no-ingest", action="store_true", help="hear asks only, no OTLP")
+    parser.add_argument("--no-ingest", action="store_true", help="disable OTLP ingestion")
     parser.add_argument(
         "--state-mb",
         type=_positive,
         default=192.0,
         metavar="MB",
-        help="memory for what is known of all runs (default: %(default)g)",
+        help="memory for the data of all runs (default: %(default)g)",
     )
     _add_senders(parser)
     _add_page(parser)
@@ -84,7 +84,7 @@ def _add_senders(parser: argparse.ArgumentParser) -> None:
 def _add_page(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "a page to look at",
-        "Who may see it follows from the options above, as for OTLP.",
+        "The options above also control access to the page.",
     )
     group.add_argument(
         "--ui",
@@ -97,13 +97,13 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     """The options about journal, health and traces."""
     from esper_tamiyo.journaling.journal import MAX_FILE_MB, MAX_FILES
 
-    group = parser.add_argument_group("what is kept and told of it")
+    group = parser.add_argument_group("journal and self-telemetry")
     group.add_argument(
         "--journal",
         type=Path,
         metavar="DIR",
-        help="where decisions are written down (default: beside a socket that was "
-        "chosen, else in $XDG_STATE_HOME/esper/journal)",
+        help="where the journal is written (default: beside a chosen socket, else in "
+        "$XDG_STATE_HOME/esper/journal)",
     )
     group.add_argument("--no-journal", action="store_true", help="write nothing down")
     group.add_argument(
@@ -111,23 +111,22 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=MAX_FILE_MB,
         metavar="MB",
-        help="size at which a new file is begun (default: %(default)g)",
+        help="size at which a new file begins (default: %(default)g)",
     )
     group.add_argument(
         "--journal-files",
         type=_count,
         default=MAX_FILES,
         metavar="N",
-        help="files kept, the oldest go (default: %(default)s)",
+        help="number of files; the oldest are deleted (default: %(default)s)",
     )
     group.add_argument(
         "--state",
         type=Path,
         metavar="DIR",
-        help="where what is known of each rank is kept for a restart (default: beside the "
-        "journal)",
+        help="where state is saved for a restart (default: beside the journal)",
     )
-    group.add_argument("--no-state", action="store_true", help="know nothing after a restart")
+    group.add_argument("--no-state", action="store_true", help="save no state")
     group.add_argument(
         "--health", metavar="HOST:PORT", help="answer GET /livez and /readyz there"
     )
@@ -136,7 +135,7 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="also make a span of the decision about every N-th step that is CONTINUE",
+        help="also trace every Nth CONTINUE decision",
     )
 
 
@@ -237,7 +236,7 @@ def _table(name: str, state: Path | None) -> tuple[Table, str]:
             raise
         told = "\n".join(error.lines)
         logging.getLogger("tamiyo").warning(
-            "%s\nthe last good one, %s, stays until the file is mended",
+            "%s\nthe last good one, %s, stays until the file is fixed",
             Lines(told),
             last.version,
         )
@@ -337,8 +336,8 @@ def _page(
         return None, None
     if options.no_journal or state is None:
         raise CommandError(
-            f"--ui {options.ui}: shows what the journal and the state hold; expected neither "
-            "--no-journal nor --no-state beside it"
+            f"--ui {options.ui}: needs the journal and the state; expected neither "
+            "--no-journal nor --no-state"
         )
     address = _address("--ui", options.ui)
     try:

@@ -17,7 +17,7 @@ def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "silence",
-        help="silence a rule for one run, while it runs",
+        help="suppress a rule for one run while it trains",
         examples=[
             ("tamiyo silence mine loss_spike", "until the run ends"),
             ("tamiyo silence mine loss_spike --steps 500", "for a while"),
@@ -31,7 +31,7 @@ def add(commands: Subcommands) -> None:
     how_long.add_argument(
         "--until-end", action="store_true", help="until the run ends (the default)"
     )
-    how_long.add_argument("--undo", action="store_true", help="let the rule be heard again")
+    how_long.add_argument("--undo", action="store_true", help="end the silence")
     add_socket(parser)
     parser.set_defaults(command=_silence)
 

@@ -1,4 +1,4 @@
-"""``tamiyo status``: show how the sidecar is doing.
+"""``tamiyo status``: show the health of the sidecar.
 
 Exit status: 0 when it answers and every part of it works, 3 when it answers but a part
 does not (which one is said on standard error), 1 when nobody answers.
@@ -23,9 +23,9 @@ def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "status",
-        help="show how the sidecar is doing",
-        epilog="Exit status: 0 all parts work, 3 it answers but a part does not, 1 no sidecar "
-        "answers.",
+        help="show the health of the sidecar",
+        epilog="Exit status: 0 all parts work, 3 it answers but a part does not, 1 not "
+        "reachable.",
         examples=[
             ("tamiyo status", "in a few lines"),
             ("tamiyo status --json", "every count there is"),
@@ -56,9 +56,9 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
     if ingest is not None and ingest.get("state") == "silent":
         troubles.append("OTLP is not received: the ingest process does not respond")
     elif ingest is not None and not ingest["listening"]:
-        troubles.append("OTLP is not received: the ingest process is being started again")
+        troubles.append("OTLP is not received: the ingest process is restarting")
     if scribe is not None and scribe["state"] in ("down", "silent"):
-        troubles.append(f"nothing is written down: the scribe process is {scribe['state']}")
+        troubles.append(f"the journal is not written: the scribe process is {scribe['state']}")
     elif scribe is not None and scribe["error"]:
         troubles.append(f"the journal cannot be written: {printable(scribe['error'])}")
     if report["table"].get("watch") in ("down", "silent"):
@@ -156,7 +156,7 @@ def _state(state: dict[str, Any]) -> str:
 
 def _show(report: dict[str, Any]) -> None:
     age = report["last_frame_age_s"]
-    seen = "it has seen no step yet" if age is None else f"newest step {_duration(age)} ago"
+    seen = "it has no step yet" if age is None else f"newest step {_duration(age)} ago"
     say(f"tamiyo {report['pid']}, up {_duration(report['uptime_s'])}; {seen}")
     engine = report["engine"]
     parts = {
@@ -180,7 +180,9 @@ def _show(report: dict[str, Any]) -> None:
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
         state = run.get("state")
-        silent = f"; stale, silent for {_duration(run['silent_s'])}" if state == "stale" else ""
+        silent = (
+            f"; stale, no data for {_duration(run['silent_s'])}" if state == "stale" else ""
+        )
         if "ended" in run:
             silent = f"; {state}: {run['ended']}"
         say(

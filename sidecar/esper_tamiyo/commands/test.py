@@ -1,4 +1,4 @@
-"""``tamiyo test``: hold tables against the tests that people wrote for them."""
+"""``tamiyo test``: run the tests of a table."""
 
 from __future__ import annotations
 

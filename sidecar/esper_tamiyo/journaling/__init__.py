@@ -1,1 +1,1 @@
-"""The scribe process: journal, field reports, Tamiyo's own telemetry and health."""
+"""The journal writer (scribe): journal, outcome reports, Tamiyo's own telemetry and health."""

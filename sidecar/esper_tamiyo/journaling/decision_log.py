@@ -1,4 +1,4 @@
-"""The decision log: what the engine's observer is told, and the journal entries made of it.
+"""The decision log: turns the engine's notifications into journal entries.
 
 While a decision is worked out the log only keeps what it is given. Entries, field
 reports and counts are made of it afterwards, when no trainer waits.
@@ -212,7 +212,7 @@ class DecisionLog:
                 entries += self._entries_of(thing, now_s)
             except Exception:
                 if not self.dropped:  # one is enough to find out why
-                    log.exception("nothing can be written down of %.200r", thing)
+                    log.exception("cannot record %.200r", thing)
                 self.dropped += 1
         return entries
 

@@ -1,4 +1,4 @@
-"""Entries: what the journal holds, one JSON object a line.
+"""Entries: the contents of the journal, one JSON object a line.
 
 Field names are stable: ``docs/decisions.md`` lists them, readers ignore fields they do
 not know, and a field is never given another meaning.

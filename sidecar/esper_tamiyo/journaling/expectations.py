@@ -1,4 +1,4 @@
-"""Expectations: what a rule held normal when it fired, and what would have let it pass.
+"""Expectations: the normal range of a rule when it fired, and the smallest change to pass it.
 
 Both are made of the values that the finding saw and of the rule's condition, as the journal
 has them.
@@ -200,7 +200,7 @@ def _holds(condition: Condition, value: float, bound: float) -> bool:
 def _why(condition: Condition, number: float, values: Values, table: TableInUse) -> str:
     """Where a bound comes from."""
     if condition.operator in ON_RECORDS:
-        return f": {number:g} × what its record explains"
+        return f": {number:g} × its record"
     reference = _reference(condition, values)
     if reference is None:
         return ""

@@ -82,10 +82,10 @@ def _why(story: Story) -> Iterator[str]:
             yield from _evidence(found, story)
         return
     if decision.reason == NOMINAL:
-        yield "Nothing was wrong, so what was proposed is granted."
+        yield "Nothing was wrong, so the proposal is granted."
     elif decision.reason == WARMING_UP:
         yield "No rule fired, and those that compare with the past have none yet:"
-        yield "what was proposed is granted."
+        yield "the proposal is granted."
     elif decision.reason == CONSERVATIVE_MODE:
         yield "Conservative mode: seeds wait until the run has been calm for a while."
     for found in story.told:
@@ -128,7 +128,7 @@ def _what(story: Story) -> Iterator[str]:
     decision = story.decision
     yield ""
     if decision.action is Action.CONTINUE:
-        yield "It is a notice: nothing is asked of the run."
+        yield "It is a notice: it requests nothing of the run."
         return
     for name, value in decision.parameters.items():
         yield f"{name} {value:g}"
@@ -141,7 +141,7 @@ def _what(story: Story) -> Iterator[str]:
     yield MODES.get(decision.mode, MODES[""])
     if decision.parameters:
         if story.report is None:
-            yield "What its updates were made with has not been seen yet."
+            yield "The factor of its updates is not known yet."
         else:
             yield from applied(story.report, decision.parameters)
 
@@ -149,7 +149,7 @@ def _what(story: Story) -> Iterator[str]:
 def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
     """What updates were really made with, as far as ``parameters`` asked something of them."""
     if RESTORE in parameters:
-        yield "Whether a snapshot was put back is in the metric restored of the steps after it."
+        yield "The metric restored of the following steps says whether a snapshot was restored."
     if SKIP_STEP in parameters and (report.update or RESTORE not in parameters):
         yield _left_out(report)
     if LR_SCALE in parameters:
@@ -161,8 +161,8 @@ def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
 
 def _left_out(report: Reported) -> str:
     if report.skipped is None:
-        return f"Whether the update of step {report.step} was left out is not known."
-    return f"The update of step {report.step} was {'' if report.skipped else 'not '}left out."
+        return f"Whether the update of step {report.step} was skipped is not known."
+    return f"The update of step {report.step} was {'' if report.skipped else 'not '}skipped."
 
 
 def _rate_of_update(report: Reported, which: str) -> str:
@@ -205,7 +205,7 @@ def _unheard(story: Story) -> Iterator[str]:
         unheard.append(f"the proposal to {proposal.operation} seed {proposal.seed_id}")
     if unheard:
         yield ""
-        yield "Not heard:" if is_notice else "Not followed, as this was stronger:"
+        yield "Suppressed:" if is_notice else "Overridden by the stronger rule:"
         yield from (f"  {line}" for line in unheard)
 
 
@@ -213,7 +213,7 @@ def _afterwards(story: Story) -> Iterator[str]:
     yield ""
     report = story.report
     if report is None:
-        yield "Afterwards: no field report yet, its steps have not been seen."
+        yield "Afterwards: no outcome report yet, its steps have not arrived."
     else:
         outcome = OUTCOMES.get(report.outcome, report.outcome)
         yield f"Afterwards ({report.observed} of {report.window} steps): {outcome}"

@@ -1,4 +1,4 @@
-"""Field reports: what a run did after a decision, gathered until there is enough to tell.
+"""Outcome reports (field reports): the run's course after a decision, collected over a window.
 
 Followed are decisions and notices: steps that go on as they are, with a finding. Three samples
 are taken of the loss, its volatility and the step time: over the :data:`WINDOW` steps up to
@@ -189,7 +189,7 @@ class FieldReports:
             report
             for past in self._ranks.values()
             if (past.pending or past.checked) and now_s - past.heard_s > _patience_s(past)
-            for report in _given_up(past, "the run said no more")
+            for report in _given_up(past, "the run sent no more steps")
         ]
 
     def close(self) -> list[DueReport]:

@@ -43,7 +43,7 @@ class Damage(NamedTuple):
 
     def __str__(self) -> str:
         """As it is told to people."""
-        return f"{self.path}:{self.line}: {self.problem}; the line is left out"
+        return f"{self.path}:{self.line}: {self.problem}; the line is skipped"
 
 
 def default_folder(socket: Path | None = None) -> Path:

@@ -124,7 +124,9 @@ class JournalThread:
         now = time.monotonic()
         if now >= self._say_again_at:
             self._say_again_at = now + REPEAT_S
-            log.warning("the journal's file %s %s; it goes on in %s", path, what, journal.path)
+            log.warning(
+                "the journal's file %s %s; it continues in %s", path, what, journal.path
+            )
 
     def _open_journal(self) -> Journal:
         journal = self._opening()

@@ -26,9 +26,9 @@ from esper_tamiyo.judging.silences import SILENCED, SilenceOrder
 QUANTITIES = {
     "level": "level",
     "scatter": "scatter",
-    "expected": "its record explains up to",
+    "expected": "limit of its record",
     "excursions": "excursions so far",
-    "farthest": "scatters that the farthest of them reached",
+    "farthest": "farthest of them in scatters",
 }
 """What a rule knows of the past of a metric, beside baselines: as findings name it, and as it
 is told."""
@@ -88,9 +88,9 @@ def _(entry: Decided) -> str:
 def _of_update(entry: Decided) -> str:
     """What was decided of an update; what became of it is for the field report to say."""
     if RESTORE in entry.parameters:
-        asked = "to be left out for a snapshot that is put back"
+        asked = "to be skipped for a restored snapshot"
     elif SKIP_STEP in entry.parameters:
-        asked = "to be left out"
+        asked = "to be skipped"
     else:
         with_ = " and ".join(f"{name} {value:g}" for name, value in entry.parameters.items())
         asked = f"to be made with {with_}"
@@ -123,7 +123,7 @@ def _made(entry: Reported) -> Iterator[str]:
     if entry.comparison:
         yield entry.comparison
     if entry.skipped:
-        yield f"update of step {entry.step} left out"
+        yield f"update of step {entry.step} skipped"
     elif entry.update and entry.lr_scale is not None and entry.lr_scale != 1.0:
         yield f"update of step {entry.step} made at {entry.lr_scale:g} times the script's rate"
     if entry.scaled_from is not None and entry.lr_scale_after is not None:
@@ -132,7 +132,7 @@ def _made(entry: Reported) -> Iterator[str]:
             f"{entry.scaled_from} on"
         )
     if entry.skipped_after:
-        yield f"{entry.skipped_after} later updates left out"
+        yield f"{entry.skipped_after} later updates skipped"
     if entry.saw:
         yield f"{entry.rule} saw {', '.join(format_values(entry.saw))}"
 
@@ -174,11 +174,11 @@ def _(entry: StateRestored) -> str:
     kept = f"the table in use stays, its file cannot be used: {entry.table_error}"
     told = [kept] if entry.table_error else []
     if entry.problem:
-        told.append(f"all ranks begin anew, state could not be restored: {entry.problem}")
+        told.append(f"all ranks start afresh, state could not be restored: {entry.problem}")
     elif entry.age_s is not None:
         told.append(
-            f"{entry.ranks} ranks go on from a step {entry.age_s:.1f} s before the start, "
-            f"{entry.too_old + entry.unfit} begin anew"
+            f"{entry.ranks} ranks continue from a step {entry.age_s:.1f} s before the start, "
+            f"{entry.too_old + entry.unfit} start afresh"
         )
     return "; ".join(told)
 

@@ -1,4 +1,4 @@
-"""Messages between the decide process and its scribe, both ways.
+"""Messages between the decide process and the journal writer, both ways.
 
 The decide process sends lists of messages in MessagePack: entries as they are written to
 the journal, field reports to be worked out, and a heartbeat with the histograms of its

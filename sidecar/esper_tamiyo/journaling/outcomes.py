@@ -1,4 +1,4 @@
-"""Outcomes: how a run went on after a decision, and what its excursions do when left alone.
+"""Outcomes: the run's course after a decision, compared with excursions without an action.
 
 A report says what happened *after*, which need not be *because*: there is no second run
 to compare with. It compares three samples: *before*, the median over the steps up to the
@@ -155,12 +155,12 @@ def _compared_with(past: _RunExcursions, judged: _Judgement, *, known: bool) -> 
     if not known:
         return _Comparison(outcome, "whether anything was applied is not known")
     key = next((key for key, told in judged.unusual.items() if told.outcome is outcome), "")
-    unknowable = "so nobody can say whether the action did it"
+    unknowable = "so the effect of the action is unknown"
     if not key:
-        return _Comparison(outcome, f"no value was out of the ordinary, {unknowable}")
+        return _Comparison(outcome, f"no value was unusual, {unknowable}")
     alone = past.came_back[key]
     if not alone:
-        words = f"no such excursion of this run was left alone, {unknowable}"
+        words = f"no such excursion of this run was without an action, {unknowable}"
         return _Comparison(outcome, words)
     count, back = len(alone), sum(alone)
     words = f"{back} of {count} such excursions of this run came back by themselves"
@@ -242,7 +242,7 @@ def _judge(due: DueReport) -> _Judgement:
         ]
         if whys:
             return _Judgement(outcome, "; ".join(whys), unusual)
-    because = "none of the values it looks at was there"
+    because = "none of its values arrived"
     return _Judgement(RunOutcome.INCONCLUSIVE, because, {})
 
 
@@ -270,9 +270,9 @@ def _verdict(due: DueReport, place: int) -> _Verdict | None:
     after = median(values)
     reference = then if unusual and then is not None else usual
     if (gone or reference > usual) and after <= usual + tolerance:
-        return _Verdict(RunOutcome.IMPROVED, True, "is back to what it was")
+        return _Verdict(RunOutcome.IMPROVED, True, "is back to its earlier value")
     if gone:
-        return _Verdict(RunOutcome.WORSE, True, "is finite again, and higher than it was")
+        return _Verdict(RunOutcome.WORSE, True, "is finite again, and higher than before")
     return _compared(after, reference, tolerance, unusual)
 
 
@@ -285,7 +285,7 @@ def _tolerance(before: list[float], usual: float) -> float:
 def _missing(after: list[StepSample], unusual: bool) -> _Verdict:
     """Of a metric that was not there at most steps behind the decision."""
     if any(sample.nonfinite for sample in after):
-        return _Verdict(RunOutcome.WORSE, True, "is not finite any more")
+        return _Verdict(RunOutcome.WORSE, True, "is no longer finite")
     return _Verdict(RunOutcome.INCONCLUSIVE, unusual, "was missing afterwards")
 
 

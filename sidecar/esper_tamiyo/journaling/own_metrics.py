@@ -115,7 +115,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.decisions",
         InstrumentKind.COUNTER,
         "{decision}",
-        "decisions made; `rule` is the rule that won, `nominal`, `warming_up` or "
+        "decisions made; `rule` is the winning rule, `nominal`, `warming_up` or "
         "`conservative_mode`",
         ("action", "severity", "rule"),
         _decisions,
@@ -124,9 +124,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.checks",
         InstrumentKind.COUNTER,
         "{update}",
-        "updates checked before they were made, by what was decided: to make them as they are "
-        "(`unchanged`), `smaller` or not at all (`skipped`), or nothing, as the rank was not "
-        "known (`unjudged`)",
+        "updates checked before they were made, by decision: `unchanged`, `smaller`, "
+        "`skipped`, or no decision because the rank was unknown (`unjudged`)",
         ("decided",),
         _each(
             "decided",
@@ -138,8 +137,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.answer.duration",
         InstrumentKind.HISTOGRAM,
         "ms",
-        "from seeing a decision request, or a check, to having answered it, in the process "
-        "that decides",
+        "from receiving a decision request, or a check, to answering it, in the decision "
+        "engine",
         distribution="answers",
     ),
     OwnMetric(
@@ -153,9 +152,9 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.frames",
         InstrumentKind.COUNTER,
         "{frame}",
-        "step frames that came: judged, seen before (`duplicate`), older than the newest "
-        "and never seen (`late`), of a replaced process (`superseded`), unreadable or refused "
-        "(`bad`)",
+        "received step records: evaluated (`judged`), already received (`duplicate`), older "
+        "than the newest and new (`late`), of a replaced process (`superseded`), unreadable "
+        "or refused (`bad`)",
         ("state",),
         _each(
             "state",
@@ -168,7 +167,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.frames.refused",
         InstrumentKind.COUNTER,
         "{frame}",
-        "step frames, and trainers that introduced themselves, beyond a limit, by which one",
+        "step records, and greetings of trainers, refused because they exceed a limit, by "
+        "limit",
         ("reason",),
         lambda report: [
             (count, {"reason": reason})
@@ -179,15 +179,15 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.frames.missed",
         InstrumentKind.COUNTER,
         "{frame}",
-        "steps passed over: not there when a newer one was judged (some may come late)",
+        "skipped steps: absent when a newer one was evaluated (some may arrive late)",
         read=_one("missed_steps"),
     ),
     OwnMetric(
         "tamiyo.ingest.points",
         InstrumentKind.COUNTER,
         "{point}",
-        "data points of requests that were accepted: used, of other instruments "
-        "(`foreign`), of ours and unusable, or of steps that came too late (`old`)",
+        "data points of accepted requests: used, of other instruments (`foreign`), of ours and "
+        "unusable, or of late steps (`old`)",
         ("state",),
         _each(
             "state",
@@ -204,7 +204,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.ingest.requests",
         InstrumentKind.COUNTER,
         "{request}",
-        "OTLP requests: accepted, or refused and why",
+        "OTLP requests: accepted, or the reason for their refusal",
         ("state",),
         _each(
             "state",
@@ -224,9 +224,9 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.ingest.unusable",
         InstrumentKind.COUNTER,
         "{point}",
-        "data points of ours that could not be used, by reason: no number, seed_id or step at "
-        "their time (`no_step`), a `name` too long, a `time` or step out of range, too many "
-        "`seeds` in a step, too many steps or seeds in a request (`amount`)",
+        "unusable data points of ours, by reason: no number, seed_id or step at their time "
+        "(`no_step`), a `name` too long, a `time` or step out of range, too many `seeds` in a "
+        "step, too many steps or seeds in a request (`amount`)",
         ("reason",),
         _each(
             "reason",
@@ -241,8 +241,8 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.ingest.connections.closed",
         InstrumentKind.COUNTER,
         "{connection}",
-        "connections over HTTP that were closed to make room for others (`evicted`), or "
-        "because nothing came (`timed_out`); or not accepted yet, for want of descriptors "
+        "HTTP connections closed to make room for others (`evicted`) or because no data "
+        "arrived (`timed_out`); or not accepted yet because descriptors ran out "
         "(`not_accepted`)",
         ("reason",),
         _each(
@@ -259,7 +259,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.queue.depth",
         InstrumentKind.GAUGE,
         "{item}",
-        "what waits: streamed frames, notes for the journal, field reports to come",
+        "waiting items: streamed step records, journal notes, pending outcome reports",
         ("queue",),
         _queues,
     ),
@@ -267,7 +267,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.journal.entries",
         InstrumentKind.COUNTER,
         "{entry}",
-        "entries for the journal: `written`, or `lost` because it could not be written",
+        "journal entries: `written`, or `lost` because of a write error",
         ("state",),
         _each("state", {"written": "written", "lost": "lost"}, "scribe"),
     ),
@@ -282,7 +282,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.runs",
         InstrumentKind.GAUGE,
         "{rank}",
-        "ranks: heard of (`healthy`), not for too long (`stale`), ended (`finished`), or "
+        "ranks: reporting (`healthy`), silent for too long (`stale`), ended (`finished`), or "
         "ended by an exception (`failed`)",
         ("state",),
         _runs,
@@ -291,7 +291,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.runs.ended",
         InstrumentKind.COUNTER,
         "{rank}",
-        "ranks that said that their run has ended, by how it did",
+        "ranks that reported the end of their run, by how it ended",
         ("how",),
         _each("how", {how.value: how.value for how in HowEnded}, "ends"),
     ),
@@ -300,7 +300,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         InstrumentKind.GAUGE,
         "{subject}",
         "ranks, or seeds, for which a rule is pending, firing or recovering; or `unknown`: it "
-        "was when the rank was last heard of",
+        "had one of these states when the rank last reported",
         ("rule", "state"),
         _rules,
     ),
@@ -315,7 +315,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.restarts",
         InstrumentKind.COUNTER,
         "{restart}",
-        "how often a process of the sidecar had to be started again",
+        "restarts of a process of the sidecar",
         ("process",),
         lambda report: [
             (value, {"process": process})
@@ -327,7 +327,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.hung",
         InstrumentKind.COUNTER,
         "{process}",
-        "processes of the sidecar that stopped responding, and were killed and replaced",
+        "processes of the sidecar that stopped responding and were killed and replaced",
         ("process",),
         lambda report: [
             (value, {"process": process})
@@ -339,7 +339,7 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.table.info",
         InstrumentKind.GAUGE,
         "1",
-        "always 1; `version` names the table in use, whose hash changes with its content",
+        "always 1; `version` names the current table, with a hash of its content",
         ("version",),
         _table,
     ),
@@ -347,14 +347,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.table.loaded",
         InstrumentKind.GAUGE,
         "s",
-        "when the table in use was loaded, in Unix time",
+        "time at which the current table was loaded, in Unix time",
         read=_one("table", "loaded_at"),
     ),
     OwnMetric(
         "tamiyo.table.reloads",
         InstrumentKind.COUNTER,
         "{reload}",
-        "tables read while serving, and taken in place of another or refused",
+        "tables reloaded while serving: taken or refused",
         ("state",),
         _each("state", {"reloads": "taken", "refused": "refused"}, "table"),
     ),
@@ -362,14 +362,14 @@ OWN_METRICS: tuple[OwnMetric, ...] = (
         "tamiyo.uptime",
         InstrumentKind.GAUGE,
         "s",
-        "how long the sidecar has been serving",
+        "uptime of the sidecar",
         read=_one("uptime_s"),
     ),
     OwnMetric(
         "tamiyo.heartbeat",
         InstrumentKind.COUNTER,
         "{beat}",
-        "rises about once a second while the process that decides turns its loop",
+        "incremented about once per second by the decision loop",
         read=_one("beat"),
     ),
 )

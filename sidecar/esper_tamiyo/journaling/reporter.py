@@ -1,4 +1,4 @@
-"""The reporter: what the decide process does to keep a record, when nobody waits for it.
+"""The reporter: the decide process's part of keeping records, outside the answering path.
 
 It puts the decision log, the scribe process and a heartbeat once a second together, so that
 the server has one thing to call at the end of each turn.
@@ -186,7 +186,7 @@ class Reporter:
         kind = f"{type(error).__name__}: {error}"[:100]
         if kind not in self._failures and len(self._failures) < MAX_FAILURES_TOLD:
             self._failures.add(kind)
-            log.error("cannot write something down, and go on: %s", kind, exc_info=error)
+            log.error("an entry could not be recorded: %s", kind, exc_info=error)
 
     def _send_gap(self, scribe: ScribeChild) -> None:
         """What was lost since this was last said, to be said where it is missing."""
@@ -194,7 +194,7 @@ class Reporter:
         gap = Gap(
             time_unix_nano=time.time_ns(),
             lost=lost,
-            because="at most so many: the scribe ended, was away or did not keep up",
+            because="an upper bound: the journal writer ended, restarted or did not keep up",
         )
         if lost and scribe.send([gap]):
             self._accounted += lost

@@ -1,4 +1,4 @@
-"""The scribe process: journal, health endpoint and Tamiyo's own OpenTelemetry.
+"""The journal writer (scribe): journal, health endpoint and Tamiyo's own OpenTelemetry.
 
 A process of its own, because files, the OTel SDK and whoever asks after our health may
 take their time, and the process that decides may not. It is sent messages through a pipe
@@ -97,7 +97,7 @@ class HealthEndpoint:
     def reason(self, checks: dict[str, bool]) -> str:
         """What is the matter, in words; "" when nothing is."""
         if not checks["deciding"]:
-            return f"the decide process has said nothing for {STALE_AFTER_S:g} s"
+            return f"no heartbeat of the decide process for {STALE_AFTER_S:g} s"
         if checks.get("receiving", True):
             return ""
         silent = self._report["ingest"].get("state") == "silent"
@@ -196,7 +196,7 @@ class Scribe:
         try:
             messages: list[Message] = decode_messages(data)
         except msgspec.MsgspecError as error:  # only a fault of ours can bring it about
-            log.warning("the scribe was told what it cannot read: %s", error)
+            log.warning("the scribe received an unreadable message: %s", error)
             return
         entries: list[AnyEntry] = []
         for message in messages:

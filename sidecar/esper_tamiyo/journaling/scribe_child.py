@@ -1,4 +1,4 @@
-"""The scribe process as the decide process sees it: sent to, never waited for, restarted."""
+"""The decide process's handle on the journal writer: sends without waiting, and restarts it."""
 
 from __future__ import annotations
 
@@ -155,7 +155,9 @@ class ScribeChild(ChildProcess):
     def _log_change(self, error: str) -> None:
         """Once for each thing that is wrong, and once when it is right again."""
         if error and error != self._logged_error:
-            log.warning("the journal cannot be written: %s; decisions go on without it", error)
+            log.warning(
+                "the journal cannot be written: %s; decisions continue without it", error
+            )
         elif self._logged_error and not error:
             log.warning("the journal is written again")
         self._logged_error = error

@@ -1,4 +1,4 @@
-"""Stories: a decision, or notice, found in the journal with all that belongs to it."""
+"""Stories: a decision, or notice, in the journal with all related entries."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def _unknown(wanted: str, run: str, ids: dict[str, str]) -> str:
         runs = sorted(set(ids.values()))
         return f"the journal holds no decision about run {run}; it knows {_some(runs)}"
     return (
-        f"{wanted}: the journal holds no such decision (a CONTINUE without a "
-        f"finding is not written down); near it are {_some(_near(wanted, list(ids)))}"
+        f"{wanted}: the journal holds no such decision (a CONTINUE without a finding is not "
+        f"recorded); similar ids are {_some(_near(wanted, list(ids)))}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The gate: whether a frame, and the process that sends it, keep to the limits.
+"""Admission: whether a step record, and its sender, keep to the limits.
 
 The same for asks, the stream and recordings, and before anything of a frame is kept. What is
 refused is counted by its reason, in ``tamiyo status``.

@@ -1,4 +1,4 @@
-"""Endings: which ranks have said that their run is over, and what that changes.
+"""Endings: ranks that have reported the end of their run, and the consequences.
 
 A rank that has ended is not missed, its rules and its conservative mode count no more, and it
 is the first to be forgotten. Its past stays as it is: a step behind the one that it called its

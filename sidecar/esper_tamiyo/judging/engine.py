@@ -1,4 +1,4 @@
-"""The engine: step frames in, one decision per step out.
+"""The engine: step records in, one decision per step out.
 
 It does no I/O and reads no clock, so a replayed stream gives the same decisions. A frame
 may come twice, in an ask and in the stream; whichever copy is first is judged. Findings
@@ -205,7 +205,7 @@ class Engine:
                     self._catch_up(state, key)
                 self._find_silence(state, key, now_ns - state.pace.heard_ns)
         except Exception:
-            log.exception("could not look for silent ranks")
+            log.exception("could not check for stale ranks")
 
     def reload(self, table: Table) -> ReloadReport:
         """Judge by ``table`` from the next frame on.
@@ -239,7 +239,7 @@ class Engine:
 
     def _count_failure(self, frame: StepFrame) -> None:
         self.note_bad_frame()
-        log.exception("could not judge step %s of run %.80r", frame.step, frame.run)
+        log.exception("could not evaluate step %s of run %.80r", frame.step, frame.run)
 
     def latest(self, run: str = "", rank: int = 0) -> Decision | None:
         """The newest decision of that rank; an empty ``run`` means the run heard of last."""

@@ -1,4 +1,4 @@
-"""How a metric leaves its ordinary state and comes back by itself, and what that explains.
+"""Excursions: how far a metric leaves its ordinary state by itself, and the resulting limit.
 
 The ordinary state is a *level* and a *scatter*. The level is the median of some newest values;
 each value is compared with the level before it, and the scatter is the 98th percentile of these

@@ -1,4 +1,4 @@
-"""What a rank, or one of its seeds, looked like before: baselines, last values, slopes.
+"""History of a rank, or of one of its seeds: baselines, last values, slopes.
 
 Pure bookkeeping, filled after each frame was judged, so that no value is ever held
 against a baseline it is part of itself.

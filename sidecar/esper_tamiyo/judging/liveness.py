@@ -1,4 +1,4 @@
-"""How ranks are doing: heard of, ended, or since when one that sends nothing is stale.
+"""Liveness of ranks: healthy, ended, or stale and since when.
 
 When a silence began is said in the times of frames alone, so that a replay finds the same
 ones: whether a frame that came at last ended it or the clock did, which the server hands in,

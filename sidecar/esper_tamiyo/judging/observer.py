@@ -1,4 +1,4 @@
-"""What the engine tells while it works, to whoever keeps a record of it.
+"""Observer: the engine's notifications for those that keep records.
 
 An observer is called on the thread that answers: it hands over what it is told and returns.
 """

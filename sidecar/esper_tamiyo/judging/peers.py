@@ -1,4 +1,4 @@
-"""Ranks held against the other ranks of their run, in hindsight: each step when all told it.
+"""Peers: ranks compared with the others of their run, with a delay until all have reported.
 
 A rank that asks is heard at once, one that only streams a batch later; so whose value is here
 depends on who reads, and when. What a comparison may see is therefore said in the time of the

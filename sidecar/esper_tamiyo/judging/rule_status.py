@@ -1,4 +1,4 @@
-"""Where rules stand with one rank or seed: what it takes to fire, and to stop."""
+"""The state of a rule for one rank or seed: the conditions to fire, and to stop."""
 
 from __future__ import annotations
 

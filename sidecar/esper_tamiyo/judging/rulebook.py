@@ -1,4 +1,4 @@
-"""A table made ready to run, once for all ranks that are judged by it.
+"""A table made ready to run, once for all ranks that it evaluates.
 
 And what another table changes: rules that are the same go on as if nothing had happened.
 """

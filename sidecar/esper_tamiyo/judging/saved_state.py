@@ -1,4 +1,4 @@
-"""Saved state: what the engine knows as plain data, and back into an engine.
+"""Saved state: the engine's data as plain data, and back into an engine.
 
 Of each stateful class a struct of :mod:`~esper_tamiyo.judging.saved_structs` has the fields;
 what is worked out of them, or of the table, is in

@@ -1,4 +1,4 @@
-"""Saved structs: what is known of a rank as plain data, one struct for each stateful class.
+"""Saved structs: a rank's data as plain data, one struct for each stateful class.
 
 The fields have the names of the class's own, without their underscore. How objects become
 these, and these objects again: :mod:`~esper_tamiyo.judging.saved_state`.

@@ -1,4 +1,4 @@
-"""The seeds of one rank: those of its newest frame, and the past of some that are gone."""
+"""The seeds of one rank: those of its newest step record, and the past of some removed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule saw: the values behind a verdict, and what they were compared with."""
+"""The values behind a verdict of a rule, and their references."""
 
 from __future__ import annotations
 

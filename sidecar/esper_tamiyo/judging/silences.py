@@ -1,4 +1,4 @@
-"""Silences: rules that somebody asked not to be heard, for one run while it runs.
+"""Silences: rules that a user suppressed for one run while it trains.
 
 A silenced rule is judged and its states are told. It neither acts nor is among the findings,
 inhibits no other rule and makes no step unclean, for all ranks of the run. It is known by its

@@ -1,4 +1,4 @@
-"""Bounds that no update may cross unchecked, and which of them a trainer has to be told.
+"""Bounds that no update may cross unchecked, and those that a trainer still needs.
 
 A trainer holds against them what it knows of a step before it makes the update, and only
 asks where one is crossed (:meth:`~esper_tamiyo.judging.engine.Engine.check`).

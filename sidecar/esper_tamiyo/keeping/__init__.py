@@ -1,1 +1,1 @@
-"""What survives a restart: the state of the engine, kept in files as it changes."""
+"""State that survives a restart: the engine's, saved to files as it changes."""

@@ -1,4 +1,4 @@
-"""Bodies: what the entries of a segment say, as typed MessagePack."""
+"""Bodies: the contents of a segment's entries, as typed MessagePack."""
 
 from __future__ import annotations
 

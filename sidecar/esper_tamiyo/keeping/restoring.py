@@ -1,4 +1,4 @@
-"""Restoring: an engine that knows what the one before it knew, from the segments in a folder.
+"""Restoring: an engine with its predecessor's state, from the segments in a folder.
 
 The entries are gone through in the order in which they were written. Each rank is put back
 where it was saved last, and its steps behind that place are judged again, which nobody hears
@@ -81,11 +81,11 @@ class Restored(msgspec.Struct, kw_only=True):
         if self.age_s is not None:
             parts.append(f"the newest step was {self.age_s:.1f} s before the start")
         if self.steps:
-            parts.append(f"{self.steps} steps judged again")
+            parts.append(f"{self.steps} steps evaluated again")
         if self.too_old:
-            parts.append(f"{self.too_old} ranks left out as too old")
+            parts.append(f"{self.too_old} ranks too old to restore")
         if self.unfit:
-            parts.append(f"{self.unfit} ranks left out as they could not be read")
+            parts.append(f"{self.unfit} ranks unreadable")
         return "; ".join(parts)
 
 
@@ -146,13 +146,13 @@ def restore(
     except _UNUSABLE as error:
         problem = f"{error}; {_aside(folder)}"
     except Exception as error:  # whatever it is, a sidecar that begins anew is better than none
-        log.exception("the state in %s could not be put back", folder)
+        log.exception("the state in %s could not be restored", folder)
         problem = f"{error!r}; {_aside(folder)}"
     else:
         if report.found:
             log.info("%s, from %s", report, folder)
         return engine, report
-    log.warning("state is not restored, all ranks begin anew: %s", problem)
+    log.warning("state is not restored, all ranks start afresh: %s", problem)
     return Engine(table, state_bytes, observer=observer), Restored(problem=problem)
 
 
@@ -250,7 +250,7 @@ class _Restoring:
             put_rank_back(bodies.rank(found.saved), self.engine, found.key, self._now_ns)
         except (UnfitStateError, msgspec.MsgspecError) as error:
             self.report.unfit += 1
-            log.warning("the state of a rank does not fit and is left out: %.200s", error)
+            log.warning("the state of a rank does not fit and is skipped: %.200s", error)
 
     def _judge(self, place: _Place, turn: bodies.StepsBody) -> None:
         for frame in turn.frames:

@@ -1,4 +1,4 @@
-"""Segments: the files that state is kept in, and how their bytes are framed.
+"""Segments: the files of saved state, and the framing of their bytes.
 
 A folder of ``state-000001.log``, ``state-000002.log``, …: a segment is appended to, never
 changed, and goes when the ones behind it hold all that is still needed. An entry is its

@@ -1,4 +1,4 @@
-"""The keeper of state: what the decide process does so that a restart forgets nothing.
+"""The keeper of state: the decide process's part of surviving a restart.
 
 Between the engine and its observer it hears of every step that was judged. At the end of a
 turn, when the answers are out, these go down a pipe to the process that writes them
@@ -305,7 +305,7 @@ class StateKeeper(ChildProcess):
             self._is_torn, self._retry_at = True, time.monotonic() + RETRY_S
             self._due.clear()
         if error and error != self._logged_error:
-            log.warning("state is not kept: %s; decisions go on without it", error)
+            log.warning("state is not kept: %s; decisions continue without it", error)
         elif self._logged_error and not error:
             log.warning("state is kept again")
         self._logged_error = error

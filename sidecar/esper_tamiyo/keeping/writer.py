@@ -1,4 +1,4 @@
-"""The process that writes state to files: what comes down its pipe, appended to a segment.
+"""The process that writes state to files: appends the data of its pipe to a segment.
 
 A process of its own because a disk may take its time, and the process that decides may not.
 It looks at its pipe fifty times a second at most, and not whenever something comes: whoever

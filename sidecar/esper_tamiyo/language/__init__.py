@@ -1,1 +1,1 @@
-"""What a table of thresholds can say, and reading one from YAML."""
+"""The language of threshold tables, and reading one from YAML."""

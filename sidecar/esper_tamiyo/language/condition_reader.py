@@ -83,7 +83,7 @@ class ConditionReader(NodeReader):
             return None
         part = self.when(node, fields, field, depth)
         if part is not None and is_silence(part):
-            message = "missing_for of the metric step stands alone: no frame tells it"
+            message = "missing_for of the metric step stands alone: no step record shows it"
             self.fault(node, field, message)
         return part
 
@@ -201,7 +201,9 @@ class ConditionReader(NodeReader):
                 message = f"{operator} compares ranks, and {metric} is a seed's"
                 self.fault(at, f"{field}.metric", message)
         elif operator is Operator.NONFINITE and is_custom(metric):
-            message = "which custom value was not finite is not told; expected custom_nonfinite"
+            message = (
+                "no record says which custom value was not finite; expected custom_nonfinite"
+            )
             self.fault(at, f"{field}.metric", f"{message} above 0")
         elif operator is Operator.NONFINITE and is_seeds(metric):
             message = "only a step counts the values that were not finite, a seed does not"
@@ -213,7 +215,7 @@ class ConditionReader(NodeReader):
         if node is None or not key:
             return None
         if metric_of(key) is None:
-            own = f"; what a script reports itself is {PREFIX}{key[:40]}"
+            own = f"; a custom value is {PREFIX}{key[:40]}"
             meant = self.meant(key, KNOWN)
             self.fault(node, field, f"unknown metric {shown(node)}{meant}{own}")
             return None

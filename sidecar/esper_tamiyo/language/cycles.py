@@ -1,4 +1,4 @@
-"""Cycles: rules that inhibit each other all the way round, so that none is ever heard.
+"""Cycles: rules that inhibit each other in a circle, so that none is ever reported.
 
 By strongly connected components, in time and memory of the order of rules and of what they
 inhibit: R. Tarjan, "Depth-first search and linear graph algorithms", SIAM Journal on Computing

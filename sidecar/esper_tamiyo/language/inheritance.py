@@ -1,4 +1,4 @@
-"""Inheritance: a table that says only what differs from another one, joined with it.
+"""Inheritance: a table of differences, joined with the one that it extends.
 
 Joined are nodes, which keep their file and line, so that a fault is reported where it was
 written: in the table, or in the one that it extends.

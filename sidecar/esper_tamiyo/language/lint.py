@@ -1,4 +1,4 @@
-"""Finds rules that can never fire, never be heard or never end, or that inhibit in vain.
+"""Finds unreachable, always-inhibited and never-resolving rules, and no-op inhibitions.
 
 Also what is asked of an update by a rule that no update is ever checked by.
 
@@ -92,12 +92,13 @@ def doubts(table: Table) -> list[Doubt]:
             *_never_asked(rule),
             *_norm_unknown(rule),
             *(
-                f"inhibits {name} in vain: that speaks while nothing comes, whatever else fired"
+                f"inhibits {name} without effect: that rule fires while no data arrives, "
+                "beside any other"
                 for name in rule.inhibits
                 if name in by_id and by_id[name].about_silence
             ),
             *(
-                f"is never heard: whenever it fires, {by.id} does, which inhibits it"
+                f"is always inhibited: each time it fires, {by.id} fires too and inhibits it"
                 for by in inhibitors.get(rule.id, ())
                 if _implies(rule, by)
             ),
@@ -178,7 +179,7 @@ def _never_asked(rule: Rule) -> Iterator[str]:
     else:
         return
     for name in asked:
-        yield f"asks for {name} in vain: no update is checked by a rule that {why}"
+        yield f"asks for {name} without effect: no update is checked by a rule that {why}"
 
 
 def _norm_unknown(rule: Rule) -> Iterator[str]:
@@ -189,8 +190,8 @@ def _norm_unknown(rule: Rule) -> Iterator[str]:
         for part in conditions(rule.when)
     ):
         yield (
-            f"asks for {USUAL_NORM} in vain: no condition tells the record or baseline of "
-            "gradient_norm"
+            f"asks for {USUAL_NORM} without effect: no condition uses the record or baseline "
+            "of gradient_norm"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a condition can ask of its metric: every operator of the table language.
+"""Operators of the table language: the conditions on a metric.
 
 Names, meanings and bounds are written here once; the reader, the JSON Schema and the
 reference page are made from them.
@@ -45,12 +45,12 @@ class BaselineKind(StrEnum):
 
 
 BASELINES: dict[BaselineKind, str] = {
-    BaselineKind.ROLLING: "the median of the last `window` observations: follows the run, "
-    "and so a slow drift as well",
+    BaselineKind.ROLLING: "the median of the last `window` observations; it follows the "
+    "run, and so also a slow drift",
     BaselineKind.FROZEN: "the median of the first `window` observations after warm-up, kept "
-    "for good: for what drifts into trouble slowly",
-    BaselineKind.LOWEST: "the lowest that the rolling median has ever been",
-    BaselineKind.HIGHEST: "the highest that the rolling median has ever been",
+    "for good; it reveals slow drifts",
+    BaselineKind.LOWEST: "the lowest value that the rolling median has ever had",
+    BaselineKind.HIGHEST: "the highest value that the rolling median has ever had",
 }
 
 
@@ -84,21 +84,20 @@ FORMS: dict[Operator, Form] = {
     Operator.AT_MOST: Form(Operand.BOUND, "the value is the number or below it", 1),
     Operator.ABOVE_BASELINE: Form(
         Operand.FACTOR,
-        "the value is above so many times the baseline: above the baseline by the number "
-        "less one, times its size, so that it has a meaning below zero as well; unknown "
-        "during warm-up",
+        "the value is above this multiple of the baseline: above the baseline by (number - 1) "
+        "times its size, so that it is also defined below zero; unknown during warm-up",
         -1,
     ),
     Operator.BELOW_BASELINE: Form(
         Operand.FACTOR,
-        "the value is below so many times the baseline, as `above_baseline`",
+        "as `above_baseline`, below this multiple of the baseline",
         1,
     ),
     Operator.ABOVE_RECORD: Form(
         Operand.FACTOR,
-        "the value is farther above its ordinary state than so many times what the run's own "
-        "excursions explain: those of as many values at once as the rule's `for` and `of` say, "
-        "at the risk that `record` states; unknown during warm-up",
+        "the value is farther above its ordinary state than this multiple of the run's own "
+        "excursions: those that the rule's `for` and `of` values reach at once, at the false "
+        "alarm rate in `record`; unknown during warm-up",
         -1,
     ),
     Operator.BELOW_RECORD: Form(
@@ -108,37 +107,40 @@ FORMS: dict[Operator, Form] = {
     ),
     Operator.ABOVE_PEERS: Form(
         Operand.FACTOR,
-        "the value is above so many times the median of the other ranks' at the same step; "
-        "judged in hindsight, when all have told it, and unknown without other ranks",
+        "the value is above this multiple of the other ranks' median at the same step; "
+        "evaluated with a delay, once all have reported it, and unknown without other ranks",
         -1,
     ),
     Operator.BELOW_PEERS: Form(
         Operand.FACTOR,
-        "as `above_peers`, below so many times the median of the other ranks'",
+        "as `above_peers`, below this multiple of the other ranks' median",
         1,
     ),
     Operator.RISES_BY: Form(
-        Operand.AMOUNT, "the value is at least so much higher than the last one seen"
+        Operand.AMOUNT, "the value is at least this much higher than the last known one"
     ),
     Operator.UNCHANGED_FOR: Form(
-        Operand.COUNT, "the value is the same for so many observations, this one included", 0, 2
+        Operand.COUNT,
+        "the value is the same for this many observations, including the current one",
+        0,
+        2,
     ),
     Operator.RUNS_OUT_WITHIN: Form(
         Operand.COUNT,
-        "the value falls, and at its present slope (least squares over the window, and over "
-        "its newer half, whichever is more hopeful) reaches zero within so many "
-        "observations; unknown before warm-up and a full window",
+        "the value falls, and at its present slope reaches zero within this many observations "
+        "(least squares over the window, and over its newer half, whichever predicts the later "
+        "exhaustion); unknown before warm-up and a full window",
         1,
     ),
     Operator.NONFINITE: Form(
         Operand.FLAG,
-        "the value was NaN or infinite; without a metric, any value of the step was",
+        "the value is NaN or infinite; without a metric, any value of the step",
     ),
     Operator.MISSING_FOR: Form(
         Operand.COUNT,
-        "the value was seen before and is absent for so many steps, this one included. Of "
-        "the metric `step`: nothing at all came from the rank for so many times its own "
-        "step time, and for ten seconds at least, or for ten minutes while only one step of it "
-        "is known",
+        "the value was present before and is absent for this many steps, including the current "
+        "one. For the metric `step`: the rank sent nothing for this many times its own step "
+        "time, and for at least ten seconds, or for ten minutes while only one of its steps is "
+        "known",
     ),
 }

@@ -1,4 +1,4 @@
-"""What a rule may ask of an update: every parameter of the table language."""
+"""Parameters of the table language: changes that a rule requests of an update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esper_otel.leyline.decisions import (
 
 
 class Parameter(NamedTuple):
-    """What a rule may ask of an update: what it means, whose it may be, and its values.
+    """A change that a rule may request of an update: meaning, actions that allow it, values.
 
     A number is more than 0 and at most ``most``. A ``flag`` is ``true`` in a table and 1.0 in
     a decision.
@@ -35,38 +35,37 @@ USUAL_RATE = "usual_rate"
 
 PARAMETERS: dict[str, Parameter] = {
     LR_SCALE: Parameter(
-        "the learning rates of the optimizer are taken times this factor: for the update at "
-        "hand when the rule fires before it, and from the next update on when the rule fires "
-        "after a step",
+        "multiplies the learning rates of the optimizer by this factor: for the current update "
+        "when the rule fires before it, and from the next update on when the rule fires after "
+        "a step",
         (Action.OPTIMIZER,),
         most=10.0,
     ),
     MAX_NORM: Parameter(
-        "before the update its gradients are scaled down to this norm, all of them together, "
-        "if theirs is larger",
+        "scales all gradients of the update together down to this norm, if theirs is larger",
         (Action.OPTIMIZER, Action.PAUSE),
     ),
     USUAL_NORM: Parameter(
-        "as `max_norm`, with the norm that the run's gradients usually have at most: it is "
-        "worked out when the rule fires, and sent as `max_norm`. Beside a condition on a "
-        "record or baseline of `gradient_norm`",
+        "as `max_norm`, with the usual upper norm of the run's gradients: the sidecar computes "
+        "it when the rule fires, and sends it as `max_norm`. Requires a condition on a record "
+        "or baseline of `gradient_norm`",
         (Action.OPTIMIZER, Action.PAUSE),
         flag=True,
     ),
     USUAL_RATE: Parameter(
-        "as `lr_scale`, with the factor that takes the learning rate back to the baseline that "
-        "the rule compares `optimizer_lr` with",
+        "as `lr_scale`, with the factor that returns the learning rate to the baseline with "
+        "which the rule compares `optimizer_lr`",
         (Action.OPTIMIZER,),
         flag=True,
     ),
     SKIP_STEP: Parameter(
-        "the update is left out; the step counts as one of the loop and not of the optimizer",
+        "skips the update; the step counts as one of the loop and not of the optimizer",
         (Action.OPTIMIZER, Action.PAUSE),
         flag=True,
     ),
     RESTORE: Parameter(
-        "the last good snapshot of weights and optimizer state is put back in place of the "
-        "update, by a trainer that keeps snapshots",
+        "restores the last good snapshot of weights and optimizer state in place of the "
+        "update, if the trainer keeps snapshots",
         (Action.OPTIMIZER,),
         flag=True,
     ),

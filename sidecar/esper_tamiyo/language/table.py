@@ -1,7 +1,7 @@
-"""Threshold tables: what the rows of a checked table mean.
+"""Threshold tables: the meaning of a checked table's rows.
 
 A table is plain data. :mod:`~esper_tamiyo.language.table_file` makes one from YAML and
-refuses what is wrong with it, :mod:`~esper_tamiyo.judging.rules` turns it into something
+refuses invalid ones, :mod:`~esper_tamiyo.judging.rules` turns it into something
 that runs. Bounds and meanings of the fields and parameters stand here once: the reader, the
 JSON Schema and the reference page (:mod:`ops.generate.table_page`) are made from them.
 """
@@ -34,7 +34,7 @@ MAX_CONDITIONS = 32
 MAX_ID = 100
 """Characters of a rule's id, and of the table's version."""
 MAX_TEXT = 1000
-"""Characters of what people are told."""
+"""Characters of a rule's text."""
 
 KNOWN_BEFORE_UPDATE = frozenset(
     {
@@ -48,7 +48,7 @@ KNOWN_BEFORE_UPDATE = frozenset(
 
 
 class Condition(msgspec.Struct, frozen=True, tag=True):
-    """One metric held against one number.
+    """One metric compared with one number.
 
     ``number`` is the bound, factor, amount or count that belongs to the operator;
     ``nonfinite`` has none. ``baseline_of`` is empty but for conditions on a baseline.
@@ -60,27 +60,27 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
     baseline_of: Annotated[
         str,
         Meta(
-            description="whose baseline is multiplied, the metric's own unless said; a seed's "
-            "metric may be held against the baseline of its rank's"
+            description="metric whose baseline is multiplied, by default the condition's own; "
+            "a seed's metric may be compared with the baseline of its rank's"
         ),
     ] = ""
     baseline: Annotated[
-        BaselineKind, Meta(description="which past `above_baseline` and `below_baseline` mean")
+        BaselineKind, Meta(description="which past `above_baseline` and `below_baseline` use")
     ] = BaselineKind.ROLLING
     release: Annotated[
         float | None,
         Meta(
-            description="an easier number for the same operator: once the rule fired it goes "
-            "on until the condition does not hold with this one either (hysteresis)"
+            description="an easier number for the same operator: once the rule fired, it stays "
+            "active until the condition does not hold with this number either (hysteresis)"
         ),
     ] = None
 
     rising: Annotated[
         bool,
         Meta(
-            description="beside `above_record` or `below_record`: only while the value goes on "
-            "moving away, beyond the first values of the excursion. A change that is meant, as "
-            "other data, is farthest out at its beginning"
+            description="with `above_record` or `below_record`: only while the value keeps "
+            "moving away, beyond the first values of the excursion. An intended change, such "
+            "as other data, is farthest out at its beginning"
         ),
     ] = False
     hold: tuple[int, int] = (1, 1)
@@ -106,7 +106,7 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
         if self.operator in ON_RECORDS:
             side = name.split()[0]
             still = ", and rising" if self.rising else ""
-            return f"{self.metric} {side} {self.number:g} × what its record explains{still}"
+            return f"{self.metric} {side} {self.number:g} × its record{still}"
         if form.operand is Operand.FACTOR:
             return f"{self.metric} {name.split()[0]} {self.number:g} × that of its peers"
         return f"{self.metric} {name} {self.number:g}"
@@ -160,7 +160,7 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         ),
     ]
     when: Condition | Group
-    action: Annotated[Action, Meta(description="what a decision by this rule asks of the run")]
+    action: Annotated[Action, Meta(description="action that a decision by this rule requests")]
     severity: Annotated[
         Severity, Meta(description="which rule wins among those with the same action")
     ]
@@ -168,7 +168,7 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         str,
         Meta(
             max_length=MAX_TEXT,
-            description="what people are told; the condition unless given",
+            description="message for people; by default the condition",
         ),
     ]
     persistence: Annotated[
@@ -176,8 +176,8 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         Meta(
             ge=1,
             le=MAX_COUNT,
-            description="observations that must hold before the rule fires: in a row, or of "
-            "the last `of`. What is unknown neither counts nor starts anew",
+            description="observations that must hold before the rule fires: in a row, or among "
+            "the last `of`. Unknown values neither increment nor reset the counter",
         ),
     ] = 1
     of: Annotated[
@@ -185,45 +185,46 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         Meta(
             ge=1,
             le=MAX_OF,
-            description="the number of observations among which `for` must hold; at least "
+            description="size of the window of observations in which `for` must hold; at least "
             "`for`",
         ),
     ] = 1
     cooldown: Annotated[
         int,
-        Meta(ge=0, le=MAX_COUNT, description="steps that pass before the rule may act again"),
+        Meta(ge=0, le=MAX_COUNT, description="steps before the rule may act again"),
     ] = 0
     scope: Annotated[
         RuleScope,
         Meta(
-            description="said by the metrics and operators, so never needed: `seed` with a "
-            "seed's metric, `rank` with `above_peers` or `below_peers`, else `step`. Where it "
-            "is given it must fit"
+            description="follows from the metrics and operators, so never required: `seed` "
+            "with a seed's metric, `rank` with `above_peers` or `below_peers`, else `step`. A "
+            "given scope must match"
         ),
     ] = RuleScope.STEP
     downgrade: Annotated[
-        bool, Meta(description="count only on steps for which a seed operation is proposed")
+        bool, Meta(description="count only steps with a proposed seed operation")
     ] = False
     conservative: Annotated[
-        bool, Meta(description="enter conservative mode, in which no seed operation is granted")
+        bool, Meta(description="enter conservative mode, which grants no seed operation")
     ] = False
     mode: Annotated[
         RuleMode,
         Meta(
-            description="`observe` tries a rule out: its states and findings are told, with "
+            description="`observe` tries a rule out: its states and findings are reported with "
             "the action CONTINUE, and it changes no decision, mode or other rule"
         ),
     ] = RuleMode.ACT
     inhibits: Annotated[
         tuple[str, ...],
         Meta(
-            description="ids of rules, no more severe than this one, that neither act nor are "
-            "among the findings while this one fires for the same rank of the same run"
+            description="ids of rules, no more severe than this one, to inhibit: they neither "
+            "act nor appear among the findings while this rule fires for the same rank and "
+            "run"
         ),
     ] = ()
     parameters: Annotated[
         dict[str, float],
-        Meta(description="what it asks of an update: see [below](#parameters)"),
+        Meta(description="changes to request of an update: see [below](#parameters)"),
     ] = {}
 
     @property
@@ -233,7 +234,7 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
 
     @property
     def about_ranks(self) -> bool:
-        """True when a condition holds a rank against the others of its run."""
+        """True when a condition compares a rank with the others of its run."""
         return self.scope is RuleScope.RANK
 
     @property
@@ -254,17 +255,17 @@ class Baseline(msgspec.Struct, frozen=True):
             ge=1,
             le=1024,
             description="observations before a baseline counts; at most `window`. `frozen` "
-            "and slopes leave them out",
+            "and slopes exclude them",
         ),
     ] = 20
 
 
 class RecordSpan(msgspec.Struct, frozen=True):
-    """Records of excursions: what they span, and the risk at which rules use them."""
+    """Records of excursions: their spans, and the false alarm rate at which rules use them."""
 
     window: Annotated[
         int,
-        Meta(ge=8, le=1024, description="observations of which level and scatter are taken"),
+        Meta(ge=8, le=1024, description="observations that define level and scatter"),
     ] = 160
     warmup: Annotated[
         int,
@@ -279,18 +280,18 @@ class RecordSpan(msgspec.Struct, frozen=True):
         Meta(
             ge=100,
             le=MAX_COUNT,
-            description="the budget of false alarms: chance alone may take a metric beyond "
-            "its record once in so many observations",
+            description="false alarm budget: chance alone may take a metric beyond its record "
+            "once in this many observations",
         ),
     ] = 50_000
 
 
 class Conservative(msgspec.Struct, frozen=True):
-    """Conservative mode: while it is on every seed operation becomes a PAUSE."""
+    """Conservative mode: while it is on, every seed operation becomes a PAUSE."""
 
     clean_steps: Annotated[
         int,
-        Meta(ge=1, le=MAX_COUNT, description="steps without trouble after which it is left"),
+        Meta(ge=1, le=MAX_COUNT, description="steps without trouble before the mode ends"),
     ] = 50
 
 
@@ -302,7 +303,7 @@ class Table(msgspec.Struct, frozen=True):
     baseline: Baseline = Baseline()
     record: RecordSpan = RecordSpan()
     clean_steps: int = Conservative().clean_steps
-    """Steps without trouble after which conservative mode is left."""
+    """Steps without trouble before conservative mode ends."""
 
 
 def conditions(when: Condition | Group) -> Iterator[Condition]:

@@ -217,7 +217,7 @@ class TableReader(ConditionReader):
             return "inhibits"
         key = next(key for key, _ in node.value if key.value == OUTDATED)
         if "inhibits" in fields:
-            message = "is what inhibits was called; expected one of them"
+            message = "is the former name of inhibits; expected one of them"
             self.fault(key, f"{field}.{OUTDATED}", message)
         message = f"is called inhibits now; {OUTDATED} is still read"
         self.outdated.append(fault_at(key, f"{field}.{OUTDATED}", message))
@@ -283,7 +283,7 @@ class TableReader(ConditionReader):
     ) -> None:
         """A rank that sends nothing makes no observations, and nobody asks for it."""
         if action is not Action.CONTINUE:
-            message = f"expected CONTINUE: nobody asks for a silent rank; got {action}"
+            message = f"expected CONTINUE: a stale rank sends no request; got {action}"
             self.fault(fields["action"], f"{field}.action", message)
         for name in _MEANINGLESS_IN_SILENCE:
             if name in fields:
@@ -316,7 +316,7 @@ class TableReader(ConditionReader):
                 before, name = cycle[place - 1], cycle[(place + 1) % len(cycle)]
                 field, node = inhibited[rule_id][name]
                 way = ": neither" if before == name else f' by way of "{before}": none'
-                message = f'"{name}" inhibits this rule{way} would ever be heard'
+                message = f'"{name}" inhibits this rule{way} would ever be reported'
                 self.fault(node, field, message)
 
     def parameters(

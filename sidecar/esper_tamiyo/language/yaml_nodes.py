@@ -153,7 +153,7 @@ def _check_size(root: yaml.Node) -> None:
             if sizes[key] > MAX_VALUES:
                 raise _too_many(node.start_mark.line + 1)
         elif key in above:
-            message = "an alias stands within what it is an alias of"
+            message = "an alias is within its own anchor"
             raise BrokenDocumentError(node.start_mark.line + 1, message)
         elif key not in sizes and not isinstance(node, yaml.ScalarNode):
             above.add(key)
@@ -204,7 +204,7 @@ class NodeReader:
         if len(self.faults) < MAX_FAULTS:
             self.faults.append(fault_at(node, field, message))
         elif len(self.faults) == MAX_FAULTS:
-            more = f"and more is wrong; the first {MAX_FAULTS} faults are told"
+            more = f"and there are more faults; the first {MAX_FAULTS} faults are shown"
             self.faults.append(fault_at(node, "", more))
 
     def mapping(

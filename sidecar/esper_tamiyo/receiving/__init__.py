@@ -1,1 +1,1 @@
-"""The ingest process: OTLP in, step frames out through a pipe."""
+"""The receiver process (ingest): OTLP in, step records out through a pipe."""

@@ -1,4 +1,4 @@
-"""Who may send OTLP: certificates, the bearer token, and what an open address needs.
+"""Authorised senders of OTLP: certificates, the bearer token, and rules for open addresses.
 
 Frames are what decisions follow from, so whoever can send frames can steer a run.
 """
@@ -108,16 +108,17 @@ class Credentials(msgspec.Struct, frozen=True):
             return ""
         if not (self.tls_cert or self.token_file or insecure):
             raise CredentialsError(
-                f"{address.host} is reachable from other machines, and whoever {risk}; "
+                f"{address.host} is reachable from other machines, and anyone who {risk}; "
                 "expected a loopback address such as 127.0.0.1, or "
                 "--tls-cert and --tls-key, --token-file, or --insecure"
             )
         if not (self.token_file or self.tls_client_ca):
             return (
-                f"anybody who reaches it can {deed}; --token-file or --tls-client-ca ends that"
+                f"anyone who reaches it can {deed}; --token-file or --tls-client-ca prevents "
+                "that"
             )
         if not self.tls_cert:
-            return "the token travels in the clear; --tls-cert and --tls-key end that"
+            return "the token travels in the clear; --tls-cert and --tls-key prevent that"
         return ""
 
 
@@ -144,7 +145,7 @@ class RenewedFiles:
             take()
         except CredentialsError as error:  # half written, perhaps
             if str(error) != self._told:
-                log.warning("%s; the last good one holds", error)
+                log.warning("%s; the last good one stays in use", error)
             self._told = str(error)
             return
         if seen == self._signatures():  # else one was exchanged while they were read

@@ -195,7 +195,7 @@ class GrpcReceiver:
     ) -> bytes | _Refused:
         try:
             if self.calls > MAX_CALLS:
-                raise self._intake.busy("more requests come in than can be read")
+                raise self._intake.busy("more requests arrive than can be read")
             self._intake.admit(dict(context.invocation_metadata() or ()).get("authorization"))
             request = await self._read(requests)
             self._uncollected += len(request)
@@ -220,7 +220,7 @@ class GrpcReceiver:
         try:
             eviction = await self._places.occupy()
         except TimeoutError:
-            raise self._intake.busy("more requests come in than can be read") from None
+            raise self._intake.busy("more requests arrive than can be read") from None
         reading = asyncio.ensure_future(anext(requests))
         try:
             await asyncio.wait(

@@ -1,4 +1,4 @@
-"""The harvest of one request: its frames, and what became of each of its data points."""
+"""The harvest of one request: its step records, and the fate of each of its data points."""
 
 from __future__ import annotations
 

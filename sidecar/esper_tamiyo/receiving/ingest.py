@@ -1,4 +1,4 @@
-"""The ingest process: OTLP metrics over gRPC and HTTP/protobuf in, frames down the pipe.
+"""The receiver process: OTLP over gRPC and HTTP/protobuf in, step records down the pipe.
 
 A process of its own because parsing 10,000 points holds the interpreter for 50 ms, ten
 times what a trainer waits for a decision. It ends when its pipe does, so it cannot
@@ -109,8 +109,8 @@ async def _beat(
         rss = rss_mb()
         if rss > memory_mb:
             log.error(
-                "the ingest process has %.0f MB, more than the %.0f MB it may have: it starts "
-                "anew, and producers send again what was not answered",
+                "the ingest process has %.0f MB, more than its limit of %.0f MB: it restarts, "
+                "and producers resend unanswered requests",
                 rss,
                 memory_mb,
             )

@@ -1,4 +1,4 @@
-"""Intake: OTLP requests, whichever protocol brought them, to frames down the pipe.
+"""Intake: OTLP requests of either protocol, to step records down the pipe.
 
 A request is taken whole or not at all, one at a time and in the order they came. What is still
 coming in or waits has a bound in bytes; beyond it producers are told to come again, first the
@@ -185,7 +185,7 @@ class Intake:
         while self._held + size > MAX_HELD:
             oldest = next((other for other in self._coming if other.held), None)
             if oldest is None or oldest is place:
-                raise self.busy("more requests come in than can be read")
+                raise self.busy("more requests arrive than can be read")
             del self._coming[oldest]
             self._held -= oldest.held
             oldest.held = 0
@@ -221,7 +221,7 @@ class Intake:
     def slow(self) -> SlowError:
         """Count a request that does not come in; the error to raise."""
         self.count(IngestCounts(timed_out=1))
-        return SlowError(f"the request did not come in within {REQUEST_S:g} s")
+        return SlowError(f"the request did not arrive within {REQUEST_S:g} s")
 
     def too_large(self, why: str = "") -> TooLargeError:
         """Count a request that has too much; the error to raise."""
@@ -322,7 +322,7 @@ def success(harvest: Harvest) -> bytes:
     )
     partial = ExportMetricsPartialSuccess(
         rejected_data_points=harvest.unusable,
-        error_message=f"points of Tolaria or Kasmina that cannot be used: {parts}",
+        error_message=f"unusable points of Tolaria or Kasmina: {parts}",
     )
     return ExportMetricsServiceResponse(partial_success=partial).SerializeToString()
 

@@ -1,4 +1,4 @@
-"""Moments: the points of one trainer that share a timestamp, and the frame that they make."""
+"""Moments: the points of one trainer that share a timestamp, and their step record."""
 
 from __future__ import annotations
 

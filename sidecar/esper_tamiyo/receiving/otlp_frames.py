@@ -1,5 +1,5 @@
-"""OTLP metrics in, step frames out. Pure; the official protobuf classes do the parsing, but of
-what is read by its shape.
+"""OTLP metrics in, step records out. Pure; the official protobuf classes parse all parts
+without a known shape.
 
 A producer's points of one step share a timestamp: within one resource they are gathered
 by it, and ``tolaria.step`` at that time says which step it was. Walking points in Python

@@ -1,4 +1,4 @@
-"""What the ingest process and the table's watch tell the decide process, over socket pairs.
+"""Messages of the receiver and the table watch to the decide process, over socket pairs.
 
 A message is a length, a kind and a MessagePack body. The kind lies outside the body so
 that the decide process can leave frames undecoded until their turn comes.

@@ -1,4 +1,4 @@
-"""What is read of the official OTLP classes: whose points they are, and what they say."""
+"""Reading the official OTLP classes: the source of points, and their contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which streamed steps are too old to be decided on, told without trusting a trainer's clock.
+"""The lateness check: streamed steps too old for a decision, without trusting a trainer's
+clock.
 
 A Collector bounds how long a request waits for Tamiyo. It has no hold on what lies in the
 sockets of a Tamiyo that hung, nor on what a trainer kept while nobody took it.

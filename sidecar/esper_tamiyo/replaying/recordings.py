@@ -1,4 +1,4 @@
-"""Recordings: what a run sent, as steps with what was proposed at each.
+"""Recordings: a run's telemetry, as steps with their proposals.
 
 A recording is a file or a folder of them (:mod:`~esper_otel.leyline.otlp_files` says what
 they may look like): one for each rank and signal, or a Collector's, rotated or not.
@@ -70,7 +70,7 @@ class RecordedRuns:
             yield from self._with_proposals(assembly.add_request(request), run)
         yield from self._with_proposals(assembly.rest(), run)
         for operation in sorted(self.proposals.unknown):
-            self.problems.append(f"a proposal was left out: unknown operation {operation!r}")
+            self.problems.append(f"a proposal was skipped: unknown operation {operation!r}")
 
     def _with_proposals(
         self, frames: Iterator[StepFrame], run: str

@@ -1,4 +1,4 @@
-"""Replay: recorded steps through the engine that judged them live.
+"""Replay: recorded steps through the engine that evaluated them live.
 
 The engine reads no clock, so the same frames with the same proposals give the same
 decisions, whether a trainer asks or a file is read. Where a live sidecar looks at its

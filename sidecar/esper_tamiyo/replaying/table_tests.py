@@ -1,4 +1,4 @@
-"""Tests of tables: made-up steps, and what a table should decide about them.
+"""Tests of tables: synthetic steps, and the expected decisions.
 
 :mod:`esper_tamiyo.replaying.table_test_file` reads them from YAML. Everything runs through the
 engine that serves trainers; one step follows the other in every rank.

@@ -1,1 +1,1 @@
-"""The decide process: the socket, asks first, and what it keeps beside it."""
+"""The decide process: the socket, decision requests first, and its companions."""

@@ -47,7 +47,7 @@ class Accepting:
         uid = peer_uid(accepted)
         if not may_steer(uid) or not has_room():
             self._counts["turned_away"] += 1
-            log.warning("turned away a connection of user %d", uid)
+            log.warning("rejected a connection of user %d", uid)
             accepted.close()
             return None
         self._counts["connections"] += 1

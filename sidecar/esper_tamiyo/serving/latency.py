@@ -1,4 +1,4 @@
-"""What keeps an answer from waiting: when garbage is collected, and who gives way to whom."""
+"""Answer latency: times of garbage collection, and priorities of the processes."""
 
 from __future__ import annotations
 

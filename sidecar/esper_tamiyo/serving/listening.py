@@ -124,7 +124,7 @@ def _clear(path: Path, folder: int) -> None:
         refused = probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED
     if not refused:
         raise SocketError(
-            f"{path}: taken by a living sidecar; end it or choose another --socket"
+            f"{path}: in use by a running sidecar; stop it or choose another --socket"
         )
     os.unlink(path.name, dir_fd=folder)
 
@@ -142,7 +142,7 @@ def _inode_in(folder: int, path: Path) -> int:
     except FileNotFoundError:
         here = None
     if here is None or (here.st_ino, here.st_dev) != (bound.st_ino, bound.st_dev):
-        raise SocketError(f"{path.parent}: was exchanged for another folder meanwhile")
+        raise SocketError(f"{path.parent}: was replaced by another folder meanwhile")
     return bound.st_ino
 
 

@@ -1,4 +1,4 @@
-"""Recent steps: what ``esper-otel top`` is shown of each rank, in memory of a constant size.
+"""Recent steps: each rank's data for ``esper-otel top``, in memory of a constant size.
 
 Between the engine and its next observer it hears of each step that was judged, when the answer
 is out, and keeps some numbers of the newest ones and, of all steps before, an even choice.

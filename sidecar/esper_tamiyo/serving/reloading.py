@@ -158,5 +158,5 @@ def _in_words(change: ReloadReport) -> str:
         if ids:
             parts.append(f"{what}: {', '.join(ids)}")
     if not change.baselines_kept:
-        parts.append("baselines begin anew")
+        parts.append("baselines start afresh")
     return "; ".join(parts)

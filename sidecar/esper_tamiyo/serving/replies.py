@@ -1,4 +1,4 @@
-"""Replies: what each message of a client is answered, and what an ask brings about."""
+"""Replies: the answer to each message of a client, and the effects of a decision request."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Replies:
         fault = fault_of_hello(hello)
         if fault is not None:
             self._engine.refuse("", 0, fault)
-            raise WireError(f"what the trainer says of itself: {fault.value}")
+            raise WireError(f"the trainer's greeting: {fault.value}")
         self.part(connection)
         connection.trainer = trainer = Trainer(hello)
         now = time.perf_counter_ns()

@@ -1,4 +1,4 @@
-"""The decide process: one thread that owns all state and answers asks before all else.
+"""The decide process: one thread that owns all state and answers decision requests first.
 
 Each turn of the loop first serves every connection that is ready, then reads a little
 from the ingest process, then judges one frame of its queue. So an ask waits at most for

@@ -1,4 +1,4 @@
-"""Silencing: what a tool asks of the decide process, done and written down."""
+"""Silencing: requests of tools to suppress a rule, done and recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a supervisor such as systemd is told: the sidecar is ready, and its loop turns."""
+"""Notifications for a supervisor such as systemd: the sidecar is ready, and its heartbeat."""
 
 from __future__ import annotations
 

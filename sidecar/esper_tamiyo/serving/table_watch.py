@@ -1,4 +1,4 @@
-"""The process that watches a table's file: what it has become, checked, down the pipe.
+"""The process that watches a table's file: checks a change and sends it down the pipe.
 
 A process of its own because reading a table takes tens of milliseconds of Python, and a
 trainer waits five for its decision; and because a file system can hang. It ends when its

@@ -1,4 +1,4 @@
-"""Live curves: those of one rank, as they grow with the frames that were judged."""
+"""Live curves: those of one rank, as they grow with the evaluated step records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live runs: what the page knows of the runs that are trained, in memory, within bounds.
+"""Live runs: the page's data of current runs, in memory, within bounds.
 
 Frames that were judged and lines of the journal go in. Out come the runs as a report shows
 them, what is new of them since a version, and a line of each for the index. All of this is

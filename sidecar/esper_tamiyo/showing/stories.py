@@ -1,4 +1,4 @@
-"""Run stories: what the journal says of each run, the newest of it, within a bound."""
+"""Run stories: the journal's newest entries of each run, within a bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tails: what is appended to the newest files of a folder, read as it comes.
+"""Tails: data appended to the newest files of a folder, read as it arrives.
 
 State is kept in segments and decisions in a journal, whoever looks at them; so the page reads
 these, and the process that decides does nothing for it.

@@ -1,4 +1,4 @@
-"""The page's process: reads what is kept of runs, and serves it over HTTP.
+"""The page's process: reads the stored data of runs, and serves it over HTTP.
 
 A process of its own, for two reasons: making a page holds the interpreter for a second, and
 whoever looks may be slow. It costs the process that decides nothing: steps come out of the
@@ -117,13 +117,13 @@ class LiveData:
         """What is not as it should be, one line each."""
         found = [self.error] if self.error else []
         if self.is_silent:
-            found.append("the process that decides has said nothing for some seconds")
+            found.append("the decide process has sent no heartbeat for some seconds")
         for part, what in (("state", "steps"), ("scribe", "decisions")):
             error = (self._report.get(part) or {}).get("error")
             if error:
                 found.append(f"new {what} do not show: {error}")
         if self.runs.left_out:
-            found.append(f"{self.runs.left_out:,} steps of ranks beyond the limit are left out")
+            found.append(f"{self.runs.left_out:,} steps of ranks beyond the limit are omitted")
         return found
 
     def pack(self, ids: tuple[str, ...]) -> bytes | None:
@@ -158,11 +158,11 @@ class LiveData:
             if story is not None and story.forgotten:
                 found.append(
                     f"run {run.name}: the oldest {story.forgotten:,} decisions, outcomes and "
-                    "changes of rules are left out; the journal has them"
+                    "changes of rules are omitted; the journal has them"
                 )
             seeds = sum(len(trainer.left_out) for trainer in run.trainers.values())
             if seeds:
-                found.append(f"run {run.name}: {seeds:,} seeds beyond the limit are left out")
+                found.append(f"run {run.name}: {seeds:,} seeds beyond the limit are omitted")
         return found
 
 
@@ -204,7 +204,7 @@ async def _look(data: LiveData, worker: ThreadPoolExecutor) -> None:
         except Exception as error:  # what is odd in a file must not end the page
             is_new, problem = False, repr(error)
             if problem != told:
-                log.error("the page cannot read what is kept: %.200s", problem)
+                log.error("the page cannot read the saved data: %.200s", problem)
                 told = problem
         await asyncio.sleep(0 if is_new else LOOK_S)
 
@@ -217,8 +217,7 @@ async def _beat(
         rss = rss_mb()
         if rss > memory_mb:
             log.error(
-                "the page's process has %.0f MB, more than the %.0f MB it may have: it starts "
-                "anew",
+                "the page's process has %.0f MB, more than its limit of %.0f MB: it restarts",
                 rss,
                 memory_mb,
             )

@@ -1,4 +1,4 @@
-"""Web pages: what a browser and a scraper ask for, answered within bounds.
+"""Web pages: bounded answers for browsers and scrapers.
 
 Only ``GET`` and ``HEAD``, nothing can be changed by it. Connections and their time-outs are
 those of the OTLP receiver (:mod:`esper_tamiyo.receiving.connections`).

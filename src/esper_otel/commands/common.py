@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Helpers of several commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def recordings_of(paths: Iterable[Path], command: str) -> list[Path]:
         run, several = found_by(str(path), home)
         if run is None:
             if several:
-                say(f"esper-otel: {command}: {several} ids of runs begin so", file=sys.stderr)
+                say(
+                    f"esper-otel: {command}: {several} run ids begin with this", file=sys.stderr
+                )
             found.append(path)
             continue
         if several > 1:

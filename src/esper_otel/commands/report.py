@@ -15,7 +15,7 @@ def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "report",
-        help="make a page of runs: one HTML file to look at",
+        help="make a report of runs: one HTML file",
         description="Makes one HTML file that shows runs: curves, decisions, seeds, ranks. It "
         "needs nothing else, so it can be mailed. Several runs are laid over one another.",
         examples=[

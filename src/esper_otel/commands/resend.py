@@ -19,11 +19,11 @@ def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "resend",
-        help="deliver telemetry that a run left unsent",
+        help="deliver unsent telemetry of a run",
         examples=[
             (
                 "esper-otel resend ~/.local/state/esper/spool",
-                "all that is left of runs that have ended",
+                "of all runs that have ended",
             ),
             ("esper-otel resend --json spool/", "one JSON object for each file"),
         ],
@@ -53,7 +53,11 @@ def _resend(options: argparse.Namespace) -> int:
             say_json(json.dumps(_plain(file)))
             continue
         rejected = f", {file.rejected:,} rejected by the receiver" if file.rejected else ""
-        cut = f", {file.cut_bytes:,} bytes of a cut request removed" if file.cut_bytes else ""
+        cut = (
+            f", {file.cut_bytes:,} bytes of a truncated request removed"
+            if file.cut_bytes
+            else ""
+        )
         say(f"{file.path}: {file.delivered:,} delivered{rejected}, {file.kept:,} kept{cut}")
         if file.problem:
             say(f"esper-otel: resend: {file.problem}", file=sys.stderr)

@@ -24,15 +24,15 @@ from esper_otel.settings import EsperSettings, Mode, SettingsError
 
 _RUN = """\
 Runs a training script as `python` would, and records it: every optimizer step streams
-out as OpenTelemetry (OTEL_* variables say where to; default http://localhost:4318), and
-a Tamiyo sidecar on this host is asked after each. What follows the options of this command
-is what `python` would be given, its own options included (-u, -O, -W error, -m module), or
-a launcher: torchrun, accelerate launch, a shell script, any program that starts Pythons."""
+out as OpenTelemetry (OTEL_* variables set the endpoint; default http://localhost:4318), and
+a Tamiyo sidecar on this host evaluates each. After the options of this command come the
+arguments of `python`, including its own options (-u, -O, -W error, -m module), or a launcher:
+torchrun, accelerate launch, a shell script, any program that starts Python processes."""
 
 _DEAF = {
-    "E": "-E has Python ignore the environment",
-    "I": "-I has Python ignore the environment",
-    "S": "-S has Python start without its site module",
+    "E": "-E makes Python ignore the environment",
+    "I": "-I makes Python ignore the environment",
+    "S": "-S makes Python start without its site module",
 }
 """Options of ``python`` with which it cannot be instrumented, and why."""
 
@@ -60,13 +60,13 @@ def add(commands: Subcommands) -> None:
         help="also write all telemetry to files, in DIR or at home (see `esper-otel runs`)",
     )
     parser.add_argument("--report", metavar="FILE", help="write a page of the run at its end")
-    parser.add_argument("--run-id", metavar="ID", help="default: one made from the time")
-    parser.add_argument("--name", metavar="NAME", help="what people call the run")
+    parser.add_argument("--run-id", metavar="ID", help="default: generated from the time")
+    parser.add_argument("--name", metavar="NAME", help="name of the run")
     parser.add_argument(
         "--tag",
         action="append",
         metavar="KEY=VALUE",
-        help="what runs are told apart by; may be given again",
+        help="tag of the run; repeatable",
     )
     told = parser.add_mutually_exclusive_group()
     told.add_argument("--quiet", action="store_true", help="no summary at the end")
@@ -194,8 +194,8 @@ def _start_of(words: Sequence[str]) -> _Start:
     for letter in call.flags:
         if letter in _DEAF:
             raise _StartError(
-                f"{_DEAF[letter]}, by which the script would be instrumented: leave it out, or "
-                "call esper_otel.start(optimizer) in the script"
+                f"{_DEAF[letter]}, which instruments the script: omit it, or call "
+                "esper_otel.start(optimizer) in the script"
             )
     if not call.kind and "V" not in call.flags:
         raise _StartError("expected a script, or -m and a module, or a program")
@@ -251,7 +251,7 @@ def _fault_of(path: Path) -> str:
     """Why ``path`` is nothing to start."""
     if path.is_dir():
         return "a folder without __main__.py"
-    return "not for Python to read, and not executable" if path.exists() else "no such file"
+    return "not a Python file, and not executable" if path.exists() else "no such file"
 
 
 def _program(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Lists the runs that are recorded at home, and removes those that nobody needs any more."""
+"""Lists recorded runs, and removes old ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from esper_otel.home import RecordedRun
 
 _ABOUT = """\
-Lists the runs that are recorded at home, the newest first: those of `esper-otel run
+Lists recorded runs, newest first: those of `esper-otel run
 --record`, and of scripts with ESPER_RECORD=true. `esper-otel report` and `show` take a
 run's name or id."""
 
 _PRUNE = """\
-Removes recorded runs that any of the options asks to remove, after asking. A run that is being
-written stays."""
+Removes the recorded runs that match any of the options, after a confirmation. It
+keeps a run that is being written."""
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -36,7 +36,7 @@ def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "runs",
-        help="list the runs that are recorded at home",
+        help="list recorded runs",
         description=_ABOUT,
         examples=[
             ("esper-otel runs --tag team=vision", "those with a tag"),
@@ -59,13 +59,16 @@ def add(commands: Subcommands) -> None:
     # Not with defaults, which would take the place of what stands before the word.
     _add_choice(prune, *[argparse.SUPPRESS] * 3)
     prune.add_argument(
-        "--older-than", type=_age, metavar="AGE", help="written last before that: 30d, 12h"
+        "--older-than",
+        type=_age,
+        metavar="AGE",
+        help="last written longer ago than this: 30d, 12h",
     )
     prune.add_argument(
         "--more-than",
         type=_size,
         metavar="SIZE",
-        help="the oldest, until all take no more than that: 5GB, 500MB",
+        help="the oldest, until the rest fits in this: 5GB, 500MB",
     )
     prune.add_argument(
         "--keep", type=_count, metavar="N", help="all but the newest N", dest="keep"
@@ -186,7 +189,7 @@ def _prune(options: argparse.Namespace) -> int:
             if remove(run):
                 say(f"removed {run.card.run} ({_shown_size(run.bytes)})")
             else:
-                say(f"{run.card.run} is being written, and stays")
+                say(f"{run.card.run} is being written, and is kept")
         except OSError as error:
             say(f"esper-otel: runs prune: {run.folder}: {error.strerror}", file=sys.stderr)
             status = 1

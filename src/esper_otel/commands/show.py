@@ -36,7 +36,7 @@ def add(commands: Subcommands) -> None:
         metavar="FILE",
         help="a recording, or the name or id of a run that `esper-otel runs` lists",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object per frame")
+    parser.add_argument("--json", action="store_true", help="one JSON object per step record")
     parser.add_argument(
         "--metrics",
         metavar="KEY,…",

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from esper_otel.top.sidecar_source import SidecarSource
 
 _TOP = """\
-Shows runs while they train: curves, where a step's time goes, decisions as they come, seeds
-and ranks. Of the sidecar on this host, or of a recording, which is followed as it grows. Keys
-are listed at the bottom. In a pipe it prints one picture and ends."""
+Shows runs while they train: curves, step time by phase, decisions, seeds and ranks. It
+reads the sidecar on this host, or follows a growing recording. Keys are listed at the
+bottom. In a pipe it prints one picture and ends."""
 
 _PRINTED_ROWS = 30
 
@@ -33,7 +33,7 @@ def add(commands: Subcommands) -> None:
         help="show runs on the terminal while they train",
         description=_TOP,
         examples=[
-            ("esper-otel top", "the run that the sidecar heard of last"),
+            ("esper-otel top", "the most recent run of the sidecar"),
             ("esper-otel top recordings/", "a recording, as it grows"),
             ("esper-otel top --once", "one picture, as plain text"),
         ],
@@ -43,7 +43,7 @@ def add(commands: Subcommands) -> None:
         nargs="*",
         metavar="RUN",
         help="a recording (files or folders), or the name of a run that Tamiyo knows "
-        "(default: the one that Tamiyo heard of last)",
+        "(default: the most recently active one)",
     )
     parser.add_argument("--run", default="", metavar="NAME", help="the run of a recording")
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="default: 0")
@@ -99,7 +99,7 @@ def _missing_library() -> str:
 
     if find_spec("rich") is not None:
         return ""
-    return "takes rich to draw: pip install 'esper-otel[top]' (--once prints without it)"
+    return "needs rich to draw: pip install 'esper-otel[top]' (--once prints without it)"
 
 
 def _recorded(paths: list[Path]) -> RecordedSource:

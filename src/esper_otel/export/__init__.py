@@ -87,9 +87,7 @@ def export(
         from esper_otel.export.otlp_lines import write_lines
 
         if steps is not None:
-            raise ExportError(
-                f"--steps: expected without --to {to}, which has all that was sent"
-            )
+            raise ExportError(f"--steps: expected without --to {to}, which exports everything")
         return _found(*write_lines(paths, output, lambda done: on_bytes(2 * done)))
     archive = Archive(whole=True)
     archive.read(paths, on_bytes)

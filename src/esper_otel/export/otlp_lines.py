@@ -1,4 +1,4 @@
-"""OTLP as lines of JSON, each one request: what the Collector's file exporter writes.
+"""OTLP as lines of JSON, each one request, like the Collector's file exporter.
 
 Ids are hexadecimal and enums numbers, as OTLP's JSON wants them and protobuf's does not.
 Requests that are JSON already stay as they are.
@@ -61,7 +61,7 @@ def _lines_of(
     path: Path, problems: list[str], before: int, on_bytes: OnBytes
 ) -> Iterator[bytes]:
     if is_journal(path):
-        problems.append(f"{path}: a journal is no OTLP, and left out")
+        problems.append(f"{path}: a journal is not OTLP, and is skipped")
         return
     try:
         for offset, data in payloads(path):

@@ -1,4 +1,4 @@
-"""What goes around the functions that clip gradients: they tell what norm these had before."""
+"""Wrappers of the functions that clip gradients: they report the norm before clipping."""
 
 from __future__ import annotations
 

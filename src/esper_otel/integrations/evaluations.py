@@ -1,4 +1,4 @@
-"""What tells the calls of ``backward`` of one step apart, read off the autograd graph.
+"""Evaluations: distinguishes the calls of ``backward`` in one step by the autograd graph.
 
 The rules are :mod:`esper_otel.tolaria.losses`'s; here is found what they ask for. It is
 looked for at the first steps of a training, and where the number of calls changes, until a

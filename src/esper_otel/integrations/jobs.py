@@ -1,4 +1,4 @@
-"""Jobs: the trainings of one process, told apart by their optimizers.
+"""Jobs: the trainings of one process, separated by their optimizers.
 
 A process may hold several trainings, one after the other or in turn (a sweep, k-fold, the cells
 of a notebook). Each is a run of its own. To which of them an optimizer belongs is decided when

@@ -133,6 +133,6 @@ def _why_nothing() -> str:
     if "torch" not in sys.modules:
         return f"the script has not imported torch; for others: {by_hand}"
     return (
-        "no optimizer of torch has stepped in this process. Where updates are made otherwise: "
-        f"{by_hand}; where other processes train: esper_otel.start(optimizer) in each"
+        "no optimizer of torch has stepped in this process. For updates without one: "
+        f"{by_hand}; if other processes train: esper_otel.start(optimizer) in each"
     )

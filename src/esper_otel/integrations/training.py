@@ -1,4 +1,4 @@
-"""The training that a framework announces: watched from its beginning to its end."""
+"""The training that a framework announces, instrumented from its beginning to its end."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Training:
             if model is not None and self.run is not None:
                 self.run._responses.restoring.protected.add_module(model, whole=False)
         except Exception:
-            log.exception("the training could not be watched; it goes on without")
+            log.exception("the training could not be instrumented; it continues without")
 
     def _start(self, optimizers: Sequence[Any], phase: str) -> None:
         before = Training._watching

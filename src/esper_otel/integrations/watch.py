@@ -1,4 +1,4 @@
-"""What watches a plain PyTorch loop that knows nothing of it.
+"""The hooks that instrument an unchanged PyTorch loop.
 
 Step boundaries come from torch's public global optimizer hooks. What has no hook is
 wrapped where it is looked up: ``backward`` and ``autograd.grad`` (the loss is what they are
@@ -110,7 +110,7 @@ class Watch:
             # its workers start, stay as they are.
             self.wrap(iterators, "__next__", self._fetch)
         else:
-            log.warning("this torch has no _BaseDataLoaderIter: input_wait_ms is left out")
+            log.warning("this torch has no _BaseDataLoaderIter: input_wait_ms is omitted")
 
     def undo(self) -> None:
         """Take everything off, in the opposite order. Never raises."""
@@ -119,7 +119,7 @@ class Watch:
             try:
                 take_off()
             except Exception as error:
-                log.warning("a part of the instrumentation could not be taken off: %r", error)
+                log.warning("a part of the instrumentation could not be removed: %r", error)
 
     def _hook_optimizers(self) -> None:
         hooks = StepHooks(self._optimizer_begins, self._optimizer_ended)
@@ -154,7 +154,7 @@ class Watch:
 
         def restore() -> None:
             if owner.__dict__.get(name) is not wrapper:
-                log.warning("%s was wrapped again by somebody else and is left as it is", name)
+                log.warning("%s was wrapped again by other code and stays as it is", name)
             elif inherited:
                 delattr(owner, name)
             else:

@@ -152,8 +152,8 @@ class AwaitedFossils:
         if torch.compiler.is_dynamo_compiling() or not self._paths:
             return
         log.warning(
-            "the model's state has fossils (%s) that the model has not: it computes now what "
-            "the host alone does; call garden.load_state_dict() after model.load_state_dict()",
+            "the model's state has fossils (%s) that the model lacks: it now computes as the "
+            "host alone; call garden.load_state_dict() after model.load_state_dict()",
             ", ".join(self._paths),
         )
         self.forget()

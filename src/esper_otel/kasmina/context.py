@@ -1,4 +1,4 @@
-"""Context: what the slots of a garden share, and what a slot reports of its seed.
+"""Context: data shared by the slots of a garden, and a slot's reports about its seed.
 
 :class:`GardenContext` has the settings, the tools and how the run is doing, with the events
 that wait to be taken; :class:`SlotEvents` writes those of one slot.
@@ -232,7 +232,7 @@ class SlotEvents:
         if reason == self.fallback:
             return
         self.fallback = reason
-        text = f"identity takes the place of {seed.id}: {reason}"
+        text = f"identity replaces {seed.id}: {reason}"
         self.add(
             seed,
             events.FALLBACK,

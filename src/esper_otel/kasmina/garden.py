@@ -55,18 +55,18 @@ __all__ = ["Garden", "GardenError"]
 class Garden:
     """Slots of ``model`` at the submodules called ``slots``, where seeds grow.
 
-    ``optimizer`` is the host's, by default whichever sets the steps of the run.
+    ``optimizer`` is the host's, by default the one that defines the run's steps.
     ``make_optimizer`` makes that of a seed, ``blueprints`` are those that the garden
-    germinates of its own accord, by default all that fit. ``read`` begins to read a number
+    germinates on its own, by default all that fit. ``read`` begins to read a number
     from a device; by default only the CPU's are read. ``compiler`` makes seeds faster, off
-    the training thread; by default :func:`~esper_otel.kasmina.compiling.compile_apart` where
-    the settings ask for that. ``scaler`` is the ``GradScaler`` that scales the host's loss,
-    if one does. ``clock`` (monotonic seconds) is that of embargoes; what ``recorder``
-    remembers of the run goes with the garden's state.
+    the training thread; by default :func:`~esper_otel.kasmina.compiling.compile_apart` if
+    the settings enable it. ``scaler`` is the ``GradScaler`` that scales the host's loss,
+    if any. ``clock`` (monotonic seconds) is that of embargoes; the garden's state includes
+    that of ``recorder``.
 
     Raises :class:`GardenError` for a path that names no submodule or is named twice, and
-    ``KeyError`` for a blueprint that is not registered. Nothing raises later but what is
-    called with a wrong argument.
+    ``KeyError`` for a blueprint that is not registered. Later only a wrong
+    argument raises.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Garden:
         self._planner.request_cull(seed_id)
 
     def uproot(self) -> None:
-        """Take everything out, fossils as well: the host is what it was before planting."""
+        """Remove everything, including fossils: the host is as it was before planting."""
         if not self.planted:
             return
         self.planted = False
@@ -147,13 +147,13 @@ class Garden:
     def harvest(self) -> nn.Module:
         """A copy of the grown model without hooks and without this package.
 
-        Raises :class:`GardenError` for a slot of which that cannot be had.
+        Raises :class:`GardenError` for a slot that cannot be copied.
         """
         self._expect_planted()
         return harvest(self._host.model(), self._slots)
 
     def follow(self, copied: nn.Module) -> None:
-        """Let a copy of the model, say that of an average, get each fossil to come as well."""
+        """Give later fossils to a copy of the model as well, such as that of an average."""
         submodules(copied, self._slots)
         self._context.followers.append(weakref.ref(copied))
 
@@ -183,7 +183,7 @@ class Garden:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the seeds add to the host's, those in isolation included."""
+        """Number of parameters that the seeds add to the host's, including isolated ones."""
         hooks = [slot.hook for slot in self._slots.values()]
         return sum(each.numel() for hook in hooks for each in hook.parameters())
 
@@ -218,14 +218,14 @@ class Garden:
         return plain(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, of this garden or one like it.
+        """Restore a result of :meth:`state_dict`, of this garden or one like it.
 
         Called after the model is on its device and before ``optimizer.load_state_dict``,
         which needs the groups of the fossils that joined the optimizer. The garden has the
         same slots and nothing grows in it yet. Seeds are built here, in the calling thread.
 
-        Raises :class:`GardenError`, which names what does not fit and what was expected,
-        and leaves garden and optimizer as they were.
+        Raises :class:`GardenError`, which names the mismatch and the expected value, and then
+        leaves garden and optimizer unchanged.
         """
         self._expect_planted()
         context, planner = self._context, self._planner
@@ -305,22 +305,22 @@ class Garden:
     def proposal_sent(self, step: int) -> None:
         """The proposal of the newest frame went with the request about ``step``.
 
-        Called with the step just ended where nobody is asked.
+        Called with the step just ended if no requests are sent.
         """
         self._planner.pending.mark_sent(step)
 
     def apply(self, decision: Decision, *, enforced: bool) -> bool:
-        """Do what ``decision`` says of the proposal that went with its request.
+        """Apply ``decision`` to the proposal of its request.
 
-        Returns whether the decision changed anything: what the garden does by itself, because
-        it grows autonomously, is not the decision's doing. A decision that is not
-        ``enforced``, and one that nobody gave, neither freezes nor resumes.
+        Returns whether the decision changed anything; operations of an autonomous garden do
+        not count. A decision that is not ``enforced``, or that no sidecar made, neither
+        freezes nor resumes.
         """
         asked = None if decision.reason == NOT_ASKED else decision.step
         return self._decide(self._planner.pending.pop(asked), decision, enforced)
 
     def take_events(self) -> list[Event]:
-        """What has happened since last asked."""
+        """The events since the last call."""
         return self._context.take_events()
 
     # Parts of them.

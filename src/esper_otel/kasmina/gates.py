@@ -79,7 +79,7 @@ def sanity(facts: Facts, limits: Limits) -> Verdict:
     if facts.trouble:
         return GateFailed(facts.trouble)
     if not facts.attached:
-        return GateFailed("the kernel is not there yet")
+        return GateFailed("the kernel is not available yet")
     return PASSED if facts.finite else GateFailed("its parameters are not all finite")
 
 
@@ -154,7 +154,7 @@ def usefulness(facts: Facts, limits: Limits) -> Verdict:
 
 def clean_reset(facts: Facts, limits: Limits) -> Verdict:
     """G5: nothing of the culled seed is left."""
-    return PASSED if not facts.remnants else GateFailed("the culled seed is still held")
+    return PASSED if not facts.remnants else GateFailed("the culled seed is still referenced")
 
 
 BEFORE: dict[SeedOperation, tuple[tuple[str, Gate], ...]] = {

@@ -1,4 +1,4 @@
-"""Hook: what a slot is to the host, and how a seed takes part in one submodule's output.
+"""Hook: a slot's attachment to the host, through which a seed joins a submodule's output.
 
 While a seed grows, its module lives outside the host's tree, so the host's ``state_dict``,
 parameters and modules are what they were. The hook is there while such a seed is, and for

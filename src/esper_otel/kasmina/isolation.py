@@ -120,7 +120,7 @@ class Paths:
                 )
         except Exception:
             if not tally.failed:
-                log.exception("isolation statistics of this step are left out")
+                log.exception("isolation statistics of this step are omitted")
             tally.failed = True
 
     def _dot(self, host: Tensor | None, seed: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Lifecycle: the stage of a slot, how long it has been in it, and what comes next."""
+"""Lifecycle: the stage of a slot, the time spent in it, and the next one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ISOLATED = frozenset({Stage.GERMINATED, Stage.TRAINING})
 
 
 class GardenError(ValueError):
-    """Something a garden was asked for that cannot be; says what was expected."""
+    """An impossible request to a garden; the message has the expected arguments."""
 
 
 class Lifecycle:

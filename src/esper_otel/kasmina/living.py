@@ -196,11 +196,11 @@ def frozen(module: nn.Module) -> nn.Module:
 
 
 def refuse_trace(part: Part, tool: str) -> None:
-    """Raise :class:`GardenError` where ``tool`` would leave out a seed that takes part."""
+    """Raise :class:`GardenError` where ``tool`` would exclude a seed that takes part."""
     if part.takes_part:
         raise GardenError(
-            f"esper-otel: slot {part.name!r} has {part.occupant}, which {tool} would leave "
-            f"out: {ADVICE}"
+            f"esper-otel: slot {part.name!r} has {part.occupant}, which {tool} would "
+            f"exclude: {ADVICE}"
         )
 
 

@@ -86,7 +86,7 @@ class KernelLoader:
             self._hook.set_call(call)
         elif not reason:
             return
-        text = f"{seed.id} goes on as it is, it was not compiled: {reason}"
+        text = f"{seed.id} stays uncompiled: {reason}"
         self._events.add(
             seed,
             events.COMPILED,

@@ -1,4 +1,4 @@
-"""Seed: what is known of one small network, from germination to its end."""
+"""Seed: the data of one small network, from germination to its end."""
 
 from __future__ import annotations
 

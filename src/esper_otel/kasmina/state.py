@@ -1,4 +1,4 @@
-"""State: what a checkpoint of a garden consists of, field by field.
+"""State: the contents of a garden's checkpoint, field by field.
 
 It is plain: dictionaries, lists, numbers, text and tensors, as
 ``torch.load(weights_only=True)`` takes them. It goes out by :func:`plain` and comes in,
@@ -175,7 +175,7 @@ def parsed(state: object) -> GardenState:
     """The state that ``plain`` made; :class:`GardenError` for anything else."""
     if not isinstance(state, dict) or "version" not in state:
         raise GardenError(
-            f"state: expected what garden.state_dict() returns, got a {type(state).__name__}"
+            f"state: expected the result of garden.state_dict(), got a {type(state).__name__}"
             + (" without a version" if isinstance(state, dict) else "")
         )
     if state["version"] != VERSION:

@@ -1,4 +1,5 @@
-"""The shared language: metrics, stages, decisions, frames, wire. Imports nothing of ours."""
+"""The shared language: metrics, stages, decisions, step records, wire. Imports nothing of
+ours."""
 
 import logging
 

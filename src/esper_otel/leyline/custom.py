@@ -1,4 +1,4 @@
-"""Custom values: what a script measures itself, under names of its own.
+"""Custom values: a script's own measurements, under its own names.
 
 All are points of one metric, ``tolaria.custom``, whose attribute ``name`` tells them apart.
 A metric for each name would make names of metrics out of whatever a script calls its values:

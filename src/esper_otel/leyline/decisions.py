@@ -1,4 +1,4 @@
-"""Decisions: what Tamiyo answers, and how strong each answer is."""
+"""Decisions: Tamiyo's answers, and their order of precedence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class Action(StrEnum):
-    """What a decision means for the run; see :data:`FORCE` for which one wins."""
+    """The effect of a decision on the run; :data:`FORCE` has their precedence."""
 
     CONTINUE = "CONTINUE"
     SEED = "SEED"
@@ -17,7 +17,7 @@ class Action(StrEnum):
 
 
 class Severity(StrEnum):
-    """How bad it is."""
+    """How severe a finding or decision is."""
 
     NORMAL = "NORMAL"
     WARNING = "WARNING"
@@ -55,7 +55,7 @@ NOT_AGREED = "not_agreed"
 FAILED_OPEN: frozenset[str] = frozenset(
     {TIMEOUT, UNREACHABLE, PROTOCOL_ERROR, BREAKER_OPEN, SUPERSEDED, NOT_AGREED}
 )
-"""Reasons which say that nobody judged the step. Unknown is not healthy."""
+"""Reasons of an unevaluated step. Unknown is not healthy."""
 
 
 UNJUDGED: frozenset[str] = FAILED_OPEN | {NOT_ASKED, WARMING_UP}
@@ -72,7 +72,7 @@ back in place of an update."""
 
 
 class SeedOperation(StrEnum):
-    """What the garden proposes, and a SEED decision allows, for one seed."""
+    """An operation on one seed, proposed by the garden and granted by a SEED decision."""
 
     GERMINATE = "germinate"
     TRAIN = "train"
@@ -91,7 +91,7 @@ class Proposal(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Finding(msgspec.Struct, frozen=True, array_like=True):
-    """One rule that fired, with the values it saw (key of the metric → value)."""
+    """One rule that fired, with its values (key of the metric → value)."""
 
     rule: str
     action: Action
@@ -104,9 +104,9 @@ class Finding(msgspec.Struct, frozen=True, array_like=True):
 class Decision(msgspec.Struct, frozen=True, array_like=True):
     """Tamiyo's answer about one step.
 
-    ``step`` is the step it was asked for, ``observed_step`` the newest step the
-    sidecar had seen of this rank, -1 when it had seen none. ``reason`` is the id of the
-    rule that won, ``nominal``, ``warming_up``, ``conservative_mode`` or one of
+    ``step`` is the step of its request, ``observed_step`` the newest step that the
+    sidecar had of this rank, -1 without one. ``reason`` is the id of the winning rule,
+    ``nominal``, ``warming_up``, ``conservative_mode`` or one of
     :data:`FAILED_OPEN`.
     """
 

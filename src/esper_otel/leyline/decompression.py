@@ -1,4 +1,4 @@
-"""Reading what was compressed by gzip or zstd; which of them shows in the first bytes.
+"""Reading gzip or zstd data; the first bytes identify the format.
 
 zstd needs the package ``zstandard``, which is asked for only when a file needs it.
 """
@@ -22,7 +22,7 @@ class ZstdMissingError(Exception):
 
     def __init__(self) -> None:
         super().__init__(
-            "compressed by zstd, which takes the package zstandard to read: "
+            "compressed by zstd, which needs the package zstandard: "
             "pip install 'esper-otel[zstd]'"
         )
 

@@ -1,4 +1,4 @@
-"""Endpoints and the secrets in them: what may be shown of ``OTEL_EXPORTER_OTLP_*``.
+"""Endpoints and their secrets: the printable part of ``OTEL_EXPORTER_OTLP_*``.
 
 A URL can carry a user and a password, or a key in its query, and headers carry tokens. None of
 that belongs into a message, a log, a status or a span.

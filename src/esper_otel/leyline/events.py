@@ -1,4 +1,4 @@
-"""Events: what happened to a seed or the weights, once, where metrics say how each step is."""
+"""Events: single occurrences of a seed or the weights, beside the per-step metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RETRIED = "esper.seed.retry"
 more. ``esper.attempts`` counts the fetches, here and in a fallback."""
 
 VIOLATION = "esper.seed.violation"
-"""A seed that had to be isolated reached the host's gradients."""
+"""An isolated seed reached the host's gradients."""
 
 PAUSED = "esper.seed.paused"
 RESUMED = "esper.seed.resumed"

@@ -1,4 +1,4 @@
-"""Faults: a part that fails takes nothing else along, and is told of once.
+"""Faults: a failing part affects no other part, and is reported once.
 
 What records a training is made of parts (a sender of each signal, spans, probes, files, the
 sidecar's client), and the training can do without each of them.

@@ -1,4 +1,4 @@
-"""Folders: where trainer and sidecar meet and keep files, whatever the environment holds.
+"""Folders: shared locations of trainer and sidecar, in any environment.
 
 In the order of the XDG Base Directory Specification, which has paths that are not absolute
 ignored. A user may have no home and no name (containers with a number for a user), a temporary

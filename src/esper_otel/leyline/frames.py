@@ -1,4 +1,4 @@
-"""Frames: what one step, and each seed during it, looked like.
+"""Step records (frames): the values of one step, and of each seed during it.
 
 On the training thread a frame is a *row*, a list of floats in registry order in which
 NaN says "absent": non-finite measurements are never values, they are counted in

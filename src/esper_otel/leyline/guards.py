@@ -1,4 +1,4 @@
-"""Guards: bounds, told by the sidecar, that no update may cross unjudged."""
+"""Guards: bounds from the sidecar that no update may cross unchecked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of what a frame may say, the same for whoever sends it and by whichever way it comes.
+"""Limits of the contents of a step record, the same for every sender and channel.
 
 They are checked at the edge, before anything is copied or kept; what is beyond one is refused
 and counted. What is within them stays within 64 bits through all sums that are made of it, as

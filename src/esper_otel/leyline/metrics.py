@@ -45,7 +45,9 @@ _PHASE = "when the loop exposes its phases"
 _CUDA = "CUDA only"
 
 STEP_METRICS: tuple[Metric, ...] = (
-    Metric("step", "{step}", "global optimizer step; a frame without it is not a frame"),
+    Metric(
+        "step", "{step}", "global optimizer step; required: records without it are discarded"
+    ),
     Metric("loss", "{loss}", "mean loss of the step, over its micro-batches", "when known"),
     Metric("accuracy", "1", "accuracy of the step", _REPORTED),
     Metric(
@@ -58,15 +60,15 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "hook_latency_ms",
         "ms",
-        "everything this package did on the training thread around the end of a step, the "
-        "ask included, as far as it lies inside this step_latency_ms: a frame is sealed "
-        "before its own ask, so that part is of the step before",
+        "instrumentation overhead on the training thread within this step_latency_ms; includes "
+        "the previous step's decision request, because a step record is sealed before its own "
+        "request",
     ),
     Metric(
         "tamiyo_latency_ms",
         "ms",
-        "time the training thread spent on asking: sending, collecting the answer, and waiting "
-        "where it had to; 0.0 when not asked. The request sent at the end of the step before",
+        "time of the training thread for the decision request sent at the end of the previous "
+        "step: sending, collecting the answer, and any waiting; 0.0 without a request",
     ),
     Metric(
         "lr_scale",
@@ -77,12 +79,12 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "update_skipped",
         "{update}",
-        "1 when a decision left out the optimizer's update of this step, otherwise 0",
+        "1 when a decision skipped the optimizer's update of this step, otherwise 0",
     ),
     Metric(
         "restored",
         "{restore}",
-        "1 when a decision put a snapshot of weights and optimizer state back at the end of "
+        "1 when a decision restored a snapshot of weights and optimizer state at the end of "
         "this step, otherwise 0",
         "where snapshots are kept",
     ),
@@ -90,13 +92,13 @@ STEP_METRICS: tuple[Metric, ...] = (
         "unjudged_steps",
         "{step}",
         "decision requests in a row, up to this step, that the sidecar did not answer",
-        "when Tamiyo is asked",
+        "with decision requests",
     ),
     Metric(
         "phase",
         "{phase}",
-        "how many times the loop has said that a new phase begins (run.phase_begins): values "
-        "of before are no measure for those after",
+        "number of phases that the loop has begun (run.phase_begins): values from before a "
+        "phase are no reference for those after",
     ),
     Metric(
         "step_latency_ms",
@@ -108,29 +110,29 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "forward_ms",
         "ms",
-        "from the batch in hand to the start of backward, zero_grad and loss included",
+        "from batch received to start of backward, including zero_grad and loss",
         _PHASE,
         gated=True,
     ),
-    Metric("backward_ms", "ms", "inside backward", _PHASE, gated=True),
+    Metric("backward_ms", "ms", "duration of backward", _PHASE, gated=True),
     Metric(
         "optimizer_ms",
         "ms",
-        "inside optimizer.step, with clipping before it and what the loop does after it until "
-        "it asks for a batch",
+        "duration of optimizer.step, with clipping before it and the loop's work after it "
+        "until the next batch request",
         _PHASE,
         gated=True,
     ),
     Metric(
         "kasmina.apply_ms",
         "ms",
-        "applying a decision at the end of the step before, 0.0 when there was none",
+        "applying a decision at the end of the previous step, 0.0 when there was none",
         gated=True,
     ),
     Metric(
         "kasmina.finalize_ms",
         "ms",
-        "advancing alpha, gates and building the seed frames",
+        "advancing alpha and gates, and building the seed records",
         gated=True,
     ),
     Metric(
@@ -181,7 +183,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         "optimizer_lr_base",
         "1",
         "base learning rate: `initial_lr` of the parameter groups, which torch's schedules "
-        "write, else the first rate that was seen; mean over parameter groups",
+        "write, else the first observed rate; mean over parameter groups",
         "when the optimizer is known",
         gated=True,
     ),
@@ -196,7 +198,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         "input_wait_ms",
         "ms",
         "time the loop waited for its next batch",
-        "when batches come through a watched iterator",
+        "when batches come through an instrumented iterator",
         gated=True,
     ),
     Metric(
@@ -213,13 +215,13 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "nonfinite",
         "{value}",
-        "how many of this step's values were NaN or infinite (they themselves are left out)",
+        "number of this step's values that were NaN or infinite (the values are omitted)",
     ),
     Metric(
         "custom_nonfinite",
         "{value}",
-        "how many of the step's custom values were NaN or infinite; `nonfinite` does not count "
-        "them, as a perplexity that overflows need not be trouble",
+        "number of the step's custom values that were NaN or infinite; `nonfinite` excludes "
+        "them, because an overflowing perplexity may be harmless",
         "when the loop reports custom values",
     ),
     Metric(
@@ -239,7 +241,7 @@ SEED_METRICS: tuple[Metric, ...] = (
     _seed("kernel_attached", "{flag}", "1 when the seed's kernel is attached"),
     _seed("last_kernel_latency_ms", "ms", "last fetch or call of the seed's kernel"),
     _seed("isolation_violations", "{violation}", "running count of this seed"),
-    _seed("fallback_used", "{flag}", "1 when the kernel was replaced by identity"),
+    _seed("fallback_used", "{flag}", "1 when identity replaces the kernel"),
     _seed(
         "isolation.dot",
         "{grad}2",
@@ -249,13 +251,13 @@ SEED_METRICS: tuple[Metric, ...] = (
     _seed(
         "isolation.host_norm",
         "{grad}",
-        "norm of the gradient that comes back through the host path",
+        "norm of the gradient through the host path",
         "when isolation statistics exist",
     ),
     _seed(
         "isolation.seed_norm",
         "{grad}",
-        "norm of the gradient that comes back through the seed path",
+        "norm of the gradient through the seed path",
         "when isolation statistics exist",
     ),
 )
@@ -263,8 +265,7 @@ SEED_METRICS: tuple[Metric, ...] = (
 RUN_ENDED = Metric(
     "run.ended",
     "{step}",
-    "number of the last step of a run that has ended on this rank; how it ended is said by the "
-    "attributes",
+    "number of the last step of a run that has ended on this rank; attributes say how it ended",
     "once, when the run ends",
     scope="run",
 )
@@ -273,10 +274,10 @@ RUN_ENDED = Metric(
 CUSTOM = Metric(
     "custom",
     "{custom}",
-    "a value of the script's own (`run.report(name=…)`), or of a framework's validation",
-    "at steps for which it is reported",
+    "a custom value of the script (`run.report(name=…)`), or of a framework's validation",
+    "at steps that report it",
 )
-"""All values that have no row here; :mod:`esper_otel.leyline.custom` tells them apart."""
+"""All values without a row here; :mod:`esper_otel.leyline.custom` separates them by name."""
 
 STEP_KEYS: tuple[str, ...] = tuple(metric.key for metric in STEP_METRICS)
 SEED_KEYS: tuple[str, ...] = tuple(metric.key for metric in SEED_METRICS)

@@ -1,4 +1,4 @@
-"""Files of OTLP: ours, and what the Collector's file exporter writes.
+"""Files of OTLP: ours, and those of the Collector's file exporter.
 
 Two framings: one JSON object a line, or each request behind its size
 (:mod:`esper_otel.leyline.otlp_file`). The Collector compresses either each request (then

@@ -1,4 +1,4 @@
-"""Readings: numbers that a device may still have to deliver, and nobody waits for."""
+"""Readings: numbers that a device may still have to deliver, without waiting for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Series names: what our metrics and attributes are called in Prometheus.
+"""Series names: the Prometheus names of our metrics and attributes.
 
 The one place where names are translated: the sidecar's ``/metrics``, the metrics page, the
 dashboards, the alert rules and the tests that look into a real Prometheus take them from here.

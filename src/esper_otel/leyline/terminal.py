@@ -1,4 +1,4 @@
-"""Terminal: the one place where people are told something, and text from elsewhere is escaped.
+"""Terminal: the only place that prints messages, with foreign text escaped.
 
 Telling never fails: standard output or standard error may be closed (then they are ``None``),
 may be objects of the script's own without half of a stream's methods, may take no letters but

@@ -1,1 +1,1 @@
-"""Ranks: what the processes of one run agree on, so that all do the same at the same step."""
+"""Ranks: synchronised decisions of the processes of one run, applied at the same step."""

@@ -99,7 +99,7 @@ def decode_round(step: int, digest: int, flags: int, maxima: bytes) -> RoundResu
     try:
         message = _DECODER.decode(maxima[said : said + length])
     except msgspec.DecodeError as error:
-        raise DisagreementError(f"the leader's word of step {step}: {error}") from None
+        raise DisagreementError(f"the leader's decision for step {step}: {error}") from None
     return RoundResult(message, maxima[start : start + flags])
 
 
@@ -253,8 +253,8 @@ class Agreement:
     def _give_up(self, why: str) -> None:
         self.close()
         log.warning(
-            "the ranks of this run agree no more (%s): no decision is applied from here on, "
-            "and seeds stay as they are",
+            "the ranks of this run no longer synchronise decisions (%s): no decision is "
+            "applied from here on, and seeds stay as they are",
             why,
         )
         if self.shared is not None:

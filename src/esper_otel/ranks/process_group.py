@@ -32,7 +32,7 @@ _made = 0
 
 
 class ProcessGroupError(RuntimeError):
-    """The other ranks were not heard of in time, or never will be; says why."""
+    """The other ranks did not respond in time, or never will; the message says why."""
 
 
 class PendingReduce:

@@ -1,4 +1,4 @@
-"""Rendezvous: how ranks that nobody told to agree come to do so, and hold up no step.
+"""Rendezvous: how ranks find each other without configuration and without delaying a step.
 
 Whether all ranks train at all, and together, is not known beforehand: one may only
 evaluate, or each may train a model of its own. So a thread waits for the others, while the
@@ -170,7 +170,7 @@ class Rendezvous:
         if not together:
             raise RefusedError("one of them has taken a step without waiting for another")
         if least != greatest:
-            raise RefusedError("their settings for what decisions may do differ")
+            raise RefusedError("their settings for decisions differ")
         if last - first > APART_STEPS:
             raise RefusedError(f"they are {last - first} steps apart")
         # Seen by the training thread before its step is looked at here: so either it gets
@@ -186,8 +186,8 @@ class Rendezvous:
 
     def _tell(self, error: Exception) -> None:
         log.warning(
-            "the ranks of this run do not agree (%s): no decision is applied; with "
-            "ESPER_RANKS_AGREE=false each rank asks and acts on its own",
+            "the ranks of this run do not synchronise decisions (%s): no decision is applied; "
+            "with ESPER_RANKS_AGREE=false each rank requests and applies its own",
             (str(error).splitlines() or [repr(error)])[0],
         )
 

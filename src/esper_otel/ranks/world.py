@@ -94,7 +94,7 @@ def with_identity(settings: EsperSettings) -> EsperSettings:
         except (OSError, RuntimeError, ValueError) as error:
             log.warning(
                 "rank %d could not agree with the others on a name for their run (%s) and "
-                "calls its own %s: give all ranks the same ESPER_RUN_ID",
+                "uses %s: set the same ESPER_RUN_ID on all ranks",
                 settings.rank,
                 str(error).partition("\n")[0],
                 name,

@@ -1,4 +1,4 @@
-"""Progress: how far long work is, on a terminal; nothing where nobody looks."""
+"""Progress of long work, shown on a terminal only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rulings: what was decided about a run, and what else happened to it, from any source.
+"""Rulings: decisions about a run, and its other events, from any source.
 
 Spans tell what the trainer was answered, a journal what the sidecar decided and what came of
 it. Both use one id, so what one of them knows joins what the other does.

@@ -1,4 +1,4 @@
-"""Runs: which trainers belong together, and what is told of each run as a whole."""
+"""Runs: groups trainers into runs, and describes each run as a whole."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _OF_ONE_PROCESS = frozenset({RUN_ID, RANK, LOCAL_RANK, INSTANCE_ID, "process.pid
 class ShownRun(msgspec.Struct, kw_only=True):
     """One run as a report shows it: its ranks, and what was decided about it.
 
-    ``settings`` are its resource attributes and its config. ``title`` is ``name`` with what
-    people call the run, where they do.
+    ``settings`` are its resource attributes and its config. ``title`` is
+    ``name`` with the name that people gave the run, if any.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Sources: which files a report is made from, and reading them whatever they are.
+"""Sources: the files of a report, and reading them in any format.
 
 A recording, a spool, what a Collector's file exporter wrote, or a journal: what a file is
 shows in its bytes, and in the endings of our own names. What cannot be read ends its file and
@@ -106,12 +106,12 @@ class Archive:
             trainer.ended = self._reader.ends.get(source, "")
             if trainer.lost:
                 self.problems.append(
-                    f"run {source.run}, rank {source.rank}: {trainer.lost:,} values left out, "
-                    "as no step was recorded at their time"
+                    f"run {source.run}, rank {source.rank}: {trainer.lost:,} values omitted, "
+                    "because no step was recorded at their time"
                 )
         for run, more in self.ledger.more.items():
             self.problems.append(
-                f"run {run}: {more:,} more decisions, events and changes of rules are left out"
+                f"run {run}: {more:,} more decisions, events and changes of rules are omitted"
             )
         self.trainers = {s: t for s, t in self.trainers.items() if t.steps()[0]}
 
@@ -144,7 +144,7 @@ class Archive:
             yield offset
         after = sum(trainer.rows for trainer in self.trainers.values())
         if after == before and not is_ours:
-            self.problems.append(f"{path}: nothing in it is of esper-otel")
+            self.problems.append(f"{path}: it has no data of esper-otel")
 
     def _take_metrics(self, data: bytes, path: Path, offset: int) -> None:
         try:
@@ -187,7 +187,7 @@ class Archive:
                 offset += len(line)
                 yield offset
         if unread:
-            self.problems.append(f"{path}: {unread:,} lines are no entries of a journal")
+            self.problems.append(f"{path}: {unread:,} lines are not journal entries")
 
 
 def files_of(path: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Telling: rulings and happenings out of OTLP traces and logs, and out of a journal."""
+"""Telling: rulings and events from OTLP traces and logs, and from a journal."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def _sentences(entry: _Line) -> Iterator[str]:
     if entry.applied is not None:
         yield "it was applied" if entry.applied else "nothing was done to the run"
     if entry.skipped:
-        yield f"the update of step {entry.step} was left out"
+        yield f"the update of step {entry.step} was skipped"
     elif entry.update and entry.lr_scale is not None and entry.lr_scale != 1.0:
         yield f"the update of step {entry.step} was made at {entry.lr_scale:g} times the rate"
     if entry.scaled_from is not None and entry.lr_scale_after is not None:

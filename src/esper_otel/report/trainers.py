@@ -1,4 +1,4 @@
-"""Trainers: what one process recorded, put together from blocks by the times of its steps."""
+"""Trainers: the recording of one process, assembled from blocks by the times of its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream: frames to OTLP, off the training thread.
+"""The stream: step records to OTLP, off the training thread.
 
 Importing this package is cheap; what sending needs is loaded by :meth:`Stream.start`.
 """

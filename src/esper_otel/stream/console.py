@@ -1,4 +1,4 @@
-"""Console: steps as lines that people read, which ``OTEL_METRICS_EXPORTER=console`` asks for.
+"""Console: steps as readable lines, for ``OTEL_METRICS_EXPORTER=console``.
 
 One line a step on standard output, as the specification's console exporter, but with the step's
 own words and not with JSON of all its points.

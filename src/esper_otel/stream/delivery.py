@@ -1,4 +1,4 @@
-"""Delivery: what takes OTLP out of the spool, to receivers or into files.
+"""Delivery: takes OTLP out of the spool, to receivers or into files.
 
 Its parts are a sender of each signal, the keeper of what waits for a receiver, and the
 redelivery of what earlier processes have left. Each starts, fails and ends on its own: without
@@ -60,9 +60,7 @@ class Delivery:
             for each in self._receivers.values()
             if (sender := alone(f"sending {each.signal}", partial(self._sender, each, outage)))
         ]
-        self._earlier = alone(
-            "delivery of what earlier processes left", partial(self._of, stem)
-        )
+        self._earlier = alone("delivery of earlier processes' files", partial(self._of, stem))
 
     @property
     def sent(self) -> frozenset[Signal]:
@@ -74,7 +72,7 @@ class Delivery:
         for sender in self._senders:
             alone("a sender of telemetry", sender.start)
         if self._earlier is not None:
-            alone("delivery of what earlier processes left", self._earlier.start)
+            alone("delivery of earlier processes' files", self._earlier.start)
 
     def stop_redelivery(self) -> None:
         """The run ends: what earlier processes left can wait."""
@@ -100,11 +98,11 @@ class Delivery:
         for signal in sorted({batch.signal for batch in lost}):
             items = sum(batch.items for batch in lost if batch.signal is signal)
             log.warning(
-                "unsent %s are lost: %d could not be left in %s", signal, items, self._folder
+                "unsent %s are lost: %d could not be written to %s", signal, items, self._folder
             )
         if files:
             log.warning(
-                "unsent telemetry is left in files; deliver it with: esper-otel resend %s",
+                "unsent telemetry is in files; deliver it with: esper-otel resend %s",
                 resend_words(files),
             )
         return files

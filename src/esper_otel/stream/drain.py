@@ -1,4 +1,4 @@
-"""Drain: the thread that turns frames and timelines into OTLP, and adds up what goes by.
+"""Drain: the thread that turns step records and timelines into OTLP, and sums them up.
 
 It does everything the training thread must not: encoding, span making, file writing. It
 never touches the network, so a receiver that stalls cannot hold it back. What a run was like
@@ -267,7 +267,7 @@ class Drain:
                 lane.show(frames)
             except Exception as error:  # a terminal that is gone
                 lane.show = None
-                log.warning("steps are not printed any more: %r", error)
+                log.warning("steps are no longer printed: %r", error)
 
     def _put_frames(
         self, lane: Lane, encoded: Iterator[Encoded], count: Callable[[], int]

@@ -1,4 +1,4 @@
-"""Encoding: frames to OTLP metric requests by patching templates.
+"""Encoding: step records to OTLP metric requests by patching templates.
 
 A frame becomes ordinary OTLP: one ``ScopeMetrics`` for the step and one for each seed,
 with one gauge point per metric that is present. All frames with the same metrics present

@@ -79,7 +79,9 @@ def can_have_provider(variable: str) -> bool:
 def _has_provider(variable: str, name: str | None) -> bool:
     if name is None or _missing(_PROVIDERS[variable], [name]) == []:
         return True
-    _tell(variable, name, f"what is installed, and {name} is not", "the default is used")
+    _tell(
+        variable, name, f"an installed one, and {name} is not installed", "the default is used"
+    )
     return False
 
 
@@ -102,7 +104,12 @@ def _replaced(environ: Mapping[str, str]) -> dict[str, str]:
         if missing:
             left = [word for word in words if word not in missing]
             instead = f"{', '.join(left) or 'the default'} is used"
-            _tell(name, value, f"what is installed, and {', '.join(missing)} is not", instead)
+            _tell(
+                name,
+                value,
+                f"installed ones, and {', '.join(missing)} is not installed",
+                instead,
+            )
             found[name] = ",".join(left)
     return found
 

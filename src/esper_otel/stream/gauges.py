@@ -1,4 +1,4 @@
-"""Gauges: the latest frame through the OpenTelemetry metrics API.
+"""Gauges: the latest step record through the OpenTelemetry metrics API.
 
 Every metric of the registry is an observable gauge, so a ``MeterProvider`` of the user's
 own exports it in its own way. Nothing happens unless a reader collects; then the newest
@@ -100,7 +100,7 @@ def _never_raising(
     try:
         return observations(ring, slot)
     except Exception:
-        log.debug("reading the latest frame failed", exc_info=True)
+        log.debug("reading the latest step record failed", exc_info=True)
         return []
 
 

@@ -113,7 +113,7 @@ class HttpTransport:
         except Exception as error:
             # The status has said what became of the request: to send it again because the rest
             # does not come would deliver it twice.
-            log.debug("the rest of an answer did not come: %s", plain(error))
+            log.debug("the rest of an answer did not arrive: %s", plain(error))
             self._connection.close()
         if response.will_close or not response.isclosed():
             # More than anybody needs to say; the rest would be read as the next answer.
@@ -286,7 +286,7 @@ def _port(url: SplitResult) -> int | None:
         return url.port
     except ValueError:
         # Python's own error shows what stands there: of a password with a / a part.
-        raise ValueError("the address of the proxy is none") from None
+        raise ValueError("the address of the proxy is invalid") from None
 
 
 def _tls(destination: Destination) -> ssl.SSLContext:

@@ -1,4 +1,4 @@
-"""Recording: OTLP in files, one for each signal, and what can be read from them again.
+"""Recording: OTLP in files, one for each signal, and reading them.
 
 :mod:`esper_otel.leyline.otlp_file` has their format.
 """

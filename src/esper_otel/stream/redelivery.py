@@ -1,4 +1,4 @@
-"""Redelivery: deliver what earlier processes had to leave in files.
+"""Redelivery: sends the files left by earlier processes.
 
 Nothing is lost on the way: a file goes when all of it was delivered, otherwise what is
 left of it, unreadable bytes included, takes its place in one step. A spool file
@@ -110,7 +110,7 @@ class EarlierProcesses:
         except Exception as error:
             # What is there stays there, and `esper-otel resend` says more.
             log.warning(
-                "what earlier processes of this run have left in %s could not be delivered: %s",
+                "telemetry of earlier processes of this run in %s could not be delivered: %s",
                 self._folder,
                 error,
             )
@@ -207,7 +207,7 @@ class _Resending:
             return FileReport(path, problem=f"{path}: {variable}=none, so nothing is sent")
         try:
             if not self._is_ours_to_take(path):
-                problem = f"{path}: another process is at it: its own, or one that delivers it"
+                problem = f"{path}: another process uses it: its own, or one that delivers it"
                 return FileReport(path, problem=problem, later=True)
             return self._deliver_contents(path, signal)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Ring: where the training thread leaves its frames, numbers only.
+"""Ring: the buffer for the training thread's step records, numbers only.
 
 One thread writes, one reads, and neither waits for the other: each side owns one
 counter, and a record counts only once the writer has moved its counter past it.

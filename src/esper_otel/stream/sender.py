@@ -100,7 +100,7 @@ class Outage:
         level = logging.DEBUG if told else logging.WARNING
         log.log(
             level,
-            "telemetry cannot be delivered to %s (%s); training goes on, %s",
+            "telemetry cannot be delivered to %s (%s); training continues, %s",
             destination.shown,
             reason,
             self._kept,
@@ -235,7 +235,7 @@ class Sender:
             return True
         self._spool.close_line(signal)
         self._keeper.settled(group.batches)
-        log.info("%s takes no %s (%s)", self._destination.shown, signal, outcome.reason)
+        log.info("%s does not accept %s (%s)", self._destination.shown, signal, outcome.reason)
         return False
 
     def _try_later(self, group: BatchGroup, outcome: SendResult) -> bool:

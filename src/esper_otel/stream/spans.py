@@ -1,4 +1,4 @@
-"""Spans: the story of one step, told afterwards with its own times.
+"""Spans: the phases of one step, created afterwards with their own times.
 
 The training thread keeps a :class:`~esper_otel.leyline.frames.StepTimeline`, plain
 numbers. The stream's thread makes spans of it: ``train.step`` and below it one span per

@@ -1,4 +1,4 @@
-"""Spool: what waits to be delivered, bounded, and the account of all of it.
+"""Spool: undelivered telemetry, bounded, and its account.
 
 For each signal *produced = delivered + spooled + dropped* holds at every moment, because
 one lock guards the four numbers and the queue. The training thread never takes it.
@@ -27,8 +27,8 @@ milliseconds, and what is on its way for so long is too much to lose with the pr
 class Account(msgspec.Struct, frozen=True):
     """Data points, or spans, of one signal.
 
-    ``spooled`` waits to be sent or was left in a file. ``refused`` is the part of
-    ``dropped`` that a receiver did not want.
+    ``spooled`` waits for delivery, in memory or in a file. ``refused`` is the part of
+    ``dropped`` that a receiver rejected.
     """
 
     produced: int = 0
@@ -84,7 +84,7 @@ class BatchGroup(msgspec.Struct, eq=False):
 class _Phase(Enum):
     OPEN = "batches come and go"
     FINISHING = "no more batches come"
-    SEALED = "what is left was taken away; results of requests in flight come too late"
+    SEALED = "the rest was taken away; results of requests in flight come too late"
 
 
 class Spool:

@@ -1,4 +1,4 @@
-"""Spool files: what waits for a receiver that is away, on disk as it grows.
+"""Spool files: undelivered telemetry on disk while a receiver is down.
 
 A process can be killed at any moment, so what is unsent must not be in memory alone. While the
 receiver answers nothing is written. From its first failure on, or from the moment a batch has

@@ -1,4 +1,4 @@
-"""Stream: the door through which a recorder hands over its frames.
+"""Stream: the entrance for a recorder's step records.
 
 The training thread writes numbers and returns; two kinds of daemon thread do the rest:
 ``esper-stream`` turns frames into OTLP, ``esper-send-metrics``, ``-traces`` and ``-logs``
@@ -44,12 +44,12 @@ MAX_EVENTS = 4096
 
 
 class StreamReport(msgspec.Struct, frozen=True):
-    """What became of the telemetry of a run, at one moment.
+    """The account of a run's telemetry, at one moment.
 
-    ``frames`` were accepted, ``refused_frames`` found the ring full (their points count
-    as dropped). ``metrics`` counts data points, ``traces`` spans of our own provider,
-    ``logs`` events that no logger provider of the user's own has taken.
-    ``files`` hold what is unsent, ``recordings`` everything, where that was asked for.
+    ``frames`` counts accepted step records, ``refused_frames`` those that found the ring
+    full (their points count as dropped). ``metrics`` counts data points, ``traces`` spans of
+    our own provider, ``logs`` events, except those of the user's own logger provider.
+    ``files`` contain unsent telemetry, ``recordings`` all of it, if recording is on.
     """
 
     frames: int = 0
@@ -364,7 +364,7 @@ class Stream:
         self._ring.refused_frames += 1
         if not self._faulted:
             self._faulted = True
-            log.warning("a frame could not be recorded: %r", error)
+            log.warning("a step could not be recorded: %r", error)
 
     def _silence(self) -> None:
         """In a forked child: the run belongs to the parent."""

@@ -1,4 +1,4 @@
-"""Totals: what a run was like so far, added up."""
+"""Totals: sums over a run so far."""
 
 from __future__ import annotations
 

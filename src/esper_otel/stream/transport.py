@@ -1,4 +1,4 @@
-"""Transport: one serialised request to one receiver, and what became of it.
+"""Transport: one serialised request to one receiver, and its outcome.
 
 What may be tried again is decided here and nowhere else, as the OTLP specification says.
 A request whose answer did not come in time may have been taken all the same; it counts as
@@ -101,7 +101,7 @@ def delivered(signal: Signal, answer: bytes) -> SendResult:
             reason = traces.partial_success.error_message
     except DecodeError:
         # 2xx was said; a body that is no protobuf does not take it back.
-        return SendResult(Verdict.DELIVERED, "something that is no answer of OTLP")
+        return SendResult(Verdict.DELIVERED, "an answer that is not OTLP")
     return SendResult(Verdict.DELIVERED, one_line(reason), max(rejected, 0))
 
 

@@ -235,8 +235,8 @@ class TamiyoClient:
         if not self._reported_down:
             self._reported_down = True
             log.warning(
-                "esper-otel: Tamiyo does not answer (%s); training continues without "
-                "decisions, and reconnects by itself",
+                "esper-otel: Tamiyo is unreachable (%s); training continues without decisions "
+                "and will reconnect",
                 failure,
             )
         probe = _probe_of(message)

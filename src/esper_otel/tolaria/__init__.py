@@ -1,1 +1,1 @@
-"""Tolaria: what happened in this step."""
+"""Tolaria: the events and values of the current step."""

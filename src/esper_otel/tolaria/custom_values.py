@@ -1,4 +1,4 @@
-"""Custom values as a script reports them: under which names, and what of them are numbers."""
+"""Custom values as a script reports them: their names, and their numbers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CustomValues:
                 kind = type(value).__name__
                 self._tell(
                     f"value of {name}",
-                    "run.report(%s=…): expected a number, got a %s; it is left out",
+                    "run.report(%s=…): expected a number, got a %s; it is omitted",
                     usable,
                     kind,
                 )
@@ -67,7 +67,7 @@ class CustomValues:
         if len(self._names) >= MAX_CUSTOM:
             self._tell(
                 "names",
-                "run.report(%s=…): a run can have %d custom values; further ones are left out",
+                "run.report(%s=…): a run can have %d custom values; further ones are omitted",
                 usable_name(name),
                 MAX_CUSTOM,
             )

@@ -147,7 +147,7 @@ class DeviceSampler:
     def _complain(self, probe: Probe, error: Exception) -> None:
         if probe.name not in self._complained:
             self._complained.add(probe.name)
-            log.warning("%s cannot be measured, and is left out: %s", probe.name, error)
+            log.warning("%s cannot be measured, and is omitted: %s", probe.name, error)
 
 
 class CpuUtilisation:

@@ -1,4 +1,4 @@
-"""Fetches: which of the batches a loop got are trained on, and what waiting for them cost.
+"""Fetches: separates training batches from others, and measures the wait for them.
 
 A loop fetches for training and for evaluating, and only ``backward`` tells which was which,
 later. Then the fetches before it belong

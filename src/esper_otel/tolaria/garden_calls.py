@@ -1,4 +1,4 @@
-"""Garden calls: the recorder's side of a garden, and what it does when a garden fails.
+"""Garden calls: the recorder's side of a garden, and the response to its failures.
 
 A garden grows seeds inside the model (:mod:`esper_otel.kasmina`). Whatever it raises stays
 here: the step is then recorded as if no garden had been planted.
@@ -118,4 +118,4 @@ class SafeGarden:
     def _trouble(self) -> None:
         if not self._told:
             self._told = True
-            log.exception("the garden failed at a step; the run goes on")
+            log.exception("the garden failed at a step; the run continues")

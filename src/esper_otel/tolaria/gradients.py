@@ -1,4 +1,4 @@
-"""Gradients: how large they are, and what to do when several of them disagree.
+"""Gradients: their norm, and the aggregation of conflicting ones.
 
 Everything here is queued on the device that holds the gradients; the host never waits
 for a value. Nothing draws a random number or writes to a gradient. PyTorch is imported
@@ -161,10 +161,10 @@ class PCGrad(NamedTuple):
 
 
 def pcgrad(sources: Sequence[Source]) -> PCGrad:
-    """Average gradient sources (tasks, losses, shards) after taking out their conflicts.
+    """Average gradient sources (tasks, losses, shards) after removing their conflicts.
 
-    From each source its projection on every other with which its inner product is
-    negative is taken out, then all are averaged: Yu et al., "Gradient Surgery for
+    It removes from each source its projection on every other with a negative inner product,
+    and then averages all: Yu et al., "Gradient Surgery for
     Multi-Task Learning" (2020), arXiv 2001.06782. They project one after another in
     random order. Here all projections use the original gradients, so that the result
     depends on no order and draws no random number; for two sources it is the same.

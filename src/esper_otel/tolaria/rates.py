@@ -1,4 +1,4 @@
-"""What an optimizer's groups say of its learning rate and momentum, read without a device."""
+"""Rates: learning rate and momentum of an optimizer's groups, read without a device."""
 
 from __future__ import annotations
 

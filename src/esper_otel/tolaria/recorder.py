@@ -1,4 +1,4 @@
-"""Turns what happens in a training loop into one frame per optimizer step.
+"""Turns the events of a training loop into one step record per optimizer step.
 
 The recorder is told of events (a batch came, backward began, the optimizer stepped) and
 knows nothing of torch; who tells it is an integration or the explicit API. All its
@@ -396,4 +396,4 @@ class Recorder:
     def _report_fault(self, where: str) -> None:
         if where not in self._faults:
             self._faults.add(where)
-            log.exception("esper-otel: %r of a step failed; the run goes on", where)
+            log.exception("esper-otel: %r of a step failed; the run continues", where)

@@ -1,4 +1,4 @@
-"""Responses: what a decision does to the run, in the one place where anything is applied.
+"""Responses: the effect of a decision on the run, the only place that applies anything.
 
 What it does to the learning rates is one number, :class:`RateFactor`, that is given back in
 time. Weights are put back by :class:`~esper_otel.tolaria.restoring.Restoring`.
@@ -239,5 +239,7 @@ class Responses:
             try:
                 freeze(decision)
             except Exception:
-                log.exception("esper-otel: a callback of run.on_pause raised; the run goes on")
+                log.exception(
+                    "esper-otel: a callback of run.on_pause raised; the run continues"
+                )
         return bool(self._on_pause)

@@ -184,7 +184,7 @@ class Restoring:
         except Exception as error:
             self._good = None
             self._report_fault("put back", error)
-            self._refused["it could not be put back"] += 1
+            self._refused["it could not be restored"] += 1
             return False
         self._restored.append((good.step, step))
         self._restored_to, self._restored_at, self._good_since = good.step, step, 0
@@ -236,7 +236,7 @@ class Restoring:
         if not self.keeps:
             return "no snapshots are kept (ESPER_SNAPSHOT_EVERY)"
         if not agreed and self._several_ranks():
-            return "the ranks of this run do not agree"
+            return "the ranks of this run do not synchronise decisions"
         good = self._good
         if good is None:
             return "no snapshot is good yet"
@@ -251,11 +251,11 @@ class Restoring:
         self._refused[why] += 1
         if self._refused[why] == 1:
             log.warning(
-                "esper-otel: decision %s asks to go back to a snapshot, which is not done: %s",
+                "esper-otel: decision %s requests a restore, which is refused: %s",
                 decision.id,
                 why,
             )
-        text = f"not gone back to a snapshot: {why}"
+        text = f"no snapshot was restored: {why}"
         self._add(RESTORE_REFUSED, decision.step, text, None)
 
     def _add(self, name: str, step: int, text: str, snapshot_step: int | None) -> None:
@@ -266,7 +266,7 @@ class Restoring:
         del self.events[:-MOST_EVENTS]
 
     def _report_fault(self, what: str, error: Exception) -> None:
-        self._tell(f"a snapshot could not be {what}, and training goes on", f": {error!r}")
+        self._tell(f"a snapshot could not be {what}, and training continues", f": {error!r}")
 
     def _tell(self, message: str, detail: str = "") -> None:
         if message not in self._told:

@@ -1,4 +1,4 @@
-"""The step under way: when its phases were, its losses, and what else was learnt of it.
+"""The current step: the times of its phases, its losses, and its other values.
 
 Time is tiled: every mark ends one phase and begins the next, so that the phases of a step
 and the hook that ended the one before add up to the step. Marks are nanoseconds of

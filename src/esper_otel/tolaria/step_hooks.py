@@ -1,4 +1,4 @@
-"""Hooks on an optimizer's step, and what goes around it within all hooks.
+"""Hooks on an optimizer's step, and wrappers around it within all hooks.
 
 torch's own hooks tell of a step that begins and of one that ends well; :class:`StepHooks` calls
 ours once per step and outside of compiled graphs. Of a step that raises torch tells nobody, and

@@ -1,4 +1,4 @@
-"""Stands before each update: holds it against guards, and does to it what was decided."""
+"""Update control: compares each update with the guards, and applies the decision to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decisions do to an update: its learning rate scaled, its gradients clipped or withheld.
+"""Updates: their learning rate scaled, their gradients clipped, or the update skipped.
 
 All of it is done around the very ``step`` of an optimizer's class, within all hooks, and taken
 back just after: a schedule, a checkpoint, a logger or a hook only ever sees the script's own

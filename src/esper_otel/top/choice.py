@@ -1,4 +1,4 @@
-"""The choice: which run, rank and curve somebody looks at, and the keys that change it."""
+"""The choice of run, rank and curve on the screen, and the keys that change it."""
 
 from __future__ import annotations
 

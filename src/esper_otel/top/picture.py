@@ -1,4 +1,4 @@
-"""The picture: what is known of runs as rows of text, for a terminal of any size."""
+"""The picture: runs as rows of text, for a terminal of any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recorded source: what is watched comes from recordings, as they grow."""
+"""The recorded source: runs from recordings, as they grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source that is a sidecar: what is watched comes from Tamiyo, over its socket."""
+"""The sidecar source: runs from Tamiyo, over its socket."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class SidecarSource:
             return reply
         why = reply.message if isinstance(reply, Refusal) else type(reply).__name__
         raise NoAnswerError(
-            f"{self.path}: this sidecar does not know what it is asked ({why}): "
-            "it is older than this esper-otel, start it again"
+            f"{self.path}: this sidecar does not support the request ({why}): "
+            "it is older than this esper-otel, restart it"
         )
 
     def _take(self, recent: Recent) -> bool:

@@ -1,4 +1,4 @@
-"""Watched runs: what is known of runs and their ranks, and where it comes from."""
+"""Watched runs: the data of runs and their ranks, and its source."""
 
 from __future__ import annotations
 

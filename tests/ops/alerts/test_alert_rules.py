@@ -155,7 +155,7 @@ def test_parts_that_one_step_fulfils_are_compared_at_the_same_step():
     ("row", "reason"),
     [
         ("metric: loss, above: 2, downgrade: true", "proposed"),
-        ("metric: loss, above_baseline: 2, baseline: frozen", "beginning"),
+        ("metric: loss, above_baseline: 2, baseline: frozen", "start of the run"),
         ("metric: loss, nonfinite: true", "not finite"),
         ("metric: loss, missing_for: 20", "absent"),
     ],

@@ -11,15 +11,15 @@
 _shtab_tamiyo_commands() {
   local _commands=(
     ask:'show the newest decision of a run'
-    check:'say what a table does, or what is wrong with it (exit status 1)'
+    check:'validate and describe a table (exit status 1 if it is invalid)'
     compare:'show where two tables decide differently about a recorded run'
     completion:'Prints a script; a shell that reads it completes tamiyo commands and options with the Tab key.'
     explain:'explain a decision or a notice'
-    journal:'show what was decided, and when'
-    replay:'show what a table would have decided about a recorded run'
+    journal:'show decisions and other journal entries'
+    replay:'show a table'"'"'s decisions about a recorded run'
     serve:'answer trainers and receive OTLP metrics'
-    silence:'silence a rule for one run, while it runs'
-    status:'show how the sidecar is doing'
+    silence:'suppress a rule for one run while it trains'
+    status:'show the health of the sidecar'
     table:'print a table that comes with the package'
     test:'run tests of tables'
   )
@@ -37,7 +37,7 @@ _shtab_tamiyo_defaults_added=0
 _shtab_tamiyo_ask_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
-  "--run[default\: the run heard of last]:run:"
+  "--run[default\: the most recently active run]:run:"
   "--rank[rank]:rank:"
   "--json[json]"
 )
@@ -58,7 +58,7 @@ _shtab_tamiyo_compare_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[default\: every run of the recording]:run:"
   "--json[one JSON object a line]"
-  ":a file that a run or a Collector\'s file exporter wrote, or a folder of them:_files"
+  ":a recording of a run, a file of a Collector\'s file exporter, or a folder of them:_files"
   ":default, prototype or a file:_files"
   ":the table to compare it with:_files"
 )
@@ -76,8 +76,8 @@ _shtab_tamiyo_completion_defaults_added=0
 
 _shtab_tamiyo_explain_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--rank[of which rank STEP is meant]:rank:"
-  "--run[of which run the latest is meant]:run:"
+  "--rank[rank of STEP]:rank:"
+  "--run[run of the latest decision]:run:"
   "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
   "--journal[default\: that of the sidecar at --socket]:DIR:_files"
   "--json[json]"
@@ -90,13 +90,13 @@ _shtab_tamiyo_explain_defaults_added=0
 
 _shtab_tamiyo_journal_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--run[only what is about this run]:run:"
+  "--run[only entries about this run]:run:"
   "--since[only from then on\: an age such as 30m, 2h or 7d, or a time as in the journal]:TIME:"
   "--severity[only decisions and rules of this severity or above]:severity:(NORMAL WARNING HIGH CRITICAL)"
   "--rule[only entries about this rule]:RULE:"
   "--all[also changes between inactive and unknown]"
-  "--follow[go on with what comes]"
-  "--json[the lines as they are written]"
+  "--follow[follow new entries]"
+  "--json[raw JSON lines]"
   "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
   "--journal[default\: that of the sidecar at --socket]:DIR:_files"
 )
@@ -108,9 +108,9 @@ _shtab_tamiyo_replay_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[default\: every run of the recording]:run:"
   "--table[default, prototype or a file (default\: default)]:table:_files"
-  "--all[also show what is nominal]"
+  "--all[also show nominal decisions]"
   "--json[one JSON object a line]"
-  ":a file that a run or a Collector\'s file exporter wrote, or a folder of them:_files"
+  ":a recording of a run, a file of a Collector\'s file exporter, or a folder of them:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -123,22 +123,22 @@ _shtab_tamiyo_serve_options=(
   "--ingest-mb[memory for receiving OTLP (default\: 192)]:MB:"
   "--otlp-grpc[HOST\:PORT]:HOST:PORT:"
   "--otlp-http[HOST\:PORT]:HOST:PORT:"
-  "--no-ingest[hear asks only, no OTLP]"
-  "--state-mb[memory for what is known of all runs (default\: 192)]:MB:"
+  "--no-ingest[disable OTLP ingestion]"
+  "--state-mb[memory for the data of all runs (default\: 192)]:MB:"
   "--tls-cert[PEM certificate chain]:FILE:_files"
   "--tls-key[its PEM private key]:FILE:_files"
   "--tls-client-ca[senders need a certificate of it]:FILE:_files"
   "--token-file[senders need this bearer token]:FILE:_files"
   "--insecure[anybody may send]"
   "--ui[serve a page of the runs there, live, and \/metrics for Prometheus]:HOST:PORT:"
-  "--journal[where decisions are written down (default\: beside a socket that was chosen, else in \$XDG_STATE_HOME\/esper\/journal)]:DIR:_files"
+  "--journal[where the journal is written (default\: beside a chosen socket, else in \$XDG_STATE_HOME\/esper\/journal)]:DIR:_files"
   "--no-journal[write nothing down]"
-  "--journal-file-mb[size at which a new file is begun (default\: 8)]:MB:"
-  "--journal-files[files kept, the oldest go (default\: 8)]:N:"
-  "--state[where what is known of each rank is kept for a restart (default\: beside the journal)]:DIR:_files"
-  "--no-state[know nothing after a restart]"
+  "--journal-file-mb[size at which a new file begins (default\: 8)]:MB:"
+  "--journal-files[number of files\; the oldest are deleted (default\: 8)]:N:"
+  "--state[where state is saved for a restart (default\: beside the journal)]:DIR:_files"
+  "--no-state[save no state]"
   "--health[answer GET \/livez and \/readyz there]:HOST:PORT:"
-  "--trace-every[also make a span of the decision about every N-th step that is CONTINUE]:N:"
+  "--trace-every[also trace every Nth CONTINUE decision]:N:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -148,7 +148,7 @@ _shtab_tamiyo_silence_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--steps[for the next N steps]:N:"
   "--until-end[until the run ends (the default)]"
-  "--undo[let the rule be heard again]"
+  "--undo[end the silence]"
   "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
   ":RUN:_files"
   ":id of the rule:"

@@ -13,18 +13,18 @@ _shtab_esper_otel_commands() {
     completion:'Prints a script; a shell that reads it completes esper-otel commands and options with the Tab key.'
     export:'Writes runs in the format of another tool: every step, decision and seed. perfetto: a trace for ui.perfetto.dev. csv, parquet: tables. tensorboard: a folder of event files. otlp-json: one OTLP request a line, as a Collector'"'"'s file exporter.'
     report:'Makes one HTML file that shows runs: curves, decisions, seeds, ranks. It needs nothing else, so it can be mailed. Several runs are laid over one another.'
-    resend:'deliver telemetry that a run left unsent'
-    run:'Runs a training script as `python` would, and records it: every optimizer step streams out as OpenTelemetry (OTEL_* variables say where to; default http://localhost:4318), and a Tamiyo sidecar on this host is asked after each. What follows the options of this command is what `python` would be given, its own options included (-u, -O, -W error, -m module), or a launcher: torchrun, accelerate launch, a shell script, any program that starts Pythons.'
-    runs:'Lists the runs that are recorded at home, the newest first: those of `esper-otel run --record`, and of scripts with ESPER_RECORD=true. `esper-otel report` and `show` take a run'"'"'s name or id.'
+    resend:'deliver unsent telemetry of a run'
+    run:'Runs a training script as `python` would, and records it: every optimizer step streams out as OpenTelemetry (OTEL_* variables set the endpoint; default http://localhost:4318), and a Tamiyo sidecar on this host evaluates each. After the options of this command come the arguments of `python`, including its own options (-u, -O, -W error, -m module), or a launcher: torchrun, accelerate launch, a shell script, any program that starts Python processes.'
+    runs:'Lists recorded runs, newest first: those of `esper-otel run --record`, and of scripts with ESPER_RECORD=true. `esper-otel report` and `show` take a run'"'"'s name or id.'
     show:'print recorded steps'
-    top:'Shows runs while they train: curves, where a step'"'"'s time goes, decisions as they come, seeds and ranks. Of the sidecar on this host, or of a recording, which is followed as it grows. Keys are listed at the bottom. In a pipe it prints one picture and ends.'
+    top:'Shows runs while they train: curves, step time by phase, decisions, seeds and ranks. It reads the sidecar on this host, or follows a growing recording. Keys are listed at the bottom. In a pipe it prints one picture and ends.'
   )
   _describe 'esper-otel commands' _commands
 }
 
 _shtab_esper_otel_runs_commands() {
   local _commands=(
-    prune:'Removes recorded runs that any of the options asks to remove, after asking. A run that is being written stays.'
+    prune:'Removes the recorded runs that match any of the options, after a confirmation. It keeps a run that is being written.'
   )
   _describe 'esper-otel runs commands' _commands
 }
@@ -81,9 +81,9 @@ _shtab_esper_otel_run_options=(
   "--socket[where the sidecar listens]:PATH:_files"
   "--record[also write all telemetry to files, in DIR or at home (see \`esper-otel runs\`)]:[DIR]:"
   "--report[write a page of the run at its end]:FILE:_files"
-  "--run-id[default\: one made from the time]:ID:"
-  "--name[what people call the run]:NAME:"
-  "*--tag[what runs are told apart by\; may be given again]:KEY=VALUE:"
+  "--run-id[default\: generated from the time]:ID:"
+  "--name[name of the run]:NAME:"
+  "*--tag[tag of the run\; repeatable]:KEY=VALUE:"
   "--quiet[no summary at the end]"
   "--json[the summary as one line of JSON, on stderr]"
   "(*)::script:_files"
@@ -108,8 +108,8 @@ _shtab_esper_otel_runs_prune_options=(
   "--name[name or id, as in a shell\: \'resnet\*\']:PATTERN:"
   "*--tag[may be given again]:KEY=VALUE:"
   "--dir[another home of runs]:DIR:_files"
-  "--older-than[written last before that\: 30d, 12h]:AGE:"
-  "--more-than[the oldest, until all take no more than that\: 5GB, 500MB]:SIZE:"
+  "--older-than[last written longer ago than this\: 30d, 12h]:AGE:"
+  "--more-than[the oldest, until the rest fits in this\: 5GB, 500MB]:SIZE:"
   "--keep[all but the newest N]:N:"
   "--yes[do not ask]"
 )
@@ -119,7 +119,7 @@ _shtab_esper_otel_runs_prune_defaults_added=0
 
 _shtab_esper_otel_show_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--json[one JSON object per frame]"
+  "--json[one JSON object per step record]"
   "--metrics[columns, by key of the registry or as custom.NAME (default\: loss,gradient_norm,step_latency_ms,optimizer_lr)]:KEY,…:"
   "(*):a recording, or the name or id of a run that \`esper-otel runs\` lists:_files"
 )
@@ -133,7 +133,7 @@ _shtab_esper_otel_top_options=(
   "--rank[default\: 0]:N:"
   "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
   "--once[print one picture and end]"
-  "(*)::a recording (files or folders), or the name of a run that Tamiyo knows (default\: the one that Tamiyo heard of last):_files"
+  "(*)::a recording (files or folders), or the name of a run that Tamiyo knows (default\: the most recently active one):_files"
 )
 
 # guard to ensure default positional specs are added only once per session

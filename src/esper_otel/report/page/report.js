@@ -543,8 +543,8 @@
   // ---- decisions --------------------------------------------------------------------------
 
   const AGAINST = {baseline: "baseline", frozen: "frozen baseline", lowest: "lowest baseline", highest: "highest baseline", peers: "other ranks",
-    previous: "before", missing: "missing for", left: "left", level: "level", scatter: "scatter", expected: "its record explains up to",
-    excursions: "excursions so far", farthest: "scatters that the farthest of them reached"};
+    previous: "before", missing: "missing for", left: "left", level: "level", scatter: "scatter", expected: "limit of its record",
+    excursions: "excursions so far", farthest: "farthest of them in scatters"};
   const OUTCOMES = {came_back: "came back by itself", got_better: "got better by itself", stayed: "stayed, nothing was done", got_worse: "got worse, nothing was done"};
   const idOf = d => `${shown(d.run.name)}/${d.rank}/${d.step}${d.update ? "/update" : ""}`;
   const headOf = d => d.action === "CONTINUE" ? "notice" : d.update ? "update" : d.action;
@@ -573,7 +573,7 @@
   function why(decision) {
     const winner = decision.findings.find(found => found.rule === decision.reason) || decision.findings[0];
     if (winner) return shown(winner.text || winner.rule);
-    return decision.reason === "nominal" ? "Nothing was wrong, so what was proposed is granted." : decision.reason === "conservative_mode"
+    return decision.reason === "nominal" ? "Nothing was wrong, so the proposal is granted." : decision.reason === "conservative_mode"
       ? "Conservative mode: seeds wait until the run has been calm for a while." : shown(decision.reason);
   }
 
@@ -695,8 +695,8 @@
     ["lowest loss", rank => { const least = total(rank, "loss", "least"); return least === null ? "–" : `${number(least)} at ${number(total(rank, "loss", "leastStep"))}`; }],
     ["last accuracy", rank => number(total(rank, "accuracy", "last"))],
     ["greatest gradient norm", rank => { const most = total(rank, "gradient_norm", "greatest"); return most === null ? "–" : `${brief(most)} at ${number(total(rank, "gradient_norm", "greatestStep"))}`; }],
-    ["first rate", rank => number(total(rank, "optimizer_lr", "first"))], ["updates left out", rank => number(total(rank, "update_skipped", "sum"))],
-    ["values not finite", rank => number(total(rank, "nonfinite", "sum"))],
+    ["first rate", rank => number(total(rank, "optimizer_lr", "first"))], ["skipped updates", rank => number(total(rank, "update_skipped", "sum"))],
+    ["non-finite values", rank => number(total(rank, "nonfinite", "sum"))],
     ["mean step", rank => ms(total(rank, "step_latency_ms", "mean"))], ["longest step", rank => ms(total(rank, "step_latency_ms", "greatest"))],
     ...PHASES.map(([key, label]) => [`mean ${label}`, rank => ms(total(rank, key, "mean"))]),
     ["mean samples/s", rank => brief(total(rank, "samples_per_s", "mean"))],
@@ -755,7 +755,7 @@
       ["decisions applied", ...data.runs.map(run => countOf(run, d => d.applied === 1))],
     ];
     const differ = rows.filter(([, ...cells]) => new Set(cells).size > 1);
-    section.replaceChildren(h("h2", {id: "h-differences"}, "What differs"),
+    section.replaceChildren(h("h2", {id: "h-differences"}, "Differences"),
       h("p", {class: "faint"}, `${differ.length} of ${rows.length} settings, results, decisions and times; those of rank ${data.runs[0].ranks[0] ? data.runs[0].ranks[0].rank : 0} where there are several.`),
       h("div", {class: "wide"}, table(["", ...data.runs.map(run => name(run.title || run.name))], differ)));
   }
@@ -898,7 +898,7 @@
     if (!all.length) return;
     const rows = all.slice(0, 2000).map(([run, step, rank, what, severity, text, seed]) => [step < 0 ? "–" : `step ${number(step)}`, several ? name(run.name) : null, String(rank), name(what.replace(/^esper\./, "")),
       seed ? name(seed) : "", h("span", {class: /^[A-Z]+$/.test(severity) ? severity : null}, name(text))].filter(cell => cell !== null));
-    const made = table(["when", several ? "run" : null, "rank", "event", "seed", "what happened"].filter(Boolean), rows);
+    const made = table(["when", several ? "run" : null, "rank", "event", "seed", "details"].filter(Boolean), rows);
     made.querySelectorAll("td").forEach(cell => cell.classList.add("words"));
     $("more").append(h("details", {}, h("summary", {id: "h-more"}, `Events of seeds and weights (${number(all.length)})`), h("div", {class: "tall", tabindex: 0, role: "region", "aria-label": "Table of events"}, made)));
   }
