@@ -10,6 +10,7 @@ BENCH ?=
 PORTS ?=
 # Of each target of tests/fuzz; there are ten.
 MINUTES ?= 6
+COVERED ?= tests --ignore=tests/ops/stack --ignore=tests/bench --ignore=tests/fuzz
 TARGET ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
 # In the order of their names, or the files with few and long tests would come last, alone.
@@ -18,8 +19,8 @@ TEST_PROCESSES ?= 2
 PYTHONS ?=
 WITH_TORCH ?=
 
-.PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench lint format \
-  constraints clean collector stack stack-programs
+.PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench coverage lint \
+  format docs pictures constraints clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -60,12 +61,26 @@ stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="ja
 bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULTS.md
 	$(BIN)/python -m bench $(BENCH)
 
-lint: $(READY)  ## check style, types, English and generated files
+docs: $(READY)  ## build the documentation site into build/site
+	@$(BIN)/python -m ops.site
+
+pictures: $(READY)  ## make the pictures of the docs anew, which takes minutes
+	$(BIN)/python -m ops.pictures
+
+coverage: $(READY)  ## run the tests (not those of the stack and the browser) and show coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 0 $(COVERED)
+	@$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
+
+lint: $(READY)  ## check style, types, English, pictures and generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m ops.english
 	$(BIN)/python -m ops.generate --check
+	$(BIN)/python -m ops.pictures --check
 	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and regenerate files
@@ -79,12 +94,12 @@ UPGRADE ?=
 constraints: $(READY)  ## choose the versions of constraints.txt anew, for every Python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python -m uv pip compile --quiet --universal --fork-strategy fewest \
-	  --python-version 3.11 --extra demo --extra dev --extra export --strip-extras \
+	  --python-version 3.11 --extra demo --extra dev --extra docs --extra export --strip-extras \
 	  --no-annotate --custom-compile-command "make constraints" $(UPGRADE) \
 	  --output-file constraints.txt pyproject.toml
 
 clean:  ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VENV)-* .mypy_cache .pytest_cache .ruff_cache .hypothesis recordings
+	rm -rf $(VENV) $(VENV)-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build recordings
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -92,5 +107,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time fetches PyTorch, a few GB ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[demo,dev]'
+	  -c constraints.txt -e '.[demo,dev,docs]'
 	@touch $@

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ops.generate import (
+    api_page,
+    commands_page,
     metrics_page,
     modules_page,
     own_metrics_page,
@@ -18,6 +20,7 @@ from ops.generate import (
     settings_page,
     table_page,
     table_schema,
+    wire_page,
 )
 from ops.generate.alerts import rules
 from ops.generate.alerts.alert import RUNBOOK_URL
@@ -25,6 +28,8 @@ from ops.generate.dashboards import json_files
 from ops.generate.files import COMMAND, ROOT, bring_up_to_date
 
 GENERATORS = (
+    api_page.files,
+    commands_page.files,
     metrics_page.files,
     modules_page.files,
     settings_page.files,
@@ -33,6 +38,7 @@ GENERATORS = (
     own_metrics_page.files,
     prometheus_assets.files,
     json_files.files,
+    wire_page.files,
 )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from esper_otel.leyline.command_line import CommandParser, add_completion
 from esper_otel.leyline.terminal import discard_output, say, take_any_text
+from esper_tamiyo import release
 from esper_tamiyo.commands import (
     ask,
     check,
@@ -28,17 +30,34 @@ COMMANDS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    take_any_text()
-    parser = argparse.ArgumentParser(
+SCRIPTS = Path(__file__).parent / "commands" / "completions"
+"""Where the completion scripts lie, made by ``python -m ops.generate``."""
+
+
+def command_parser() -> CommandParser:
+    """The parser of the whole command line."""
+    parser = CommandParser(
         prog="tamiyo",
         description="The sidecar that evaluates training runs and makes decisions.",
+        examples=[
+            ("tamiyo serve", "answer trainers on this machine, and receive OTLP"),
+            ("tamiyo status", "whether the sidecar works, and how the runs are"),
+            ("tamiyo explain latest", "why the newest decision was made"),
+            ("tamiyo serve --help", "the options of one command, with examples"),
+        ],
     )
+    parser.add_version(release)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    options = parser.parse_args(argv)
+    add_completion(commands, "tamiyo", SCRIPTS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    take_any_text()
+    options = command_parser().parse_args(argv)
     try:
         status: int = options.command(options)
     except CommandError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 from esper_otel.leyline.wire import Latest, LatestRequest
 from esper_tamiyo.commands.common import (
     CommandError,
-    Commands,
     add_socket,
     plain,
     print_json,
@@ -16,9 +16,16 @@ from esper_tamiyo.commands.common import (
 )
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("ask", help="show the newest decision of a run")
+    parser = commands.add_parser(
+        "ask",
+        help="show the newest decision of a run",
+        examples=[
+            ("tamiyo ask", "of the most recent run"),
+            ("tamiyo ask --run mine --rank 3 --json", "of one rank, as JSON"),
+        ],
+    )
     add_socket(parser)
     parser.add_argument("--run", default="", help="default: the most recently active run")
     parser.add_argument("--rank", type=int, default=0)

@@ -7,23 +7,32 @@ or never end, or inhibits in vain; each is named with file and line.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.decisions import Action
-from esper_otel.leyline.terminal import say
-from esper_tamiyo.commands.common import Commands
+from esper_otel.leyline.terminal import say, say_json
 
 if TYPE_CHECKING:
     from esper_tamiyo.language.table import Rule, Table
+    from esper_tamiyo.language.yaml_nodes import Fault
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
-        "check", help="validate and describe a table (exit status 1 if it is invalid)"
+        "check",
+        help="validate and describe a table (exit status 1 if it is invalid)",
+        examples=[
+            ("tamiyo check mine.yaml", "its rules, or its mistakes by line"),
+            ("tamiyo check --json mine.yaml", "the same, for editors and CI"),
+        ],
     )
     parser.add_argument("table", help="default, prototype or a file")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(command=_check)
 
 
@@ -36,7 +45,10 @@ def _check(options: argparse.Namespace) -> int:
         source = read(options.table)
         located = locate(source)
     except TableError as error:
-        say(*str(error).split("\n"), file=sys.stderr)
+        if options.json:
+            _print_mistakes(options.table, options.table, error.faults)
+        else:
+            say(*str(error).split("\n"), file=sys.stderr)
         return 1
     table = located.table
     found = [
@@ -45,13 +57,56 @@ def _check(options: argparse.Namespace) -> int:
     ]
     if found:
         found.sort()
+        if options.json:
+            _print_mistakes(options.table, source.name, found)
+            return 1
         lines = [fault.at(source.name) for fault in found[:MAX_FAULTS]]
         if len(found) > MAX_FAULTS:
             lines.append(f"and {len(found) - MAX_FAULTS:,} more of this kind")
         say(*lines, file=sys.stderr)
         return 1
-    _describe(options.table, table, located.extends)
+    if options.json:
+        say_json(json.dumps(_description(options.table, table, located.extends)))
+    else:
+        _describe(options.table, table, located.extends)
     return 0
+
+
+def _print_mistakes(name: str, source: str, mistakes: Iterable[Fault]) -> None:
+    """What is wrong, as JSON; ``line`` is null for what is about a whole file."""
+    told = [
+        {
+            "file": each.source or source,
+            "line": each.line or None,
+            "field": each.field,
+            "message": each.message,
+        }
+        for each in mistakes
+    ]
+    say_json(json.dumps({"table": name, "valid": False, "mistakes": told}))
+
+
+def _description(name: str, table: Table, extends: tuple[str, ...]) -> dict[str, object]:
+    """What :func:`_describe` says, as plain data."""
+    return {
+        "table": name,
+        "valid": True,
+        "version": table.version,
+        "extends": list(extends),
+        "baseline": {"window": table.baseline.window, "warmup": table.baseline.warmup},
+        "clean_steps": table.clean_steps,
+        "rules": [
+            {
+                "id": rule.id,
+                "action": rule.action.value,
+                "severity": rule.severity.value,
+                "when": str(rule.when),
+                "more": _extras(rule),
+            }
+            for rule in table.rules
+        ],
+        "mistakes": [],
+    }
 
 
 def _describe(name: str, table: Table, extends: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from esper_otel.leyline.folders import default_socket_path as default_path
 from esper_otel.leyline.terminal import say, say_json
@@ -24,13 +24,6 @@ class CommandError(Exception):
     def lines(self) -> list[str]:
         """What is told; a line break within one of them is not ours."""
         return [str(line) for line in self.args]
-
-
-class Commands(Protocol):
-    """Where a command is added: what ``add_subparsers`` gives."""
-
-    def add_parser(self, name: str, *, help: str) -> argparse.ArgumentParser:  # noqa: A002
-        """A parser for the command called ``name``."""
 
 
 def add_socket(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +51,6 @@ def table_named(name: str) -> Table:
         return load(name)
     except TableError as error:
         raise CommandError("the table cannot be used", *str(error).split("\n")) from None
-
-
-def pairs(report: dict[str, Any]) -> str:
-    """Names and values on one line."""
-    return ", ".join(f"{name} {value}" for name, value in report.items()) or "none"
 
 
 def plain(decision: object) -> dict[str, Any]:

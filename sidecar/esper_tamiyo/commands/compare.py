@@ -7,10 +7,10 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say, say_json
 from esper_tamiyo.commands.common import (
     CommandError,
-    Commands,
     add_recording,
     check_recorded,
     recorded,
@@ -24,10 +24,14 @@ SAME, DIFFERENT, TROUBLE = 0, 1, 2
 """Exit statuses, those of diff."""
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
-        "compare", help="show where two tables decide differently about a recorded run"
+        "compare",
+        help="show where two tables decide differently about a recorded run",
+        examples=[
+            ("tamiyo compare recordings/ default mine.yaml", "the default table and your own"),
+        ],
     )
     add_recording(parser)
     parser.add_argument("a", metavar="A", help="default, prototype or a file")

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
-from esper_tamiyo.commands.common import CommandError, Commands, print_json
+from esper_tamiyo.commands.common import CommandError, print_json
 from esper_tamiyo.commands.journal import add_folder, entries_of
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("explain", help="explain a decision or a notice")
+    parser = commands.add_parser(
+        "explain",
+        help="explain a decision or a notice",
+        examples=[
+            ("tamiyo explain latest", "the newest"),
+            ("tamiyo explain mine 441", "of a run and a step"),
+            ("tamiyo explain mine/0/441 --json", "by its id, as JSON"),
+        ],
+    )
     parser.add_argument(
         "decision", metavar="DECISION", help="its id, RUN/RANK/STEP, or latest; or a RUN, with"
     )

@@ -3,26 +3,121 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper_otel.leyline.command_line import Subcommands
+from esper_otel.leyline.decisions import RANK_OF, Severity
 from esper_otel.leyline.terminal import printable, say, say_json
-from esper_tamiyo.commands.common import CommandError, Commands, add_socket
+from esper_tamiyo.commands.common import CommandError, add_socket
 
 if TYPE_CHECKING:
     from esper_tamiyo.journaling.entries import AnyEntry
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("journal", help="show decisions and other journal entries")
+    parser = commands.add_parser(
+        "journal",
+        help="show decisions and other journal entries",
+        examples=[
+            ("tamiyo journal --follow", "new entries as they come"),
+            ("tamiyo journal --since 1h --severity HIGH", "serious entries of the last hour"),
+            ("tamiyo journal --run mine --rule loss_spike", "one rule, in one run"),
+        ],
+    )
     parser.add_argument("--run", default="", help="only entries about this run")
+    parser.add_argument(
+        "--since",
+        type=_time,
+        metavar="TIME",
+        help="only from then on: an age such as 30m, 2h or 7d, or a time as in the journal",
+    )
+    parser.add_argument(
+        "--severity",
+        type=str.upper,
+        choices=[each.value for each in Severity],
+        help="only decisions and rules of this severity or above",
+    )
+    parser.add_argument("--rule", metavar="RULE", help="only entries about this rule")
+    parser.add_argument(
+        "--all", action="store_true", help="also changes between inactive and unknown"
+    )
     parser.add_argument("--follow", action="store_true", help="follow new entries")
     parser.add_argument("--json", action="store_true", help="raw JSON lines")
     add_folder(parser)
     parser.set_defaults(command=_journal)
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def _time(text: str) -> int:
+    """Unix nanoseconds; of an age, that long ago."""
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if age is not None:
+        return time.time_ns() - int(float(age[1]) * _SECONDS[age[2]] * 1e9)
+    try:
+        at = datetime.fromisoformat(text.strip())
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1e9)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected an age like 30m, 2h or 7d, or a time like 2026-01-31T12:00Z"
+        ) from None
+
+
+class _Wanted:
+    """Which entries are shown."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        # Compared as runs are shown, so that what was printed is found.
+        self._run = printable(options.run)
+        self._since: int = options.since or 0
+        self._rule: str | None = options.rule
+        self._least = RANK_OF[Severity(options.severity)] if options.severity else -1
+        self._all = options.all or options.json
+
+    def has(self, entry: AnyEntry) -> bool:
+        """Whether this one is."""
+        if self._run and printable(getattr(entry, "run", "")) != self._run:
+            return False
+        if entry.time_unix_nano < self._since:
+            return False
+        if self._rule is not None and self._rule not in _rules_of(entry):
+            return False
+        if _rank_of(entry) < self._least:
+            return False
+        return self._all or not _means_nothing(entry)
+
+
+def _rules_of(entry: AnyEntry) -> set[str]:
+    """The rules that an entry is about: of a decision all that fired."""
+    named = {getattr(entry, "rule", ""), getattr(entry, "reason", "")} - {""}
+    return named | {found.rule for found in getattr(entry, "findings", ())}
+
+
+def _rank_of(entry: AnyEntry) -> int:
+    """How serious an entry is: of a notice its most severe finding, -1 for other kinds."""
+    found = [
+        each.severity
+        for each in (entry, *getattr(entry, "findings", ()))
+        if hasattr(each, "severity")
+    ]
+    return max((RANK_OF[severity] for severity in found), default=-1)
+
+
+def _means_nothing(entry: AnyEntry) -> bool:
+    """Whether an entry only says that a rule's values came or went, nothing being wrong."""
+    from esper_tamiyo.journaling.entries import Changed
+    from esper_tamiyo.judging.observer import RuleState
+
+    quiet = (RuleState.INACTIVE, RuleState.UNKNOWN)
+    return isinstance(entry, Changed) and entry.before in quiet and entry.after in quiet
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +150,10 @@ def _journal(options: argparse.Namespace) -> int:
     from esper_tamiyo.journaling.journal import encode_entry
     from esper_tamiyo.journaling.lines import format_entry
 
-    run = printable(
-        options.run
-    )  # compared as runs are shown, so that what was printed is found
+    wanted = _Wanted(options)
     try:
         for entry in entries_of(options, follow=options.follow):
-            if run and printable(getattr(entry, "run", "")) != run:
+            if not wanted.has(entry):
                 continue
             if options.json:
                 say_json(encode_entry(entry).decode().rstrip(), flush=options.follow)

@@ -7,9 +7,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say, say_json
 from esper_tamiyo.commands.common import (
-    Commands,
     add_recording,
     check_recorded,
     plain,
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from esper_tamiyo.replaying.replay import Judged, ReplaySummary
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("replay", help="show a table's decisions about a recorded run")
+    parser = commands.add_parser(
+        "replay",
+        help="show a table's decisions about a recorded run",
+        examples=[
+            ("tamiyo replay recordings/", "by the default table"),
+            ("tamiyo replay recordings/ --table mine.yaml --json", "by your own, as JSON"),
+        ],
+    )
     add_recording(parser)
     parser.add_argument(
         "--table", default="default", help="default, prototype or a file (default: %(default)s)"

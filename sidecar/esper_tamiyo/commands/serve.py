@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.folders import default_socket_path as default_path
 from esper_otel.leyline.terminal import Lines, log_to_stderr, say
-from esper_tamiyo.commands.common import CommandError, Commands, add_socket, table_named
+from esper_tamiyo.commands.common import CommandError, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
 
 if TYPE_CHECKING:
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
     from esper_tamiyo.showing.ui_child import UiChild
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("serve", help="answer trainers and receive OTLP metrics")
+    parser = commands.add_parser(
+        "serve",
+        help="answer trainers and receive OTLP metrics",
+        examples=[
+            ("tamiyo serve", "on this machine, by the default table"),
+            ("tamiyo serve --table mine.yaml", "by a table of your own"),
+            ("tamiyo serve --ui 127.0.0.1:8321", "with a page of the runs"),
+        ],
+    )
     parser.add_argument(
         "--table", default="default", help="default, prototype or a file (default: %(default)s)"
     )

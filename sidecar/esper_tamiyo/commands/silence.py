@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import argparse
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 from esper_otel.leyline.wire import SilenceReply, SilenceRequest
-from esper_tamiyo.commands.common import CommandError, Commands, add_socket, reply
+from esper_tamiyo.commands.common import CommandError, add_socket, reply
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("silence", help="suppress a rule for one run while it trains")
+    parser = commands.add_parser(
+        "silence",
+        help="suppress a rule for one run while it trains",
+        examples=[
+            ("tamiyo silence mine loss_spike", "until the run ends"),
+            ("tamiyo silence mine loss_spike --steps 500", "for a while"),
+            ("tamiyo silence mine loss_spike --undo", "no longer"),
+        ],
+    )
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("rule", metavar="RULE", help="id of the rule")
     how_long = parser.add_mutually_exclusive_group()

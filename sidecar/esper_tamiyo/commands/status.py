@@ -10,22 +10,26 @@ import argparse
 import sys
 from typing import Any
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import printable, say
 from esper_otel.leyline.wire import Status, StatusRequest
-from esper_tamiyo.commands.common import Commands, add_socket, pairs, print_json, reply
+from esper_tamiyo.commands.common import add_socket, print_json, reply
 
 IMPAIRED = 3
 """Exit status of a sidecar that answers while a part of it does not work."""
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "status",
         help="show the health of the sidecar",
-    )
-    parser.epilog = (
-        "Exit status: 0 all parts work, 3 it answers but a part does not, 1 not reachable."
+        epilog="Exit status: 0 all parts work, 3 it answers but a part does not, 1 not "
+        "reachable.",
+        examples=[
+            ("tamiyo status", "in a few lines"),
+            ("tamiyo status --json", "every count there is"),
+        ],
     )
     add_socket(parser)
     parser.add_argument("--json", action="store_true")
@@ -73,12 +77,73 @@ def troubles_in(report: dict[str, Any]) -> list[str]:
     return troubles
 
 
+def _duration(seconds: float) -> str:
+    """Seconds as people say them, by the two largest units."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days:,} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _counted(counts: dict[str, Any]) -> str:
+    """Counts that are not 0, and values that are no counts; "" when there is none."""
+    return ", ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in counts.items()
+        if value
+    )
+
+
+def _table(table: dict[str, Any]) -> str:
+    """Which table is in use, and how often it was reloaded."""
+    told = [str(table.get("version", ""))]
+    if "rules" in table:
+        told.append(f"{table['rules']:,} rules")
+    if table.get("source"):
+        told.append(f"from {table['source']}")
+    told += [f"{table[name]:,} {name}" for name in ("reloads", "refused") if table.get(name)]
+    return ", ".join(filter(None, told))
+
+
+def _pace(answers: dict[str, float | None]) -> str:
+    """How fast answers are, "" where none was given."""
+    half, nearly = answers.get("p50_at_most"), answers.get("p99_at_most")
+    if half is None or nearly is None:
+        return ""
+    return f"; half within {half:g} ms, 99 % within {nearly:g} ms"
+
+
+_ADDRESSES = ("otlp_grpc", "otlp_http")
+_OF_A_PROCESS = ("state", "listening", "pid", "rss_mb", "held_bytes", *_ADDRESSES)
+
+
+def _ingest(ingest: dict[str, Any] | None) -> str:
+    """Where OTLP is received, and what came."""
+    if ingest is None:
+        return "off"
+    grpc, http = (ingest.get(name, "") for name in _ADDRESSES)
+    came = _counted({name: ingest[name] for name in ingest if name not in _OF_A_PROCESS})
+    return f"gRPC on {grpc}, HTTP on {http}; {came or 'nothing came yet'}"
+
+
+def _journal(scribe: dict[str, Any] | None) -> str:
+    """Where the journal is, and what was written."""
+    if scribe is None or not scribe.get("journal"):
+        return "off"
+    names = ("written", "lost", "files_taken_away", "notes_waiting", "field_reports_pending")
+    counts = _counted({name: scribe.get(name, 0) for name in (*names, "restarts", "hung")})
+    return f"{scribe['journal']}; {counts or 'nothing written yet'}"
+
+
 def _state(state: dict[str, Any]) -> str:
     """How state is kept for a restart, on one line."""
     if not state:
         return "off"
     restored = state["restored"]
-    said = [f"{state['bytes']} bytes written to {state['folder']}"]
+    said = [f"{state['bytes']:,} bytes written to {state['folder']}"]
     if restored["problem"]:
         said.append(f"nothing restored: {restored['problem']}")
     elif restored["age_s"] is not None:
@@ -91,29 +156,33 @@ def _state(state: dict[str, Any]) -> str:
 
 def _show(report: dict[str, Any]) -> None:
     age = report["last_frame_age_s"]
-    seen = "it has no step yet" if age is None else f"newest step {age:.1f} s ago"
-    say(f"tamiyo {report['pid']}, up {report['uptime_s']:.0f} s; {seen}")
-    for name in ("table", "connections", "answers", "checks", "answer_ms"):
-        if name in report:  # a sidecar of before there were checks has none to tell
-            say(f"{name}: {pairs(report[name])}")
-    if "state" in report:
-        say(f"state: {_state(report['state'])}")
+    seen = "it has no step yet" if age is None else f"newest step {_duration(age)} ago"
+    say(f"tamiyo {report['pid']}, up {_duration(report['uptime_s'])}; {seen}")
     engine = report["engine"]
-    say(f"frames: {pairs(engine['frames'])}, missed {report['missed_steps']}")
-    if refused := {why: count for why, count in engine.get("refused", {}).items() if count}:
-        say(f"refused: {pairs(refused)}")
-    if "room_for" in engine:
-        kept = {name: f"{engine[name]} of {most}" for name, most in engine["room_for"].items()}
-        say(f"kept: {pairs(kept)}")
-    for name in ("ingest", "scribe"):
-        say(f"{name}: {pairs(report[name]) if report[name] else 'off'}")
-    if report.get("page"):
-        say(f"page: {pairs(report['page'])}")
-    say(f"ranks: {pairs(engine['states'])}")
+    parts = {
+        "table": _table(report["table"]),
+        "answers": _counted(report["answers"]) + _pace(report.get("answer_ms") or {}),
+        "checks": _counted(report.get("checks", {})),
+        "connections": _counted(report["connections"]),
+        "state": _state(report.get("state") or {}),
+        "frames": _counted({**engine["frames"], "missed": report["missed_steps"]}),
+        "refused": _counted(engine.get("refused", {})),
+        "kept": ", ".join(
+            f"{engine[name]:,} of {most:,} {name}"
+            for name, most in engine.get("room_for", {}).items()
+        ),
+        "OTLP": _ingest(report["ingest"]),
+        "journal": _journal(report["scribe"]),
+        "page": (report.get("page") or {}).get("address", ""),
+        "ranks": _counted(engine["states"]),
+    }
+    say(*(f"{name}: {told}" for name, told in parts.items() if told))
     for run in engine["runs"]:
         mode = ", conservative" if run["conservative"] else ""
         state = run.get("state")
-        silent = f"; stale, no data for {run['silent_s']:.0f} s" if state == "stale" else ""
+        silent = (
+            f"; stale, no data for {_duration(run['silent_s'])}" if state == "stale" else ""
+        )
         if "ended" in run:
             silent = f"; {state}: {run['ended']}"
         say(

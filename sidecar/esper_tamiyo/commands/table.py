@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say, say_json
-from esper_tamiyo.commands.common import CommandError, Commands
+from esper_tamiyo.commands.common import CommandError
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("table", help="print a table that comes with the package")
+    parser = commands.add_parser(
+        "table",
+        help="print a table that comes with the package",
+        examples=[
+            ("tamiyo table > mine.yaml", "a copy of the default table to change"),
+            ("tamiyo table --schema > table.schema.json", "for editors that complete YAML"),
+        ],
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "name", nargs="?", default="default", help="default or prototype (default: %(default)s)"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.leyline.terminal import printable, say
-from esper_tamiyo.commands.common import Commands
+from esper_otel.leyline.command_line import Subcommands
+from esper_otel.leyline.terminal import printable, say, say_json
 
 if TYPE_CHECKING:
     from esper_tamiyo.replaying.table_tests import TableTestFailure
@@ -17,34 +18,63 @@ PASSED, FAILED, TROUBLE = 0, 1, 2
 """Exit statuses: 2 when a file cannot be run."""
 
 
-def add(commands: Commands) -> None:
+def add(commands: Subcommands) -> None:
     """Describe the command."""
-    parser = commands.add_parser("test", help="run tests of tables")
+    parser = commands.add_parser(
+        "test",
+        help="run tests of tables",
+        examples=[
+            ("tamiyo test mine.tests.yaml", "which name the table they are of"),
+            ("tamiyo test --json tests/*.yaml", "one JSON object for each file"),
+        ],
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object for each file, one a line"
+    )
     parser.set_defaults(command=_test)
 
 
 def _test(options: argparse.Namespace) -> int:
-    return max(_run(path) for path in options.files)
+    return max(_run(path, options.json) for path in options.files)
 
 
-def _run(path: Path) -> int:
+def _run(path: Path, as_json: bool) -> int:
     from esper_tamiyo.language.table_file import TableError
     from esper_tamiyo.replaying.table_test_file import TableTestError, load_tests
 
     try:
         table, tests = load_tests(path)
     except (TableTestError, TableError) as error:
-        say(*str(error).split("\n"), file=sys.stderr)
+        mistakes = str(error).split("\n")
+        if as_json:
+            say_json(json.dumps({"file": str(path), "mistakes": mistakes}))
+        else:
+            say(*mistakes, file=sys.stderr)
         return TROUBLE
-    failed = 0
-    for test in tests:
-        failures = test.failures(table)
-        failed += bool(failures)
+    failures_of = [(test, test.failures(table)) for test in tests]
+    failures = [failure for _, found in failures_of for failure in found]
+    passed = sum(not found for _, found in failures_of)
+    if as_json:
+        content = {
+            "file": str(path),
+            "table_version": table.version,
+            "tests": len(tests),
+            "passed": passed,
+            "failures": [_plain(failure) for failure in failures],
+        }
+        say_json(json.dumps(content))
+    else:
         for failure in failures:
             say(*format_failure(path, failure).split("\n"))
-    say(f"{path}: {len(tests) - failed} of {len(tests)} tests passed, table {table.version}")
-    return FAILED if failed else PASSED
+        say(f"{path}: {passed} of {len(tests)} tests passed, table {table.version}")
+    return FAILED if failures else PASSED
+
+
+def _plain(failure: TableTestFailure) -> dict[str, object]:
+    """A failure as JSON has it; ``more`` steps behind this one went as wrong."""
+    names = ("line", "test", "rank", "step", "expected", "got", "more")
+    return {name: getattr(failure, name) for name in names}
 
 
 def format_failure(path: Path, failure: TableTestFailure) -> str:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from esper_otel.leyline.terminal import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from esper_otel.home import RecordedRun
-
-
-class Subcommands(Protocol):
-    """Where a command is added: what ``add_subparsers`` gives."""
-
-    add_parser: Callable[..., argparse.ArgumentParser]
 
 
 def recordings_of(paths: Iterable[Path], command: str) -> list[Path]:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.commands.common import Subcommands, recordings_of
+from esper_otel.commands.common import recordings_of
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def add(commands: Subcommands) -> None:
         description="Writes runs in the format of another tool: every step, decision and seed. "
         "perfetto: a trace for ui.perfetto.dev. csv, parquet: tables. tensorboard: a folder of "
         "event files. otlp-json: one OTLP request a line, as a Collector's file exporter.",
+        examples=[
+            ("esper-otel export recordings/ --to csv", "a table for each kind of row"),
+            (
+                "esper-otel export recordings/ --to perfetto --steps 100:200",
+                "a trace of some steps",
+            ),
+        ],
     )
     parser.add_argument(
         "runs",

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from esper_otel.commands.common import Subcommands, recordings_of
+from esper_otel.commands.common import recordings_of
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 
 
@@ -17,6 +18,10 @@ def add(commands: Subcommands) -> None:
         help="make a report of runs: one HTML file",
         description="Makes one HTML file that shows runs: curves, decisions, seeds, ranks. It "
         "needs nothing else, so it can be mailed. Several runs are laid over one another.",
+        examples=[
+            ("esper-otel report recordings/", "writes report.html"),
+            ("esper-otel report baseline tuned -o both.html", "two runs, by their names"),
+        ],
     )
     parser.add_argument(
         "runs",

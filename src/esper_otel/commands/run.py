@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from esper_otel.commands.common import Subcommands, refuse
+from esper_otel.commands.common import refuse
 from esper_otel.integrations.launching import (
     PythonCall,
     is_interpreter,
@@ -18,6 +18,7 @@ from esper_otel.integrations.launching import (
     past_option,
     python_call,
 )
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.run_settings import format_tags
 from esper_otel.settings import EsperSettings, Mode, SettingsError
 
@@ -44,6 +45,11 @@ def add(commands: Subcommands) -> None:
         description=_RUN,
         usage="esper-otel run [option ...] [option of python ...] "
         "(script | -m module | -c code | - | program) [argument ...]",
+        examples=[
+            ("esper-otel run train.py --epochs 10", "as python train.py --epochs 10"),
+            ("esper-otel run --enforce --record train.py", "apply decisions, keep a recording"),
+            ("esper-otel run torchrun --nproc-per-node 2 train.py", "each rank"),
+        ],
     )
     parser.add_argument("--enforce", action="store_true", help="apply Tamiyo's decisions")
     parser.add_argument("--mode", choices=[m.value for m in Mode], help="default: advise")

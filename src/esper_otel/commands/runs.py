@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.commands.common import Subcommands, refuse
+from esper_otel.commands.common import refuse
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import printable, say, say_json
 from esper_otel.settings import EsperSettings, SettingsError
 
@@ -33,12 +34,28 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
-    parser = commands.add_parser("runs", help="list recorded runs", description=_ABOUT)
+    parser = commands.add_parser(
+        "runs",
+        help="list recorded runs",
+        description=_ABOUT,
+        examples=[
+            ("esper-otel runs --tag team=vision", "those with a tag"),
+            ("esper-otel runs prune --older-than 30d", "remove old ones, after asking"),
+        ],
+    )
     _add_choice(parser, name="", tag=[], folder=None)
     parser.add_argument("--json", action="store_true", help="one JSON object for each run")
     parser.set_defaults(command=_list)
     more = parser.add_subparsers(metavar="COMMAND")
-    prune = more.add_parser("prune", help="remove recorded runs", description=_PRUNE)
+    prune = more.add_parser(
+        "prune",
+        help="remove recorded runs",
+        description=_PRUNE,
+        examples=[
+            ("esper-otel runs prune --older-than 30d", "after asking"),
+            ("esper-otel runs prune --more-than 20GB --yes", "the oldest, without asking"),
+        ],
+    )
     # Not with defaults, which would take the place of what stands before the word.
     _add_choice(prune, *[argparse.SUPPRESS] * 3)
     prune.add_argument(

@@ -10,14 +10,25 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel.commands.common import Subcommands, recordings_of, refuse
+from esper_otel.commands.common import recordings_of, refuse
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.terminal import say, say_json
 
 
 def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
-    parser = commands.add_parser("show", help="print recorded steps")
+    parser = commands.add_parser(
+        "show",
+        help="print recorded steps",
+        examples=[
+            ("esper-otel show baseline", "the steps of a run, by its name"),
+            (
+                "esper-otel show run.metrics.otlp --metrics loss,step_latency_ms",
+                "some of its metrics",
+            ),
+        ],
+    )
     parser.add_argument(
         "files",
         nargs="+",

@@ -9,7 +9,8 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
-from esper_otel.commands.common import Subcommands, is_missing, run_called
+from esper_otel.commands.common import is_missing, run_called
+from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.folders import default_socket_path
 from esper_otel.leyline.terminal import say
 
@@ -29,7 +30,14 @@ _PRINTED_ROWS = 30
 def add(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
-        "top", help="show runs on the terminal while they train", description=_TOP
+        "top",
+        help="show runs on the terminal while they train",
+        description=_TOP,
+        examples=[
+            ("esper-otel top", "the most recent run of the sidecar"),
+            ("esper-otel top recordings/", "a recording, as it grows"),
+            ("esper-otel top --once", "one picture, as plain text"),
+        ],
     )
     parser.add_argument(
         "runs",
