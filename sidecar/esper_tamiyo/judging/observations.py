@@ -1,4 +1,4 @@
-"""Observations: what is kept of one value's past: medians, extremes, last ones, slopes.
+"""Observations: the stored past of one value: medians, extremes, last ones, slopes.
 
 Each is told one finite observation after the other; the medians, and what is cheap to tell
 of many at once, also a row of them, with what one after the other gives.
