@@ -15,8 +15,12 @@ TARGET ?=
 # At once, each with files of its own: much of a test is waiting for processes it has started.
 # In the order of their names, or the files with few and long tests would come last, alone.
 TEST_PROCESSES ?= 2
+# Of make test-pythons: versions or paths (the newest that is here, without), and torch as well.
+PYTHONS ?=
+WITH_TORCH ?=
 
-.PHONY: help demo test fuzz test-deployed test-gpu bench coverage lint format docs pictures clean collector stack stack-programs
+.PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench coverage lint format \
+  docs constraints clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -28,12 +32,19 @@ test: $(READY)  ## run the tests; those of the stack where its programs can be h
 	@$(BIN)/python -m ops.stack build --if-possible
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
+test-pythons: $(READY)  ## run what needs no torch on the newest Python here (PYTHONS="3.12 …")
+	@$(BIN)/python -m ops.pythons --processes $(TEST_PROCESSES) \
+	  $(if $(WITH_TORCH),--torch) $(PYTHONS)
+
 fuzz: $(READY)  ## send odd input to every entrance, MINUTES=6 to each (TARGET=name for one)
 	FUZZ_MINUTES=$(MINUTES) FUZZ_TARGET="$(TARGET)" \
 	  $(BIN)/python -m pytest -s -n 0 --timeout 0 tests/fuzz
 
 test-deployed: $(READY)  ## build the images' programs (takes long), and run the stack's tests on them
 	@$(BIN)/python -m ops.stack as-deployed $(BIN)/python -m pytest tests/ops/stack tests/ops/alerts
+
+test-compose: $(READY)  ## run the compose stack in a Docker engine, with stand-ins for images
+	@$(BIN)/python -m ops.compose_check
 
 test-gpu:  ## check the GPU promises on a GPU (with PYTHON as it is; installs nothing)
 	@$(PYTHON) -m ops.gpu_check
@@ -53,9 +64,6 @@ bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULT
 docs: $(READY)  ## build the documentation site into build/site
 	@$(BIN)/python -m ops.site
 
-pictures: $(READY)  ## make the pictures of the docs anew, which takes minutes
-	$(BIN)/python -m ops.pictures
-
 coverage: $(READY)  ## run the tests (not those of the stack and the browser) and show coverage
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n 0 $(COVERED)
@@ -63,13 +71,12 @@ coverage: $(READY)  ## run the tests (not those of the stack and the browser) an
 	$(BIN)/python -m coverage report
 	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
 
-lint: $(READY)  ## check style, types, English, pictures and generated files
+lint: $(READY)  ## check style, types, English and generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m ops.english
 	$(BIN)/python -m ops.generate --check
-	$(BIN)/python -m ops.pictures --check
 	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and regenerate files
@@ -78,13 +85,23 @@ format: $(READY)  ## format the code, and regenerate files
 	$(BIN)/python -m ops.generate
 	$(BIN)/python -m bench.topology
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build recordings
+# Of the versions that are there, those stay that fit; UPGRADE=--upgrade takes the newest of all.
+UPGRADE ?=
+constraints: $(READY)  ## choose the versions of constraints.txt anew, for every Python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip compile --quiet --universal --fork-strategy fewest \
+	  --python-version 3.11 --extra demo --extra dev --extra docs --extra export --strip-extras \
+	  --no-annotate --custom-compile-command "make constraints" $(UPGRADE) \
+	  --output-file constraints.txt pyproject.toml
 
-$(READY): pyproject.toml
+clean:  ## remove the virtual environments and caches
+	rm -rf $(VENV) $(VENV)-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build recordings
+
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; PYTHON=/path/to/python3.12 make ... names another"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time fetches PyTorch, a few GB ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[demo,dev,docs]'
 	@touch $@

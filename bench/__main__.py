@@ -46,6 +46,7 @@ BENCHES = (
     "enforced",
     "snapshots",
     "judging",
+    "scaling",
     "journal",
     "replay",
     "report",

@@ -34,11 +34,11 @@ Send = Callable[[bytes], Awaitable[str]]
 
 
 async def http_sender(host: str, port: int, stack: AsyncExitStack) -> Send:
-    """Sends over a connection of its own."""
+    """Sends over a connection of its own, and over a new one where that was closed as idle."""
     reader, writer = await asyncio.open_connection(host, port)
-    stack.callback(writer.close)
+    stack.callback(lambda: writer.close())
 
-    async def send(body: bytes) -> str:
+    async def answer_to(body: bytes) -> tuple[bytes, bytes]:
         writer.write(
             b"POST /v1/metrics HTTP/1.1\r\nHost: bench\r\nContent-Type: application/x-protobuf"
             b"\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -46,7 +46,16 @@ async def http_sender(host: str, port: int, stack: AsyncExitStack) -> Send:
         writer.write(body)
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
-        answer = await reader.readexactly(length)
+        return head, await reader.readexactly(length)
+
+    async def send(body: bytes) -> str:
+        nonlocal reader, writer
+        try:
+            head, answer = await answer_to(body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+            reader, writer = await asyncio.open_connection(host, port)
+            head, answer = await answer_to(body)
         status = head.split()[1].decode()
         if status == "200" and not answer:
             return "accepted"

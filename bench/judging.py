@@ -4,6 +4,9 @@ CPU time of the thread, of frames in which no rule fires, as nearly all are. The
 is the same engine, in the same run and in turn, with a table of one rule that never
 fires: what remembering a frame costs without judging it.
 
+Then what a streamed frame costs the process that decides, from the bytes of its pipe to the
+entries of its journal, but for system calls: in stretches, and beside it each judged alone.
+
     python -m bench.judging [--json PATH]
 """
 
@@ -14,19 +17,33 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
+
+import msgspec
 
 from bench.figures import Figure, alternate, median, percentile, run
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.journaling.reporter import WRITTEN_PER_TURN, Reporter
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.observer import RuleChange
+from esper_tamiyo.judging.observer import EngineObserver, RuleChange
+from esper_tamiyo.keeping.bodies import StepsBody, encode_body
+from esper_tamiyo.keeping.state_keeper import GATHERED
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableSource, load, parse
+from esper_tamiyo.receiving import pipe
+from esper_tamiyo.receiving.ingest_child import READ_BYTES
+from esper_tamiyo.serving.recent_steps import RecentSteps
 
 BENCH = "judging"
 SEEDS = 8
 WARM, BLOCK, BLOCKS = 300, 400, 20
 BAR_US = 60.0
+STREAMED = ((1, 0), (1, 4), (64, 0), (64, 4))
+"""Ranks, and seeds of each."""
+STREAMED_BLOCK, STREAMED_BLOCKS = 768, 10
+STREAMED_BAR_US = 25.0
+"""40,000 frames in a second of one core."""
 
 NOTHING = b"""
 version: nothing
@@ -62,7 +79,111 @@ def figures() -> list[Figure]:
             median(alone),
         )
     )
+    rows += chain.from_iterable(streamed(default, *each) for each in STREAMED)
     return rows
+
+
+def streamed(table: Table, ranks: int, seeds: int) -> list[Figure]:
+    """Rows of what a streamed frame costs, with so many ranks and seeds of each."""
+    warm = ranks * WARM
+    made = of_ranks(warm + STREAMED_BLOCK * STREAMED_BLOCKS, ranks, seeds)
+    ways = [DecideProcess(table), DecideProcess(table)]
+    ways[1].engine._book.together = 0  # each is judged alone
+    for way in ways:
+        way.judge(b"".join(map(pipe.pack, made[:warm])))
+    blocks = [
+        b"".join(map(pipe.pack, made[first : first + STREAMED_BLOCK]))
+        for first in range(warm, len(made), STREAMED_BLOCK)
+    ]
+    rests = [iter(blocks), iter(blocks)]
+    together, alone = alternate(
+        lambda: ways[0].judge(next(rests[0])),
+        lambda: ways[1].judge(next(rests[1])),
+        STREAMED_BLOCKS,
+    )
+    name = f"a streamed frame, {ranks} ranks, {seeds} seeds"
+    ours, before = median(together), median(alone)
+    return [
+        Figure.at_most(BENCH, name, ours, "µs", bar=STREAMED_BAR_US),
+        Figure.report(BENCH, f"{name}, least of the blocks", min(together), "µs", min(alone)),
+        Figure.report(
+            BENCH,
+            f"{name}: frames per second, over each judged alone",
+            1e6 / ours,
+            "frames/s",
+            1e6 / before,
+        ),
+    ]
+
+
+class DecideProcess:
+    """What the process that decides does with streamed frames, without its system calls."""
+
+    def __init__(self, table: Table) -> None:
+        self._reporter = Reporter(None)
+        self._log = self._reporter.decision_log
+        self._kept = Kept(self._log)
+        self.engine = Engine(table, observer=RecentSteps(self._kept))
+
+    def judge(self, data: bytes) -> float:
+        """Microseconds for each frame of ``data``."""
+        gc.collect()
+        gc.disable()
+        try:
+            before = time.thread_time_ns()
+            count = self._judge(memoryview(data))
+            return (time.thread_time_ns() - before) / 1e3 / count
+        finally:
+            gc.enable()
+
+    def _judge(self, data: memoryview) -> int:
+        inlet, count = pipe.Inlet(), 0
+        for first in range(0, len(data), READ_BYTES):
+            for _, body in list(inlet.feed(data[first : first + READ_BYTES])):
+                count += 1
+                frame = pipe.frame(body)
+                began_at = time.perf_counter_ns()
+                self._log.set_context(began_at, asked=False)
+                self.engine.observe(frame, at_ns=began_at)
+                self._reporter.record_lag(frame.time_unix_nano)
+            self._kept.write()
+            while self._log.waiting:
+                self._log.make_entries(WRITTEN_PER_TURN, 0.0)
+        return count
+
+
+class Kept:
+    """An observer that encodes steps as they are kept for a restart, and passes on the rest."""
+
+    def __init__(self, observer: EngineObserver) -> None:
+        self._frames: list[StepFrame] = []
+        self._observer = observer
+        self.on_rule_change = observer.on_rule_change
+        self.on_end = observer.on_end
+        self.on_decision = observer.on_decision
+
+    def on_frame(self, frame: StepFrame, decision: Decision) -> None:
+        """A frame was judged."""
+        self._frames.append(frame)
+        self._observer.on_frame(frame, decision)
+
+    def write(self) -> None:
+        """Encode what there is."""
+        frames = self._frames
+        for first in range(0, len(frames), GATHERED):
+            encode_body(StepsBody(time.time_ns(), frames[first : first + GATHERED]))
+        frames.clear()
+
+
+def of_ranks(count: int, ranks: int, seeds: int) -> list[StepFrame]:
+    """So many frames of a run with so many ranks, ten steps a second."""
+    return [
+        msgspec.structs.replace(
+            each, rank=rank, time_unix_nano=10**18 + each.step * 10**8 + rank
+        )
+        for each in frames(-(-count // ranks), seeds)
+        for rank in range(ranks)
+    ]
 
 
 class Listener:

@@ -19,6 +19,9 @@ from bench.collector import RANKS as LOAD_RANKS
 from bench.figures import Figure
 from bench.sizing import METRICS, SEEDS, STEPS_PER_S
 from esper_otel.leyline.metrics import SEED_KEYS
+from esper_tamiyo.judging.roster import STATE_BYTES, capacity_of
+from esper_tamiyo.judging.rulebook import Rulebook
+from esper_tamiyo.language.table_file import load
 from ops.generate.files import ROOT, bring_up_to_date, with_section
 
 PAGE = ROOT / "docs" / "runbook.md"
@@ -86,7 +89,20 @@ def section(figures: Sequence[Figure]) -> str:
         "cores of gateways | of Prometheus | of Tamiyo | on disk for an hour's outage |",
         "| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    return "\n".join([*head, *(_row(ranks, found) for ranks in RANKS)])
+    return "\n".join([*head, *(_row(ranks, found) for ranks in RANKS), "", held(found)])
+
+
+def held(found: Costs) -> str:
+    """How many such ranks one Tamiyo holds, and one gateway."""
+    of_rank = STEPS_PER_S * POINTS / 1e5
+    cores = GATEWAY_CORES * BUSY
+    kept = capacity_of(Rulebook(load("default")), STATE_BYTES).ranks
+    gateway, tamiyo = (cores / (of_rank * cost) for cost in (found.collector, found.tamiyo))
+    return (
+        f"So a gateway holds {gateway:,.0f} such ranks. One Tamiyo, whose two processes are as "
+        f"busy on two cores, holds {tamiyo:,.0f} by its cores and {kept:,} by its memory, "
+        "which `--state-mb` raises."
+    )
 
 
 def _row(ranks: int, found: Costs) -> str:

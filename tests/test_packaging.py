@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -115,3 +117,40 @@ def test_the_metadata_says_who_what_and_for_which_python(wheels):
     assert "Author: " in head
     for version in ("3.11", "3.12", "3.13", "3.14"):
         assert f"Classifier: Programming Language :: Python :: {version}" in head
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+INSTALLED = ("demo", "dev", "docs", "test", "export", "top", "zstd")
+"""Extras that `make` installs, and those that it takes along."""
+
+
+def pins(python):
+    """Name → version of constraints.txt, for a Python on this kind of machine."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            pin = Requirement(line)
+            (version,) = pin.specifier
+            assert (version.operator, pin.extras, pin.url) == ("==", set(), None), line
+            marker = {"python_version": python, "python_full_version": f"{python}.0"}
+            if pin.marker is None or pin.marker.evaluate(marker):
+                assert pin.name not in found, line
+                found[pin.name] = version.version
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_every_version_that_is_installed_is_written_down_and_one_that_fits(python):
+    pinned = pins(python)
+    wanted = [
+        requirement
+        for each in (*PROJECT["dependencies"], *(e for name in INSTALLED for e in EXTRAS[name]))
+        if (requirement := Requirement(each)).name != PROJECT["name"]
+    ]
+    for requirement in wanted:
+        assert pinned[requirement.name.lower()] in requirement.specifier, requirement
+
+
+def test_what_is_written_down_names_no_host():
+    assert "://" not in (ROOT / "constraints.txt").read_text()

@@ -129,8 +129,8 @@ OpenTelemetry's own variables configure the exporter: `OTEL_EXPORTER_OTLP_ENDPOI
 `_METRICS_ENDPOINT`, `_TRACES_ENDPOINT`, `_PROTOCOL`, `_HEADERS`, `_TIMEOUT`, `_COMPRESSION`,
 `_CERTIFICATE`, `_CLIENT_KEY`, `_CLIENT_CERTIFICATE`, `_INSECURE`, and `OTEL_SERVICE_NAME`,
 `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SDK_DISABLED`. `OTEL_METRICS_EXPORTER=console` prints
-[a line for each step](export.md#lines-on-the-console). `tamiyo serve
---help` lists the options of the sidecar.
+[a line for each step](export.md#lines-on-the-console).
+`tamiyo serve --help` lists the options of the sidecar.
 
 ## Of a run
 

@@ -190,11 +190,12 @@ fit the workload they were made for.
 
 `tamiyo check FILE` validates a table and describes it. It reports every mistake with its file,
 line and field, and also unreachable, always-inhibited or never-resolving rules and no-op
-inhibitions. `tamiyo table default` prints a shipped table with its comments. `tamiyo table
---schema > table.schema.json` writes the JSON Schema of tables: with `# yaml-language-server:
-$schema=table.schema.json` as the first line, most editors complete and validate a table. A
-file has at most {max_bytes:,} bytes and {max_values:,} values, counting aliases wherever they
-are used; a table has at most {max_rules:,} rules, and a rule {max_conditions} conditions.
+inhibitions. `tamiyo table default` prints a shipped table with its comments.
+`tamiyo table --schema > table.schema.json` writes the JSON Schema of tables: with
+`# yaml-language-server: $schema=table.schema.json` as the first line, most editors complete
+and validate a table. A file has at most {max_bytes:,} bytes and {max_values:,} values,
+counting aliases wherever they are used; a table has at most {max_rules:,} rules, and a rule
+{max_conditions} conditions.
 
 ```yaml
 version: mine-1

@@ -110,6 +110,17 @@ PROMETHEUS_3 = Program(
     "Go, some minutes and 3 GB of its cache",
 )
 
+COMPOSE = Program(
+    "compose",
+    "DOCKER_COMPOSE",
+    (),
+    lambda: recipes.COMPOSE,
+    recipes.compose,
+    ("docker-compose",),
+    "Go, some minutes and 3 GB of its cache",
+)
+"""Version 2, for a Docker that has no ``compose``; of that name Debian 12 has version 1."""
+
 PROGRAMS = {program.name: program for program in (COLLECTOR, PROMETHEUS, JAEGER, CHROMIUM)}
 """Those that are made, each once."""
 

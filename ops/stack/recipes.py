@@ -29,6 +29,9 @@ CHROMIUM = "chromium-headless-shell, as Debian packs it"
 PROMETHEUS_3 = "github.com/prometheus/prometheus@v0.305.0"
 """That is Prometheus 3.5.0, in the numbers of Go modules."""
 
+COMPOSE = "github.com/docker/compose/v2@v2.40.3"
+"""What ``docker compose`` is, for a Docker that came without it, as Debian 12's does."""
+
 CONTRIB = "github.com/open-telemetry/opentelemetry-collector-contrib"
 """The root of contrib's modules, which holds the reports of what its images hold."""
 
@@ -89,6 +92,11 @@ def prometheus_3(folder: Path) -> None:
     """Build Prometheus 3, also without the page that people look at."""
     packages = {"prometheus": "./cmd/prometheus", "promtool": "./cmd/promtool"}
     _programs_of(PROMETHEUS_3, packages, folder)
+
+
+def compose(folder: Path) -> None:
+    """Build Docker's compose, which is a program of its own as well as a part of Docker."""
+    _programs_of(COMPOSE, {"docker-compose": "./cmd"}, folder)
 
 
 def _programs_of(module: str, packages: dict[str, str], folder: Path) -> None:

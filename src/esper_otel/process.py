@@ -3,14 +3,20 @@
 Of the second kind there is one at most, and then there are no others, so that a step is counted
 once; where the process trains several times it has a run beside it for each other training
 (:mod:`esper_otel.integrations.jobs`).
+
+A process that forks is not warned of our threads: its children have no use for them, and
+what they could hold is made anew there.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import warnings
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from esper_otel.loop import tell_once
@@ -104,3 +110,45 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
+
+
+class _OnlyOurThreads:
+    """Where a filter of warnings has its pattern: matches a warning that is given for us alone.
+
+    Python 3.12 and later warn of a fork in a process that has threads, and count ours. Where
+    others are there as well, Python's, torch's or some library's, the warning is theirs and is
+    given. 3.12 warns before and 3.13 after what is registered for a fork, so that a filter for
+    the time of the fork would not do.
+    """
+
+    def match(self, text: str) -> bool:
+        """Whether ``text`` is that warning, and nobody else has a thread. Never raises."""
+        if " is multi-threaded, use of fork" not in text:
+            return False
+        running, me = threading.enumerate(), threading.current_thread()
+        ours = [each for each in running if each.name.startswith("esper-")]
+        others = [each for each in running if each is not me and each not in ours]
+        return bool(ours) and not others and _count_threads() <= 1 + len(ours)
+
+
+def _count_threads() -> int:
+    """Threads that the system knows of; 0 where it does not tell."""
+    try:
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+    except OSError:
+        return 0
+
+
+_FILTER: Any = ("ignore", _OnlyOurThreads(), DeprecationWarning, None, 0)
+
+
+def _filter_first() -> None:
+    """Have our filter before all others, which may have come since."""
+    filters: Any = warnings.filters
+    if _FILTER in filters:
+        filters.remove(_FILTER)
+    filters.insert(0, _FILTER)
+
+
+if sys.version_info >= (3, 12):
+    os.register_at_fork(before=_filter_first)

@@ -3,7 +3,7 @@
 from math import isfinite
 
 from bench.judging import frames
-from esper_tamiyo.judging.history import Slope
+from esper_tamiyo.judging.observations import Slope
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.table import conditions
 from esper_tamiyo.language.table_file import load

@@ -285,7 +285,6 @@ def test_stopping_ends_the_threads() -> None:
     assert not thread.is_alive()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_a_forked_child_a_fetch_runs_out_of_its_budget() -> None:
     fetcher = KernelFetcher(50.0)
     child = os.fork()

@@ -18,7 +18,7 @@ from esper_otel.leyline.decisions import (
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.limits import MAX_NAME
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.seeds import MAX_SEEDS
+from esper_tamiyo.judging.rule_status import MAX_SEEDS
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 

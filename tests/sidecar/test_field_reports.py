@@ -129,6 +129,25 @@ def test_a_slow_run_has_more_time():
     assert len(reports.expire(20 * 30.0 + 1)) == 1
 
 
+def test_of_many_runs_that_end_at_once_some_are_given_up_at_a_time():
+    """Each call is made between two answers."""
+    reports = FieldReports()
+    for run in range(40):
+        for step in range(4):
+            reports.add_frame(structs.replace(values(step, 0.5), run=f"r{run}"), float(run))
+        made = structs.replace(decision(3), run=f"r{run}")
+        reports.add_decision(made, structs.replace(values(3, 3.0), run=f"r{run}"), "enforce")
+    assert reports.pending == 40
+    assert [due.run for due in reports.expire(QUIET_S + 2.5)] == ["r0", "r1", "r2"]
+    for run in (3, 5):  # these go on
+        reports.add_frame(structs.replace(values(4, 0.5), run=f"r{run}"), 30.0)
+    given_up = [[due.run for due in reports.expire(QUIET_S + 50.0)] for _ in range(11)]
+    assert [len(runs) for runs in given_up] == [4] * 9 + [1, 0]
+    assert given_up[0][:3] == ["r4", "r6", "r7"]
+    assert given_up[8][3:] + given_up[9] == ["r3", "r5"]
+    assert reports.pending == 0
+
+
 def test_steps_that_were_not_seen_are_not_invented():
     reports = FieldReports()
     followed_up_to(reports)

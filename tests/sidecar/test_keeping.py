@@ -12,8 +12,7 @@ import pytest
 from msgspec import structs
 
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.judging.saved_state import pause_after
-from esper_tamiyo.keeping import restoring, state_keeper, writer
+from esper_tamiyo.keeping import rank_queue, restoring, state_keeper, writer
 from esper_tamiyo.keeping.bodies import OURS, Header, encode_body, encode_rank
 from esper_tamiyo.keeping.restoring import last_table, restore
 from esper_tamiyo.keeping.segments import (
@@ -245,13 +244,15 @@ def test_files_are_bounded_however_long_a_run(tmp_path, monkeypatch):
 def test_ranks_beyond_the_room_are_left_out_the_longest_silent_first(tmp_path, monkeypatch):
     monkeypatch.setattr(state_keeper, "SEGMENT_BYTES", 30_000)
     monkeypatch.setattr(state_keeper, "MAX_RANKS_BYTES", 3_000)
+    left_out = []
     with kept(tmp_path) as one:
         for step in range(1000):
-            one.judge(frame(step, run=f"run {step // 50}", loss=0.5))
-        assert one.status()["left_out"] > 0
+            one.judge(frame(step, run=f"run {step // 25}", loss=0.5))
+            left_out.append(one.status()["left_out"])
+    assert max(left_out) > 20
     engine, restored = restore(tmp_path, table())
-    assert 1 <= restored.ranks < 20
-    assert engine.latest("run 19") is not None
+    assert 1 <= restored.ranks < 40
+    assert engine.latest("run 39") is not None
 
 
 def test_a_folder_that_another_sidecar_uses_is_left_alone(tmp_path):
@@ -329,31 +330,72 @@ def test_entries_are_written_whole_however_they_come(tmp_path):
     assert on_disk == data
 
 
-def test_ranks_with_many_seeds_are_saved_with_pauses_between(tmp_path, monkeypatch):
-    """Each takes milliseconds, in which nobody is answered."""
-    now, saved = 1000.0, []
-
-    def put_down(key, rank, heard):
-        saved.append(rank)
-        return encode_rank(key, rank, heard)
-
-    monkeypatch.setattr(
-        state_keeper, "time", SimpleNamespace(monotonic=lambda: now, **OTHER_CLOCKS)
+def seeded(step, run, seeds=56):
+    return structs.replace(
+        frame(step, run=run), seeds={f"s{number}": {"alpha": 0.5} for number in range(seeds)}
     )
-    with kept(tmp_path, load("default"), round_s=60.0) as one:
-        for step in range(4):  # sixteen new seeds are taken up in each
-            seeds = {f"s{number}": {"alpha": 0.5} for number in range(56)}
-            for run in ("a", "b"):
-                one.engine.observe(structs.replace(frame(step, run=run), seeds=seeds))
-        one.turn()
-        now += 60.0
-        monkeypatch.setattr(state_keeper, "encode_rank", put_down)
-        for _ in range(3):  # the first of them begins the round
+
+
+@contextmanager
+def clocked(folder, monkeypatch, *runs):
+    """Ranks with 56 seeds that are due, a function that lets time go by and takes a turn, and
+    the entries put down by it."""
+    now, put = 1000.0, []
+    clock = SimpleNamespace(monotonic=lambda: now, **OTHER_CLOCKS)
+    monkeypatch.setattr(state_keeper, "time", clock)
+    monkeypatch.setattr(rank_queue, "time", clock)
+    with kept(folder, load("default"), round_s=60.0) as one:
+
+        def turn(later_s):
+            nonlocal now
+            now += later_s
+            before = len(put)
             one.turn()
-        assert [len(rank.seeds) for rank in saved] == [56]
-        now += pause_after(saved[0])
-        one.turn()
-        assert [len(rank.seeds) for rank in saved] == [56, 56]
+            return put[before:]
+
+        for step in range(4):  # sixteen new seeds are taken up in each
+            for run in runs:
+                one.engine.observe(seeded(step, run), None, perf_counter_ns())
+        one.turn()  # the round begins
+        monkeypatch.setattr(
+            rank_queue,
+            "encode_rank",
+            lambda key, *rest: put.append(key[0]) or encode_rank(key, *rest),
+        )
+        yield one, turn
+
+
+PART_S = rank_queue.PART_PAUSE_S
+
+
+def test_a_rank_with_many_seeds_is_saved_in_parts_with_pauses_between(tmp_path, monkeypatch):
+    """All at once takes milliseconds, in which nobody is answered."""
+    with clocked(tmp_path, monkeypatch, "a", "b") as (_, turn):
+        parts = [turn(PART_S) for _ in range(8)]
+        assert parts == [[], [], [], ["a"], [], [], [], ["b"]]
+        assert turn(PART_S / 2) == []
+
+
+def test_parts_of_one_rank_are_of_one_step(tmp_path, monkeypatch):
+    """A rank that goes on between two of its parts is saved at once, and none for long then."""
+    with clocked(tmp_path, monkeypatch, "a", "b") as (one, turn):
+        assert turn(PART_S) == []
+        expected = one.engine.observe(seeded(4, "a"), None, perf_counter_ns())
+        assert turn(PART_S) == ["a"]
+        pause_s = rank_queue.pause_after(56)
+        assert pause_s > 50 * PART_S
+        assert turn(pause_s * 0.9) == []
+        assert [turn(pause_s) for _ in range(4)] == [[], [], [], ["b"]]
+    with kept(tmp_path, load("default")) as again:
+        assert again.engine.latest("a") == expected
+        assert len(again.engine._runs["a", 0].seeds) == 56
+
+
+def test_a_rank_that_is_forgotten_between_two_parts_is_not_saved(tmp_path, monkeypatch):
+    with clocked(tmp_path, monkeypatch, "a", "b") as (one, turn):
+        assert turn(PART_S) == []
+        one.engine.roster._forget(("a", 0))
+        assert [turn(PART_S) for _ in range(5)] == [[], [], [], [], ["b"]]
 
 
 def test_a_writer_that_does_not_keep_up_costs_one_new_beginning(tmp_path, monkeypatch):

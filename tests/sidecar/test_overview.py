@@ -78,7 +78,7 @@ def test_the_rules_of_a_silent_rank_are_unknown_with_what_they_were(engine):
         {"rule": "quiet", "state": "firing", "since_step": 9},
     ]
     assert [rule["state"] for rule in heard["rules"]] == ["firing", "pending"]
-    back = StepFrame("r", "", DEAD, 99, START + 99 * SECOND, {"step": 99.0, "loss": 1.0})
+    back = StepFrame("r", "", DEAD, 99, START + 100 * SECOND, {"step": 99.0, "loss": 1.0})
     engine.observe(back)
     (again,) = (run for run in told(engine)["runs"] if run["rank"] == DEAD)
     assert (again["state"], again["rules"]) == ("healthy", [])
@@ -91,3 +91,24 @@ def test_people_are_shown_how_many_and_who(engine, capsys):
     shown = capsys.readouterr().out
     assert f"ranks: healthy {RANKS - 1}, stale 1" in shown
     assert "r/5: step 9, CONTINUE (quiet), conservative; stale, no data for 90 s" in shown
+
+
+def test_between_two_parts_of_a_look_for_silent_ranks_the_ranks_go_on():
+    engine = Engine(TABLE)
+    for step in range(100):
+        for rank in range(4):
+            values = {"step": float(step), "loss": 1.0}
+            engine.observe(StepFrame("r", "", rank, step, START + step * SECOND, values))
+    late = START + 1000 * SECOND
+    parts = engine.tick_in_parts(late, 1)
+    for _ in range(5):  # what is kept has been counted, and one rank been looked at
+        next(parts)
+    engine.observe(StepFrame("r", "", 2, 100, late, {"step": 100.0, "loss": 1.0}))
+    engine.roster._forget(("r", 1))
+    assert len([*parts]) == 3  # behind each place
+    rules = {run["rank"]: run["rules"] for run in engine.overview(late)["runs"]}
+    assert {rank: [rule["rule"] for rule in told] for rank, told in rules.items()} == {
+        0: ["quiet"],
+        2: [],
+        3: ["quiet"],
+    }

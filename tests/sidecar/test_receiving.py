@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from http.client import HTTPConnection
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -21,6 +23,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
 from esper_tamiyo.receiving.intake import MAX_REQUEST, PIPE_BACKLOG
+from esper_tamiyo.serving.server import FRAMES_PER_TURN, Server
 from sidecar.frames_made import add_point, frame, otlp_of
 from sidecar.running import PATIENCE_S, is_alive, sidecar, tamiyo, until
 
@@ -310,3 +313,36 @@ def test_the_receiving_process_needs_no_torch():
     code = "import sys, esper_tamiyo.receiving.ingest; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout == "False\n"
+
+
+class Ready:
+    """An epoll that finds ready, time after time, what it was told."""
+
+    def __init__(self, *times):
+        self._times = iter(times)
+
+    def poll(self, timeout):
+        assert timeout == 0  # nobody waits while frames do
+        return [(fd, 1) for fd in next(self._times, [PIPE])]
+
+
+PIPE, TRAINER = 7, 8
+
+
+def judged_in_a_turn(frames, *ready):
+    """How many of so many frames are judged in one turn, and what is left."""
+    server, judged = Server.__new__(Server), []
+    server._epoll, server._judge = Ready(*ready), judged.append
+    ingest = SimpleNamespace(
+        frames=deque(range(frames)), has_pipe=lambda fd: fd == PIPE, due_in=lambda: None
+    )
+    server._work_on(ingest, pipe_ready=True)
+    assert [*judged, *ingest.frames] == list(range(frames))
+    return len(judged)
+
+
+def test_a_turn_judges_some_frames_and_ends_with_who_asks():
+    assert judged_in_a_turn(3) == 3
+    assert judged_in_a_turn(100) == FRAMES_PER_TURN
+    assert judged_in_a_turn(100, [PIPE], [], [PIPE, TRAINER]) == 3
+    assert judged_in_a_turn(100, [TRAINER]) == 1

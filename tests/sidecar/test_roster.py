@@ -13,7 +13,7 @@ from esper_tamiyo.judging import peers
 from esper_tamiyo.judging.admission import FREE_LEAP, HELD_LEAP
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.roster import GONE_AFTER_NS, MAX_RUNS
-from esper_tamiyo.judging.seeds import NEW_AT_ONCE
+from esper_tamiyo.judging.rule_status import NEW_AT_ONCE
 from esper_tamiyo.language.table_file import TableSource, load, parse
 from sidecar.frames_made import frame
 
@@ -386,3 +386,24 @@ def test_what_is_kept_takes_no_more_memory_than_it_may():
     room = engine.overview()["room_for"]
     assert engine.overview()["ranks"] <= room["ranks"] <= 8
     assert engine.overview()["seeds"] <= room["seeds"]
+
+
+def test_ranks_come_and_go_while_all_are_gone_through():
+    engine = Engine(TABLE)
+    for number in range(6):
+        engine.observe(frame(1, run=f"r{number}"))
+    ranks = engine.roster.ranks
+    parts = ranks.in_parts(2)
+    seen = [run for (run, _), _ in next(parts)]
+    for run in ("r0", "r3"):
+        engine.roster._forget((run, 0))
+    for run in ("new", "newer", "newest"):  # two of them where the others were
+        engine.observe(frame(1, run=run))
+    engine.observe(frame(2, run="r2"))  # heard of last now, and in its place
+    for part in parts:
+        assert all(ranks[key] is state for key, state in part)
+        seen += [run for (run, _), _ in part]
+    assert seen == ["r0", "r1", "r2", "new", "r4", "r5"]
+    everything = [run for part in ranks.in_parts(3) for (run, _), _ in part]
+    assert sorted(everything) == sorted(run for run, _ in ranks)
+    assert len(everything) == len(ranks) == 7

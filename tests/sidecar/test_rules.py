@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from esper_otel.leyline.decisions import Action, Proposal, SeedOperation, Severity
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.history import (
-    BaselineKey,
-    History,
-    Last,
-    RollingMedian,
-    Slope,
-    Watched,
-)
+from esper_tamiyo.judging.history import BaselineKey, History, Watched
+from esper_tamiyo.judging.observations import Last, RollingMedian, Slope
 from esper_tamiyo.judging.peers import PeerBoard
 from esper_tamiyo.judging.rules import test_of as as_test
 from esper_tamiyo.language.operators import BaselineKind, Operator

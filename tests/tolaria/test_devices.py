@@ -186,7 +186,6 @@ def test_disabled_there_is_no_thread_and_no_value() -> None:
     sampler.stop()
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12
 def test_a_forked_child_has_no_values_and_starts_no_thread() -> None:
     sampler = DeviceSampler(True, [CPU])
     sampler.sample()

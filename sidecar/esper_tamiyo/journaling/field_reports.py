@@ -9,6 +9,7 @@ What they say is for :mod:`~esper_tamiyo.journaling.outcomes`, in another proces
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import msgspec
@@ -27,6 +28,9 @@ MAX_RANKS = 1024
 
 MAX_CHECKED = 32
 """Updates of one rank whose step has not been seen; beyond it the oldest has no report."""
+
+GIVEN_UP_AT_ONCE = 4
+"""Ranks that are given up in one call, about once a second: a millisecond's work."""
 
 QUIET_S = 60.0
 QUIET_STEPS = 20.0
@@ -104,6 +108,10 @@ class _RankWindow:
         self.heard_s = 0.0
         self.time_unix_nano = 0
 
+    def __len__(self) -> int:
+        """Decisions that wait."""
+        return len(self.pending) + len(self.checked)
+
 
 class FieldReports:
     """Follows decisions until their reports are due.
@@ -116,11 +124,10 @@ class FieldReports:
 
     def __init__(self) -> None:
         self._ranks: OrderedDict[tuple[str, int], _RankWindow] = OrderedDict()
-
-    @property
-    def pending(self) -> int:
+        self._waiting: OrderedDict[tuple[str, int], _RankWindow] = OrderedDict()
+        """Those with a decision that waits, in the same order."""
+        self.pending = 0
         """Decisions whose report is due."""
-        return sum(len(past.pending) + len(past.checked) for past in self._ranks.values())
 
     def add_frame(self, frame: StepFrame, now_s: float) -> list[DueReport]:
         """A step was seen: the reports that it completes."""
@@ -128,13 +135,14 @@ class FieldReports:
         past = self._ranks.get(key)
         reports: list[DueReport] = []
         if past is None or (frame.instance and past.instance != frame.instance):
-            if past is not None:
-                reports = _given_up(past, "the process was replaced by another")
+            reports = self._give_up(key, "the process was replaced by another")
             past = self._ranks[key] = _RankWindow(frame.instance)
             if len(self._ranks) > MAX_RANKS:
-                _, forgotten = self._ranks.popitem(last=False)
-                reports += _given_up(forgotten, "the run was forgotten")
+                oldest = next(iter(self._ranks))
+                reports += self._give_up(oldest, "the run was forgotten")
+                del self._ranks[oldest]
         self._ranks.move_to_end(key)
+        before = len(past)
         past.heard_s = now_s
         past.time_unix_nano = frame.time_unix_nano
         sample = _sample(frame)
@@ -145,6 +153,9 @@ class FieldReports:
             past.pending.append(known._replace(during=sample) if is_it else known)
         while past.pending and frame.step >= past.pending[0].decision.step + WINDOW:
             reports.append(_due(past, past.pending.popleft()))
+        self._count(key, past, before)
+        if key in self._waiting:
+            self._waiting.move_to_end(key)
         return reports
 
     def add_decision(self, decision: Decision, frame: StepFrame, mode: str) -> None:
@@ -156,6 +167,7 @@ class FieldReports:
         past = self._ranks.get((frame.run, frame.rank))
         if past is None or not frame.values:
             return
+        before = len(past)
         if past.pending:
             last = past.pending[-1]
             if last.decision.step == decision.step and not last.update:
@@ -164,6 +176,7 @@ class FieldReports:
             seeds = bool(frame.seeds)
             sample = _sample(frame)
             past.pending.append(_Pending(decision, frame.rank, mode, sample, seeds=seeds))
+        self._count((frame.run, frame.rank), past, before)
 
     def add_check(self, decision: Decision, known: StepFrame, mode: str) -> None:
         """A decision was made about the update of a step that is still to be seen.
@@ -173,32 +186,53 @@ class FieldReports:
         past = self._ranks.get((known.run, known.rank))
         if past is None:
             return
+        before = len(past)
         if past.checked and past.checked[-1].decision.step == decision.step:
             past.checked.pop()
         sample = _sample(known)._replace(lr_scale=None, skipped=None)
         past.checked.append(_Pending(decision, known.rank, mode, sample, update=True))
+        self._count((known.run, known.rank), past, before)
 
     def end_rank(self, run: str, rank: int) -> list[DueReport]:
         """Give up on a rank that has ended."""
-        past = self._ranks.get((run, rank))
-        return [] if past is None else _given_up(past, "the run ended")
+        return self._give_up((run, rank), "the run ended")
 
     def expire(self, now_s: float) -> list[DueReport]:
-        """Give up on ranks that have ended, as far as silence can tell."""
+        """Give up on ranks that have ended, as far as silence can tell: on some of them, the
+        others have another call."""
+        quiet = takewhile(lambda item: now_s - item[1].heard_s > QUIET_S, self._waiting.items())
+        ended = (key for key, past in quiet if now_s - past.heard_s > _patience_s(past))
         return [
             report
-            for past in self._ranks.values()
-            if (past.pending or past.checked) and now_s - past.heard_s > _patience_s(past)
-            for report in _given_up(past, "the run sent no more steps")
+            for key in list(islice(ended, GIVEN_UP_AT_ONCE))
+            for report in self._give_up(key, "the run sent no more steps")
         ]
 
     def close(self) -> list[DueReport]:
         """Give up on all: nobody will see what the runs do next."""
         return [
             report
-            for past in self._ranks.values()
-            for report in _given_up(past, "the sidecar ended")
+            for key in list(self._waiting)
+            for report in self._give_up(key, "the sidecar ended")
         ]
+
+    def _count(self, key: tuple[str, int], past: _RankWindow, before: int) -> None:
+        """As many decisions as there are wait now, where ``before`` did."""
+        self.pending += len(past) - before
+        if past:
+            self._waiting[key] = past
+        else:
+            self._waiting.pop(key, None)
+
+    def _give_up(self, key: tuple[str, int], because: str) -> list[DueReport]:
+        past = self._waiting.pop(key, None)
+        if past is None:
+            return []
+        reports = [_due(past, each, because) for each in (*past.pending, *past.checked)]
+        self.pending -= len(past)
+        past.pending.clear()
+        past.checked.clear()
+        return reports
 
 
 def _sample(frame: StepFrame) -> StepSample:
@@ -216,13 +250,6 @@ def _sample(frame: StepFrame) -> StepSample:
 def _patience_s(past: _RankWindow) -> float:
     step_ms = past.samples[-1].values[2]
     return max(QUIET_S, QUIET_STEPS * (step_ms or 0.0) / 1e3)
-
-
-def _given_up(past: _RankWindow, because: str) -> list[DueReport]:
-    reports = [_due(past, pending, because) for pending in (*past.pending, *past.checked)]
-    past.pending.clear()
-    past.checked.clear()
-    return reports
 
 
 def _due(past: _RankWindow, pending: _Pending, ended: str = "") -> DueReport:

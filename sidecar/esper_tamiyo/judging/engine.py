@@ -31,7 +31,7 @@ from esper_otel.leyline.limits import (
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.admission import RefusalReason, fault_of
-from esper_tamiyo.judging.deciding import Fired, decide, decide_update
+from esper_tamiyo.judging.deciding import decide, decide_update
 from esper_tamiyo.judging.liveness import Key, RankCensus
 from esper_tamiyo.judging.observer import EngineObserver, Observed
 from esper_tamiyo.judging.roster import STATE_BYTES, Roster
@@ -51,11 +51,8 @@ SWITCHED_AT_ONCE = 8
 
 
 class Engine:
-    """Judges frames of many runs by one table.
-
-    Memory is bounded: so many ranks, seeds and steps as :mod:`~esper_tamiyo.judging.roster`
-    has room for in ``state_bytes``.
-    """
+    """Judges frames of many runs by one table, in bounded memory: as many ranks, seeds and
+    steps as :mod:`~esper_tamiyo.judging.roster` has room for."""
 
     def __init__(
         self,
@@ -87,16 +84,19 @@ class Engine:
     ) -> Decision:
         """Judge ``frame`` unless it was seen before, and decide. Never raises.
 
-        A frame that cannot be judged, or that a newer process of the same run and rank
-        has replaced, is counted and gets the CONTINUE that says nobody judged. ``at_ns`` is
-        when it was heard, by the clock of :meth:`tick`; its own time unless given. ``asked``:
-        by a process that was introduced, and not from the stream.
+        One that cannot be judged, or whose process a newer one has replaced, is counted and
+        gets the CONTINUE that says nobody judged. ``at_ns`` is when it was heard, by the clock
+        of :meth:`tick`; its own time unless given. ``asked``: by a process that was introduced.
         """
         try:
+            heard_ns = frame.time_unix_nano if at_ns is None else at_ns
+            if not asked and proposal is None:
+                decision = self._go_on(frame, heard_ns)
+                if decision is not None:
+                    return decision
             fault = fault_of(frame, proposal)
             if fault is not None:
                 return self.refuse(frame.run, frame.step, fault)
-            heard_ns = frame.time_unix_nano if at_ns is None else at_ns
             return self._observe(frame, proposal, heard_ns, asked=asked)
         except Exception:
             self._count_failure(frame)
@@ -106,8 +106,7 @@ class Engine:
         """The decision that :meth:`observe` would give, where no rule can fire; else None.
 
         ``ask.values`` must be in registry order. None also when anything else is out of the
-        ordinary. Changes no state: once the answer is on its way the frame has to be given
-        to :meth:`commit`, which takes ``observe``'s place.
+        ordinary. Once the answer is on its way the frame has to be given to :meth:`commit`.
         """
         state = self._runs.get(key)
         step = ask.step
@@ -128,12 +127,16 @@ class Engine:
         warm_up, phase = state.warm_up, ask.values[_PHASE]
         if phase != warm_up.phase and (phase == phase or warm_up.phase):
             return None  # another phase begins
+        if state.stretch.behind:
+            state.stretch.catch_up(state)
         ask.values[STEP_SLOT["step"]] = step  # two places say it, and frames follow this one
         if state.guards.crossed(ask.values):
             return None
-        is_warming_up = warm_up.steps < self._book.warm_after
-        return self._decision(
-            state, key, step, ask.proposal, step, [], warming_up=is_warming_up
+        return decide(
+            *(key, step, step, [], ask.proposal),
+            conservative=False,
+            table_version=self._book.table.version,
+            warming_up=warm_up.steps < self._book.warm_after,
         )
 
     def commit(self, frame: StepFrame, decision: Decision, at_ns: int | None = None) -> None:
@@ -163,15 +166,14 @@ class Engine:
             if fault is not None:
                 return self.refuse(run, step, fault)
             state = self._runs.get(key)
-            if state is None or step <= state.newest:
-                return unanswered(run, step, PROTOCOL_ERROR)
-            if frame.instance and state.instance and frame.instance != state.instance:
+            if (
+                state is None
+                or step <= state.newest
+                or (frame.instance and state.instance not in ("", frame.instance))
+            ):
                 return unanswered(run, step, PROTOCOL_ERROR)
             return decide_update(
-                key,
-                step,
-                state.newest,
-                state.would_fire(step, frame.values),
+                *(key, step, state.newest, state.would_fire(step, frame.values)),
                 conservative=state.conservative,
                 table_version=state.book.table.version,
             )
@@ -185,34 +187,39 @@ class Engine:
         state = self._runs.get(key)
         if state is None or state.instance != instance:
             return None
+        state.stretch.catch_up(state)
         return state.update_guards
 
     def tick(self, now_ns: int) -> None:
         """Note the ranks that have sent nothing for too long at ``now_ns``.
 
-        Of any clock, the one by which :meth:`observe` is told when frames were heard. To be
-        called about once a second; never raises. A replay need not: a silence that ended is
-        found by the frame that ended it, with the same instants.
+        By the clock of ``at_ns`` of :meth:`observe`. To be called about once a second; never
+        raises. A replay need not: the frame that ends a silence finds it.
         """
+        any(self.tick_in_parts(now_ns, len(self._runs) + 1))
+
+    def tick_in_parts(self, now_ns: int, ranks_at_once: int) -> Iterator[None]:
+        """The same, with a stop after so many ranks each: an ask may come between."""
         try:
-            self.roster.trim()
+            yield from self.roster.trim_in_parts(ranks_at_once)
             behind = SWITCHED_AT_ONCE
-            for key, state in self._runs.items():
-                if state.book is not self._book:
-                    behind -= 1
-                    if behind < 0:
-                        continue
-                    self._catch_up(state, key)
-                self._find_silence(state, key, now_ns - state.pace.heard_ns)
+            for part in self._runs.in_parts(ranks_at_once):
+                for key, state in part:
+                    if state.book is not self._book:
+                        behind -= 1
+                        if behind < 0:
+                            continue
+                        self._catch_up(state, key)
+                    self._find_silence(state, key, now_ns - state.pace.heard_ns)
+                yield
         except Exception:
             log.exception("could not check for stale ranks")
 
     def reload(self, table: Table) -> ReloadReport:
         """Judge by ``table`` from the next frame on.
 
-        Rules that are the same keep their state with every rank and seed, and baselines
-        that are still watched keep their window. Each rank goes over at its own next frame,
-        or within a few ticks: all of them at once would keep an ask waiting.
+        Rules that are the same keep their state, and baselines that are still watched their
+        window. Each rank goes over at its next frame, or within a few ticks.
         """
         before = self._book.table
         self._book = Rulebook(table)
@@ -224,8 +231,8 @@ class Engine:
 
         Raises :class:`~esper_tamiyo.judging.silences.SilenceError`.
         """
-        rules = [rule.id for rule in self.table.rules]
-        return self._silences.order(request, self.roster.newest_steps(), rules)
+        ids = [rule.id for rule in self.table.rules]
+        return self._silences.order(request, self.roster.newest_steps(), ids)
 
     def refuse(self, run: str, step: int, reason: RefusalReason) -> Decision:
         """Count what is beyond a limit; the decision that says that nobody judged it."""
@@ -249,10 +256,8 @@ class Engine:
         return state.decision if state else None
 
     def overview(self, now_ns: int | None = None) -> dict[str, Any]:
-        """Counts of what it has seen, and some of the ranks, as plain data.
-
-        With ``now_ns``, by the clock of :meth:`tick`, each of them has its ``RankState``.
-        """
+        """Counts of what it has seen, and some ranks, as plain data: with ``now_ns``, by the
+        clock of :meth:`tick`, each of them with its ``RankState``."""
         *_, whole = self.overview_in_parts(now_ns, len(self._runs) + 1)
         return whole or {}
 
@@ -261,19 +266,17 @@ class Engine:
     ) -> Iterator[dict[str, Any] | None]:
         """The overview last, and None after so many ranks each: an ask may come between."""
         census = RankCensus(now_ns)
-        ranks = list(reversed(self._runs.items()))
-        for first in range(0, len(ranks), ranks_at_once):
-            for key, state in ranks[first : first + ranks_at_once]:
+        for part in self._runs.in_parts(ranks_at_once):
+            for key, state in part:
                 census.count(key, state)
             yield None
+        newest = self.roster.newest_steps() if self._silences.used else {}
         yield {
             "frames": {**self._counts, "runs_forgotten": self.roster.forgotten},
             "refused": dict(self._refused),
             **self.roster.overview(),
             "witness_failed": self._observed.failed,
-            "silences": self._silences.overview(
-                self.roster.newest_steps() if self._silences.used else {}
-            ),
+            "silences": self._silences.overview(newest),
             **census.result(),
         }
 
@@ -303,14 +306,18 @@ class Engine:
             self._catch_up(state, key)
         if is_new:
             self._judge(state, key, frame, at_ns)
+            if not asked:
+                state.stretch.start(state, frame)
         elif state.was_seen(frame.step):
             self._counts["duplicate"] += 1
         else:
             self._counts["late"] += 1
             if asked:
                 return unanswered(frame.run, frame.step, PROTOCOL_ERROR)
-        decision = self._decision(
-            *(state, key, frame.step, proposal, state.newest, state.fired),
+        decision = decide(
+            *(key, frame.step, state.newest, state.fired, proposal),
+            conservative=state.conservative,
+            table_version=self._book.table.version,
             warming_up=state.warm_up.under_way,
         )
         # The stream's copy of a step that was asked about must not hide what was answered.
@@ -318,11 +325,27 @@ class Engine:
             self._conclude(state, frame, decision, is_new=is_new)
         return decision
 
+    def _go_on(self, frame: StepFrame, at_ns: int) -> Decision | None:
+        """The decision about a frame that changes nothing but what is remembered; else None."""
+        key = (frame.run, frame.rank)
+        state = self._runs.get(key)
+        if state is None or state.book is not self._book or frame.ended is not None:
+            return None
+        if (transitions := state.stretch.carry_on(state, frame, at_ns)) is None:
+            return None
+        self._runs.move_to_end(key)
+        self._counts["judged"] += 1
+        if transitions:
+            self._notify(key, frame.step, frame.time_unix_nano, transitions)
+        version, step = self._book.table.version, frame.step
+        decision = decide(key, step, step, [], None, conservative=False, table_version=version)
+        self._conclude(state, frame, decision, is_new=True)
+        return decision
+
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""
-        lost = state.switch_table(
-            self._book, earlier_places(state.book.table, self._book.table)
-        )
+        places = earlier_places(state.book.table, self._book.table)
+        lost = state.switch_table(self._book, places)
         self._notify(key, state.newest, state.time_unix_nano, lost)
 
     def _judge(self, state: RunState, key: Key, frame: StepFrame, at_ns: int) -> None:
@@ -350,12 +373,9 @@ class Engine:
     def _find_silence(self, state: RunState, key: Key, silent_ns: int) -> None:
         """Let the rules on silence fire whose patience ended within ``silent_ns``."""
         for place, entry in self._book.silence:
-            steps = self._book.patience[place]
-            ended = state.pace.silent_since(silent_ns, steps)
-            if ended is None:
-                continue
-            transition = state.fall_silent(place, entry)
-            if transition is None:
+            ended = state.pace.silent_since(silent_ns, self._book.patience[place])
+            transition = None if ended is None else state.fall_silent(place, entry)
+            if ended is None or transition is None:
                 continue
             silent_s = (ended - state.time_unix_nano) / 1e9
             seen = {"step": float(state.newest), "silent(s)": silent_s}
@@ -364,32 +384,11 @@ class Engine:
             if rule.id in state.silences.at(state.newest):
                 continue
             finding = Finding(rule.id, rule.action, rule.severity, rule.text, seen)
-            decision = self._decision(
-                *(state, key, state.newest, None, state.newest, [(entry, finding)]),
+            decision = decide(
+                *(key, state.newest, state.newest, [(entry, finding)], None),
+                conservative=state.conservative,
+                table_version=self._book.table.version,
                 warming_up=state.warm_up.under_way,
             )
-            run, rank = key
-            empty = StepFrame(run, state.instance, rank, state.newest, ended, {})
+            empty = StepFrame(key[0], state.instance, key[1], state.newest, ended, {})
             self._conclude(state, empty, decision, is_new=False)
-
-    def _decision(
-        self,
-        state: RunState,
-        key: Key,
-        step: int,
-        proposal: Proposal | None,
-        newest: int,
-        fired: list[Fired],
-        *,
-        warming_up: bool,
-    ) -> Decision:
-        return decide(
-            key,
-            step,
-            newest,
-            fired,
-            proposal,
-            conservative=state.conservative,
-            table_version=self._book.table.version,
-            warming_up=warming_up,
-        )

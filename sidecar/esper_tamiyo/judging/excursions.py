@@ -188,15 +188,51 @@ class Excursions:
 
     def add(self, value: float) -> None:
         """Take in a finite observation."""
-        waiting, level = self._waiting, self.level
+        waiting, level, scatter = self._waiting, self.level, self.scatter
         distance = None if level is None else self._sign * (value - level)
         waiting.append((self._sign * value, distance))
-        if self.scatter is not None and distance is not None:
-            self._compare(distance / self.scatter)
-        if not self._length and len(waiting) > LAG:
-            self._take(*waiting.popleft())
-            while len(waiting) > LAG:  # those that waited for the end of an excursion
+        if scatter is not None and distance is not None:
+            self._values += 1
+            out = distance / scatter
+            if out > 1.0 or self._length:
+                self._go_out(out)
+        if not self._length:
+            while len(waiting) > LAG:  # several at the end of an excursion
                 self._take(*waiting.popleft())
+
+    @property
+    def steady_for(self) -> int:
+        """So many values within the edge do not move it, until the last of them; 0 while it
+        is not known, or on an excursion."""
+        if self.scatter is None or self._length or len(self._waiting) != LAG:
+            return 0
+        return REFRESH - self._taken % REFRESH
+
+    def add_steady(self, values: Iterable[float]) -> None:
+        """Take in no more than :attr:`steady_for` values within the edge."""
+        sign, level, scatter = self._sign, self.level, self.scatter
+        waiting, newest, distances, ordered = (
+            *(self._waiting, self._newest, self._distances, self._ordered),
+        )
+        assert level is not None
+        assert scatter is not None
+        for value in values:
+            distance = sign * (value - level)
+            if distance / scatter > 1.0 or self._length:  # by rounding
+                self.add(value)
+                continue
+            self._values += 1
+            waiting.append((sign * value, distance))
+            taken, old = waiting.popleft()
+            newest.append(taken)
+            if old is not None:
+                if len(ordered) == distances.maxlen:
+                    del ordered[bisect_left(ordered, distances[0])]
+                distances.append(old)
+                insort(ordered, old)
+            self._taken += 1
+        if not (self._taken % REFRESH or self._length):
+            self._settle()
 
     def clear(self) -> None:
         """Another phase: the level begins anew, records are kept."""
@@ -211,14 +247,9 @@ class Excursions:
         self._length = self._calm = 0
         self._onset = 0.0
 
-    def _compare(self, out: float) -> None:
-        self._values += 1
-        if out > 1.0:
-            self._calm = 0
-        elif self._length:
-            self._calm += 1
-        else:
-            return
+    def _go_out(self, out: float) -> None:
+        """An excursion begins, or goes on."""
+        self._calm = 0 if out > 1.0 else self._calm + 1
         self._length += 1
         self.version += 1
         if self._length <= ONSET:

@@ -6,203 +6,23 @@ against a baseline it is part of itself.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from esper_tamiyo.judging.excursions import Excursions
+from esper_tamiyo.judging.observations import (
+    Extreme,
+    FrozenMedian,
+    Last,
+    Reference,
+    References,
+    RollingMedian,
+    Slope,
+)
 from esper_tamiyo.language.operators import BaselineKind
 from esper_tamiyo.language.table import RecordSpan
-
-_MARGIN = 1.0 + 1e-9
-"""For rounding: what is this near to the bound is worked out."""
-
-
-class RollingMedian:
-    """Median of the last ``window`` observations, None until ``warmup`` of them are in."""
-
-    __slots__ = ("_arrived", "_ordered", "_warmup", "_window", "value")
-
-    def __init__(self, window: int, warmup: int) -> None:
-        self._window = window
-        self._warmup = warmup
-        self._arrived: deque[float] = deque()
-        self._ordered: list[float] = []
-        self.value: float | None = None
-
-    def add(self, value: float) -> None:
-        """Take in a finite observation; the oldest leaves when the window is full."""
-        ordered, arrived = self._ordered, self._arrived
-        if len(ordered) == self._window:
-            oldest = arrived.popleft()
-            arrived.append(value)
-            if value == oldest:  # what stands still, as a learning rate, has the same median
-                return
-            del ordered[bisect_left(ordered, oldest)]
-        else:
-            arrived.append(value)
-        insort(ordered, value)
-        count = len(ordered)
-        if count < self._warmup:
-            return
-        middle = count >> 1
-        if count & 1:
-            self.value = ordered[middle]
-        else:
-            low, high = ordered[middle - 1], ordered[middle]
-            self.value = low + (high - low) / 2
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._arrived.clear()
-        self._ordered.clear()
-        self.value = None
-
-
-class FrozenMedian:
-    """Median of the first ``window`` observations after ``warmup``, then kept; None until
-    all of them are in."""
-
-    __slots__ = ("_missing", "_rolling", "_skip", "_spans", "value")
-
-    def __init__(self, window: int, warmup: int) -> None:
-        self._spans = (window, warmup)
-        self._rolling = RollingMedian(window, window)
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._missing, self._skip = self._spans
-        self._rolling.clear()
-        self.value: float | None = None
-
-    def add(self, value: float) -> None:
-        """Take in a finite observation, if it is still one of the first."""
-        if self._skip:
-            self._skip -= 1
-        elif self._missing:
-            self._missing -= 1
-            self._rolling.add(value)
-            self.value = self._rolling.value
-
-
-class Extreme:
-    """The lowest, or highest, that a rolling median has ever been; None during warm-up."""
-
-    __slots__ = ("_better", "_rolling", "value")
-
-    def __init__(self, rolling: RollingMedian, better: Callable[[float, float], float]) -> None:
-        self._rolling = rolling
-        self._better = better
-        self.value: float | None = None
-
-    def add(self, value: float) -> None:
-        """Look at the rolling median after it took in ``value``."""
-        median = self._rolling.value
-        if median is not None:
-            self.value = median if self.value is None else self._better(self.value, median)
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.value = None
-
-
-class Last:
-    """The last observation, how often in a row it came, how many came in all, and how
-    many frames have been without one since."""
-
-    __slots__ = ("missed", "repeats", "total", "value")
-
-    def __init__(self) -> None:
-        self.value: float | None = None
-        self.repeats = 0
-        self.total = 0
-        self.missed = 0
-
-    def add(self, value: float) -> None:
-        """Take in an observation."""
-        self.repeats = self.repeats + 1 if value == self.value else 1
-        self.total += 1
-        self.missed = 0
-        self.value = value
-
-
-class Slope:
-    """Steps until a falling value reaches zero, by least squares over the last ``window``.
-
-    The first ``warmup`` observations are left out: a run takes most of its memory in its
-    first steps, and that slope says nothing of the next. The line is fitted to the whole
-    window and to its newer half, and the more hopeful of the two counts, so that a single
-    fall long over is not taken for a slope.
-    """
-
-    __slots__ = ("_skip", "_values", "_window")
-
-    def __init__(self, window: int, warmup: int) -> None:
-        self._skip = warmup
-        self._window = window
-        self._values: deque[float] = deque(maxlen=window)
-
-    def add(self, value: float) -> None:
-        """Take in a finite observation."""
-        if self._skip:
-            self._skip -= 1
-        else:
-            self._values.append(value)
-
-    def within(self, value: float, number: float) -> bool | None:
-        """Whether :meth:`left` of ``value`` is ``number`` or less; None as there.
-
-        A line through numbers that lie in a range of R falls by 1.5 n R / (n² - 1) a step at
-        most (one half of the n at the top of it, then the other at its bottom). Where even
-        that leaves more, which is nearly always, no line is fitted.
-        """
-        values = self._values
-        count = len(values)
-        if count < self._window:
-            return None
-        if value >= values[0]:
-            return False
-        steepest = 1.5 * (count + 1) * (max(values) - min(value, min(values)))
-        if value * (count * (count + 2)) > _MARGIN * number * steepest:
-            return False
-        left = self.left(value)
-        return None if left is None else left <= number
-
-    @property
-    def oldest(self) -> float | None:
-        """The value that the newest must be below to be falling; None before it counts."""
-        return self._values[0] if len(self._values) == self._window else None
-
-    def left(self, value: float) -> float | None:
-        """Observations from ``value``, the newest, until zero; infinite when it does not
-        fall, None while there are too few to say."""
-        oldest = self.oldest
-        if oldest is None:
-            return None
-        if value >= oldest:
-            return inf
-        values = [*self._values, value]
-        newer = values[len(values) // 2 :]
-        return max(_until_zero(values), _until_zero(newer))
-
-
-def _until_zero(values: Sequence[float]) -> float:
-    """Ordinary least squares of ``values`` on 0, 1, 2, …, from the last one on."""
-    count = len(values)
-    middle = (count - 1) / 2
-    mean = sum(values) / count
-    rise = sum((place - middle) * (value - mean) for place, value in enumerate(values))
-    spread = count * (count * count - 1) / 12  # the sum of squares of (place - middle)
-    slope = rise / spread
-    return max(values[-1], 0.0) / -slope if slope < 0.0 else inf
-
-
-Reference = RollingMedian | FrozenMedian | Extreme
 
 
 class BaselineKey(NamedTuple):
@@ -251,6 +71,7 @@ class History:
     """
 
     __slots__ = (
+        "_by_metric",
         "_own",
         "_own_lasts",
         "_phase",
@@ -292,6 +113,7 @@ class History:
             *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
             *((key, slope.add) for key, slope in slopes.items()),
         ]
+        self._by_metric = _by_metric(watched, baselines)
         self._own = (*baselines.values(), *excursions.values())
         self._own_lasts = list(lasts.items())
         self._phase: float = before._phase if before is not None else 0.0
@@ -333,6 +155,37 @@ class History:
             else:
                 last.missed += 1
 
+    @property
+    def own_excursions(self) -> tuple[tuple[str, bool], ...]:
+        """Keys of the own :attr:`excursions`."""
+        return tuple(
+            dict.fromkeys((watch.metric, watch.below) for watch in self._watched.records)
+        )
+
+    @property
+    def put_off(self) -> tuple[str, ...]:
+        """The metrics that :meth:`absorb_together` takes in."""
+        lasts = (key for key, _ in self._own_lasts)
+        return tuple(dict.fromkeys((*self._by_metric, *self._watched.slopes, *lasts)))
+
+    def absorb_together(self, columns: Mapping[str, Sequence[float]], steps: int) -> None:
+        """As :meth:`absorb` of so many frames, one after the other, but for excursions.
+
+        ``columns`` has a value of each frame, of every metric that all of them have; none has
+        another.
+        """
+        for metric, references in self._by_metric.items():
+            if metric in columns:
+                references.take_in(columns[metric])
+        for key in self._watched.slopes:
+            if key in columns:
+                self.slopes[key].add_row(columns[key])
+        for key, last in self._own_lasts:
+            if key in columns:
+                last.add_row(columns[key])
+            else:
+                last.missed += steps
+
 
 class WarmUp:
     """Whether a rank has a past that the rules which act can compare a step with."""
@@ -352,6 +205,13 @@ class WarmUp:
         if past.enter_phase(phase):
             self.steps = 0
         self.under_way = self.steps < needed
+
+
+def _by_metric(watched: Watched, baselines: Mapping[str, Reference]) -> dict[str, References]:
+    mine: dict[str, list[Reference]] = {}
+    for watch in watched.baselines:
+        mine.setdefault(watch.metric, []).append(baselines[watch.name])
+    return {metric: References(*each) for metric, each in mine.items()}
 
 
 def _excursions(watched: Watched, before: History | None) -> dict[tuple[str, bool], Excursions]:

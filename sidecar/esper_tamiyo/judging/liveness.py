@@ -137,6 +137,9 @@ def rank_state(state: RunState, now_ns: int | None) -> RankState:
     return RankState.STALE if is_stale else RankState.HEALTHY
 
 
+_TOLD_FIRST = (RankState.STALE, RankState.FAILED)
+
+
 class RankCensus:
     """How ranks are doing, gathered rank by rank; without ``now_ns`` none is stale."""
 
@@ -145,12 +148,9 @@ class RankCensus:
         self._states: Counter[str] = Counter()
         self._rules: Counter[tuple[str, str]] = Counter()
         self._conservative = 0
-        # In the order in which they are told of.
-        self._stale: list[tuple[Key, RunState]] = []
-        self._failed: list[tuple[Key, RunState]] = []
-        self._acting: list[tuple[Key, RunState]] = []
-        self._others: list[tuple[Key, RunState]] = []
-        self._finished: list[tuple[Key, RunState]] = []
+        self._newest: dict[int, list[tuple[int, int, Key, RunState]]] = {}
+        """Of each kind, in the order in which they are told of, those heard of last."""
+        self._counted = 0
 
     def count(self, key: Key, state: RunState) -> None:
         """One more rank."""
@@ -159,14 +159,16 @@ class RankCensus:
         self._conservative += state.conservative and how not in ENDED
         for rule in _rules(state, how):
             self._rules[str(rule["rule"]), str(rule["state"])] += 1
-        if how is RankState.STALE:
-            self._stale.append((key, state))
-        elif how is RankState.FAILED:
-            self._failed.append((key, state))
-        elif how is RankState.FINISHED:
-            self._finished.append((key, state))
+        if how in _TOLD_FIRST:
+            kind = _TOLD_FIRST.index(how)
         else:
-            (self._acting if state.acting else self._others).append((key, state))
+            kind = 4 if how is RankState.FINISHED else 3 - bool(state.acting)
+        self._counted += 1
+        newest = self._newest.setdefault(kind, [])
+        newest.append((state.pace.heard_ns, self._counted, key, state))
+        if len(newest) > 4 * TOLD_RANKS:
+            newest.sort(reverse=True)
+            del newest[TOLD_RANKS:]
 
     def result(self) -> dict[str, Any]:
         """As plain data.
@@ -174,9 +176,13 @@ class RankCensus:
         ``states``, ``rules`` and ``conservative`` are counts over every rank; of those that
         have ended rules and conservative mode count no more. ``runs`` are some ranks in
         detail: first those that are stale, then those that failed, those for which a rule
-        acts and those that finished last, each in the order in which they were counted.
+        acts and those that finished last, of each kind those first that were heard of last.
         """
-        told = [*self._stale, *self._failed, *self._acting, *self._others, *self._finished]
+        told = [
+            rank
+            for _, newest in sorted(self._newest.items())
+            for rank in sorted(newest, reverse=True)
+        ]
         return {
             "states": {} if self._now_ns is None else dict(self._states),
             "rules": [
@@ -184,7 +190,9 @@ class RankCensus:
                 for (rule, state), count in sorted(self._rules.items())
             ],
             "conservative": self._conservative,
-            "runs": [_detail(key, state, self._now_ns) for key, state in told[:TOLD_RANKS]],
+            "runs": [
+                _detail(key, state, self._now_ns) for _, _, key, state in told[:TOLD_RANKS]
+            ],
         }
 
 

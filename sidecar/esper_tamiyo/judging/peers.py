@@ -98,10 +98,13 @@ class PeerBoard:
             told = self._steps[step] = _Told()
             if len(self._steps) > KEPT_STEPS:
                 self._let_go(time_ns - KEPT_NS)
-        self.posts += rank not in told.posts
+        if rank not in told.posts:
+            self.posts += 1
         told.posts[rank] = time_ns, values
-        told.latest_ns = max(told.latest_ns, time_ns)
-        told.ordered.clear()
+        if time_ns > told.latest_ns:
+            told.latest_ns = time_ns
+        if told.ordered:
+            told.ordered.clear()
 
     def remove_rank(self, rank: int) -> None:
         """A rank began anew: it may tell its steps a second time."""
@@ -115,6 +118,10 @@ class PeerBoard:
         self._first_ns.pop(rank, None)
         if self.ranks:
             self.remove_rank(rank)
+
+    def is_first(self, rank: int) -> bool:
+        """Whether it is the one of the ranks that was heard of first."""
+        return next(iter(self._first_ns), rank) == rank
 
     @property
     def most_steps(self) -> int:
@@ -134,27 +141,38 @@ class PeerBoard:
 
         None where there are none, or where ``rank``, which is one of them, has no value.
         """
+        return self.medians(rank, step, (key,), by_ns).get(key)
+
+    def medians(
+        self, rank: int, step: int, keys: Iterable[str], by_ns: int
+    ) -> dict[str, float]:
+        """That of each of ``keys`` that has one."""
+        found: dict[str, float] = {}
         told = self._steps.get(step)
         post = None if told is None else told.posts.get(rank)
-        own = None if post is None else post[1].get(key)
-        if told is None or own is None:
-            return None
-        ordered = told.until(by_ns, key)
-        count = len(ordered) - 1
-        if count < 1:
-            return None
-        mine = bisect_left(ordered, own)
-        low, high = (count - 1) >> 1, count >> 1
-        below, above = ordered[low + (low >= mine)], ordered[high + (high >= mine)]
-        return below + (above - below) / 2
+        if told is None or post is None:
+            return found
+        values = post[1]
+        for key in keys:
+            own = values.get(key)
+            if own is None:
+                continue
+            ordered = told.until(by_ns, key)
+            count = len(ordered) - 1
+            if count < 1:
+                continue
+            mine = bisect_left(ordered, own)
+            low, high = (count - 1) >> 1, count >> 1
+            below, above = ordered[low + (low >= mine)], ordered[high + (high >= mine)]
+            found[key] = below + (above - below) / 2
+        return found
 
     def _let_go(self, before_ns: int) -> None:
         """Forget the oldest step or two. More come only one by one, so that will do."""
         steps, most = self._steps, self.most_steps
-        for step in list(islice(steps, 2)):
-            is_old = steps[step].latest_ns < before_ns
-            if len(steps) > most or (is_old and len(steps) > KEPT_STEPS):
-                self.posts -= len(steps[step].posts)
+        for step, told in list(islice(steps.items(), 2)):
+            if len(steps) > most or (told.latest_ns < before_ns and len(steps) > KEPT_STEPS):
+                self.posts -= len(told.posts)
                 del steps[step]
 
 
@@ -194,6 +212,17 @@ class PeerComparison:
             self.target.history = deepcopy(History(self._watched, before=past))
         return self._company
 
+    @property
+    def has_company(self) -> bool:
+        """Whether :meth:`in_company` has ever found other ranks."""
+        return self._company
+
+    def is_joined(self, time_ns: int) -> bool:
+        """Whether a frame of that time would be the first to know of other ranks."""
+        if self._company or len(self._board._first_ns) < 2:
+            return False
+        return self._board.has_others(self._rank, time_ns - ARRIVAL_NS)
+
     def record(self, frame: StepFrame, keys: Iterable[str]) -> None:
         """Show the others what this step was like and, in company, keep it to compare."""
         values = frame.values
@@ -202,17 +231,19 @@ class PeerComparison:
         if self._company:
             waiting = self._waiting
             waiting.append(Waiting(frame.step, frame.time_unix_nano, picked))
-            if len(waiting) > self._board.most_steps:
+            if len(waiting) > KEPT_STEPS and len(waiting) > self._board.most_steps:
                 self.turn_to(waiting.popleft().values)
 
     def due(self, time_ns: int) -> list[Waiting]:
         """The steps to compare now that the rank has come to ``time_ns``."""
-        waiting = self._waiting
-        if not waiting or waiting[0].time_ns > time_ns - HINDSIGHT_NS:
+        waiting, by_ns = self._waiting, time_ns - HINDSIGHT_NS
+        if not waiting or waiting[0].time_ns > by_ns:
             return []
-        found = []
-        while waiting and waiting[0].time_ns <= time_ns - HINDSIGHT_NS:
+        found = [waiting.popleft()]
+        while waiting and waiting[0].time_ns <= by_ns:
             found.append(waiting.popleft())
+        if len(found) == 1:
+            return found
         for passed in found[:-AT_ONCE]:
             self.turn_to(passed.values)
         return found[-AT_ONCE:]
@@ -220,12 +251,7 @@ class PeerComparison:
     def compare(self, waiting: Waiting, keys: Sequence[str], time_ns: int) -> None:
         """Turn to a step, with the medians of the other ranks of ``keys``."""
         by_ns = time_ns - ARRIVAL_NS
-        medians = {}
-        for key in keys:
-            others = self._board.others(self._rank, waiting.step, key, by_ns)
-            if others is not None:
-                medians[key] = others
-        self.turn_to(waiting.values, medians)
+        self.turn_to(waiting.values, self._board.medians(self._rank, waiting.step, keys, by_ns))
 
     def turn_to(self, values: Values, medians: Mapping[str, float] = ALONE) -> None:
         """Look at one more step; the one before becomes part of the past."""

@@ -21,9 +21,9 @@ from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.history import Watched
 from esper_tamiyo.judging.liveness import STALE_AFTER_STEPS, Key
 from esper_tamiyo.judging.peers import PeerBoard
+from esper_tamiyo.judging.rule_status import NEW_AT_ONCE
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.run_state import RunState
-from esper_tamiyo.judging.seeds import NEW_AT_ONCE
 from esper_tamiyo.judging.silences import Silences
 
 MAX_RUNS = 4096
@@ -44,7 +44,7 @@ GONE_AFTER_NS = 3_600_000_000_000
 that was wrong must not keep a run out for ever."""
 
 TRIMMED_AT_ONCE = 16
-"""Ranks that go at once, about once a second, where there are too many."""
+"""Ranks that go within a second or so, where there are too many."""
 
 BRIEF = 16
 """Ranks, those not heard of for longest, among which one goes first that told a single step."""
@@ -65,8 +65,8 @@ def capacity_of(book: Rulebook, state_bytes: int) -> Capacity:
     Nine parts of sixteen are for ranks, four for seeds and three for comparing ranks.
     """
     part = state_bytes / 16
-    of_rank = 8_000 + 500 * len(book.rules) + past_bytes(book.step_watch)
-    of_seed = 4_000 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
+    of_rank = 10_000 + 700 * len(book.rules) + past_bytes(book.step_watch)
+    of_seed = 4_800 + 500 * len(book.seed_places) + past_bytes(book.seed_watch)
     return Capacity(
         max(1, min(MAX_RUNS, int(9 * part / of_rank))),
         max(MAX_SEEDS_PER_FRAME, int(4 * part / of_seed)),
@@ -97,13 +97,49 @@ class Speaker:
         self.heard_ns = heard_ns
 
 
+class Ranks(OrderedDict[Key, RunState]):
+    """Ranks in the order in which they were heard of last, and each in a place that it keeps.
+
+    To go through all of them in that order takes milliseconds, as nothing of most is in a
+    processor's cache, and nobody may be heard of meanwhile; from place to place it can be done
+    bit by bit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places: list[Key | None] = []
+        self._place_of: dict[Key, int] = {}
+        self._free: list[int] = []
+
+    def __setitem__(self, key: Key, state: RunState) -> None:
+        if key not in self._place_of:
+            if not self._free:
+                self._free.append(len(self._places))
+                self._places.append(None)
+            place = self._place_of[key] = self._free.pop()
+            self._places[place] = key
+        super().__setitem__(key, state)
+
+    def __delitem__(self, key: Key) -> None:
+        super().__delitem__(key)
+        place = self._place_of.pop(key)
+        self._places[place] = None
+        self._free.append(place)
+
+    def in_parts(self, ranks_at_once: int) -> Iterator[list[tuple[Key, RunState]]]:
+        """All ranks, so many at a time; one that comes or goes meanwhile may be among them."""
+        for first in range(0, len(self._places), ranks_at_once):
+            places = self._places[first : first + ranks_at_once]
+            yield [(key, self[key]) for key in places if key is not None]
+
+
 class Roster:
     """All ranks in the order in which they were heard of last."""
 
     def __init__(self, book: Rulebook, state_bytes: int) -> None:
         self._state_bytes = state_bytes
         self.use_table(book)
-        self.ranks: OrderedDict[Key, RunState] = OrderedDict()
+        self.ranks = Ranks()
         self.silences = Silences()
         self.endings = Endings()
         self.forgotten = 0
@@ -208,17 +244,26 @@ class Roster:
             return RefusalReason.SEEDS
         return None
 
-    def trim(self) -> None:
+    def trim_in_parts(self, ranks_at_once: int) -> Iterator[None]:
         """Let some ranks go where there are more, or more of their steps, than there is room
-        for."""
+        for; with a stop after each, and after so many that were looked at."""
+        kept = 0
+        for part in self.ranks.in_parts(ranks_at_once):
+            for (run, rank), _ in part:
+                board = self._boards[run]
+                kept += board.posts if board.is_first(rank) else 0
+            yield
+        self._peer_steps = kept
         ranks, _, peer_steps = self.capacity
         for _ in range(TRIMMED_AT_ONCE):
-            kept = sum(board.posts for board in self._boards.values())
-            self._peer_steps = kept
             oldest = self._next_to_go()
-            if oldest is None or (kept <= peer_steps and len(self.ranks) <= ranks):
-                break
+            if oldest is None or (self._peer_steps <= peer_steps and len(self.ranks) <= ranks):
+                return
+            before = self._boards[oldest[0]].posts
             self._forget(oldest)
+            board_after = self._boards.get(oldest[0])
+            self._peer_steps -= before - (board_after.posts if board_after else 0)
+            yield
 
     def newest_steps(self) -> dict[str, int]:
         """The newest step of each run."""
@@ -307,7 +352,8 @@ class Roster:
         return not state.pace.step_ns or silent_ns > patience_ns
 
     def _forget(self, key: Key) -> None:
-        state = self.ranks.pop(key)
+        state = self.ranks[key]
+        del self.ranks[key]
         self.seeds -= len(state.seeds)
         self.forgotten += 1
         run, rank = key

@@ -1,15 +1,26 @@
-"""The state of a rule for one rank or seed: the conditions to fire, and to stop."""
+"""The state of a rule for a rank and its seeds: the conditions to fire, and to stop."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
 from esper_tamiyo.judging.history import History
 from esper_tamiyo.judging.observer import RuleChange, RuleState
+from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
 
 NEVER = -(1 << 62)
+
+MAX_SEEDS = MAX_SEEDS_PER_FRAME
+"""Seeds of a rank that are kept, those that are gone included: of these the one not seen for
+longest is forgotten first."""
+
+NEW_AT_ONCE = 16
+"""Seeds that are taken up in one step; more wait for the next ones, in which they are there as
+well. To begin a past takes 0.1 ms, and asks of others have five."""
 
 ONCE = 2
 """Steps on which gradients far beyond the usual ones are still a single event."""
@@ -17,6 +28,7 @@ ONCE = 2
 _INACTIVE, _PENDING, _FIRING, _RECOVERING, _UNKNOWN = RuleState
 
 _AT_REST = (_UNKNOWN, _INACTIVE)
+_HELD = (_FIRING, _RECOVERING)
 
 _NOTHING = object()
 _IDLE: dict[RuleState, object] = {_INACTIVE: False, _UNKNOWN: None}
@@ -223,3 +235,52 @@ def usual(
         if entry.keeps_norm and step - status.since >= ONCE:
             return {key: value for key, value in values.items() if key != "gradient_norm"}
     return values
+
+
+def would_hold(
+    place: int,
+    entry: CompiledRule,
+    values: Values,
+    rank: RuleTarget,
+    seeds: Sequence[RuleTarget],
+) -> bool:
+    """Whether the rule at ``place`` would have fired and not be released by ``values``; as it
+    stands now with the rank, or with any of its seeds, if these cannot tell."""
+    rule = entry.rule
+    if not (rule.about_seeds or rule.about_ranks):
+        status = rank.statuses[place]
+        verdict = entry.test(values, rank.history)
+        kept = status.kept(entry, verdict, values, rank.history)
+        after = status.peek(entry, verdict, kept)
+        if after is not _UNKNOWN:
+            return after in _HELD
+    targets = seeds if rule.about_seeds else (rank,)
+    return any(
+        status.active and status.state in _HELD
+        for status in (target.statuses[place] for target in targets)
+    )
+
+
+def bring_up(
+    kept: dict[str, RuleTarget], frame: StepFrame, book: Rulebook, of_rank: History
+) -> list[RuleTarget]:
+    """The seeds of a frame, in its order, with their past; new ones are added to ``kept``.
+
+    Those seen last are last in ``kept``.
+    """
+    live = []
+    taken_up = 0
+    for seed_id, own in frame.seeds.items():
+        known = kept.pop(seed_id, None)
+        if known is None:
+            taken_up += 1
+            if taken_up > NEW_AT_ONCE:
+                continue
+            past = History(book.seed_watch, of_rank)
+            known = RuleTarget(seed_id, len(book.rules), past, book.seed_places)
+        kept[seed_id] = known
+        known.values = book.values_of_seed(frame.values, own)
+        live.append(known)
+    while len(kept) > MAX_SEEDS:
+        del kept[next(iter(kept))]
+    return live

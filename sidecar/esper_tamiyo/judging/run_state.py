@@ -13,49 +13,34 @@ from esper_tamiyo.judging.history import History, WarmUp
 from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import PeerBoard, PeerComparison
-from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget, RuleTransition, usual
+from esper_tamiyo.judging.rule_status import (
+    RuleStatus,
+    RuleTarget,
+    RuleTransition,
+    bring_up,
+    usual,
+    would_hold,
+)
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
-from esper_tamiyo.judging.seeds import bring_up
 from esper_tamiyo.judging.silences import SilencedRules, unheard
+from esper_tamiyo.judging.stretches import Stretch
 from esper_tamiyo.judging.update_guards import UpdateGuards
 
 MAX_GAPS = 64
 """Stretches of missing steps remembered, to tell a late frame from a second copy."""
 
 _UNKNOWN, _INACTIVE, _FIRING = RuleState.UNKNOWN, RuleState.INACTIVE, RuleState.FIRING
-_HELD = (RuleState.FIRING, RuleState.RECOVERING)
 
 
 class RunState:
     """The past, the rules' memory and the newest findings of one (run, rank, instance)."""
 
     __slots__ = (
-        "_active",
-        "_comparison",
-        "_gaps",
-        "_live",
-        "_rank",
-        "_seeds",
-        "_silenced",
-        "_transitions",
-        "_undecided",
-        "_unrest",
-        "acting",
-        "book",
-        "clean_steps",
-        "conservative",
-        "decision",
-        "fired",
-        "first",
-        "first_ns",
-        "guards",
-        "instance",
-        "newest",
-        "pace",
-        "silences",
-        "update_guards",
-        "warm_up",
+        *("_active", "_comparison", "_gaps", "_live", "_rank", "_seeds", "_silenced"),
+        *("_transitions", "_undecided", "_unrest", "acting", "book", "clean_steps"),
+        *("conservative", "decision", "fired", "first", "first_ns", "guards", "instance"),
+        *("newest", "pace", "silences", "stretch", "update_guards", "warm_up"),
     )
 
     def __init__(
@@ -91,6 +76,7 @@ class RunState:
         self._transitions: list[RuleTransition] = []
         self._undecided = False
         self._unrest: list[dict[str, str | int]] | None = None
+        self.stretch = Stretch()
 
     @property
     def time_unix_nano(self) -> int:
@@ -115,6 +101,7 @@ class RunState:
 
     def judge(self, frame: StepFrame, at_ns: int) -> list[RuleTransition]:
         """Hold a frame newer than all before it against the rules, then remember it."""
+        self.stretch.stop()
         in_company = self._observe(frame, at_ns)
         self._transition(in_company)
         self._act()
@@ -123,6 +110,22 @@ class RunState:
             self._unrest = None
         return self._transitions
 
+    def compare(self, frame: StepFrame) -> list[RuleTransition]:
+        """What comparing ranks in hindsight brings, of a frame that changes no other rule."""
+        self._transitions = []
+        self._comparison.record(frame, self.book.rank_keys)
+        self._look_back(frame.time_unix_nano)
+        if self._transitions:
+            self._unrest = None
+        return self._transitions
+
+    def renew_guards(self) -> None:
+        """Have the guards be those behind the newest step."""
+        if self._live:  # the next step has seeds as well, and is not decided fast
+            self.guards.mark_stale()
+        else:
+            self.guards.move_bounds()
+
     def would_fire(self, step: int, values: Values) -> list[Fired]:
         """The rules that would fire and act on the update of ``step``, if it were as ``values``
         say; changes nothing.
@@ -130,12 +133,15 @@ class RunState:
         Only what the update itself breaks counts: a rule that fired, and is on its way back,
         acts on the steps until then and not on an update that is within all bounds.
         """
+        self.stretch.catch_up(self)
         rank = self._rank
         history, statuses = rank.history, rank.statuses
         silenced = self.silences.at(step)
         inhibited = {*silenced}
         for place, entry in self.book.updates.inhibiting:
-            if entry.rule.id not in silenced and self._would_hold(place, entry, values):
+            if entry.rule.id not in silenced and would_hold(
+                place, entry, values, rank, self._live
+            ):
                 inhibited.update(entry.rule.inhibits)
         fired = []
         for place, entry in self.book.updates.acting:
@@ -151,6 +157,7 @@ class RunState:
         status = self._rank.statuses[place]
         if status.state is _FIRING:
             return None
+        self.stretch.close(self)
         transition = RuleTransition(entry, None, status.state, _FIRING, status.since, {}, "")
         status.enter(_FIRING, self.newest)
         self._unrest = None
@@ -162,6 +169,7 @@ class RunState:
         ``places`` says for each of its rules where the same rule was before, None for what
         is new. What is gone while it was pending or fired is told as having become unknown.
         """
+        self.stretch.close(self)
         kept = {place for place in places if place is not None}
         if not book.warmed_by <= self.book.warmed_by:
             self.warm_up.steps = 0
@@ -196,23 +204,6 @@ class RunState:
                 for told in target.unrest(self.book.rules)
             ]
         return self._unrest
-
-    def _would_hold(self, place: int, entry: CompiledRule, values: Values) -> bool:
-        """Whether a rule would have fired and not be released; as it stands now, if ``values``
-        cannot tell."""
-        rule, rank = entry.rule, self._rank
-        if not (rule.about_seeds or rule.about_ranks):
-            status = rank.statuses[place]
-            verdict = entry.test(values, rank.history)
-            kept = status.kept(entry, verdict, values, rank.history)
-            after = status.peek(entry, verdict, kept)
-            if after is not _UNKNOWN:
-                return after in _HELD
-        targets = self._live if rule.about_seeds else (rank,)
-        return any(
-            status.active and status.state in _HELD
-            for status in (target.statuses[place] for target in targets)
-        )
 
     def _observe(self, frame: StepFrame, at_ns: int) -> bool:
         """Take in what a frame says, to be judged; whether there are other ranks."""
@@ -391,10 +382,7 @@ class RunState:
         self._rank.history.absorb(usual(frame.values, self._active, self.newest))
         for seed in self._live:
             seed.history.absorb(seed.values)
-        if self._live:  # the next step has seeds as well, and is not decided fast
-            self.guards.mark_stale()
-        else:
-            self.guards.move_bounds()
+        self.renew_guards()
         if self.book.ranks:
             self._comparison.record(frame, self.book.rank_keys)
             self._look_back(frame.time_unix_nano)

@@ -10,14 +10,15 @@ were made by the rank's table, in place, because guards and rules hold on to the
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.excursions import Excursions
-from esper_tamiyo.judging.history import Extreme, FrozenMedian, History, RollingMedian
+from esper_tamiyo.judging.history import History
 from esper_tamiyo.judging.liveness import Key
+from esper_tamiyo.judging.observations import Extreme, FrozenMedian, RollingMedian
 from esper_tamiyo.judging.peers import ARRIVAL_NS, HINDSIGHT_NS, KEPT_STEPS, PeerBoard
 from esper_tamiyo.judging.rule_status import _OF_OTHERS, RuleStatus, RuleTarget
 from esper_tamiyo.judging.rules import compiled
@@ -28,6 +29,7 @@ from esper_tamiyo.judging.saved_structs import (
     SavedHistory,
     SavedRank,
     SavedStatus,
+    SavedTarget,
 )
 from esper_tamiyo.judging.silences import SilencedRules, Silences
 
@@ -48,9 +50,6 @@ _NAMES: dict[type, tuple[str, ...]] = {
 
 SEEDS_AT_ONCE = 16
 """Seeds of a rank that are saved in half a millisecond."""
-
-PAUSE_OF_SEED_S = 0.002
-"""For each seed beyond those: fifty times what it takes to save one."""
 
 
 class UnfitStateError(ValueError):
@@ -81,18 +80,49 @@ def saved_rank(engine: Engine, key: Key) -> SavedRank | None:
 
     The rank goes over to the table in use first, if it has not yet.
     """
-    state = engine._runs.get(key)
+    state = _up_to_date(engine, key)
     if state is None:
         return None
-    if state.book is not engine._book:
+    return _saved(engine, key, state, state._seeds.values())
+
+
+def saved_rank_in_parts(engine: Engine, key: Key) -> Iterator[list[SavedTarget] | SavedRank]:
+    """Most seeds of a rank that has many, some at a time, and last the rank with the others: an
+    ask may come between.
+
+    Without the last where the rank has gone on meanwhile: all is to be of one step.
+    """
+    state = _up_to_date(engine, key)
+    if state is None:
+        return
+    book, newest = state.book, state.newest
+    seeds = list(state._seeds.values())
+    while len(seeds) > SEEDS_AT_ONCE:
+        yield [*map(_taken, seeds[:SEEDS_AT_ONCE])]
+        if engine._runs.get(key) is not state or (state.book, state.newest) != (book, newest):
+            return
+        del seeds[:SEEDS_AT_ONCE]
+    yield _saved(engine, key, state, seeds)
+
+
+def _up_to_date(engine: Engine, key: Key) -> RunState | None:
+    """The rank, gone over to the table in use."""
+    state = engine._runs.get(key)
+    if state is not None and state.book is not engine._book:
         engine._catch_up(state, key)
+    if state is not None:
+        state.stretch.catch_up(state)
+    return state
+
+
+def _saved(engine: Engine, key: Key, state: RunState, seeds: Iterable[RuleTarget]) -> SavedRank:
     board = engine.roster._boards[key[0]]
     return SavedRank(
         comparison=_taken(state._comparison),
         gaps=list(state._gaps),
         live=[seed.seed_id or "" for seed in state._live],
         rank=_taken(state._rank),
-        seeds=[_taken(seed) for seed in state._seeds.values()],
+        seeds=[_taken(seed) for seed in seeds],
         acting=state.acting,
         clean_steps=state.clean_steps,
         conservative=state.conservative,
@@ -107,15 +137,6 @@ def saved_rank(engine: Engine, key: Key) -> SavedRank | None:
         there_since_ns=board._first_ns.get(key[1]),
         posts=_posts_of(board, key[1], state.pace.last_ns),
     )
-
-
-def pause_after(saved: SavedRank) -> float:
-    """Seconds to let go by after a rank with many seeds was saved.
-
-    To save 256 seeds takes 10 ms, in which nobody is answered: of all asks so few are to fall
-    on that, that the slowest in a hundred do not show it.
-    """
-    return PAUSE_OF_SEED_S * max(0, len(saved.seeds) - SEEDS_AT_ONCE)
 
 
 def put_rank_back(saved: SavedRank, engine: Engine, key: Key, heard_ns: int) -> None:
@@ -191,16 +212,6 @@ def post_again(engine: Engine, frame: StepFrame, *, began_anew: bool) -> None:
 def changes_besides_ranks(engine: Engine) -> tuple[int, object]:
     """Another value whenever :func:`saved_engine` may have changed."""
     return engine._silences.orders, next(reversed(engine.roster._retired), None)
-
-
-def heard_since(engine: Engine, since_ns: int) -> list[tuple[Key, int]]:
-    """The ranks heard since ``since_ns``, by the clock of
-    :meth:`~esper_tamiyo.judging.engine.Engine.tick`, and when: the last one first."""
-    return [
-        (key, state.pace.heard_ns)
-        for key, state in reversed(engine._runs.items())
-        if state.pace.heard_ns >= since_ns
-    ]
 
 
 def heard_ns(engine: Engine, key: Key) -> int:

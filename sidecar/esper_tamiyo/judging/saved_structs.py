@@ -13,19 +13,18 @@ from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.excursions import Excursions, Record
-from esper_tamiyo.judging.history import (
+from esper_tamiyo.judging.history import History, WarmUp
+from esper_tamiyo.judging.liveness import StepPace
+from esper_tamiyo.judging.observations import (
     Extreme,
     FrozenMedian,
-    History,
     Last,
     RollingMedian,
     Slope,
-    WarmUp,
 )
-from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observer import RuleState
 from esper_tamiyo.judging.peers import PeerBoard, PeerComparison, Waiting
-from esper_tamiyo.judging.roster import Roster
+from esper_tamiyo.judging.roster import Ranks, Roster
 from esper_tamiyo.judging.rule_status import RuleStatus, RuleTarget
 from esper_tamiyo.judging.run_state import RunState
 from esper_tamiyo.judging.silences import SilencedRules, Silences
@@ -221,14 +220,14 @@ DERIVED: dict[type, frozenset[str]] = {
     Slope: frozenset({"_window"}),
     Record: frozenset({"_nth", "_size"}),
     Excursions: frozenset({"_ordered", "_risk", "_sign", "_warmup"}),
-    History: frozenset({"_own", "_own_lasts", "_pushes", "_watched"}),
+    History: frozenset({"_by_metric", "_own", "_own_lasts", "_pushes", "_watched"}),
     RuleStatus: frozenset({"idle"}),
     PeerComparison: frozenset({"_board", "_rank", "_watched"}),
     StepPace: frozenset({"away_ns", "heard_ns"}),
     RunState: frozenset(
         {
             *("_active", "_transitions", "_undecided"),  # of the step that is being judged
-            *("_silenced", "_unrest", "guards", "update_guards"),
+            *("_silenced", "_unrest", "guards", "stretch", "update_guards"),
             *("book", "silences"),
         }
     ),
@@ -246,6 +245,7 @@ the engine."""
 BY_HAND: dict[type, frozenset[str]] = {
     Endings: frozenset({"_ended", "_early"}),  # those of a few milliseconds are let go
     PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
+    Ranks: frozenset({"_free", "_place_of", "_places"}),  # as ranks are put back
     Roster: frozenset(
         {
             *("_boards", "_retired", "endings", "ranks", "silences"),

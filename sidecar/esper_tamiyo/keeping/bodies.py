@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+from msgspec import structs
 
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.liveness import Key
-from esper_tamiyo.judging.saved_structs import SavedEngine, SavedRank
+from esper_tamiyo.judging.saved_structs import SavedEngine, SavedRank, SavedTarget
 from esper_tamiyo.language.table import Table
 
 OURS = "tamiyo state"
@@ -82,10 +85,19 @@ def encode_body(body: Header | Table | SavedEngine | StepsBody) -> bytes:
     return _encoder.encode(body)
 
 
-def encode_rank(key: Key, saved: SavedRank, heard_unix_nano: int) -> bytes:
-    """The bytes of a :class:`RankBody`."""
+def encode_rank(
+    key: Key, saved: SavedRank, heard_unix_nano: int, seeds: Sequence[msgspec.Raw] = ()
+) -> bytes:
+    """The bytes of a :class:`RankBody`; ``seeds`` come before those of ``saved``."""
+    if seeds:
+        saved = structs.replace(saved, seeds=[*seeds, *saved.seeds])
     raw = msgspec.Raw(_encoder.encode(saved))
     return _encoder.encode(RankBody(*key, heard_unix_nano, raw))
+
+
+def encode_seed(saved: SavedTarget) -> msgspec.Raw:
+    """A seed as it lies in the body of its rank."""
+    return msgspec.Raw(_encoder.encode(saved))
 
 
 def header(body: bytes | memoryview) -> Header:

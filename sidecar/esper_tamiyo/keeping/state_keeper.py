@@ -13,7 +13,6 @@ import os
 import select
 import socket
 import time
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,7 @@ from esper_tamiyo.judging.observer import EngineObserver, RuleChange
 from esper_tamiyo.judging.roster import STATE_BYTES
 from esper_tamiyo.judging.saved_state import (
     changes_besides_ranks,
-    heard_ns,
-    heard_since,
-    pause_after,
     saved_engine,
-    saved_rank,
 )
 from esper_tamiyo.keeping.bodies import (
     FORMAT,
@@ -43,17 +38,17 @@ from esper_tamiyo.keeping.bodies import (
     StepsBody,
     WriterStatus,
     encode_body,
-    encode_rank,
     writer_status,
 )
+from esper_tamiyo.keeping.rank_queue import RankQueue
 from esper_tamiyo.keeping.restoring import MAX_AGE_S, Restored, restore
 from esper_tamiyo.keeping.segments import KEPT_SEGMENTS, EntryKind, framed, locked
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
 
-GATHER_S = 0.02
-"""Steps that follow each other faster go down the pipe together: what a kill costs at most."""
+GATHER_S, GATHERED = 0.02, 64
+"""Steps within so long, so many at most, go down the pipe together: what a kill costs."""
 ROUND_S = 5.0
 """Between two times that a rank which goes on is saved."""
 
@@ -104,7 +99,7 @@ class StateKeeper(ChildProcess):
         self._write_at = 0.0
         self._alive_at = 0.0
         self._changed: dict[Key, None] = {}
-        self._due: deque[Key] = deque()
+        self._due = RankQueue()
         self._round_s = round_s
         self._round_at = 0.0
         self._outgoing = bytearray()
@@ -112,8 +107,8 @@ class StateKeeper(ChildProcess):
         self._is_settled = True
         self._is_torn = False
         """Whether something is missing in the segment, so that another has to begin."""
-        self._save_at = self._retry_at = 0.0
-        self._lost = self._left_out = 0
+        self._retry_at = 0.0
+        self._lost = 0
         self._incoming = b""
         self._told = WriterStatus()
         self._logged_error = ""
@@ -182,8 +177,8 @@ class StateKeeper(ChildProcess):
                 self._begin_segment(engine)
         elif (
             not self._frames  # then what has happened besides steps is written at once
-            or now >= self._write_at
-            or (self._due and now >= self._save_at)
+            or (now >= self._write_at or len(self._frames) >= GATHERED)
+            or (self._due and now >= self._due.at)
             or engine.table is not self._table
         ):
             self._write_at = now + GATHER_S if self._frames else now
@@ -207,7 +202,7 @@ class StateKeeper(ChildProcess):
             return max(0.0, self._retry_at - time.monotonic())
         dues = [self._write_at] if self._frames else []
         if self._due or self._changed:
-            dues.append(self._save_at if self._due else self._round_at)
+            dues.append(self._due.at if self._due else self._round_at)
         return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def read(self) -> None:
@@ -239,7 +234,7 @@ class StateKeeper(ChildProcess):
         engine, until = self._engine, time.monotonic() + CLOSING_S
         if self.pipe is not None and engine is not None and not self._is_torn:
             self._note(engine)
-            self._due.extend(self._changed)
+            self._due.enqueue(self._changed)
             self._changed.clear()
             while self._due and time.monotonic() < until:
                 self._save_one(engine)
@@ -270,7 +265,7 @@ class StateKeeper(ChildProcess):
             "bytes": self._told.written,
             "waiting": len(self._frames),
             "lost": self._lost,
-            "left_out": self._left_out,
+            "left_out": self._due.left_out,
             "restarts": self.restarts,
             "hung": self.hung,
             "restored": msgspec.structs.asdict(self.restored),
@@ -319,9 +314,8 @@ class StateKeeper(ChildProcess):
         self._put(EntryKind.HEADER, encode_body(head))
         self._put_engine(engine)
         since_ns = time.perf_counter_ns() - int(MAX_AGE_S * 1e9)
-        self._due = deque(key for key, _ in heard_since(engine, since_ns))
+        self._due.start_over(engine, since_ns)
         self._changed.clear()
-        self._left_out = 0
 
     def _note(self, engine: Engine) -> None:
         """What has happened in this turn."""
@@ -344,7 +338,7 @@ class StateKeeper(ChildProcess):
     def _save_next(self, engine: Engine, now: float) -> None:
         """Save the rank whose turn it is; begin a round, or a segment, when it is time."""
         if self._due:
-            if now >= self._save_at:
+            if now >= self._due.at:
                 self._save_one(engine)
             return
         if not self._is_settled:
@@ -354,24 +348,15 @@ class StateKeeper(ChildProcess):
             self._begin_segment(engine)
         elif now >= self._round_at and self._changed:
             self._round_at = now + self._round_s
-            self._due.extend(self._changed)
+            self._due.enqueue(self._changed)
             self._changed.clear()
 
     def _save_one(self, engine: Engine) -> None:
-        key = self._due.popleft()
         if not self._is_settled and self._ranks_bytes > MAX_RANKS_BYTES:
-            self._left_out += 1
+            self._due.leave_out()
             return
-        try:
-            saved = saved_rank(engine, key)
-            if saved is None:
-                return
-            ago_ns = time.perf_counter_ns() - heard_ns(engine, key)
-            body = encode_rank(key, saved, time.time_ns() - ago_ns)
-            self._save_at = time.monotonic() + pause_after(saved)
-        except Exception:  # its steps go on, and so does everybody else
-            self._left_out += 1
-            log.exception("could not save rank %d of run %.80r", key[1], key[0])
+        body = self._due.pop(engine)
+        if body is None:
             return
         if not self._is_settled:
             self._ranks_bytes += len(body)

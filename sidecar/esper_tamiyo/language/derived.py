@@ -30,7 +30,10 @@ def cosine(values: Values) -> float | None:
     norms = values.get("kasmina.seed.isolation.host_norm", 0.0) * values.get(
         "kasmina.seed.isolation.seed_norm", 0.0
     )
-    return max(-1.0, min(1.0, dot / norms)) if norms > 0.0 else None
+    if norms <= 0.0:
+        return None
+    found = dot / norms
+    return -1.0 if found < -1.0 else 1.0 if found > 1.0 else found
 
 
 DERIVED: tuple[Derived, ...] = (

@@ -12,8 +12,6 @@ from itertools import islice
 from math import inf, nan
 from typing import NamedTuple
 
-import msgspec
-
 from esper_otel.leyline.decisions import Action, Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS
@@ -168,7 +166,9 @@ class RecentSteps:
                 del self._seeds[next(iter(self._seeds))]
         if len(values) > _MOST_VALUES:
             values = {name: values[name] for name in COLUMNS if name in values}
-        return msgspec.structs.replace(frame, values=values, seeds={})
+        return StepFrame(
+            frame.run, frame.instance, frame.rank, frame.step, frame.time_unix_nano, values
+        )
 
     def _choose(self, frame: StepFrame) -> None:
         key, chosen = (frame.run, frame.rank), self._chosen
