@@ -121,7 +121,7 @@ def test_the_metadata_says_who_what_and_for_which_python(wheels):
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-INSTALLED = ("demo", "dev", "test", "export", "top", "zstd")
+INSTALLED = ("demo", "dev", "docs", "test", "export", "top", "zstd")
 """Extras that `make` installs, and those that it takes along."""
 
 
