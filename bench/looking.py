@@ -12,16 +12,23 @@ Each training is made where no network is but loopback, as far as the system let
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
+import pty
+import re
+import select
 import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +37,17 @@ from ops.stack.programs import CHROMIUM, find
 
 ROOT = Path(__file__).parent.parent
 RUNS, READS = (ROOT / "bench" / f"looking_{what}.py" for what in ("runs", "reads"))
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
+SHOWN_S = 40.0
+LOADED_MS = 15_000
+_CONTROL = re.compile(r"\x1b(\[[?0-9;]*[A-Za-z]|\][^\x07]*\x07|[()].|[=>])")
 _NO_NETWORK = ("unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 
 
 class Tool(NamedTuple):
     """A tool: its name in the scripts, how a training begins, and where its page is.
 
-    ``{python}``, ``{bin}``, ``{folder}``, ``{name}`` and ``{port}`` are put in.
+    ``{python}``, ``{bin}``, ``{folder}``, ``{name}``, ``{port}`` and ``{script}`` are put in.
     """
 
     name: str
@@ -45,6 +55,8 @@ class Tool(NamedTuple):
     start: str = "{python}"
     serve: str = ""
     pages: tuple[str, ...] = ()
+    terminal: str = ""
+    """What shows the newest run on a terminal; with ``{script}`` it is its training."""
 
 
 TOOLS = (
@@ -52,14 +64,17 @@ TOOLS = (
         "esper",
         "esper-otel",
         "{python} -m esper_otel run --record={folder} --name {name} --tag team=vision",
+        terminal="{python} -m esper_otel top {folder}",
     ),
     Tool(
         "traceml",
         "TraceML",
         "{bin}/traceml run --mode summary --html-report --logs-dir {folder} --run-name {name} "
         "--aggregator-port {port}",
+        terminal="{bin}/traceml run --mode cli --logs-dir {folder} --run-name live "
+        "--aggregator-port {port} {script}",
     ),
-    Tool("wandb", "W&B, offline"),
+    Tool("wandb", "W&B, offline", terminal="{bin}/wandb leet run {folder}/wandb/latest-run"),
     Tool(
         "tensorboard",
         "TensorBoard",
@@ -98,16 +113,22 @@ class Bench:
             "WANDB_SILENT": "true",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "ESPER_SUMMARY": "off",
+            "XDG_STATE_HOME": str(self.folder / "state"),
+            **{f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")},
         }
 
     def command(self, words: str, name: str = "", port: int = 0) -> list[str]:
         """The words of a command, with what is put in."""
         told = {"python": self._bin / "python", "bin": self._bin, "folder": self.folder}
-        return [word.format(**told, name=name, port=port) for word in words.split()]
+        own = {"name": name, "port": str(port or free_port())}
+        script = f"{RUNS} --args {self.tool.name} {self.folder} live --pause 0.05"
+        return [
+            word.format(**told, **own) for word in words.replace("{script}", script).split()
+        ]
 
     def train(self, name: str, *options: str) -> tuple[int, str]:
         """Record a run; its exit status and the end of what it said."""
-        begun = self.command(self.tool.start, name, free_port())
+        begun = self.command(self.tool.start, name)
         script = [str(RUNS), self.tool.name, str(self.folder), name, *options]
         if self.tool.name == "traceml":
             script = [script[0], "--args", *script[1:]]
@@ -131,7 +152,7 @@ class Bench:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     @contextmanager
@@ -153,7 +174,34 @@ class Bench:
                 wait_for(port)
                 yield f"http://127.0.0.1:{port}"
             finally:
-                os.killpg(server.pid, 15)
+                os.killpg(server.pid, signal.SIGTERM)
+
+    def in_a_terminal(self) -> dict[str, Any]:
+        """What a terminal of 80 columns shows after some seconds: whether there are curves."""
+        master, slave = pty.openpty()
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        process = subprocess.Popen(
+            self.command(self.tool.terminal),
+            env={**self._environment, "TERM": "xterm-256color"},
+            cwd=self.folder,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        )
+        until, told = time.monotonic() + SHOWN_S, b""
+        while time.monotonic() < until and process.poll() is None:
+            if select.select([master], [], [], 0.2)[0]:
+                told += os.read(master, 1 << 16)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        os.close(master)
+        os.close(slave)
+        text = _CONTROL.sub("", told.decode("utf-8", "replace"))
+        (self.folder.parent / f"{self.tool.name}.txt").write_text(text)
+        drawn = sum("\u2801" <= letter <= "\u28ff" for letter in text)
+        return {"loss": "loss" in text, "braille": drawn, "forward": "orward" in text}
 
     def size(self) -> int:
         """Bytes of all that it has recorded."""
@@ -192,15 +240,15 @@ def looked_at(browser: Any, bench: Bench, address: str) -> dict[str, Any]:
     for number, page in enumerate(bench.tool.pages):
         tab = browser.new_page(viewport={"width": 1400, "height": 900})
         tab.on("request", lambda request: hosts.add(str(host_of(request.url))))
-        tab.goto(address + page)
-        tab.wait_for_timeout(6000)
-        words += tab.inner_text("body")
-        tab.screenshot(path=str(bench.folder.parent / f"{bench.tool.name}-{number}.png"))
+        tab.goto(address + page, timeout=1e3 * PATIENCE_S, wait_until="commit")
+        tab.wait_for_timeout(LOADED_MS)
+        words += tab.inner_text("body", timeout=1e3 * PATIENCE_S)
+        picture = bench.folder.parent / f"{bench.tool.name}-{number}.png"
+        tab.screenshot(path=str(picture), timeout=1e3 * PATIENCE_S)
         tab.close()
-    own = {"127.0.0.1", "localhost", "None", ""}
     return {
-        "names": [each for each in ("first", "second") if each in words],
-        "other hosts": sorted(hosts - own),
+        "runs on its pages": [each for each in ("first", "second") if each in words],
+        "other hosts asked": sorted(hosts - {"127.0.0.1", "localhost", "None", ""}),
     }
 
 
@@ -221,6 +269,8 @@ def tried(tool: Tool, venv: Path, folder: Path, browser: Any) -> dict[str, Any]:
     killed = Bench(tool, venv, folder / "killed")
     killed.train("killed", "--killed")
     found["kept of a killed run"] = killed.read("killed").get("steps", "nothing that is read")
+    if tool.terminal:
+        found["in a terminal"] = bench.in_a_terminal()
     if tool.serve:
         with bench.serving() as address:
             found |= looked_at(browser, bench, address)

@@ -8,53 +8,49 @@ library, in the environment that it is installed in.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-NAN_AT = 200
-
-Losses = dict[int, object]
-"""Step → loss, as it is read."""
+Losses = list[object]
+"""Of each step its loss, as it is read."""
 
 
 def esper(folder: Path, name: str) -> Losses:
     """A step whose loss was not finite has none, and a count of what was left out."""
     from esper_otel.stream import read_frames
 
-    found: Losses = {}
-    for path in sorted(folder.rglob("*.metrics.otlp")):
-        for frame in read_frames(path):
-            left_out = f"left out, {frame.values.get('nonfinite', 0.0):g} counted"
-            found[frame.step] = frame.values.get("loss", left_out)
-    return found
+    path = min(folder.rglob("*.metrics.otlp"))  # the first that was begun
+    left_out = "left out and counted"
+    return [
+        frame.values.get("loss", left_out if frame.values.get("nonfinite") else "absent")
+        for frame in read_frames(path)
+    ]
 
 
 def traceml(folder: Path, name: str) -> Losses:
     """It is told no loss: the steps that its summary is about."""
-    (path,) = folder.rglob("final_summary.json")
-    told = json.loads(path.read_text())
+    told = json.loads((folder / name / "final_summary.json").read_text())
     count = int(told["step_time"]["global"]["window"]["steps_analyzed"])
-    return dict.fromkeys(range(count), "not told")
+    return ["takes no losses"] * count
 
 
 def wandb(folder: Path, name: str) -> Losses:
-    store: Any = import_module("wandb.sdk.internal.datastore").DataStore()
-    records: Any = import_module("wandb.proto.wandb_internal_pb2")
-    found: Losses = {}
-    for path in folder.rglob("*.wandb"):
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = records.Record()
-            record.ParseFromString(data)
-            items = {
-                item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            if "loss" in items:
-                found[int(items["_step"])] = items["loss"]
+    """By ``wandb leet inspect``, which prints the records of a run as JSON."""
+    program = Path(sys.executable).with_name("wandb")
+    found: Losses = []
+    for path in sorted(folder.rglob("*.wandb")):
+        told = subprocess.check_output([program, "leet", "inspect", "--json", path], text=True)
+        lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+        title = [str(line) for line in lines if line["type"] == "run"]
+        if title and repr(name) not in title[0]:
+            continue
+        for line in lines:
+            if line["type"] == "history" and "loss" in (item := line["history"]["item"]):
+                found.append(item["loss"])
     return found
 
 
@@ -62,7 +58,7 @@ def tensorboard(folder: Path, name: str) -> Losses:
     module: Any = import_module("tensorboard.backend.event_processing.event_accumulator")
     events = module.EventAccumulator(str(folder / name), size_guidance={"scalars": 0})
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("loss")}
+    return [event.value for event in events.Scalars("loss")]
 
 
 def aim(folder: Path, name: str) -> Losses:
@@ -71,9 +67,9 @@ def aim(folder: Path, name: str) -> Losses:
     for run in tool.Repo(str(folder)).iter_runs():
         if run.name == name:
             metric = run.get_metric("loss", sequences.Context({}))
-            steps, values = metric.values.sparse_numpy()
-            return dict(zip(map(int, steps), values.tolist(), strict=True))
-    return {}
+            _, values = metric.values.sparse_numpy()
+            return list(values.tolist())
+    return []
 
 
 def mlflow(folder: Path, name: str) -> Losses:
@@ -101,10 +97,11 @@ def main() -> None:
     tool, folder, name = sys.argv[1:4]
     distribution, read = READERS[tool]
     found = read(Path(folder).resolve(), name)
+    odd = {str(loss) for loss in found if not isinstance(loss, float) or loss != loss}
     told = {
         "version": metadata.version(distribution),
         "steps": len(found),
-        "nan": str(found.get(NAN_AT, "no such step")),
+        "of one that was NaN": sorted(odd),
     }
     print(json.dumps(told))
 
