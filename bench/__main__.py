@@ -51,6 +51,7 @@ BENCHES = (
     "report",
     "top",
     "judgement",
+    "left_out",
     "awkward",
     "environments",
     "peers",

@@ -2,7 +2,8 @@
 
 CPU time of the thread, of frames in which no rule fires, as nearly all are. The baseline
 is the same engine, in the same run and in turn, with a table of one rule that never
-fires: what remembering a frame costs without judging it.
+fires: what remembering a frame costs without judging it. Beside it is the default table of
+before (``bench/scenarios/before.yaml``), which the one of now is to cost no more than.
 
     python -m bench.judging [--json PATH]
 """
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from bench.figures import Figure, alternate, median, percentile, run
+from bench.scenarios.suite import BEFORE
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.engine import Engine
@@ -52,6 +54,7 @@ def figures() -> list[Figure]:
                 median(bare),
             ),
         ]
+    rows.append(over_before(default))
     witnessed, alone = paired(default, default, SEEDS, witness=True)
     rows.append(
         Figure.report(
@@ -63,6 +66,13 @@ def figures() -> list[Figure]:
         )
     )
     return rows
+
+
+def over_before(default: Table) -> Figure:
+    """The cost of the default table over that of the one before it."""
+    ours, before = paired(default, load(str(BEFORE)), SEEDS)
+    name = f"one frame through default.yaml, {SEEDS} seeds, median, over the table before it"
+    return Figure.at_most(BENCH, name, median(ours), "µs", median(before), bar=1.0)
 
 
 class Listener:

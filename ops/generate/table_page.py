@@ -237,7 +237,7 @@ differs goes along with later releases:
 
 ```yaml
 extends: default
-remove: [loss_drift]
+remove: [loss_fell]
 rules:
   - id: loss_spike
     cooldown: 100
@@ -341,6 +341,12 @@ stands in for the excursions that a young run has not had. A metric that has nev
 zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` starts levels and
 baselines anew; records stay.
 
+A record is of how far single values stray. Whether a metric has come to *stay* somewhere else is
+asked by `risen_for` and `fallen_for`, which look at no size: of a metric that stays as it is,
+eleven values in a row are above its 80th percentile once in fifty million observations, whatever
+its noise. In a metric that wanders by itself, as the losses of two networks against each other,
+values are like their neighbours, and it happens: so such rules only tell, and seldom.
+
 {record_fields}
 
 ## Conservative mode
@@ -364,7 +370,8 @@ A rank warms up while rules about its steps that act (their action is not `CONTI
 begin conservative mode; neither `mode: observe` nor `downgrade`) have no past to compare with.
 It lasts for as many steps, from the rank's first, as the longest of their conditions needs:
 `warmup` for a baseline, `warmup` and `window` for a `frozen` one and for `runs_out_within`, and
-twice the `warmup` of `record` and 16 for a record. So it ends after those steps also where a
+twice the `warmup` of `record` and 16 for a record, and one and three quarters of `window` for
+`risen_for` and `fallen_for`. So it ends after those steps also where a
 metric never comes. A new process, a new phase of the training, and another table that needs
 another past begin it anew. For the table `default` it is {warm_after} steps.
 

@@ -24,6 +24,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 from math import inf, log
+from typing import NamedTuple
 
 LAG = 8
 """Newest values that are not in the window yet: so an excursion is noticed before it moves
@@ -60,6 +61,99 @@ REFRESH = 4
 
 LEAST = 1e-3
 """Share of the level; the scatter counts as no less."""
+
+
+END = 0.2
+"""Share of what a metric was before that lies beyond either end of it."""
+
+BEYOND = 0.02
+"""Share of an end by which a value has to be beyond it, to be worth a word."""
+
+
+class EarlierSpan(NamedTuple):
+    """Observations that :class:`Earlier` spans, the fewest newest ones that it leaves out, and
+    after how many it is taken anew."""
+
+    span: int
+    lag: int
+    block: int
+
+
+def earlier_span(window: int) -> EarlierSpan:
+    """For a table whose baselines span ``window``."""
+    block = max(2, window // 8)
+    return EarlierSpan(12 * block, 7 * block // 4, block)
+
+
+class Earlier:
+    """What a metric was before its newest observations, and how many of these in a row are
+    beyond either end of that.
+
+    ``upper`` and ``lower`` are the ends of ``span`` values, None until all of them are in.
+    ``above`` and ``below`` count values in a row.
+
+    Of values that are one like another so many in a row are beyond an end with the probability
+    that one is, to the power of how many: a test of runs, which knows no distribution and no
+    size (Wald and Wolfowitz, On a test whether two samples are from the same population,
+    Annals of Mathematical Statistics 11, 1940).
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_block",
+        "_most",
+        "_newest",
+        "_span",
+        "above",
+        "below",
+        "lower",
+        "upper",
+    )
+
+    def __init__(self, span: int, lag: int, block: int) -> None:
+        self._span = span
+        self._block = block
+        self._most = lag + block
+        self._arrived: deque[float] = deque(maxlen=span)
+        self._newest: list[float] = []
+        self.clear()
+
+    def add(self, value: float) -> None:
+        """Take in a finite observation."""
+        upper, lower = self.upper, self.lower
+        if upper is not None and lower is not None:
+            if value > upper:
+                self.above += 1
+            elif self.above:
+                self.above = 0
+            if value < lower:
+                self.below += 1
+            elif self.below:
+                self.below = 0
+        newest = self._newest
+        newest.append(value)
+        if len(newest) == self._most:
+            self._fold()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._arrived.clear()
+        self._newest.clear()
+        self.upper: float | None = None
+        self.lower: float | None = None
+        self.above = self.below = 0
+
+    def _fold(self) -> None:
+        """Let the oldest of what is left out be no longer among the newest."""
+        arrived, newest, block = self._arrived, self._newest, self._block
+        arrived.extend(newest[:block])
+        del newest[:block]
+        if len(arrived) == self._span:
+            ordered = sorted(arrived)
+            place = round(END * (self._span - 1))
+            upper, lower = ordered[-1 - place], ordered[place]
+            self.upper = upper + BEYOND * abs(upper)
+            self.lower = lower - BEYOND * abs(lower)
 
 
 class Record:
@@ -188,14 +282,16 @@ class Excursions:
 
     def add(self, value: float) -> None:
         """Take in a finite observation."""
-        waiting, level = self._waiting, self.level
-        distance = None if level is None else self._sign * (value - level)
-        waiting.append((self._sign * value, distance))
-        if self.scatter is not None and distance is not None:
-            self._compare(distance / self.scatter)
-        if not self._length and len(waiting) > LAG:
-            self._take(*waiting.popleft())
-            while len(waiting) > LAG:  # those that waited for the end of an excursion
+        waiting, level, scatter, sign = self._waiting, self.level, self.scatter, self._sign
+        distance = None if level is None else sign * (value - level)
+        waiting.append((sign * value, distance))
+        if scatter is not None and distance is not None:
+            out = distance / scatter
+            self._values += 1
+            if out > 1.0 or self._length:
+                self._go_on(out)
+        if not self._length:
+            while len(waiting) > LAG:  # after an excursion all those that waited for its end
                 self._take(*waiting.popleft())
 
     def clear(self) -> None:
@@ -211,14 +307,9 @@ class Excursions:
         self._length = self._calm = 0
         self._onset = 0.0
 
-    def _compare(self, out: float) -> None:
-        self._values += 1
-        if out > 1.0:
-            self._calm = 0
-        elif self._length:
-            self._calm += 1
-        else:
-            return
+    def _go_on(self, out: float) -> None:
+        """An excursion begins, or goes on."""
+        self._calm = 0 if out > 1.0 else self._calm + 1
         self._length += 1
         self.version += 1
         if self._length <= ONSET:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_tamiyo.judging.excursions import Excursions
+from esper_tamiyo.judging.excursions import Earlier, Excursions, earlier_span
 from esper_tamiyo.language.operators import BaselineKind
 from esper_tamiyo.language.table import RecordSpan
 
@@ -240,6 +240,7 @@ class Watched(msgspec.Struct, frozen=True):
     warmup: int = 20
     records: tuple[RecordKey, ...] = ()
     record: RecordSpan = RecordSpan()
+    earlier: tuple[str, ...] = ()
 
 
 class History:
@@ -257,6 +258,7 @@ class History:
         "_pushes",
         "_watched",
         "baselines",
+        "earlier",
         "excursions",
         "lasts",
         "peers",
@@ -287,22 +289,30 @@ class History:
             key: (before.lasts.get(key) if before else None) or Last() for key in watched.lasts
         }
         excursions = _excursions(watched, before)
+        earlier = {
+            key: (kept.earlier.get(key) if kept else None)
+            or Earlier(*earlier_span(watched.window))
+            for key in watched.earlier
+        }
         self._pushes = [
             *((key[0], each.add) for key, each in excursions.items()),
             *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
+            *((key, each.add) for key, each in earlier.items()),
             *((key, slope.add) for key, slope in slopes.items()),
         ]
-        self._own = (*baselines.values(), *excursions.values())
+        self._own = (*baselines.values(), *excursions.values(), *earlier.values())
         self._own_lasts = list(lasts.items())
         self._phase: float = before._phase if before is not None else 0.0
         self.baselines: Mapping[str, Reference] = baselines
         self.excursions: Mapping[tuple[str, bool], Excursions] = excursions
+        self.earlier: Mapping[str, Earlier] = earlier
         self.slopes: Mapping[str, Slope] = slopes
         self.lasts: Mapping[str, Last] = lasts
         self.peers: Mapping[str, float] = {}
         if of_rank is not None:
             self.baselines = {**of_rank.baselines, **baselines}
             self.excursions = {**of_rank.excursions, **excursions}
+            self.earlier = {**of_rank.earlier, **earlier}
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
 

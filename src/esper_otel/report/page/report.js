@@ -542,7 +542,7 @@
 
   // ---- decisions --------------------------------------------------------------------------
 
-  const AGAINST = {baseline: "baseline", frozen: "frozen baseline", lowest: "lowest baseline", highest: "highest baseline", peers: "other ranks",
+  const AGAINST = {baseline: "baseline", frozen: "frozen baseline", lowest: "lowest baseline", highest: "highest baseline", upper: "upper end before", lower: "lower end before", peers: "other ranks",
     previous: "before", missing: "missing for", left: "left", level: "level", scatter: "scatter", expected: "its record explains up to",
     excursions: "excursions so far", farthest: "scatters that the farthest of them reached"};
   const OUTCOMES = {came_back: "came back by itself", got_better: "got better by itself", stayed: "stayed, nothing was done", got_worse: "got worse, nothing was done"};
