@@ -341,11 +341,12 @@ stands in for the excursions that a young run has not had. A metric that has nev
 zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` starts levels and
 baselines anew; records stay.
 
-A record is of how far single values stray. Whether a metric has come to *stay* somewhere else is
-asked by `risen_for` and `fallen_for`, which look at no size: of a metric that stays as it is,
-eleven values in a row are above its 80th percentile once in fifty million observations, whatever
-its noise. In a metric that wanders by itself, as the losses of two networks against each other,
-values are like their neighbours, and it happens: so such rules only tell, and seldom.
+A record is of how far single values stray. Whether a metric has come to *stay* somewhere else
+is asked by `risen_for` and `fallen_for`, which look at no size: of a metric that stays as it
+is, eleven values in a row are above its 80th percentile once in fifty million observations,
+whatever its noise. In a metric that wanders by itself, as the losses of two networks against
+each other, values are like their neighbours, and it happens: so such rules only tell, and
+seldom.
 
 {record_fields}
 
