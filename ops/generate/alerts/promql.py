@@ -39,7 +39,7 @@ from esper_otel.leyline.metrics import (
 )
 from esper_tamiyo.judging.excursions import BEYOND, END
 from esper_tamiyo.language.derived import DERIVED, KNOWN, is_seeds
-from esper_tamiyo.language.operators import ON_RECORDS, BaselineKind, Operator
+from esper_tamiyo.language.operators import ON_EARLIER, ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 from ops.generate.prometheus_names import label_name, prometheus_name
 
@@ -124,7 +124,7 @@ class Translator:
                 "it counts only while a seed operation is proposed, which no metric tells"
             )
         self._rule = rule.id
-        return self._when(rule.when, rule.persistence > 1)
+        return self._when(rule.when, is_lasting(rule))
 
     def _when(self, when: Condition | Group, lasting: bool) -> Expression:
         if isinstance(when, Condition):
@@ -332,6 +332,13 @@ class Translator:
 
     def _record(self, name: str, expr: str) -> None:
         self.recordings[name] = Recording(name, expr)
+
+
+def is_lasting(rule: Rule) -> bool:
+    """Whether it takes more than one step to break."""
+    return rule.persistence > 1 or any(
+        each.operator in ON_EARLIER for each in _conditions(rule.when)
+    )
 
 
 def _of_custom(key: str) -> str:
