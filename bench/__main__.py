@@ -52,6 +52,7 @@ BENCHES = (
     "report",
     "top",
     "judgement",
+    "left_out",
     "awkward",
     "environments",
     "peers",

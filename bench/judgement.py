@@ -4,7 +4,8 @@ Replays the recorded scenarios of :mod:`bench.scenarios` through the engine: the
 no table was tuned on, and beside it the half that was. Bars on the first half only, that
 of troubles not answered for each workload as well: most troubles are of one. The
 prototype's fixed numbers are the baseline that the default table has to beat; beside it
-are two rules of other projects (:mod:`bench.scenarios.peers`).
+are the default table of before and two rules of other projects
+(:mod:`bench.scenarios.peers`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bench.scenarios.scoring import (
     score,
     timed,
 )
-from bench.scenarios.suite import EXTENTS, HEALTHY, RECORDINGS, RIGHT
+from bench.scenarios.suite import BEFORE, EXTENTS, HEALTHY, RECORDINGS, RIGHT
 from esper_tamiyo.language.table_file import load
 
 BENCH = "judgement"
@@ -58,9 +59,9 @@ def suite(outcomes: list[Outcome]) -> list[Figure]:
     ]
 
 
-def judged(told: Score, healthy: Score, prototype: Score) -> list[Figure]:
-    """The figures of all workloads that have bars, and the prototype's; ``healthy`` scores the
-    healthy runs alone."""
+def judged(told: Score, healthy: Score, others: dict[str, Score]) -> list[Figure]:
+    """The figures of all workloads that have bars, and those of ``others`` by name; ``healthy``
+    scores the healthy runs alone."""
     return [
         Figure.at_most(
             BENCH,
@@ -119,7 +120,7 @@ def judged(told: Score, healthy: Score, prototype: Score) -> list[Figure]:
             "%",
             bar=100 - ACTED_ON_BAR,
         ),
-        *baseline("prototype", prototype),
+        *(row for name, other in others.items() for row in baseline(name, other)),
     ]
 
 
@@ -134,6 +135,12 @@ def baseline(judge: str, told: Score) -> list[Figure]:
             f"{half}: false actions in {PER_STEPS:,} healthy steps",
             told.false_actions,
             "actions",
+        ),
+        Figure.report(
+            BENCH,
+            f"{half}: false notices in {PER_STEPS:,} healthy steps",
+            told.false_notices,
+            "notices",
         ),
         Figure.report(BENCH, f"{half}: healthy runs an action touched", 100 * told.touch, "%"),
         Figure.report(
@@ -160,8 +167,10 @@ def of_peers() -> list[Figure]:
     return [row for name, some in outcomes.items() for row in baseline(name, score(some))]
 
 
-def beside(tuning: Score) -> list[Figure]:
-    """What the bars do not say."""
+def beside(outcomes: list[Outcome]) -> list[Figure]:
+    """What the bars do not say: the half that the table was tuned on."""
+    tuning = score(outcomes)
+    healthy = score(each for each in outcomes if each.at is None)
     return [
         Figure.report(
             BENCH,
@@ -174,6 +183,32 @@ def beside(tuning: Score) -> list[Figure]:
             f"default, half it was tuned on: false actions in {PER_STEPS:,} healthy steps",
             tuning.false_actions,
             "actions",
+        ),
+        Figure.report(
+            BENCH,
+            f"default, half it was tuned on: false notices in {PER_STEPS:,} healthy steps",
+            tuning.false_notices,
+            "notices",
+        ),
+        Figure.report(
+            BENCH,
+            f"default, half it was tuned on: the same in the {tuning.healthy_runs} healthy "
+            "runs alone",
+            healthy.false_notices,
+            "notices",
+        ),
+        Figure.report(
+            BENCH,
+            f"default, half it was tuned on: troubles not told within {SOON_TOLD} steps",
+            100 * (1 - tuning.promptness),
+            "%",
+        ),
+        Figure.report(
+            BENCH,
+            f"default, half it was tuned on: harmful troubles not acted on within {SOON_ACTED} "
+            "steps",
+            100 * (1 - tuning.intervention),
+            "%",
         ),
     ]
 
@@ -216,16 +251,20 @@ def of_each_workload(outcomes: list[Outcome]) -> list[Figure]:
 
 
 def figures() -> list[Figure]:
-    default, prototype = load("default"), load("prototype")
+    default = load("default")
+    others = {"default table of before": load(str(BEFORE)), "prototype": load("prototype")}
     outcomes, took = timed(default, held_out=True)
     tuning, _ = timed(default, held_out=False)
-    by_prototype, _ = timed(prototype, held_out=True)
     told = score(outcomes)
     return [
         *suite(outcomes),
-        *judged(told, score(each for each in outcomes if each.at is None), score(by_prototype)),
+        *judged(
+            told,
+            score(each for each in outcomes if each.at is None),
+            {name: score(timed(table, held_out=True)[0]) for name, table in others.items()},
+        ),
         *of_peers(),
-        *beside(score(tuning)),
+        *beside(tuning),
         *of_each_workload(outcomes),
         Figure.report(BENCH, "replay of one half, reading included", took, "s"),
     ]

@@ -2,7 +2,8 @@
 
 CPU time of the thread, of frames in which no rule fires, as nearly all are. The baseline
 is the same engine, in the same run and in turn, with a table of one rule that never
-fires: what remembering a frame costs without judging it.
+fires: what remembering a frame costs without judging it. Beside it is the default table of
+before (``bench/scenarios/before.yaml``), which the one of now is to cost no more than.
 
 Then what a streamed frame costs the process that decides, from the bytes of its pipe to the
 entries of its journal, but for system calls: in stretches, and beside it each judged alone.
@@ -22,6 +23,7 @@ from itertools import chain
 import msgspec
 
 from bench.figures import Figure, alternate, median, percentile, run
+from bench.scenarios.suite import BEFORE
 from esper_otel.leyline.decisions import Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.journaling.reporter import WRITTEN_PER_TURN, Reporter
@@ -69,6 +71,7 @@ def figures() -> list[Figure]:
                 median(bare),
             ),
         ]
+    rows.append(over_before(default))
     witnessed, alone = paired(default, default, SEEDS, witness=True)
     rows.append(
         Figure.report(
@@ -184,6 +187,13 @@ def of_ranks(count: int, ranks: int, seeds: int) -> list[StepFrame]:
         for each in frames(-(-count // ranks), seeds)
         for rank in range(ranks)
     ]
+
+
+def over_before(default: Table) -> Figure:
+    """The cost of the default table over that of the one before it."""
+    ours, before = paired(default, load(str(BEFORE)), SEEDS)
+    name = f"one frame through default.yaml, {SEEDS} seeds, median, over the table before it"
+    return Figure.at_most(BENCH, name, median(ours), "µs", median(before), bar=1.0)
 
 
 class Listener:

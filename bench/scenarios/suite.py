@@ -9,6 +9,8 @@ from typing import NamedTuple
 import msgspec
 
 RECORDINGS = Path(__file__).parent / "recordings"
+BEFORE = Path(__file__).parent / "before.yaml"
+"""The default table before the one of now."""
 
 
 class Scenario(msgspec.Struct, frozen=True, array_like=True):

@@ -237,7 +237,7 @@ only its differences follows later releases:
 
 ```yaml
 extends: default
-remove: [loss_drift]
+remove: [loss_fell]
 rules:
   - id: loss_spike
     cooldown: 100
@@ -342,6 +342,13 @@ stands in for the excursions that a young run has not had yet. A metric that has
 and is zero, has no scatter, and conditions on it stay unknown. `run.phase_begins()` resets
 levels and baselines and keeps records.
 
+A record is about the distance of single values. `risen_for` and `fallen_for` detect whether a
+metric has *moved* to another level, whatever the size of the change. In a metric that does not
+change, eleven values in a row are above its 80th percentile once in fifty million observations,
+whatever its noise. In a metric that wanders by itself, such as the losses of two competing
+networks, successive values are alike, and it does happen: so such rules only report, and
+seldom.
+
 {record_fields}
 
 ## Conservative mode
@@ -365,10 +372,11 @@ A rank warms up while its rules with an effect lack the past that they compare w
 are about its steps and act (their action is not `CONTINUE`, or they begin conservative mode;
 neither `mode: observe` nor `downgrade`). The warm-up lasts, from the rank's first step, as
 many steps as the longest of their conditions needs: `warmup` for a baseline, `warmup` and
-`window` for a `frozen` one and for `runs_out_within`, and twice the `warmup` of `record` and
-16 for a record. It ends after those steps even if a metric never arrives. A new process, a new
-phase of the training, and another table that needs another past restart it. For the table
-`default` it is {warm_after} steps.
+`window` for a `frozen` one and for `runs_out_within`, twice the `warmup` of `record` and 16 for
+a record, and one and three quarters of `window` for `risen_for` and `fallen_for`. It ends after
+those steps even if a metric never arrives. A new process, a new phase of the training, and
+another table that needs another past restart it. For the table `default` it is {warm_after}
+steps.
 
 During warm-up, rules that need no past act. A decision for which no rule fired has the reason
 `warming_up` in place of `nominal`: `CONTINUE`, or `SEED` where the garden proposed something. A

@@ -26,7 +26,7 @@ def outcomes(workload, answered, missed):
 def test_a_workload_that_goes_unanswered_does_not_hide_among_the_many_of_another():
     made = outcomes("digits", 99, 1) + outcomes("restore", 1, 1)
     told = score(made)
-    pooled = judged(told, told, told)[0]
+    pooled = judged(told, told, {"prototype": told})[0]
     assert (pooled.figure, pooled.holds) == (
         "default, unused half: troubles not answered",
         True,
@@ -47,7 +47,7 @@ def test_what_comes_too_late_does_not_hold_the_bars_of_telling_and_acting():
             zip(outcomes("digits", 2, 0), (100, 101), strict=True)
         )
     ]
-    rows = {row.figure: row for row in judged(score(late), score([]), score([]))}
+    rows = {row.figure: row for row in judged(score(late), score([]), {})}
     told, acted = (
         next(row for name, row in rows.items() if name.startswith("default") and part in name)
         for part in ("not told within 20", "not acted on within 50")

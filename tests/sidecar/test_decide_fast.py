@@ -30,6 +30,8 @@ rules:
      conservative: true}
   - {id: rise, metric: grad_var, rises_by: 0.1, severity: WARNING, action: OPTIMIZER}
   - {id: same, metric: optimizer_lr, unchanged_for: 2, severity: WARNING, action: OPTIMIZER}
+  - {id: risen, metric: loss, risen_for: 2, severity: WARNING, action: OPTIMIZER}
+  - {id: fallen, metric: grad_var, fallen_for: 2, severity: WARNING, action: OPTIMIZER}
   - {id: lost, metric: loss, nonfinite: true, severity: CRITICAL, action: PAUSE}
   - {id: seed, severity: HIGH, action: PAUSE, any: [
       {metric: kasmina.seed.alpha, above: 0.5}, {metric: kasmina.seed.stage, rises_by: 1}]}

@@ -145,7 +145,9 @@ def is_not_finite(step, values, seeds):
 
 
 def slows_down(step, values, seeds):
-    values["step_latency_ms"] *= 1 + max(0, step - TROUBLE) / 100
+    slower = 1 + max(0, step - TROUBLE) / 100
+    values["step_latency_ms"] *= slower
+    values["samples_per_s"] = 64e3 / values["step_latency_ms"]
 
 
 def diverges(step, values, seeds):
@@ -167,8 +169,8 @@ def leaks(step, values, seeds):
 def waits(step, values, seeds):
     if step >= TROUBLE:
         wait = values["step_latency_ms"]
-        values["input_wait_ms"] += wait
-        values["step_latency_ms"] += wait
+        values["input_wait_ms"] += 2 * wait
+        values["step_latency_ms"] += 2 * wait
 
 
 def explodes(step, values, seeds):
@@ -208,16 +210,16 @@ TROUBLES = [
     # rule, what happens, within how many steps it is named
     ("step_latency_drift", slows_down, 165),
     ("slow_input", waits, 18),
-    ("loss_spike", times(6, "loss"), 1),
+    ("loss_spike", times(6, "loss"), 3),
     ("loss_diverging", diverges, 6),
-    ("loss_shift", times(2, "loss"), 5),
+    ("loss_shift", shifts, 12),
     ("loss_stuck", instead(loss=1e-6), 15),
-    ("loss_drift", shifts, 25),
+    ("loss_fell", times(0.1, "loss"), 8),
     ("gradient_explosion", explodes, 10),
     ("gradient_spike", spikes, 1),
-    ("gradient_drift", times(8, "gradient_norm"), 6),
+    ("gradient_drift", times(8, "gradient_norm"), 16),
     ("gradient_pileup", times(90, "gradient_norm"), 4),
-    ("gradient_vanishing", times(1e-4, "gradient_norm"), 5),
+    ("gradient_vanishing", times(1e-4, "gradient_norm"), 6),
     ("gradient_missing", has_no_gradients, 20),
     ("learning_rate_jump", times(6, "optimizer_lr"), 1),
     ("learning_rate_leap", times(50, "optimizer_lr"), 1),
@@ -292,7 +294,7 @@ def test_a_change_that_is_meant_is_told_and_not_acted_on(factor):
     assert asked(run, 900) == []
     rules = [rule for _, rule, _ in told(Made(20.0, 1.0, changes), 900)]
     assert rules.count("loss_shift") <= 1
-    assert {*rules} <= {"loss_spike", "loss_shift", "loss_drift"}
+    assert {*rules} <= {"loss_spike", "loss_shift"}
 
 
 def test_a_loss_that_is_nearly_zero_is_compared_with_its_own_scatter():
@@ -378,6 +380,6 @@ def test_silence_is_named(step_ms, patience_s):
 def test_every_rule_that_is_not_the_prototype_s_is_tried_here():
     tried = {rule for rule, _, _ in TROUBLES}
     tried |= {"seed_stalled", "straggler_rank", "telemetry_quiet", "hook_budget"}
-    tried |= {"loss_fell", "short_steps_slow", "step_latency_high"}
+    tried |= {"short_steps_slow", "step_latency_high"}
     new = {rule.id for rule in TABLE.rules} - {rule.id for rule in load("prototype").rules}
     assert new <= tried

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from esper_tamiyo.judging.earlier import BEYOND, Earlier, earlier_span
 from esper_tamiyo.judging.excursions import LAG, PATIENCE, Excursions
 
 RISK = 1 / 50_000
@@ -138,3 +139,44 @@ def test_a_metric_that_comes_to_rest_keeps_some_of_its_scatter():
         made.add(value)
     assert made.scatter is not None
     assert made.scatter > 1e-3
+
+
+def test_what_was_before_leaves_the_newest_out():
+    span = earlier_span(16)
+    assert span == (24, 3, 2)
+    source = random.Random(1)
+    values = [float(source.randrange(-5, 9)) for _ in range(100)]  # many of them equal
+    made = Earlier(*span)
+    for count, value in enumerate(values, 1):
+        made.add(value)
+        newest = 3 + (count - 3) % 2
+        before = sorted(values[max(0, count - newest - 24) : max(0, count - newest)])
+        if len(before) < 24:
+            assert made.upper is made.lower is None
+        else:
+            upper, lower = before[-1 - 5], before[5]
+            assert made.upper == pytest.approx(upper + BEYOND * abs(upper))
+            assert made.lower == pytest.approx(lower - BEYOND * abs(lower))
+    made.clear()
+    assert made.upper is made.lower is None
+
+
+def test_values_beyond_an_end_are_counted_in_a_row():
+    made = Earlier(*earlier_span(16))
+    for value in range(36):
+        made.add(float(value % 10))
+    rows = []
+    for value in (9.5, 9.5, 5.0, 9.5, -1.0, -1.0):
+        made.add(value)
+        rows.append((made.above, made.below))
+    assert rows == [(1, 0), (2, 0), (0, 0), (1, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_so_many_in_a_row_are_beyond_no_end_by_chance(seed):
+    """Whatever the tail: a fifth to the power of twelve is next to nothing."""
+    source = random.Random(seed)
+    made = Earlier(*earlier_span(64))
+    for _ in range(10_000):
+        made.add(source.gauss(0, 1) / max(source.random(), 1e-3))
+        assert max(made.above, made.below) < 12

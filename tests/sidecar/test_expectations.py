@@ -92,6 +92,11 @@ STEADY = [1.5] * 8
             "loss 4.2, expected below 3: 2 above the 1 of before",
         ),
         (
+            "metric: loss, risen_for: 3",
+            [*[1.0] * 120, *[3.0] * 3],
+            "loss 3, expected at most 1.02 within 3 observations: what it was before",
+        ),
+        (
             "metric: loss, unchanged_for: 3",
             [1.0, 1.0, 1.0],
             "loss 1, expected to change within 3 observations",
@@ -301,7 +306,7 @@ def test_where_no_number_helps(rule, action, lines, tmp_path):
 )
 def test_a_table_whose_file_is_not_known_is_told_by_its_version(version, base):
     named = structs.replace(load("default"), version=version)
-    words = advice(named, "loss_drift", {}, "", Action.CONTINUE)
+    words = advice(named, "loss_fell", {}, "", Action.CONTINUE)
     assert words[1] == f"  extends: {base}"
 
 

@@ -71,6 +71,8 @@ rules:
      {metric: forward_ms, above_baseline: 2}], severity: HIGH, action: OPTIMIZER, for: 2, of: 2}
   - {id: rise, metric: grad_var, rises_by: 0.1, severity: WARNING, action: OPTIMIZER}
   - {id: same, metric: optimizer_lr, unchanged_for: 2, severity: WARNING, action: OPTIMIZER}
+  - {id: risen, metric: loss, risen_for: 2, severity: WARNING, action: OPTIMIZER}
+  - {id: fallen, metric: loss, fallen_for: 2, for: 2, severity: WARNING, action: OPTIMIZER}
   - {id: out, metric: gpu_mem_free_gb, runs_out_within: 3, severity: HIGH, action: PAUSE}
   - {id: lost, metric: loss, nonfinite: true, severity: CRITICAL, action: PAUSE}
   - {id: gone, metric: samples_per_s, missing_for: 2, severity: WARNING, action: OPTIMIZER}

@@ -51,6 +51,8 @@ rules:
   - {id: still, metric: accuracy, unchanged_for: 400, severity: WARNING, action: CONTINUE}
   - {id: leaks, metric: kasmina.isolation.violations, rises_by: 1, severity: HIGH,
      action: PAUSE}
+  - {id: up, metric: loss, risen_for: 9, severity: WARNING, action: CONTINUE, cooldown: 3}
+  - {id: down, metric: accuracy, fallen_for: 12, severity: HIGH, action: OPTIMIZER}
   - {id: odd, nonfinite: true, severity: CRITICAL, action: PAUSE, conservative: true}
   - {id: lost, metric: gradient_norm, nonfinite: true, severity: WARNING, action: CONTINUE}
   - {id: under, metric: loss_delta, above_baseline: 3, baseline_of: loss_volatility,

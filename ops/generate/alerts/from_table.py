@@ -14,6 +14,7 @@ from ops.generate.alerts.promql import (
     Translator,
     UntranslatableError,
     guarded,
+    is_lasting,
 )
 
 _SEVERITIES: dict[Grade, Severity] = {
@@ -58,7 +59,7 @@ def _alert(rule: Rule, expr: str, of_seeds: bool) -> Alert:
     whose = f"Run {run}, rank {rank}"
     if of_seeds:
         whose += f", seed {{{{ $labels.{SEED_KEYS[-1]} }}}}"
-    at_once = rule.persistence == 1
+    at_once = not is_lasting(rule)
     return Alert(
         name="Esper" + "".join(word.capitalize() for word in rule.id.split("_")),
         expr=expr,

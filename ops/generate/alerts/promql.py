@@ -37,8 +37,9 @@ from esper_otel.leyline.metrics import (
     RUN_ID,
     SEED_ID,
 )
+from esper_tamiyo.judging.excursions import BEYOND, END
 from esper_tamiyo.language.derived import DERIVED, KNOWN, is_seeds
-from esper_tamiyo.language.operators import ON_RECORDS, BaselineKind, Operator
+from esper_tamiyo.language.operators import ON_EARLIER, ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule
 from ops.generate.prometheus_names import label_name, prometheus_name
 
@@ -123,7 +124,7 @@ class Translator:
                 "it counts only while a seed operation is proposed, and no metric reports that"
             )
         self._rule = rule.id
-        return self._when(rule.when, rule.persistence > 1)
+        return self._when(rule.when, is_lasting(rule))
 
     def _when(self, when: Condition | Group, lasting: bool) -> Expression:
         if isinstance(when, Condition):
@@ -174,6 +175,8 @@ class Translator:
     def _condition(self, condition: Condition, lasting: bool) -> Expression:
         own: dict[Operator, Callable[[Condition], str]] = {
             Operator.RISES_BY: self._rises,
+            Operator.RISEN_FOR: self._beyond_before,
+            Operator.FALLEN_FOR: self._beyond_before,
             Operator.UNCHANGED_FOR: self._unchanged,
             Operator.RUNS_OUT_WITHIN: self._runs_out,
             Operator.NONFINITE: self._nonfinite,
@@ -259,6 +262,18 @@ class Translator:
         risen = f"max_over_time({series}[{LATELY}]) - min_over_time({series}[{SINCE}])"
         return f"{risen} >= {condition.number:g}"
 
+    def _beyond_before(self, condition: Condition) -> str:
+        series, rises = self._series(condition.metric), condition.operator is Operator.RISEN_FOR
+        side, share = ("upper", 1 - END) if rises else ("lower", END)
+        name = f"esper:{series.removeprefix('esper:')}:{side}{PAST}"
+        self._record(name, f"quantile_over_time({share:g}, {series}[{PAST}] offset {BEFORE})")
+        now, keys = (
+            f"quantile_over_time(0.5, {series}[{RECENT}])",
+            _on(SEED_KEYS if _of_seeds(condition.metric) else RANK_KEYS),
+        )
+        bound = f"({name} {'+' if rises else '-'} {BEYOND:g} * abs({name}))"
+        return f"{now} {'>' if rises else '<'} {keys} {bound}"
+
     def _unchanged(self, condition: Condition) -> str:
         series = self._series(condition.metric)
         return (
@@ -317,6 +332,13 @@ class Translator:
 
     def _record(self, name: str, expr: str) -> None:
         self.recordings[name] = Recording(name, expr)
+
+
+def is_lasting(rule: Rule) -> bool:
+    """Whether it takes more than one step to break."""
+    return rule.persistence > 1 or any(
+        each.operator in ON_EARLIER for each in _conditions(rule.when)
+    )
 
 
 def _of_custom(key: str) -> str:

@@ -130,6 +130,12 @@ def _sentence(condition: Condition, values: Values, table: TableInUse) -> str:
     match condition.operator:
         case Operator.UNCHANGED_FOR:
             return f"{head} to change within {number:g} observations"
+        case Operator.RISEN_FOR | Operator.FALLEN_FOR:
+            above = condition.operator is Operator.RISEN_FOR
+            end = values.get(f"{'upper' if above else 'lower'}({metric})")
+            side = "at most" if above else "at least"
+            told = "" if end is None else f" {side} {end:.4g}"
+            return f"{head}{told} within {number:g} observations: what it was before"
         case Operator.RUNS_OUT_WITHIN:
             left = values.get(f"left({metric})")
             told = "" if left is None else f": at its slope {left:.3g} are left"

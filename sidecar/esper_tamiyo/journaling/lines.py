@@ -39,6 +39,8 @@ AGAINST = {
     "frozen": "frozen baseline",
     "lowest": "lowest baseline",
     "highest": "highest baseline",
+    "upper": "upper end before",
+    "lower": "lower end before",
     "peers": "other ranks",
     "previous": "before",
     "missing": "missing for",

@@ -21,7 +21,7 @@ from esper_otel.leyline.custom import PREFIX, is_custom
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
-from esper_tamiyo.language.operators import FORMS, ON_RECORDS, Operator
+from esper_tamiyo.language.operators import FORMS, ON_EARLIER, ON_RECORDS, Operator
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
 
 _FIXED = frozenset({Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST})
@@ -196,7 +196,8 @@ def _placed(
 
 def is_lower(operator: Operator) -> bool:
     """Whether values *below* the bound cross it."""
-    return operator is Operator.BELOW_RECORD or (FORMS[operator].eases > 0)
+    below = (Operator.BELOW_RECORD, Operator.FALLEN_FOR)
+    return operator in below or (FORMS[operator].eases > 0)
 
 
 def bound_of(condition: Condition, history: History) -> Bound:
@@ -213,6 +214,8 @@ def bound_of(condition: Condition, history: History) -> Bound:
         return lambda: -inf if last.repeats + 1 >= number else inf
     if condition.operator in ON_RECORDS:
         return _record_bound(condition, history)
+    if condition.operator in ON_EARLIER:
+        return _earlier_bound(condition, history)
     name = BaselineKey(condition.baseline_of, condition.baseline).name
     reference = history.baselines[name]
     never = -inf if is_lower(condition.operator) else inf
@@ -242,6 +245,21 @@ def _record_bound(condition: Condition, history: History) -> Bound:
         return moved
 
     return bound
+
+
+def _earlier_bound(condition: Condition, history: History) -> Bound:
+    """Where the last of the observations in a row has to be; nowhere while others lack."""
+    earlier, others = history.earlier[condition.metric], condition.number - 1
+
+    def above() -> float:
+        end = earlier.upper
+        return inf if end is None or earlier.above < others else end
+
+    def below() -> float:
+        end = earlier.lower
+        return -inf if end is None or earlier.below < others else end
+
+    return below if is_lower(condition.operator) else above
 
 
 def _is_due(condition: Condition, history: History) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from esper_tamiyo.judging.earlier import Earlier, earlier_span
 from esper_tamiyo.judging.excursions import Excursions
 from esper_tamiyo.judging.observations import (
     Extreme,
@@ -60,6 +61,7 @@ class Watched(msgspec.Struct, frozen=True):
     warmup: int = 20
     records: tuple[RecordKey, ...] = ()
     record: RecordSpan = RecordSpan()
+    earlier: tuple[str, ...] = ()
 
 
 class History:
@@ -78,6 +80,7 @@ class History:
         "_pushes",
         "_watched",
         "baselines",
+        "earlier",
         "excursions",
         "lasts",
         "peers",
@@ -108,23 +111,31 @@ class History:
             key: (before.lasts.get(key) if before else None) or Last() for key in watched.lasts
         }
         excursions = _excursions(watched, before)
+        earlier = {
+            key: (kept.earlier.get(key) if kept else None)
+            or Earlier(*earlier_span(watched.window))
+            for key in watched.earlier
+        }
         self._pushes = [
             *((key[0], each.add) for key, each in excursions.items()),
             *((watch.metric, baselines[watch.name].add) for watch in watched.baselines),
+            *((key, each.add) for key, each in earlier.items()),
             *((key, slope.add) for key, slope in slopes.items()),
         ]
         self._by_metric = _by_metric(watched, baselines)
-        self._own = (*baselines.values(), *excursions.values())
+        self._own = (*baselines.values(), *excursions.values(), *earlier.values())
         self._own_lasts = list(lasts.items())
         self._phase: float = before._phase if before is not None else 0.0
         self.baselines: Mapping[str, Reference] = baselines
         self.excursions: Mapping[tuple[str, bool], Excursions] = excursions
+        self.earlier: Mapping[str, Earlier] = earlier
         self.slopes: Mapping[str, Slope] = slopes
         self.lasts: Mapping[str, Last] = lasts
         self.peers: Mapping[str, float] = {}
         if of_rank is not None:
             self.baselines = {**of_rank.baselines, **baselines}
             self.excursions = {**of_rank.excursions, **excursions}
+            self.earlier = {**of_rank.earlier, **earlier}
             self.slopes = {**of_rank.slopes, **slopes}
             self.lasts = {**of_rank.lasts, **lasts}
 
@@ -166,7 +177,10 @@ class History:
     def put_off(self) -> tuple[str, ...]:
         """The metrics that :meth:`absorb_together` takes in."""
         lasts = (key for key, _ in self._own_lasts)
-        return tuple(dict.fromkeys((*self._by_metric, *self._watched.slopes, *lasts)))
+        watched = self._watched
+        return tuple(
+            dict.fromkeys((*self._by_metric, *watched.slopes, *watched.earlier, *lasts))
+        )
 
     def absorb_together(self, columns: Mapping[str, Sequence[float]], steps: int) -> None:
         """As :meth:`absorb` of so many frames, one after the other, but for excursions.
@@ -180,6 +194,9 @@ class History:
         for key in self._watched.slopes:
             if key in columns:
                 self.slopes[key].add_row(columns[key])
+        for key in self._watched.earlier:
+            if key in columns:
+                self.earlier[key].add_row(columns[key])
         for key, last in self._own_lasts:
             if key in columns:
                 last.add_row(columns[key])

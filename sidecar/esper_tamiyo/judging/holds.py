@@ -26,6 +26,7 @@ from esper_tamiyo.judging.observations import Last
 from esper_tamiyo.judging.rules import Test, Values, Verdict, test_of, times
 from esper_tamiyo.language.operators import (
     ON_BASELINES,
+    ON_EARLIER,
     ON_PEERS,
     ON_RECORDS,
     BaselineKind,
@@ -36,14 +37,13 @@ from esper_tamiyo.language.table import Combine, Condition, Group
 ENDLESS = 1 << 62
 
 BRIEF = 64
-"""A condition on so few equal values in a row is looked at with each value: as a range it would
-hold for no longer than that."""
+"""A condition on so few equal values in a row is tried with each: its range holds no longer."""
 
 ENOUGH = 0.25
 """Room of a hold for which no better one is looked for."""
 
 LITTLE = 0.02
-"""What holds by tests are taken to leave: they cost more than ranges."""
+"""Room that holds by tests are taken to leave: they cost more than ranges."""
 
 _MARGIN = 1e-9
 """For rounding, where a bound is no product."""
@@ -70,9 +70,8 @@ class Hold(NamedTuple):
     """What keeps the verdict of one condition.
 
     ``within`` is the range of its metric, and ``is_fixed`` whether always the same. With
-    ``edge`` the metric is compared with excursions besides, by the test
-    of the condition where it is beyond their edge; with ``repeats`` it must not come to so many
-    equal values in a row.
+    ``edge`` the metric is compared with excursions besides, by the test of the condition where
+    it is beyond their edge; with ``repeats`` it must not come to so many equal values in a row.
     """
 
     metric: str
@@ -91,8 +90,7 @@ class Past(NamedTuple):
     """The newest values of a rank or seed, its past with them, and steps to look ahead.
 
     ``told`` are the metrics whose past goes on: of a seed those of its rank as well.
-    ``crossed`` says how often the range that a condition asks for was left: how much room a
-    metric needs is not known otherwise.
+    ``crossed`` says how often the range that a condition asks for was left.
     """
 
     values: Values
@@ -185,6 +183,8 @@ def _hold_of(condition: Condition, verdict: Verdict, past: Past) -> Hold | None:
         return _hold(metric, _OnBaseline(condition, verdict, past))
     if operator in ON_RECORDS:
         return _on_record(condition, verdict, past)
+    if operator in ON_EARLIER:
+        return _hold(metric, _beyond_earlier(condition, verdict, past))
     if operator in ON_PEERS:
         alone = metric not in past.history.peers
         return _hold(metric, _always) if alone and verdict is None else None
@@ -202,7 +202,7 @@ def _always(steps: int) -> Range | None:
 
 
 def _hold(metric: str, within: Within | None) -> Hold | None:
-    return None if within is None else Hold(metric, within)
+    return Hold(metric, within) if within else None
 
 
 def _fixed(condition: Condition, verdict: Verdict) -> Hold | None:
@@ -231,8 +231,8 @@ def _name(metric: str, kind: BaselineKind) -> str:
 
 
 class _OnBaseline:
-    """A bound is a product, and so lies between those of the ends of where the median may
-    be. Of a baseline of zero nothing is known, and of one that may change its sign nothing.
+    """A bound is a product, and so lies between those of the ends of where the median may be.
+    Nothing is known of a baseline of zero, or one that may change its sign.
 
     No closure: of each rank there are twenty, and those take five times the memory.
     """
@@ -291,6 +291,20 @@ def _on_record(condition: Condition, verdict: Verdict, past: Past) -> Hold | Non
     if test(past.values, past.history) is not False:
         return None
     return Hold(condition.metric, _always, True, (excursions, below, test))
+
+
+def _beyond_earlier(condition: Condition, verdict: Verdict, past: Past) -> Within | None:
+    """Unknown until enough are in, false until so many can be in a row."""
+    earlier, needed = past.history.earlier[condition.metric], int(condition.number)
+    below = is_lower(condition.operator)
+
+    def within(steps: int) -> Range | None:
+        left = earlier.missing
+        if verdict is False:
+            left = 0 if left else needed - 1 - (earlier.below if below else earlier.above)
+        return (-inf, inf, left) if left > 0 else None
+
+    return None if verdict else within
 
 
 def _rises(condition: Condition, verdict: Verdict, past: Past) -> Within | None:

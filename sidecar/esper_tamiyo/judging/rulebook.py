@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
+from esper_tamiyo.judging.earlier import earlier_span
 from esper_tamiyo.judging.excursions import LAG
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
@@ -17,6 +18,7 @@ from esper_tamiyo.judging.update_guards import UpdatePlan, update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
 from esper_tamiyo.language.operators import (
     ON_BASELINES,
+    ON_EARLIER,
     ON_PEERS,
     ON_RECORDS,
     BaselineKind,
@@ -219,6 +221,9 @@ def steps_to_warm(part: Condition, table: Table) -> int:
         return spans.warmup + (spans.window if frozen else 0)
     if part.operator in ON_RECORDS:  # first the level, then the scatter around it
         return 2 * (table.record.warmup + LAG)
+    if part.operator in ON_EARLIER:
+        earlier = earlier_span(spans.window)
+        return earlier.span + earlier.lag
     return spans.warmup + spans.window if part.operator is Operator.RUNS_OUT_WITHIN else 0
 
 
@@ -228,6 +233,7 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
     lasts: dict[str, None] = {}
     slopes: dict[str, None] = {}
     records: dict[RecordKey, None] = {}
+    earlier: dict[str, None] = {}
     for part in framed:
         if part.operator in ON_BASELINES:
             if part.baseline in (BaselineKind.LOWEST, BaselineKind.HIGHEST):
@@ -236,6 +242,8 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
         elif part.operator in ON_RECORDS:
             below = part.operator is Operator.BELOW_RECORD
             records[RecordKey(part.metric, below, part.hold)] = None
+        elif part.operator in ON_EARLIER:
+            earlier[part.metric] = None
         elif part.operator in _ON_LASTS:
             lasts[part.metric] = None
         elif part.operator is Operator.RUNS_OUT_WITHIN:
@@ -250,6 +258,7 @@ def watched(table: Table, framed: Iterable[Condition], *, of_seeds: bool) -> Wat
         slopes=tuple(filter(mine, slopes)),
         records=tuple(watch for watch in records if mine(watch.metric)),
         record=table.record,
+        earlier=tuple(filter(mine, earlier)),
         window=table.baseline.window,
         warmup=table.baseline.warmup,
     )

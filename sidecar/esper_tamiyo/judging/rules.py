@@ -286,6 +286,32 @@ def _unchanged_for(condition: Condition) -> Test:
     return test
 
 
+def _risen_for(condition: Condition) -> Test:
+    metric, needed = condition.metric, int(condition.number)
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        earlier = history.earlier[metric]
+        if value is None or earlier.upper is None:
+            return None
+        return value > earlier.upper and earlier.above + 1 >= needed
+
+    return test
+
+
+def _fallen_for(condition: Condition) -> Test:
+    metric, needed = condition.metric, int(condition.number)
+
+    def test(values: Values, history: History) -> Verdict:
+        value = values.get(metric)
+        earlier = history.earlier[metric]
+        if value is None or earlier.lower is None:
+            return None
+        return value < earlier.lower and earlier.below + 1 >= needed
+
+    return test
+
+
 def _nonfinite(condition: Condition) -> Test:
     """Frames hold finite values only, so a metric that is missing while some value of
     the step was not finite is taken to be that value."""
@@ -337,6 +363,8 @@ _CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
     Operator.ABOVE_PEERS: _on_peers,
     Operator.BELOW_PEERS: _on_peers,
     Operator.RISES_BY: _rises_by,
+    Operator.RISEN_FOR: _risen_for,
+    Operator.FALLEN_FOR: _fallen_for,
     Operator.UNCHANGED_FOR: _unchanged_for,
     Operator.RUNS_OUT_WITHIN: _runs_out_within,
     Operator.NONFINITE: _nonfinite,

@@ -330,6 +330,7 @@ def _taken_history(past: History) -> SavedHistory:
         lasts=[_taken(last) for _, last in past._own_lasts],
         peers=dict(past.peers),
         slopes=[_taken(past.slopes[key]) for key in past._watched.slopes],
+        earlier=[_taken(past.earlier[key]) for key in past._watched.earlier],
     )
 
 
@@ -375,6 +376,7 @@ def _put_history(saved: SavedHistory, past: History) -> None:
     _put_each(saved.excursions, _own_excursions(past))
     _put_each(saved.lasts, [last for _, last in past._own_lasts])
     _put_each(saved.slopes, [past.slopes[key] for key in past._watched.slopes])
+    _put_each(saved.earlier, [past.earlier[key] for key in past._watched.earlier])
     past._phase, past.peers = saved.phase, saved.peers
 
 

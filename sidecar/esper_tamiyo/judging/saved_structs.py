@@ -10,6 +10,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import Decision, Finding
 from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.earlier import Earlier
 from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.excursions import Excursions, Record
@@ -51,6 +52,17 @@ class SavedExtreme(msgspec.Struct, frozen=True, array_like=True):
     """The lowest or highest of a rolling median."""
 
     value: float | None
+
+
+class SavedEarlier(msgspec.Struct, frozen=True, array_like=True):
+    """What a metric was before its newest observations."""
+
+    arrived: list[float]
+    newest: list[float]
+    above: int
+    below: int
+    lower: float | None
+    upper: float | None
 
 
 class SavedLast(msgspec.Struct, frozen=True, array_like=True):
@@ -111,6 +123,7 @@ class SavedHistory(msgspec.Struct, frozen=True, array_like=True):
     lasts: list[SavedLast]
     peers: dict[str, float]
     slopes: list[SavedSlope]
+    earlier: list[SavedEarlier] = []
 
 
 class SavedWarmUp(msgspec.Struct, frozen=True, array_like=True):
@@ -198,6 +211,7 @@ SAVED: dict[type, type[msgspec.Struct]] = {
     RollingMedian: SavedMedian,
     FrozenMedian: SavedFrozenMedian,
     Extreme: SavedExtreme,
+    Earlier: SavedEarlier,
     Last: SavedLast,
     WarmUp: SavedWarmUp,
     Slope: SavedSlope,
@@ -217,6 +231,7 @@ DERIVED: dict[type, frozenset[str]] = {
     RollingMedian: frozenset({"_ordered", "_warmup", "_window"}),
     FrozenMedian: frozenset({"_spans"}),
     Extreme: frozenset({"_better", "_rolling"}),
+    Earlier: frozenset({"_block", "_most", "_span"}),
     Slope: frozenset({"_window"}),
     Record: frozenset({"_nth", "_size"}),
     Excursions: frozenset({"_ordered", "_risk", "_sign", "_warmup"}),

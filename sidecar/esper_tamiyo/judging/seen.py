@@ -16,8 +16,8 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
 
     By the key of the metric; what they were held against as ``baseline(key)`` (or
     ``frozen``, ``lowest``, ``highest``), ``peers(key)`` with the ``step`` compared,
-    ``previous(key)``; the frames without a value as ``missing(key)``, the observations left
-    as ``left(key)``.
+    ``previous(key)``; the end of what was before as ``upper(key)`` or ``lower(key)``; the
+    frames without a value as ``missing(key)``, the observations left as ``left(key)``.
     """
     seen: dict[str, float] = {}
     for condition in conditions(rule.when):
@@ -36,6 +36,12 @@ def seen_by(rule: Rule, values: Values, history: History) -> dict[str, float]:
             case Operator.ABOVE_RECORD | Operator.BELOW_RECORD:
                 value, against, named = values.get(key), None, ""
                 seen.update(_record_seen(condition, history))
+            case Operator.RISEN_FOR:
+                value, against = values.get(key), history.earlier[key].upper
+                named = f"upper({key})"
+            case Operator.FALLEN_FOR:
+                value, against = values.get(key), history.earlier[key].lower
+                named = f"lower({key})"
             case Operator.RISES_BY:
                 value, against = values.get(key), history.lasts[key].value
                 named = f"previous({key})"

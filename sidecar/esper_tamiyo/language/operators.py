@@ -24,6 +24,8 @@ class Operator(StrEnum):
     ABOVE_PEERS = "above_peers"
     BELOW_PEERS = "below_peers"
     RISES_BY = "rises_by"
+    RISEN_FOR = "risen_for"
+    FALLEN_FOR = "fallen_for"
     UNCHANGED_FOR = "unchanged_for"
     RUNS_OUT_WITHIN = "runs_out_within"
     NONFINITE = "nonfinite"
@@ -32,6 +34,7 @@ class Operator(StrEnum):
 
 ON_BASELINES = (Operator.ABOVE_BASELINE, Operator.BELOW_BASELINE)
 ON_RECORDS = (Operator.ABOVE_RECORD, Operator.BELOW_RECORD)
+ON_EARLIER = (Operator.RISEN_FOR, Operator.FALLEN_FOR)
 ON_PEERS = (Operator.ABOVE_PEERS, Operator.BELOW_PEERS)
 
 
@@ -118,6 +121,18 @@ FORMS: dict[Operator, Form] = {
     ),
     Operator.RISES_BY: Form(
         Operand.AMOUNT, "the value is at least this much higher than the last known one"
+    ),
+    Operator.RISEN_FOR: Form(
+        Operand.COUNT,
+        "the value has been above its earlier values for so many observations, including the "
+        "current one: above the 80th percentile of one and a half `window`, by a fiftieth of "
+        "it, without the newest 14 to 21 (for a `window` of 64). Chance alone does not produce "
+        "so many in a row, however far single values stray. Unknown until that many "
+        "observations are in",
+    ),
+    Operator.FALLEN_FOR: Form(
+        Operand.COUNT,
+        "as `risen_for`, below the 20th percentile",
     ),
     Operator.UNCHANGED_FOR: Form(
         Operand.COUNT,

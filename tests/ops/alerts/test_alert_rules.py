@@ -106,6 +106,16 @@ ON = "on(esper_run_id, esper_rank, instance)"
             "metric: loss, unchanged_for: 200",
             "changes(tolaria_loss[1h]) == 0 and count_over_time(tolaria_loss[1h]) >= 200",
         ),
+        (
+            "metric: loss, risen_for: 11",
+            f"quantile_over_time(0.5, tolaria_loss[1m]) > {ON} "
+            "(esper:tolaria_loss:upper10m + 0.02 * abs(esper:tolaria_loss:upper10m))",
+        ),
+        (
+            "metric: loss, fallen_for: 11",
+            f"quantile_over_time(0.5, tolaria_loss[1m]) < {ON} "
+            "(esper:tolaria_loss:lower10m - 0.02 * abs(esper:tolaria_loss:lower10m))",
+        ),
         ("nonfinite: true", "max_over_time(tolaria_nonfinite[5m]) > 0"),
         (
             "any: [{metric: loss, above: 2}, {metric: accuracy, below: 1}]",

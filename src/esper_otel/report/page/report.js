@@ -518,6 +518,7 @@
   // ---- decisions --------------------------------------------------------------------------
 
   const AGAINST = {baseline: "baseline", frozen: "frozen baseline", lowest: "lowest baseline", highest: "highest baseline", peers: "other ranks",
+    upper: "upper end before", lower: "lower end before",
     previous: "before", missing: "missing for", left: "left", level: "level", scatter: "scatter", expected: "limit of its record",
     excursions: "excursions so far", farthest: "farthest of them in scatters"};
   const OUTCOMES = {came_back: "came back by itself", got_better: "got better by itself", stayed: "stayed, nothing was done", got_worse: "got worse, nothing was done"};
