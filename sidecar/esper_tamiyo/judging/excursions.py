@@ -116,7 +116,10 @@ class Earlier:
         self._most = lag + block
         self._arrived: deque[float] = deque(maxlen=span)
         self._newest: list[float] = []
-        self.clear()
+        self.upper: float | None = None
+        self.lower: float | None = None
+        self.above = 0
+        self.below = 0
 
     def add(self, value: float) -> None:
         """Take in a finite observation."""
@@ -139,8 +142,7 @@ class Earlier:
         """Begin anew."""
         self._arrived.clear()
         self._newest.clear()
-        self.upper: float | None = None
-        self.lower: float | None = None
+        self.upper = self.lower = None
         self.above = self.below = 0
 
     def _fold(self) -> None:
