@@ -286,8 +286,9 @@ BAD = [
     (
         f"id: a, metric: loss, above: 1, below: 2, {REST}",
         "rules[0]: expected exactly one of above, above_baseline, above_peers, above_record, "
-        "at_least, at_most, below, below_baseline, below_peers, below_record, missing_for, "
-        "nonfinite, rises_by, runs_out_within, unchanged_for; got above, below",
+        "at_least, at_most, below, below_baseline, below_peers, below_record, fallen_for, "
+        "missing_for, nonfinite, risen_for, rises_by, runs_out_within, unchanged_for; "
+        "got above, below",
     ),
     (f"id: a, metric: loss, {REST}", "rules[0]: expected exactly one of"),
     (
