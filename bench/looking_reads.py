@@ -77,9 +77,7 @@ def mlflow(folder: Path, name: str) -> Losses:
     client = tool.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'looking'")
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-    return {
-        each.step: each.value for each in client.get_metric_history(run.info.run_id, "loss")
-    }
+    return [each.value for each in client.get_metric_history(run.info.run_id, "loss")]
 
 
 READERS: dict[str, tuple[str, Callable[[Path, str], Losses]]] = {

@@ -229,7 +229,7 @@ def test_no_name_becomes_markup(tmp_path, name):
     without_title = re.sub(r"<title>[^<]*</title>", "", page)
     assert "alert(1)" not in without_title
     assert "<img" not in page
-    assert page.count("<script") == 3
+    assert page.count("<script") == 4
     assert printable(name).isprintable()
 
 
