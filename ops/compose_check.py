@@ -364,18 +364,16 @@ class Trial:
     def train(self) -> dict[str, Any] | None:
         """Have the example train with decisions enforced; its summary, None without one."""
         # One thread: beside others that compute, several wait for one another in a busy loop.
-        told = ("-e", f"ESPER_RUN_ID={RUN_ID}", "-e", "ESPER_SUMMARY=json")
-        told += ("-e", "OMP_NUM_THREADS=1")
+        told = [f"ESPER_RUN_ID={RUN_ID}", "ESPER_SUMMARY=json", "OMP_NUM_THREADS=1"]
+        words = [word for each in told for word in ("-e", each)]
         done = self._compose(
-            "run", "--build", "--rm", "-T", *told, "trainer", *TRAINER, seconds=TRAIN_S
+            "run", "--build", "--rm", "-T", *words, "trainer", *TRAINER, seconds=TRAIN_S
         )
         lines = [line for line in done.stderr.splitlines() if line.startswith("{")]
         trained = done.returncode == 0 and bool(lines)
         if not self.holds("the example trains", trained, done.stdout + done.stderr):
             return None
         summary: dict[str, Any] = json.loads(lines[-1])
-        applied = sum(each["applied"] for each in summary["decisions"])
-        self.holds(f"{applied} decisions were applied", applied > 0, str(summary))
         self.holds(
             "all telemetry was delivered",
             all(
@@ -389,16 +387,18 @@ class Trial:
         """Look for the run's steps and spans where people look at them."""
         prometheus = Prometheus(f"http://{self._published('prometheus', 9090)}")
         jaeger = Jaeger(f"http://{self._published('jaeger', 16686)}")
-        selector = f'{prometheus_name(BY_KEY["loss"])}{{esper_run_id="{RUN_ID}"}}'
-        count = 0
+        scales: list[float] = []
 
         def are_there() -> bool:
-            nonlocal count
-            count = sum(len(one.samples) for one in prometheus.series(selector))
-            return count >= SEEN * steps
+            selector = f'{prometheus_name(BY_KEY["lr_scale"])}{{esper_run_id="{RUN_ID}"}}'
+            found = prometheus.series(selector)
+            scales[:] = [value for one in found for _, value in one.samples]
+            return len(scales) >= SEEN * steps
 
         there = _within(SEEN_S, are_there)
-        self.holds(f"Prometheus has {count} of {steps} steps", there)
+        self.holds(f"Prometheus has {len(scales)} of {steps} steps", there)
+        lowest = min(scales, default=1.0)
+        self.holds(f"decisions scaled learning rates, by {lowest:g}", lowest < 1.0)
         for service in ("esper-trainer", "tamiyo"):
             found = _within(SEEN_S, partial(_is_any, jaeger, service))
             self.holds(f"Jaeger has spans of {service}", found)
