@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.commands.common import recordings_of
+from esper_otel.commands import recordings_of
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from esper_otel.commands.common import recordings_of
+from esper_otel.commands import recordings_of
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from esper_otel.commands.common import refuse
+from esper_otel.commands import refuse
 from esper_otel.integrations.launching import (
     PythonCall,
     is_interpreter,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.commands.common import refuse
+from esper_otel.commands import refuse
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import printable, say, say_json
 from esper_otel.settings import EsperSettings, SettingsError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from esper_otel.commands.common import recordings_of, refuse
+from esper_otel.commands import recordings_of, refuse
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.terminal import say, say_json

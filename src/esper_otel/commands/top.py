@@ -9,7 +9,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
-from esper_otel.commands.common import is_missing, run_called
+from esper_otel.commands import is_missing, run_called
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.folders import default_socket_path
 from esper_otel.leyline.terminal import say

@@ -23,7 +23,7 @@ class Subcommands(Protocol):
 
     @property
     def add_parser(self) -> Callable[..., argparse.ArgumentParser]:
-        """Adds a command."""
+        """Makes the parser of a command, by its name and the options of a parser."""
 
 
 class _Help(argparse.HelpFormatter):
