@@ -21,7 +21,9 @@ Example = tuple[str, str]
 class Subcommands(Protocol):
     """Where a command is added: the result of :meth:`CommandParser.add_subparsers`."""
 
-    add_parser: Callable[..., argparse.ArgumentParser]
+    @property
+    def add_parser(self) -> Callable[..., argparse.ArgumentParser]:
+        """Makes the parser of a command, by its name and the options of a parser."""
 
 
 class _Help(argparse.HelpFormatter):
