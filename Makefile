@@ -19,8 +19,8 @@ TEST_PROCESSES ?= 2
 PYTHONS ?=
 WITH_TORCH ?=
 
-.PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench coverage lint format \
-  docs pictures constraints clean collector stack stack-programs
+.PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench coverage lint \
+  format docs pictures constraints clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -32,7 +32,7 @@ test: $(READY)  ## run the tests; those of the stack where its programs can be h
 	@$(BIN)/python -m ops.stack build --if-possible
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test-pythons: $(READY)  ## run what needs no torch on the newest Python here (PYTHONS="3.12 …")
+test-pythons: $(READY)  ## run the tests without torch on the newest Python here (PYTHONS="3.12 …")
 	@$(BIN)/python -m ops.pythons --processes $(TEST_PROCESSES) \
 	  $(if $(WITH_TORCH),--torch) $(PYTHONS)
 

@@ -23,8 +23,9 @@ import torch
 
 from esper_otel.integrations.torch import TorchInstrumentor
 from esper_otel.stream import read_frames
+from testkit.ledger import Ledger
 from testkit.public_frameworks import PUBLIC_FRAMEWORKS
-from testkit.public_loops import PUBLIC, Ledger
+from testkit.public_loops import PUBLIC
 
 CUT, FACTOR = 4, 0.25
 """The step about which the rate is scaled, and by what."""

@@ -58,7 +58,7 @@ from ops.stack.queries import Jaeger, Prometheus
 DOCKER = ROOT / "docker"
 STAND_IN = "esper-otel-check/stand-in"
 RUN_ID = "compose-check"
-TRAINER = ("run", "--enforce", "examples/digits.py", "--accident")
+TRAINER = ("run", "--enforce", "examples/digits.py")
 
 PULL_S, UP_S, TRAIN_S, SEEN_S = 600.0, 240.0, 300.0, 60.0
 """Longest that an image, the stack, the training and what is sent may take."""
@@ -97,8 +97,9 @@ def stand_in_of_prometheus() -> StandIn:
     Debian's is too old to ask whether it is ready. Its folder belongs to root, as it would not
     in the image.
     """
+    check: tuple[str, ...] = ()
     try:
-        made, check = stand_in_of_program(PROMETHEUS_3), ()
+        made = stand_in_of_program(PROMETHEUS_3)
     except MissingError:
         made = stand_in_of_program(PROMETHEUS)
         check = ("CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/-/ready")
@@ -185,8 +186,17 @@ def _stand_in(service: File, by: StandIn) -> None:
         service["healthcheck"]["test"] = list(by.healthcheck)
 
 
+FOLDERS = {
+    "tmp": (0o1777, 0),
+    "run/esper": (0o700, 10001),
+    "var/lib/esper": (0o700, 10001),
+    "prometheus": (0o700, 0),
+}
+"""What a stand-in has that is written to: mode and owner, which a volume takes over."""
+
+
 def stand_in_image() -> bytes:
-    """An image that holds nothing but links and the folders that Tamiyo and trainers own."""
+    """An image that holds nothing but links and folders."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -194,9 +204,9 @@ def stand_in_image() -> bytes:
                 link = tarfile.TarInfo(name)
                 link.type, link.linkname = tarfile.SYMTYPE, f"usr/{name}"
                 tar.addfile(link)
-        for name, owner in (("run/esper", 10001), ("var/lib/esper", 10001), ("prometheus", 0)):
+        for name, (mode, owner) in FOLDERS.items():
             folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o700
+            folder.type, folder.mode = tarfile.DIRTYPE, mode
             folder.uid = folder.gid = owner
             tar.addfile(folder)
     return file.getvalue()
@@ -353,7 +363,9 @@ class Trial:
 
     def train(self) -> dict[str, Any] | None:
         """Have the example train with decisions enforced; its summary, None without one."""
+        # One thread: beside others that compute, several wait for one another in a busy loop.
         told = ("-e", f"ESPER_RUN_ID={RUN_ID}", "-e", "ESPER_SUMMARY=json")
+        told += ("-e", "OMP_NUM_THREADS=1")
         done = self._compose(
             "run", "--build", "--rm", "-T", *told, "trainer", *TRAINER, seconds=TRAIN_S
         )

@@ -35,7 +35,7 @@ TARGET = 0.02
 """Largest share of such sentences among all."""
 
 FEWEST_WORDS = 5
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md")
 CONFIGURATIONS = ("collector/*.yaml", "deploy/kubernetes/*.yaml", "docker/**/*.y*ml")
 CODE = ("src/esper_otel", "sidecar/esper_tamiyo", "ops")
 

@@ -227,7 +227,8 @@ def _dashboards() -> None:
 
 
 _PAGE_FILES = tuple(
-    f"src/esper_otel/report/page/{name}" for name in ("page.html", "report.css", "report.js")
+    f"src/esper_otel/report/page/{name}"
+    for name in ("page.html", "report.css", "elements.js", "report.js")
 )
 _DEMO = ("examples/demo.py", "examples/digits.py", "examples/grow.py")
 _DASHBOARDS = ("seeds", "tamiyo", "training")

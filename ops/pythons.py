@@ -171,7 +171,7 @@ def run(python: Python, with_torch: bool, processes: str) -> bool:
     )
     if not full:
         print(
-            f"pythons: on Python {number} what needs torch, the stack and the benches was not "
+            f"pythons: on Python {number} the tests of torch, stack and benches did not "
             "run; make test-pythons WITH_TORCH=1 runs all",
             flush=True,
         )

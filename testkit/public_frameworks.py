@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from testkit.public_loops import (
+from testkit.ledger import (
     BATCH,
     STEPS,
     Ledger,

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ops.stack.programs import CHROMIUM, MissingError, find
+
 # Before anything imports torch, and for every process that a test starts: several that compute
 # side by side, each with a thread for every processor, wait for one another in a busy loop.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -61,3 +63,46 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One Chromium for the tests of a module, or the reason why there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    try:
+        program = find(CHROMIUM)
+    except MissingError as error:
+        pytest.skip(str(error))
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(program))
+        yield started
+        started.close()
+
+
+class Tabs:
+    """Pages of a browser: what they complain of, and whom they ask."""
+
+    def __init__(self, browser):
+        self.complaints, self.requests, self.contexts = [], [], []
+        self._browser = browser
+
+    def open(self, **context):
+        """A page in a context of its own."""
+        size = {"width": 1300, "height": 900}
+        self.contexts.append(self._browser.new_context(viewport=size, **context))
+        page = self.contexts[-1].new_page()
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append("dialog"), dialog.dismiss()))
+        page.on("request", lambda request: self.requests.append(request.url))
+        return page
+
+
+@pytest.fixture
+def tabs(browser):
+    """Opens pages; at the end nothing may have been complained of."""
+    tabs = Tabs(browser)
+    yield tabs
+    for context in tabs.contexts:
+        context.close()
+    assert tabs.complaints == []

@@ -321,7 +321,7 @@ def test_neither_a_run_under_way_nor_a_file_of_the_users_is_removed(home, capsys
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
 
 
-def test_show_and_report_take_a_name(home, capsys, tmp_path, monkeypatch):
+def test_show_report_and_export_take_a_name(home, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(home, "2026-a", age_days=1, name="base")
     put(home, "2026-b", name="base")
@@ -331,6 +331,31 @@ def test_show_and_report_take_a_name(home, capsys, tmp_path, monkeypatch):
     assert err == ("esper-otel: show: 2 runs are called base; this is the newest, 2026-b\n")
     assert main(["report", "2026-a", "2026-b", "-o", "r.html"]) == 0
     assert "2026-a, 2026-b · esper-otel report" in (tmp_path / "r.html").read_text("utf-8")
+    assert main(["export", "2026-a", "--to", "csv"]) == 0
+    assert (tmp_path / "2026-a.csv").read_text("utf-8").count("\n") == 5
+
+
+def test_top_takes_a_name_and_follows_all_of_the_runs_folder(
+    home, capsys, tmp_path, monkeypatch
+):
+    socket = tmp_path / "nobody.sock"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ESPER_TAMIYO_SOCKET", str(socket))
+    folder = put(home, "2026-a", name="base")
+    put(home, "2027-b", name="other")
+    recorded(folder / "2026-a-rank1.metrics.otlp", frames(4, run="2026-a", rank=1, loss=float))
+    for word in ("base", "2026-a", "2026"):
+        assert main(["top", word, "--once"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(" 2026-a  rank 0 of 2  step 3  loss 0.5")
+        assert err == ""
+    assert main(["top", "base", "other", "--once"]) == 0
+    assert "2 runs" in capsys.readouterr().out
+    # What is no run at home may be one of Tamiyo's, which alone is asked with --socket.
+    for asked in (["third"], ["base", "--socket", str(socket)]):
+        assert main(["top", *asked, "--once"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"esper-otel: top: {socket}: no sidecar listens there; start one")
 
 
 def test_a_file_wins_over_a_name_and_what_is_neither_is_said(

@@ -44,6 +44,9 @@ STARVED_NS = 500_000_000
 STARVED_TICK = 0.25
 """What such a tick counts: a child that turns in a circle waits for a processor as well."""
 
+LINES_BYTES = 4096
+"""Read at once of a child that speaks in lines."""
+
 WANTED_DESCRIPTORS = 8192
 
 _PR_SET_PDEATHSIG = 1
@@ -164,6 +167,8 @@ class ChildProcess:
         self._title = title or module
         self._killed: list[subprocess.Popen[bytes]] = []
         self._waited_ns = 0
+        self._line = b""
+        """What came of a line whose end has not."""
         self.pulse = Pulse()
         self.hung = 0
         """Processes that were killed because they said nothing any more."""
@@ -237,6 +242,27 @@ class ChildProcess:
             with suppress(subprocess.TimeoutExpired):  # it waits for a disk
                 killed.wait(self._end_patience_s)
 
+    def _receive(self, most: int) -> bytes | None:
+        """What came through the pipe, b"" when the process is gone; None when nothing did."""
+        if self.pipe is None:
+            return None
+        try:
+            return self.pipe.recv(most)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _receive_lines(self) -> list[bytes]:
+        """Whole lines that came through the pipe; plans the next process when this is gone."""
+        data = self._receive(LINES_BYTES)
+        if not data:
+            if data is not None:
+                self.reap()
+            return []
+        *lines, self._line = (self._line + data).split(b"\n")
+        return lines
+
     def _is_starved(self) -> bool:
         """Whether the process has mostly waited for a processor since this was asked last."""
         before, self._waited_ns = self._waited_ns, waited_ns(self.pid or 0)
@@ -278,6 +304,7 @@ class ChildProcess:
         self._restarts.started()
         self.pulse.started()
         self._waited_ns = 0
+        self._line = b""
         if self._epoll is not None:
             self._epoll.register(ours, select.EPOLLIN)
         return ours

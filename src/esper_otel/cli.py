@@ -30,7 +30,7 @@ def command_parser() -> CommandParser:
         examples=[
             ("esper-otel run train.py --epochs 10", "train as ever, and record every step"),
             ("esper-otel top", "watch runs while they train"),
-            ("esper-otel report recordings/", "one HTML page of what was recorded"),
+            ("esper-otel report recordings/", "one HTML page of recorded runs"),
             ("esper-otel run --help", "the options of one command, with examples"),
         ],
     )

@@ -1,4 +1,4 @@
-"""The stack in containers: no engine runs here, so its files are held to what can be known."""
+"""The stack in containers: what can be known of its files without an engine."""
 
 import os
 import re

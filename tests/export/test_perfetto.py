@@ -9,7 +9,6 @@ import pytest
 
 from esper_otel.export import Format, export
 from ops.stack import traces_page
-from ops.stack.programs import CHROMIUM, MissingError, find
 from report.made import BEGAN_NS, STEP_NS, frames, logs, recorded, spans
 from testkit import perfetto_page
 
@@ -37,15 +36,10 @@ def served(folder, page):
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
+def shown(browser, tmp_path_factory):
     """Perfetto's page with the trace of a run of two ranks."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if missing := traces_page.missing():
         pytest.skip(f"not installed: {', '.join(missing)}")
-    try:
-        program = find(CHROMIUM)
-    except MissingError as error:
-        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("trace")
     for rank in (0, 1):
         made = frames(
@@ -62,16 +56,10 @@ def shown(tmp_path_factory):
     spans(folder / "run-rank0.traces.otlp", "run", 30)
     logs(folder / "run-rank0.logs.otlp", "run", "seed-a", "It germinated.")
     export([folder], Format.PERFETTO, folder / "run.perfetto-trace")
-    with (
-        served(folder, traces_page.perfetto_page()) as url,
-        api.sync_playwright() as playwright,
-    ):
-        browser = playwright.chromium.launch(executable_path=str(program))
-        page = browser.new_page()
+    with served(folder, traces_page.perfetto_page()) as url, browser.new_page() as page:
         page.goto(f"{url}/#!/?url={url}/of-ours/run.perfetto-trace")
         perfetto_page.wait_for_trace(page)
         yield page
-        browser.close()
 
 
 def test_nothing_is_wrong_with_the_trace(shown):

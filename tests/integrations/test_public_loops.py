@@ -6,8 +6,9 @@ torch = pytest.importorskip("torch")
 
 from esper_otel import loop as loops  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
+from testkit.ledger import Ledger  # noqa: E402
 from testkit.public_frameworks import PUBLIC_FRAMEWORKS  # noqa: E402
-from testkit.public_loops import PUBLIC, Ledger  # noqa: E402
+from testkit.public_loops import PUBLIC  # noqa: E402
 
 QUICK = ("Lightning, clipped by value", "Transformers", "Accelerate")
 """Frameworks that are tried here; ``bench.awkward`` tries them all."""

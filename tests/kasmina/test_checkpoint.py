@@ -442,7 +442,7 @@ def set_in(state, path, value):
 
 SEED = ("slots", "1", "seed")
 WRONG = [
-    ((), None, "expected the result of garden.state_dict\\(\\) returns, got a NoneType"),
+    ((), None, "expected the result of garden.state_dict\\(\\), got a NoneType"),
     (("version",), 7, "version=7: expected 1"),
     (("slots",), {}, "slots : expected 1, 3"),
     (("step",), "four", "Expected `int`, got `str` - at `\\$.step`"),

@@ -618,7 +618,7 @@ def test_a_seed_that_somebody_still_holds_keeps_its_slot_from_being_reset():
     for _ in range(10):
         driven.step(idle)
     assert driven.garden.slots["1"] is Stage.RESETTING
-    assert "still held" in " ".join(driven.told(events.GATE))
+    assert "still referenced" in " ".join(driven.told(events.GATE))
     del held
     driven.step()
     assert driven.garden.slots["1"] is Stage.DORMANT

@@ -25,7 +25,7 @@ LIMITS = Limits(gradient_ratio=100, kernel_ms=5, loss_rise=0.1, loss_fall=0.2, s
     ("gate", "facts", "reason"),
     [
         (sanity, {"attached": True, "finite": True}, None),
-        (sanity, {}, "not there"),
+        (sanity, {}, "not available"),
         (sanity, {"attached": True, "finite": True, "trouble": "it sleeps"}, "it sleeps"),
         (sanity, {"attached": True}, "not all finite"),
         (gradient_health, {"seed_norm": 1.0, "host_norm": 1.0}, None),
@@ -56,7 +56,7 @@ LIMITS = Limits(gradient_ratio=100, kernel_ms=5, loss_rise=0.1, loss_fall=0.2, s
         (usefulness, {"loss": 0.8}, "not known"),
         (usefulness, {"loss": 2.0, "loss_before": 1.0}, "loss rose"),
         (clean_reset, {}, None),
-        (clean_reset, {"remnants": 1}, "still held"),
+        (clean_reset, {"remnants": 1}, "still referenced"),
     ],
 )
 def test_a_gate_is_a_function_of_facts_and_limits(gate, facts, reason):

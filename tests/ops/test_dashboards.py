@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from ops.generate.dashboards.answers import chosen, queries
 from ops.generate.dashboards.json_files import BY_HAND, DASHBOARDS, FOLDER
 from ops.generate.dashboards.panels import UNITS
+from ops.generate.dashboards.queries import RISING_STEPS
 from ops.generate.prometheus_names import prometheus_name, series_name
+from ops.stack.programs import PROMETHEUS, MissingError, find
 
 ROOT = Path(__file__).parents[2]
 PROVISIONING = ROOT / "docker" / "grafana" / "provisioning"
@@ -119,6 +122,54 @@ def test_curves_of_several_runs_are_told_apart(name):
         if of_runs and query.kind != "annotation" and not by_itself:
             assert "{{esper_run_id}}" in query.legend, query.panel
             assert not re.search(r"\b(avg|sum|max|min|count) ?\(", query.expr), query.panel
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("training", "Loss by step: $run"), ("seeds", "Alpha by step: $run")]
+)
+def test_some_panels_have_steps_as_their_axis(name, title):
+    (panel,) = (p for p in BOARDS[name]["panels"] if p["title"] == title)
+    assert (panel["type"], panel["repeat"]) == ("trend", "run")
+    axis = panel["options"]["xField"]
+    told = [target["legendFormat"] for target in panel["targets"]]
+    assert told.count(axis) == 1
+    # Such a panel reads one table, whose axis has no holes and never falls.
+    made = {one["id"]: one["options"] for one in panel["transformations"]}
+    assert [*made] == ["joinByField", "filterByValue", "sortBy", "organize"]
+    assert made["filterByValue"]["filters"][0]["fieldName"] == axis
+    assert made["sortBy"]["sort"] == [{"field": axis, "desc": False}]
+
+
+def test_steps_that_are_an_axis_rise_even_where_nothing_new_comes(tmp_path):
+    try:
+        promtool = find(PROMETHEUS).with_name("promtool")
+    except MissingError as error:
+        pytest.skip(str(error))
+    expr = chosen(RISING_STEPS, {"run": "r", "rank": ".*", "__interval": "5s"})
+    ranks = {"0": "0+1x30", "1": "_ _ _ _ _ _ _ 0+1x23"}  # the second is behind
+    # Behind the last step Prometheus repeats it for five minutes.
+    newest = {5: 5, 20: 20, 30: 30, 35: None, 60: None}
+    told = [
+        {"labels": '{esper_run_id="r"}', "value": step} if step is not None else None
+        for step in newest.values()
+    ]
+    test = {
+        "interval": "1s",
+        "input_series": [
+            {"series": f'tolaria_step{{esper_run_id="r",esper_rank="{rank}"}}', "values": steps}
+            for rank, steps in ranks.items()
+        ],
+        "promql_expr_test": [
+            {"expr": expr, "eval_time": f"{at}s", "exp_samples": [one] if one else []}
+            for at, one in zip(newest, told, strict=True)
+        ],
+    }
+    path = tmp_path / "axis.yaml"
+    path.write_text(json.dumps({"evaluation_interval": "5s", "tests": [test]}))
+    done = subprocess.run(
+        [promtool, "test", "rules", path], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_slow_step_leads_to_its_trace():

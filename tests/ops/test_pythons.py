@@ -124,7 +124,7 @@ def test_an_environment_is_made_once_for_what_it_is_made_from(ran, capsys):
     del commands[:]
     assert pythons.main(["3.14"]) == 0
     assert words(commands) == ["pytest"]
-    assert "what needs torch, the stack and the benches was not run" in capsys.readouterr().out
+    assert "the tests of torch, stack and benches did not run" in capsys.readouterr().out
     del commands[:]
     assert pythons.main(["--torch", "3.14"]) == 0
     assert words(commands) == ["venv", "pip", "pytest"]

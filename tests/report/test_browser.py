@@ -6,50 +6,27 @@ import sys
 import pytest
 
 from esper_otel.report import write_report
-from ops.stack.programs import CHROMIUM, ROOT, MissingError, find
+from ops.stack.programs import ROOT
 from report.made import JOURNAL, frames, logs, recorded, spans
 
 READY = "html[data-drawn=all]"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """One Chromium for all tests, or the reason why there is none."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    try:
-        program = find(CHROMIUM)
-    except MissingError as error:
-        pytest.skip(str(error))
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(program))
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a report; at the end nothing may have been complained of or asked for."""
-    contexts, complaints, requests = [], [], []
+def opened(tabs, tmp_path):
+    """Opens a report; at the end nothing may have been asked for but the file."""
 
     def open_report(*paths, **context):
         to = tmp_path / "report.html"
         write_report(paths, to)
-        contexts.append(browser.new_context(viewport={"width": 1300, "height": 900}, **context))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda request: requests.append(request.url))
+        page = tabs.open(**context)
         page.goto(to.as_uri())
         page.wait_for_selector(READY, state="attached")
         return page
 
     yield open_report
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert {url.split(":")[0] for url in requests} == {"file"}
-    assert len(requests) == len(contexts)
+    assert {url.split(":")[0] for url in tabs.requests} == {"file"}
+    assert len(tabs.requests) == len(tabs.contexts)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +301,7 @@ def test_a_hostile_name_is_shown_and_does_nothing(opened, tmp_path, name):
     seen = name.replace("\u202e", "\\u202e")
     assert page.locator("#title").inner_text() == seen
     assert seen in page.locator("#detail").inner_text()
-    assert page.locator("img, script").count() == 3
+    assert page.locator("img, script").count() == 4
 
 
 def test_a_journal_alone_opens(opened, tmp_path):

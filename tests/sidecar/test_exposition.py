@@ -73,7 +73,15 @@ def promtool():
 def ranks():
     seeds = {'se"ed': {"kasmina.seed.alpha": 0.5, "kasmina.seed.stage": 4.0}}
     return [
-        frame(9, run=name, rank=rank, seeds=seeds, loss=float("1e-7"), unheard_of=1.0)
+        frame(
+            9,
+            run=name,
+            rank=rank,
+            seeds=seeds,
+            loss=float("1e-7"),
+            unheard_of=1.0,
+            **{f"custom.{name}": 1.0},
+        )
         for rank, name in enumerate(HOSTILE)
     ]
 
@@ -94,6 +102,24 @@ def test_own_metrics_and_the_newest_values_of_ranks():
     ] == ("0.5")
     assert not any("unheard_of" in name for name in found)
     assert found[LEFT_OUT] == "0.0"
+
+
+def test_values_of_the_scripts_own_are_samples_of_one_family():
+    own = {
+        "custom.val/loss": 0.5,
+        'custom.k"l': 2.0,
+        "custom.nul\0": 1.0,
+        "custom.nul\\x00": 3.0,
+    }
+    text = text_of([frame(9, run="r", **own)])
+    found = samples(text)
+    of_run = 'tolaria_custom{esper_run_id="r",esper_rank="0",name='
+    assert found[of_run + '"val/loss",esper_evaluation="true"}'] == "0.5"
+    assert found[of_run + '"k\\"l"}'] == "2.0"
+    assert text.count("# TYPE tolaria_custom gauge") == 1
+    # Two that are shown alike would be one series, told twice.
+    assert sum(name.startswith(of_run + '"nul') for name in found) == 1
+    assert found[LEFT_OUT] == "1.0"
 
 
 def test_promtool_reads_the_text_format(promtool):

@@ -6,8 +6,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_CUSTOM
 from esper_otel.report.page import page_of
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive
@@ -168,6 +170,28 @@ def test_how_a_run_ended_and_that_it_is_stale():
         ("done", 0),
         ("exception ValueError", 0),
     ]
+
+
+def test_the_newest_of_each_value_of_the_scripts_own_is_there():
+    made = frames(
+        5,
+        loss=lambda s: float(s),
+        **{
+            "custom.val_loss": lambda s: 0.5 if s == 1 else None,
+            "custom.kl": lambda s: 0.1 * s,
+        },
+    )
+    runs = taken(LiveRuns(), made)
+    (newest,) = runs.newest(0)
+    assert newest.values["loss"] == 4.0
+    assert newest.values["custom.val_loss"] == 0.5
+    assert newest.values["custom.kl"] == 0.4
+    # A sender whose names never end takes the room of its own older ones.
+    names = [f"custom.{nth}" for nth in range(3 * MAX_CUSTOM)]
+    for nth, name in enumerate(names):
+        taken(runs, frames(1, first=5 + nth, **{name: lambda s: 1.0}))
+    (newest,) = runs.newest(0)
+    assert [key for key in newest.values if is_custom(key)] == names[-MAX_CUSTOM:]
 
 
 def test_many_runs_stay_within_their_number():

@@ -5,25 +5,11 @@ import signal
 
 import pytest
 
-from ops.stack.programs import CHROMIUM, MissingError, find
 from sidecar.running import sidecar, until
 
 HOSTILE = "<img src=x onerror=alert(1)>\u202e"
 SHOWN = "<img src=x onerror=alert(1)>\\u202e"
 DRAWN = "html[data-drawn=all]"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    try:
-        program = find(CHROMIUM)
-    except MissingError as error:
-        pytest.skip(str(error))
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(program))
-        yield started
-        started.close()
 
 
 def ask(client, step, **values):
@@ -60,19 +46,10 @@ def train(running, name):
 
 
 @pytest.fixture
-def page(browser, running):
-    """An open page; at the end nothing may have been complained of, nor asked of others."""
-    complaints, requests = [], []
-    context = browser.new_context(viewport={"width": 1300, "height": 900})
-    page = context.new_page()
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
-    page.on("request", lambda request: requests.append(request.url))
-    yield page
-    context.close()
-    assert complaints == []
-    assert all(url.startswith((running.words["ui"], "data:")) for url in requests)
+def page(tabs, running):
+    """An open page; at the end nothing may have been asked of others."""
+    yield tabs.open()
+    assert all(url.startswith((running.words["ui"], "data:")) for url in tabs.requests)
 
 
 def open_run(page, running, name, shown=""):
@@ -174,9 +151,10 @@ def test_runs_are_laid_over_one_another(page, running):
     with running.client() as client:
         client.hello(run="other")
         for step in range(50):
-            ask(client, step, loss=3.0)
+            ask(client, step, loss=1200.0)
     page.goto(running.words["ui"])
     page.get_by_label("Mark other").check()
+    assert "1,200 → 1,200" in page.locator("#runs tr", has_text="other").inner_text()
     assert page.locator("#over").is_disabled()
     page.get_by_label("Mark first").check()
     page.locator("#over").click()

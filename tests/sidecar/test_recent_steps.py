@@ -12,8 +12,10 @@ from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 from esper_tamiyo.serving.recent_steps import (
     CHOSEN,
+    CHOSEN_CUSTOM,
     FROM,
     GONE_NS,
+    MOST_CUSTOM,
     MOST_RANKS,
     MOST_SEEDS,
     NEWEST,
@@ -140,6 +142,51 @@ def test_values_beyond_the_registry_take_no_memory(judged):
     assert judged.told().rows[0][2] == 0.5
 
 
+def own(step, **values):
+    """A step with values of the script's own."""
+    return frame(step, custom_nonfinite=0.0, **{f"custom.{k}": v for k, v in values.items()})
+
+
+def curve(judged, key):
+    """All that somebody who asks until there is no more is told of one value."""
+    found, known, more = [], {}, True
+    while more:
+        told = judged.told(**known)
+        known, more = {"instance": told.instance, "step": int(told.rows[-1][0])}, told.more
+        place = 2 + told.columns.index(key)
+        found += [(int(r[0]), r[place]) for r in told.rows if not math.isnan(r[place])]
+    return found
+
+
+def test_values_of_the_scripts_own_are_told_however_rare_they_are(judged):
+    count = 3 * NEWEST
+    judged.judge(
+        *(
+            own(step, kl=step / 2, **({"val_loss": 9.0 + step} if step % 500 == 1 else {}))
+            for step in range(count)
+        )
+    )
+    told = curve(judged, "custom.val_loss")
+    assert told == [(step, 9.0 + step) for step in range(1, count, 500)]
+    often = curve(judged, "custom.kl")
+    assert often[-NEWEST:] == [(step, step / 2) for step in range(count - NEWEST, count)]
+    assert 0 < len(often) - NEWEST <= CHOSEN_CUSTOM
+    # What else is told of these steps is what it was.
+    assert steps(judged.told(instance="one", step=count - 3)) == [count - 2, count - 1]
+
+
+def test_the_first_values_of_the_scripts_own_are_kept_and_of_another_process_its_own(judged):
+    many = {f"nth {nth}": float(nth) for nth in range(100)}
+    judged.judge(own(1, **many), own(2, **many))
+    own_columns = [key for key in judged.told().columns if key.startswith("custom.")]
+    assert own_columns == [f"custom.nth {nth}" for nth in range(MOST_CUSTOM)]
+    assert [row[-1] for row in judged.told().rows] == [MOST_CUSTOM - 1.0] * 2
+    judged.judge(frame(1, instance="two", custom_nonfinite=0.0, **{"custom.other": 1.0}))
+    told = judged.told()
+    assert told.columns[-1] == "custom.other"
+    assert told.rows[0][-1] == 1.0
+
+
 def test_of_many_ranks_the_first_are_told_and_the_number_of_all(judged):
     judged.judge(*(frame(1, rank=rank) for rank in range(MOST_RANKS + 1)))
     told = judged.told()
@@ -163,7 +210,9 @@ def test_the_longest_reply_fits_into_a_message(judged):
         for nth in range(64)
     }
     for step in range(200):
-        judged.judge(frame(step, run="r", seeds=seeds, loss=step / 7, loss_delta=0.5))
+        own_values = {f"custom.{nth}{chr(0x10FFFF) * 99}": step / 7 for nth in range(9)}
+        values = {"loss": step / 7, "loss_delta": 0.5, "custom_nonfinite": 0.0, **own_values}
+        judged.judge(frame(step, run="r", seeds=seeds, **values))
     for rank in range(1, MOST_RANKS):
         judged.judge(frame(1, run="r", rank=rank))
     assert len(encode(judged.told())) < 64 * 1024

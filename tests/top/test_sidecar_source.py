@@ -74,6 +74,30 @@ def test_a_value_that_was_not_finite_is_a_gap_and_one_that_is_absent_is_none(tol
     assert found[2] != found[2]
 
 
+def test_values_of_the_scripts_own_are_curves_without_gaps_that_come_next_to_the_first(told):
+    runs, replies, _ = told
+    rows = [(1, 2.0, 0.0, nan), (2, 1.0, 0.0, 0.5), (3, nan, 1.0, nan), (4, 1.0, 0.0, 0.25)]
+    replies.append(
+        Recent(
+            ranks=[now(4)],
+            of=1,
+            run="r",
+            rank=0,
+            instance="one",
+            columns=[*COLUMNS, "custom.val_loss"],
+            rows=[[row[0], row[0] * 1e9, *row[1:]] for row in rows],
+            more=False,
+            seeds={},
+            decisions=[],
+        )
+    )
+    runs.refresh("", 0, 0.0)
+    lead = runs.runs()[0].lead
+    steps, values = lead.curve("custom.val_loss").points()
+    assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == {2: 0.5, 4: 0.25}
+    assert lead.keys() == ["loss", "custom.val_loss", "nonfinite"]
+
+
 def test_another_process_has_curves_of_its_own(told):
     runs, replies, _ = told
     replies += [recent((1, 2.0, 0)), recent((0, 9.0, 0), instance="two")]

@@ -165,7 +165,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(tmp_path, capsys, monkeypatch)
         (
             ["--socket", socket],
             f"{socket}: no sidecar listens there; start one with `tamiyo serve`; or name a "
-            "recording: esper-otel top FOLDER",
+            "recording, or a run that `esper-otel runs` lists",
         ),
     ):
         status, out, err = printed(capsys, *arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
 from grafana_foundation_sdk.builders.common import StackingConfig, VizLegendOptions
@@ -19,6 +19,7 @@ from grafana_foundation_sdk.builders.prometheus import Dataquery
 from grafana_foundation_sdk.builders.stat import Panel as Stat
 from grafana_foundation_sdk.builders.statetimeline import Panel as StateTimeline
 from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
+from grafana_foundation_sdk.builders.trend import Panel as Trend
 from grafana_foundation_sdk.cog import variants
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common, dashboard
@@ -31,6 +32,7 @@ from ops.generate.dashboards.queries import (
     DECISIONS,
     ENDS,
     RANK_OF_RUN,
+    RISING_STEPS,
     RUN,
     STAGE_CHANGES,
 )
@@ -71,7 +73,22 @@ Names = dict[int, tuple[str, str]]
 """A word and a colour for each value of a state."""
 
 
+STEP_AXIS = "step"
+
+_TO_ONE_TABLE: dict[str, dict[str, object]] = {
+    "joinByField": {"byField": "Time", "mode": "outer"},
+    "filterByValue": {
+        "filters": [{"fieldName": STEP_AXIS, "config": {"id": "isNotNull", "options": {}}}],
+        "match": "all",
+        "type": "include",
+    },
+    # A run that began anew within the time shown has steps twice.
+    "sortBy": {"fields": {}, "sort": [{"field": STEP_AXIS, "desc": False}]},
+    "organize": {"excludeByName": {"Time": True}, "indexByName": {}, "renameByName": {}},
+}
+
 PanelBuilder = Builder[dashboard.Panel]
+Curves = TypeVar("Curves", TimeSeries, Trend)
 
 
 class Line(NamedTuple):
@@ -118,9 +135,47 @@ def stacked(
     return lines(title, unit, shown, text, width=width).stacking(stacking).fill_opacity(60)
 
 
-def for_each_run(panel: TimeSeries) -> TimeSeries:
+def for_each_run(panel: Curves) -> Curves:
     """One such panel for each chosen run: curves of several do not add up."""
     return panel.repeat("run").repeat_direction("h").max_per_row(2)
+
+
+def by_steps(title: str, unit: str, shown: Iterable[Line], text: str = "") -> Trend:
+    """Curves over the steps of one run, to be repeated for each.
+
+    Such a panel wants one table with a column that rises: the answers are joined by their
+    time, which is left out then, and rows without a step go. PromQL has no such join.
+    """
+    panel = (
+        Trend()
+        .title(title)
+        .description(f"{text} Decisions are marked in the panels over time alone.".strip())
+        .unit(unit)
+        .datasource(PROMETHEUS)
+        .interval(LEAST_INTERVAL)
+        .span(12)
+        .height(8)
+        .span_nulls(True)
+        .line_width(1)
+        .show_points(common.VisibilityMode.AUTO)
+        .legend(
+            VizLegendOptions().display_mode(common.LegendDisplayMode.LIST).show_legend(True)
+        )
+        .tooltip(Tooltip().mode(common.TooltipDisplayMode.MULTI))
+        .x_field(STEP_AXIS)
+        .override_by_name(
+            STEP_AXIS,
+            [
+                dashboard.DynamicConfigValue("unit", "none"),
+                dashboard.DynamicConfigValue("custom.axisLabel", "step"),
+            ],
+        )
+    )
+    for kind, options in _TO_ONE_TABLE.items():
+        panel = panel.with_transformation(
+            dashboard.DataTransformerConfig(id_val=kind, options=options)
+        )
+    return panel.targets(_targets([Line(RISING_STEPS, STEP_AXIS), *shown]))
 
 
 def states(

@@ -116,6 +116,8 @@ def _panel(axes: Axes, panel: dict[str, Any], window: Window) -> None:
     elif panel["type"] == "state-timeline":
         (mapping,) = defaults["mappings"]
         _states(axes, found, mapping["options"], window)
+    elif panel["type"] == "trend":
+        _over_steps(axes, found, panel["options"]["xField"])
     else:
         _lines(axes, found, defaults.get("custom", {}), window)
 
@@ -140,6 +142,27 @@ def _lines(
         for name, one in found:
             axes.plot(window.minutes(one), one.values, style, ms=3, lw=0.9, label=name)
     axes.legend(fontsize=5, loc="upper right", ncols=2, framealpha=0.6)
+
+
+def _over_steps(axes: Axes, found: list[tuple[str, Answer]], axis: str) -> None:
+    """Joined by time, as the panel has it done."""
+    axes.grid(alpha=0.25)
+    steps = {
+        time_s: step
+        for name, one in found
+        if name == axis
+        for time_s, step in zip(one.times, one.values, strict=True)
+    }
+    for name, one in found:
+        points = [
+            (steps[time_s], value)
+            for time_s, value in zip(one.times, one.values, strict=True)
+            if name != axis and time_s in steps
+        ]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), lw=0.9, label=name)
+    axes.set_xlabel(axis, size=6)
+    axes.legend(fontsize=5, loc="upper right", framealpha=0.6)
 
 
 def _states(

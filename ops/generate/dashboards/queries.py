@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esper_otel.leyline.custom import EVALUATION
 from esper_otel.leyline.metrics import BY_KEY, CUSTOM, RANK, RUN_ENDED, RUN_ID, SEED_ID
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind
 from ops.generate.prometheus_names import label_name, prometheus_name, series_name
@@ -53,9 +54,11 @@ def by_run(operator: str, series: str) -> str:
     return f"{operator} by ({RUN}) ({series})"
 
 
-def custom() -> str:
-    """What the scripts of the chosen ranks report themselves, by name."""
-    series = f"{prometheus_name(CUSTOM)}{{{CHOSEN_RANKS}}}"
+def custom(*, evaluations: bool = False) -> str:
+    """What the scripts of the chosen ranks report themselves, by name; or ``evaluations``
+    alone."""
+    only = f', {label_name(EVALUATION)}="true"' if evaluations else ""
+    series = f"{prometheus_name(CUSTOM)}{{{CHOSEN_RANKS}{only}}}"
     return f"avg_over_time({series}[$__interval])"
 
 
@@ -93,6 +96,12 @@ def share(name: str, percent: float) -> str:
     buckets = f"rate({own(name)}_bucket[$__rate_interval])"
     return f"histogram_quantile({percent / 100:g}, sum by (le) ({buckets}))"
 
+
+_NOW = by_run("max", most("step"))
+_BEFORE = by_run("max", f"max_over_time({of('step')}[$__interval] offset $__interval)")
+RISING_STEPS = f"{_NOW} unless ({_NOW} <= {_BEFORE})"
+"""The newest step of each pixel, where it is above that of the pixel before: an axis has each
+step once, and rising."""
 
 _STAGE = prometheus_name(BY_KEY["kasmina.seed.stage"])
 STAGE_CHANGES = f"changes({_STAGE}{{{CHOSEN_RANKS}}}[30s]) > 0"

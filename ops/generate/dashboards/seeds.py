@@ -11,6 +11,8 @@ from ops.generate.dashboards.panels import (
     Line,
     PanelBuilder,
     board,
+    by_steps,
+    for_each_run,
     lines,
     number,
     stage_names,
@@ -108,5 +110,15 @@ def _panels() -> list[PanelBuilder]:
             [Line(last("kasmina.seed.fallback_used"), BY_SEED)],
             {0: ("no", "green"), 1: ("identity", "red")},
             width=8,
+        ),
+        for_each_run(
+            by_steps(
+                "Alpha by step: $run",
+                "percentunit",
+                [Line(mean("kasmina.seed.alpha"), BY_SEED)],
+                "The step is the newest of the chosen ranks.",
+            )
+            .min(0)
+            .max(1)
         ),
     ]

@@ -12,6 +12,7 @@ from ops.generate.dashboards.panels import (
     Line,
     PanelBuilder,
     board,
+    by_steps,
     for_each_run,
     lines,
     number,
@@ -168,6 +169,18 @@ def _learning() -> list[PanelBuilder]:
             [Line(most("phase"), BY_RANK)],
             "A rise marks a new phase reported by the loop: earlier values are no reference "
             "for later ones.",
+        ),
+        for_each_run(
+            by_steps(
+                "Loss by step: $run",
+                "short",
+                [
+                    Line(mean("loss"), BY_RANK),
+                    Line(over_ranks("loss_ewma"), f"{BY_RUN} weighted mean"),
+                    Line(custom(evaluations=True), f"{{{{{NAME}}}}}, {BY_RANK}"),
+                ],
+                "And evaluations. The step is the newest of the chosen ranks.",
+            )
         ),
     ]
 

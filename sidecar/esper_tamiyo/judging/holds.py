@@ -1,4 +1,4 @@
-"""Holds: what keeps the verdict of a condition, or of a whole rule, for some steps to come.
+"""Holds: ranges that keep the verdict of a condition, or of a whole rule, for some more steps.
 
 A hold is a range that a metric must not leave. While it does not, and while each step has the
 same metrics as the one before, the verdict is known without looking, however the past moves

@@ -1,4 +1,4 @@
-"""Observations: what is kept of one value's past: medians, extremes, last ones, slopes.
+"""Observations: the stored past of one value: medians, extremes, last ones, slopes.
 
 Each is told one finite observation after the other; the medians, and what is cheap to tell
 of many at once, also a row of them, with what one after the other gives.
@@ -83,6 +83,18 @@ class RollingMedian:
         self.value = medians[-1]
         return min(medians), max(medians)
 
+    def range_on_the_way(self, values: Sequence[float]) -> tuple[float, float] | None:
+        """The least and the most that a median can be while ``values`` come, by the order of
+        all; None where nothing bounds it.
+
+        Whichever of them a window holds, so many are below its middle, and so many above.
+        """
+        count = len(self._ordered)
+        if count < self._window:
+            return None
+        every = sorted((*self._arrived, *values))
+        return every[(count - 1) >> 1], every[(count >> 1) + len(values)]
+
     def range_in(self, steps: int) -> tuple[float, float] | None:
         """The least and the most that the median can be until ``steps`` more are in, whatever
         they are; None where that cannot be said.
@@ -160,9 +172,12 @@ class Extreme:
         if median is not None:
             self.value = median if self.value is None else self._better(self.value, median)
 
-    def may_move(self, steps: int) -> bool:
-        """Whether it may be another behind so many steps."""
-        return self.range_in(steps) != (self.value, self.value)
+    def may_move(self, medians: tuple[float, float] | None) -> bool:
+        """Whether one of the medians in that range may be a new one."""
+        value = self.value
+        if value is None or medians is None:
+            return True
+        return self._better(self._better(value, medians[0]), medians[1]) != value
 
     def reach(self, low: float, high: float) -> None:
         """Look at all medians from ``low`` to ``high``."""
@@ -334,9 +349,9 @@ class References:
 
         An extreme has to see every median on the way, unless none of them can be one.
         """
-        steps = len(values)
         for median in self._rolling:
-            if any(each.may_move(steps) for each in self._extremes):
+            on_the_way = median.range_on_the_way(values) if self._extremes else None
+            if any(each.may_move(on_the_way) for each in self._extremes):
                 medians = median.add_row_and_tell(values)
                 if medians is not None:
                     for extreme in self._extremes:

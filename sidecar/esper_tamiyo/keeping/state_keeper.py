@@ -109,7 +109,6 @@ class StateKeeper(ChildProcess):
         """Whether something is missing in the segment, so that another has to begin."""
         self._retry_at = 0.0
         self._lost = 0
-        self._incoming = b""
         self._told = WriterStatus()
         self._logged_error = ""
 
@@ -207,19 +206,7 @@ class StateKeeper(ChildProcess):
 
     def read(self) -> None:
         """The writer has said how it stands, or is gone."""
-        if self.pipe is None:
-            return
-        try:
-            data = self.pipe.recv(4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.reap()
-            return
-        *lines, self._incoming = (self._incoming + data).split(b"\n")
-        for line in lines:
+        for line in self._receive_lines():
             with suppress(msgspec.MsgspecError):
                 self._told = writer_status(line)
                 self.pulse.heard()
@@ -289,7 +276,7 @@ class StateKeeper(ChildProcess):
             self._reap()
             return
         self._outgoing.clear()
-        self._incoming, self._told = b"", WriterStatus()
+        self._told = WriterStatus()
         if self._engine is not None:
             self._frames.clear()
             self._begin_segment(self._engine)

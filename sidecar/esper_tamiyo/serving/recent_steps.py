@@ -7,11 +7,12 @@ is out, and keeps some numbers of the newest ones and, of all steps before, an e
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import inf, nan
 from typing import NamedTuple
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.decisions import Action, Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import STEP_KEYS
@@ -48,6 +49,13 @@ NEWEST = 2048
 CHOSEN = 256
 """Steps of a rank that are chosen of all of them, at most."""
 
+MOST_CUSTOM = 8
+"""Values of a script's own that are kept of a rank: the first that it reports."""
+
+CHOSEN_CUSTOM = 128
+"""Points of each of them that are chosen of all, at most. An evaluation is in few steps, which
+would hardly ever be among those that are chosen."""
+
 FROM = 64
 """Only steps whose number it divides are chosen: a rank with so few has all in the newest."""
 
@@ -63,40 +71,80 @@ MOST_DECISIONS = 256
 GONE_NS = 60_000_000_000
 """A rank that told of nothing for so long makes room for another."""
 
-_TOLD_ROWS, _TOLD_DECISIONS, _TOLD_SEEDS = 96, 24, 32
+_TOLD_VALUES, _TOLD_DECISIONS, _TOLD_SEEDS = 96 * len(COLUMNS), 24, 32
 """What one message has of each at most: it has to fit into 64 KiB."""
 
 _LONGEST = 256
 _MOST_VALUES = len(STEP_KEYS)
-_NANS = (nan,) * len(COLUMNS)
+_NANS = (nan,) * (len(COLUMNS) + MOST_CUSTOM)
+
+_HAS_CUSTOM = "custom_nonfinite"
+"""A value that is in a step which has values of the script's own."""
 
 Row = list[float]
 
 
-def _row(frame: StepFrame) -> Row:
-    return [frame.step, frame.time_unix_nano, *map(frame.values.get, COLUMNS, _NANS)]
+def _row(frame: StepFrame, columns: Sequence[str] = COLUMNS) -> Row:
+    return [frame.step, frame.time_unix_nano, *map(frame.values.get, columns, _NANS)]
+
+
+class _ChosenPoints:
+    """An even choice of the points of one value of a script's own."""
+
+    __slots__ = ("_count", "_every", "points")
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, int, float]] = []
+        """Step, Unix time in nanoseconds, value."""
+        self._count, self._every = 0, 1
+
+    def add(self, step: int, time_unix_nano: int, value: float) -> None:
+        if self._count % self._every == 0:
+            self.points.append((step, time_unix_nano, value))
+            if len(self.points) > CHOSEN_CUSTOM:
+                self._every *= 2
+                del self.points[1::2]
+        self._count += 1
 
 
 class _ChosenSteps:
     """An even choice of the steps of one process."""
 
-    __slots__ = ("_every", "frame", "rows")
+    __slots__ = ("_every", "_rows", "custom", "frame")
 
     def __init__(self) -> None:
         self.frame: StepFrame | None = None
         """The newest."""
-        self.rows: list[Row] = []
+        self.custom: dict[str, _ChosenPoints] = {}
+        """Of the script's own values, by key."""
+        self._rows: list[Row] = []
         self._every = FROM
 
     def add(self, frame: StepFrame) -> None:
         if self.frame is not None and self.frame.instance != frame.instance:
-            self.rows, self._every = [], FROM
+            self._rows, self._every, self.custom = [], FROM, {}
         self.frame = frame
         if frame.step % self._every == 0:
-            self.rows.append(_row(frame))
-            if len(self.rows) > CHOSEN:
+            self._rows.append(_row(frame))
+            if len(self._rows) > CHOSEN:
                 self._every *= 2
-                self.rows = [row for row in self.rows if row[0] % self._every == 0]
+                self._rows = [row for row in self._rows if row[0] % self._every == 0]
+        if _HAS_CUSTOM in frame.values:
+            for key in filter(is_custom, frame.values):
+                if key in self.custom or len(self.custom) < MOST_CUSTOM:
+                    points = self.custom.setdefault(key, _ChosenPoints())
+                    points.add(frame.step, frame.time_unix_nano, frame.values[key])
+
+    def between(self, after: int, until: float) -> list[Row]:
+        """Rows of chosen steps behind ``after`` and before ``until``, in their order."""
+        none = _NANS[: len(self.custom)]
+        rows = {row[0]: [*row, *none] for row in self._rows if after < row[0] < until}
+        for place, chosen in enumerate(self.custom.values(), 2 + len(COLUMNS)):
+            for step, at, value in chosen.points:
+                if after < step < until:
+                    row = rows.setdefault(step, [step, at, *_NANS[: len(COLUMNS)], *none])
+                    row[place] = value
+        return [rows[step] for step in sorted(rows)]
 
 
 class _Noted(NamedTuple):
@@ -129,9 +177,9 @@ class RecentSteps:
     def on_frame(self, frame: StepFrame, decision: Decision) -> None:
         """A frame was judged."""
         is_plain = not frame.seeds and len(frame.values) <= _MOST_VALUES
-        self._frames.append(frame if is_plain else self._slim(frame))
-        if not frame.step % FROM:
+        if not frame.step % FROM or _HAS_CUSTOM in frame.values:
             self._choose(frame)
+        self._frames.append(frame if is_plain else self._slim(frame))
         self._observer.on_frame(frame, decision)
 
     def on_decision(self, decision: Decision, frame: StepFrame) -> None:
@@ -165,15 +213,22 @@ class RecentSteps:
             if len(self._seeds) > MOST_RANKS:
                 del self._seeds[next(iter(self._seeds))]
         if len(values) > _MOST_VALUES:
-            values = {name: values[name] for name in COLUMNS if name in values}
+            values = {name: values[name] for name in self._columns(key) if name in values}
         return StepFrame(
             frame.run, frame.instance, frame.rank, frame.step, frame.time_unix_nano, values
         )
+
+    def _columns(self, key: Key) -> list[str]:
+        """What a row of this rank has behind its step and time."""
+        chosen = self._chosen.get(key)
+        return [*COLUMNS, *(chosen.custom if chosen is not None else ())]
 
     def _choose(self, frame: StepFrame) -> None:
         key, chosen = (frame.run, frame.rank), self._chosen
         if key not in chosen:
             if len(chosen) >= MOST_RANKS:
+                if frame.step % FROM:  # looking for room at every step takes too long
+                    return
                 oldest = min(chosen, key=lambda each: _heard(chosen[each]))
                 if frame.time_unix_nano - _heard(chosen[oldest]) < GONE_NS:
                     return
@@ -195,8 +250,10 @@ class RecentSteps:
         state = states.get((run, rank))
         instance = "" if state is None else state.instance
         is_known = (instance, rank) == (request.instance, request.rank)
+        columns = self._columns((run, rank))
+        most = _TOLD_VALUES // len(columns)
         rows, newest = self._look_back(
-            (run, rank), instance, request.step if is_known else -1, keys
+            (run, rank), instance, request.step if is_known else -1, keys, most + 1
         )
         seeds = self._seeds.get((run, rank))
         return Recent(
@@ -205,17 +262,18 @@ class RecentSteps:
             run=run,
             rank=rank,
             instance=instance,
-            columns=list(COLUMNS),
-            rows=rows[:_TOLD_ROWS],
-            more=len(rows) > _TOLD_ROWS,
+            columns=columns,
+            rows=rows[:most],
+            more=len(rows) > most,
             seeds=_seeds(seeds, state) if seeds is not None and state is not None else {},
             decisions=[*self._notes(run, request.decision)],
         )
 
     def _look_back(
-        self, key: Key, instance: str, step: int, keys: list[Key]
+        self, key: Key, instance: str, step: int, keys: list[Key], most: int
     ) -> tuple[list[Row], dict[Key, StepFrame]]:
-        """The steps of a process behind ``step``, and the newest of each rank."""
+        """Steps of a process behind ``step``, ``most`` of them or some more; and the newest of
+        each rank."""
         found: list[StepFrame] = []
         newest: dict[Key, StepFrame] = {}
         first, looking = inf, True
@@ -232,9 +290,9 @@ class RecentSteps:
         chosen = self._chosen.get(key)
         rows: list[Row] = []
         if chosen is not None and chosen.frame and chosen.frame.instance == instance:
-            rows = [row for row in chosen.rows if step < row[0] < first]
-        room = max(_TOLD_ROWS + 1 - len(rows), 0)
-        return [*rows, *map(_row, found[::-1][:room])], newest
+            rows = chosen.between(step, first)
+        room, columns = max(most - len(rows), 0), self._columns(key)
+        return [*rows, *(_row(frame, columns) for frame in found[::-1][:room])], newest
 
     def _now(self, key: Key, state: RunState, newest: StepFrame | None, now_ns: int) -> RankNow:
         decision, ending = state.decision, state.pace.ending

@@ -69,14 +69,9 @@ class Reloading(ChildProcess):
 
     def read(self) -> None:
         """There is news, or the process is gone."""
-        if self.pipe is None:
+        data = self._receive(READ_BYTES)
+        if data is None:
             return
-        try:
-            data = self.pipe.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
         if data:
             self.pulse.heard()
         for kind, body in self._inlet.feed(data):

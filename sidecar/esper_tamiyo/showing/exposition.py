@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import isinf, isnan
 from typing import NamedTuple
 
+from esper_otel.leyline.custom import EVALUATION, NAME, PREFIX, is_custom, is_evaluation
 from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.metrics import BY_KEY, RANK, RUN_ID, SEED_ID
+from esper_otel.leyline.metrics import BY_KEY, CUSTOM, RANK, RUN_ID, SEED_ID
 from esper_otel.leyline.series_names import label_name, prometheus_name, series_name
 from esper_tamiyo.journaling.messages import Distribution
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind, Report
@@ -86,7 +87,7 @@ def own_families(report: Report, distributions: Mapping[str, Distribution]) -> I
 
 def rank_families(ranks: Iterable[StepFrame]) -> Iterator[Family]:
     """The newest values of each rank and of its seeds; of metrics of the registry alone, so
-    that nobody outside can add a family."""
+    that nobody outside can add a family. Values of a script's own are samples of one."""
     samples: dict[str, list[tuple[str, Labels, float]]] = {}
     count = left_out = 0
     seen: set[Labels] = set()  # names that only differ in what is escaped are one
@@ -107,8 +108,15 @@ def rank_families(ranks: Iterable[StepFrame]) -> Iterator[Family]:
             seen.add(labels)
             count += len(values)
             for key, value in values.items():
-                samples.setdefault(key, []).append(("", labels, value))
-    for key, metric in BY_KEY.items():
+                whose = labels
+                if is_custom(key):
+                    key, whose = CUSTOM.key, (*labels, *_custom_labels(key))
+                    if whose in seen:
+                        left_out += 1
+                        continue
+                    seen.add(whose)
+                samples.setdefault(key, []).append(("", whose, value))
+    for key, metric in {**BY_KEY, CUSTOM.key: CUSTOM}.items():
         if key in samples:
             yield Family(prometheus_name(metric), "gauge", metric.meaning, samples[key])
     yield Family(
@@ -118,6 +126,13 @@ def rank_families(ranks: Iterable[StepFrame]) -> Iterator[Family]:
         "or two of one name",
         [("", (), left_out)],
     )
+
+
+def _custom_labels(key: str) -> Labels:
+    """What tells a value of a script's own from its others: the attributes of its points."""
+    name = key.removeprefix(PREFIX)
+    told: Labels = ((label_name(NAME), _visible(name)),)
+    return (*told, (label_name(EVALUATION), "true")) if is_evaluation(name) else told
 
 
 def _histogram(found: Distribution) -> Iterator[tuple[str, Labels, float]]:

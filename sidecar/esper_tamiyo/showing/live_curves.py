@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.limits import MAX_CUSTOM
 from esper_otel.report.columns import Producer
 from esper_otel.report.curves import Curve
 from esper_otel.report.layouts import Numbers, Times
@@ -48,10 +50,22 @@ class LiveTrainer(TrainerCurves):
         """The newest step, with its values."""
         self.heard_unix_nano = 0
         """When it was judged, by the sidecar's clock."""
+        self.custom: dict[str, float] = {}
+        """The newest of each value of the script's own: an evaluation is in few steps."""
         self.waiting: list[StepFrame] = []
         self.left_out: set[str] = set()
         """Seeds and metrics beyond the limits, as many of them as are remembered."""
         self._batches = 0
+
+    def take_newest(self, frame: StepFrame) -> None:
+        """Take in the step that is the newest now; it becomes curves later."""
+        self.newest = frame
+        self.waiting.append(frame)
+        for key in filter(is_custom, frame.values):
+            self.custom.pop(key, None)
+            self.custom[key] = frame.values[key]
+            if len(self.custom) > MAX_CUSTOM:
+                del self.custom[next(iter(self.custom))]
 
     def gather(self) -> list[StepBatch]:
         """The steps that were waiting, by what they have values of."""

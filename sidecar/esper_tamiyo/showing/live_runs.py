@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.report.columns import Producer
 from esper_otel.report.curves import thinned
@@ -122,8 +124,7 @@ class LiveRuns:
             self._note_recent(found[0], frame.rank, [])
             return
         trainer.ended = ""
-        trainer.newest = frame
-        trainer.waiting.append(frame)
+        trainer.take_newest(frame)
         self._waiting += 1
         if self._waiting >= AT_ONCE:
             self.make_curves()
@@ -192,14 +193,16 @@ class LiveRuns:
         return packed(shown, {}, [], also={**self._also(runs), "told": told})
 
     def newest(self, since_unix_nano: int) -> list[StepFrame]:
-        """The newest step of each rank that goes on and was heard of since then."""
+        """The newest step of each rank that goes on and was heard of since then, and with it
+        the newest of each value of the script's own."""
         found: dict[tuple[str, int], StepFrame] = {}
         for run in self._all():  # of one name the newest last
             for rank, trainer in run.trainers.items():
                 found.pop((run.name, rank), None)
                 is_there = trainer.heard_unix_nano >= since_unix_nano and not trainer.ended
                 if is_there and trainer.newest is not None:
-                    found[run.name, rank] = trainer.newest
+                    values = {**trainer.custom, **trainer.newest.values}
+                    found[run.name, rank] = structs.replace(trainer.newest, values=values)
         return list(found.values())
 
     def _all(self) -> list[LiveRun]:

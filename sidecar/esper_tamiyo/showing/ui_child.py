@@ -74,14 +74,12 @@ class UiChild(ChildProcess):
         self.address = address
         self._listening = listening
         self._orders = orders
-        self._incoming = b""
         self._beat = UiBeat()
 
     def start(self) -> None:
         """Start the process; never raises."""
         orders = msgspec.json.encode(self._orders, enc_hook=str).decode()
         inherited = [self._orders.listening, self._orders.pulse]
-        self._incoming = b""
         try:
             self._launch([orders], inherited, _ENVIRONMENT)
         except OSError as error:
@@ -95,19 +93,7 @@ class UiChild(ChildProcess):
 
     def read(self) -> None:
         """It has said how it is, or is gone."""
-        if self.pipe is None:
-            return
-        try:
-            data = self.pipe.recv(4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.reap()
-            return
-        *lines, self._incoming = (self._incoming + data).split(b"\n")
-        for line in lines:
+        for line in self._receive_lines():
             with suppress(msgspec.MsgspecError):
                 self._beat = _beats.decode(line)
                 self.pulse.heard()

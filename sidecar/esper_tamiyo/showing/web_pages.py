@@ -245,7 +245,8 @@ _PAGES: dict[str, Callable[[WebPages, web.BaseRequest], Awaitable[web.Response]]
 @cache
 def index_page() -> str:
     """The page that lists runs; it holds nothing of them, and asks for ``/runs.json``."""
-    script = _part("esper_tamiyo.showing", "index.js")
+    elements = _part("esper_otel.report", "elements.js")
+    script = elements + _part("esper_tamiyo.showing", "index.js")
     style = _part("esper_otel.report", "report.css")
     policy = (
         f"default-src 'none'; connect-src 'self'; script-src {_hash(script)}; "

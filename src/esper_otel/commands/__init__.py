@@ -16,6 +16,8 @@ from esper_otel.leyline.terminal import say
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from esper_otel.home import RecordedRun
+
 
 def recordings_of(paths: Iterable[Path], command: str) -> list[Path]:
     """``paths``, and in place of each that is none the recordings of the run of that name.
@@ -24,26 +26,37 @@ def recordings_of(paths: Iterable[Path], command: str) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.exists() or len(path.parts) != 1:
-            found.append(path)
-            continue
-        from esper_otel.home import found_by
-        from esper_otel.settings import EsperSettings
-
-        home = EsperSettings.read(os.environ).runs_path
-        run, several = found_by(str(path), home)
-        if run is None:
-            if several:
-                say(
-                    f"esper-otel: {command}: {several} run ids begin with this", file=sys.stderr
-                )
-            found.append(path)
-            continue
-        if several > 1:
-            newest = f"{several} runs are called {path}; this is the newest, {run.card.run}"
-            say(f"esper-otel: {command}: {newest}", file=sys.stderr)
-        found += run.recordings
+        run = run_called(path, command)
+        found += [path] if run is None else run.recordings
     return found
+
+
+def run_called(path: Path, command: str) -> RecordedRun | None:
+    """The run at home whose name or id ``path`` is; None for a path, or when there is none.
+
+    Says so where it could mean several.
+    """
+    if len(path.parts) != 1 or not is_missing(path):
+        return None
+    from esper_otel.home import found_by
+    from esper_otel.settings import EsperSettings
+
+    run, several = found_by(str(path), EsperSettings.read(os.environ).runs_path)
+    if run is None and several:
+        say(f"esper-otel: {command}: {several} run ids begin with this", file=sys.stderr)
+    elif run is not None and several > 1:
+        newest = f"{several} runs are called {path}; this is the newest, {run.card.run}"
+        say(f"esper-otel: {command}: {newest}", file=sys.stderr)
+    return run
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is no such file or folder, or it cannot be looked at."""
+    try:
+        path.stat()
+    except OSError:
+        return True
+    return False
 
 
 def refuse(message: str) -> int:

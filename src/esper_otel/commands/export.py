@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper_otel.commands import recordings_of
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say
 
@@ -39,7 +40,8 @@ def add(commands: Subcommands) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a recording, a spool, a Collector's file or a journal: a file or a folder",
+        help="a recording, a spool, a Collector's file or a journal: a file or a folder; or "
+        "the name or id of a run that `esper-otel runs` lists",
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument(
@@ -74,10 +76,11 @@ def _export(options: argparse.Namespace) -> int:
 
     to = Format(options.to)
     output = options.output or default_path(options.runs[0], to)
-    progress = Progress("export", 2 * size_of(options.runs))
+    runs = recordings_of(options.runs, "export")
+    progress = Progress("export", 2 * size_of(runs))
     files: list[Path] = []
     try:
-        done = export(options.runs, to, output, _wanted(options.steps), progress.reached)
+        done = export(runs, to, output, _wanted(options.steps), progress.reached)
     except ExportError as error:
         problems = [str(error)]
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
+from esper_otel.commands import is_missing, run_called
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.folders import default_socket_path
 from esper_otel.leyline.terminal import say
@@ -42,8 +43,8 @@ def add(commands: Subcommands) -> None:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="a recording (files or folders), or the name of a run that Tamiyo knows "
-        "(default: the most recently active one)",
+        help="a recording (files or folders), the name or id of a run that `esper-otel runs` "
+        "lists, or the name of a run that Tamiyo knows (default: the most recently active one)",
     )
     parser.add_argument("--run", default="", metavar="NAME", help="the run of a recording")
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="default: 0")
@@ -55,8 +56,9 @@ def add(commands: Subcommands) -> None:
 
 
 def _top(options: argparse.Namespace) -> int:
-    paths = [Path(run) for run in options.runs]
-    missing = [path for path in paths if _is_missing(path)]
+    asks_tamiyo = options.socket is not None
+    paths = [Path(run) if asks_tamiyo else _folder_of(Path(run)) for run in options.runs]
+    missing = [path for path in paths if is_missing(path)]
     name = options.run
     if len(paths) == 1 and missing and "/" not in options.runs[0] and not name:
         name, paths = options.runs[0], []
@@ -80,12 +82,10 @@ def _top(options: argparse.Namespace) -> int:
     return status
 
 
-def _is_missing(path: Path) -> bool:
-    try:
-        path.stat()
-    except OSError:
-        return True
-    return False
+def _folder_of(path: Path) -> Path:
+    """The folder of the run at home that is called so, else ``path`` itself."""
+    run = run_called(path, "top")
+    return path if run is None else run.folder  # in which files may come
 
 
 def _fail(problem: str) -> int:
@@ -127,7 +127,8 @@ def _of_sidecar(socket: Path | None, choice: Choice) -> SidecarSource | str:
     source = SidecarSource(socket or (Path(named) if named else default_socket_path()))
     source.refresh(choice.run, choice.rank, time.monotonic())
     if source.problem:
-        return f"{source.path}: {source.problem}; or name a recording: esper-otel top FOLDER"
+        other = "or name a recording, or a run that `esper-otel runs` lists"
+        return f"{source.path}: {source.problem}; {other}"
     return source
 
 

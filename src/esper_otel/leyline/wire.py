@@ -1,8 +1,8 @@
-"""Messages of the decision socket and how they lie on the wire.
+"""Messages of the decision socket and their encoding.
 
 A message is a 4-byte little-endian length and a MessagePack body of at most 64 KiB:
 a msgspec struct as an array whose first element is its tag. MessagePack and not pickle,
-because whoever can write to the socket must not be able to run code.
+because a peer that can write to the socket must not be able to run code.
 
 A connection begins with :class:`Hello`, answered by :class:`Welcome` (or
 :class:`Refusal`, after which the server closes). Then each :class:`Ask` is answered by
@@ -11,11 +11,11 @@ send its first Ask right behind the Hello without waiting. Tools send :class:`St
 :class:`LatestRequest`, :class:`RecentRequest` or :class:`SilenceRequest` without a Hello.
 
 Answers also carry the *guards* of the rank, when they have changed: bounds that no update
-may cross unjudged. A trainer whose next update crosses one sends a Check before it makes
-that update. A sidecar that never sent guards does not know the message, and gets none.
+may cross unchecked. A trainer whose next update crosses one sends a Check before it makes
+that update. A sidecar that never sent guards does not support the message, and gets none.
 
-A trainer whose run ends says so with a :class:`Goodbye`, which is not answered. A sidecar that
-does not say in its Welcome that it takes them gets none: it would hang up.
+A trainer whose run ends sends a :class:`Goodbye`, which has no answer. A sidecar whose Welcome
+does not announce support gets none, because it would close the connection.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class WireError(ValueError):
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """A trainer introduces itself and names the columns of the rows it will send.
 
-    ``mode`` says what it does with decisions (``enforce`` or ``advise``), and
-    ``began_unix_nano`` when its run began: of two processes that claim one rank the one that
-    began later is it. Trainers of before there were these fields send none: "" and 0.
+    ``mode`` is its treatment of decisions (``enforce`` or ``advise``), and
+    ``began_unix_nano`` the start of its run: of two processes that claim one rank, the one
+    that began later is accepted. Older trainers send neither: "" and 0.
     """
 
     protocol: int
@@ -62,10 +62,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """The sidecar accepts; ``table_version`` is the table it decides by.
+    """The sidecar accepts; ``table_version`` is its current table.
 
-    ``takes_goodbyes``: it knows the message :class:`Goodbye`, which sidecars of before there
-    was this field do not.
+    ``takes_goodbyes``: it supports the message :class:`Goodbye`; older sidecars, without
+    this field, do not.
     """
 
     protocol: int
@@ -74,7 +74,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
-    """The sidecar does not go on with this connection, and why."""
+    """The sidecar refuses this connection, and the reason."""
 
     message: str
 
@@ -87,11 +87,11 @@ class SeedRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
-    """What now? With the frame of the step just ended.
+    """A decision request, with the step record of the step just ended.
 
     ``values`` are in the order of ``Hello.step_columns``; NaN is absent. ``custom`` has the
-    step's custom values by name, finite ones; trainers of before there was this field send
-    none, and sidecars of before it pass it over.
+    step's finite custom values by name; older trainers send none, and older sidecars ignore
+    it.
     """
 
     request_id: int
@@ -104,13 +104,12 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
-    """May this update be made? With what is known of a step before its optimizer steps.
+    """May this update be made? With the known values of a step before its optimizer steps.
 
     ``values`` are in the order of ``Hello.step_columns``; NaN is absent or not known yet,
-    and what was not finite is counted in ``nonfinite``. The decision of the answer is about
-    this one update: its parameters may be ``lr_scale``, ``max_norm``, ``skip_step`` and
-    ``restore``.
-    The step itself is told by the Ask or the stream, after the update.
+    and ``nonfinite`` counts non-finite values. The decision of the answer is about this one
+    update: its parameters may be ``lr_scale``, ``max_norm``, ``skip_step`` and ``restore``.
+    The step itself arrives by the Ask or the stream, after the update.
     """
 
     request_id: int
@@ -120,11 +119,10 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
-    """The run of this connection's trainer has ended behind ``step``, the last that it made.
+    """The run of this connection's trainer has ended after ``step``, its last one.
 
-    ``how`` is a :class:`~esper_otel.leyline.endings.HowEnded`, or what later versions add to
-    it; ``exception`` the name of the type that ended it. An Ask about a later step takes it
-    back.
+    ``how`` is a :class:`~esper_otel.leyline.endings.HowEnded`, or a value of a later version;
+    ``exception`` the name of the type that ended it. An Ask about a later step withdraws it.
     """
 
     step: int
@@ -134,10 +132,10 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
 
 
 class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A value of ``metric`` above ``above`` or below ``below`` is to be checked.
+    """A value of ``metric`` above ``above`` or below ``below`` needs a check.
 
-    ``skips``: an update beyond it may be left out by a trainer that cannot ask in time,
-    because its values are still on a device.
+    ``skips``: a trainer that cannot send a request in time, because its values are still on a
+    device, may skip an update beyond it.
     """
 
     metric: str
@@ -153,7 +151,7 @@ GUARDED = ("loss", "gradient_norm", "optimizer_lr", "nonfinite")
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
     """The decision about the step of the Ask or Check with the same ``request_id``.
 
-    ``guards`` take the place of those sent before; None: they are as they were.
+    ``guards`` replace those sent before; None: they are unchanged.
     """
 
     request_id: int
@@ -162,7 +160,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
 
 
 class StatusRequest(msgspec.Struct, frozen=True, array_like=True, tag="status?"):
-    """A tool asks how the sidecar is doing."""
+    """A tool requests the state of the sidecar."""
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
@@ -172,21 +170,20 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
 
 
 class LatestRequest(msgspec.Struct, frozen=True, array_like=True, tag="latest?"):
-    """A tool asks for the newest decision of a rank; an empty run means the newest run."""
+    """A tool requests the newest decision of a rank; an empty run means the newest run."""
 
     run: str = ""
     rank: int = 0
 
 
 class Latest(msgspec.Struct, frozen=True, array_like=True, tag="latest"):
-    """The newest decision of that rank, None when the sidecar has not seen it."""
+    """The newest decision of that rank, None if the sidecar does not know the rank."""
 
     decision: Decision | None
 
 
 class RecentRequest(msgspec.Struct, frozen=True, array_like=True, tag="recent?"):
-    """A tool asks how the ranks are doing, and for the steps and decisions of one of them that
-    are new to it.
+    """A tool requests the state of the ranks, and the new steps and decisions of one of them.
 
     An empty ``run`` means the newest run. Of the process ``instance`` it knows the steps up to
     ``step``, and of the run the decisions up to number ``decision``.
@@ -200,11 +197,11 @@ class RecentRequest(msgspec.Struct, frozen=True, array_like=True, tag="recent?")
 
 
 class RankNow(msgspec.Struct, frozen=True, array_like=True):
-    """One rank: its newest step, how it is doing, and the newest decision about it.
+    """One rank: its newest step, its state, and the newest decision about it.
 
-    ``state`` is healthy, stale, finished or failed, and ``ended`` says how it ended, where it
-    did. ``mode`` is what the trainer does with decisions, "" when it has not said. Values are
-    NaN where they are not known.
+    ``state`` is healthy, stale, finished or failed, and ``ended`` says how it ended, if it
+    did. ``mode`` is the trainer's treatment of decisions, "" if unknown. Unknown values are
+    NaN.
     """
 
     run: str
@@ -223,7 +220,7 @@ class RankNow(msgspec.Struct, frozen=True, array_like=True):
 class DecisionNote(msgspec.Struct, frozen=True, array_like=True):
     """A decision that was not CONTINUE, or had findings; ``number`` counts all that were made.
 
-    ``of_update``: about an update before it was made. ``text`` is that of the rule which won.
+    ``of_update``: about an update before it was made. ``text`` is that of the winning rule.
     """
 
     number: int
@@ -239,11 +236,11 @@ class DecisionNote(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Recent(msgspec.Struct, frozen=True, array_like=True, tag="recent"):
-    """The ranks, at most ``of`` of which are told; and of one rank what was asked for.
+    """Some or all of the ``of`` ranks, and the requested data of one rank.
 
     ``rows`` are steps, their first two columns the step and its Unix time in nanoseconds, then
-    those that ``columns`` name, NaN where a value is absent; ``more`` have been left for the
-    next request. ``seeds`` has (stage, alpha) by seed, at the newest step.
+    those that ``columns`` name, NaN for an absent value; ``more`` rows wait for the next
+    request. ``seeds`` has (stage, alpha) by seed, at the newest step.
     """
 
     ranks: list[RankNow]
@@ -259,7 +256,7 @@ class Recent(msgspec.Struct, frozen=True, array_like=True, tag="recent"):
 
 
 class SilenceRequest(msgspec.Struct, frozen=True, array_like=True, tag="silence?"):
-    """A tool asks that a rule neither acts nor is among the findings for one run.
+    """A tool requests that a rule neither acts nor is among the findings for one run.
 
     ``steps`` says for how many, None until the run ends; ``undo`` ends it.
     """
@@ -271,7 +268,7 @@ class SilenceRequest(msgspec.Struct, frozen=True, array_like=True, tag="silence?
 
 
 class SilenceReply(msgspec.Struct, frozen=True, array_like=True, tag="silence"):
-    """What became of it, in words; ``error`` says why nothing did, "" when it was done."""
+    """The outcome, in words; ``error`` has the reason of a failure, "" after success."""
 
     told: str
     error: str = ""

@@ -1,7 +1,7 @@
 """Page: one HTML file that shows runs, with nothing outside it and nothing run but its own.
 
 The file may be opened from a mail: a content security policy in it forbids every address,
-and every script and style but the four that are written here, by their hashes. What was
+and every script and style but the five that are written here, by their hashes. What was
 recorded is data in it, never markup: compressed, in base64, and put into the page as text.
 """
 
@@ -19,7 +19,7 @@ from esper_otel.leyline.terminal import printable
 from esper_otel.report.packing import BYTES, Rules, packed
 from esper_otel.report.runs import ShownRun
 
-SCRIPTS = ("uplot/uPlot.iife.min.js", "report.js")
+SCRIPTS = ("uplot/uPlot.iife.min.js", "elements.js", "report.js")
 STYLES = ("uplot/uPlot.min.css", "report.css")
 
 _MOST_NAMED = 3

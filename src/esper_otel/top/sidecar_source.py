@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.tool_requests import NoAnswerError, reply_to
 from esper_otel.leyline.wire import DecisionNote, RankNow, Recent, RecentRequest, Refusal
 from esper_otel.report.columns import Producer
@@ -118,7 +119,7 @@ class SidecarSource:
             # What a step lacks is a gap where something in it was not finite.
             there = ~np.isnan(values)
             if there.any() or (None, name) in trainer.curves:
-                keep = there | broken
+                keep = there if is_custom(name) else there | broken
                 if not keep.any():
                     continue
                 curve = trainer.curves.setdefault((None, name), Curve())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Protocol
 
+from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.stages import Stage
 from esper_otel.report.curves import Curve
 from esper_otel.report.rulings import Ruling
@@ -96,7 +97,7 @@ class WatchedRank:
         return curve.total.last
 
     def keys(self) -> list[str]:
-        """Metrics that have a curve, those that people look at most first."""
+        """Metrics that have a curve: the usual ones first, then the script's own."""
         there = {
             key
             for trainer in self.trainers
@@ -104,7 +105,8 @@ class WatchedRank:
             if seed is None and key not in _NOT_SHOWN and curve.total.count
         }
         first = [key for key in _FIRST if key in there]
-        return [*first, *sorted(there.difference(first))]
+        rest = sorted(there.difference(first), key=lambda key: (not is_custom(key), key))
+        return [*first, *rest]
 
     def seeds(self) -> list[WatchedSeed]:
         """Its seeds, those that live first, and of these the one seen first."""

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ops.stack import traces_page
-from ops.stack.programs import CHROMIUM, MissingError, find
 from ops.stack.queries import is_page
 from testkit import perfetto_page
 
@@ -140,16 +139,9 @@ def test_who_comes_by_another_name_or_while_jaeger_is_away_gets_no_trace(page):
         assert b"Connection refused" in error.read()
 
 
-def test_perfetto_opens_it_and_asks_nobody_else(page):
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    try:
-        program = find(CHROMIUM)
-    except MissingError as error:
-        pytest.skip(str(error))
+def test_perfetto_opens_it_and_asks_nobody_else(page, browser):
     asked = []
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(program))
-        shown = browser.new_page()
+    with browser.new_page() as shown:
         shown.on("response", lambda response: asked.append(response.url))
         shown.goto(page)
         shown.get_by_role("link", name="The newest").click()
@@ -160,7 +152,6 @@ def test_perfetto_opens_it_and_asks_nobody_else(page):
             " join process_track t on s.track_id = t.id order by s.ts, s.depth",
             {"name": "text", "dur": "whole", "depth": "number"},
         )
-        browser.close()
     assert found == [
         ["train.step", 1_000_000, 0],
         ["train.forward", 300_000, 1],

@@ -3,24 +3,8 @@
 "use strict";
 (() => {
   const EVERY_MS = 2000, MOST = 8;
-  const $ = id => document.getElementById(id);
   const marked = new Set();
 
-  const shown = text => String(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}]/gu,
-    c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
-
-  function h(tag, attributes, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes || {})) {
-      if (value === null || value === undefined || value === false) continue;
-      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else element.setAttribute(name, value === true ? "" : value);
-    }
-    element.append(...children.flat().filter(child => child !== null && child !== undefined));
-    return element;
-  }
-  const number = value => value.toLocaleString("en-US");
-  const brief = value => Number(value).toPrecision(4).replace(/\.?0+$/, "");
   function ago(seconds) {
     if (seconds < 10) return "now";
     if (seconds < 120) return `${Math.round(seconds)} s ago`;

@@ -50,7 +50,7 @@ _shtab_esper_otel_export_options=(
   "--to[the format]:to:(perfetto csv parquet tensorboard otlp-json)"
   "-o[where to write it\; of tensorboard a folder (default\: here, by the run\'s name)]:PATH:_files"
   "--steps[only these steps, both included]:FIRST:LAST:"
-  "(*):a recording, a spool, a Collector\'s file or a journal\: a file or a folder:_files"
+  "(*):a recording, a spool, a Collector\'s file or a journal\: a file or a folder\; or the name or id of a run that \`esper-otel runs\` lists:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -133,7 +133,7 @@ _shtab_esper_otel_top_options=(
   "--rank[default\: 0]:N:"
   "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
   "--once[print one picture and end]"
-  "(*)::a recording (files or folders), or the name of a run that Tamiyo knows (default\: the most recently active one):_files"
+  "(*)::a recording (files or folders), the name or id of a run that \`esper-otel runs\` lists, or the name of a run that Tamiyo knows (default\: the most recently active one):_files"
 )
 
 # guard to ensure default positional specs are added only once per session
