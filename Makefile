@@ -20,7 +20,7 @@ PYTHONS ?=
 WITH_TORCH ?=
 
 .PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench coverage lint \
-  format docs pictures constraints clean collector stack stack-programs
+  format docs constraints clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
