@@ -64,6 +64,9 @@ bench: $(READY)  ## run the benchmarks (BENCH=name for one); writes bench/RESULT
 docs: $(READY)  ## build the documentation site into build/site
 	@$(BIN)/python -m ops.site
 
+pictures: $(READY)  ## make the pictures of the docs anew, which takes minutes
+	$(BIN)/python -m ops.pictures
+
 coverage: $(READY)  ## run the tests (not those of the stack and the browser) and show coverage
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n 0 $(COVERED)
@@ -71,12 +74,13 @@ coverage: $(READY)  ## run the tests (not those of the stack and the browser) an
 	$(BIN)/python -m coverage report
 	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
 
-lint: $(READY)  ## check style, types, English and generated files
+lint: $(READY)  ## check style, types, English, pictures and generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m ops.english
 	$(BIN)/python -m ops.generate --check
+	$(BIN)/python -m ops.pictures --check
 	$(BIN)/python -m bench.topology --check
 
 format: $(READY)  ## format the code, and regenerate files
