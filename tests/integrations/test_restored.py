@@ -176,7 +176,7 @@ def test_without_snapshots_the_rate_is_cut_all_the_same_and_the_reason_told(
     assert report.refused == {"no snapshots are kept (ESPER_SNAPSHOT_EVERY)": 1}
     assert captured.frames[ASKED + 1]["lr_scale"] == 0.5
     assert not any(frame["update_skipped"] for frame in captured.frames)
-    told = [r.getMessage() for r in caplog.records if "go back to a snapshot" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "requests a restore" in r.getMessage()]
     assert len(told) == 1
 
 

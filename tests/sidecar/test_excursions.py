@@ -6,8 +6,14 @@ import random
 
 import pytest
 
-from esper_tamiyo.judging.earlier import BEYOND, Earlier, earlier_span
-from esper_tamiyo.judging.excursions import LAG, PATIENCE, Excursions
+from esper_tamiyo.judging.excursions import (
+    BEYOND,
+    LAG,
+    PATIENCE,
+    Earlier,
+    Excursions,
+    earlier_span,
+)
 
 RISK = 1 / 50_000
 ONE, LASTING = (1, 1), (6, 8)

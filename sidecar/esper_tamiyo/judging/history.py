@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_tamiyo.judging.earlier import Earlier, earlier_span
-from esper_tamiyo.judging.excursions import Excursions
+from esper_tamiyo.judging.excursions import Earlier, Excursions, earlier_span
 from esper_tamiyo.judging.observations import (
     Extreme,
     FrozenMedian,
@@ -196,7 +195,8 @@ class History:
                 self.slopes[key].add_row(columns[key])
         for key in self._watched.earlier:
             if key in columns:
-                self.earlier[key].add_row(columns[key])
+                for value in columns[key]:
+                    self.earlier[key].add(value)
         for key, last in self._own_lasts:
             if key in columns:
                 last.add_row(columns[key])

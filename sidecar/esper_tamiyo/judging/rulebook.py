@@ -9,8 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from esper_tamiyo.judging.earlier import earlier_span
-from esper_tamiyo.judging.excursions import LAG
+from esper_tamiyo.judging.excursions import LAG, earlier_span
 from esper_tamiyo.judging.guards import plan
 from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
 from esper_tamiyo.judging.rules import Values, compiled
@@ -222,8 +221,8 @@ def steps_to_warm(part: Condition, table: Table) -> int:
     if part.operator in ON_RECORDS:  # first the level, then the scatter around it
         return 2 * (table.record.warmup + LAG)
     if part.operator in ON_EARLIER:
-        earlier = earlier_span(spans.window)
-        return earlier.span + earlier.lag
+        span, lag, _ = earlier_span(spans.window)
+        return span + lag
     return spans.warmup + spans.window if part.operator is Operator.RUNS_OUT_WITHIN else 0
 
 

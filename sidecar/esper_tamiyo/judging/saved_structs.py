@@ -10,10 +10,9 @@ import msgspec
 
 from esper_otel.leyline.decisions import Decision, Finding
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.judging.earlier import Earlier
 from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.excursions import Excursions, Record
+from esper_tamiyo.judging.excursions import Earlier, Excursions, Record
 from esper_tamiyo.judging.history import History, WarmUp
 from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observations import (
