@@ -48,6 +48,8 @@ def moved(condition, easier):
     if operand is Operand.FLAG or (is_whole and operand is not Operand.COUNT):
         return None
     step = MARGIN * abs(condition.number) or MARGIN
+    if operand is Operand.COUNT:
+        step = max(1, step)
     upwards = condition.operator in (
         Operator.BELOW,
         Operator.AT_MOST,
@@ -58,6 +60,8 @@ def moved(condition, easier):
     number = condition.number + (step if easier == upwards else -step)
     if operand is Operand.COUNT:
         number = round(number)
+        if number < 1:
+            return None
     return msgspec.structs.replace(condition, number=number, release=None)
 
 
