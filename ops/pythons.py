@@ -47,11 +47,8 @@ OF_THE_SIDECAR = (
 SELECTED = (
     *("tests/leyline", "tests/stream", "tests/tamiyo", "tests/tolaria"),
     *(f"tests/sidecar/test_{name}.py" for name in OF_THE_SIDECAR),
-    *("tests/report", "tests/export", "tests/top"),
-    *("tests/test_faults.py", "tests/test_goodbye.py", "tests/test_packaging.py"),
-    *("tests/test_home.py", "tests/test_run_config.py", "tests/test_settings.py"),
-    *("tests/test_display.py", "tests/test_summary.py", "tests/test_architecture.py"),
-    "tests/test_fork_warning.py",
+    *("tests/test_faults.py", "tests/test_goodbye.py", "tests/test_settings.py"),
+    *("tests/test_summary.py", "tests/test_architecture.py", "tests/test_fork_warning.py"),
 )
 """What another Python may change, and needs no torch; what of it does is skipped."""
 
@@ -180,8 +177,8 @@ def run(python: Python, with_torch: bool, processes: str) -> bool:
     )
     if not full:
         print(
-            f"pythons: on Python {number} the tests of torch, rules, stack and benches did not "
-            "run; make test-pythons WITH_TORCH=1 runs all",
+            f"pythons: on Python {number} the tests of torch, rules, reports, stack and benches "
+            "did not run; make test-pythons WITH_TORCH=1 runs all",
             flush=True,
         )
     return passed

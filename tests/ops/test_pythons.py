@@ -125,7 +125,7 @@ def test_an_environment_is_made_once_for_what_it_is_made_from(ran, capsys):
     assert pythons.main(["3.14"]) == 0
     assert words(commands) == ["pytest"]
     told = capsys.readouterr().out
-    assert "the tests of torch, rules, stack and benches did not run" in told
+    assert "the tests of torch, rules, reports, stack and benches did not run" in told
     del commands[:]
     assert pythons.main(["--torch", "3.14"]) == 0
     assert words(commands) == ["venv", "pip", "pytest"]
