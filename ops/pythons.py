@@ -177,8 +177,8 @@ def run(python: Python, with_torch: bool, processes: str) -> bool:
     )
     if not full:
         print(
-            f"pythons: on Python {number} the tests of torch, rules, reports, stack and benches "
-            "did not run; make test-pythons WITH_TORCH=1 runs all",
+            f"pythons: on Python {number} the tests of torch, rules, reports, stack and "
+            "benches did not run; make test-pythons WITH_TORCH=1 runs all",
             flush=True,
         )
     return passed
