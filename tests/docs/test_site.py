@@ -15,7 +15,7 @@ import esper_otel
 from esper_otel.cli import command_parser as of_esper_otel
 from esper_tamiyo.cli import command_parser as of_tamiyo
 from ops.generate.commands_page import all_commands
-from ops.stack.programs import CHROMIUM, ROOT, MissingError, find
+from ops.stack.programs import ROOT
 
 START = "docs/index.html"
 WORDS = (
@@ -118,19 +118,6 @@ def address(site):
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    try:
-        program = find(CHROMIUM)
-    except MissingError as error:
-        pytest.skip(str(error))
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(program))
-        yield started
-        started.close()
 
 
 @pytest.fixture
