@@ -133,7 +133,7 @@ def test_updates_that_decisions_left_out_are_counted():
     totals = tally_of({"update_skipped": 1.0}, {"update_skipped": 0.0}, {"update_skipped": 1.0})
     summary = summary_of("r", 0, totals, StreamReport())
     assert summary.skipped_updates == 2
-    assert "updates   2 skipped by decisions" in summary.as_text()
+    assert "  updates   2 skipped by decisions\n" in summary.as_text()
     none = summary_of("r", 0, tally_of({"update_skipped": 0.0}, {}), StreamReport())
     assert none.skipped_updates == 0
     assert "skipped" not in none.as_text()
@@ -167,12 +167,24 @@ def test_how_long_nobody_judged_and_what_was_held_meanwhile(rows_of, unjudged, h
     assert json.loads(summary.as_json())["held_unjudged_steps"] == held
 
 
-def test_what_was_done_to_an_update_before_it_was_made_is_no_decision_about_the_step():
-    totals = tally_of({})
+def test_updates_that_decisions_changed_before_they_were_made_are_told_apart_from_steps():
+    totals = tally_of(
+        {"lr_scale": 1.0, "update_skipped": 0.0},
+        {"lr_scale": 0.25, "update_skipped": 0.0},
+        {"lr_scale": 0.25, "update_skipped": 1.0},
+        {},
+    )
     update = Decision("d", "r", 1, 1, Action.OPTIMIZER, Severity.HIGH, "gradient_exploding")
     totals.count_decision(timeline(unanswered("r", 1, "nominal"))._replace(update=update))
     totals.count_decision(timeline(None)._replace(update=update))
-    assert summary_of("r", 0, totals, StreamReport()).decisions == []
+    summary = summary_of("r", 0, RunTotals.sum_of([totals]), StreamReport())
+    assert summary.decisions == []  # none was one about a step
+    assert summary.before_updates == {"gradient_exploding": 2}
+    assert (summary.scaled_updates, summary.skipped_updates) == (1, 1)
+    text = summary.as_text()
+    assert "  decided   gradient_exploding × 2 before an update\n" in text
+    assert "  updates   1 made with a scaled learning rate, 1 skipped by decisions\n" in text
+    assert json.loads(summary.as_json())["before_updates"] == {"gradient_exploding": 2}
 
 
 def test_the_loss_is_drawn_from_its_first_to_its_last_value():

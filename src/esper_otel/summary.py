@@ -107,7 +107,9 @@ class Summary(msgspec.Struct, frozen=True):
     Of a process with several ``trainings`` all but those is of all of them together; each of
     the first ones is listed, and the rest in one.
 
-    ``skipped_updates`` were left out by decisions. At ``unjudged_steps`` the newest decision
+    ``skipped_updates`` were left out by decisions, ``scaled_updates`` made with learning rates
+    that decisions had scaled; ``before_updates`` has how often each reason changed an update
+    before it was made. At ``unjudged_steps`` the newest decision
     request had not been answered, and at ``held_unjudged_steps`` of them decisions of before
     still scaled the learning rates; ``unanswered`` says why, as far as the steps that have
     spans show it.
@@ -144,6 +146,8 @@ class Summary(msgspec.Struct, frozen=True):
     trainings: list[TrainingSummary] = []
     page: str = ""
     losses: list[float | None] = []
+    scaled_updates: int = 0
+    before_updates: dict[str, int] = {}
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -175,15 +179,7 @@ class Summary(msgspec.Struct, frozen=True):
             lines.append(f"  values    NaN or infinite in {self.nonfinite_steps:,} steps")
         if self.lost_values:
             lines.append(f"  lost      {self.lost_values:,} {_LOST}")
-        if self.decisions:
-            told = ", ".join(
-                f"{each.action} {each.reason} × {each.times:,}"
-                + (f" ({each.applied:,} applied)" if each.applied else "")
-                for each in self.decisions
-            )
-            lines.append(f"  decided   {told}")
-        if self.skipped_updates:
-            lines.append(f"  updates   {self.skipped_updates:,} skipped by decisions")
+        lines += self._decided()
         if self.snapshots is not None:
             lines.append(f"  snapshots {'; '.join(_of_snapshots(self.snapshots))}")
         if self.unanswered or self.unjudged_steps:
@@ -196,6 +192,25 @@ class Summary(msgspec.Struct, frozen=True):
         lines += (f"  next      {advice}" for advice in self._advice())
         return "\n".join(map(printable, lines))
 
+    def _decided(self) -> Iterator[str]:
+        """What was decided about steps and updates, and what became of the updates."""
+        told = [
+            f"{each.action} {each.reason} × {each.times:,}"
+            + (f" ({each.applied:,} applied)" if each.applied else "")
+            for each in self.decisions
+        ]
+        for reason, times in self.before_updates.items():
+            told.append(f"{reason} × {times:,} before an update")
+        if told:
+            yield f"  decided   {', '.join(told)}"
+        made = []
+        if self.scaled_updates:
+            made.append(f"{self.scaled_updates:,} made with a scaled learning rate")
+        if self.skipped_updates:
+            made.append(f"{self.skipped_updates:,} skipped by decisions")
+        if made:
+            yield f"  updates   {', '.join(made)}"
+
     def _unjudged(self) -> str:
         text = "did not answer"
         if self.unjudged_steps:
@@ -203,10 +218,8 @@ class Summary(msgspec.Struct, frozen=True):
         if self.unanswered:
             text += f" ({', '.join(_WHY.get(each, each) for each in self.unanswered)})"
         if self.held_unjudged_steps:
-            text += (
-                f"; for {self.held_unjudged_steps:,} of them the learning rate stayed scaled "
-                "by an earlier decision"
-            )
+            held = f"; for {self.held_unjudged_steps:,} of them the learning rate stayed"
+            text += f"{held} scaled by an earlier decision"
         return text
 
     def _advice(self) -> Iterator[str]:
@@ -312,6 +325,8 @@ def summary_of(
         trainings=trainings,
         page=page,
         losses=totals.losses.means(_CURVE),
+        scaled_updates=totals.scaled_updates,
+        before_updates=dict(totals.before_updates.most_common()),
     )
 
 

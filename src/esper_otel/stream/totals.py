@@ -28,10 +28,12 @@ _SUMMED = (
     "steps",
     "nonfinite_steps",
     "skipped_updates",
+    "scaled_updates",
     "unjudged_steps",
     "held_unjudged_steps",
     "decisions",
     "applied",
+    "before_updates",
     "_timed_steps",
     "_sums",
     "_counts",
@@ -55,6 +57,8 @@ class RunTotals:
         self.losses = LossCurve()
         self.nonfinite_steps = 0
         self.skipped_updates = 0
+        self.scaled_updates = 0
+        """Updates that were made with learning rates scaled by a decision."""
         self.unjudged_steps = 0
         """Steps at which the newest decision request had not been answered."""
         self.held_unjudged_steps = 0
@@ -64,6 +68,8 @@ class RunTotals:
         counted."""
         self.applied: Counter[tuple[str, str]] = Counter()
         """How often it changed something in the run."""
+        self.before_updates: Counter[str] = Counter()
+        """How often each reason changed an update before it was made."""
         self.unanswered: set[str] = set()
         """Why nobody answered, where nobody did and the step had spans."""
         self.marks = DecisionMarks()
@@ -94,7 +100,12 @@ class RunTotals:
         self.last_unix_nano = int(times[-1])
         broken = rows[:, _NONFINITE] > 0.0
         self.nonfinite_steps += int(broken.sum())
-        self.skipped_updates += int((rows[:, _SKIPPED] > 0.0).sum())
+        skipped, scaled = (
+            rows[:, _SKIPPED] > 0.0,
+            np.nan_to_num(rows[:, _LR_SCALE], nan=1.0) != 1.0,
+        )
+        self.skipped_updates += int(skipped.sum())
+        self.scaled_updates += int((scaled & ~skipped).sum())
         unjudged = rows[:, _UNJUDGED] > 0.0
         self.unjudged_steps += int(unjudged.sum())
         self.held_unjudged_steps += int((unjudged & (rows[:, _LR_SCALE] != 1.0)).sum())
@@ -113,7 +124,9 @@ class RunTotals:
         self.steps += len(rows)  # last: whoever sees these steps sees their loss
 
     def count_decision(self, timeline: StepTimeline) -> None:
-        """Take in what was decided about a step."""
+        """Take in what was decided about a step, and about its update before that was made."""
+        if timeline.update is not None:
+            self.before_updates[timeline.update.reason] += 1
         decision = timeline.decision
         if decision is None:
             return
