@@ -72,8 +72,9 @@ class Client:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(PATIENCE_S)
+        # Blocking: with a time-out a full queue of connections is an error, and not waited for.
         self.socket.connect(os.fspath(path))
+        self.socket.settimeout(PATIENCE_S)
         self._buffer = MessageBuffer()
         self._received = []
 

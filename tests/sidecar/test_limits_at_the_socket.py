@@ -1,5 +1,6 @@
 """What is beyond a limit, and who has to go, at a real sidecar's socket and receiver."""
 
+import itertools
 import socket
 from types import SimpleNamespace
 
@@ -134,11 +135,14 @@ class FailingScribe:
         return True
 
 
-def test_what_cannot_be_written_down_ends_nothing_and_is_said_once(caplog):
+def test_what_cannot_be_written_down_ends_nothing_and_is_said_once(caplog, monkeypatch):
+    from esper_tamiyo.journaling import reporter as reporter_module
     from esper_tamiyo.judging.engine import Engine
     from esper_tamiyo.language.table_file import load
     from sidecar.frames_made import frame
 
+    now = itertools.count(100.0)
+    monkeypatch.setattr(reporter_module.time, "monotonic", lambda: next(now))
     scribe = FailingScribe()
     reporter = Reporter(scribe)
     engine = Engine(load("default"), observer=reporter.decision_log)

@@ -24,7 +24,7 @@ from esper_tamiyo.journaling.messages import (
     decode_messages,
     pack,
 )
-from esper_tamiyo.journaling.reporter import Reporter
+from esper_tamiyo.journaling.reporter import GATHER_S, WRITTEN_PER_TURN, Reporter
 from esper_tamiyo.journaling.scribe import HealthEndpoint
 from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
 from esper_tamiyo.judging.engine import Engine
@@ -374,6 +374,51 @@ def test_following_the_journal_of_a_running_sidecar_across_its_files(tmp_path):
         finally:
             follower.kill()
             follower.communicate()
+
+
+def test_steps_that_come_fast_are_written_together_and_one_that_comes_alone_at_once(
+    monkeypatch,
+):
+    now = [100.0]
+    monkeypatch.setattr(reporter_module.time, "monotonic", lambda: now[0])
+    scribe = Frozen(Orders())
+    epoll = select.epoll()
+    reporter = Reporter(scribe)
+    reporter.start(epoll)
+    with scribe.pipe, scribe.other, epoll:
+        table = load("prototype")
+        engine = Engine(table, observer=reporter.decision_log)
+        engine.observe(frame(0, loss=1.0))
+        scribe.other.setblocking(False)
+
+        def decisions_sent():
+            reporter.write_down(table, lambda: iter([{}]))
+            messages = []
+            with suppress(BlockingIOError):
+                while True:
+                    messages += decode_messages(scribe.other.recv(1 << 20))
+            return [each.step for each in messages if isinstance(each, Decided)]
+
+        def one_more(step):
+            engine.observe(frame(step, loss=1.0, loss_delta=9.0))
+
+        assert decisions_sent() == []
+        now[0] += GATHER_S
+        one_more(1)
+        assert decisions_sent() == [1]
+        for step in (2, 3):
+            one_more(step)
+            assert decisions_sent() == []
+        assert 0.0 < reporter.due_in() <= GATHER_S
+        now[0] += GATHER_S
+        assert reporter.due_in() == 0.0
+        assert decisions_sent() == [2, 3]
+        for step in range(4, 4 + WRITTEN_PER_TURN):  # more than one message's worth
+            one_more(step)
+        assert decisions_sent()
+        engine.observe(frame(99, loss=1.0))
+        now[0] += 3600.0
+        assert reporter.due_in() == 0.0
 
 
 def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatch):

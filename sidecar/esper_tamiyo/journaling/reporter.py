@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from esper_tamiyo.journaling.decision_log import DecisionLog
-from esper_tamiyo.journaling.entries import Gap, table_entry
+from esper_tamiyo.journaling.entries import AnyEntry, Gap, table_entry
+from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.messages import (
     ANSWER_MS,
     LAG_MS,
@@ -37,6 +38,10 @@ HEARTBEAT_S = 0.95
 """A little less than the tick that wakes the loop, or every other one would pass by."""
 WRITTEN_PER_TURN = 32
 """Things of the decision log that are written between two looks for asks: about 0.2 ms."""
+GATHER_S = 0.02
+"""Time in which things of the decision log gather before they are written, unless nothing was
+written for as long: a journal writer that wakes at each ask takes the processor, and the
+caches, from the next one."""
 
 
 class Reporter:
@@ -55,6 +60,8 @@ class Reporter:
         self._began_unix_nano = time.time_ns()
         self._beat = 0
         self._heartbeat_at = 0.0
+        self._write_at = 0.0
+        """When things of the decision log are written next."""
         self._gathering: Iterator[dict[str, Any] | None] | None = None
         """How things are, while that is gathered for a heartbeat."""
         self._table: Table | None = None
@@ -96,9 +103,13 @@ class Reporter:
 
         The heartbeat goes with the server's tick.
         """
-        if self.decision_log.waiting or self._gathering is not None:
+        if self._gathering is not None:
             return 0.0
-        return None if self._scribe is None else self._scribe.due_in()
+        dues = [] if self._scribe is None else [self._scribe.due_in()]
+        if self.decision_log.waiting:
+            now_s = time.monotonic()
+            dues.append(0.0 if self._is_due(now_s) else self._write_at - now_s)
+        return min((due for due in dues if due is not None), default=None)
 
     def write_down(self, table: Table, status: StatusInParts) -> None:
         """Write down some of what was heard; once a second say how things are.
@@ -114,7 +125,7 @@ class Reporter:
     def _write_down(self, table: Table, status: StatusInParts) -> None:
         now_s = time.monotonic()
         log = self.decision_log
-        entries = log.make_entries(WRITTEN_PER_TURN, now_s) if log.waiting else []
+        entries = self._entries(now_s)
         scribe = self._scribe
         if scribe is None:
             return
@@ -135,6 +146,19 @@ class Reporter:
                 self._gathering = None
                 self._send_gap(scribe)
                 self._send(scribe, [*log.expire(now_s), self._heartbeat(whole)])
+
+    def _is_due(self, now_s: float) -> bool:
+        return now_s >= self._write_at or self.decision_log.waiting >= WRITTEN_PER_TURN
+
+    def _entries(self, now_s: float) -> list[AnyEntry | DueReport]:
+        """Some of what the decision log heard, once that is worth a message."""
+        log = self.decision_log
+        if not log.waiting or not self._is_due(now_s):
+            return []
+        entries = log.make_entries(WRITTEN_PER_TURN, now_s)
+        if not log.waiting:  # what is left over goes in the next turns
+            self._write_at = now_s + GATHER_S
+        return entries
 
     def close(self) -> None:
         """Write down the rest and let the scribe end."""
