@@ -197,3 +197,18 @@ def test_an_overview_in_parts_is_the_overview():
     assert parts == [None, None, None]
     assert whole == engine.overview(10**12)
     assert sum(whole["states"].values()) == 7
+
+
+def test_a_rank_with_many_seeds_is_several_in_an_overview_in_parts():
+    from esper_tamiyo.judging.engine import Engine
+    from esper_tamiyo.language.table_file import load
+    from sidecar.frames_made import frame
+
+    engine = Engine(load("default"))
+    for run in range(4):
+        for step in range(1, 5):
+            seeds = {f"{step}-{seed}": {"seed_alpha": 0.5} for seed in range(16)}
+            engine.observe(frame(step, run=f"run-{run}", seeds=seeds if run % 2 else {}))
+    *parts, whole = engine.overview_in_parts(10**12, 4)
+    assert len(parts) == 3  # a rank of weight 1, one of 5 by itself, 1, and 5 again
+    assert whole == engine.overview(10**12)

@@ -264,12 +264,11 @@ class Engine:
     def overview_in_parts(
         self, now_ns: int | None, ranks_at_once: int
     ) -> Iterator[dict[str, Any] | None]:
-        """The overview last, and None after so many ranks each: an ask may come between."""
+        """The overview last, and None after so many ranks each, of which one with many seeds
+        counts as several: an ask may come between."""
         census = RankCensus(now_ns)
         for part in self._runs.in_parts(ranks_at_once):
-            for key, state in part:
-                census.count(key, state)
-            yield None
+            yield from census.count_in_parts(part, ranks_at_once)
         newest = self.roster.newest_steps() if self._silences.used else {}
         yield {
             "frames": {**self._counts, "runs_forgotten": self.roster.forgotten},

@@ -10,6 +10,7 @@ late.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ long the next steps take."""
 
 TOLD_RANKS = 16
 """Ranks that an overview tells of in detail."""
+
+SEEDS_LIKE_A_RANK = 16
+"""Seeds that take as long to count as a rank without."""
 
 Key = tuple[str, int]
 """A run and a rank."""
@@ -151,6 +155,19 @@ class RankCensus:
         self._newest: dict[int, list[tuple[int, int, Key, RunState]]] = {}
         """Of each kind, in the order in which they are told of, those heard of last."""
         self._counted = 0
+
+    def count_in_parts(
+        self, ranks: Sequence[tuple[Key, RunState]], ranks_at_once: int
+    ) -> Iterator[None]:
+        """Count them, with a stop after so many, of which one with many seeds is several."""
+        weight = 0
+        for key, state in ranks:
+            weight += 1 + len(state.seeds) // SEEDS_LIKE_A_RANK
+            if weight > ranks_at_once:
+                weight = 0
+                yield
+            self.count(key, state)
+        yield
 
     def count(self, key: Key, state: RunState) -> None:
         """One more rank."""
