@@ -32,8 +32,9 @@ def figures() -> list[Figure]:
             report, frame_us = _train(receiver, folder / "spool")
         finally:
             receiver.kill()
-        journal = folder / "journal" / "received.metrics.otlp"
-        taken = [frame.step for frame in read_frames(journal)]
+        # A receiver that is started again writes files of its own.
+        files = (folder / "journal").glob("*.metrics.otlp")
+        taken = [frame.step for file in files for frame in read_frames(file)]
     metrics = report.metrics
     if metrics.produced != STEPS * METRICS:
         raise AssertionError(f"{metrics.produced} points of {STEPS * METRICS} were produced")
