@@ -273,8 +273,10 @@ def _become(
     def execve(_: object, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
         _become(argv, env, path, forgotten)
 
-    # `esper-otel run` becomes another Python, whose modules this one has.
+    # `esper-otel run` becomes another Python, whose modules this one has, and so does
+    # `opentelemetry-instrument`.
     os.execve = execve  # type: ignore[assignment]
+    os.execl = lambda _, *argv: execve(_, argv, os.environ)  # type: ignore[assignment]
     if any(Path(each, "sitecustomize.py").exists() for each in own):
         sys.modules.pop("sitecustomize", None)
         __import__("sitecustomize")
