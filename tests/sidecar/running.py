@@ -71,8 +71,13 @@ class Client:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
+        try:
+            # Without a time-out, with which a connection that has to wait is refused.
+            self.socket.connect(os.fspath(path))
+        except OSError:
+            self.socket.close()
+            raise
         self.socket.settimeout(PATIENCE_S)
-        self.socket.connect(os.fspath(path))
         self._buffer = MessageBuffer()
         self._received = []
 
