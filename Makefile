@@ -12,15 +12,15 @@ PORTS ?=
 MINUTES ?= 6
 COVERED ?= tests --ignore=tests/ops/stack --ignore=tests/bench --ignore=tests/fuzz
 TARGET ?=
-# At once, each with files of its own: much of a test is waiting for processes it has started.
-# In the order of their names, or the files with few and long tests would come last, alone.
-TEST_PROCESSES ?= 2
+# At once, each with files of its own, in the order of tests/conftest.py: much of a test is waiting
+# for processes it has started.
+TEST_PROCESSES ?= 3
 # Of make test-pythons: versions or paths (the newest that is here, without), and torch as well.
 PYTHONS ?=
 WITH_TORCH ?=
 
 .PHONY: help demo test test-pythons fuzz test-deployed test-compose test-gpu bench coverage lint \
-  format docs constraints clean collector stack stack-programs
+  lint-types lint-others format docs constraints clean collector stack stack-programs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -74,10 +74,17 @@ coverage: $(READY)  ## run the tests (not those of the stack and the browser) an
 	$(BIN)/python -m coverage report
 	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
 
+# Two at once, each with its output in one piece where this make can give it so.
 lint: $(READY)  ## check style, types, English, pictures and generated files
+	@$(MAKE) --no-print-directory --jobs=2 \
+	  $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint-types lint-others
+
+lint-types: $(READY)
+	$(BIN)/mypy
+
+lint-others: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/python -m ops.english
 	$(BIN)/python -m ops.generate --check
 	$(BIN)/python -m ops.pictures --check
@@ -106,6 +113,6 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed; PYTHON=/path/to/python3.12 make ... names another"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time fetches PyTorch, a few GB ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  -c constraints.txt -e '.[demo,dev,docs]'
 	@touch $@

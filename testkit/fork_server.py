@@ -1,10 +1,12 @@
-"""Python processes that start with torch imported: each is forked from one that did only that.
+"""Python processes that start with modules imported: forks of one that did only that.
 
 A process takes three seconds of a processor to import torch, and two more to make its first
 optimizer, which imports torch's compiler. A test that looks at something else need not pay
 for them: it names its command as it would for ``subprocess.run``, and the process that runs it
 is a fork that has these modules already, and nothing of ours. How a process starts (the order
 of imports, launchers, ``esper-otel run`` itself) is for tests with processes of their own.
+
+:func:`tamiyo_server` does the same for ``tamiyo``, whose four processes take two seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +31,15 @@ from typing import IO, Any, NoReturn
 ROOT = str(Path(__file__).parent.parent)
 COMMON = "torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"
 """What most scripts of tests import; scikit-learn, which the examples need, if it is here."""
+
+OF_TAMIYO = (
+    *("esper_tamiyo.cli", "esper_tamiyo.keeping.writer", "esper_tamiyo.receiving.ingest"),
+    *("esper_tamiyo.serving.server", "esper_tamiyo.serving.table_watch"),
+    *("esper_tamiyo.journaling.reporter", "esper_tamiyo.journaling.scribe"),
+    "esper_tamiyo.showing.ui",
+    "testkit.forked_children",
+)
+"""What a sidecar imports, and what has its children be forks as well."""
 
 LARGEST = 200_000
 """Bytes of a request: a command, and an environment."""
@@ -61,24 +72,37 @@ class Forked:
         except subprocess.TimeoutExpired:
             return None
 
-    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+    def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, signal_number)
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end, by SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
 
 
 class ForkServer:
-    """A process that has imported ``modules`` and what is common, and forks when asked."""
+    """A process that has imported ``modules``, and forks when asked.
 
-    def __init__(self, *modules: str) -> None:
+    Its forks forget the modules of :mod:`esper_otel`, unless ``keeps_ours``.
+    """
+
+    def __init__(self, *modules: str, keeps_ours: bool = False) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"from testkit.fork_server import serve; serve({theirs.fileno()}, {modules!r})"
+        told = f"{theirs.fileno()}, {modules!r}, {keeps_ours}"
+        own = os.environ.get("PYTHONPATH", "") if keeps_ours else ""
+        path = os.pathsep.join(filter(None, [ROOT, own]))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-c", f"from testkit.fork_server import serve; serve({told})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
 
     def close(self) -> None:
@@ -90,8 +114,8 @@ class ForkServer:
         self,
         command: Sequence[str | os.PathLike[str]],
         *,
-        stdout: IO[Any],
-        stderr: IO[Any],
+        stdout: IO[Any] | int,
+        stderr: IO[Any] | int,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
         finalizes: bool = False,
@@ -110,7 +134,8 @@ class ForkServer:
         }
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            fds = [theirs.fileno(), stdout.fileno(), stderr.fileno()]
+            outputs = (f if isinstance(f, int) else f.fileno() for f in (stdout, stderr))
+            fds = [theirs.fileno(), *outputs]
             socket.send_fds(self._requests, [json.dumps(request).encode()], fds)
         return Forked(ours, words)
 
@@ -139,8 +164,16 @@ class ForkServer:
 
 @cache
 def fork_server(*modules: str) -> ForkServer:
-    """The one of this process with those modules; it takes seconds to be ready."""
-    server = ForkServer(*modules)
+    """The one of this process with torch and ``modules``; it takes seconds to be ready."""
+    server = ForkServer(*COMMON, *modules)
+    atexit.register(server.close)
+    return server
+
+
+@cache
+def tamiyo_server() -> ForkServer:
+    """The one of this process for commands of ``tamiyo``, with the modules of a sidecar."""
+    server = ForkServer(*OF_TAMIYO, keeps_ours=True)
     atexit.register(server.close)
     return server
 
@@ -148,12 +181,14 @@ def fork_server(*modules: str) -> ForkServer:
 # --- in the server, and in what it forks
 
 
-def serve(fd: int, modules: Sequence[str]) -> None:
+def serve(fd: int, modules: Sequence[str], keeps_ours: bool) -> None:
     """Import, and fork for each request until nobody can send any more."""
-    for module in (*COMMON, *modules):
+    for module in modules:
         with suppress(ModuleNotFoundError):
             __import__(module)
-    path = [each for each in sys.path[1:] if each != ROOT]
+    given = os.environ["PYTHONPATH"].split(os.pathsep)
+    path = [each for each in sys.path[1:] if each not in given]
+    forgotten = re.compile(r"(?!)" if keeps_ours else r"esper_otel\b|testkit\b")
     signal.signal(signal.SIGCHLD, _reap)
     requests = socket.socket(fileno=fd)
     while True:
@@ -171,10 +206,10 @@ def serve(fd: int, modules: Sequence[str]) -> None:
             os.close(err)
             request = json.loads(body)
             os.chdir(request["cwd"])
-            work = partial(_become, request["command"], request["env"], path)
+            work = partial(_become, request["command"], request["env"], path, forgotten)
             if request["finalizes"]:
                 work()
-            _end(work)
+            end_by(work)
         for each in fds:
             os.close(each)
 
@@ -201,11 +236,12 @@ def _watch_a_fork(fd: int) -> None:
         os._exit(0)
 
 
-def _end(work: Callable[[], NoReturn]) -> NoReturn:
-    """Do what ends by an exception, and then what Python does before it finalizes itself."""
+def end_by(work: Callable[[], object]) -> NoReturn:
+    """Do it, and then what Python does before it finalizes itself."""
     status = 1
     try:
         work()
+        status = 0
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             status = error.code or 0
@@ -222,21 +258,25 @@ def _end(work: Callable[[], NoReturn]) -> NoReturn:
         os._exit(status & 0xFF)
 
 
-def _become(command: Sequence[str], env: Mapping[str, str], path: list[str]) -> NoReturn:
+def _become(
+    command: Sequence[str], env: Mapping[str, str], path: list[str], forgotten: re.Pattern[str]
+) -> NoReturn:
     """Run a command of Python's as Python does, with ``path`` behind its own ``PYTHONPATH``."""
     given = dict(env)
     os.environ.clear()
     os.environ.update(given)
     own = [each for each in given.get("PYTHONPATH", "").split(os.pathsep) if each]
     sys.path[:] = ["", *own, *path]
-    for name in [name for name in sys.modules if re.match(r"esper_otel\b|testkit\b", name)]:
+    for name in [name for name in sys.modules if forgotten.match(name)]:
         del sys.modules[name]
 
     def execve(_: object, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-        _become(argv, env, path)
+        _become(argv, env, path, forgotten)
 
-    # `esper-otel run` becomes another Python, whose modules this one has.
+    # `esper-otel run` becomes another Python, whose modules this one has, and so does
+    # `opentelemetry-instrument`.
     os.execve = execve  # type: ignore[assignment]
+    os.execl = lambda _, *argv: execve(_, argv, os.environ)  # type: ignore[assignment]
     if any(Path(each, "sitecustomize.py").exists() for each in own):
         sys.modules.pop("sitecustomize", None)
         __import__("sitecustomize")

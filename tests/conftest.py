@@ -50,6 +50,59 @@ def pytest_make_collect_report(collector):
     return report
 
 
+TOGETHER = {
+    "ops/stack": "stack",  # one Collector, Prometheus and Jaeger for all of them
+    **dict.fromkeys(
+        (  # one server of processes that have torch
+            *("docs/test_commands_on_pages.py", "integrations/test_declarative.py"),
+            *("integrations/test_jobs.py", "integrations/test_launchers.py"),
+            *("kasmina/test_checkpoint.py", "kasmina/test_tools.py", "ranks"),
+            *("test_end_to_end.py", "test_finalization.py", "test_summary.py"),
+        ),
+        "forks",
+    ),
+    **dict.fromkeys(
+        (  # one import of Lightning and Transformers
+            *("integrations/test_checked_updates.py", "integrations/test_enforced_rates.py"),
+            *("integrations/test_frameworks.py", "integrations/test_notebooks.py"),
+            *("integrations/test_public_loops.py", "integrations/test_run_state.py"),
+        ),
+        "frameworks",
+    ),
+}
+"""Files and folders of tests that share what takes long to make; one process runs them."""
+
+FIRST = (
+    *("stack", "forks", "test_examples.py", "kasmina/test_compiling.py", "frameworks"),
+    *("docs/test_site.py", "integrations/test_ways_to_start.py", "test_packaging.py"),
+)
+"""What takes longest, so that no process is left with it when the others have ended."""
+
+
+def unit_of(nodeid):
+    """What is run by one process: a file, or what is together with it."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    places = (file, *map(str, Path(file).parents))
+    return next((TOGETHER[each] for each in places if each in TOGETHER), file)
+
+
+def pytest_collection_modifyitems(items):
+    order = {unit: place for place, unit in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of ``--dist loadfile``, with files together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Units(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return unit_of(nodeid)
+
+    return Units(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_runtest_setup(item):
     if not HAS_TORCH and item.get_closest_marker("torch"):
         pytest.skip("torch is not installed")

@@ -192,7 +192,7 @@ def test_the_standard_command_instruments_too(tmp_path):
             ESPER_MODE="off",
         )
         instrument = str(Path(sys.executable).with_name("opentelemetry-instrument"))
-        run([instrument, sys.executable, str(script)], env)
+        run_forked([instrument, sys.executable, str(script)], env)
         assert receiver.inbox.steps() == Counter(range(1, 17))
 
 
@@ -251,7 +251,7 @@ def demo(tmp_path, *arguments, **options):
 
 @pytest.mark.timeout(400)
 def test_the_demo_runs_and_tells_what_was_decided(tmp_path):
-    with demo(tmp_path, "--epochs", "12", "--growing-epochs", "40") as process:
+    with demo(tmp_path, "--epochs", "6", "--growing-epochs", "40") as process:
         output, _ = process.communicate(timeout=360)
     assert process.returncode == 0, output
     assert "multiplied the learning rate by 50 at step 89" in output

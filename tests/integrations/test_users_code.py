@@ -18,7 +18,7 @@ from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.integrations.training import watch_deepspeed  # noqa: E402
 from testkit.ledger import Ledger, norm_of, train  # noqa: E402
 from testkit.loops import unaccounted  # noqa: E402
-from testkit.public_loops import by_torch_func  # noqa: E402
+from testkit.public_trainers import by_torch_func  # noqa: E402
 
 
 @pytest.fixture

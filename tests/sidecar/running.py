@@ -24,6 +24,7 @@ from esper_otel.leyline.wire import (
     decode_to_client,
     encode,
 )
+from testkit.fork_server import tamiyo_server
 
 TAMIYO = str(Path(sys.executable).with_name("tamiyo"))
 PATIENCE_S = 60.0
@@ -54,9 +55,7 @@ def is_alive(pid):
 
 def tamiyo(*arguments):
     """Run the command to its end."""
-    return subprocess.run(
-        [TAMIYO, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    return tamiyo_server().run([TAMIYO, *map(str, arguments)], timeout=PATIENCE_S)
 
 
 def row_of(step, values):
@@ -72,8 +71,12 @@ class Client:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
-        # Blocking: with a time-out a full queue of connections is an error, and not waited for.
-        self.socket.connect(os.fspath(path))
+        try:
+            # Without a time-out, with which a connection that has to wait is refused.
+            self.socket.connect(os.fspath(path))
+        except OSError:
+            self.socket.close()
+            raise
         self.socket.settimeout(PATIENCE_S)
         self._buffer = MessageBuffer()
         self._received = []
@@ -151,23 +154,36 @@ class Sidecar:
             return client.status()
 
 
+def _started(command, stderr, is_forked):
+    """A process, and what it writes to standard output."""
+    if not is_forked:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        return process, process.stdout
+    reading, writing = os.pipe()
+    try:
+        process = tamiyo_server().start(command, stdout=writing, stderr=stderr or 2)
+    finally:
+        os.close(writing)
+    return process, os.fdopen(reading)
+
+
 @contextmanager
-def sidecar(path, *arguments, ingest=False, stderr=None):
-    """A sidecar at ``path``; its end is checked to be a clean one."""
+def sidecar(path, *arguments, ingest=False, stderr=None, is_forked=True):
+    """A sidecar at ``path``; its end is checked to be a clean one.
+
+    It and its children begin with their modules loaded, unless not ``is_forked``, which is for
+    tests of the processes themselves: how they start, their names, their memory.
+    """
     receivers = (
         ("--otlp-grpc", "127.0.0.1:0", "--otlp-http", "127.0.0.1:0")
         if ingest
         else ("--no-ingest",)
     )
-    process = subprocess.Popen(
-        [TAMIYO, "serve", "--socket", str(path), *receivers, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
+    command = [TAMIYO, "serve", "--socket", str(path), *receivers, *map(str, arguments)]
+    process, output = _started(command, stderr, is_forked)
     try:
-        with process.stdout:
-            line = process.stdout.readline()
+        with output:
+            line = output.readline()
         assert line.startswith("tamiyo ready "), line
         words = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
         yield Sidecar(process, words)

@@ -77,7 +77,7 @@ def guarded(tmp_path_factory, files):
     options = ("--tls-cert", files.cert, "--tls-key", files.key, "--token-file", files.token)
     everywhere = ("--otlp-grpc", "0.0.0.0:0", "--otlp-http", "0.0.0.0:0")
     path = tmp_path_factory.mktemp("g") / "t.sock"
-    with sidecar(path, *options, *everywhere, ingest=True) as running:
+    with sidecar(path, *options, *everywhere, ingest=True, is_forked=False) as running:
         yield running
 
 

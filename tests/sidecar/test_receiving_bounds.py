@@ -68,7 +68,7 @@ BOMBS = {
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     path = tmp_path_factory.mktemp("b") / "t.sock"
-    with sidecar(path, ingest=True) as running:
+    with sidecar(path, ingest=True, is_forked=False) as running:
         yield running
 
 
@@ -181,14 +181,15 @@ def test_whole_requests_of_many_at_once_are_taken_or_told_to_come_again(attacked
 
 def test_one_that_has_more_than_it_may_have_starts_anew(tmp_path, capfd):
     """With next to nothing allowed: what it has without a request is too much then."""
-    with sidecar(tmp_path / "t.sock", "--ingest-mb", "20", ingest=True) as running:
+    path = tmp_path / "t.sock"
+    with sidecar(path, "--ingest-mb", "20", ingest=True, is_forked=False) as running:
         until(lambda: running.status()["ingest"]["restarts"])
     assert "MB: it restarts" in capfd.readouterr().err
 
 
 def test_stopped_children_do_not_outlive_a_killed_sidecar(tmp_path):
     """They would keep its ports, and the lock of its state, from the next one."""
-    with sidecar(tmp_path / "t.sock", ingest=True) as running:
+    with sidecar(tmp_path / "t.sock", ingest=True, is_forked=False) as running:
         until(lambda: running.status()["state"]["written_at"])
         until(lambda: running.status()["scribe"]["state"] == "working")
         children = psutil.Process(running.process.pid).children()

@@ -259,7 +259,7 @@ def watch_of(running):
 
 
 def test_the_watch_is_started_again_and_does_not_outlive_the_sidecar(tmp_path, file):
-    with sidecar(tmp_path / "t.sock", "--table", file) as running:
+    with sidecar(tmp_path / "t.sock", "--table", file, is_forked=False) as running:
         first = watch_of(running)
         os.kill(first, signal.SIGKILL)
         until(lambda: not is_alive(first))

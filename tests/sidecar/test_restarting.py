@@ -112,7 +112,7 @@ def test_without_state_a_restart_forgets(tmp_path):
 
 
 def test_the_writer_is_started_again_and_saves_all_ranks_anew(tmp_path):
-    with sidecar(tmp_path / "t.sock") as running:
+    with sidecar(tmp_path / "t.sock", is_forked=False) as running:
         with running.client() as client:
             client.hello()
             client.ask(0, loss=1.0)

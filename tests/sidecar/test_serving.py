@@ -34,7 +34,8 @@ from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """One sidecar for all tests that leave it as it is; each uses a run of its own."""
-    with sidecar(tmp_path_factory.mktemp("s") / "t.sock", "--table", "prototype") as running:
+    path = tmp_path_factory.mktemp("s") / "t.sock"
+    with sidecar(path, "--table", "prototype", is_forked=False) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ def supervisor(tmp_path, monkeypatch):
 
 
 def test_the_sidecar_says_when_it_is_ready_and_that_its_loop_turns(tmp_path, supervisor):
-    with sidecar(tmp_path / "t.sock"):
+    with sidecar(tmp_path / "t.sock", is_forked=False):
         said = {supervisor.recv(100).decode() for _ in range(3)}
         assert said == {READY, ALIVE}
     last = ""

@@ -15,7 +15,7 @@ import termios
 import time
 
 ESPER = [sys.executable, "-m", "esper_otel"]
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 _CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])|\x1b[()][A-Z0-9]|\r|\n|[^\x1b\r\n]+")
 
 
@@ -31,9 +31,12 @@ class Emulated:
         """Parameters of all that was said of styles."""
         self.unknown = set()
         self.resize(columns, rows)
+        self.is_drawn_anew = True
 
     def resize(self, columns, rows):
         self.columns, self.rows = columns, rows
+        self.is_drawn_anew = False
+        """Since the size changed. Until then a picture for the size before is on its way."""
         self.clear()
 
     def clear(self):
@@ -51,6 +54,7 @@ class Emulated:
                 row, _, column = parameters.partition(";")
                 self.row, self.column = int(row or 1) - 1, int(column or 1) - 1
             elif command == "J":
+                self.is_drawn_anew = True
                 self.clear()
             elif parameters == "?1049":
                 self.is_alternate = command == "h"
@@ -70,7 +74,7 @@ class Emulated:
             elif self.row < self.rows and self.column < self.columns:
                 self.cells[self.row][self.column] = char
                 self.column += 1
-            else:
+            elif self.is_drawn_anew:
                 self.unknown.add("beyond the edge")
 
     @property

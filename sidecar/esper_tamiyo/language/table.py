@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 import msgspec
@@ -377,6 +378,7 @@ def acts_on_updates(rule: Rule) -> bool:
     )
 
 
+@cache  # reading the hints takes longer than reading a rule
 def meta(owner: type[msgspec.Struct], field: str) -> Meta:
     """Bounds and description of a field of a table."""
     hint: Any = get_type_hints(owner, include_extras=True)[field]
