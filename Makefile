@@ -52,7 +52,7 @@ test-gpu:  ## check the GPU promises on a GPU (with PYTHON as it is; installs no
 collector: $(READY)  ## build our Collector, once: it is kept in the user's cache
 	@$(BIN)/python -m ops.stack build collector
 
-stack-programs: $(READY)  ## get Collector, Prometheus, Jaeger and Chromium, each once
+stack-programs: $(READY)  ## get the stack's programs, and those of tests, each once
 	@$(BIN)/python -m ops.stack build
 
 stack: $(READY)  ## run Collector, Prometheus, Jaeger and Tamiyo here (PORTS="jaeger=16687 …")
@@ -67,12 +67,13 @@ docs: $(READY)  ## build the documentation site into build/site
 pictures: $(READY)  ## make the pictures of the docs anew, which takes minutes
 	$(BIN)/python -m ops.pictures
 
-coverage: $(READY)  ## run the tests (not those of the stack and the browser) and show coverage
-	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n 0 $(COVERED)
-	@$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report
-	@$(BIN)/python -m coverage html --quiet && echo build/coverage/index.html
+coverage: $(READY)  ## run the tests (not those of the stack) and show coverage by package
+	@rm -rf build/coverage
+	@$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile $(COVERED); \
+	  status=$$?; \
+	  $(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage html --quiet && \
+	  $(BIN)/python -m ops.coverage_table && exit $$status
 
 # Two at once, each with its output in one piece where this make can give it so.
 lint: $(READY)  ## check style, types, English, pictures and generated files

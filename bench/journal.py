@@ -96,9 +96,9 @@ def lost(path: Path) -> Figure:
     """Entries that did not reach the journal."""
     answer = reply_to(StatusRequest(), path)
     assert isinstance(answer, Status)
-    scribe = answer.report["scribe"]
+    writer = answer.report["scribe"]
     return Figure.at_most(
-        BENCH, f"entries lost, {scribe['written']} written", scribe["lost"], "entries", bar=0
+        BENCH, f"entries lost, {writer['written']} written", writer["lost"], "entries", bar=0
     )
 
 

@@ -1,7 +1,7 @@
 """Each process of the sidecar killed, or stopped, while a run asks about every step.
 
 A client as training has it, with a deadline of 5 ms, asks about recorded troubled trainings,
-paced, one fault in each of its runs: the process that decides, ingest, the scribe, the table's
+paced, one fault in each run: the process that decides, ingest, the journal writer, the table's
 watch and the writer of state, killed (SIGKILL) or stopped (SIGSTOP), one after the other. The
 process that decides is started again, as a supervisor does; the others it has to replace
 itself. Each answered decision is held against that of an engine which is left alone and was

@@ -21,7 +21,7 @@ from esper_otel.leyline.wire import Status, StatusRequest
 DECIDE = "decide"
 CHILDREN = {
     "esper_tamiyo.receiving.ingest": "ingest",
-    "esper_tamiyo.journaling.scribe": "scribe",
+    "esper_tamiyo.journaling.journal_writer": "scribe",
     "esper_tamiyo.serving.table_watch": "table watch",
     "esper_tamiyo.keeping.writer": "state writer",
 }

@@ -40,7 +40,7 @@ WITH_TORCH = "demo,dev"
 OF_THE_SIDECAR = (
     *("accepting", "any_message", "child_process", "connections", "credentials", "engine"),
     *("grpc_receiver", "http_receiver", "journal", "keeping", "language", "listening"),
-    *("own_telemetry", "receiving", "reloading", "restarting", "scribe", "serving"),
+    *("own_telemetry", "receiving", "reloading", "restarting", "journal_writer", "serving"),
 )
 """Its processes, sockets and files; what rules mean is the same on every Python."""
 

@@ -19,6 +19,7 @@ from esper_tamiyo.commands.status import _duration
 from esper_tamiyo.journaling.entries import Changed, Decided, Found, Opened, TableInUse
 from esper_tamiyo.journaling.journal import Journal
 from esper_tamiyo.judging.observer import RuleState
+from ops.stack.programs import FISH, ZSH, MissingError, find
 
 PROGRAMS = {"esper-otel": esper_otel, "tamiyo": tamiyo}
 
@@ -107,6 +108,16 @@ def test_each_program_tells_its_version(program, capsys):
     assert capsys.readouterr().out == f"{program} {__version__}\n"
 
 
+def path_of(shell):
+    """Where a shell is, in ``PATH`` or in the cache of programs."""
+    if shell == "bash":
+        return shutil.which(shell) or pytest.skip("bash is not installed")
+    try:
+        return find({"zsh": ZSH, "fish": FISH}[shell])
+    except MissingError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_completion_prints_a_script_that_its_shell_takes(program, shell, capsys, tmp_path):
@@ -114,11 +125,12 @@ def test_completion_prints_a_script_that_its_shell_takes(program, shell, capsys,
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
     assert program in script.read_text()
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
     check = "--no-execute" if shell == "fish" else "-n"
-    done = subprocess.run([shell, check, str(script)], capture_output=True, text=True)
+    command = [path_of(shell), check, script]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    script.write_text(f'{script.read_text()}\necho "\n')
+    assert subprocess.run(command, capture_output=True).returncode != 0
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,37 @@ CHROMIUM = Program(
 )
 """A browser, in which the tests open reports."""
 
+ZSH = Program(
+    "zsh",
+    "ZSH_SHELL",
+    ("zsh",),
+    lambda: recipes.ZSH,
+    recipes.zsh,
+    ("zsh",),
+    "a Debian with apt-get",
+)
+FISH = Program(
+    "fish",
+    "FISH_SHELL",
+    ("fish",),
+    lambda: recipes.FISH,
+    recipes.fish,
+    ("fish",),
+    "a Debian with apt-get",
+)
+"""Shells, which read our completion scripts in the tests."""
+
+ACTIONLINT = Program(
+    "actionlint",
+    "ACTIONLINT",
+    ("actionlint",),
+    lambda: recipes.ACTIONLINT,
+    recipes.actionlint,
+    ("actionlint",),
+    "Go, and half a minute",
+)
+"""Checks the workflows of ``.github`` in the tests."""
+
 PROMETHEUS_3 = Program(
     "prometheus-3",
     "PROMETHEUS_3",
@@ -121,8 +152,11 @@ COMPOSE = Program(
 )
 """Version 2, for a Docker that has no ``compose``; of that name Debian 12 has version 1."""
 
-PROGRAMS = {program.name: program for program in (COLLECTOR, PROMETHEUS, JAEGER, CHROMIUM)}
-"""Those that are made, each once."""
+PARTS = (COLLECTOR, PROMETHEUS, JAEGER)
+"""The stack itself, without Tamiyo."""
+
+PROGRAMS = {program.name: program for program in (*PARTS, CHROMIUM, ZSH, FISH, ACTIONLINT)}
+"""Those that are made, each once; behind the stack's those that only tests need."""
 
 DEPLOYED = {
     PROMETHEUS.variable: PROMETHEUS_3,

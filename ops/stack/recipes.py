@@ -25,6 +25,11 @@ PAGE_FOLDER = "web"
 """Where a Prometheus has its page, beside its binary."""
 
 CHROMIUM = "chromium-headless-shell, as Debian packs it"
+ZSH = "zsh, as Debian packs it"
+FISH = "fish, as Debian packs it"
+
+ACTIONLINT = "github.com/rhysd/actionlint@v1.7.12"
+"""The checker of workflows, which is one Go module without a page or a build of its own."""
 
 PROMETHEUS_3 = "github.com/prometheus/prometheus@v0.305.0"
 """That is Prometheus 3.5.0, in the numbers of Go modules."""
@@ -155,24 +160,48 @@ def _unpacked(packages: list[str], folder: Path) -> Path:
 
 
 def chromium(folder: Path) -> None:
-    """Unpack Debian's Chromium without a window, with the libraries that are not here yet.
+    """Unpack Debian's Chromium without a window."""
+    _of_debian("chromium-headless-shell", "usr/lib/chromium", "chromium", folder)
 
-    As :func:`prometheus` it is not installed; a script of its name tells it where they lie.
+
+def zsh(folder: Path) -> None:
+    """Unpack Debian's zsh, whose completion scripts are ours to check."""
+    _of_debian("zsh", "bin", "zsh", folder)
+
+
+def fish(folder: Path) -> None:
+    """Unpack Debian's fish, for the same."""
+    _of_debian("fish", "bin", "fish", folder)
+
+
+def actionlint(folder: Path) -> None:
+    """Build the checker of workflows."""
+    _programs_of(ACTIONLINT, {"actionlint": "./cmd/actionlint"}, folder)
+
+
+def _of_debian(package: str, place: str, name: str, folder: Path) -> None:
+    """Unpack a ``package``, whose program lies in ``place``, and the libraries not here yet.
+
+    As :func:`prometheus` it is not installed; a script ``name`` says where they lie.
     """
     _need("apt-get", "dpkg-deb")
-    print("fetching chromium", flush=True)
-    package = "chromium-headless-shell"
+    print(f"fetching {name}", flush=True)
     plan = _run(["apt-get", "install", "-s", "--no-install-recommends", package], folder)
     wanted = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
-    unpacked = _unpacked(wanted, folder)
+    unpacked = _unpacked(wanted or [package], folder)
+    # Debian 13 has in /usr/bin all that Debian 12 has in /bin.
+    programs = [unpacked / each / package for each in (place, f"usr/{place}")]
+    program = next((each for each in programs if each.is_file()), None)
+    if program is None:
+        raise RecipeError(f"{package}: expected {place}/{package} in it")
     libraries = {str(path.parent.relative_to(folder)) for path in unpacked.rglob("*.so*")}
-    script = folder / "chromium"
+    script = folder / name
     script.write_text(
         "#!/bin/sh\n"
         'here=$(dirname "$(readlink -f "$0")")\n'
         + "".join(f'LIBRARIES="$LIBRARIES:$here/{path}"\n' for path in sorted(libraries))
         + 'export LD_LIBRARY_PATH="$LIBRARIES"\n'
-        f'exec "$here/unpacked/usr/lib/chromium/{package}" "$@"\n'
+        f'exec "$here/{program.relative_to(folder)}" "$@"\n'
     )
     script.chmod(0o755)
 

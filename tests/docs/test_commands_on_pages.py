@@ -76,6 +76,25 @@ def free_ports(count):
     return ports
 
 
+def run_in_bash(script, folder, environment):
+    """Exit status and output; whatever it has started ends with it."""
+    shell = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = shell.communicate(timeout=500)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+    return shell.returncode, out, err
+
+
 class Typed:
     """A page's commands, typed in a folder; what they printed."""
 
@@ -104,21 +123,8 @@ class Typed:
             "XDG_DATA_HOME": str(folder / "data"),
             "XDG_STATE_HOME": str(folder / "state"),
         }
-        shell = subprocess.Popen(
-            ["bash", "-c", script],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            self.out, self.err = shell.communicate(timeout=500)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(shell.pid, signal.SIGKILL)
-        assert shell.returncode == 0, self.out + self.err
+        status, self.out, self.err = run_in_bash(script, folder, environment)
+        assert status == 0, self.out + self.err
 
 
 @pytest.fixture
@@ -175,6 +181,67 @@ def test_the_guide_to_a_table_of_your_own(typed):
     done = typed("how-to/own-table.md")
     assert "extends default" in done.out
     assert "1 of 1 tests passed" in done.out
+
+
+SENDS = """
+import os, time
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+to = os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] + "/v1/metrics"
+token = os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", "authorization=none").partition("=")[2]
+headers = {"Content-Type": "application/x-protobuf", "Authorization": token.replace("%20", " ")}
+for _ in range(1000):  # the sidecar starts beside it
+    try:
+        status = urlopen(Request(to, b"", headers)).status
+    except URLError as error:
+        if not isinstance(error.reason, ConnectionError):
+            raise
+        time.sleep(0.05)
+    else:
+        break
+with open("sent", "a") as file:
+    print(status, os.environ["ESPER_RUN_ID"], os.environ["SLURM_NODEID"], file=file)
+"""
+SLURM = {
+    "srun": 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || exit; done',
+    "esper-otel": 'echo "$*" >> trained; exec "$BIN/python" sends.py',
+    "hostname": "echo 127.0.0.1",
+}
+"""Stand-ins: a job of two nodes, a training that sends an empty request."""
+
+
+@pytest.mark.parametrize(("script", "word"), [(0, "--standalone"), (1, "--node-rank")])
+def test_the_job_scripts_for_slurm(script, word, tmp_path):
+    text = [text for kind, text in blocks("how-to/slurm.md") if kind == "bash"][script]
+    assert word in text
+    (port,) = free_ports(1)
+    usual = "$((20000 + SLURM_JOB_ID % 10000))"
+    assert text.count(usual) == 1
+    (tmp_path / "sends.py").write_text(SENDS)
+    (tmp_path / "bin").mkdir()
+    for name, does in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
+    environment = clean | {
+        "PATH": os.pathsep.join([str(tmp_path / "bin"), str(BIN), clean["PATH"]]),
+        "BIN": str(BIN),
+        "HOME": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "job",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    job = text.replace("0.0.0.0", "127.0.0.1").replace(usual, port)
+    status, _, err = run_in_bash(job, tmp_path, environment)
+    assert status == 0, err
+    assert (tmp_path / "sent").read_text() == "200 job-7 0\n200 job-7 1\n"
+    assert (tmp_path / "tamiyo-7.journal").exists()
+    for node, line in zip("01", (tmp_path / "trained").read_text().splitlines(), strict=True):
+        assert "--nproc-per-node 4" in line
+        if "--node-rank" in line:
+            assert f"--node-rank {node} --master-addr 127.0.0.1" in line
 
 
 USES_IT = """

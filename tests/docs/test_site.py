@@ -21,6 +21,7 @@ START = "docs/index.html"
 WORDS = (
     *("circuit breaker", "backoff", "heartbeat", "overhead", "liveness", "troubleshooting"),
     *("getting started", "DDP", "audit log", "hysteresis", "silence", "loss_diverging"),
+    *("Slurm", "straggler", "Bearer", "esper.decision.applied"),
 )
 
 

@@ -80,7 +80,7 @@ def changed(step, rule="loss_spike", after=RuleState.INACTIVE, **changes):
 
 
 def reported(step, outcome="improved", run="run"):
-    """A field report about the decision of that step."""
+    """An outcome report about the decision of that step."""
     return Reported(
         time_unix_nano=AT + step + 32,
         decision=f"{run}/0/{step}",

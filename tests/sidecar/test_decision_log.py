@@ -10,9 +10,9 @@ from esper_tamiyo.journaling.decision_log import (
 )
 from esper_tamiyo.journaling.entries import MAX_CONDITIONS, Changed, Decided, table_entry
 from esper_tamiyo.journaling.field_reports import DueReport
+from esper_tamiyo.journaling.journal_writer_child import MAX_MESSAGE
 from esper_tamiyo.journaling.messages import pack
 from esper_tamiyo.journaling.outcomes import OutcomeReports
-from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import TableSource, parse
 from sidecar.frames_made import frame
@@ -187,7 +187,7 @@ def test_a_restarted_process_does_not_inherit_what_was_silenced(decision_log):
 
 
 @pytest.mark.parametrize(("rules", "has"), [(10, True), (MAX_CONDITIONS + 1, False)])
-def test_a_table_fits_one_message_to_the_scribe(rules, has):
+def test_a_table_fits_one_message_to_the_journal_writer(rules, has):
     row = "{id: r%d, metric: loss, above: 10, severity: HIGH, action: PAUSE}"
     text = "version: t\nrules:\n" + "".join(f"- {row % place}\n" for place in range(rules))
     entry = table_entry(parse(TableSource("test", text.encode())), "t.yaml")

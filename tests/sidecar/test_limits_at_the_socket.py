@@ -112,7 +112,7 @@ def test_of_those_who_asked_only_one_that_is_silent_for_long_has_to_go(monkeypat
     assert idlest([]) is None
 
 
-class FailingScribe:
+class FailingWriter:
     """Takes no message about step 13."""
 
     orders = SimpleNamespace(journal=None)
@@ -143,15 +143,15 @@ def test_what_cannot_be_written_down_ends_nothing_and_is_said_once(caplog, monke
 
     now = itertools.count(100.0)
     monkeypatch.setattr(reporter_module.time, "monotonic", lambda: next(now))
-    scribe = FailingScribe()
-    reporter = Reporter(scribe)
+    writer = FailingWriter()
+    reporter = Reporter(writer)
     engine = Engine(load("default"), observer=reporter.decision_log)
     for step in (12, 13, 13, 14):
         engine.observe(frame(step, nonfinite=1.0))
         reporter.write_down(engine.table, lambda: iter([{}]))
     engine.observe(frame(13, instance="two", nonfinite=1.0))
     reporter.write_down(engine.table, lambda: 1 / 0)
-    kinds = {type(each).__name__ for each in scribe.sent if getattr(each, "step", 0) == 14}
+    kinds = {type(each).__name__ for each in writer.sent if getattr(each, "step", 0) == 14}
     assert "Decided" in kinds
     failed = reporter.status()["recording_failed"]
     assert failed >= 2
@@ -163,15 +163,15 @@ def test_a_heartbeat_is_gathered_over_turns_between_which_asks_are_answered():
     from esper_tamiyo.language.table_file import load
     from sidecar.frames_made import frame
 
-    scribe = FailingScribe()
-    reporter = Reporter(scribe)
+    writer = FailingWriter()
+    reporter = Reporter(writer)
     engine = Engine(load("default"), observer=reporter.decision_log)
     for run in range(5):
         engine.observe(frame(1, run=f"run-{run}"))
 
     def turns_until_it_is_sent():
         turns = 0
-        while not [each for each in scribe.sent if type(each).__name__ == "Heartbeat"]:
+        while not [each for each in writer.sent if type(each).__name__ == "Heartbeat"]:
             engine.observe(frame(turns + 2, run="run-0"))
             engine.observe(frame(1, run=f"other-{turns}"))
             reporter.write_down(engine.table, lambda: engine.overview_in_parts(None, 2))
@@ -180,7 +180,7 @@ def test_a_heartbeat_is_gathered_over_turns_between_which_asks_are_answered():
         return turns
 
     assert turns_until_it_is_sent() == 4
-    (beat,) = [each for each in scribe.sent if type(each).__name__ == "Heartbeat"]
+    (beat,) = [each for each in writer.sent if type(each).__name__ == "Heartbeat"]
     names = {rank["run"] for rank in beat.report["runs"]}
     assert names == {*(f"run-{run}" for run in range(5)), "other-0"}
 

@@ -300,11 +300,11 @@ def _ready_line(
 def _reporter(
     options: argparse.Namespace, health: socket.socket | None, pulse: socket.socket | None
 ) -> Reporter:
-    """Keeps the record; without anything to keep or to tell there is no scribe."""
+    """Keeps the record; without anything to keep or to tell there is no writer."""
     from esper_tamiyo.journaling.journal import default_folder
+    from esper_tamiyo.journaling.journal_writer_child import JournalWriterChild, Orders
     from esper_tamiyo.journaling.own_telemetry import endpoint_of
     from esper_tamiyo.journaling.reporter import Reporter
-    from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
 
     folder = None if options.no_journal else options.journal or default_folder(options.socket)
     orders = Orders(
@@ -315,14 +315,14 @@ def _reporter(
         pulse=None if pulse is None else pulse.fileno(),
     )
     tells = folder or health or pulse or endpoint_of("TRACES") or endpoint_of("METRICS")
-    scribe = ScribeChild(orders) if tells else None
-    return Reporter(scribe, options.trace_every, options.table)
+    writer = JournalWriterChild(orders) if tells else None
+    return Reporter(writer, options.trace_every, options.table)
 
 
 def _page(
     options: argparse.Namespace, credentials: Credentials, state: Path | None
 ) -> tuple[UiChild | None, socket.socket | None]:
-    """The page's process, and the end of a pipe for what the scribe hands on to it.
+    """The page's process, and the end of a pipe for what the journal writer hands on to it.
 
     Raises :class:`CommandError`.
     """
@@ -366,7 +366,7 @@ def _page(
 def _health_socket(options: argparse.Namespace) -> socket.socket | None:
     """Where questions after our health are answered, None when nobody is to ask.
 
-    Bound here, so that a mistake ends the start and a scribe that dies keeps the port.
+    Bound here, so that a mistake ends the start and a journal writer that dies keeps the port.
     Raises :class:`CommandError`.
     """
     return None if options.health is None else _listening("--health", options.health)

@@ -52,15 +52,15 @@ def _status(options: argparse.Namespace) -> int:
 def troubles_in(report: dict[str, Any]) -> list[str]:
     """The parts that do not work, in words."""
     troubles = []
-    ingest, scribe = report["ingest"], report["scribe"]
+    ingest, writer = report["ingest"], report["scribe"]
     if ingest is not None and ingest.get("state") == "silent":
         troubles.append("OTLP is not received: the ingest process does not respond")
     elif ingest is not None and not ingest["listening"]:
         troubles.append("OTLP is not received: the ingest process is restarting")
-    if scribe is not None and scribe["state"] in ("down", "silent"):
-        troubles.append(f"the journal is not written: the scribe process is {scribe['state']}")
-    elif scribe is not None and scribe["error"]:
-        troubles.append(f"the journal cannot be written: {printable(scribe['error'])}")
+    if writer is not None and writer["state"] in ("down", "silent"):
+        troubles.append(f"the journal is not written: the journal writer is {writer['state']}")
+    elif writer is not None and writer["error"]:
+        troubles.append(f"the journal cannot be written: {printable(writer['error'])}")
     if report["table"].get("watch") in ("down", "silent"):
         troubles.append(f"the table is not watched: that process is {report['table']['watch']}")
     state = report.get("state")
@@ -129,13 +129,13 @@ def _ingest(ingest: dict[str, Any] | None) -> str:
     return f"gRPC on {grpc}, HTTP on {http}; {came or 'nothing came yet'}"
 
 
-def _journal(scribe: dict[str, Any] | None) -> str:
+def _journal(writer: dict[str, Any] | None) -> str:
     """Where the journal is, and what was written."""
-    if scribe is None or not scribe.get("journal"):
+    if writer is None or not writer.get("journal"):
         return "off"
     names = ("written", "lost", "files_taken_away", "notes_waiting", "field_reports_pending")
-    counts = _counted({name: scribe.get(name, 0) for name in (*names, "restarts", "hung")})
-    return f"{scribe['journal']}; {counts or 'nothing written yet'}"
+    counts = _counted({name: writer.get(name, 0) for name in (*names, "restarts", "hung")})
+    return f"{writer['journal']}; {counts or 'nothing written yet'}"
 
 
 def _state(state: dict[str, Any]) -> str:

@@ -199,7 +199,7 @@ class DecisionLog:
 
     @property
     def reports_pending(self) -> int:
-        """Decisions whose field report is due."""
+        """Decisions whose outcome report is due."""
         return self._reports.pending
 
     def make_entries(self, limit: int, now_s: float) -> list[AnyEntry | DueReport]:

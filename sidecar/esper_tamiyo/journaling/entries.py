@@ -71,7 +71,7 @@ class Decided(Entry, frozen=True, kw_only=True, tag="decision"):
     none has said so, "". ``asked`` is False when the step came in the stream only.
     ``decided_unix_nano`` is by the sidecar's clock, ``took_ms`` since it saw the step.
     ``update``: it is about the update of the step, which was not made yet; ``parameters`` say
-    what was decided, and the field report what became of it.
+    what was decided, and the outcome report what became of it.
     """
 
     id: str
@@ -286,7 +286,7 @@ def rfc3339(time_unix_nano: int) -> str:
 def table_entry(table: Table, source: str) -> TableInUse:
     """The entry that says which table is decided by, and by which name or file it was got.
 
-    Without the conditions where there are too many for one message to the scribe.
+    Without the conditions where there are too many for one message to the journal writer.
     """
     count = sum(1 for rule in table.rules for _ in conditions(rule.when))
     is_small = count <= MAX_CONDITIONS

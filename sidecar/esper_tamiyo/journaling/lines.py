@@ -88,7 +88,7 @@ def _(entry: Decided) -> str:
 
 
 def _of_update(entry: Decided) -> str:
-    """What was decided of an update; what became of it is for the field report to say."""
+    """What was decided of an update; what became of it is for the outcome report to say."""
     if RESTORE in entry.parameters:
         asked = "to be skipped for a restored snapshot"
     elif SKIP_STEP in entry.parameters:

@@ -1,9 +1,9 @@
 """Messages between the decide process and the journal writer, both ways.
 
 The decide process sends lists of messages in MessagePack: entries as they are written to
-the journal, field reports to be worked out, and a heartbeat with the histograms of its
-answers, which cost the answering thread a fraction of a microsecond per value. The scribe
-answers with its status.
+the journal, outcome reports to be worked out, and a heartbeat with the histograms of its
+answers, which cost the answering thread a fraction of a microsecond per value. The journal
+writer answers with its status.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
 
 
 Message = AnyEntry | DueReport | Heartbeat
-"""What the decide process sends to the scribe."""
+"""What the decide process sends to the journal writer."""
 
 
-class ScribeStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scribe sends to the decide process, about once a second and on every change.
+class JournalWriterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the journal writer tells the decide process, once a second and on every change.
 
     ``error`` says why the journal cannot be written, "" when it can; ``written`` and
     ``lost`` count entries, ``files_taken_away`` how often others deleted, moved or cut the
@@ -115,7 +115,7 @@ class ScribeStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _messages = msgspec.msgpack.Decoder(list[Message])
-_status = msgspec.msgpack.Decoder(ScribeStatus)
+_status = msgspec.msgpack.Decoder(JournalWriterStatus)
 
 
 def is_for_journal(message: Message) -> bool:
@@ -126,7 +126,7 @@ def is_for_journal(message: Message) -> bool:
     return not isinstance(message, Heartbeat)
 
 
-def pack(messages: list[Message] | ScribeStatus) -> bytes:
+def pack(messages: list[Message] | JournalWriterStatus) -> bytes:
     """The bytes of one datagram between the two processes."""
     return _encoder.encode(messages)
 
@@ -136,6 +136,6 @@ def decode_messages(data: bytes | memoryview) -> list[Message]:
     return _messages.decode(data)
 
 
-def decode_status(data: bytes) -> ScribeStatus:
-    """The scribe's status in one datagram; raises ``msgspec.MsgspecError``."""
+def decode_status(data: bytes) -> JournalWriterStatus:
+    """The journal writer's status in one datagram; raises ``msgspec.MsgspecError``."""
     return _status.decode(data)

@@ -103,7 +103,7 @@ class _RunExcursions:
 
 
 class OutcomeReports:
-    """Makes field reports, each with what the run's excursions did when left alone.
+    """Makes outcome reports, each with what the run's excursions did when left alone.
 
     Bounded: :data:`MAX_RUNS` runs with :data:`MAX_EXCURSIONS` excursions of each metric.
     """

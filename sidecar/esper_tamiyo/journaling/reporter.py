@@ -1,6 +1,6 @@
 """The reporter: the decide process's part of keeping records, outside the answering path.
 
-It puts the decision log, the scribe process and a heartbeat once a second together, so that
+It puts the decision log, the journal writer and a heartbeat once a second together, so that
 the server has one thing to call at the end of each turn.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from esper_tamiyo.journaling.decision_log import DecisionLog
 from esper_tamiyo.journaling.entries import AnyEntry, Gap, table_entry
 from esper_tamiyo.journaling.field_reports import DueReport
+from esper_tamiyo.journaling.journal_writer_child import JournalWriterChild
 from esper_tamiyo.journaling.messages import (
     ANSWER_MS,
     LAG_MS,
@@ -22,7 +23,6 @@ from esper_tamiyo.journaling.messages import (
     Histogram,
     Message,
 )
-from esper_tamiyo.journaling.scribe_child import ScribeChild
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
@@ -48,14 +48,14 @@ class Reporter:
     """Keeps the record of one decide process."""
 
     def __init__(
-        self, scribe: ScribeChild | None, trace_every: int = 0, table_source: str = ""
+        self, writer: JournalWriterChild | None, trace_every: int = 0, table_source: str = ""
     ) -> None:
-        """``scribe`` None: nothing is written, only counted. ``table_source`` is the name or
+        """``writer`` None: nothing is written, only counted. ``table_source`` is the name or
         file of the table."""
         self.decision_log = DecisionLog(trace_every)
         self._answers = Histogram(ANSWER_MS)
         self._lag = Histogram(LAG_MS)
-        self._scribe = scribe
+        self._writer = writer
         self._table_source = table_source
         self._began_unix_nano = time.time_ns()
         self._beat = 0
@@ -71,24 +71,24 @@ class Reporter:
         """Kinds of failure that have been said."""
 
     def start(self, epoll: select.epoll) -> None:
-        """Start the scribe; ``epoll`` tells when it has something to say."""
-        if self._scribe is not None:
-            self._scribe.watch(epoll)
-            self._scribe.start()
+        """Start the journal writer; ``epoll`` tells when it has something to say."""
+        if self._writer is not None:
+            self._writer.watch(epoll)
+            self._writer.start()
 
-    def is_scribe(self, fd: int) -> bool:
-        """Whether an event of ``fd`` is for :meth:`read_scribe`."""
-        return self._scribe is not None and self._scribe.has_pipe(fd)
+    def is_writer(self, fd: int) -> bool:
+        """Whether an event of ``fd`` is for :meth:`read_writer`."""
+        return self._writer is not None and self._writer.has_pipe(fd)
 
-    def read_scribe(self) -> None:
-        """The scribe has said something, or is gone."""
-        if self._scribe is not None and not self._scribe.read():
-            self._scribe.reap()
+    def read_writer(self) -> None:
+        """The journal writer has said something, or is gone."""
+        if self._writer is not None and not self._writer.read():
+            self._writer.reap()
 
     def check_pulse(self) -> None:
-        """Once in each tick: a scribe that hangs is replaced."""
-        if self._scribe is not None:
-            self._scribe.check_pulse()
+        """Once in each tick: a journal writer that hangs is replaced."""
+        if self._writer is not None:
+            self._writer.check_pulse()
 
     def record_answer(self, seen_at: int) -> None:
         """An ask that was seen at a mark of ``perf_counter_ns`` has been answered."""
@@ -105,7 +105,7 @@ class Reporter:
         """
         if self._gathering is not None:
             return 0.0
-        dues = [] if self._scribe is None else [self._scribe.due_in()]
+        dues = [] if self._writer is None else [self._writer.due_in()]
         if self.decision_log.waiting:
             now_s = time.monotonic()
             dues.append(0.0 if self._is_due(now_s) else self._write_at - now_s)
@@ -126,17 +126,17 @@ class Reporter:
         now_s = time.monotonic()
         log = self.decision_log
         entries = self._entries(now_s)
-        scribe = self._scribe
-        if scribe is None:
+        writer = self._writer
+        if writer is None:
             return
-        if scribe.due_in() == 0.0:
-            scribe.start()
+        if writer.due_in() == 0.0:
+            writer.start()
             self._table = None  # whoever writes now has to be told
-        if table is not self._table and scribe.pipe is not None:
+        if table is not self._table and writer.pipe is not None:
             entry = table_entry(table, self._table_source)
-            self._table = table if scribe.send([entry]) else None
+            self._table = table if writer.send([entry]) else None
         if entries:
-            self._send(scribe, [*entries])
+            self._send(writer, [*entries])
         if now_s >= self._heartbeat_at:
             self._heartbeat_at = now_s + HEARTBEAT_S
             self._gathering = status()
@@ -144,8 +144,8 @@ class Reporter:
             whole = next(self._gathering)
             if whole is not None:
                 self._gathering = None
-                self._send_gap(scribe)
-                self._send(scribe, [*log.expire(now_s), self._heartbeat(whole)])
+                self._send_gap(writer)
+                self._send(writer, [*log.expire(now_s), self._heartbeat(whole)])
 
     def _is_due(self, now_s: float) -> bool:
         return now_s >= self._write_at or self.decision_log.waiting >= WRITTEN_PER_TURN
@@ -161,12 +161,12 @@ class Reporter:
         return entries
 
     def close(self) -> None:
-        """Write down the rest and let the scribe end."""
-        scribe = self._scribe
-        if scribe is not None:
-            self._send(scribe, [*self.decision_log.close()])
-            self._send_gap(scribe)
-            scribe.close()
+        """Write down the rest and let the journal writer end."""
+        writer = self._writer
+        if writer is not None:
+            self._send(writer, [*self.decision_log.close()])
+            self._send_gap(writer)
+            writer.close()
 
     def status(self) -> dict[str, Any]:
         """Its part of ``tamiyo status``: what was decided, and how fast."""
@@ -182,26 +182,26 @@ class Reporter:
             "ends": dict(self.decision_log.ends),
             "missed_steps": self.decision_log.missed,
             "recording_failed": self._failed,
-            "scribe": self._scribe_status(),
+            "scribe": self._writer_status(),
         }
 
-    def _scribe_status(self) -> dict[str, Any] | None:
-        if self._scribe is None:
+    def _writer_status(self) -> dict[str, Any] | None:
+        if self._writer is None:
             return None
         return {
-            **self._scribe.status(),
+            **self._writer.status(),
             "notes_waiting": self.decision_log.waiting,
             "field_reports_pending": self.decision_log.reports_pending,
         }
 
-    def _send(self, scribe: ScribeChild, messages: list[Message]) -> None:
+    def _send(self, writer: JournalWriterChild, messages: list[Message]) -> None:
         """Hand messages over; one that no message can carry is that one's failure."""
         try:
-            scribe.send(messages)
+            writer.send(messages)
         except Exception as error:
             if len(messages) > 1:
                 for message in messages:
-                    self._send(scribe, [message])
+                    self._send(writer, [message])
             else:
                 self._note_failure(error)
 
@@ -212,15 +212,15 @@ class Reporter:
             self._failures.add(kind)
             log.error("an entry could not be recorded: %s", kind, exc_info=error)
 
-    def _send_gap(self, scribe: ScribeChild) -> None:
+    def _send_gap(self, writer: JournalWriterChild) -> None:
         """What was lost since this was last said, to be said where it is missing."""
-        lost = scribe.lost + self.decision_log.dropped + self._failed - self._accounted
+        lost = writer.lost + self.decision_log.dropped + self._failed - self._accounted
         gap = Gap(
             time_unix_nano=time.time_ns(),
             lost=lost,
             because="an upper bound: the journal writer ended, restarted or did not keep up",
         )
-        if lost and scribe.send([gap]):
+        if lost and writer.send([gap]):
             self._accounted += lost
 
     def _heartbeat(self, status: dict[str, Any]) -> Heartbeat:

@@ -155,8 +155,8 @@ class Server:
                 self._accept()
             elif self._ingest is not None and self._ingest.has_pipe(fd):
                 pipe_ready = True
-            elif self._reporter.is_scribe(fd):
-                self._reporter.read_scribe()
+            elif self._reporter.is_writer(fd):
+                self._reporter.read_writer()
             elif self._reloading.has_pipe(fd):
                 self._reloading.read()
             elif self._keeper.has_pipe(fd):

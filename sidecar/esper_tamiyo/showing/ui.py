@@ -3,7 +3,7 @@
 A process of its own, for two reasons: making a page holds the interpreter for a second, and
 whoever looks may be slow. It costs the process that decides nothing: steps come out of the
 segments that its state writer appends to, decisions out of the journal, and its heartbeat is
-handed on by the scribe, which has it anyway. It ends when its pipe does.
+handed on by the journal writer, which has it anyway. It ends when its pipe does.
 
 Run as ``python -m esper_tamiyo.showing.ui FD ORDERS``, the orders as JSON.
 """
@@ -27,8 +27,8 @@ import msgspec
 
 from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
+from esper_tamiyo.journaling.journal_writer_child import MAX_MESSAGE
 from esper_tamiyo.journaling.messages import Distribution, Heartbeat, decode_messages
-from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE
 from esper_tamiyo.receiving.credentials import BearerAuth, Certificates, CredentialsError
 from esper_tamiyo.showing.live_runs import LiveRun, LiveRuns
 from esper_tamiyo.showing.tails import JournalTail, StepsTail
@@ -86,7 +86,7 @@ class LiveData:
         return is_new
 
     def take_pulse(self, data: bytes) -> None:
-        """Take in what the scribe handed on: a heartbeat of the process that decides."""
+        """Take in a heartbeat of the process that decides, by way of the journal writer."""
         with suppress(msgspec.MsgspecError):
             for message in decode_messages(data):
                 if isinstance(message, Heartbeat):

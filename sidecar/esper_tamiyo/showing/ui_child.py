@@ -23,7 +23,7 @@ and its modules, 32 for curves, 12 for newest values, 40 for decisions, the rest
 read, packed and sent."""
 
 PULSE_BYTES = 1 << 20
-"""Heartbeats that may wait in the pipe from the scribe; the system may allow less."""
+"""Heartbeats that may wait in the pipe from the journal writer; the system may allow less."""
 
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": str(4 << 20)}
 

@@ -57,6 +57,18 @@ def test_it_is_valid(collector_program, tmp_path, names):
     assert complaint(collector_program, configs, environment(tmp_path)) is None
 
 
+def test_the_backend_on_the_page_is_valid(collector_program, tmp_path):
+    page = (ROOT / "docs" / "how-to" / "backends.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    added = tmp_path / "backend.yaml"
+    configs = [COLLECTOR / "local.yaml", added]
+    given = environment(tmp_path) | {"BACKEND_TOKEN": "some"}
+    added.write_text(text)
+    assert complaint(collector_program, configs, given) is None
+    added.write_text(text.replace("memory_limiter", "memory_limit"))
+    assert "memory_limit" in complaint(collector_program, configs, given)
+
+
 @pytest.mark.parametrize("names", SETS, ids="+".join)
 def test_it_is_valid_by_the_former_names(collector_program, tmp_path, names):
     configs = []

@@ -15,9 +15,9 @@ from ops.stack import traces_page
 from ops.stack.__main__ import _summary
 from ops.stack.ports import free
 from ops.stack.programs import (
-    CHROMIUM,
     COLLECTOR,
     DEPLOYED,
+    PARTS,
     PROGRAMS,
     ROOT,
     MissingError,
@@ -73,9 +73,6 @@ def test_a_port_that_is_taken(programs, tmp_path):
         )
     taken = f"port {ports['jaeger']} (jaeger) is taken"
     assert re.fullmatch(rf"stack: {re.escape(taken)}: .* make stack PORTS=jaeger=\d+", line)
-
-
-PARTS = [program for program in PROGRAMS.values() if program is not CHROMIUM]
 
 
 @pytest.mark.parametrize("program", PARTS, ids=lambda program: program.name)

@@ -10,7 +10,7 @@ while the decide process beats, ``GET /readyz`` while it also hears what it shou
 otherwise 503. Both answer with JSON that names each check. Nothing of a run is told, so the
 endpoint may be reachable from other machines: a kubelet is one.
 
-Run as ``python -m esper_tamiyo.journaling.scribe FD ORDERS``.
+Run as ``python -m esper_tamiyo.journaling.journal_writer FD ORDERS``.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Journal
 from esper_tamiyo.journaling.journal_thread import JournalThread
+from esper_tamiyo.journaling.journal_writer_child import MAX_MESSAGE, Orders
 from esper_tamiyo.journaling.messages import (
     Heartbeat,
+    JournalWriterStatus,
     Message,
-    ScribeStatus,
     decode_messages,
     is_for_journal,
     pack,
 )
 from esper_tamiyo.journaling.outcomes import OutcomeReports
 from esper_tamiyo.journaling.own_telemetry import OwnTelemetry
-from esper_tamiyo.journaling.scribe_child import MAX_MESSAGE, Orders
 
 log = logging.getLogger("tamiyo")
 
@@ -149,7 +149,7 @@ class _HealthHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-class Scribe:
+class JournalWriter:
     """Does what the orders say with every message that comes."""
 
     def __init__(self, pipe: socket.socket, orders: Orders) -> None:
@@ -162,7 +162,7 @@ class Scribe:
         self._pulse = None if orders.pulse is None else socket.socket(fileno=orders.pulse)
         self._telemetry = OwnTelemetry()
         self._outcomes = OutcomeReports()
-        self._said: ScribeStatus | None = None
+        self._said: JournalWriterStatus | None = None
 
     def run(self) -> None:
         """Take messages until the pipe ends."""
@@ -196,7 +196,7 @@ class Scribe:
         try:
             messages: list[Message] = decode_messages(data)
         except msgspec.MsgspecError as error:  # only a fault of ours can bring it about
-            log.warning("the scribe received an unreadable message: %s", error)
+            log.warning("the journal writer received an unreadable message: %s", error)
             return
         entries: list[AnyEntry] = []
         for message in messages:
@@ -229,7 +229,7 @@ class Scribe:
 
     def _send_status(self) -> None:
         journal = self._journal
-        self._said = ScribeStatus(
+        self._said = JournalWriterStatus(
             written=journal.written if journal else 0,
             lost=journal.all_lost if journal else 0,
             files_taken_away=journal.taken_away if journal else 0,
@@ -251,7 +251,7 @@ def main() -> None:
     # Exporters log the headers that they cannot read.
     log_to_stderr(logging.WARNING, hiding(os.environ))
     pipe = socket.socket(fileno=int(fd))
-    Scribe(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
+    JournalWriter(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
     os._exit(0)  # threads that wait for a network or a disk need no goodbye
 
 

@@ -13,8 +13,8 @@ import msgspec
 from esper_tamiyo.child_process import ChildProcess
 from esper_tamiyo.journaling.entries import Gap
 from esper_tamiyo.journaling.messages import (
+    JournalWriterStatus,
     Message,
-    ScribeStatus,
     decode_status,
     is_for_journal,
     pack,
@@ -30,7 +30,7 @@ END_PATIENCE_S = 2.0
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scribe is started with; ``health`` and ``pulse`` are open descriptors.
+    """What the journal writer is started with; ``health`` and ``pulse`` are open descriptors.
 
     ``pulse`` is a pipe to whoever else wants the heartbeats of the process that decides.
     """
@@ -42,7 +42,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     pulse: int | None = None
 
 
-class ScribeChild(ChildProcess):
+class JournalWriterChild(ChildProcess):
     """Starts the process, sends it messages, and starts it again when it dies.
 
     The pipe keeps messages whole (``SOCK_SEQPACKET``): one that does not fit is dropped
@@ -52,17 +52,17 @@ class ScribeChild(ChildProcess):
     kind = socket.SOCK_SEQPACKET
 
     def __init__(self, orders: Orders) -> None:
-        super().__init__("esper_tamiyo.journaling.scribe", END_PATIENCE_S, "scribe")
+        super().__init__("esper_tamiyo.journaling.journal_writer", END_PATIENCE_S, "scribe")
         self.orders = orders
         self.lost = 0
-        """Entries that never reached a scribe, or that one had not accounted for when it
+        """Entries that never reached the process, or that it had not accounted for when it
         ended: at most so many are missing, as it may have written some of those."""
-        self._status: ScribeStatus | None = None
+        self._status: JournalWriterStatus | None = None
         self._handed = 0
-        """Entries for the journal that the pipe to this scribe took."""
+        """Entries for the journal that the pipe to this journal writer took."""
         self._written_before = 0
         self._lost_before = 0
-        """Entries that scribes before this one had written, and had not been able to."""
+        """Entries that processes before this one had written, and had not been able to."""
         self._taken_away_before = 0
         self._logged_error = ""
 
@@ -75,7 +75,7 @@ class ScribeChild(ChildProcess):
             pipe = self._launch([orders], inherited)
             pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIPE_BYTES)
         except OSError as error:
-            log.warning("the scribe process cannot be started: %s", error)
+            log.warning("the journal writer cannot be started: %s", error)
             self.reap()
 
     def send(self, messages: list[Message]) -> bool:
@@ -101,7 +101,7 @@ class ScribeChild(ChildProcess):
         return True
 
     def read(self) -> bool:
-        """Take in how the scribe stands; False when it is gone."""
+        """Take in how the journal writer stands; False when it is gone."""
         if self.pipe is None:
             return False
         try:
@@ -122,14 +122,14 @@ class ScribeChild(ChildProcess):
     def reap(self) -> None:
         """The process is gone: count what died with it, and plan the next one."""
         wait_s = self._reap()
-        status = self._status or ScribeStatus()
+        status = self._status or JournalWriterStatus()
         self._written_before += status.written
         self._lost_before += status.lost
         self._taken_away_before += status.files_taken_away
         self.lost += self._handed - status.written - status.lost
         self._status, self._handed = None, 0
         log.warning(
-            "the scribe process ended: no journal until it is started again, in %g s", wait_s
+            "the journal writer ended: no journal until it is started again, in %g s", wait_s
         )
 
     def status(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A real sidecar with its scribe: what survives a kill, and what never waits for it."""
+"""A real sidecar with its journal writer: what survives a kill, and what never waits for it."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from esper_tamiyo.journaling import reporter as reporter_module
 from esper_tamiyo.journaling.entries import Decided, Gap, Reported
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Damage, files_of, read
+from esper_tamiyo.journaling.journal_writer import HealthEndpoint
+from esper_tamiyo.journaling.journal_writer_child import JournalWriterChild, Orders
 from esper_tamiyo.journaling.messages import (
     Heartbeat,
+    JournalWriterStatus,
     Message,
-    ScribeStatus,
     decode_messages,
     pack,
 )
 from esper_tamiyo.journaling.reporter import GATHER_S, WRITTEN_PER_TURN, Reporter
-from esper_tamiyo.journaling.scribe import HealthEndpoint
-from esper_tamiyo.journaling.scribe_child import Orders, ScribeChild
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 from sidecar.entries_made import decided
@@ -84,26 +84,28 @@ def test_after_kill_9_the_journal_is_there_and_intact(tmp_path):
         client.hello(run="r")
         for step in range(200):
             client.ask(step, **SPIKE)
-        scribe = until(lambda: (s := running.status()["scribe"])["notes_waiting"] == 0 and s)[
+        writer = until(lambda: (s := running.status()["scribe"])["notes_waiting"] == 0 and s)[
             "pid"
         ]
         running.process.kill()
-        until(lambda: not is_alive(scribe))
+        until(lambda: not is_alive(writer))
     entries = journal_of(path)
     assert [entry.step for entry in decisions_of(path)] == list(range(200))
-    assert type(entries[-1]).__name__ == "Closed", "the scribe outlived it and wrote the rest"
+    assert type(entries[-1]).__name__ == "Closed", (
+        "the journal writer outlived it and wrote the rest"
+    )
 
 
 def test_after_kill_9_of_both_what_was_written_is_whole(tmp_path):
     path = tmp_path / "t.sock"
     with sidecar(path, "--table", "prototype") as running, running.client() as client:
         client.hello(run="r")
-        scribe = running.status()["scribe"]["pid"]
+        writer = running.status()["scribe"]["pid"]
         until(lambda: journal_of(path))
         for step in range(200):
             client.ask(step, **SPIKE)
         until(lambda: decisions_of(path))
-        os.kill(scribe, signal.SIGKILL)
+        os.kill(writer, signal.SIGKILL)
         running.process.kill()
         running.process.wait()
     steps = [entry.step for entry in decisions_of(path)]
@@ -112,19 +114,19 @@ def test_after_kill_9_of_both_what_was_written_is_whole(tmp_path):
     assert not any(isinstance(entry, Damage) for entry in whole), "only the last may be cut"
 
 
-def test_a_scribe_that_is_killed_is_started_again_and_the_hole_is_told(tmp_path):
+def test_a_journal_writer_that_is_killed_is_started_again_and_the_hole_is_told(tmp_path):
     path = tmp_path / "t.sock"
     with sidecar(path, "--table", "prototype") as running, running.client() as client:
         client.hello(run="r")
-        scribe = until(lambda: (s := running.status()["scribe"])["state"] == "working" and s)[
+        writer = until(lambda: (s := running.status()["scribe"])["state"] == "working" and s)[
             "pid"
         ]
         client.ask(0, **SPIKE)
         until(lambda: decisions_of(path))
-        os.kill(scribe, signal.SIGSTOP)
+        os.kill(writer, signal.SIGSTOP)
         for step in range(1, 20):
             assert client.ask(step, **SPIKE).reason == "loss_spike"
-        os.kill(scribe, signal.SIGKILL)
+        os.kill(writer, signal.SIGKILL)
         until(lambda: running.status()["scribe"]["state"] == "down")
         for step in range(20, 40):
             assert client.ask(step, **SPIKE).reason == "loss_spike"
@@ -137,21 +139,21 @@ def test_a_scribe_that_is_killed_is_started_again_and_the_hole_is_told(tmp_path)
         lost = running.status()["scribe"]["lost"]
     if ended.returncode:  # it may have been started again by then
         assert ended.returncode == 3
-        assert "the journal is not written: the scribe process is" in ended.stderr
+        assert "the journal is not written: the journal writer is" in ended.stderr
     gaps = [entry.lost for entry in journal_of(path) if isinstance(entry, Gap)]
     missing = 41 - len(decisions_of(path))
     assert sum(gaps) == lost >= missing >= 19, "those that died in the pipe count as well"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_whole_group_does_not_end_the_scribe(tmp_path, number):
+def test_a_signal_to_the_whole_group_does_not_end_the_journal_writer(tmp_path, number):
     path = tmp_path / "t.sock"
     with sidecar(path) as running:
-        scribe = until(lambda: (s := running.status()["scribe"])["state"] == "working" and s)
-        os.kill(scribe["pid"], number)
+        writer = until(lambda: (s := running.status()["scribe"])["state"] == "working" and s)
+        os.kill(writer["pid"], number)
         beats = running.status()["uptime_s"] + 0.2
         until(lambda: running.status()["uptime_s"] > beats)
-        assert running.status()["scribe"]["pid"] == scribe["pid"]
+        assert running.status()["scribe"]["pid"] == writer["pid"]
 
 
 def test_a_folder_that_cannot_be_written_is_told_once_and_answers_go_on(tmp_path):
@@ -183,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_answers_go_on(tmp_path
     assert blocked.read_text() == "mine"
 
 
-def test_without_anything_to_write_there_is_no_scribe(tmp_path, monkeypatch):
+def test_without_anything_to_write_there_is_no_journal_writer(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     with sidecar(tmp_path / "t.sock", "--no-journal") as running:
@@ -268,8 +270,8 @@ def test_the_health_port_is_taken(tmp_path):
     )
 
 
-class Frozen(ScribeChild):
-    """A scribe that never reads: a pipe without a process."""
+class Frozen(JournalWriterChild):
+    """A journal writer that never reads: a pipe without a process."""
 
     def _launch(self, arguments, inherited=()):
         self.pipe, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -278,56 +280,56 @@ class Frozen(ScribeChild):
 
 
 def test_a_full_pipe_loses_whole_messages_and_counts_them():
-    scribe = Frozen(Orders())
-    scribe.start()
-    with scribe.pipe, scribe.other:
+    writer = Frozen(Orders())
+    writer.start()
+    with writer.pipe, writer.other:
         told = 0
-        while scribe.send([decided(told)]):
+        while writer.send([decided(told)]):
             told += 1
-        assert scribe.lost == 1
-        assert not scribe.send([decided(0), decided(1)])
-        assert scribe.lost == 3
+        assert writer.lost == 1
+        assert not writer.send([decided(0), decided(1)])
+        assert writer.lost == 3
         received = []
         for _ in range(told):
-            received += decode_messages(scribe.other.recv(1 << 20))
+            received += decode_messages(writer.other.recv(1 << 20))
         assert [message.step for message in received] == list(range(told))
         heartbeat = Heartbeat(beat=1, began_unix_nano=0, report={}, distributions={})
         messages: list[Message] = [decided(step) for step in range(400)]
-        assert scribe.send([*messages, heartbeat]), (
+        assert writer.send([*messages, heartbeat]), (
             "too long for one message, so it goes in several"
         )
         again = []
         while len(again) < 401:
-            again += decode_messages(scribe.other.recv(1 << 20))
+            again += decode_messages(writer.other.recv(1 << 20))
         assert again == [*messages, heartbeat]
-        assert scribe.lost == 3
+        assert writer.lost == 3
 
 
-def test_what_dies_in_the_pipe_is_lost_but_for_what_the_scribe_accounted_for(tmp_path):
-    scribe = Frozen(Orders(journal=tmp_path))
+def test_what_dies_in_the_pipe_is_lost_but_for_what_the_journal_writer_accounted_for(tmp_path):
+    writer = Frozen(Orders(journal=tmp_path))
     for restarts, (written, lost) in enumerate([(60, 5), (0, 0)]):
-        scribe.start()
+        writer.start()
         messages: list[Message] = [decided(step) for step in range(100)]
         heartbeat = Heartbeat(beat=1, began_unix_nano=0, report={}, distributions={})
         sample = decided(100, action=Action.CONTINUE, findings=[])
-        assert scribe.send([*messages, sample, heartbeat])
-        scribe.other.send(pack(ScribeStatus(written=written, lost=lost)))
-        scribe.other.close()
-        while scribe.read():
+        assert writer.send([*messages, sample, heartbeat])
+        writer.other.send(pack(JournalWriterStatus(written=written, lost=lost)))
+        writer.other.close()
+        while writer.read():
             pass
-        assert (scribe.status()["written"], scribe.status()["lost"]) == (60, 5 + 35 * restarts)
-        scribe.reap()
-        assert scribe.status()["written"] == 60
-        assert scribe.status()["lost"] == 40 + 100 * restarts
+        assert (writer.status()["written"], writer.status()["lost"]) == (60, 5 + 35 * restarts)
+        writer.reap()
+        assert writer.status()["written"] == 60
+        assert writer.status()["lost"] == 40 + 100 * restarts
 
 
 def test_without_a_journal_nothing_of_it_is_lost():
-    scribe = Frozen(Orders())
-    scribe.start()
-    assert scribe.send([decided(0)])
-    scribe.other.close()
-    scribe.reap()
-    assert scribe.status()["lost"] == 0
+    writer = Frozen(Orders())
+    writer.start()
+    assert writer.send([decided(0)])
+    writer.other.close()
+    writer.reap()
+    assert writer.status()["lost"] == 0
 
 
 def test_the_journal_s_files_are_bounded(tmp_path):
@@ -381,22 +383,22 @@ def test_steps_that_come_fast_are_written_together_and_one_that_comes_alone_at_o
 ):
     now = [100.0]
     monkeypatch.setattr(reporter_module.time, "monotonic", lambda: now[0])
-    scribe = Frozen(Orders())
+    writer = Frozen(Orders())
     epoll = select.epoll()
-    reporter = Reporter(scribe)
+    reporter = Reporter(writer)
     reporter.start(epoll)
-    with scribe.pipe, scribe.other, epoll:
+    with writer.pipe, writer.other, epoll:
         table = load("prototype")
         engine = Engine(table, observer=reporter.decision_log)
         engine.observe(frame(0, loss=1.0))
-        scribe.other.setblocking(False)
+        writer.other.setblocking(False)
 
         def decisions_sent():
             reporter.write_down(table, lambda: iter([{}]))
             messages = []
             with suppress(BlockingIOError):
                 while True:
-                    messages += decode_messages(scribe.other.recv(1 << 20))
+                    messages += decode_messages(writer.other.recv(1 << 20))
             return [each.step for each in messages if isinstance(each, Decided)]
 
         def one_more(step):
@@ -424,11 +426,11 @@ def test_steps_that_come_fast_are_written_together_and_one_that_comes_alone_at_o
 def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(reporter_module.time, "monotonic", lambda: now[0])
-    scribe = Frozen(Orders())
+    writer = Frozen(Orders())
     epoll = select.epoll()
-    reporter = Reporter(scribe)
+    reporter = Reporter(writer)
     reporter.start(epoll)
-    with scribe.pipe, scribe.other, epoll:
+    with writer.pipe, writer.other, epoll:
         table = load("prototype")
         engine = Engine(table, observer=reporter.decision_log)
         for step in range(20):
@@ -438,11 +440,11 @@ def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatc
             reporter.write_down(table, lambda: iter([{}]))
         now[0] += 3600.0
         reporter.write_down(table, lambda: iter([{}]))
-        scribe.other.setblocking(False)
+        writer.other.setblocking(False)
         messages = []
         with suppress(BlockingIOError):
             while True:
-                messages += decode_messages(scribe.other.recv(1 << 20))
+                messages += decode_messages(writer.other.recv(1 << 20))
     assert [message.lost for message in messages if isinstance(message, Gap)] == [3]
     (due,) = (message for message in messages if isinstance(message, DueReport))
     assert (due.decision, due.ended) == ("run/0/19", "the run sent no more steps")
