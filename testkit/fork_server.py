@@ -35,7 +35,7 @@ COMMON = "torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"
 OF_TAMIYO = (
     *("esper_tamiyo.cli", "esper_tamiyo.keeping.writer", "esper_tamiyo.receiving.ingest"),
     *("esper_tamiyo.serving.server", "esper_tamiyo.serving.table_watch"),
-    *("esper_tamiyo.journaling.reporter", "esper_tamiyo.journaling.scribe"),
+    *("esper_tamiyo.journaling.reporter", "esper_tamiyo.journaling.journal_writer"),
     "esper_tamiyo.showing.ui",
     "testkit.forked_children",
 )
