@@ -122,7 +122,7 @@ def test_processes_that_the_script_spawns_itself_are_recorded_where_they_say_so(
     start, tmp_path
 ):
     (tmp_path / "spawning.py").write_text(SPAWNING)
-    command = [sys.executable, "spawning.py", str(tmp_path / "store")]
+    command = [sys.executable, str(tmp_path / "spawning.py"), str(tmp_path / "store")]
     done = start(command, is_forked=True)  # what it spawns is not
     assert done.returncode == 0, done.stderr
     ranks = start.frames()
