@@ -276,7 +276,7 @@ def _become(
     # `esper-otel run` becomes another Python, whose modules this one has, and so does
     # `opentelemetry-instrument`.
     os.execve = execve  # type: ignore[assignment]
-    os.execl = lambda _, *argv: execve(_, argv, os.environ)  # type: ignore[assignment]
+    os.execl = lambda _, *argv: execve(_, argv, os.environ)
     if any(Path(each, "sitecustomize.py").exists() for each in own):
         sys.modules.pop("sitecustomize", None)
         __import__("sitecustomize")

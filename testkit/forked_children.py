@@ -94,6 +94,6 @@ def _run(
     end_by(importlib.import_module(module).main)
 
 
-child_process.subprocess = SimpleNamespace(  # type: ignore[assignment]
+child_process.subprocess = SimpleNamespace(  # type: ignore[assignment,attr-defined]
     Popen=ForkedChild, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
 )

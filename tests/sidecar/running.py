@@ -30,6 +30,9 @@ TAMIYO = str(Path(sys.executable).with_name("tamiyo"))
 PATIENCE_S = 60.0
 """Of no test's time but one that fails: a busy machine is slow, and that is no failure."""
 
+IS_MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
+"""Coverage is measured of processes that start, and of no forks."""
+
 
 def until(condition, patience_s=PATIENCE_S):
     """Poll ``condition`` until it is true; fail when it does not become so."""
@@ -55,7 +58,10 @@ def is_alive(pid):
 
 def tamiyo(*arguments):
     """Run the command to its end."""
-    return tamiyo_server().run([TAMIYO, *map(str, arguments)], timeout=PATIENCE_S)
+    command = [TAMIYO, *map(str, arguments)]
+    if IS_MEASURED:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    return tamiyo_server().run(command, timeout=PATIENCE_S)
 
 
 def row_of(step, values):
@@ -180,7 +186,7 @@ def sidecar(path, *arguments, ingest=False, stderr=None, is_forked=True):
         else ("--no-ingest",)
     )
     command = [TAMIYO, "serve", "--socket", str(path), *receivers, *map(str, arguments)]
-    process, output = _started(command, stderr, is_forked)
+    process, output = _started(command, stderr, is_forked and not IS_MEASURED)
     try:
         with output:
             line = output.readline()
