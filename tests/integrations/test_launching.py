@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from esper_otel.integrations.launching import (
     CHAINED,
     ONLY_WORKERS,
     HandsOn,
+    leave_path,
     python_call,
     with_detour,
     without_detour,
@@ -79,6 +81,23 @@ def test_the_detour_can_be_undone(own):
     assert with_detour(there) == with_detour(environ)
 
 
+@pytest.mark.parametrize("own", [None, "", "lib", "lib:more"])
+@pytest.mark.parametrize("around", ["a:{}", "{}:a", "a:b:{}:c"])
+def test_folders_that_a_script_puts_around_it_stay(own, around):
+    there = with_detour({} if own is None else {"PYTHONPATH": own})
+    there["PYTHONPATH"] = around.format(there["PYTHONPATH"])
+    assert without_detour(there) == {"PYTHONPATH": around.format(own or "")}
+
+
+@pytest.mark.parametrize(
+    ("own", "left"), [(None, ["a"]), ("", ["a"]), ("a:", ["a", "HERE"]), ("a", ["a"])]
+)
+def test_an_empty_folder_that_it_leaves_is_the_current_one(own, left):
+    path, here = ["a", AUTOLOAD, "zip"], str(Path.cwd())
+    leave_path(path, {} if own is None else {"PYTHONPATH": own})
+    assert path == [*(here if each == "HERE" else each for each in left), "zip"]
+
+
 @pytest.fixture
 def put_on(monkeypatch):
     """HandsOn of a process that runs train.py as rank 0, and what children were given."""
@@ -103,6 +122,7 @@ def put_on(monkeypatch):
 
 TRAINS = {
     "another rank": (["python", "other.py"], {"RANK": "1", "LOCAL_RANK": "1"}, False),
+    "another rank, bound": (["numactl", "python", "other.py"], {"RANK": "1"}, True),
     "the script itself": ([sys.executable, "-u", "train.py", "a"], None, False),
     "a launcher": (["/env/bin/torchrun", "x.py"], None, True),
     "a module that is one": (["python3", "-m", "torch.distributed.run", "x.py"], None, True),
