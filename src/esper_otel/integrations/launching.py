@@ -32,8 +32,11 @@ _FLAGS = "bBdEhiIOPqRsStuvVx?"
 _PYTHON = re.compile(r"python(\d+(\.\d+)*t?)?")
 
 _SCRIPTS = frozenset(
-    ["torchrun", "accelerate-launch", "deepspeed", "ds", "horovodrun", "composer", "esper-otel"]
-    + ["raylet"]  # the server that starts Ray's workers
+    # raylet is the server that starts Ray's workers.
+    [
+        *("torchrun", "accelerate-launch", "deepspeed", "ds", "horovodrun", "composer"),
+        *("raylet", "esper-otel"),
+    ]
 )
 _WITH_COMMAND = {"accelerate": "launch", "fabric": "run", "lightning": "run"}
 _MODULES = (
@@ -86,7 +89,6 @@ class PythonCall(NamedTuple):
         return program in _SCRIPTS or (
             program in _WITH_COMMAND and self.arguments[:1] == (_WITH_COMMAND[program],)
         )
-
 
     @property
     def may_idle(self) -> bool:
