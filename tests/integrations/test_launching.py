@@ -58,6 +58,7 @@ def test_what_is_no_option_of_python_is_named(words):
     [
         ("/env/bin/torchrun t.py", True),
         ("/env/bin/accelerate launch t.py", True),
+        ("/env/ray/core/src/ray/raylet/raylet --node_ip=::1", True),
         ("/env/bin/accelerate config", False),
         ("-m torch.distributed.run t.py", True),
         ("-m deepspeed.launcher.launch t.py", True),
@@ -69,6 +70,20 @@ def test_what_is_no_option_of_python_is_named(words):
 )
 def test_launchers_are_known(words, is_launcher):
     assert python_call(words.split()).is_launcher == is_launcher
+
+
+@pytest.mark.parametrize(
+    ("words", "may_idle"),
+    [
+        ("/env/site-packages/ray/_private/workers/default_worker.py --node=1", True),
+        ("-u /env/site-packages/ray/dashboard/agent.py", True),
+        ("-c pass", True),
+        ("/home/ray/train.py", False),
+        ("-m package.train", False),
+    ],
+)
+def test_workers_that_a_server_keeps_ready_may_train_nothing(words, may_idle):
+    assert python_call(words.split()).may_idle == may_idle
 
 
 @pytest.mark.parametrize("own", [None, "", "lib", ":lib:"])

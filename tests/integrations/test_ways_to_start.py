@@ -57,6 +57,8 @@ FILES = {
     ),
     "ranks.py": LAUNCHER,
     "bound_ranks.py": LAUNCHER.replace("[sys.executable", "['nice', sys.executable"),
+    "served.py": "import subprocess, sys; sys.exit(subprocess.call(['raylet', *sys.argv[1:]]))",
+    "bin/raylet": '#!/bin/sh\npython -u "$@"\n',
     "bin/deepspeed": f"#!{sys.executable}{LAUNCHER}",
 }
 
@@ -83,6 +85,7 @@ ONE = {
     "esper-otel run ranks.py train.py": "python ranks.py train.py",
     "esper-otel run bound_ranks.py train.py": "python bound_ranks.py train.py",
     "esper-otel run deepspeed train.py": "deepspeed train.py",
+    "esper-otel run served.py train.py": "python served.py train.py",
 }
 """Way to start → what it is compared with: arguments, path, flags, environment, streams."""
 
