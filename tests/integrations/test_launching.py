@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from esper_otel.integrations.launching import (
     CHAINED,
     ONLY_WORKERS,
     HandsOn,
+    leave_path,
     python_call,
     with_detour,
     without_detour,
@@ -56,6 +58,7 @@ def test_what_is_no_option_of_python_is_named(words):
     [
         ("/env/bin/torchrun t.py", True),
         ("/env/bin/accelerate launch t.py", True),
+        ("/env/ray/core/src/ray/raylet/raylet --node_ip=::1", True),
         ("/env/bin/accelerate config", False),
         ("-m torch.distributed.run t.py", True),
         ("-m deepspeed.launcher.launch t.py", True),
@@ -69,6 +72,20 @@ def test_launchers_are_known(words, is_launcher):
     assert python_call(words.split()).is_launcher == is_launcher
 
 
+@pytest.mark.parametrize(
+    ("words", "may_idle"),
+    [
+        ("/env/site-packages/ray/_private/workers/default_worker.py --node=1", True),
+        ("-u /env/site-packages/ray/dashboard/agent.py", True),
+        ("-c pass", True),
+        ("/home/ray/train.py", False),
+        ("-m package.train", False),
+    ],
+)
+def test_workers_that_a_server_keeps_ready_may_train_nothing(words, may_idle):
+    assert python_call(words.split()).may_idle == may_idle
+
+
 @pytest.mark.parametrize("own", [None, "", "lib", ":lib:"])
 def test_the_detour_can_be_undone(own):
     environ = {"A": "1"} if own is None else {"A": "1", "PYTHONPATH": own}
@@ -77,6 +94,23 @@ def test_the_detour_can_be_undone(own):
     assert "" not in there["PYTHONPATH"].split(os.pathsep) or own == ":lib:"
     assert without_detour(there) == environ
     assert with_detour(there) == with_detour(environ)
+
+
+@pytest.mark.parametrize("own", [None, "", "lib", "lib:more"])
+@pytest.mark.parametrize("around", ["a:{}", "{}:a", "a:b:{}:c"])
+def test_folders_that_a_script_puts_around_it_stay(own, around):
+    there = with_detour({} if own is None else {"PYTHONPATH": own})
+    there["PYTHONPATH"] = around.format(there["PYTHONPATH"])
+    assert without_detour(there) == {"PYTHONPATH": around.format(own or "")}
+
+
+@pytest.mark.parametrize(
+    ("own", "left"), [(None, ["a"]), ("", ["a"]), ("a:", ["a", "HERE"]), ("a", ["a"])]
+)
+def test_an_empty_folder_that_it_leaves_is_the_current_one(own, left):
+    path, here = ["a", AUTOLOAD, "zip"], str(Path.cwd())
+    leave_path(path, {} if own is None else {"PYTHONPATH": own})
+    assert path == [*(here if each == "HERE" else each for each in left), "zip"]
 
 
 @pytest.fixture
@@ -103,6 +137,7 @@ def put_on(monkeypatch):
 
 TRAINS = {
     "another rank": (["python", "other.py"], {"RANK": "1", "LOCAL_RANK": "1"}, False),
+    "another rank, bound": (["numactl", "python", "other.py"], {"RANK": "1"}, True),
     "the script itself": ([sys.executable, "-u", "train.py", "a"], None, False),
     "a launcher": (["/env/bin/torchrun", "x.py"], None, True),
     "a module that is one": (["python3", "-m", "torch.distributed.run", "x.py"], None, True),

@@ -176,16 +176,22 @@ def test_a_sitecustomize_that_raises_says_so_as_ever_and_ends_nothing(script, tm
     assert ours.stderr == bare.stderr * 2  # of the command, and of what takes its place
 
 
-def test_a_python_that_has_no_esper_otel_says_so_and_runs_the_script(script, tmp_path):
+@pytest.mark.parametrize("own", [True, False], ids=["before", "behind a folder of a script"])
+def test_a_python_that_has_no_esper_otel_says_so_and_runs_the_script(script, tmp_path, own):
     # As in another environment: a package of the name, with nothing in it.
     script("", "other/esper_otel/__init__.py")
     script("import os, sys; print(os.environ['PYTHONPATH'], 'sitecustomize' in sys.modules)")
-    env = CLEAN | {"PYTHONPATH": str(tmp_path / "other")}
     autoload = Path(esper_otel.__file__).parent / "integrations" / "autoload"
-    ours = env | {
-        "PYTHONPATH": f"{autoload}{os.pathsep}{tmp_path / 'other'}",
-        "ESPER_CHAINED_PYTHONPATH": str(tmp_path / "other"),
-    }
+    folder = str(tmp_path / "other")
+    if own:
+        env = CLEAN | {"PYTHONPATH": folder}
+        ours = env | {
+            "PYTHONPATH": f"{autoload}{os.pathsep}{folder}",
+            "ESPER_CHAINED_PYTHONPATH": folder,
+        }
+    else:
+        env = CLEAN | {"PYTHONPATH": folder + os.pathsep}
+        ours = env | {"PYTHONPATH": f"{folder}{os.pathsep}{autoload}"}
     bare = run([sys.executable, "train.py"], cwd=tmp_path, env=env)
     done = run([sys.executable, "train.py"], cwd=tmp_path, env=ours)
     assert (done.returncode, done.stdout) == (0, bare.stdout)

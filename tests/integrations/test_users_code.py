@@ -230,6 +230,9 @@ def test_deepspeeds_engines_tell_their_norm_from_before_clipping(captured):
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
 
     class Engine:
+        def backward(self, loss):
+            loss.backward()
+
         def step(self):
             if self.optimizer is inner:
                 module.clip_grad_norm_(
@@ -262,6 +265,44 @@ def test_deepspeeds_engines_tell_their_norm_from_before_clipping(captured):
         process.end_automatic()
     assert module.clip_grad_norm_ is clip_grad_norm_
     assert [frame["gradient_norm"] for frame in captured.frames] == pytest.approx(norms)
+
+
+def test_deepspeeds_losses_are_those_that_its_engines_are_given(captured):
+    """Whatever it divides them by, and multiplies them with, before tensors see them."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Engine:
+        def backward(self, loss, retain_graph=False, scale_wrt_gas=True):
+            shares = loss / 3 if scale_wrt_gas else loss
+            (shares * 1024.0).backward(retain_graph=retain_graph)
+            return shares
+
+        def step(self):
+            for p in model.parameters():
+                p.grad /= 1024.0
+            optimizer.step()
+            optimizer.zero_grad()
+
+    module = types.ModuleType("deepspeed.runtime.engine")
+    module.DeepSpeedEngine = Engine
+    expected = []
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    try:
+        watch_deepspeed(TorchInstrumentor._watch, module)
+        engine = Engine()
+        for step in range(4):
+            batches = [torch.full((2, 4), each) for each in (1.0, 2.0, float(step))]
+            losses = [model(batch).square().mean() for batch in batches]
+            expected.append(sum(loss.item() for loss in losses) / 3)
+            shares = [engine.backward(losses[0]), engine.backward(loss=losses[1])]
+            shares.append(engine.backward(losses[2], retain_graph=False))
+            assert sum(shares).item() == pytest.approx(expected[-1])
+            engine.step()
+    finally:
+        TorchInstrumentor().uninstrument()
+        process.end_automatic()
+    assert [frame["loss"] for frame in captured.frames] == pytest.approx(expected)
 
 
 def test_gradients_that_grow_behind_backward_are_told_as_the_update_gets_them(instrumented):

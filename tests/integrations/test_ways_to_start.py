@@ -49,12 +49,16 @@ FILES = {
     "package/train.py": TRAIN,
     "folder/__main__.py": TRAIN,
     "train.sh": '#!/bin/sh\npython -O train.py "$@"\n',
+    "library.sh": '#!/bin/sh\nPYTHONPATH=lib:$PYTHONPATH python train.py "$@"\n',
     "anew.py": ANEW.replace("BEGIN", "os.execv(sys.executable, [sys.executable, *sys.argv])"),
     "anew_in_a_child.py": ANEW.replace(
         "BEGIN",
         "import subprocess; sys.exit(subprocess.call([sys.executable, *sys.argv]))",
     ),
     "ranks.py": LAUNCHER,
+    "bound_ranks.py": LAUNCHER.replace("[sys.executable", "['nice', sys.executable"),
+    "served.py": "import subprocess, sys; sys.exit(subprocess.call(['raylet', *sys.argv[1:]]))",
+    "bin/raylet": '#!/bin/sh\npython -u "$@"\n',
     "bin/deepspeed": f"#!{sys.executable}{LAUNCHER}",
 }
 
@@ -75,10 +79,13 @@ ONE = {
     "python -m esper_otel -m package.train a": "python -m package.train a",
     "esper-otel run ./train.sh a": "./train.sh a",
     "esper-otel run sh train.sh a": "sh train.sh a",
+    "esper-otel run sh library.sh a": "sh library.sh a",
     "esper-otel run anew.py a": "python anew.py a",
     "esper-otel run anew_in_a_child.py a": "python anew_in_a_child.py a",
     "esper-otel run ranks.py train.py": "python ranks.py train.py",
+    "esper-otel run bound_ranks.py train.py": "python bound_ranks.py train.py",
     "esper-otel run deepspeed train.py": "deepspeed train.py",
+    "esper-otel run served.py train.py": "python served.py train.py",
 }
 """Way to start → what it is compared with: arguments, path, flags, environment, streams."""
 

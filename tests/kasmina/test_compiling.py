@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from kasmina.driven import Driven, host
+from packaging.version import Version
 from torch import Tensor, nn
 
 from esper_otel.kasmina import compiling
@@ -33,7 +34,8 @@ pytestmark = pytest.mark.torch
 
 SHAPE = torch.Size((6, 8))
 needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="compiling a seed needs g++, which is not installed"
+    shutil.which("g++") is None or Version(torch.__version__) < compiling.OLDEST,
+    reason=f"compiling a seed needs g++ and PyTorch {compiling.OLDEST}",
 )
 
 
@@ -81,6 +83,12 @@ def compiled() -> dict[str, Any]:
         "drawn": drawn + after,
         "looks": looks,
     }
+
+
+def test_a_pytorch_that_cannot_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(CompileError, match=r"PyTorch 2\.5\.1\+cpu cannot: 2\.6 is the oldest"):
+        compile_apart(built(), noise(6, 8))
 
 
 @needs_compiler

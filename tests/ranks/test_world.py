@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 
+import psutil
 import pytest
 
 from esper_otel.leyline.limits import MAX_NAME
@@ -91,6 +92,82 @@ def test_workers_that_are_started_again_are_another_run(agent, monkeypatch) -> N
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     after = named(monkeypatch)
     assert named(monkeypatch) == after != before
+
+
+class Parent:
+    """A process above this one."""
+
+    def __init__(self, pid: int, command: str, began: float = 1e9) -> None:
+        self.pid, self._command, self._began = pid, command, began
+
+    def cmdline(self) -> list[str]:
+        return self._command.split()
+
+    def create_time(self) -> float:
+        return self._began
+
+
+LAUNCH = "python -u -m deepspeed.launcher.launch --world_info=e30= train.py"
+
+
+@pytest.fixture
+def below(monkeypatch):
+    """A way to put launchers above this process, which is one of DeepSpeed's two ranks."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def put(*parents: Parent) -> None:
+        monkeypatch.setattr(psutil.Process, "parents", lambda _: list(parents))
+
+    return put
+
+
+def test_deepspeeds_ranks_of_one_host_have_one_name_for_each_of_their_runs(
+    below, monkeypatch, caplog
+) -> None:
+    below(Parent(7, LAUNCH), Parent(1, "init"))
+    first = named(monkeypatch)
+    second = world.with_identity(OF_TWO).run_id
+    # The other rank, which numactl started.
+    below(Parent(9, "numactl -C 1 python train.py"), Parent(7, LAUNCH), Parent(1, "init"))
+    assert named(monkeypatch) == first
+    assert world.with_identity(OF_TWO).run_id == second != first
+    assert not caplog.records
+
+
+def test_each_launch_of_deepspeed_is_another_run(below, monkeypatch) -> None:
+    names = set()
+    for pid, began in ((7, 1e9), (7, 2e9), (8, 1e9)):
+        below(Parent(pid, LAUNCH, began))
+        names.add(named(monkeypatch))
+    assert len(names) == 3
+
+
+def several_hosts(monkeypatch) -> None:
+    monkeypatch.setenv("CROSS_SIZE", "2")
+
+
+def another_launcher(monkeypatch) -> None:
+    monkeypatch.setattr(psutil.Process, "parents", lambda _: [Parent(7, "mpirun train.py")])
+
+
+def no_permission(monkeypatch) -> None:
+    def parents(_: object) -> list[Parent]:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "parents", parents)
+
+
+@pytest.mark.parametrize("trouble", [several_hosts, another_launcher, no_permission])
+def test_where_deepspeeds_launcher_tells_nothing_each_rank_says_so(
+    below, trouble, monkeypatch, caplog
+) -> None:
+    below(Parent(7, LAUNCH))
+    trouble(monkeypatch)
+    with caplog.at_level(logging.WARNING, "esper_otel"):
+        assert len({named(monkeypatch) for _ in range(2)}) == 2
+    assert "set the same ESPER_RUN_ID on all ranks" in caplog.text
 
 
 def nothing_there(monkeypatch) -> None:

@@ -32,7 +32,11 @@ _FLAGS = "bBdEhiIOPqRsStuvVx?"
 _PYTHON = re.compile(r"python(\d+(\.\d+)*t?)?")
 
 _SCRIPTS = frozenset(
-    ["torchrun", "accelerate-launch", "deepspeed", "horovodrun", "composer", "esper-otel"]
+    # raylet is the server that starts Ray's workers.
+    [
+        *("torchrun", "accelerate-launch", "deepspeed", "ds", "horovodrun", "composer"),
+        *("raylet", "esper-otel"),
+    ]
 )
 _WITH_COMMAND = {"accelerate": "launch", "fabric": "run", "lightning": "run"}
 _MODULES = (
@@ -49,6 +53,9 @@ _MODULES = (
 
 _HELPER = re.compile(r"from (multiprocessing|joblib)\b.* import ")
 """What multiprocessing has a Python run that is a worker, a tracker or a server of it."""
+
+_OF_RAY = re.compile(r"/ray/(_private|dashboard)/")
+"""Where Ray's own scripts are: its workers, which train if they are asked to, and agents."""
 
 _RANKS = ("LOCAL_RANK", "RANK")
 
@@ -82,6 +89,11 @@ class PythonCall(NamedTuple):
         return program in _SCRIPTS or (
             program in _WITH_COMMAND and self.arguments[:1] == (_WITH_COMMAND[program],)
         )
+
+    @property
+    def may_idle(self) -> bool:
+        """Whether it is nothing worth telling that it trains nothing: a worker, or an agent."""
+        return self.kind == "code" or _OF_RAY.search(self.name) is not None
 
 
 def past_option(words: Sequence[str], at: int) -> int | None:
@@ -163,15 +175,37 @@ def with_detour(environ: Mapping[str, str], *, only_workers: bool = False) -> di
 
 
 def without_detour(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` as it would have been without us."""
+    """``environ`` as it would have been without us.
+
+    Folders that a shell script has put around it stay (``PYTHONPATH=lib:$PYTHONPATH``).
+    """
     environment = dict(environ)
     own = environment.pop(CHAINED, None)
     environment.pop(ONLY_WORKERS, None)
-    if AUTOLOAD in environment.get("PYTHONPATH", "").split(os.pathsep):
+    folders = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if folders == [AUTOLOAD]:
         environment.pop("PYTHONPATH")
         if own is not None:
             environment["PYTHONPATH"] = own
+    elif AUTOLOAD in folders:
+        # Without one of the user's own, that script would have found an empty one.
+        environment["PYTHONPATH"] = os.pathsep.join(
+            "" if each == AUTOLOAD else each for each in folders if each != AUTOLOAD or not own
+        )
     return environment
+
+
+def leave_path(path: list[str], environ: Mapping[str, str]) -> None:
+    """Take the detour out of ``sys.path``; ``environ`` is the one without it.
+
+    An empty folder in ``PYTHONPATH`` is the current one, unless there is no other.
+    """
+    own = environ.get("PYTHONPATH", "")
+    has_empty = own != "" and "" in own.split(os.pathsep)
+    while AUTOLOAD in path:
+        at = path.index(AUTOLOAD)
+        current = [str(Path.cwd())] if has_empty else []
+        path[at : at + 1] = [each for each in current if each not in path]
 
 
 class HandsOn:
@@ -232,18 +266,21 @@ class HandsOn:
             given = kwargs.get("env")
             environ = os.environ if given is None else given
             call = _call_of(_words(args[0] if args else kwargs["args"]))
-            if call is None or not self._may_train(call, environ):
+            if not self._may_train(call, environ):
                 return kwargs
             self.handed = True
-            detour = with_detour(environ, only_workers=call.is_launcher)
+            detour = with_detour(environ, only_workers=call is None or call.is_launcher)
         except Exception:  # whatever it is, the call itself says so
             return kwargs
         return {**kwargs, "env": detour}
 
-    def _may_train(self, call: PythonCall, environ: Mapping[str, str]) -> bool:
+    def _may_train(self, call: PythonCall | None, environ: Mapping[str, str]) -> bool:
+        is_other_rank = [environ.get(name) for name in _RANKS] != self._ranks
+        if call is None:
+            return is_other_rank  # what starts a Python: numactl, a shell script
         if call.kind == "code" and call.is_launcher:
             return False  # workers of multiprocessing
-        if call.is_launcher or [environ.get(name) for name in _RANKS] != self._ranks:
+        if call.is_launcher or is_other_rank:
             return True
         own = self._own
         return own is not None and (own.kind, own.name) == (call.kind, call.name)

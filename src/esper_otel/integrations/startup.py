@@ -22,6 +22,7 @@ from esper_otel.integrations.launching import (
     CHAINED,
     ONLY_WORKERS,
     HandsOn,
+    leave_path,
     own_call,
     with_detour,
     without_detour,
@@ -57,8 +58,7 @@ def begin() -> None:
             os.environ[name] = environment[name]
         else:
             os.environ.pop(name, None)
-    while AUTOLOAD in sys.path:
-        sys.path.remove(AUTOLOAD)
+    leave_path(sys.path, environment)
     ours = sys.modules.pop("sitecustomize", None)
     sys.path_importer_cache.pop(AUTOLOAD, None)
     try:
@@ -69,7 +69,7 @@ def begin() -> None:
         if ours is not None:
             sys.modules["sitecustomize"] = ours
     finally:
-        _instrument(tells=not (launched and call is not None and call.kind == "code"))
+        _instrument(tells=not (launched and call is not None and call.may_idle))
 
 
 def _instrument(*, tells: bool) -> None:

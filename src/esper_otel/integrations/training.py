@@ -188,12 +188,24 @@ def watch_accelerate(watch: Watch, accelerator: Any) -> None:
 
 
 def watch_deepspeed(watch: Watch, engine: Any) -> None:
-    """Have ``watch`` learn the gradient norm of DeepSpeed's engines from before they clip.
+    """Have ``watch`` learn the losses of DeepSpeed's engines, and their norms before clipping.
 
     ``engine`` is its module ``deepspeed.runtime.engine``, which was just imported. Without ZeRO
     and in full precision an engine clips by a function of its module; in all other cases its
     optimizer clips, and knows the norm (``get_global_grad_norm``) before the inner one steps.
+    Tensors see a loss that was divided by the number of micro-batches, and with ZeRO multiplied
+    by the loss scale behind that.
     """
+
+    def backward(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = args[0] if args else kwargs.get("loss")
+        if loss is not None and kwargs.get("scale_wrt_gas", True):
+            watch.quietly(given, loss)
+        return original(engine, *args, **kwargs)
+
+    def given(loss: Any) -> None:
+        loop = watch.run._loop
+        loop.recorder.under_way.losses.report(loop.scalars.read_async(loss))
 
     def step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = getattr(engine, "optimizer", None)
@@ -206,6 +218,7 @@ def watch_deepspeed(watch: Watch, engine: Any) -> None:
     if hasattr(engine, "clip_grad_norm_"):
         watch.wrap(engine, "clip_grad_norm_", watch.clipping.by_norm)
     if hasattr(engine, "DeepSpeedEngine"):
+        watch.wrap(engine.DeepSpeedEngine, "backward", backward)
         watch.wrap(engine.DeepSpeedEngine, "step", step)
 
 

@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -41,6 +42,10 @@ TOLERANCE = 1e-3
 wrong by more, and rounding in float32 by less."""
 
 
+OLDEST = Version("2.6")
+"""The oldest PyTorch that makes a package of compiled code in one file, as it is read here."""
+
+
 def compile_apart(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     """What computes as ``module`` does on inputs like ``example``, faster.
 
@@ -48,6 +53,10 @@ def compile_apart(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tens
     ``module``. An input of another shape or dtype, under autocast, or without gradients
     goes through ``module`` itself. Raises :class:`CompileError` with the cause.
     """
+    if Version(torch.__version__) < OLDEST:
+        raise CompileError(
+            f"PyTorch {torch.__version__} cannot: {OLDEST} is the oldest that can"
+        )
     if example.device.type != "cpu":
         raise CompileError(f"it computes on {example.device}: only the CPU's are compiled")
     if any(True for _ in module.buffers()):

@@ -1,9 +1,9 @@
 """World: which rank of which run this process is, known before anything is recorded.
 
-torchrun tells its workers their rank in the environment and keeps a store for them; a
-script that calls ``esper_otel.start`` after ``init_process_group`` has both from
-``torch.distributed``. In that store the ranks agree on a name for the run: the first to
-come writes one down, and all take what stands there.
+torchrun tells its workers their rank in the environment and keeps a store for them; DeepSpeed's
+launcher only the first. A script that calls ``esper_otel.start`` after ``init_process_group``
+has both from ``torch.distributed``. In that store the ranks agree on a name for the run: the
+first to come writes one down, and all take what stands there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ log = logging.getLogger("esper_otel")
 STORE_TIMEOUT_S = 5.0
 """Longest that a run's name is waited for. The store is there before its workers are, and
 nobody waits for another rank."""
+
+_LAUNCHER = "deepspeed.launcher.launch"
+"""The module that starts the ranks of a host, with ``LOCAL_SIZE`` and ``CROSS_SIZE``."""
 
 _named = 0
 """Runs of this process so far; the ranks begin them in the same order."""
@@ -90,7 +93,8 @@ def with_identity(settings: EsperSettings) -> EsperSettings:
     if settings.world_size > 1:
         _named += 1
         try:
-            name = _agreed(f"esper-otel/{attempt()}/run/{_named}", name, dist)
+            shared = _of_launcher(_named) if dist is None else None
+            name = shared or _agreed(f"esper-otel/{attempt()}/run/{_named}", name, dist)
         except (OSError, RuntimeError, ValueError) as error:
             log.warning(
                 "rank %d could not agree with the others on a name for their run (%s) and "
@@ -139,6 +143,28 @@ def _agreed(key: str, name: str, dist: Any) -> str:
     if isinstance(held[0], Exception):
         raise held[0]
     return held[0].decode()
+
+
+def _of_launcher(number: int, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The name of the ``number``-th run of the ranks that DeepSpeed's launcher started here.
+
+    It keeps no store, but starts all ranks of its one training: they have the same name from
+    its process id and from when it began. None for ranks of other launchers, or of several
+    hosts.
+    """
+    sizes = [environ.get(name) for name in ("LOCAL_SIZE", "WORLD_SIZE")]
+    if environ.get("CROSS_SIZE") != "1" or sizes[0] != sizes[1]:
+        return None
+    import psutil
+
+    with suppress(psutil.Error, OSError):
+        for process in psutil.Process().parents():
+            if _LAUNCHER in process.cmdline():
+                began = process.create_time()
+                key = f"{process.pid} {began:.0f} {attempt()} {number}"
+                digest = hashlib.sha256(key.encode()).hexdigest()
+                return time.strftime("%Y%m%d-%H%M%S-", time.localtime(began)) + digest[:6]
+    return None
 
 
 def _users_store(dist: Any) -> Any:
