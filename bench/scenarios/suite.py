@@ -36,7 +36,7 @@ class Scenario(msgspec.Struct, frozen=True, array_like=True):
         return self.seed % 2 == 1
 
 
-_LOSS = ("loss_spike", "loss_diverging", "loss_drift", "loss_shift")
+_LOSS = ("loss_spike", "loss_diverging", "loss_climbing", "loss_drift", "loss_shift")
 _SLOW = ("step_latency_high", "short_steps_slow", "step_latency_drift")
 _DIVERGES = (
     *_LOSS,

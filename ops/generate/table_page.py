@@ -344,10 +344,12 @@ levels and baselines and keeps records.
 
 A record is about the distance of single values. `risen_for` and `fallen_for` detect whether a
 metric has *moved* to another level, whatever the size of the change. In a metric that does not
-change, eleven values in a row are above its 80th percentile once in fifty million observations,
+change, eight values in a row are above its 80th percentile once in 400,000 observations,
 whatever its noise. In a metric that wanders by itself, such as the losses of two competing
-networks, successive values are alike, and it does happen: so such rules only report, and
-seldom.
+networks, successive values are alike, and stay there together. So the number counts values
+that are independent of each other: a metric that moves less between observations than over
+eight of them (with a `window` of 64) needs as many times more, at most four times. Outliers and
+steady trends do not count in this ratio.
 
 {record_fields}
 

@@ -186,6 +186,28 @@ def test_a_steady_run_is_answered_at_a_glance():
     assert glances == 99  # all but the one that made the run known
 
 
+def test_of_several_factors_of_one_reference_the_one_crossed_first_is_a_guard():
+    rules = (
+        "above_baseline: 5",
+        "above_baseline: 3",
+        "above_baseline: 4, baseline: highest",
+        "below_baseline: 0.2",
+        "below_baseline: 0.5",
+        "above_record: 2",
+        "above_record: 1",
+        "above_record: 1.5, rising: true",
+        "below_record: 3",
+        "below_record: 2",
+    )
+    lines = [
+        f"  - {{id: r{place}, metric: loss, {rule}, severity: HIGH, action: PAUSE}}"
+        for place, rule in enumerate(rules)
+    ]
+    text = "\n".join(["version: several", "rules:", *lines])
+    made = plan(parse(TableSource("several", text.encode())))
+    assert [each.number for each in made.moving] == [3, 4, 0.5, 1, 1.5, 2]
+
+
 def test_guards_of_a_table_without_conditions_on_steps_cross_nothing():
     seeds_only = parse(
         TableSource(

@@ -156,6 +156,12 @@ def diverges(step, values, seeds):
         values["loss"] *= 1 + (step - TROUBLE + 1) / 2
 
 
+def climbs(step, values, seeds):
+    """Not as far as where it began."""
+    if step >= TROUBLE:
+        values["loss"] *= 1 + min(step - TROUBLE, 8) / 10
+
+
 def shifts(step, values, seeds):
     """Another phase, which nobody has named."""
     if step >= TROUBLE:
@@ -210,8 +216,9 @@ TROUBLES = [
     # rule, what happens, within how many steps it is named
     ("step_latency_drift", slows_down, 165),
     ("slow_input", waits, 18),
-    ("loss_spike", times(6, "loss"), 3),
+    ("loss_spike", times(6, "loss"), 8),
     ("loss_diverging", diverges, 6),
+    ("loss_climbing", climbs, 10),
     ("loss_shift", shifts, 12),
     ("loss_stuck", instead(loss=1e-6), 15),
     ("loss_fell", times(0.1, "loss"), 8),

@@ -1,6 +1,8 @@
 """From frames to decisions: persistence, force, proposals, modes, copies, memory."""
 
 import logging
+import math
+import random
 
 import pytest
 from msgspec import structs
@@ -95,6 +97,47 @@ def test_a_finding_carries_what_the_rule_saw():
 def test_persistence_and_cooldown(options, losses, fires_at):
     found = reasons(engine(f"metric: loss, above: 1, {options}"), *losses)
     assert tuple(step for step, reason in enumerate(found) if reason == "r0") == fires_at
+
+
+@pytest.mark.parametrize(
+    ("options", "fires_at"),
+    [
+        # the event is reported, and again when it has been over for as long as that
+        ("cooldown: 3", (7, 11)),
+        ("", (3, 4, 5, 7, 8, 9, 10, 11)),
+        # an action that is held back is not taken
+        ("cooldown: 3, action: OPTIMIZER", (3, 7, 11)),
+    ],
+)
+def test_a_report_that_is_inhibited_cools_down_as_if_it_were_made(options, fires_at):
+    """Of one event: the second rule goes on where the first has ended."""
+    plain = "" if "action" in options else "action: CONTINUE"
+    rules = ", ".join(part for part in ("metric: loss, above: 1", options, plain) if part)
+    deciding = engine("metric: loss, above: 5, action: CONTINUE, inhibits: [r1]", rules)
+    losses = (9, 9, 9, 2, 2, 2, 0, 2, 2, 2, 2, 2)
+    found = [
+        [finding.rule for finding in deciding.observe(frame(step, loss=float(loss))).findings]
+        for step, loss in enumerate(losses)
+    ]
+    assert tuple(step for step, rules in enumerate(found) if "r1" in rules) == fires_at
+
+
+@pytest.mark.parametrize(
+    ("shape", "fires_after"),
+    [
+        (lambda step, noise: 1 + 0.2 * noise, range(6, 14)),
+        (lambda step, noise: 2 - 0.005 * step + 0.2 * noise, range(6, 17)),
+        (lambda step, noise: 1 + math.sin(step / 9) + 0.01 * noise, range(20, 33)),
+    ],
+)
+def test_a_metric_that_wanders_has_to_stay_above_for_longer(shape, fires_after):
+    """Up to four times as long as one whose values are independent."""
+    source = random.Random(1)
+    deciding = engine("metric: loss, risen_for: 8")
+    before = [shape(step, source.gauss(0, 1)) for step in range(130)]
+    assert "r0" not in reasons(deciding, *before)
+    found = reasons(deciding, *([9.0] * 40), start=130)
+    assert found.index("r0") + 1 in fires_after
 
 
 def test_cooldown_counts_steps_also_those_not_seen():

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import random
+from math import exp, sin
 
 import pytest
 
-from esper_tamiyo.judging.excursions import (
-    BEYOND,
-    LAG,
-    PATIENCE,
-    Earlier,
-    Excursions,
-    earlier_span,
-)
+from esper_tamiyo.judging.excursions import LAG, PATIENCE, Excursions
+from esper_tamiyo.judging.history import BEYOND, MOST_INERTIA, Earlier, earlier_span
 
 RISK = 1 / 50_000
 ONE, LASTING = (1, 1), (6, 8)
@@ -186,3 +181,66 @@ def test_so_many_in_a_row_are_beyond_no_end_by_chance(seed):
     for _ in range(10_000):
         made.add(source.gauss(0, 1) / max(source.random(), 1e-3))
         assert max(made.above, made.below) < 12
+
+
+def inertia(values: list[float]) -> float:
+    made = Earlier(*earlier_span(64))
+    for value in values:
+        made.add(value)
+    return made.inertia
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda step, noise: 1 + 0.1 * noise,
+        lambda step, noise: -50 + 0.1 * noise,
+        lambda step, noise: 9 - 0.05 * step + 0.1 * noise,  # falls all the time
+        lambda step, noise: 0.5 + exp(-step / 60) + 0.1 * noise,  # and ever less
+        lambda step, noise: 1 + 0.1 * noise + (100 if step % 17 == 0 else 0),  # outliers
+        lambda step, noise: [1.0, 5.0][step % 2] + 0.1 * noise,  # batches of two kinds in turn
+    ],
+)
+def test_independent_values_have_hardly_any_inertia(shape, seed):
+    source = random.Random(seed)
+    assert inertia([shape(step, source.gauss(0, 1)) for step in range(120)]) < 2
+
+
+def test_values_that_follow_each_other_smoothly_have_inertia():
+    source = random.Random(1)
+    waves = [sin(step / 9) + 0.05 * source.gauss(0, 1) for step in range(120)]
+    assert inertia(waves) > 3
+    wandering = [0.0]
+    for _ in range(200):
+        wandering.append(wandering[-1] + source.gauss(0, 1))
+    assert 1.8 < inertia(wandering) < MOST_INERTIA
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0] * 120, [0.1] * 120, [9 - 0.1 * step for step in range(120)], [1e300, -1e300] * 60],
+)
+def test_values_without_noise_have_no_inertia(values):
+    """Their differences are alike, but for rounding."""
+    assert inertia(values) == 1.0
+
+
+def test_values_that_mostly_repeat_have_the_most_inertia():
+    source = random.Random(1)
+    repeated = [value for _ in range(12) for value in [source.random()] * 10]
+    assert inertia(repeated) == MOST_INERTIA
+
+
+def test_inertia_is_that_of_the_values_before_the_newest():
+    made = Earlier(*earlier_span(64))
+    source = random.Random(1)
+    for _ in range(110):
+        made.add(source.random())
+    before = made.inertia
+    for step in range(13):
+        made.add(sin(step / 9))
+    assert made.inertia == pytest.approx(before, rel=0.5)
+    for step in range(13, 140):
+        made.add(sin(step / 9))
+    assert made.inertia > 3

@@ -169,9 +169,11 @@ def test_the_live_run_had_decisions_of_every_kind(live):
         "PAUSE",
     }
     reasons = {each.reason for each in answers.values()}
-    assert {"nominal", "conservative_mode", "loss_spike", "nonfinite_loss"} <= reasons
+    assert {"nominal", "conservative_mode", "nonfinite_loss"} <= reasons
     if table == "default":
         assert {"straggler_rank", "seed_fallback", "slow_input", "loss_diverging"} <= reasons
+    else:
+        assert "loss_spike" in reasons
 
 
 def test_a_replay_gives_exactly_the_decisions_of_the_live_run(live):

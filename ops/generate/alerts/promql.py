@@ -37,7 +37,7 @@ from esper_otel.leyline.metrics import (
     RUN_ID,
     SEED_ID,
 )
-from esper_tamiyo.judging.excursions import BEYOND, END
+from esper_tamiyo.judging.history import BEYOND, END
 from esper_tamiyo.language.derived import DERIVED, KNOWN, is_seeds
 from esper_tamiyo.language.operators import ON_EARLIER, ON_RECORDS, BaselineKind, Operator
 from esper_tamiyo.language.table import Baseline, Combine, Condition, Group, Rule

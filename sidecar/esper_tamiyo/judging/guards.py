@@ -11,7 +11,7 @@ The guards of updates, which go to the trainer, are made of the same parts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, nextafter
 from operator import gt, itemgetter, lt
 
@@ -21,7 +21,13 @@ from esper_otel.leyline.custom import PREFIX, is_custom
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
-from esper_tamiyo.language.operators import FORMS, ON_EARLIER, ON_RECORDS, Operator
+from esper_tamiyo.language.operators import (
+    FORMS,
+    ON_BASELINES,
+    ON_EARLIER,
+    ON_RECORDS,
+    Operator,
+)
 from esper_tamiyo.language.table import Combine, Condition, Group, Table
 
 _FIXED = frozenset({Operator.ABOVE, Operator.AT_LEAST, Operator.BELOW, Operator.AT_MOST})
@@ -65,7 +71,22 @@ def plan(table: Table) -> GuardPlan:
                     made.custom.append(condition)
                 else:
                     add_guard(made, condition)
-    return made
+    return msgspec.structs.replace(made, moving=[*nearest(made.moving)])
+
+
+def nearest(moving: Iterable[Condition]) -> tuple[Condition, ...]:
+    """``moving``, but of several factors of one baseline, or of one record, the one that is
+    crossed first."""
+    found: dict[object, Condition] = {}
+    for condition in moving:
+        key: object = condition
+        if condition.operator in ON_BASELINES or condition.operator in ON_RECORDS:
+            key = msgspec.structs.replace(condition, number=0.0, release=None)
+            others = [condition, *filter(None, [found.get(key)])]
+            pick = max if condition.operator is Operator.BELOW_BASELINE else min
+            condition = pick(others, key=lambda other: other.number)
+        found[key] = condition
+    return tuple(found.values())
 
 
 def add_guard(made: GuardPlan, condition: Condition) -> None:

@@ -6,12 +6,15 @@ against a baseline it is part of itself.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
 
-from esper_tamiyo.judging.excursions import Earlier, Excursions, earlier_span
+from esper_tamiyo.judging.excursions import Excursions
 from esper_tamiyo.judging.observations import (
     Extreme,
     FrozenMedian,
@@ -23,6 +26,138 @@ from esper_tamiyo.judging.observations import (
 )
 from esper_tamiyo.language.operators import BaselineKind
 from esper_tamiyo.language.table import RecordSpan
+
+END = 0.2
+"""Share of what a metric was before that lies beyond either end of it."""
+
+BEYOND = 0.02
+"""Share of an end by which a value has to be beyond it, to count."""
+
+ROUNDING = 1e-9
+"""Share of the largest value that differences are taken to have at least."""
+
+MOST_INERTIA = 4.0
+"""After some forty observations a new level is part of what was before: by then it has to be
+noticed."""
+
+
+def earlier_span(window: int) -> tuple[int, int, int]:
+    """Observations that :class:`Earlier` spans for a table whose baselines span ``window``, the
+    fewest newest ones that it leaves out, and after how many it is taken anew."""
+    block = max(2, window // 8)
+    return 12 * block, 7 * block // 4, block
+
+
+class Earlier:
+    """What a metric was before its newest observations, and how many of these in a row are
+    beyond either end of that.
+
+    ``upper`` and ``lower`` are the ends of ``span`` values, None until all of them are in.
+    ``above`` and ``below`` count values in a row.
+
+    Of values that are independent of each other n in a row are beyond an end with the
+    probability that one is, to the power of n: a test of runs, which knows no distribution and
+    no size (Wald and Wolfowitz, On a test whether two samples are from the same population,
+    Annals of Mathematical Statistics 11, 1940). Values that follow each other smoothly stay
+    beyond it together: :attr:`inertia` times as long.
+    """
+
+    __slots__ = (
+        *("_arrived", "_block", "_inertia", "_most", "_newest", "_ordered", "_span"),
+        *("above", "below", "lower", "upper"),
+    )
+
+    def __init__(self, span: int, lag: int, block: int) -> None:
+        self._span = span
+        self._block = block
+        self._most = lag + block
+        self._arrived: deque[float] = deque(maxlen=span)
+        self._newest: deque[float] = deque()
+        self._ordered: list[float] = []
+        """Those that have arrived, once all are in."""
+        self.upper: float | None = None
+        self.lower: float | None = None
+        self.above = self.below = 0
+        self._inertia = 0.0
+        """0.0 until somebody asks."""
+
+    def add(self, value: float) -> None:
+        """Take in a finite observation."""
+        upper, lower = self.upper, self.lower
+        if upper is not None and lower is not None:
+            if value > upper:
+                self.above += 1
+            elif self.above:
+                self.above = 0
+            if value < lower:
+                self.below += 1
+            elif self.below:
+                self.below = 0
+        newest = self._newest
+        newest.append(value)
+        if len(newest) == self._most:
+            self._fold()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._arrived.clear()
+        self._newest.clear()
+        self._ordered.clear()
+        self.upper = self.lower = None
+        self.above = self.below = 0
+
+    @property
+    def inertia(self) -> float:
+        """How many times as long as independent values these stay on one side: by how much
+        they move less from one to the next than over a block, or 1.0.
+
+        That is a ratio of two points of a variogram, as von Neumann's of successive differences
+        to the variance (Distribution of the ratio of the mean square successive difference to
+        the variance, Annals of Mathematical Statistics 12, 1941). Median deviations stand for
+        squares: an outlier counts for little, and a steady slope for nothing.
+        """
+        if not self._inertia:
+            near, far = _spread(self._arrived, 1), _spread(self._arrived, self._block)
+            near = max(near, ROUNDING * max(map(abs, self._arrived)))
+            slow = far / near if near else 1.0
+            self._inertia = min(max(1.0, slow), MOST_INERTIA)
+        return self._inertia
+
+    @property
+    def missing(self) -> int:
+        """Observations that are to come until both ends are known."""
+        if self.upper is not None:
+            return 0
+        blocks = -(-(self._span - len(self._arrived)) // self._block)
+        return self._most - len(self._newest) + (max(blocks, 1) - 1) * self._block
+
+    def _fold(self) -> None:
+        """Let the oldest of what is left out be no longer among the newest."""
+        arrived, newest, ordered = self._arrived, self._newest, self._ordered
+        new = [newest.popleft() for _ in range(self._block)]
+        is_ordered = len(ordered) == self._span
+        if is_ordered:
+            for old in islice(arrived, self._block):
+                del ordered[bisect_left(ordered, old)]
+            ordered += new
+        arrived.extend(new)
+        if len(arrived) == self._span:
+            self._inertia = 0.0
+            if not is_ordered:
+                ordered[:] = arrived
+            ordered.sort()  # of the values that stay, and so few more
+            place = round(END * (self._span - 1))
+            upper, lower = ordered[-1 - place], ordered[place]
+            self.upper = upper + BEYOND * abs(upper)
+            self.lower = lower - BEYOND * abs(lower)
+
+
+def _spread(values: Sequence[float], lag: int) -> float:
+    """The median deviation of the differences of values that are ``lag`` apart."""
+    pairs = zip(values, islice(values, lag, None), strict=False)
+    steps = [after - before for before, after in pairs]
+    middle = sorted(steps)[len(steps) >> 1]
+    return sorted(abs(step - middle) for step in steps)[len(steps) >> 1]
 
 
 class BaselineKey(NamedTuple):

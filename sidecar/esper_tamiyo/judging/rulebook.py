@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from esper_tamiyo.judging.excursions import LAG, earlier_span
+from esper_tamiyo.judging.excursions import LAG
 from esper_tamiyo.judging.guards import plan
-from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched
+from esper_tamiyo.judging.history import BaselineKey, RecordKey, Watched, earlier_span
 from esper_tamiyo.judging.rules import Values, compiled
 from esper_tamiyo.judging.update_guards import UpdatePlan, update_plan
 from esper_tamiyo.language.derived import is_seeds, needed
@@ -131,14 +131,16 @@ class Rulebook:
             (
                 place,
                 entry,
+                entry.test,
                 not entry.rule.about_seeds and not entry.rule.about_ranks,
                 entry.rule.about_seeds,
             )
             for place, entry in placed
             if not entry.rule.about_silence
         )
-        """The rules that a frame is held against: place in the table, rule, and whether it is
-        about the step alone (neither about seeds nor about other ranks), or about seeds."""
+        """The rules that a frame is held against: place in the table, rule, its test, and
+        whether it is about the step alone (neither about seeds nor about other ranks), or about
+        seeds. The test is at hand because each is tried at every step."""
         self.ranks = tuple(one for one in placed if one[1].rule.about_ranks)
         """The rules that compare ranks."""
         self.silence = tuple(one for one in placed if one[1].rule.about_silence)
@@ -181,9 +183,7 @@ class Rulebook:
 
     def _watch_steps(self) -> None:
         """What frames have to be remembered for."""
-        framed = [
-            part for _, entry, _, _ in self.judged for part in conditions(entry.rule.when)
-        ]
+        framed = [part for _, entry, *_ in self.judged for part in conditions(entry.rule.when)]
         self.step_watch = watched(self.table, framed, of_seeds=False)
         self.seed_watch = watched(self.table, framed, of_seeds=True)
         self.derived = needed(

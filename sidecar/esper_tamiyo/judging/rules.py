@@ -286,28 +286,21 @@ def _unchanged_for(condition: Condition) -> Test:
     return test
 
 
-def _risen_for(condition: Condition) -> Test:
+def _beyond_earlier(condition: Condition) -> Test:
+    """The inertia is worked out at the end, as it costs as much as all rules at a step."""
     metric, needed = condition.metric, int(condition.number)
+    below = condition.operator is Operator.FALLEN_FOR
 
     def test(values: Values, history: History) -> Verdict:
         value = values.get(metric)
         earlier = history.earlier[metric]
-        if value is None or earlier.upper is None:
+        end = earlier.lower if below else earlier.upper
+        if value is None or end is None:
             return None
-        return value > earlier.upper and earlier.above + 1 >= needed
-
-    return test
-
-
-def _fallen_for(condition: Condition) -> Test:
-    metric, needed = condition.metric, int(condition.number)
-
-    def test(values: Values, history: History) -> Verdict:
-        value = values.get(metric)
-        earlier = history.earlier[metric]
-        if value is None or earlier.lower is None:
-            return None
-        return value < earlier.lower and earlier.below + 1 >= needed
+        if value >= end if below else value <= end:
+            return False
+        count = 1 + (earlier.below if below else earlier.above)
+        return count >= needed and count >= needed * earlier.inertia
 
     return test
 
@@ -363,8 +356,8 @@ _CONDITIONS: dict[Operator, Callable[[Condition], Test]] = {
     Operator.ABOVE_PEERS: _on_peers,
     Operator.BELOW_PEERS: _on_peers,
     Operator.RISES_BY: _rises_by,
-    Operator.RISEN_FOR: _risen_for,
-    Operator.FALLEN_FOR: _fallen_for,
+    Operator.RISEN_FOR: _beyond_earlier,
+    Operator.FALLEN_FOR: _beyond_earlier,
     Operator.UNCHANGED_FOR: _unchanged_for,
     Operator.RUNS_OUT_WITHIN: _runs_out_within,
     Operator.NONFINITE: _nonfinite,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from esper_otel.leyline.decisions import Decision
+from esper_otel.leyline.decisions import Action, Decision
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.deciding import Fired
 from esper_tamiyo.judging.guards import AskGuards
@@ -23,7 +23,7 @@ from esper_tamiyo.judging.rule_status import (
 )
 from esper_tamiyo.judging.rulebook import Rulebook
 from esper_tamiyo.judging.rules import CompiledRule, Values, Verdict
-from esper_tamiyo.judging.silences import SilencedRules, unheard
+from esper_tamiyo.judging.silences import SILENCED, SilencedRules, unheard
 from esper_tamiyo.judging.stretches import Stretch
 from esper_tamiyo.judging.update_guards import UpdateGuards
 
@@ -222,15 +222,15 @@ class RunState:
         """Bring every rule from one state to the next."""
         rank, book = self._rank, self.book
         values, history, statuses = rank.values, rank.history, rank.statuses
-        for place, entry, plain, about_seeds in book.judged:
+        for place, entry, test, plain, about_seeds in book.judged:
             if plain or not (in_company or about_seeds):
-                verdict = entry.test(values, history)
+                verdict = test(values, history)
                 status = statuses[place]
                 if verdict is not status.idle:
                     self._judge_rule(entry, status, rank, verdict)
             elif about_seeds:
                 for seed in self._live:
-                    verdict = entry.test(seed.values, seed.history)
+                    verdict = test(seed.values, seed.history)
                     status = seed.statuses[place]
                     if verdict is not status.idle:
                         self._judge_rule(entry, status, seed, verdict)
@@ -337,7 +337,11 @@ class RunState:
         for entry, status, target in active:
             clean = clean and not self._is_trouble(entry)
             rule = entry.rule
-            if rule.id in inhibited or step - status.fired_at <= rule.cooldown:
+            if rule.id in inhibited:
+                if rule.action is Action.CONTINUE and inhibited[rule.id] != SILENCED:
+                    status.fired_at = step  # its event is reported, and not again later
+                continue
+            if step - status.fired_at <= rule.cooldown:
                 continue
             if entry is named:  # of several seeds the first; its cool-down gives others a turn
                 continue

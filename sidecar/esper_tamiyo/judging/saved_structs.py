@@ -12,8 +12,8 @@ from esper_otel.leyline.decisions import Decision, Finding
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.engine import Engine
-from esper_tamiyo.judging.excursions import Earlier, Excursions, Record
-from esper_tamiyo.judging.history import History, WarmUp
+from esper_tamiyo.judging.excursions import Excursions, Record
+from esper_tamiyo.judging.history import Earlier, History, WarmUp
 from esper_tamiyo.judging.liveness import StepPace
 from esper_tamiyo.judging.observations import (
     Extreme,
@@ -230,7 +230,7 @@ DERIVED: dict[type, frozenset[str]] = {
     RollingMedian: frozenset({"_ordered", "_warmup", "_window"}),
     FrozenMedian: frozenset({"_spans"}),
     Extreme: frozenset({"_better", "_rolling"}),
-    Earlier: frozenset({"_block", "_most", "_span"}),
+    Earlier: frozenset({"_block", "_inertia", "_most", "_ordered", "_span"}),
     Slope: frozenset({"_window"}),
     Record: frozenset({"_nth", "_size"}),
     Excursions: frozenset({"_ordered", "_risk", "_sign", "_warmup"}),

@@ -180,7 +180,7 @@ class Stretch:
         in_company = bool(book.ranks) and state._comparison.has_company
         of_rank = [
             (place, entry)
-            for place, entry, plain, about_seeds in book.judged
+            for place, entry, _, plain, about_seeds in book.judged
             if plain or not (in_company or about_seeds)
         ]
         of_seeds = [(place, book.rules[place]) for place in book.seed_places]

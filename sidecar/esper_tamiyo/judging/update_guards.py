@@ -6,7 +6,7 @@ asks where one is crossed (:meth:`~esper_tamiyo.judging.engine.Engine.check`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import inf, nextafter
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from esper_tamiyo.judging.guards import (
     add_guard,
     bound_of,
     is_lower,
+    nearest,
     needed,
 )
 from esper_tamiyo.judging.history import BaselineKey, History
@@ -63,7 +64,7 @@ def update_plan(table: Table) -> UpdatePlan:
             metric,
             lower,
             fixed,
-            _nearest(
+            nearest(
                 condition
                 for condition in made.moving
                 if condition.metric == metric and is_lower(condition.operator) is lower
@@ -74,20 +75,6 @@ def update_plan(table: Table) -> UpdatePlan:
     )
     inhibited = {name for rule in table.rules for name in rule.inhibits}
     return UpdatePlan(edges, any(_skips(rule) for rule in acting if rule.id not in inhibited))
-
-
-def _nearest(moving: Iterable[Condition]) -> tuple[Condition, ...]:
-    """``moving``, but of several factors of one baseline the one that is crossed first."""
-    found: dict[object, Condition] = {}
-    for condition in moving:
-        key: object = condition
-        if condition.operator in ON_BASELINES:
-            key = condition.operator, condition.baseline_of, condition.baseline
-            others = [condition, *filter(None, [found.get(key)])]
-            pick = max if is_lower(condition.operator) else min
-            condition = pick(others, key=lambda other: other.number)
-        found[key] = condition
-    return tuple(found.values())
 
 
 def _skips(rule: Rule) -> bool:

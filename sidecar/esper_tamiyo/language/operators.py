@@ -126,7 +126,8 @@ FORMS: dict[Operator, Form] = {
         Operand.COUNT,
         "the value has been above its earlier values for so many observations, including the "
         "current one: above the 80th percentile of one and a half `window`, by a fiftieth of "
-        "it, without the newest 14 to 21 (for a `window` of 64). Chance alone does not produce "
+        "it, without the newest 14 to 21 (for a `window` of 64). A metric that hardly moves "
+        "between observations needs up to four times as many. Chance alone does not produce "
         "so many in a row, however far single values stray. Unknown until that many "
         "observations are in",
     ),

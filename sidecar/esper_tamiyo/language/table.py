@@ -220,7 +220,8 @@ class Rule(msgspec.Struct, frozen=True, rename={"persistence": "for"}):
         Meta(
             description="ids of rules, no more severe than this one, to inhibit: they neither "
             "act nor appear among the findings while this rule fires for the same rank and "
-            "run"
+            "run. Of those that only report (action CONTINUE) the cool-down begins as well: "
+            "one event is reported once"
         ),
     ] = ()
     parameters: Annotated[
