@@ -78,7 +78,7 @@ def _remedy(found: Found, rule: RuleText) -> tuple[str, list[str]]:
         return "lets it pass", ["rules:", f"  - id: {found.rule}", *fields]
     if found.action is Action.CONTINUE:
         return "is without it", [f"remove: [{found.rule}]"]
-    return "only tells of it", ["rules:", f"  - id: {found.rule}", "    mode: observe"]
+    return "only reports it", ["rules:", f"  - id: {found.rule}", "    mode: observe"]
 
 
 def _base(table: TableInUse) -> str:
