@@ -241,6 +241,9 @@ class Sender:
     def _try_later(self, group: BatchGroup, outcome: SendResult) -> bool:
         self._spool.put_back(group)
         self._keeper.look()
+        if time.monotonic() >= self._deadline:  # our own end closed the connection
+            self._outage.went_down(self._destination, "no answer by the end of the run")
+            return False
         self._outage.went_down(self._destination, outcome.reason)
         if self._finishing.is_set() and outcome.verdict is Verdict.UNREACHABLE:
             # Nobody is there: waiting for the deadline would only hold up the exit.
