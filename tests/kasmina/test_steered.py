@@ -101,14 +101,14 @@ def test_a_spike_pauses_growth_and_calm_lets_it_go_on():
     while not steered.garden.stages:
         steered.step()
     at = len(steered.frames.seeds)
-    for _ in range(3):  # one hard batch alone is no spike
+    for _ in range(8):  # hard batches alone are no spike
         steered.step(loss=50.0)
     _, decision = steered.sidecar.answers[-1]
     assert (decision.action, decision.conservative) == (Action.CONTINUE, True)
     for _ in range(30):
         steered.step()
     key = "kasmina.seed.stage"
-    held = {seeds["1-1"][key] for seeds in steered.frames.seeds[at + 3 :]}
+    held = {seeds["1-1"][key] for seeds in steered.frames.seeds[at + 8 :]}
     assert len(held) == 1  # conservative mode: not one stage further
     for _ in range(100):
         steered.step()
