@@ -33,6 +33,8 @@ def same(told, values):
 def test_what_is_recorded_is_what_the_loop_took(captured, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loops, "_told", set())
+    if name == "torchtitan" and not hasattr(torch.nn.utils, "get_total_norm"):
+        pytest.skip("needs PyTorch 2.6")
     if name in PUBLIC:
         loop = PUBLIC[name]
     else:

@@ -130,6 +130,9 @@ def test_the_norm_is_that_before_clipping(instrumented):
     assert clipped[0]["gradient_norm"] > 1e-2
 
 
+@pytest.mark.skipif(
+    not hasattr(nn.utils, "get_total_norm"), reason="before 2.6 PyTorch cannot compile this"
+)
 def test_code_that_is_compiled_as_one_graph_may_clip(instrumented):
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

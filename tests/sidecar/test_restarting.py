@@ -7,6 +7,8 @@ import signal
 import subprocess
 from contextlib import contextmanager
 
+import psutil
+
 from esper_otel.leyline.wire import SilenceRequest
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
@@ -117,15 +119,10 @@ def test_the_writer_is_started_again_and_saves_all_ranks_anew(tmp_path):
             client.hello()
             client.ask(0, loss=1.0)
         state = until(lambda: kept_so_far(running))
-        children = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(running.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout
         writer = next(
-            int(line.split()[0])
-            for line in children.splitlines()
-            if "esper_tamiyo.keeping.writer" in line
+            child.pid
+            for child in psutil.Process(running.process.pid).children()
+            if "esper_tamiyo.keeping.writer" in child.cmdline()
         )
         os.kill(writer, signal.SIGKILL)
         until(lambda: running.status()["state"]["restarts"] == 1)

@@ -225,7 +225,8 @@ def test_the_next_start_of_the_run_delivers_what_the_last_has_left(
     stream.close()
     assert http.inbox.steps() == dict.fromkeys([*range(30), 100], 1)
     assert len(http.inbox.spans()) == 2
-    assert list(stranger.parent.iterdir()) == [stranger]
+    # A file's lock goes behind the file.
+    wait_until(lambda: list(stranger.parent.iterdir()) == [stranger])
 
 
 def test_what_was_to_take_a_files_place_goes_with_it(left, http):

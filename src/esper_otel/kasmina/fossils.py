@@ -93,7 +93,7 @@ def kind_of(output: Any) -> str:
     """
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return f"{type(output).__name__}/{output._fields[0]}"
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         return f"{TUPLE if isinstance(output, tuple) else LIST}/{len(output)}"
     return TENSOR
 
@@ -225,7 +225,8 @@ class _JoinAt:
         fossil = module
         for name in self.path.split("."):
             fossil = getattr(fossil, name)
-        if isinstance(output, tuple | list):
+        # Not tuple | list, which the Dynamo of PyTorch 2.4 cannot trace.
+        if isinstance(output, (tuple, list)):
             return with_first(output, fossil(output[0]))
         return fossil(output)
 
@@ -234,7 +235,7 @@ def first_tensor(output: Any) -> Tensor | None:
     """What a module returned, or the first of it; None when that is no tensor."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     return None
 

@@ -212,7 +212,7 @@ def tracer_at_work(output: Any) -> str:
     if exporting is not None and exporting():
         return "torch.export"
     symbolic = sys.modules.get("torch.fx.proxy")
-    first = output[0] if isinstance(output, tuple | list) and output else output
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
     if symbolic is not None and isinstance(first, symbolic.Proxy):
         return "torch.fx.symbolic_trace"
     for mode in _get_current_dispatch_mode_stack():
