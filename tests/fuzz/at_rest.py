@@ -579,7 +579,8 @@ def _lied(kind: int, body: bytes, how: str, seed: int) -> bytes:
     if how == "values":
         with suppress(msgspec.MsgspecError, ValueError, RecursionError):
             told = msgspec.msgpack.decode(body)
-            if kind == EntryKind.RANK and seed % 5:  # what is known of it, and not whose it is
+            is_rank = kind == EntryKind.RANK and isinstance(told, list) and told
+            if is_rank and seed % 5:  # what is known of it, and not whose it is
                 told[-1] = altered(told[-1], seed, 1 + seed % 3, ODD_STATE)
             else:
                 told = altered(told, seed, 1 + seed % 3, ODD_STATE)

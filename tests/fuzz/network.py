@@ -382,6 +382,7 @@ CALLS = st.lists(
     max_size=5,
 )
 CODES = {
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # of a client that has no processor to send with
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAVAILABLE,
@@ -425,6 +426,8 @@ def _refused_call(error: grpc.RpcError) -> Counter[str]:
     assert code in CODES, error
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return Counter({"too_large" if "may have" in error.details() else "malformed": 1})
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Counter({"timed_out": 1})
     return Counter({"turned_away_busy": code is grpc.StatusCode.UNAVAILABLE})
 
 
