@@ -170,7 +170,8 @@ def _told(receiver: HttpReceiver) -> Told:
 def _frames(request: Request) -> list[StepFrame]:
     if request.path != METRICS:
         return []
-    return frames_of(ExportMetricsServiceRequest.FromString(request.body)).frames
+    came = frames_of(ExportMetricsServiceRequest.FromString(request.body)).frames
+    return [frame for frame in came if frame.ended is None]  # the end of a run is no step
 
 
 if __name__ == "__main__":
