@@ -90,6 +90,7 @@ lint-others: $(READY)
 	$(BIN)/python -m ops.generate --check
 	$(BIN)/python -m ops.pictures --check
 	$(BIN)/python -m bench.topology --check
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 
 format: $(READY)  ## format the code, and regenerate files
 	$(BIN)/ruff check --fix .
