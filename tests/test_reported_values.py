@@ -42,7 +42,7 @@ if "--kill" in sys.argv:
     while not any(p.stat().st_size for p in run.stream_report.recordings): time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 run.report(val_loss=0.25)
-run.close(0.1)
+run.close(10.0)
 """
 
 
