@@ -38,8 +38,10 @@ for step in range(int(sys.argv[1])):
     run.report(loss=1.0 / (1 + step), kl=0.5)
     run.step()
 if "--kill" in sys.argv:
-    import os, signal, time
-    while not any(p.stat().st_size for p in run.stream_report.recordings): time.sleep(0.01)
+    import os, pathlib, signal, time
+    home = pathlib.Path(os.environ["ESPER_RUNS_DIR"])
+    # Its card is written just behind its first steps.
+    while not [*home.glob("*/run-attempt2.json")]: time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 run.report(val_loss=0.25)
 run.close(10.0)
