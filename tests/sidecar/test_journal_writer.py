@@ -378,6 +378,16 @@ def test_following_the_journal_of_a_running_sidecar_across_its_files(tmp_path):
             follower.communicate()
 
 
+def received(writer):
+    """The messages that lie in the pipe to a writer that never reads."""
+    messages = []
+    writer.other.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            messages += decode_messages(writer.other.recv(1 << 20))
+    return messages
+
+
 def test_steps_that_come_fast_are_written_together_and_one_that_comes_alone_at_once(
     monkeypatch,
 ):
@@ -391,15 +401,10 @@ def test_steps_that_come_fast_are_written_together_and_one_that_comes_alone_at_o
         table = load("prototype")
         engine = Engine(table, observer=reporter.decision_log)
         engine.observe(frame(0, loss=1.0))
-        writer.other.setblocking(False)
 
         def decisions_sent():
             reporter.write_down(table, lambda: iter([{}]))
-            messages = []
-            with suppress(BlockingIOError):
-                while True:
-                    messages += decode_messages(writer.other.recv(1 << 20))
-            return [each.step for each in messages if isinstance(each, Decided)]
+            return [each.step for each in received(writer) if isinstance(each, Decided)]
 
         def one_more(step):
             engine.observe(frame(step, loss=1.0, loss_delta=9.0))
@@ -440,11 +445,7 @@ def test_what_had_no_room_is_told_and_runs_that_ended_are_reported_on(monkeypatc
             reporter.write_down(table, lambda: iter([{}]))
         now[0] += 3600.0
         reporter.write_down(table, lambda: iter([{}]))
-        writer.other.setblocking(False)
-        messages = []
-        with suppress(BlockingIOError):
-            while True:
-                messages += decode_messages(writer.other.recv(1 << 20))
+        messages = received(writer)
     assert [message.lost for message in messages if isinstance(message, Gap)] == [3]
     (due,) = (message for message in messages if isinstance(message, DueReport))
     assert (due.decision, due.ended) == ("run/0/19", "the run sent no more steps")

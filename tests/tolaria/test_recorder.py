@@ -339,6 +339,20 @@ def test_an_enforced_decision_changes_the_next_update_and_not_the_optimizer(cloc
     assert (timeline.step, timeline.applied) == (1, True)
 
 
+def test_a_step_without_an_update_has_no_scaled_rate(clock):
+    """A loop that only calls ``run.step()``: nobody makes its updates smaller."""
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, frames = make(enforce=True, client=sidecar)
+    recorder.optimizer = None
+    for _ in range(3):
+        clock.pass_ms(5.0)
+        recorder.end_step()
+    recorder.flush()
+    assert frames.column("lr_scale") == [1.0, 1.0, 1.0]
+    assert not any(timeline.applied for timeline in frames.timelines)
+
+
 def test_a_schedule_sees_nothing_of_the_factor(clock):
     sidecar = Sidecar(clock)
     sidecar.decisions[1] = decided(1, lr_scale=0.5)

@@ -100,10 +100,8 @@ class RunTotals:
         self.last_unix_nano = int(times[-1])
         broken = rows[:, _NONFINITE] > 0.0
         self.nonfinite_steps += int(broken.sum())
-        skipped, scaled = (
-            rows[:, _SKIPPED] > 0.0,
-            np.nan_to_num(rows[:, _LR_SCALE], nan=1.0) != 1.0,
-        )
+        skipped = rows[:, _SKIPPED] > 0.0
+        scaled = np.nan_to_num(rows[:, _LR_SCALE], nan=1.0) != 1.0
         self.skipped_updates += int(skipped.sum())
         self.scaled_updates += int((scaled & ~skipped).sum())
         unjudged = rows[:, _UNJUDGED] > 0.0

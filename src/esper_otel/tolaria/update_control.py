@@ -162,7 +162,7 @@ class UpdateControl:
     def put_values(self, row: list[float]) -> float:
         """Tell in ``row`` how the update was made; returns the factor that it was made with."""
         responses = self._responses
-        scale = responses.lr_scale if self.scale is None else self.used_scale
+        scale = self.used_scale
         row[_LR_SCALE] = scale
         row[_SKIPPED] = 1.0 if self.skipped else 0.0
         if responses.restoring.keeps:
