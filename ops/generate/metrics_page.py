@@ -7,7 +7,7 @@ from pathlib import Path
 
 from esper_otel.leyline.custom import EVALUATION, NAME, PREFIX
 from esper_otel.leyline.endings import HowEnded
-from esper_otel.leyline.limits import MAX_CUSTOM, MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM, MAX_CUSTOM_NAME
 from esper_otel.leyline.metrics import (
     CUSTOM,
     EXCEPTION_TYPE,

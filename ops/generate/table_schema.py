@@ -13,7 +13,7 @@ import msgspec
 
 from esper_otel.leyline.custom import PREFIX
 from esper_otel.leyline.decisions import Action
-from esper_otel.leyline.limits import MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM_NAME
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, Form, Operand, Operator
 from esper_tamiyo.language.parameters import PARAMETERS, Parameter

@@ -31,7 +31,7 @@ from esper_otel.tolaria.updates import release, withhold_unless_finite
 
 if TYPE_CHECKING:
     from esper_otel.integrations.jobs import Jobs
-    from esper_otel.leyline.readings import Value
+    from esper_otel.leyline.frames import Value
     from esper_otel.settings import EsperSettings
     from esper_otel.shared_decisions import SharedDecisions
     from esper_otel.stream import Stream

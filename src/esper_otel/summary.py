@@ -18,8 +18,7 @@ from esper_otel.leyline.decisions import (
     TIMEOUT,
     UNREACHABLE,
 )
-from esper_otel.leyline.sparklines import sparkline
-from esper_otel.leyline.terminal import printable, printable_json, tell
+from esper_otel.leyline.terminal import printable, printable_json, sparkline, tell
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
 from esper_otel.stream.spool_files import resend_words

@@ -12,7 +12,7 @@ from esper_otel.kasmina import hook as hooks
 from esper_otel.kasmina.seed import MAX_PENDING, Seed
 from esper_otel.kasmina.slot import IN_A_ROW
 from esper_otel.leyline import events
-from esper_otel.leyline.readings import known
+from esper_otel.leyline.frames import known
 from esper_otel.leyline.stages import Stage
 
 WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")

@@ -13,7 +13,7 @@ from esper_otel.leyline.custom import (
     is_evaluation,
     usable_name,
 )
-from esper_otel.leyline.limits import MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM_NAME
 from esper_otel.leyline.metrics import BY_INSTRUMENT, CUSTOM
 
 

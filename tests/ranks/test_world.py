@@ -9,7 +9,7 @@ import threading
 import psutil
 import pytest
 
-from esper_otel.leyline.limits import MAX_NAME
+from esper_otel.leyline.frames import MAX_NAME
 from esper_otel.ranks import world
 from esper_otel.settings import EsperSettings
 

@@ -349,12 +349,12 @@ def test_the_command_names_the_file_and_shows_no_progress_in_a_pipe(tmp_path):
 
 
 def test_progress_is_one_line_that_goes_again(monkeypatch, capsys):
-    from esper_otel.report import progress
+    from esper_otel.leyline import terminal
 
     clock = iter(range(100))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
-    shown = progress.Progress("report", 2_000_000)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal.sys.stderr, "isatty", lambda: True, raising=False)
+    shown = terminal.Progress("report", 2_000_000)
     shown.reached(500_000)
     shown.end()
     assert capsys.readouterr().err == "\rreport: 25% of 2 MB\x1b[K\r\x1b[K"

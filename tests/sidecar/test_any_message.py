@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_RANK, MAX_STEP, MAX_TIME_UNIX_NANO
+from esper_otel.leyline.frames import MAX_RANK, MAX_STEP, MAX_TIME_UNIX_NANO, StepFrame
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.wire import (
     PROTOCOL,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from esper_otel.leyline.limits import MAX_CUSTOM, MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM, MAX_CUSTOM_NAME
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.wire import Ask, WireError
 from esper_tamiyo.judging.engine import Engine

@@ -5,8 +5,7 @@ import pytest
 
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.endings import HowEnded, RunEnd
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_STEP, MAX_TIME_UNIX_NANO
+from esper_otel.leyline.frames import MAX_STEP, MAX_TIME_UNIX_NANO, StepFrame
 from esper_otel.leyline.metrics import EXCEPTION_TYPE, HOW_ENDED, RUN_ENDED
 from esper_otel.leyline.otlp_file import framed
 from esper_otel.leyline.wire import SilenceRequest

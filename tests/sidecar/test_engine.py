@@ -17,8 +17,7 @@ from esper_otel.leyline.decisions import (
     SeedOperation,
     Severity,
 )
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_NAME
+from esper_otel.leyline.frames import MAX_NAME, StepFrame
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.rule_status import MAX_SEEDS
 from esper_tamiyo.language.table_file import TableSource, load, parse

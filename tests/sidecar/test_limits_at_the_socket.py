@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from msgspec import structs
 
-from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_STEP
+from esper_otel.leyline.frames import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_STEP
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.wire import PROTOCOL, Ask, Hello, Refusal, SeedRow, Welcome
 from esper_tamiyo.journaling.reporter import Reporter

@@ -8,8 +8,7 @@ import pytest
 
 from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.endings import HowEnded, RunEnd
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_CUSTOM
+from esper_otel.leyline.frames import MAX_CUSTOM, StepFrame
 from esper_otel.report.page import page_of
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive

@@ -8,7 +8,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
-from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
+from esper_otel.leyline.frames import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
 from esper_otel.leyline.protobuf import FieldError, as_varint
 from esper_tamiyo.receiving import harvest as harvests
 from esper_tamiyo.receiving import otlp_frames, pieces

@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from esper_otel.leyline import otlp_json
+from esper_otel.leyline import otlp_files
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.otlp_file import MAX_MESSAGE, framed
 from esper_tamiyo.receiving.otlp_frames import frames_of
@@ -132,7 +132,7 @@ def by_protobuf(data):
 @given(runs(), st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_json_gives_the_request_that_was_written(frames, sizes):
     for each in cut(frames, cycle(sizes)):
-        assert otlp_json.request(as_json(each), ExportMetricsServiceRequest) == each
+        assert otlp_files.json_request(as_json(each), ExportMetricsServiceRequest) == each
 
 
 JSON_METRICS = {
@@ -151,7 +151,7 @@ def test_json_is_read_as_protobuf_reads_it(case):
     data = (
         f'{{"resourceMetrics": [{{"scopeMetrics": [{{"metrics": [{JSON_METRICS[case]}]}}]}}]}}'
     )
-    ours = frames_of(otlp_json.request(data.encode(), ExportMetricsServiceRequest))
+    ours = frames_of(otlp_files.json_request(data.encode(), ExportMetricsServiceRequest))
     assert ours == frames_of(by_protobuf(data))
 
 

@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 
 from esper_otel.leyline.decisions import NOMINAL, PROTOCOL_ERROR, SUPERSEDED
-from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_STEP
+from esper_otel.leyline.frames import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_STEP
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_tamiyo.judging import peers
 from esper_tamiyo.judging.admission import FREE_LEAP, HELD_LEAP

@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
 
-from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
+from esper_otel.leyline.frames import MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.metrics import BY_KEY, SEED_ID, SEED_KEYS
 from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving import otlp_frames, shapes

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from esper_otel.leyline.limits import MAX_CUSTOM, MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM, MAX_CUSTOM_NAME
 from esper_otel.tolaria.custom_values import CustomValues
 
 

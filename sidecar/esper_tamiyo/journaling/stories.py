@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import RANK_OF, Action
-from esper_otel.leyline.limits import MAX_STEP
+from esper_otel.leyline.frames import MAX_STEP
 from esper_otel.leyline.terminal import printable
 from esper_tamiyo.journaling.entries import (
     AnyEntry,

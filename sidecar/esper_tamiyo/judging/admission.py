@@ -10,13 +10,13 @@ from collections.abc import Collection
 from enum import StrEnum
 
 from esper_otel.leyline.decisions import Proposal
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import (
+from esper_otel.leyline.frames import (
     MAX_NAME,
     MAX_RANK,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
     MAX_TIME_UNIX_NANO,
+    StepFrame,
 )
 from esper_otel.leyline.wire import Hello
 from esper_tamiyo.judging.liveness import FLOOR_NS, STALE_AFTER_STEPS, StepPace

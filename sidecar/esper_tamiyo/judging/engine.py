@@ -21,12 +21,12 @@ from esper_otel.leyline.decisions import (
     Proposal,
     unanswered,
 )
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import (
+from esper_otel.leyline.frames import (
     MAX_NAME,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
     MAX_TIME_UNIX_NANO,
+    StepFrame,
 )
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest

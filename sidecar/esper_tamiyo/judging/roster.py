@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
+from esper_otel.leyline.frames import MAX_SEEDS_PER_FRAME, StepFrame
 from esper_tamiyo.judging.admission import RefusalReason, leaps
 from esper_tamiyo.judging.endings import Endings
 from esper_tamiyo.judging.history import Watched

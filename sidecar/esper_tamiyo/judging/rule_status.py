@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
+from esper_otel.leyline.frames import MAX_SEEDS_PER_FRAME, StepFrame
 from esper_tamiyo.judging.history import History
 from esper_tamiyo.judging.observer import RuleChange, RuleState
 from esper_tamiyo.judging.rulebook import Rulebook

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from esper_otel.leyline.limits import MAX_STEP
+from esper_otel.leyline.frames import MAX_STEP
 from esper_otel.leyline.wire import SilenceRequest
 from esper_tamiyo.judging.rules import CompiledRule
 

@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_STEP, MAX_TIME_UNIX_NANO
+from esper_otel.leyline.frames import MAX_STEP, MAX_TIME_UNIX_NANO, StepFrame
 from esper_tamiyo.judging.admission import HELD_LEAP
 from esper_tamiyo.judging.courses import Course
 from esper_tamiyo.judging.holds import ENDLESS, Hold, Past, Wanted, holds_of

@@ -23,7 +23,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceResponse,
 )
 
-from esper_otel.leyline.limits import MAX_NAME, MAX_SEEDS_PER_FRAME
+from esper_otel.leyline.frames import MAX_NAME, MAX_SEEDS_PER_FRAME
 from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving.credentials import BearerAuth
 from esper_tamiyo.receiving.harvest import (

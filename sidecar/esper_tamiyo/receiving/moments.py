@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from esper_otel.leyline.endings import RunEnd
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_STEP, MAX_TIME_UNIX_NANO
+from esper_otel.leyline.frames import MAX_STEP, MAX_TIME_UNIX_NANO, StepFrame
 
 
 class Identity(NamedTuple):

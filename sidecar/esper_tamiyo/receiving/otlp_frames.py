@@ -20,13 +20,13 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint, Resource
 from esper_otel.leyline.custom import NAME as CUSTOM_NAME
 from esper_otel.leyline.custom import custom_key
 from esper_otel.leyline.endings import run_end
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import (
+from esper_otel.leyline.frames import (
     MAX_CUSTOM,
     MAX_CUSTOM_NAME,
     MAX_NAME,
     MAX_SEEDS_PER_FRAME,
     MAX_STEP,
+    StepFrame,
 )
 from esper_otel.leyline.metrics import (
     BY_INSTRUMENT,

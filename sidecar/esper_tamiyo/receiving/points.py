@@ -8,7 +8,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.logs.v1.logs_pb2 import ResourceLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, NumberDataPoint, ResourceMetrics
 
-from esper_otel.leyline.limits import MAX_RANK
+from esper_otel.leyline.frames import MAX_RANK
 from esper_otel.leyline.metrics import INSTANCE_ID, RANK, RUN_ID
 from esper_tamiyo.receiving.moments import Identity
 

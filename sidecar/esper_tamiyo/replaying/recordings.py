@@ -20,8 +20,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.decompression import ZstdMissingError
 from esper_otel.leyline.events import NO_OPERATION, PROPOSED, SEED_ID_ATTRIBUTE
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_STEP
+from esper_otel.leyline.frames import MAX_STEP, StepFrame
 from esper_otel.leyline.otlp_file import RecordingError
 from esper_otel.leyline.otlp_files import Kind, requests
 from esper_otel.leyline.terminal import printable

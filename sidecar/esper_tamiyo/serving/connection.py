@@ -9,8 +9,7 @@ from itertools import compress
 from math import isfinite
 
 from esper_otel.leyline.custom import custom_key
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_CUSTOM, MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM, MAX_CUSTOM_NAME, StepFrame
 from esper_otel.leyline.metrics import SEED_SLOT, STEP_SLOT
 from esper_otel.leyline.wire import (
     Ask,

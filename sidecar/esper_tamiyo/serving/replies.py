@@ -11,8 +11,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import PROTOCOL_ERROR, Decision, unanswered
 from esper_otel.leyline.endings import run_end
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_SEEDS_PER_FRAME
+from esper_otel.leyline.frames import MAX_SEEDS_PER_FRAME, StepFrame
 from esper_otel.leyline.wire import (
     PROTOCOL,
     Answer,

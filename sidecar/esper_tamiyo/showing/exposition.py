@@ -17,8 +17,16 @@ from typing import NamedTuple
 
 from esper_otel.leyline.custom import EVALUATION, NAME, PREFIX, is_custom, is_evaluation
 from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.metrics import BY_KEY, CUSTOM, RANK, RUN_ID, SEED_ID
-from esper_otel.leyline.series_names import label_name, prometheus_name, series_name
+from esper_otel.leyline.metrics import (
+    BY_KEY,
+    CUSTOM,
+    RANK,
+    RUN_ID,
+    SEED_ID,
+    label_name,
+    prometheus_name,
+    series_name,
+)
 from esper_tamiyo.journaling.messages import Distribution
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind, Report
 

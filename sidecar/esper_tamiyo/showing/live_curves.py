@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.leyline.custom import is_custom
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_CUSTOM
+from esper_otel.leyline.frames import MAX_CUSTOM, StepFrame
 from esper_otel.report.columns import Producer
 from esper_otel.report.curves import Curve
 from esper_otel.report.layouts import Numbers, Times

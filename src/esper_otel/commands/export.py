@@ -71,7 +71,7 @@ def _steps(text: str) -> tuple[int, int]:
 
 def _export(options: argparse.Namespace) -> int:
     from esper_otel.export import ExportError, Format, default_path, export
-    from esper_otel.report.progress import Progress
+    from esper_otel.leyline.terminal import Progress
     from esper_otel.report.sources import size_of
 
     to = Format(options.to)

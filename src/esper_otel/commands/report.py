@@ -43,8 +43,8 @@ def add(commands: Subcommands) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from esper_otel.leyline.terminal import Progress
     from esper_otel.report import MOST_TOLD, ReportError, size_of, write_report
-    from esper_otel.report.progress import Progress
 
     runs = recordings_of(options.runs, "report")
     progress = Progress("report", size_of(runs))

@@ -106,8 +106,8 @@ def _recorded(paths: list[Path]) -> RecordedSource:
     """What lies at the paths, read for the first time."""
     import time
 
+    from esper_otel.leyline.terminal import Progress
     from esper_otel.report import size_of
-    from esper_otel.report.progress import Progress
     from esper_otel.top.recorded_source import RecordedSource
 
     source = RecordedSource(paths)

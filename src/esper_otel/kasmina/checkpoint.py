@@ -35,7 +35,7 @@ from esper_otel.kasmina.state import (
     SeedState,
     SlotState,
 )
-from esper_otel.leyline.readings import known
+from esper_otel.leyline.frames import known
 from esper_otel.leyline.stages import Stage
 
 log = logging.getLogger("esper_otel")

@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 from esper_otel.kasmina.blending import AlphaSchedule
 from esper_otel.kasmina.isolation import Statistics
-from esper_otel.leyline.frames import ABSENT, seed_row
+from esper_otel.leyline.frames import ABSENT, Value, delivered, seed_row
 from esper_otel.leyline.metrics import SEED_SLOT
-from esper_otel.leyline.readings import Value, delivered
 from esper_otel.leyline.stages import Stage
 
 _STAGE = SEED_SLOT["kasmina.seed.stage"]

@@ -27,7 +27,7 @@ from esper_otel.kasmina.seed import Seed, rng_seed_of
 from esper_otel.kasmina.state import SlotState
 from esper_otel.leyline import events
 from esper_otel.leyline.decisions import SeedOperation, Severity
-from esper_otel.leyline.readings import known
+from esper_otel.leyline.frames import known
 from esper_otel.leyline.stages import Stage, check_transition
 from esper_otel.settings import Fossils
 

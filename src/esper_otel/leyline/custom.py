@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from esper_otel.leyline.limits import MAX_CUSTOM_NAME
+from esper_otel.leyline.frames import MAX_CUSTOM_NAME
 from esper_otel.leyline.metrics import CUSTOM, Metric
 
 PREFIX = "custom."

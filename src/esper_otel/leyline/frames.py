@@ -1,8 +1,14 @@
-"""Step records (frames): the values of one step, and of each seed during it.
+"""Step records (frames): the values of one step, and of each seed during it, and their limits.
 
 On the training thread a frame is a *row*, a list of floats in registry order in which
 NaN says "absent": non-finite measurements are never values, they are counted in
-``nonfinite``. Off the training thread a frame is a :class:`StepFrame`.
+``nonfinite``. Off the training thread a frame is a :class:`StepFrame`. A value that a device
+still has to deliver is a :class:`Reading` until then: nobody waits for it.
+
+The limits of its contents are the same for every sender and channel. They are checked at the
+edge, before anything is copied or kept; what is beyond one is refused and counted. What is
+within them stays within 64 bits through all sums that are made of it, as that is what
+MessagePack and OTLP can carry.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -24,6 +30,29 @@ ABSENT = nan
 
 NO_CUSTOM: Mapping[str, float] = MappingProxyType({})
 """A step without custom values, which are by name."""
+
+MAX_STEP = (1 << 53) - 1
+"""Largest number of a step: from there on a double no longer tells one step from the next."""
+
+MAX_RANK = (1 << 31) - 1
+"""Largest rank, and largest number of ranks that a trainer may name: what torch.distributed and
+MPI count with."""
+
+MAX_TIME_UNIX_NANO = (1 << 62) - 1
+"""Latest time of a frame, in the year 2116: two such times can be added. 0 says no time."""
+
+MAX_NAME = 256
+"""Longest id of a run, an instance or a seed, in characters."""
+
+MAX_CUSTOM = 64
+"""Custom values that a run may have, and so a step of one rank."""
+
+MAX_CUSTOM_NAME = 100
+"""Longest name of a custom value, in characters."""
+
+MAX_SEEDS_PER_FRAME = 256
+"""Seeds that one step of one rank may report. An Ask with all their values is near the 64 KiB
+that a message may have."""
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):
@@ -105,3 +134,35 @@ class StepTimeline(NamedTuple):
     def spans(self) -> int:
         """How many spans it makes."""
         return 1 + len(self.phases)
+
+
+class Reading(Protocol):
+    """A number that a device still has to deliver."""
+
+    def ready(self) -> bool:
+        """Whether it has arrived; never waits for it."""
+
+    def value(self) -> float | None:
+        """The number; None when it has been lost or is not here yet."""
+
+
+Value = float | Reading
+"""A number, or one that a device still has to deliver."""
+
+
+def arrived(value: Value) -> float | None:
+    """The number; None when it has been lost or is not here yet."""
+    return value if isinstance(value, float) else value.value()
+
+
+def known(value: Value) -> float:
+    """As :func:`arrived`, with NaN for what is not known."""
+    number = arrived(value)
+    return nan if number is None else number
+
+
+def delivered(value: Value) -> float | None:
+    """The number, NaN where it was lost; None while it is on its way."""
+    if isinstance(value, float):
+        return value
+    return known(value) if value.ready() else None

@@ -1,4 +1,4 @@
-"""Terminal: the only place that prints messages, with foreign text escaped.
+"""Terminal: the only place that prints messages, with foreign text escaped; sparklines.
 
 Telling never fails: standard output or standard error may be closed (then they are ``None``),
 may be objects of the script's own without half of a stream's methods, may take no letters but
@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import isfinite
 from typing import TextIO
 
 PREFIX = "esper-otel: "
@@ -255,3 +257,66 @@ def _json_escape(char: str) -> str:
     return "".join(
         f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2)
     )
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+"""Of a :func:`sparkline`, from the least to the most."""
+
+BROKEN = "×"
+"""Where a value was no finite number."""
+
+_MIDDLE = BLOCKS[3]
+
+
+def sparkline(values: Sequence[float | None], least: float | None = None) -> str:
+    """A block for each value, the least (or ``least``) the lowest; a blank for None.
+
+    Values that are all the same are blocks of middle height.
+    """
+    known = [value for value in values if value is not None and isfinite(value)]
+    most = max(known, default=0.0)
+    least = min(known, default=0.0) if least is None else min(least, most)
+    return "".join(_block(value, least, most) for value in values)
+
+
+def _block(value: float | None, least: float, most: float) -> str:
+    if value is None:
+        return " "
+    if not isfinite(value):
+        return BROKEN
+    if most == least:
+        return _MIDDLE
+    # Halves first: the difference of two finite numbers may be infinite.
+    share = (value / 2 - least / 2) / (most / 2 - least / 2)
+    return BLOCKS[min(int(share * len(BLOCKS)), len(BLOCKS) - 1)]
+
+
+_PROGRESS_EVERY_S = 0.2
+
+
+class Progress:
+    """One line on standard error that is written over, and gone at the end."""
+
+    def __init__(self, what: str, whole: int) -> None:
+        """``whole`` is the size of all the work, in bytes."""
+        self._what = what
+        self._whole = max(whole, 1)
+        self._shown = is_terminal(sys.stderr)
+        self._next = time.monotonic() + _PROGRESS_EVERY_S
+        self._written = False
+
+    def reached(self, done: int) -> None:
+        """So many bytes are done."""
+        if not self._shown or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _PROGRESS_EVERY_S
+        share = min(done / self._whole, 1.0)
+        text = f"{self._what}: {share:.0%} of {self._whole / 1e6:,.0f} MB"
+        tell_over(text)
+        self._written = True
+
+    def end(self) -> None:
+        """Take the line away."""
+        if self._written:
+            tell_over("")
+            self._written = False

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Any, cast
 
 from esper_otel.finalization import FinalizingError, no_shutdown_inside
-from esper_otel.leyline.limits import MAX_NAME
+from esper_otel.leyline.frames import MAX_NAME
 from esper_otel.settings import EsperSettings
 
 log = logging.getLogger("esper_otel")

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from esper_otel.home import CardKeeper, RunCard
 from esper_otel.leyline.custom import NAME, custom_key
 from esper_otel.leyline.events import Attribute
-from esper_otel.leyline.frames import StepFrame
-from esper_otel.leyline.limits import MAX_STEP
+from esper_otel.leyline.frames import MAX_STEP, StepFrame
 from esper_otel.leyline.metrics import (
     BY_INSTRUMENT,
     CUSTOM,

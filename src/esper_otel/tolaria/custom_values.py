@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from esper_otel.leyline.custom import is_evaluation, usable_name
-from esper_otel.leyline.limits import MAX_CUSTOM
-from esper_otel.leyline.readings import Value
+from esper_otel.leyline.frames import MAX_CUSTOM, Value
 
 log = logging.getLogger("esper_otel")
 

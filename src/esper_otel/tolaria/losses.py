@@ -28,7 +28,7 @@ from collections import Counter
 from enum import StrEnum
 from typing import NamedTuple
 
-from esper_otel.leyline.readings import Reading, Value
+from esper_otel.leyline.frames import Reading, Value
 from esper_otel.tolaria.seal import ConditionalReading, plus
 
 

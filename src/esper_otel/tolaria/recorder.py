@@ -14,9 +14,8 @@ from time import perf_counter_ns
 from typing import Any
 
 from esper_otel.leyline.decisions import Decision
-from esper_otel.leyline.frames import step_row
+from esper_otel.leyline.frames import Value, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking, Taken
 from esper_otel.tolaria.garden_calls import SafeGarden
 from esper_otel.tolaria.ports import DecisionClient, FrameSink, GardenPort

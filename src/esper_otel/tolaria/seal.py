@@ -14,9 +14,8 @@ from typing import Any
 
 import msgspec
 
-from esper_otel.leyline.frames import NO_CUSTOM, present, step_row
+from esper_otel.leyline.frames import NO_CUSTOM, Reading, Value, arrived, present, step_row
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.leyline.readings import Reading, Value, arrived
 from esper_otel.tolaria.dynamics import WeightedStatistics
 
 DEEPEST_WAIT = 8

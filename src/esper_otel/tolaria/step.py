@@ -12,8 +12,8 @@ from math import isfinite
 from time import perf_counter_ns
 from typing import NamedTuple
 
+from esper_otel.leyline.frames import Reading, Value, known
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.leyline.readings import Reading, Value, known
 from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
 from esper_otel.tolaria.losses import Evaluation, StepLosses
 from esper_otel.tolaria.seal import ConditionalReading

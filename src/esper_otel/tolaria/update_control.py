@@ -9,8 +9,8 @@ from time import perf_counter_ns
 
 from esper_otel.leyline.decisions import UNJUDGED, Decision
 from esper_otel.leyline.events import Event
+from esper_otel.leyline.frames import Value
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.leyline.readings import Value
 from esper_otel.tolaria.asking import Asking
 from esper_otel.tolaria.rates import BaseRate, mean_rate, put_optimizer
 from esper_otel.tolaria.responses import Responses

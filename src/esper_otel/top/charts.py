@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esper_otel.leyline.sparklines import BLOCKS
+from esper_otel.leyline.terminal import BLOCKS
 from esper_otel.report.curves import Points
 from esper_otel.report.layouts import Numbers, Times
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from esper_otel.leyline.sparklines import sparkline
-from esper_otel.leyline.terminal import printable
+from esper_otel.leyline.terminal import printable, sparkline
 from esper_otel.report.rulings import CONTINUE, Ruling
 from esper_otel.top.charts import Drawn, StepRange, braille, filled, means
 from esper_otel.top.choice import WINDOWS, Choice
