@@ -31,8 +31,8 @@ from esper_otel.leyline.stages import Stage
 from esper_otel.report.rulings import CONTINUE, Ruling
 from esper_otel.top.choice import Choice
 from esper_otel.top.picture import snapshot
-from esper_otel.top.recorded_source import RecordedSource
 from esper_otel.top.screen import text_of
+from esper_otel.top.sources import RecordedSource
 from esper_otel.top.watched import WatchedRun
 
 HERE = Path(__file__).parent

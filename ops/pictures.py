@@ -166,8 +166,8 @@ def _top() -> None:
 
     from esper_otel.top.choice import Choice
     from esper_otel.top.picture import snapshot
-    from esper_otel.top.recorded_source import RecordedSource
     from esper_otel.top.screen import text_of
+    from esper_otel.top.sources import RecordedSource
 
     source = RecordedSource([_recording()])
     source.read(0.0, lambda _: None)

@@ -15,7 +15,7 @@ from esper_otel.commands.run import divided, spelled_out
 from esper_otel.leyline.command_line import SHELLS
 from esper_otel.leyline.decisions import Severity
 from esper_tamiyo import cli as tamiyo
-from esper_tamiyo.commands.status import _duration
+from esper_tamiyo.commands.sidecar import _duration
 from esper_tamiyo.journaling.entries import Changed, Decided, Found, Opened, TableInUse
 from esper_tamiyo.journaling.journal import Journal
 from esper_tamiyo.judging.observer import RuleState

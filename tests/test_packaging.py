@@ -22,7 +22,7 @@ LOOKS = """
 import json, sys
 from importlib import metadata
 import esper_otel, esper_tamiyo
-from esper_otel.report import page
+from esper_otel.report import live_page
 from esper_tamiyo.language.table_file import load
 mine = metadata.distribution("esper-otel")
 scripts = [each.name for each in mine.entry_points if each.group == "console_scripts"]

@@ -1,4 +1,4 @@
-"""The command ``esper-otel``; :mod:`esper_otel.commands` has a module for each command."""
+"""The command ``esper-otel``; :mod:`esper_otel.commands` has the modules of its commands."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esper_otel._version import __version__
-from esper_otel.commands import export, report, resend, run, runs, show, top
+from esper_otel.commands import run
+from esper_otel.commands.recordings import add_export, add_report, add_show
+from esper_otel.commands.resend import add_resend
+from esper_otel.commands.runs import add_runs
+from esper_otel.commands.top import add_top
 from esper_otel.leyline.command_line import CommandParser, add_completion
 from esper_otel.leyline.terminal import discard_output, take_any_text
 
 COMMANDS = {
-    command.__name__.rpartition(".")[2]: command
-    for command in (run, runs, top, report, show, export, resend)
+    "run": run.add_run,
+    "runs": add_runs,
+    "top": add_top,
+    "report": add_report,
+    "show": add_show,
+    "export": add_export,
+    "resend": add_resend,
 }
-
+"""Each adds the command of its name, in the order of the help."""
 
 SCRIPTS = Path(__file__).parent / "commands" / "completions"
 """Where the completion scripts lie, made by ``python -m ops.generate``."""
@@ -36,8 +45,8 @@ def command_parser() -> CommandParser:
     )
     parser.add_version(lambda: __version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS.values():
-        command.add(commands)
+    for add in COMMANDS.values():
+        add(commands)
     add_completion(commands, "esper-otel", SCRIPTS)
     return parser
 

@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from esper_otel.cli import main
-from esper_otel.commands.export import FORMATS
+from esper_otel.commands.recordings import FORMATS
 from esper_otel.export import Format
 from esper_otel.leyline.stages import Stage
 from report.made import BEGAN_NS, JOURNAL, STEP_NS, frames, logs, recorded, spans

@@ -12,8 +12,7 @@ import pytest
 
 from esper_otel.cli import main
 from esper_otel.leyline.terminal import printable
-from esper_otel.report import ReportError, write_report
-from esper_otel.report.page import page_of
+from esper_otel.report import ReportError, page_of, write_report
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive
 from report.made import JOURNAL, frames, logs, recorded, spans

@@ -9,7 +9,7 @@ import pytest
 from esper_otel.leyline.custom import is_custom
 from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.frames import MAX_CUSTOM, StepFrame
-from esper_otel.report.page import page_of
+from esper_otel.report import page_of
 from esper_otel.report.runs import runs_of
 from esper_otel.report.sources import Archive
 from esper_tamiyo.showing import live_curves, live_runs, stories

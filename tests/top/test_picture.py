@@ -4,8 +4,8 @@ import pytest
 
 from esper_otel.top.choice import WINDOWS, Choice
 from esper_otel.top.picture import picture, snapshot
-from esper_otel.top.recorded_source import PROBLEM_S, RecordedSource
 from esper_otel.top.rows import Piece, fitted
+from esper_otel.top.sources import PROBLEM_S, RecordedSource
 from report.made import frames, recorded, spans
 from sidecar.frames_made import frame
 

@@ -6,8 +6,8 @@ import pytest
 
 from esper_otel.leyline.tool_requests import NoAnswerError
 from esper_otel.leyline.wire import DecisionNote, RankNow, Recent, Refusal
-from esper_otel.top import sidecar_source
-from esper_otel.top.sidecar_source import SidecarSource
+from esper_otel.top import sources
+from esper_otel.top.sources import SidecarSource
 
 COLUMNS = ["loss", "nonfinite"]
 
@@ -44,7 +44,7 @@ def told(tmp_path, monkeypatch):
             raise reply
         return reply
 
-    monkeypatch.setattr(sidecar_source, "reply_to", reply_to)
+    monkeypatch.setattr(sources, "reply_to", reply_to)
     return SidecarSource(tmp_path / "t.sock"), replies, asked
 
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from esper_otel.report.page import live_page
+from esper_otel.report import live_page
 from esper_tamiyo.receiving.connections import IDLE_S, SWEEP_S, Acceptor, Connections
 from esper_tamiyo.receiving.credentials import BearerAuth, Certificates
 from esper_tamiyo.receiving.http_receiver import HttpConnection

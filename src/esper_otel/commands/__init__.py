@@ -1,7 +1,7 @@
-"""One module per command of ``esper-otel``.
+"""Modules of the commands of ``esper-otel``, by what the commands are about.
 
-Each has ``add``, which describes the command to the parser, and imports what it needs
-only when it runs: a tool that people type all day must be quick.
+Each command has an ``add_…``, which describes it to the parser, and its module imports what it
+needs only when it runs: a tool that people type all day must be quick.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from esper_otel.stream.redelivery import FileReport
 
 
-def add(commands: Subcommands) -> None:
+def add_resend(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "resend",

@@ -37,7 +37,7 @@ _DEAF = {
 """Options of ``python`` with which it cannot be instrumented, and why."""
 
 
-def add(commands: Subcommands) -> None:
+def add_run(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "run",

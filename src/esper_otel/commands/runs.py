@@ -32,7 +32,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def add(commands: Subcommands) -> None:
+def add_runs(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "runs",

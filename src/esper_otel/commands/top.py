@@ -16,8 +16,7 @@ from esper_otel.leyline.terminal import say
 
 if TYPE_CHECKING:
     from esper_otel.top.choice import Choice
-    from esper_otel.top.recorded_source import RecordedSource
-    from esper_otel.top.sidecar_source import SidecarSource
+    from esper_otel.top.sources import RecordedSource, SidecarSource
 
 _TOP = """\
 Shows runs while they train: curves, step time by phase, decisions, seeds and ranks. It
@@ -27,7 +26,7 @@ bottom. In a pipe it prints one picture and ends."""
 _PRINTED_ROWS = 30
 
 
-def add(commands: Subcommands) -> None:
+def add_top(commands: Subcommands) -> None:
     """Describe this command to the parser."""
     parser = commands.add_parser(
         "top",
@@ -108,7 +107,7 @@ def _recorded(paths: list[Path]) -> RecordedSource:
 
     from esper_otel.leyline.terminal import Progress
     from esper_otel.report import size_of
-    from esper_otel.top.recorded_source import RecordedSource
+    from esper_otel.top.sources import RecordedSource
 
     source = RecordedSource(paths)
     progress = Progress("top", size_of(paths))
@@ -121,7 +120,7 @@ def _of_sidecar(socket: Path | None, choice: Choice) -> SidecarSource | str:
     """The runs of a sidecar that answers, or what to do when none does."""
     import time
 
-    from esper_otel.top.sidecar_source import SidecarSource
+    from esper_otel.top.sources import SidecarSource
 
     named = os.environ.get("ESPER_TAMIYO_SOCKET")
     source = SidecarSource(socket or (Path(named) if named else default_socket_path()))
