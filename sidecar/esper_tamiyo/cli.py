@@ -1,4 +1,4 @@
-"""The command ``tamiyo``; :mod:`esper_tamiyo.commands` has a module for each command."""
+"""The command ``tamiyo``; :mod:`esper_tamiyo.commands` has the modules of its commands."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ from pathlib import Path
 from esper_otel.leyline.command_line import CommandParser, add_completion
 from esper_otel.leyline.terminal import discard_output, say, take_any_text
 from esper_tamiyo import release
-from esper_tamiyo.commands import (
-    ask,
-    check,
-    compare,
-    explain,
-    journal,
-    replay,
-    serve,
-    silence,
-    status,
-    table,
-    test,
-)
 from esper_tamiyo.commands.common import CommandError
+from esper_tamiyo.commands.journal import add_explain, add_journal
+from esper_tamiyo.commands.replay import add_compare, add_replay
+from esper_tamiyo.commands.serve import add_serve
+from esper_tamiyo.commands.sidecar import add_ask, add_silence, add_status
+from esper_tamiyo.commands.tables import add_check, add_table, add_test
 
 COMMANDS = (
-    *(serve, check, ask, status, replay, compare, test, explain, journal),
-    *(table, silence),
+    *(add_serve, add_check, add_ask, add_status, add_replay, add_compare, add_test),
+    *(add_explain, add_journal, add_table, add_silence),
 )
-
+"""Each adds a command, in the order of the help."""
 
 SCRIPTS = Path(__file__).parent / "commands" / "completions"
 """Where the completion scripts lie, made by ``python -m ops.generate``."""
@@ -48,8 +40,8 @@ def command_parser() -> CommandParser:
     )
     parser.add_version(release)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add(commands)
+    for add in COMMANDS:
+        add(commands)
     add_completion(commands, "tamiyo", SCRIPTS)
     return parser
 

@@ -5,7 +5,7 @@ import select
 import socket
 from collections import Counter
 
-from esper_tamiyo.serving.accepting import Accepting
+from esper_tamiyo.serving.listening import Accepting
 
 
 class Listening:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from esper_tamiyo.language.table_file import TableSource, load, parse
-from esper_tamiyo.replaying.compare import Comparison
 from esper_tamiyo.replaying.recordings import RecordedRuns
+from esper_tamiyo.replaying.replay import Comparison
 from sidecar.frames_made import frame, otlp_of
 from sidecar.recorded_runs import FORMATS, proposed
 from sidecar.running import tamiyo

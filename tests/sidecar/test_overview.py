@@ -3,7 +3,7 @@
 import pytest
 
 from esper_otel.leyline.frames import StepFrame
-from esper_tamiyo.commands import status
+from esper_tamiyo.commands import sidecar
 from esper_tamiyo.journaling.own_metrics import OWN_METRICS
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.liveness import TOLD_RANKS
@@ -87,7 +87,7 @@ def test_the_rules_of_a_silent_rank_are_unknown_with_what_they_were(engine):
 def test_people_are_shown_how_many_and_who(engine, capsys):
     nothing = {name: {} for name in ("table", "connections", "answers", "answer_ms")}
     report = {"pid": 1, "uptime_s": 1.0, "last_frame_age_s": 0.0, "missed_steps": 0, **nothing}
-    status._show({**report, "ingest": None, "scribe": None, "engine": told(engine)})
+    sidecar._show({**report, "ingest": None, "scribe": None, "engine": told(engine)})
     shown = capsys.readouterr().out
     assert f"ranks: healthy {RANKS - 1}, stale 1" in shown
     assert "r/5: step 9, CONTINUE (quiet), conservative; stale, no data for 90 s" in shown

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import trustme
 
-from esper_tamiyo.commands.status import troubles_in
+from esper_tamiyo.commands.sidecar import troubles_in
 from sidecar.running import PATIENCE_S, sidecar, tamiyo, until
 from testkit.report_data import unpacked_data
 

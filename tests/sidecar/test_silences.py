@@ -14,7 +14,7 @@ from esper_otel.leyline.wire import (
     encode,
 )
 from esper_tamiyo import cli
-from esper_tamiyo.commands import silence as command
+from esper_tamiyo.commands import sidecar as command
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.liveness import FLOOR_NS
 from esper_tamiyo.judging.silences import SILENCED, SilenceError

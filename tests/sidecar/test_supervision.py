@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from esper_tamiyo.serving.supervision import ALIVE, READY, STOPPING, notify
+from esper_tamiyo.serving.server import ALIVE, READY, STOPPING, notify
 from sidecar.running import PATIENCE_S, sidecar
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from esper_tamiyo.commands.test import format_failure
+from esper_tamiyo.commands.tables import format_failure
 from esper_tamiyo.language.derived import KNOWN
 from esper_tamiyo.language.operators import FORMS, Operand, Operator
 from esper_tamiyo.language.table import Condition, Group

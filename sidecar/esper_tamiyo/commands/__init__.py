@@ -1,5 +1,5 @@
-"""One module per command of ``tamiyo``.
+"""Modules of the commands of ``tamiyo``, by what the commands are about.
 
-Each has ``add``, which describes the command to the parser, and imports what it needs
-only when it runs: a tool that people type all day must be quick.
+Each command has an ``add_…``, which describes it to the parser, and its module imports what it
+needs only when it runs: a tool that people type all day must be quick.
 """

@@ -1,4 +1,4 @@
-"""``tamiyo journal``: show journal entries, and follow new ones."""
+"""The journal: ``tamiyo journal`` shows and follows entries, ``explain`` has one in words."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.decisions import RANK_OF, Severity
 from esper_otel.leyline.terminal import printable, say, say_json
-from esper_tamiyo.commands.common import CommandError, add_socket
+from esper_tamiyo.commands.common import CommandError, add_socket, print_json
 
 if TYPE_CHECKING:
     from esper_tamiyo.journaling.entries import AnyEntry
 
 
-def add(commands: Subcommands) -> None:
+def add_journal(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "journal",
@@ -161,4 +161,44 @@ def _journal(options: argparse.Namespace) -> int:
                 say(format_entry(entry), flush=options.follow)
     except KeyboardInterrupt:  # how one ends --follow
         return 130
+    return 0
+
+
+def add_explain(commands: Subcommands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "explain",
+        help="explain a decision or a notice",
+        examples=[
+            ("tamiyo explain latest", "the newest"),
+            ("tamiyo explain mine 441", "of a run and a step"),
+            ("tamiyo explain mine/0/441 --json", "by its id, as JSON"),
+        ],
+    )
+    parser.add_argument(
+        "decision", metavar="DECISION", help="its id, RUN/RANK/STEP, or latest; or a RUN, with"
+    )
+    parser.add_argument("step", nargs="?", type=int, metavar="STEP", help="a step of RUN")
+    parser.add_argument("--rank", type=int, default=0, help="rank of STEP")
+    parser.add_argument("--run", default="", help="run of the latest decision")
+    add_folder(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(command=_explain)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from esper_tamiyo.journaling.explain import format_story, plain
+    from esper_tamiyo.journaling.stories import UnknownDecisionError, find_decision
+
+    wanted = options.decision
+    if options.step is not None:
+        wanted = f"{wanted}/{options.rank}/{options.step}"
+    try:
+        story = find_decision(entries_of(options), wanted, options.run)
+    except UnknownDecisionError as error:
+        raise CommandError(str(error)) from None
+    if options.json:
+        print_json(plain(story))
+    else:
+        say(*format_story(story))
     return 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from esper_tamiyo.showing.ui_child import UiChild
 
 
-def add(commands: Subcommands) -> None:
+def add_serve(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "serve",

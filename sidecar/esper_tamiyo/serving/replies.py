@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from esper_otel.leyline.wire import (
     Latest,
     LatestRequest,
     RecentRequest,
+    SilenceReply,
     SilenceRequest,
     Status,
     StatusRequest,
@@ -33,10 +35,12 @@ from esper_otel.leyline.wire import (
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.admission import RefusalReason, fault_of_hello
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.silences import SilenceError
 from esper_tamiyo.serving.connection import ClientConnection, Trainer
 from esper_tamiyo.serving.latency import GarbageSchedule
 from esper_tamiyo.serving.recent_steps import RecentSteps
-from esper_tamiyo.serving.silencing import silence
+
+log = logging.getLogger("tamiyo")
 
 
 class Replies:
@@ -89,7 +93,7 @@ class Replies:
         if type(message) is RecentRequest:
             return self._send_recent(connection, message)
         if type(message) is SilenceRequest:
-            return connection.send(silence(self._engine, self._log, message, connection.uid))
+            return connection.send(self._silence(message, connection.uid))
         raise WireError("not a message a client sends")
 
     def _welcome(self, connection: ClientConnection, hello: Hello) -> bool:
@@ -217,6 +221,16 @@ class Replies:
                 recent, ranks=recent.ranks[:8], seeds={}, decisions=recent.decisions[-4:]
             )
             return connection.send(few)
+
+    def _silence(self, request: SilenceRequest, uid: int) -> SilenceReply:
+        """Do what the user ``uid`` asks for, and record it, or say why not."""
+        try:
+            order = self._engine.silence(request)
+        except SilenceError as error:
+            return SilenceReply("", str(error))
+        self._log.on_silence(order, uid)
+        log.info("run %s: %s %s, by user %d", order.run, order.rule, order.told, uid)
+        return SilenceReply(order.told)
 
     def _send_status(self, connection: ClientConnection) -> bool:
         report = self._status()

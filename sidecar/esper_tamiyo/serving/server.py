@@ -28,14 +28,12 @@ from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.keeping.state_keeper import StateKeeper
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
-from esper_tamiyo.serving.accepting import Accepting
 from esper_tamiyo.serving.connection import ClientConnection, idlest
 from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
-from esper_tamiyo.serving.listening import DecisionSocket
+from esper_tamiyo.serving.listening import Accepting, DecisionSocket
 from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.reloading import Reloading
 from esper_tamiyo.serving.replies import Replies
-from esper_tamiyo.serving.supervision import ALIVE, READY, STOPPING, notify
 from esper_tamiyo.showing.ui_child import UiChild
 
 log = logging.getLogger("tamiyo")
@@ -52,6 +50,9 @@ to 0.3 ms."""
 FRAMES_PER_TURN = 16
 """Streamed frames that are judged in one turn, while nothing but more of them comes: what a
 turn does besides takes as long as to judge half of one."""
+
+READY, ALIVE, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
+"""What a supervisor such as systemd is told."""
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 
@@ -350,3 +351,18 @@ class Server:
         self._reporter.close()
         self._reloading.close()
         self._epoll.close()
+
+
+def notify(state: str) -> None:
+    """Tell whoever listens at ``$NOTIFY_SOCKET``, as sd_notify(3) does.
+
+    Never waits or raises.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    if address.startswith("@"):  # of the abstract name space
+        address = "\0" + address[1:]
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as told:
+        told.sendto(state.encode(), address)

@@ -1,7 +1,8 @@
-"""``tamiyo status``: show the health of the sidecar.
+"""A running sidecar: ``tamiyo status``, its newest decision (``ask``), and ``silence``.
 
-Exit status: 0 when it answers and every part of it works, 3 when it answers but a part
-does not (which one is said on standard error), 1 when nobody answers.
+Exit status of ``status``: 0 when it answers and every part of it works, 3 when it answers but a
+part does not (which one is said on standard error), 1 when nobody answers. ``silence`` exits
+with 1 when there is no such run or rule, which is said with what there is.
 """
 
 from __future__ import annotations
@@ -12,14 +13,27 @@ from typing import Any
 
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import printable, say
-from esper_otel.leyline.wire import Status, StatusRequest
-from esper_tamiyo.commands.common import add_socket, print_json, reply
+from esper_otel.leyline.wire import (
+    Latest,
+    LatestRequest,
+    SilenceReply,
+    SilenceRequest,
+    Status,
+    StatusRequest,
+)
+from esper_tamiyo.commands.common import (
+    CommandError,
+    add_socket,
+    plain,
+    print_json,
+    reply,
+)
 
 IMPAIRED = 3
 """Exit status of a sidecar that answers while a part of it does not work."""
 
 
-def add(commands: Subcommands) -> None:
+def add_status(commands: Subcommands) -> None:
     """Describe the command."""
     parser = commands.add_parser(
         "status",
@@ -192,3 +206,85 @@ def _show(report: dict[str, Any]) -> None:
     for each in engine.get("silences", ()):
         until = "the run ends" if each["until_step"] is None else f"step {each['until_step']}"
         say(f"silenced for run {each['run']}: {each['rule']}, until {until}")
+
+
+def add_ask(commands: Subcommands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "ask",
+        help="show the newest decision of a run",
+        examples=[
+            ("tamiyo ask", "of the most recent run"),
+            ("tamiyo ask --run mine --rank 3 --json", "of one rank, as JSON"),
+        ],
+    )
+    add_socket(parser)
+    parser.add_argument("--run", default="", help="default: the most recently active run")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(command=_ask)
+
+
+def _ask(options: argparse.Namespace) -> int:
+    answer = reply(LatestRequest(options.run, options.rank), options.socket)
+    decision = answer.decision if isinstance(answer, Latest) else None
+    if decision is None:
+        whose = f"run {options.run}" if options.run else "any run"
+        raise CommandError(f"no step of {whose}, rank {options.rank}, has been seen")
+    if options.json:
+        print_json(plain(decision))
+        return 0
+    say(f"{decision.action}  {decision.severity}  {decision.reason}")
+    say(f"run {decision.run}, step {decision.step}, table {decision.table_version}")
+    if decision.conservative:
+        say("conservative mode is on")
+    for name, value in decision.parameters.items():
+        say(f"{name} {value:g}")
+    for finding in decision.findings:
+        values = ", ".join(f"{key} {value:g}" for key, value in finding.values.items())
+        say(f"  {finding.rule}: {finding.text} ({values})")
+    return 0
+
+
+def add_silence(commands: Subcommands) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "silence",
+        help="suppress a rule for one run while it trains",
+        examples=[
+            ("tamiyo silence mine loss_spike", "until the run ends"),
+            ("tamiyo silence mine loss_spike --steps 500", "for a while"),
+            ("tamiyo silence mine loss_spike --undo", "no longer"),
+        ],
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("rule", metavar="RULE", help="id of the rule")
+    how_long = parser.add_mutually_exclusive_group()
+    how_long.add_argument("--steps", type=_count, metavar="N", help="for the next N steps")
+    how_long.add_argument(
+        "--until-end", action="store_true", help="until the run ends (the default)"
+    )
+    how_long.add_argument("--undo", action="store_true", help="end the silence")
+    add_socket(parser)
+    parser.set_defaults(command=_silence)
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number > 0:
+        return number
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+
+
+def _silence(options: argparse.Namespace) -> int:
+    request = SilenceRequest(options.run, options.rule, options.steps, options.undo)
+    answer = reply(request, options.socket)
+    if not isinstance(answer, SilenceReply):  # a sidecar of before there were silences
+        raise CommandError(getattr(answer, "message", "the sidecar did not understand it"))
+    if answer.error:
+        raise CommandError(answer.error)
+    say(f"run {options.run}: {options.rule} {answer.told}")
+    return 0
