@@ -9,7 +9,7 @@ from pathlib import Path
 from esper_otel.leyline.command_line import CommandParser, add_completion
 from esper_otel.leyline.terminal import discard_output, say, take_any_text
 from esper_tamiyo import release
-from esper_tamiyo.commands.common import CommandError
+from esper_tamiyo.commands import CommandError
 from esper_tamiyo.commands.journal import add_explain, add_journal
 from esper_tamiyo.commands.replay import add_compare, add_replay
 from esper_tamiyo.commands.serve import add_serve

@@ -15,7 +15,7 @@ from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.leyline.wire import Ask, SeedRow
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
-from esper_tamiyo.commands.common import plain
+from esper_tamiyo.commands import plain
 from esper_tamiyo.language.table_file import load, shipped_tables
 from esper_tamiyo.replaying.recordings import RecordedRuns
 from esper_tamiyo.replaying.replay import replay

@@ -26,7 +26,7 @@ from esper_otel.leyline.wire import (
     Welcome,
     encode,
 )
-from esper_tamiyo.commands.common import print_json
+from esper_tamiyo.commands import print_json
 from esper_tamiyo.serving.connection import MAX_BACKLOG
 from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.decisions import RANK_OF, Severity
 from esper_otel.leyline.terminal import printable, say, say_json
-from esper_tamiyo.commands.common import CommandError, add_socket, print_json
+from esper_tamiyo.commands import CommandError, add_socket, print_json
 
 if TYPE_CHECKING:
     from esper_tamiyo.journaling.entries import AnyEntry

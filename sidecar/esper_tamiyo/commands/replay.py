@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.terminal import say, say_json
-from esper_tamiyo.commands.common import (
+from esper_tamiyo.commands import (
     CommandError,
     add_recording,
     check_recorded,

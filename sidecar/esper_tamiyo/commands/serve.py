@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.folders import default_socket_path as default_path
 from esper_otel.leyline.terminal import Lines, log_to_stderr, say
-from esper_tamiyo.commands.common import CommandError, add_socket, table_named
+from esper_tamiyo.commands import CommandError, add_socket, table_named
 from esper_tamiyo.receiving.addresses import Address
 
 if TYPE_CHECKING:

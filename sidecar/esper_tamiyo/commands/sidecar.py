@@ -21,7 +21,7 @@ from esper_otel.leyline.wire import (
     Status,
     StatusRequest,
 )
-from esper_tamiyo.commands.common import (
+from esper_tamiyo.commands import (
     CommandError,
     add_socket,
     plain,

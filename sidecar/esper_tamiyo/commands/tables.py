@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from esper_otel.leyline.command_line import Subcommands
 from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.terminal import printable, say, say_json
-from esper_tamiyo.commands.common import CommandError
+from esper_tamiyo.commands import CommandError
 
 if TYPE_CHECKING:
     from esper_tamiyo.language.table import Rule, Table
