@@ -6,6 +6,7 @@ from esper_otel.leyline.decisions import NOMINAL, WARMING_UP
 from esper_tamiyo.journaling.entries import table_entry
 from esper_tamiyo.journaling.expectations import as_yaml, expected, passing
 from esper_tamiyo.judging.engine import Engine
+from esper_tamiyo.judging.excursions import AGO
 from esper_tamiyo.language.lint import doubts
 from esper_tamiyo.language.table import Condition, Group, conditions
 from esper_tamiyo.language.table_file import TableError, TableSource, parse
@@ -118,12 +119,25 @@ def test_conditions_in_groups_know_the_hold_of_their_rule():
         ([5.0, 5.1, 5.2, 9.0, 9.0], [3, 4]),  # goes on
         ([9.0, 5.0, 5.0, 8.0, 9.01, 12.0], [5]),  # beyond the farthest of the first, not before
         ([5.0, 5.0, wobble(42), 9.0, 9.5], [3, 4]),  # with one in between
+        ([5.0] * 3 + [9.0] * 30, [*range(3, 4 + AGO)]),  # stays where it has come to
+        ([5.0] * 3 + [12.0] * 2 + [9.0] * 30, [*range(3, 4 + AGO)]),  # falls back from there
+        ([5.0] * 3 + [9.0] * 30 + [9.5] * 2, [*range(3, 4 + AGO), 33, 34]),  # goes on after all
     ],
 )
 def test_rising_is_what_goes_on_beyond_the_first_values_of_an_excursion(losses, fired):
     engine = warm(FAR.replace("above_record: 1", "above_record: 1, rising: true"))
     found = reasons(engine, losses)
     assert [place for place, reason in enumerate(found) if reason != NOMINAL] == fired
+
+
+def test_what_was_done_is_not_repeated_while_the_loss_comes_back():
+    """It is far out for a long time, and each step of it is better than the one before."""
+    rule = "id: far, metric: loss, above_record: 1, rising: true, for: 3, of: 4, cooldown: 19"
+    there = [5.0, 5.0, 5.0, *(9.0 + place for place in range(6))]
+    back = [14.0 - 0.2 * place for place in range(40)]
+    engine = warm(rule)
+    cut = [place for place, why in enumerate(reasons(engine, there + back)) if why == "far"]
+    assert cut == [5]
 
 
 def test_what_sinks_goes_on_rising_downwards():

@@ -35,6 +35,10 @@ CALM = 4
 ONSET = 3
 """First values of an excursion, which what rises goes beyond."""
 
+AGO = 16
+"""Values of an excursion, the newest, that what rises goes beyond all those before: a loss that
+stays where it has come to, or falls back from there, rises no more."""
+
 PATIENCE = 64
 """Values after which an excursion is a new level."""
 
@@ -123,10 +127,12 @@ class Excursions:
     __slots__ = (
         "_calm",
         "_distances",
+        "_farthest",
         "_length",
         "_newest",
         "_onset",
         "_ordered",
+        "_recent",
         "_risk",
         "_sign",
         "_taken",
@@ -167,6 +173,9 @@ class Excursions:
         self._length = 0
         self._calm = 0
         self._onset = 0.0
+        self._recent: deque[float] = deque(maxlen=AGO)
+        """How far out the newest values of the excursion are, and the farthest before these."""
+        self._farthest = 0.0
         self._usual = 0.0
 
     def bound(
@@ -176,14 +185,14 @@ class Excursions:
         where there is no level.
 
         With ``rising`` it also is a scatter beyond the first values of the excursion that is
-        under way, and infinitely far out before there are some.
+        under way, and beyond all but its newest ones; infinitely far out before there are some.
         """
         level, scatter = self.level, self.scatter
         if level is None or scatter is None:
             return None
         out = factor * self.records[hold].bound
         if rising:
-            out = max(out, self._onset + 1.0) if self._length >= ONSET else inf
+            out = max(out, self._onset + 1.0, self._farthest) if self._length >= ONSET else inf
         return level + self._sign * out * scatter
 
     def add(self, value: float) -> None:
@@ -244,8 +253,7 @@ class Excursions:
         self._distances.clear()
         self._ordered.clear()
         self._waiting.clear()
-        self._length = self._calm = 0
-        self._onset = 0.0
+        self._forget_excursion()
 
     def _go_out(self, out: float) -> None:
         """An excursion begins, or goes on."""
@@ -254,6 +262,10 @@ class Excursions:
         self.version += 1
         if self._length <= ONSET:
             self._onset = max(self._onset, out)
+        recent = self._recent
+        if len(recent) == AGO:
+            self._farthest = max(self._farthest, recent[0])
+        recent.append(out)
         for record in self.records.values():
             record.add(out)
         if self._calm >= CALM:
@@ -262,9 +274,13 @@ class Excursions:
             self._end()
             self._begin_anew()
 
-    def _end(self) -> None:
+    def _forget_excursion(self) -> None:
         self._length = self._calm = 0
-        self._onset = 0.0
+        self._onset = self._farthest = 0.0
+        self._recent.clear()
+
+    def _end(self) -> None:
+        self._forget_excursion()
         for record in self.records.values():
             record.end_excursion()
             record.move_bound(self._values, self._risk)

@@ -108,6 +108,8 @@ class SavedExcursions(msgspec.Struct, frozen=True, array_like=True):
     records: list[SavedRecord]
     scatter: float | None
     version: int
+    farthest: float = 0.0
+    recent: list[float] = []
 
 
 class SavedHistory(msgspec.Struct, frozen=True, array_like=True):

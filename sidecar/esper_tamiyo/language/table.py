@@ -80,8 +80,8 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
         bool,
         Meta(
             description="with `above_record` or `below_record`: only while the value keeps "
-            "moving away, beyond the first values of the excursion. An intended change, such "
-            "as other data, is farthest out at its beginning"
+            "moving away, beyond the first values of the excursion and beyond all but its last "
+            "16. An intended change, such as other data, is farthest out at its beginning"
         ),
     ] = False
     hold: tuple[int, int] = (1, 1)
