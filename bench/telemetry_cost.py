@@ -33,7 +33,7 @@ from bench.figures import Figure, alternate, median, run
 from esper_otel.leyline.metrics import STEP_METRICS
 from esper_otel.run import Run
 from esper_otel.settings import EsperSettings, Mode
-from esper_otel.tolaria.fetches import samples_in
+from esper_otel.tolaria.fetches import size_in
 from testkit.receiver import METRICS as METRICS_PATH
 from testkit.receiver import TRACES as TRACES_PATH
 from testkit.receiver import ReceiverProcess
@@ -135,7 +135,7 @@ def with_esper(url: str) -> Recording:
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.1, "momentum": 0.9}])
 
     def step(number: int) -> None:
-        recorder.batch_came(perf_counter_ns(), samples_in(batch))
+        recorder.batch_came(perf_counter_ns(), size_in(batch))
         recorder.backward_begins()
         recorder.backward_ends(begin(loss))
         recorder.loop_reported(None, {"accuracy": 0.5, "grad_conflict_rate": 0.25})

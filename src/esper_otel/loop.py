@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from esper_otel.run_config import arguments_of, flattened
 from esper_otel.tolaria.custom_values import CustomValues
 from esper_otel.tolaria.devices import DeviceSampler
-from esper_otel.tolaria.fetches import Source, samples_in
+from esper_otel.tolaria.fetches import Source, size_in
 from esper_otel.tolaria.gradients import gradient_norm, is_sharded
 from esper_otel.tolaria.identities import IdentitySet, ObjectIds
 from esper_otel.tolaria.recorder import Recorder
@@ -290,7 +290,7 @@ class LoopCalls:
             except StopIteration:
                 return
             try:
-                self._in_use.batch_came(asked_for, samples_in(batch), source)
+                self._in_use.batch_came(asked_for, size_in(batch), source)
             except Exception:
                 tell_once("a batch could not be counted")
             yield batch

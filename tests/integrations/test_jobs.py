@@ -391,6 +391,16 @@ def test_under_zero_code_a_phase_is_of_the_training_under_way(watched):
     assert [frame["phase"] for frame in watched.frames("job-2")] == [0.0] * 12 + [1.0] * 3
 
 
+def test_a_loader_of_longer_sequences_begins_a_phase(watched):
+    training = Training()
+    for tokens in (4, 8):
+        batches = torch.utils.data.DataLoader(torch.randn(160, tokens, 4), batch_size=8)
+        for batch in batches:
+            training.train(1, loss=lambda model, batch=batch: model(batch).square().mean())
+    all_steps(watched)
+    assert [frame["phase"] for frame in watched.frames("job")] == [0.0] * 21 + [1.0] * 19
+
+
 def test_a_phase_of_a_named_training_is_its_own(watched):
     first, second = Training(), Training()
     run = esper_otel.start(first.optimizer)

@@ -108,7 +108,7 @@ def one_step(
     """One step; returns the learning rate that its update used."""
     asked_for = clock()
     clock.pass_ms(wait)
-    recorder.batch_came(asked_for, samples)
+    recorder.batch_came(asked_for, (samples, 0))
     clock.pass_ms(forward)
     recorder.backward_begins()
     clock.pass_ms(backward)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from esper_otel.tolaria.fetches import MAX_FETCH_RUNS, MAX_WAITS, Fetches, Source
+from esper_otel.tolaria.fetches import MAX_FETCH_RUNS, MAX_WAITS, NO_SIZE, Fetches, Size, Source
 from esper_otel.tolaria.identities import ObjectIds
 
 TRAIN, VALID, OTHER = (Source(n, n) for n in (1, 2, 3))
@@ -15,7 +15,7 @@ class Charged(NamedTuple):
     before: int
     since: int
     outside: bool
-    samples: int
+    size: Size
     waits: list
 
 
@@ -31,7 +31,7 @@ class Loop:
         for source in sources:
             mark, asked_for = self.now, self.now + 10
             self.now = asked_for + 2
-            self.fetches.came(source, asked_for, self.now, samples, mark)
+            self.fetches.came(source, asked_for, self.now, (samples, 3), mark)
 
     def end(self, source):
         self.now += 5
@@ -57,7 +57,7 @@ def test_one_fetch_is_one_wait(loop):
     charged = loop.backward()
     assert not charged.outside
     assert (charged.before, charged.since) == (1012, 1022)
-    assert (charged.waits, charged.samples) == (((1022, 1024),), 8)
+    assert (charged.waits, charged.size) == (((1022, 1024),), (8, 3))
     assert not loop.fetches.waiting
 
 
@@ -66,7 +66,7 @@ def test_an_evaluation_before_the_step_is_outside(loop, batches):
     loop.fetch(*[VALID] * batches, TRAIN)
     charged = loop.backward()
     assert charged.outside
-    assert charged.samples == 8
+    assert charged.size == (8, 3)
     assert len(charged.waits) == 1
     assert charged.since - charged.before == 12 * batches + 10
 
@@ -76,7 +76,7 @@ def test_several_fetches_from_the_training_loader_are_all_the_steps(loop):
     loop.fetch(TRAIN, TRAIN, TRAIN, TRAIN)
     charged = loop.backward()
     assert not charged.outside
-    assert (len(charged.waits), charged.samples) == (4, 32)
+    assert (len(charged.waits), charged.size) == (4, (32, 3))
 
 
 def test_loaders_that_are_zipped_are_all_the_steps():
@@ -85,7 +85,7 @@ def test_loaders_that_are_zipped_are_all_the_steps():
         loop.fetch(TRAIN, OTHER)
         charged = loop.backward()
         assert not charged.outside
-        assert (len(charged.waits), charged.samples) == (2, 16)
+        assert (len(charged.waits), charged.size) == (2, (16, 3))
 
 
 def test_an_evaluation_before_the_very_first_step_is_known_by_its_length():
@@ -93,7 +93,7 @@ def test_an_evaluation_before_the_very_first_step_is_known_by_its_length():
     loop.fetch(VALID, VALID, TRAIN)
     charged = loop.backward()
     assert charged.outside
-    assert charged.samples == 8
+    assert charged.size == (8, 3)
 
 
 def test_a_new_epoch_has_a_new_iterator_over_the_same_dataset(loop):
@@ -101,7 +101,7 @@ def test_a_new_epoch_has_a_new_iterator_over_the_same_dataset(loop):
     loop.fetch(VALID, again)
     charged = loop.backward()
     assert charged.outside
-    assert charged.samples == 8
+    assert charged.size == (8, 3)
 
 
 @pytest.mark.parametrize("batches", [1, 3])
@@ -110,32 +110,32 @@ def test_evaluating_on_the_training_set_is_outside_too(loop, batches):
     loop.fetch(*[evaluating] * batches, again)
     charged = loop.backward()
     assert charged.outside
-    assert charged.samples == 8
+    assert charged.size == (8, 3)
 
 
 def test_a_single_batch_without_gradients_is_an_evaluation_whatever_else_is_new(loop):
     loop.fetch(Source(20, 20, graded=False), Source(21, 21))
     charged = loop.backward()
     assert charged.outside
-    assert charged.samples == 8
+    assert charged.size == (8, 3)
 
 
 def test_a_loader_that_is_timed_at_two_places_counts_once(loop):
     inner = Source(5, 5)
     for _ in range(2):
         asked_for = loop.now + 10
-        loop.fetches.came(inner, asked_for + 1, asked_for + 2, 8, loop.now)
-        loop.fetches.came(TRAIN, asked_for, asked_for + 3, 8, asked_for + 2)
+        loop.fetches.came(inner, asked_for + 1, asked_for + 2, (8, 3), loop.now)
+        loop.fetches.came(TRAIN, asked_for, asked_for + 3, (8, 3), asked_for + 2)
         loop.now = asked_for + 3
         charged = loop.backward()
         assert not charged.outside
-        assert (list(charged.waits), charged.samples) == ([(asked_for, asked_for + 3)], 8)
+        assert (list(charged.waits), charged.size) == ([(asked_for, asked_for + 3)], (8, 3))
 
 
 def test_an_evaluation_without_end_takes_no_memory_without_end(loop):
     loop.fetch(*[VALID, OTHER] * 1000, TRAIN)
     assert len(loop.fetches._runs) == MAX_FETCH_RUNS
-    assert loop.backward().samples == 8
+    assert loop.backward().size == (8, 3)
 
 
 def test_a_loader_without_end_takes_no_memory_without_end(loop):
@@ -143,7 +143,7 @@ def test_a_loader_without_end_takes_no_memory_without_end(loop):
     (stretch,) = loop.fetches._runs
     assert len(stretch.waits) == MAX_WAITS
     charged = loop.backward()
-    assert charged.samples == 80_000
+    assert charged.size == (80_000, 3)
     # Each was waited for for 2, after 10 of something else.
     assert sum(came - asked_for for asked_for, came in charged.waits) == 20_000
     assert charged.waits[-1][1] - charged.waits[0][0] == 12 * 9_999 + 2
@@ -162,14 +162,14 @@ def test_an_evaluation_before_a_step_that_fetches_nothing_is_all_outside(before,
     began = loop.now
     loop.fetch(*[UNGRADED] * batches)
     charged = loop.backward()
-    assert charged == (began, loop.now, True, 0, ())
+    assert charged == (began, loop.now, True, NO_SIZE, ())
     assert not loop.fetches.waiting
 
 
 def test_several_evaluations_are_outside_as_one_is(loop):
     began = loop.now
     loop.fetch(UNGRADED, UNGRADED._replace(iterator=5), Source(6, 6, graded=False))
-    assert loop.backward() == (began, loop.now, True, 0, ())
+    assert loop.backward() == (began, loop.now, True, NO_SIZE, ())
 
 
 @pytest.mark.parametrize("batches", [1, 3])
@@ -193,7 +193,7 @@ def test_after_an_evaluation_the_training_loader_is_still_known(loop):
     loop.fetch(OTHER, TRAIN)
     charged = loop.backward()
     assert charged.outside
-    assert charged.samples == 8
+    assert charged.size == (8, 3)
 
 
 def test_a_loop_that_records_no_gradients_while_it_fetches_is_known_by_going_on():
@@ -204,7 +204,7 @@ def test_a_loop_that_records_no_gradients_while_it_fetches_is_known_by_going_on(
         loop.fetch(source)
         charged = loop.backward()
         assert not charged.outside
-        assert charged.samples == 8
+        assert charged.size == (8, 3)
 
 
 def test_an_evaluation_at_every_step_does_not_go_on(loop):

@@ -98,7 +98,7 @@ def test_the_loss_of_micro_batches_is_their_mean_and_their_samples_add_up(clock)
     recorder, frames = make()
     for _ in range(2):
         for loss in (1.0, 2.0, 6.0):
-            recorder.batch_came(clock(), 8)
+            recorder.batch_came(clock(), (8, 0))
             recorder.backward_begins()
             clock.pass_ms(2)
             recorder.backward_ends(loss)
@@ -162,7 +162,7 @@ def test_fetches_of_a_validation_loop_are_not_charged_to_training(clock):
     for _ in range(5):
         asked_for = clock()
         clock.pass_ms(100)
-        recorder.batch_came(asked_for, 1000, Source(2, 2))
+        recorder.batch_came(asked_for, (1000, 0), Source(2, 2))
     one_step(recorder, clock, wait=1.0, samples=32)
     _, last = frames.taken[-1]
     assert last["input_wait_ms"] == pytest.approx(1.0)
@@ -174,7 +174,7 @@ def evaluate(recorder, clock, *, last_batch_ms=10):
     for _ in range(5):
         asked_for = clock()
         clock.pass_ms(5)
-        recorder.batch_came(asked_for, 256, Source(7, 8, graded=False))
+        recorder.batch_came(asked_for, (256, 0), Source(7, 8, graded=False))
         clock.pass_ms(last_batch_ms)
     recorder.batches_ended(7)
 
@@ -235,7 +235,7 @@ def test_the_first_step_begins_with_its_first_micro_batch(clock):
 def test_what_never_steps_takes_no_memory_without_end(clock):
     recorder, frames = make()
     for i in range(10_000):
-        recorder.batch_came(clock(), 8)
+        recorder.batch_came(clock(), (8, 0))
         recorder.backward_begins()
         clock.pass_ms(1)
         recorder.backward_ends(float(i))

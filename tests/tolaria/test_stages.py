@@ -81,7 +81,7 @@ class Run:
 
         def ends():
             # A batch that is fetched ahead, before the step is over.
-            self.recorder.batch_came(self.clock(), 8)
+            self.recorder.batch_came(self.clock(), (8, 0))
             self.now = self.recorder.step == BAD - 1
             end_step()
             self.now = False

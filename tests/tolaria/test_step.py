@@ -23,7 +23,7 @@ def step(clock):
 def micro_batch(step, clock, loss=1.0, *, fetch=1.0, forward=4.0, backward=6.0):
     asked_for = clock()
     clock.pass_ms(fetch)
-    step.batch_came(asked_for, 8)
+    step.batch_came(asked_for, (8, 0))
     clock.pass_ms(forward)
     step.backward_begins()
     clock.pass_ms(backward)
@@ -166,13 +166,13 @@ def test_an_evaluation_is_outside_of_the_step(clock, step):
     for _ in range(3):
         asked_for = clock()
         clock.pass_ms(10)
-        step.batch_came(asked_for, 256, Source(7, 8, graded=False))
+        step.batch_came(asked_for, (256, 0), Source(7, 8, graded=False))
     step.batches_ended(7)
     micro_batch(step, clock)
     assert step.outside_ns == 30 * MS
     assert step.span_start == clock() - 11 * MS
     assert step.wait_ns == 1 * MS
-    assert step.samples == 8
+    assert step.size == (8, 0)
 
 
 def test_phases_of_a_step_that_never_ends_are_bounded_and_its_times_are_not(clock, step):
@@ -198,5 +198,5 @@ def test_nothing_of_a_step_is_left_for_the_next(clock, step):
     for each in (step, fresh):
         each.start_next(clock(), 2)
     assert vars(step.losses) == vars(fresh.losses)
-    goes_on = {"fetches": None, "losses": None, "backwards": 0}
+    goes_on = {"fetches": None, "losses": None, "backwards": 0, "_batch_sizes": None}
     assert vars(step) | goes_on == vars(fresh) | goes_on

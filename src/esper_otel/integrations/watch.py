@@ -31,7 +31,7 @@ from esper_otel.integrations.jobs import Job, Jobs
 from esper_otel.integrations.norms import GradientNorms
 from esper_otel.loop import has_closure, tell_once
 from esper_otel.run import Run
-from esper_otel.tolaria.fetches import Source, samples_in
+from esper_otel.tolaria.fetches import Source, size_in
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import StepHooks
 
@@ -320,7 +320,7 @@ class Watch:
             number(getattr(iterator, "_dataset", iterator)),
             self._is_graded(),
         )
-        self._recorder.batch_came(asked_for, samples_in(batch), source)
+        self._recorder.batch_came(asked_for, size_in(batch), source)
         self._evaluations.batch = source.iterator
 
     def _batches_ended(self, iterator: Any) -> None:

@@ -103,8 +103,8 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "phase",
         "{phase}",
-        "number of phases that the loop has begun (run.phase_begins): values from before a "
-        "phase are no reference for those after",
+        "number of phases that have begun (run.phase_begins, a new batch size): values from "
+        "before a phase are no reference for those after",
     ),
     Metric(
         "step_latency_ms",

@@ -21,7 +21,7 @@ all the same                                             their iterator goes on 
 ======================================================== =====================================
 
 and what was fetched before the step's first batch was an evaluation between two steps. How many
-samples a batch has is found here as well (:func:`samples_in`).
+samples a batch has, and how long they are, is found here as well (:func:`size_in`).
 """
 
 from __future__ import annotations
@@ -54,32 +54,42 @@ UNNAMED = Source(0, 0)
 """Of a loop that has one loader, and says nothing of it."""
 
 
-Charged = tuple[int, int, bool, int, Sequence[tuple[int, int]]]
+Size = tuple[int, int]
+"""Samples of a batch, and the length of its second dimension (tokens of a sequence, features,
+channels of an image); 0 for what it has not."""
+
+NO_SIZE: Size = 0, 0
+
+Charged = tuple[int, int, bool, Size, Sequence[tuple[int, int]]]
 """What a step is charged with; marks are nanoseconds of one clock.
 
 The mark the loop was at before all of it; that at which it asked for the step's first batch;
-whether an evaluation lay between; the samples; the waits as (asked for, came). Where there is
-no wait, no batch was the step's, and the second mark is the end of the evaluation as far as
-it is known. A plain tuple, for one is made at every step.
+whether an evaluation lay between; the samples of all batches, and the length of the first; the
+waits as (asked for, came). Where there is no wait, no batch was the step's, and the second mark
+is the end of the evaluation as far as it is known. A plain tuple: one is made at every step.
 """
 
 
 class _FetchRun:
     """Fetches from one iterator, with none from another between them."""
 
-    __slots__ = ("_newest", "samples", "source", "waits")
+    __slots__ = ("_newest", "length", "samples", "source", "waits")
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.waits: list[tuple[int, int]] = []
         self.samples = 0
+        self.length = 0
+        """Of its first batch."""
         self._newest = 0
 
-    def append(self, asked_for: int, now: int, samples: int) -> None:
+    def append(self, asked_for: int, now: int, size: Size) -> None:
         waits = self.waits
+        if not waits:
+            self.length = size[1]
         waits.append((asked_for, now))
-        self.samples += samples
-        self._newest = samples
+        self.samples += size[0]
+        self._newest = size[0]
         if len(waits) > MAX_WAITS:
             # What lay between them comes after both: the sums stay what they are.
             (first, came), (next_one, next_came) = waits[:2]
@@ -113,15 +123,15 @@ class Fetches:
         self._evaluated: Set[Source] = frozenset()
         self._evaluated_at = 0
         # What most steps have is one fetch, and no work should be made of it.
-        self._alone: tuple[Source, int, int, int] | None = None
+        self._alone: tuple[Source, int, int, Size] | None = None
         self._runs: list[_FetchRun] = []
 
-    def came(self, source: Source, asked_for: int, now: int, samples: int, mark: int) -> None:
-        """A batch of ``samples`` came; the loop was at ``mark`` before the first of them."""
+    def came(self, source: Source, asked_for: int, now: int, size: Size, mark: int) -> None:
+        """A batch of ``size`` came; the loop was at ``mark`` before the first of them."""
         if not self.waiting:
             self.waiting = True
             self._before = mark
-            self._alone = source, asked_for, now, samples
+            self._alone = source, asked_for, now, size
             return
         runs = self._runs
         if self._alone is not None:
@@ -129,7 +139,7 @@ class Fetches:
             self._append(*first)
         if asked_for <= runs[-1].waits[-1][0]:
             self._drop_newest()  # it lies in this one: a loader that is timed at two places
-        self._append(source, asked_for, now, samples)
+        self._append(source, asked_for, now, size)
 
     def ended(self, iterator: int, now: int) -> None:
         """The iterator of that number was asked for a batch and had none left."""
@@ -142,16 +152,16 @@ class Fetches:
         """What ``backward``, which is called now, makes of them; ``step`` were taken so far."""
         self.waiting = False
         if self._alone is not None:
-            (source, asked_for, now, samples), self._alone = self._alone, None
+            (source, asked_for, now, size), self._alone = self._alone, None
             if source not in self._trained or len(self._trained) > 1:
                 if self._is_evaluation({source}, now, step):
-                    return self._before, max(now, self._ended), True, 0, ()
+                    return self._before, max(now, self._ended), True, NO_SIZE, ()
                 self._trained = {source}
-            return self._before, asked_for, False, samples, ((asked_for, now),)
+            return self._before, asked_for, False, size, ((asked_for, now),)
         runs, self._runs = self._runs, []
         now = runs[-1].waits[-1][1]
         if self._is_evaluation({each.source for each in runs}, now, step):
-            return self._before, max(now, self._ended), True, 0, ()
+            return self._before, max(now, self._ended), True, NO_SIZE, ()
         first = 0
         if len(runs) > 1:
             trained = self._trained_of(runs)
@@ -160,8 +170,8 @@ class Fetches:
             runs = runs[first:]
         self._trained = {each.source for each in runs}
         waits = [wait for each in runs for wait in each.waits]
-        samples = sum(each.samples for each in runs)
-        return self._before, waits[0][0], first > 0, samples, waits
+        size = sum(each.samples for each in runs), runs[0].length
+        return self._before, waits[0][0], first > 0, size, waits
 
     def _is_evaluation(self, sources: Set[Source], now: int, step: int) -> bool:
         """Whether none of ``sources``, the last fetched from at mark ``now``, is trained on."""
@@ -176,13 +186,13 @@ class Fetches:
         self._evaluated, self._evaluated_at = sources, step
         return not goes_on
 
-    def _append(self, source: Source, asked_for: int, now: int, samples: int) -> None:
+    def _append(self, source: Source, asked_for: int, now: int, size: Size) -> None:
         runs = self._runs
         if not runs or runs[-1].source != source:
             runs.append(_FetchRun(source))
             if len(runs) > MAX_FETCH_RUNS:
                 del runs[0]
-        runs[-1].append(asked_for, now, samples)
+        runs[-1].append(asked_for, now, size)
 
     def _drop_newest(self) -> None:
         newest = self._runs[-1]
@@ -211,14 +221,14 @@ class Fetches:
 _DEEPEST = 4
 _MOST_KINDS = 256
 
-_Size = Callable[[Any], int]
+_Measure = Callable[[Any], Size]
 
-_sizes: dict[type, _Size | None] = {}
-"""How the first dimension of each kind of tensor seen so far is read, None: it is none."""
+_measures: dict[type, _Measure | None] = {}
+"""How the size of each kind of tensor seen so far is read, None: it is none."""
 
 
-def samples_in(batch: object, depth: int = 0) -> int:
-    """Length of the first dimension of the first tensor in ``batch``, 0 when it has none.
+def size_in(batch: object, depth: int = 0) -> Size:
+    """The first two dimensions of the first tensor in ``batch``, 0 for what it has not.
 
     Looks into dictionaries, lists and tuples, and what extends them or ``UserDict`` (as
     batches of Hugging Face do), to a depth of four, for tensors of torch and arrays of numpy.
@@ -228,28 +238,26 @@ def samples_in(batch: object, depth: int = 0) -> int:
     kind = type(batch)
     if kind is list and batch:  # what a DataLoader collates
         first = batch[0]  # type: ignore[index]
-        size = _sizes.get(type(first))
-        if size is _first_of_shape:
-            shape = first.shape
-            if shape:
-                return int(shape[0])
-        elif size is not None and (samples := size(first)):
-            return samples
-    if kind in _sizes:
-        size = _sizes[kind]
+        measure = _measures.get(type(first))
+        if measure is not None:
+            size = measure(first)
+            if size[0]:
+                return size
+    if kind in _measures:
+        measure = _measures[kind]
     else:
-        size = _size_of(kind)
-        if len(_sizes) < _MOST_KINDS:
-            _sizes[kind] = size
-    if size is not None:
-        return size(batch)
+        measure = _measure_of(kind)
+        if len(_measures) < _MOST_KINDS:
+            _measures[kind] = measure
+    if measure is not None:
+        return measure(batch)
     if depth == _DEEPEST:
-        return 0
+        return NO_SIZE
     for part in _parts_of(batch, kind):
-        samples = samples_in(part, depth + 1)
-        if samples:
-            return samples
-    return 0
+        size = size_in(part, depth + 1)
+        if size[0]:
+            return size
+    return NO_SIZE
 
 
 def _parts_of(batch: Any, kind: type) -> Iterable[object]:
@@ -266,28 +274,31 @@ def _parts_of(batch: Any, kind: type) -> Iterable[object]:
     return ()
 
 
-def _size_of(kind: Any) -> _Size | None:
-    """How the first dimension of a ``kind`` of tensor is read; None where it is no tensor."""
+def _measure_of(kind: Any) -> _Measure | None:
+    """How the size of a ``kind`` of tensor is read; None where it is no tensor."""
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None and kind is numpy.ndarray:
-        return _first_of_shape
+        return _size_of_shape
     if torch is None or not issubclass(kind, torch.Tensor):
         return None
     if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return _first_of_shape
+        return _size_of_shape
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not (
         kind.__module__.startswith("torch.")
     ):
         return None  # its shape may be computed by the script
     without_overrides = torch._C.DisableTorchFunctionSubclass
 
-    def first_dimension(tensor: Any) -> int:
+    def own_size(tensor: Any) -> Size:
         with without_overrides():
-            return _first_of_shape(tensor)
+            return _size_of_shape(tensor)
 
-    return first_dimension
+    return own_size
 
 
-def _first_of_shape(tensor: Any) -> int:
+def _size_of_shape(tensor: Any) -> Size:
     shape = tensor.shape
-    return int(shape[0]) if shape else 0
+    dimensions = len(shape)
+    if dimensions > 1:
+        return int(shape[0]), int(shape[1])
+    return (int(shape[0]), 0) if dimensions else NO_SIZE

@@ -299,13 +299,14 @@ class Recorder:
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
         scale = self.control.put_values(row)
+        step.notice_phase()
         row[_PHASE], ending.phase = step.training_phase.number, step.training_phase
         if asking.decides:
             row[_UNJUDGED] = asking.unjudged
         since = ending.since = ending.since or step.begun or ended
         ending.latency_ms = latency_ms = (ended - since - step.outside_ns) / 1e6
-        if step.samples and latency_ms > 0.0:
-            row[_SAMPLES_PER_S] = step.samples * 1e3 / latency_ms
+        if step.size[0] and latency_ms > 0.0:
+            row[_SAMPLES_PER_S] = step.size[0] * 1e3 / latency_ms
         if not self._enriched:
             return
         step.put_times(row, latency_ms if ending.has_step_before else None)

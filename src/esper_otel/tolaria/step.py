@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from esper_otel.leyline.frames import Reading, Value, known
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.tolaria.fetches import UNNAMED, Fetches, Source
+from esper_otel.tolaria.batch_sizes import BatchSizes
+from esper_otel.tolaria.fetches import NO_SIZE, UNNAMED, Fetches, Size, Source
 from esper_otel.tolaria.losses import Evaluation, StepLosses
 from esper_otel.tolaria.seal import ConditionalReading
 
@@ -73,7 +74,8 @@ class StepUnderWay:
     outside_ns: int
     """Time of evaluations, which is no step's."""
     span_start: int
-    samples: int
+    size: Size
+    """Samples of its batches, and their length."""
     norm: Value | None
     reported: dict[int, Value]
     custom: dict[str, Value]
@@ -88,6 +90,7 @@ class StepUnderWay:
         self.backwards = 0
         """Times that backward was called, in all steps."""
         self.training_phase = TrainingPhase()
+        self._batch_sizes = BatchSizes()
         self.start_next(0, 0)
 
     def start_next(self, mark: int, steps: int) -> None:
@@ -98,7 +101,7 @@ class StepUnderWay:
         self.forward_ns = self.backward_ns = self.optimizer_ns = 0
         self.wait_ns = -1
         self.prepare_ns = 0
-        self.samples = 0
+        self.size = NO_SIZE
         self.optimizing = False
         self.outside_ns = 0
         self.norm = None
@@ -110,6 +113,13 @@ class StepUnderWay:
     def phase_begins(self, name: str) -> None:
         """From this step on values of before are no measure for what comes."""
         self.training_phase = TrainingPhase(self.training_phase.number + 1, name)
+        self._batch_sizes.forget_usual()
+
+    def notice_phase(self) -> None:
+        """A phase begins with this step where its batches have a size that lasts and is new."""
+        name = self._batch_sizes.change(self.size)
+        if name:
+            self.training_phase = TrainingPhase(self.training_phase.number + 1, name)
 
     def go_on_with_phase(self, latest: Sequence[float]) -> None:
         """The phase is that of ``latest``, the newest row before a restart."""
@@ -123,10 +133,10 @@ class StepUnderWay:
         What lies between ``last_end``, the mark at which this one's own last step ended (0:
         there was none), and the end of that step of ``other`` is in no step's time.
         """
-        own, losses = (self.training_phase, self._steps), self.losses
+        own, losses = (self.training_phase, self._steps, self._batch_sizes), self.losses
         backwards = self.backwards + other.backwards
         self.__dict__.update(other.__dict__)
-        self.training_phase, self._steps = own
+        self.training_phase, self._steps, self._batch_sizes = own
         self.backwards, self.losses = backwards, losses
         losses.take_over(other.losses)
         if last_end and self.started:
@@ -135,15 +145,15 @@ class StepUnderWay:
 
     # What the loop does, in the order in which a step does it.
 
-    def batch_came(self, asked_for: int, samples: int, source: Source = UNNAMED) -> None:
+    def batch_came(self, asked_for: int, size: Size, source: Source = UNNAMED) -> None:
         """The loop asked for a batch at mark ``asked_for`` and has it now.
 
-        ``samples`` is its size, 0 when not known; ``source`` says which loader it is from,
+        ``size`` is zero where it is not known; ``source`` says which loader it is from,
         so that those of a validation loop are never charged to training
         (:class:`~esper_otel.tolaria.fetches.Fetches`).
         """
         now = perf_counter_ns()
-        self.fetches.came(source, asked_for, now, samples, self.mark)
+        self.fetches.came(source, asked_for, now, size, self.mark)
         self.mark = now
 
     def batches_ended(self, iterator: int) -> None:
@@ -335,7 +345,7 @@ class StepUnderWay:
 
     def charge_fetches(self) -> None:
         """Give the fetches since the last mark to this step, as far as they are its own."""
-        before, since, outside, samples, waits = self.fetches.charge(self._steps)
+        before, since, outside, size, waits = self.fetches.charge(self._steps)
         phases = self.phases
         if outside:
             if before:
@@ -362,7 +372,8 @@ class StepUnderWay:
             self.wait_ns += came - asked_for
             phases.append(("train.input_wait", asked_for, came))
             since = came
-        self.samples += samples
+        before = self.size
+        self.size = size if before is NO_SIZE else (before[0] + size[0], before[1] or size[1])
 
     def put_times(self, row: list[float], latency_ms: float | None) -> None:
         """Put the times of the step into ``row``, as far as it had the phases.

@@ -3,7 +3,7 @@ from collections import OrderedDict, UserDict, namedtuple
 import numpy
 import pytest
 
-from esper_otel.tolaria.fetches import samples_in
+from esper_otel.tolaria.fetches import size_in
 
 X = numpy.zeros((32, 3))
 
@@ -26,7 +26,12 @@ X = numpy.zeros((32, 3))
     ids=repr,
 )
 def test_samples_are_the_first_dimension_of_the_first_tensor(batch, samples):
-    assert samples_in(batch) == samples
+    assert size_in(batch)[0] == samples
+
+
+def test_the_length_is_the_second_dimension_of_the_same_tensor():
+    assert size_in({"input_ids": numpy.zeros((8, 128), int), "labels": X}) == (8, 128)
+    assert size_in([numpy.zeros(8), X]) == (8, 0)
 
 
 class Decodes(dict):
@@ -75,7 +80,7 @@ Pair = namedtuple("Pair", "x y")
     ids=lambda value: type(value).__name__,
 )
 def test_a_batch_is_not_asked_for_anything(batch, samples):
-    assert samples_in(batch) == samples
+    assert size_in(batch)[0] == samples
 
 
 def test_a_tensor_of_the_scripts_own_kind_is_measured_without_its_code():
@@ -92,5 +97,5 @@ def test_a_tensor_of_the_scripts_own_kind_is_measured_without_its_code():
             raise AssertionError(f"called: {function}")
 
     image = torch.zeros(32, 3).as_subclass(Image)
-    assert samples_in([image, torch.zeros(32)]) == 32
-    assert samples_in((torch.zeros(32, 1).as_subclass(Wrapper), torch.zeros(16))) == 16
+    assert size_in([image, torch.zeros(32)]) == (32, 3)
+    assert size_in((torch.zeros(32, 1).as_subclass(Wrapper), torch.zeros(16))) == (16, 0)
