@@ -9,9 +9,10 @@ from time import perf_counter_ns
 from types import SimpleNamespace
 
 import pytest
-from msgspec import structs
+from msgspec import msgpack, structs
 
 from esper_otel.leyline.frames import StepFrame
+from esper_tamiyo.judging.saved_structs import SavedPace, SavedRank
 from esper_tamiyo.keeping import rank_queue, restoring, state_keeper, writer
 from esper_tamiyo.keeping.bodies import OURS, Header, encode_body, encode_rank
 from esper_tamiyo.keeping.restoring import last_table, restore
@@ -220,6 +221,28 @@ def test_a_rank_that_does_not_fit_begins_anew_alone(tmp_path):
     segment.write_bytes(b"".join(whole))
     restored = restore(tmp_path, table())[1]
     assert (restored.problem, restored.unfit) == ("", 2)
+
+
+@pytest.mark.parametrize("step_ns", [-1.0, -1e308, 1e308, float("inf"), float("nan")])
+def test_a_rank_whose_steps_last_no_time_that_can_be_begins_anew(tmp_path, step_ns):
+    """An entry whose checksum is right may still say what no sidecar wrote."""
+    with kept(tmp_path) as one:
+        one.judge(frame(0))
+        one.turn()
+        one.judge(frame(1))
+    segment = segments_of(tmp_path)[-1]
+    pace = SavedRank.__struct_fields__.index("pace")
+    lying = []
+    for kind, body in entries(segment.read_bytes(), "s"):
+        if kind == EntryKind.RANK:
+            said = msgpack.decode(body)
+            said[3][pace][SavedPace.__struct_fields__.index("step_ns")] = step_ns
+            body = msgpack.encode(said)
+        lying.append(framed(EntryKind(kind), bytes(body)))
+    segment.write_bytes(b"".join(lying))
+    engine, restored = restore(tmp_path, table())
+    assert (restored.problem, restored.unfit) == ("", 1)
+    assert engine.observe(frame(2)).reason == "nominal"
 
 
 def test_what_is_too_old_is_left_out(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ these, and these objects again: :mod:`~esper_tamiyo.judging.saved_state`.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from esper_otel.leyline.decisions import Decision, Finding
@@ -164,13 +166,17 @@ class SavedComparison(msgspec.Struct, frozen=True, array_like=True):
     target: SavedTarget
 
 
+StepNs = Annotated[float, msgspec.Meta(ge=0.0, le=1e18)]
+"""Mean duration of a step: it is multiplied, and up to 30 years stay a finite number."""
+
+
 class SavedPace(msgspec.Struct, frozen=True, array_like=True):
     """How fast a rank goes, and the frame by which it has ended."""
 
     awaited: int
     ending: StepFrame | None
     last_ns: int
-    step_ns: float
+    step_ns: StepNs
 
 
 class SavedRank(msgspec.Struct, frozen=True, array_like=True):
