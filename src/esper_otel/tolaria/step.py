@@ -226,8 +226,13 @@ class StepUnderWay:
         """Whether nobody has told this step's gradient norm yet."""
         return self.norm is None
 
-    def optimizer_approaches(self, hook_began: int, norm: Value | None) -> None:
-        """The optimizer is about to step; ``norm`` was computed since ``hook_began``."""
+    def optimizer_approaches(
+        self, hook_began: int, norm: Value | None, begins: bool = False
+    ) -> None:
+        """The optimizer is about to step; ``norm`` was computed since ``hook_began``.
+
+        ``begins``: nothing else is to be done before (:meth:`optimizer_begins`).
+        """
         now = perf_counter_ns()
         if norm is not None:
             self.norm = norm
@@ -243,6 +248,9 @@ class StepUnderWay:
                 self.forward_ns += hook_began - mark
                 self.phases.append(("train.forward", mark, hook_began))
         self.phases.append(("tolaria.gradient_norm", hook_began, now))
+        if begins:
+            self.prepare_ns += now - hook_began
+            self.optimizing, self.mark = True, now
 
     def optimizer_begins(self, hook_began: int) -> None:
         """All that was to be done before it has been, since ``hook_began``: it steps now."""
