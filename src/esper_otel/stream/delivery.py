@@ -45,6 +45,7 @@ class Delivery:
     ) -> None:
         """``stem`` and ``pid`` say whose files are; ``environ`` where telemetry goes."""
         self._spool = spool
+        self._interval_s = settings.stream_interval_ms / 1e3
         self._folder = settings.spool_path
         self.keeper: Keeper = (
             alone(
@@ -108,7 +109,9 @@ class Delivery:
         return files
 
     def _sender(self, destination: Destination, outage: Outage) -> Sender:
-        return Sender(destination, self._spool, outage, self.keeper)
+        return Sender(
+            destination, self._spool, outage, self.keeper, interval_s=self._interval_s
+        )
 
     def _of(self, stem: str) -> EarlierProcesses:
         return EarlierProcesses(self._folder, stem, self._receivers)

@@ -36,6 +36,9 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 """Short, so that a receiver that comes back is found soon."""
 
+LONGEST_UNSEEN_S = 0.25
+"""Over a longer interval no answer is left unread: there may be none."""
+
 LONGEST_ASKED_S = 30.0
 """Longest pause that a receiver is granted. "The client SHOULD honour the waiting interval
 specified in the Retry-After header", says the OTLP specification, and of gRPC's RetryInfo the
@@ -129,7 +132,10 @@ class Outage:
 
 
 class Sender:
-    """Delivers the batches of one signal from the spool until told to finish."""
+    """Delivers the batches of one signal from the spool until told to finish.
+
+    ``interval_s`` is the time between two looks of the draining thread.
+    """
 
     def __init__(
         self,
@@ -138,6 +144,7 @@ class Sender:
         outage: Outage,
         keeper: Keeper,
         open_transport: Callable[[Destination], Transport] = open_transport,
+        interval_s: float = 0.1,
     ) -> None:
         self._destination = destination
         self._spool = spool
@@ -150,9 +157,8 @@ class Sender:
         """Whether the newest attempt began when the end had come."""
         self._told: set[str] = set()
         self._transport = open_transport(destination)
-        self._immediate = (
-            self._transport if isinstance(self._transport, ImmediateTransport) else None
-        )
+        immediate = self._transport if interval_s <= LONGEST_UNSEEN_S else None
+        self._immediate = immediate if isinstance(immediate, ImmediateTransport) else None
         self._awaited: BatchGroup | None = None
         """Sent at once: the answer to it is still to be looked at."""
         self._begun: BatchGroup | None = None
