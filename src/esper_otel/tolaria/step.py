@@ -380,8 +380,8 @@ class StepUnderWay:
             self.wait_ns += came - asked_for
             phases.append(("train.input_wait", asked_for, came))
             since = came
-        before = self.size
-        self.size = size if before is NO_SIZE else (before[0] + size[0], before[1] or size[1])
+        had = self.size
+        self.size = size if had is NO_SIZE else (had[0] + size[0], had[1] or size[1])
 
     def put_times(self, row: list[float], latency_ms: float | None) -> None:
         """Put the times of the step into ``row``, as far as it had the phases.
