@@ -98,7 +98,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
             responses=self._responses,
             client=held or self._client,
             enriched=enriched,
-            device_values=lambda: self._devices.latest,
+            device_values=self._devices.fresh_values,
             span_every=settings.span_every,
             span_slow_factor=settings.span_slow_factor,
             waits=settings.wait_for_decisions,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from email.utils import formatdate
 from shutil import which
@@ -127,6 +129,65 @@ def test_user_and_password_of_a_url_become_a_header(http):
     endpoint = http.url.replace("//", "//user:secret@")
     assert send_one(http, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint).verdict is Verdict.DELIVERED
     assert http.inbox.requests[0].headers["authorization"] == "Basic dXNlcjpzZWNyZXQ="
+
+
+@pytest.fixture
+def connected(http):
+    """A transport that has a connection to ``http``."""
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": http.url}
+    transport = open_transport(destinations(environ)[Signal.METRICS])
+    assert not transport.send_at_once(b"\x0a\x00"), "a connection would be waited for"
+    assert transport.finish_begun(5.0).verdict is Verdict.DELIVERED
+    yield transport
+    transport.close()
+
+
+def test_a_request_is_sent_at_once_and_its_answer_looked_at_later(http, connected, wait_until):
+    for _ in range(3):
+        assert connected.send_at_once(b"\x0a\x00")
+        outcomes = []
+        wait_until(lambda seen=outcomes: seen.append(connected.answer_at_once()) or seen[-1])
+        assert outcomes[-1].verdict is Verdict.DELIVERED
+    assert len(http.inbox.requests) == 4
+    assert http.connections == 1
+
+
+def test_what_the_kernel_has_no_room_for_is_finished_later(http, connected):
+    body = b"".join((b"\x0a\x00",) * (8 << 20))
+    assert not connected.send_at_once(body)
+    assert connected.finish_begun(30.0).verdict is Verdict.DELIVERED
+    assert http.inbox.requests[-1].body == body
+
+
+def test_any_answer_but_a_delivery_is_left_to_who_may_wait(http, connected, wait_until):
+    http.answer = lambda request: Answer(503, {"Retry-After": "7"})
+    assert connected.send_at_once(b"\x0a\x00")
+    wait_until(lambda: connected.answer_at_once() is None and connected._begun)
+    outcome = connected.finish_begun(5.0)
+    assert (outcome.verdict, outcome.retry_after_s) == (Verdict.RETRY, 7.0)
+    assert connected.send_at_once(b"\x0a\x00")
+    http.stop()
+    assert connected.finish_begun(5.0).verdict is Verdict.RETRY
+    assert not connected.send_at_once(b"\x0a\x00")
+    assert connected.finish_begun(5.0).verdict is Verdict.UNREACHABLE
+
+
+def test_a_healthy_receiver_needs_no_thread_but_the_one_that_drains(
+    http, open_stream, row, wait_until, monkeypatch
+):
+    stream = open_stream(http.url)
+    stream.frame(1, row(1))
+    wait_until(lambda: stream.snapshot().metrics.delivered == 2)
+    threads, deliver = set(), stream._spool.deliver
+
+    def noted(group, rejected=0):
+        threads.add(threading.current_thread().name)
+        deliver(group, rejected)
+
+    monkeypatch.setattr(stream._spool, "deliver", noted)
+    steps = itertools.count(2)
+    # A receiver that is late for once, on a busy machine, is waited for by another thread.
+    wait_until(lambda: stream.frame(next(steps), row(2)) or "esper-stream" in threads)
 
 
 def test_a_connection_that_the_receiver_closed_meanwhile_is_made_anew(http):

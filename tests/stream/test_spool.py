@@ -126,6 +126,41 @@ def test_finishing_lets_takers_go_once_the_line_is_empty():
     assert spool.next_group(M) is None
 
 
+def test_what_is_taken_at_once_is_nobody_elses_until_it_is_handed_on():
+    spool = Spool(100)
+    assert spool.take_at_once(M) is None
+    spool.put(M, b"1", 1)
+    spool.put(T, b"2", 1)
+    group = spool.take_at_once(M)
+    assert group is not None
+    assert group.body() == b"1"
+    spool.put(M, b"3", 1)
+    assert spool.take_at_once(M) is None
+    spool.hand_on(group)
+    assert spool.take_at_once(M) is None
+    assert spool.next_group(M) is group
+    spool.deliver(group)
+    second = spool.take_at_once(M)
+    assert second is not None
+    assert second.body() == b"3"
+    spool.put_back(second)
+    assert spool.take_at_once(M) is None, "nobody takes it at the moment"
+    spool.hand_on(second)
+    again = spool.next_group(M)
+    assert again is not second
+    assert again.body() == b"3"
+
+
+def test_what_was_taken_at_once_and_is_not_settled_by_the_end_is_left():
+    spool = Spool(100)
+    spool.put(M, b"1", 1)
+    assert spool.take_at_once(M) is not None
+    spool.put(M, b"2", 1)
+    spool.end_input()
+    assert spool.next_group(M) is None
+    assert [batch.body for batch in spool.seal()] == [b"1", b"2"]
+
+
 class SpoolMachine(RuleBasedStateMachine):
     """Any order of events: the account balances and the bound holds."""
 

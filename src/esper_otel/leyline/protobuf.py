@@ -59,8 +59,14 @@ def varint_at(data: bytes, at: int, end: int) -> tuple[int, int]:
     raise FieldError("a number that does not end")
 
 
+_SHORT = [bytes((number,)) for number in range(128)]
+_SHORT += [bytes((number & 127 | 128, number >> 7)) for number in range(128, 1024)]
+
+
 def as_varint(number: int) -> bytes:
     """A number that is not negative, seven bits a byte, least first."""
+    if number < len(_SHORT):  # nearly all: sizes of names, attributes and spans
+        return _SHORT[number]
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)

@@ -45,6 +45,7 @@ class Delivery:
     ) -> None:
         """``stem`` and ``pid`` say whose files are; ``environ`` where telemetry goes."""
         self._spool = spool
+        self._interval_s = settings.stream_interval_ms / 1e3
         self._folder = settings.spool_path
         self.keeper: Keeper = (
             alone(
@@ -55,7 +56,7 @@ class Delivery:
         )
         self._receivers = alone("telemetry", lambda: destinations(environ)) or {}
         outage = Outage(f"up to {settings.spool_mb:g} MB are kept in {self._folder}")
-        self._senders = [
+        self.senders = [
             sender
             for each in self._receivers.values()
             if (sender := alone(f"sending {each.signal}", partial(self._sender, each, outage)))
@@ -69,7 +70,7 @@ class Delivery:
 
     def start(self) -> None:
         """Begin to deliver."""
-        for sender in self._senders:
+        for sender in self.senders:
             alone("a sender of telemetry", sender.start)
         if self._earlier is not None:
             alone("delivery of earlier processes' files", self._earlier.start)
@@ -81,8 +82,8 @@ class Delivery:
 
     def finish_by(self, deadline: float) -> None:
         """Deliver what is there until ``deadline`` (of :func:`time.monotonic`), and stop."""
-        end_each(partial(sender.finish_by, deadline) for sender in self._senders)
-        end_each(sender.join for sender in self._senders)
+        end_each(partial(sender.finish_by, deadline) for sender in self.senders)
+        end_each(sender.join for sender in self.senders)
 
     def leave_in_files(self, batches: list[Batch], end: float) -> tuple[Path, ...]:
         """Leave ``batches``, all that is unsent, in files, which hold most of it already.
@@ -108,7 +109,9 @@ class Delivery:
         return files
 
     def _sender(self, destination: Destination, outage: Outage) -> Sender:
-        return Sender(destination, self._spool, outage, self.keeper)
+        return Sender(
+            destination, self._spool, outage, self.keeper, interval_s=self._interval_s
+        )
 
     def _of(self, stem: str) -> EarlierProcesses:
         return EarlierProcesses(self._folder, stem, self._receivers)

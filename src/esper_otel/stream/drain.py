@@ -1,7 +1,9 @@
 """Drain: the thread that turns step records and timelines into OTLP, and sums them up.
 
 It does everything the training thread must not: encoding, span making, file writing. It
-never touches the network, so a receiver that stalls cannot hold it back. What a run was like
+never waits for the network, so a receiver that stalls cannot hold it back: what can be sent
+without waiting it sends, and the rest is for the threads of
+:class:`~esper_otel.stream.sender.Sender`. What a run was like
 so far (:class:`~esper_otel.stream.totals.RunTotals`) is added up here as well, once a second,
 so that a step pays nothing for it.
 """
@@ -12,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
@@ -24,6 +26,7 @@ from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
 from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
 from esper_otel.stream.ring import Doorbell, FrameRing, Frames, points
+from esper_otel.stream.sender import Sender
 from esper_otel.stream.spans import emit_spans
 from esper_otel.stream.spool import Spool
 from esper_otel.stream.spool_files import Keeper
@@ -153,12 +156,14 @@ class Drain:
         sent: frozenset[Signal],
         interval_s: float,
         bell: Doorbell,
+        senders: Sequence[Sender] = (),
     ) -> None:
         self.lanes = [lane]
         """Those that are not over, or not emptied yet; whoever begins another appends it."""
         self._spool = spool
         self._keeper = keeper
         self._sent = sent
+        self._senders = senders
         self._interval_s = interval_s
         self._faults: set[str] = set()
         self._bell = bell
@@ -202,6 +207,8 @@ class Drain:
                 self._drain(rest=True)
                 patience = 0
         self._drain()
+        for sender in self._senders:
+            sender.look_at_answer()
 
     def _is_idle(self) -> bool:
         """Whether there is nothing to do, and the end has not come."""
@@ -210,6 +217,8 @@ class Drain:
 
     def _drain(self, rest: bool = False) -> None:
         """Take what there is; ``rest``: also what waits for more of its kind."""
+        for sender in self._senders:
+            sender.look_at_answer()
         now = time.monotonic()
         self._spool.look_for_overdue(now)
         stopping = self._stopping
@@ -218,25 +227,33 @@ class Drain:
             self._spans_due = now + SPAN_INTERVAL_S
         for lane in list(self.lanes):
             over = stopping or lane.over  # looked at before it is emptied for the last time
-            for what, drain, wanted in (
-                ("frames", self._drain_frames, True),
-                ("sums of frames", self._sum_up, due or over),
-                ("ends", self._drain_ends, lane.ends),
-                ("events", self._drain_events, lane.events or lane.has_config),
-                ("timelines", self._drain_timelines, lane.timelines),
-                ("spans", self._put_spans, due or over),
-            ):
-                if wanted:
-                    try:
-                        drain(lane, over)
-                    except Exception as error:  # one fault must not end all that follows
-                        self._fault(what, error)
+            self._do("frames", self._drain_frames, lane, over)
+            if due or over:
+                self._do("sums of frames", self._sum_up, lane, over)
+            if lane.ends:
+                self._do("ends", self._drain_ends, lane, over)
+            if lane.events or lane.has_config:
+                self._do("events", self._drain_events, lane, over)
+            if lane.timelines:
+                self._do("timelines", self._drain_timelines, lane, over)
+            if due or over:
+                self._do("spans", self._put_spans, lane, over)
             if over:
                 if lane.recording is not None:
                     lane.recording.close()
                 lane.totals.complete = True
                 self.lanes.remove(lane)
+        for sender in self._senders:
+            sender.send_at_once()
         self._keeper.look()
+
+    def _do(
+        self, what: str, drain: Callable[[Lane, bool], None], lane: Lane, over: bool
+    ) -> None:
+        try:
+            drain(lane, over)
+        except Exception as error:  # one fault must not end all that follows
+            self._fault(what, error)
 
     def _drain_frames(self, lane: Lane, over: bool) -> None:
         # Prometheus keeps milliseconds, and refuses a whole request for a sample whose

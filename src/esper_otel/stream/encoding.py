@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, compress
+from math import isfinite
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -162,8 +163,8 @@ class FrameEncoder:
         scopes: list[bytes] = []
         frames = size = count = 0
         for time_unix_nano, _, *values in STEP_RECORD.iter_unpack(records):
-            present = [value - value == 0.0 for value in values]
-            template = self._template_of_few(bytes(present))
+            present = bytes(map(isfinite, values))
+            template = self._template_of_few(present)
             scope = b""
             if template is not None:
                 scope = template.fill_one(time_unix_nano, list(compress(values, present)))

@@ -74,25 +74,84 @@ class HttpTransport:
             **_authorization("Authorization", url),
             **dict(destination.headers),
         }
-        self._connection = self._open(url, _tls(destination) if url.scheme == "https" else None)
+        self._tls = url.scheme == "https"
+        self._connection = self._open(url, _tls(destination) if self._tls else None)
         self._head = _head(self._connection, self._target, self._headers)
+        # Of a request that was begun at once, and cannot be finished so.
+        self._unsent: bytes | memoryview = b""
+        self._on_its_way = False
+        self._begun = b""
+        self._polled: socket.socket | None = None
+        self._poll = select.poll()
 
     def send(self, body: bytes, timeout_s: float) -> SendResult:
         """POST one request; the answer is read up to 64 KiB, and for ``timeout_s`` in all."""
+        return self._send(self._request(body), timeout_s)
+
+    def send_at_once(self, body: bytes) -> bool:
+        """POST what the kernel takes now, on a connection that is there, and read nothing."""
+        request = self._unsent = self._request(body)
+        self._on_its_way, self._begun = False, b""
+        connected = self._connection.sock
+        if connected is None or self._tls or self._is_at_end(connected):
+            return False
+        if connected.gettimeout():
+            connected.settimeout(0.0)
+        try:
+            sent = connected.send(request)
+        except OSError:  # no room for any of it, or the receiver is gone
+            return False
+        self._on_its_way = True
+        self._unsent = memoryview(request)[sent:]
+        return not self._unsent
+
+    def answer_at_once(self) -> SendResult | None:
+        """A delivery, if an answer says so that is here and whole."""
+        try:
+            self._begun = self._connection.sock.recv(MOST_BEGUN)
+        except OSError:  # nothing has come, or an end that the next look finds as well
+            return None
+        answer = _body_of(self._begun)
+        return None if answer is None else delivered(self._signal, answer)
+
+    def finish_begun(self, timeout_s: float) -> SendResult:
+        """Send and read the rest of what was begun at once, or all of it."""
+        if not self._on_its_way:
+            return self._send(bytes(self._unsent), timeout_s)
+        return self._exchange(self._unsent, self._begun, time.monotonic() + timeout_s)
+
+    def _is_at_end(self, connected: socket.socket) -> bool:
+        """Whether an idle connection is at its end: between requests nothing else comes."""
+        if self._polled is not connected:
+            self._polled = connected
+            self._poll = select.poll()
+            self._poll.register(connected, select.POLLIN)
+        return bool(self._poll.poll(0))
+
+    def _request(self, body: bytes) -> bytes:
         # Level 1: what repeats in a batch are whole names, which the fastest level finds.
         data = gzip.compress(body, 1) if self._gzip else body
-        connection = self._connection
+        return b"%b%d\r\n\r\n%b" % (self._head, len(data), data)
+
+    def _send(self, request: bytes, timeout_s: float) -> SendResult:
         deadline = time.monotonic() + timeout_s
         try:
             self._connect(timeout_s)
         except (OSError, HTTPException) as error:
-            connection.close()
+            self._connection.close()
             return SendResult(Verdict.UNREACHABLE, plain(error))
+        return self._exchange(request, b"", deadline)
+
+    def _exchange(self, rest: bytes | memoryview, begun: bytes, deadline: float) -> SendResult:
+        """Send ``rest`` of a request and read its answer, which has ``begun``."""
+        connection = self._connection
         try:
             connected = connection.sock
-            connected.sendall(b"%b%d\r\n\r\n%b" % (self._head, len(data), data))
             connected.settimeout(max(deadline - time.monotonic(), 1e-3))
-            begun = connected.recv(MOST_BEGUN)
+            if rest:
+                connected.sendall(rest)
+                connected.settimeout(max(deadline - time.monotonic(), 1e-3))
+            begun = begun or connected.recv(MOST_BEGUN)
             answer = _body_of(begun)
             if answer is not None:
                 return delivered(self._signal, answer)
@@ -131,7 +190,7 @@ class HttpTransport:
         """Have a connection, the kept one unless the receiver has closed it meanwhile."""
         connection = self._connection
         connection.timeout = timeout_s
-        if connection.sock is not None and _has_something_to_read(connection.sock):
+        if connection.sock is not None and self._is_at_end(connection.sock):
             connection.close()
         if connection.sock is None:
             connection.connect()
@@ -271,13 +330,6 @@ def _body_of(answer: bytes) -> bytes | None:
     if head is None or len(answer) - head.end() != int(head[1]):
         return None
     return answer[head.end() :]
-
-
-def _has_something_to_read(idle: socket.socket) -> bool:
-    """Whether an idle connection is at its end: between requests nothing else comes."""
-    poll = select.poll()
-    poll.register(idle, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _port(url: SplitResult) -> int | None:

@@ -66,26 +66,26 @@ class Ring:
     """Fixed number of records of one time, one tag and ``width`` doubles each."""
 
     __slots__ = (
-        "_buffer",
         "_none",
-        "_pack_into",
         "_rows",
-        "_size",
+        "buffer",
         "capacity",
+        "pack_into",
         "read",
+        "size",
         "written",
     )
 
     def __init__(self, capacity: int, width: int) -> None:
         record = struct.Struct(f"<qq{width}d")
         self.capacity = capacity
-        self._size = record.size
-        self._buffer = bytearray(capacity * record.size)
+        self.size = record.size
+        self.buffer = bytearray(capacity * record.size)
         self.written = 0
         self.read = 0
-        self._pack_into = record.pack_into
+        self.pack_into = record.pack_into
         layout = [("time", "<i8"), ("tag", "<i8"), ("values", "<f8", (width,))]
-        self._rows = np.frombuffer(self._buffer, np.dtype(layout))
+        self._rows = np.frombuffer(self.buffer, np.dtype(layout))
         none = self._rows[:0]
         self._none = Rows(none["time"], none["tag"], none["values"])
 
@@ -94,12 +94,12 @@ class Ring:
 
         Raises :class:`struct.error` when the row has another width or holds no numbers.
         """
-        offset = index % self.capacity * self._size
-        self._pack_into(self._buffer, offset, time_unix_nano, tag, *row)
+        offset = index % self.capacity * self.size
+        self.pack_into(self.buffer, offset, time_unix_nano, tag, *row)
 
     def raw(self, start: int, end: int) -> bytes:
         """The bytes of the records with running numbers ``start`` to ``end`` - 1."""
-        size, buffer = self._size, self._buffer
+        size, buffer = self.size, self.buffer
         first, last = start % self.capacity * size, end % self.capacity * size
         if first < last or start == end:
             return bytes(buffer[first:last])
@@ -112,7 +112,7 @@ class Ring:
 
     def time(self, index: int) -> int:
         """The time of the record of the running number ``index``."""
-        (time_unix_nano,) = _TIME.unpack_from(self._buffer, index % self.capacity * self._size)
+        (time_unix_nano,) = _TIME.unpack_from(self.buffer, index % self.capacity * self.size)
         return int(time_unix_nano)
 
     def copy(self, start: int, end: int) -> Rows:
@@ -207,7 +207,9 @@ class FrameRing:
         if custom:
             self._customs.append((written, custom))
             self.latest_custom.update(custom)
-        steps.write(written, time_unix_nano, self._seeds.written, row)
+        # Ring.write, without a call of it: most of what a frame costs are calls.
+        offset = written % steps.capacity * steps.size
+        steps.pack_into(steps.buffer, offset, time_unix_nano, self._seeds.written, *row)
         steps.written = written + 1
         return True
 

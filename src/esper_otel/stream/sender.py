@@ -1,7 +1,11 @@
-"""Sender: the thread that delivers one signal, by which transport, and its patience.
+"""Sender: delivers one signal, by which transport, and its patience.
 
-Sending never holds back draining: whatever a receiver does to this thread, batches wait
-in the spool. Delivery is at least once: a batch whose answer did not come is sent again.
+A request to a receiver that is there and answers needs no waiting: the draining thread hands
+it to the kernel, and reads the answer an interval later, before it sends the next one. So a
+healthy run wakes one thread for each interval. For everything else, the first connection and
+TLS included, each sender has a thread, and sending never holds back draining: whatever a
+receiver does to this thread, batches wait in the spool. Delivery is at least once: a batch
+whose answer did not come is sent again.
 """
 
 from __future__ import annotations
@@ -17,13 +21,23 @@ from math import isnan
 from esper_otel.stream.destination import Destination, OtlpProtocol, Signal
 from esper_otel.stream.spool import BatchGroup, Spool
 from esper_otel.stream.spool_files import Keeper
-from esper_otel.stream.transport import NoTransport, SendResult, Transport, Verdict, plain
+from esper_otel.stream.transport import (
+    ImmediateTransport,
+    NoTransport,
+    SendResult,
+    Transport,
+    Verdict,
+    plain,
+)
 
 log = logging.getLogger("esper_otel")
 
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 """Short, so that a receiver that comes back is found soon."""
+
+LONGEST_UNSEEN_S = 0.25
+"""Over a longer interval no answer is left unread: there may be none."""
 
 LONGEST_ASKED_S = 30.0
 """Longest pause that a receiver is granted. "The client SHOULD honour the waiting interval
@@ -108,6 +122,8 @@ class Outage:
 
     def came_back(self, destination: Destination) -> None:
         """A request of this signal was delivered."""
+        if destination.signal not in self._down:
+            return
         with self._lock:
             was_down = destination.signal in self._down
             self._down.discard(destination.signal)
@@ -116,7 +132,10 @@ class Outage:
 
 
 class Sender:
-    """Delivers the batches of one signal from the spool until told to finish."""
+    """Delivers the batches of one signal from the spool until told to finish.
+
+    ``interval_s`` is the time between two looks of the draining thread.
+    """
 
     def __init__(
         self,
@@ -125,6 +144,7 @@ class Sender:
         outage: Outage,
         keeper: Keeper,
         open_transport: Callable[[Destination], Transport] = open_transport,
+        interval_s: float = 0.1,
     ) -> None:
         self._destination = destination
         self._spool = spool
@@ -137,6 +157,14 @@ class Sender:
         """Whether the newest attempt began when the end had come."""
         self._told: set[str] = set()
         self._transport = open_transport(destination)
+        immediate = self._transport if interval_s <= LONGEST_UNSEEN_S else None
+        self._immediate = immediate if isinstance(immediate, ImmediateTransport) else None
+        self._awaited: BatchGroup | None = None
+        """Sent at once: the answer to it is still to be looked at."""
+        self._begun: BatchGroup | None = None
+        """Begun at once, and handed on to the thread."""
+        self._outcome: SendResult | None = None
+        """What became of that, as far as it is known."""
         self._thread = threading.Thread(
             target=self._run, name=f"esper-send-{destination.signal}", daemon=True
         )
@@ -144,6 +172,45 @@ class Sender:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def look_at_answer(self) -> None:
+        """Account for what was sent at once, if its answer is here; else the thread waits for
+        it. On the draining thread."""
+        group, self._awaited = self._awaited, None
+        if group is None or self._immediate is None:
+            return
+        outcome = None
+        try:
+            outcome = self._immediate.answer_at_once()
+            if outcome is not None:
+                self._delivered(group, outcome)
+                return
+        except Exception:  # the thread meets it as well, and tells of it
+            log.debug("the fault", exc_info=True)
+        self._hand_on(group, outcome)
+
+    def send_at_once(self) -> None:
+        """Send what waits, as far as that needs no waiting, and have the thread do the rest. On
+        the draining thread."""
+        signal = self._destination.signal
+        if self._immediate is None or self._awaited is not None:
+            self._spool.wake(signal)
+            return
+        group = self._spool.take_at_once(signal)
+        if group is None:
+            self._spool.wake(signal)
+            return
+        try:
+            if self._immediate.send_at_once(group.body()):
+                self._awaited = group
+                return
+        except Exception:
+            log.debug("the fault", exc_info=True)
+        self._hand_on(group)
+
+    def _hand_on(self, group: BatchGroup, outcome: SendResult | None = None) -> None:
+        self._begun, self._outcome = group, outcome
+        self._spool.hand_on(group)
 
     def finish_by(self, deadline: float) -> None:
         """Send what waits until ``deadline`` (of :func:`time.monotonic`), then stop."""
@@ -177,6 +244,9 @@ class Sender:
     def _send(self, group: BatchGroup, timeout_s: float) -> SendResult:
         self._began_at_end = self._finishing.is_set()
         try:
+            if group is self._begun and self._immediate is not None:
+                self._begun = None
+                return self._outcome or self._immediate.finish_begun(timeout_s)
             return self._transport.send(group.body(), timeout_s)
         except Exception as error:
             # A transport that raises has a fault of its own; what it carried is kept.

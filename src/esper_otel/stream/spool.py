@@ -61,23 +61,19 @@ class BatchGroup(msgspec.Struct, eq=False):
     """Batches on their way in one request.
 
     Serialised protobuf messages laid end to end are the message of both, so batches need
-    no decoding to travel together.
+    no decoding to travel together. ``signal`` is that of all, ``items`` are their points or
+    spans, ``size`` their bytes.
     """
 
     batches: list[Batch]
-
-    @property
-    def signal(self) -> Signal:
-        """Signal of every batch in it."""
-        return self.batches[0].signal
-
-    @property
-    def items(self) -> int:
-        """Points or spans in it."""
-        return sum(batch.items for batch in self.batches)
+    signal: Signal
+    items: int
+    size: int
 
     def body(self) -> bytes:
         """The request."""
+        if len(self.batches) == 1:
+            return self.batches[0].body
         return b"".join(batch.body for batch in self.batches)
 
 
@@ -101,6 +97,10 @@ class Spool:
         self._numbered = 0
         self._lines: dict[Signal, deque[Batch]] = {signal: deque() for signal in Signal}
         self._in_flight: dict[Signal, BatchGroup | None] = dict.fromkeys(Signal)
+        self._taken: set[Signal] = set()
+        """Signals of which what is in flight was taken at once, and not handed on."""
+        self._handed_on: set[Signal] = set()
+        """Signals of which what is in flight is for who waits in :meth:`next_group`."""
         self._counts = {
             signal: dict.fromkeys(Account.__struct_fields__, 0) for signal in Signal
         }
@@ -116,7 +116,10 @@ class Spool:
         return not self._bytes
 
     def put(self, signal: Signal, body: bytes, items: int) -> None:
-        """Take one batch in; where it does not fit, the oldest ones are dropped."""
+        """Take one batch in; where it does not fit, the oldest ones are dropped.
+
+        Who waits for it is woken by :meth:`wake`, if nobody takes it at once.
+        """
         with self._lock:
             if signal in self._closed:
                 self._count(signal, produced=items, dropped=items, refused=items)
@@ -128,34 +131,59 @@ class Spool:
             batch = Batch(signal, body, items, self._numbered, time.monotonic())
             self._lines[signal].append(batch)
             self._bytes += len(body)
-            self._count(signal, produced=items, spooled=items)
+            counts = self._counts[signal]
+            counts["produced"] += items
+            counts["spooled"] += items
             while self._bytes > self._max_bytes and self._drop_oldest():
                 pass
-            self._changed[signal].notify_all()
+
+    def wake(self, signal: Signal) -> None:
+        """Wake who waits for batches of ``signal``, if there are any."""
+        if self._lines[signal]:
+            with self._lock:
+                self._changed[signal].notify_all()
+
+    def take_at_once(self, signal: Signal) -> BatchGroup | None:
+        """As :meth:`next_group` where batches wait and nobody is at any of ``signal``, else
+        None."""
+        if not self._lines[signal]:
+            return None
+        with self._lock:
+            if self._in_flight[signal] is not None or signal in self.away:
+                return None
+            if self._phase is not _Phase.OPEN or not self._lines[signal]:
+                return None
+            self._taken.add(signal)
+            return self._take(signal)
+
+    def hand_on(self, group: BatchGroup) -> None:
+        """Who waits in :meth:`next_group` is to settle ``group``, which is in flight."""
+        with self._lock:
+            if self._in_flight[group.signal] is group:
+                self._taken.discard(group.signal)
+                self._handed_on.add(group.signal)
+                self._changed[group.signal].notify_all()
 
     def next_group(self, signal: Signal) -> BatchGroup | None:
-        """The oldest batches of ``signal`` for one request; waits for some.
+        """The oldest batches of ``signal`` for one request, or what was handed on; waits for
+        some.
 
         None when there will be none any more. Every group taken must be settled by one of
         :meth:`deliver`, :meth:`refuse` and :meth:`put_back`.
         """
         line = self._lines[signal]
         with self._lock:
-            while not line and self._phase is _Phase.OPEN and signal not in self._closed:
-                self._changed[signal].wait()
-            if not line or self._phase is _Phase.SEALED:
-                return None
-            first = line.popleft()
-            group = BatchGroup([first])
-            size = len(first.body)
-            # What lies in one file travels together, so that the file goes with its delivery.
-            while line and not (line[0].alone or first.alone):
-                size += len(line[0].body)
-                if size > self.max_group or line[0].segment is not first.segment:
+            while self._phase is _Phase.OPEN and signal not in self._closed:
+                if signal in self._handed_on or (line and signal not in self._taken):
                     break
-                group.batches.append(line.popleft())
-            self._in_flight[signal] = group
-            return group
+                self._changed[signal].wait()
+            if self._phase is _Phase.SEALED:
+                return None
+            if signal in self._handed_on:
+                self._handed_on.discard(signal)
+                if self._in_flight[signal] is not None:
+                    return self._in_flight[signal]
+            return self._take(signal) if line and signal not in self._taken else None
 
     def deliver(self, group: BatchGroup, rejected: int = 0) -> None:
         """``group`` was taken by the receiver but for ``rejected`` of its items."""
@@ -167,13 +195,12 @@ class Spool:
                     batch.settled = True
                 if not self._lines[group.signal]:
                     self.away.discard(group.signal)
-                self._count(
-                    group.signal,
-                    spooled=-items,
-                    delivered=items - rejected,
-                    dropped=rejected,
-                    refused=rejected,
-                )
+                counts = self._counts[group.signal]
+                counts["spooled"] -= items
+                counts["delivered"] += items - rejected
+                if rejected:
+                    counts["dropped"] += rejected
+                    counts["refused"] += rejected
 
     def refuse(self, group: BatchGroup) -> bool:
         """The receiver will never take ``group``; False when its parts get another try.
@@ -281,18 +308,35 @@ class Spool:
         for changed in self._changed.values():
             changed.notify_all()
 
+    def _take(self, signal: Signal) -> BatchGroup:
+        """The oldest batches of ``signal`` for one request, in flight from now on."""
+        line = self._lines[signal]
+        first = line.popleft()
+        group = BatchGroup([first], signal, first.items, len(first.body))
+        # What lies in one file travels together, so that the file goes with its delivery.
+        while line and not (line[0].alone or first.alone):
+            size = group.size + len(line[0].body)
+            if size > self.max_group or line[0].segment is not first.segment:
+                break
+            group.size = size
+            group.items += line[0].items
+            group.batches.append(line.popleft())
+        self._in_flight[signal] = group
+        return group
+
     def _settle(self, group: BatchGroup) -> bool:
         """End the flight of ``group``; False when the spool was sealed meanwhile."""
         if self._in_flight[group.signal] is not group:
             return False
         self._in_flight[group.signal] = None
-        self._bytes -= sum(len(batch.body) for batch in group.batches)
+        self._taken.discard(group.signal)
+        self._bytes -= group.size
         return True
 
     def _return(self, group: BatchGroup) -> None:
         if self._settle(group):
             self._lines[group.signal].extendleft(reversed(group.batches))
-            self._bytes += sum(len(batch.body) for batch in group.batches)
+            self._bytes += group.size
             while self._bytes > self._max_bytes and self._drop_oldest():
                 pass
 

@@ -177,6 +177,8 @@ class Stream:
             return
         if len(self._timelines) < MAX_TIMELINES:
             self._timelines.append(timeline)
+            if self._bell.is_awaited:
+                self._bell.ring()
         else:
             self._refused_spans += timeline.spans
 
@@ -288,6 +290,7 @@ class Stream:
                 spool=self._spool,
                 keeper=self._delivery.keeper,
                 sent=self._delivery.sent,
+                senders=self._delivery.senders,
                 interval_s=settings.stream_interval_ms / 1e3,
                 bell=self._bell,
             )

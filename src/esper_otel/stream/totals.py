@@ -101,7 +101,8 @@ class RunTotals:
         broken = rows[:, _NONFINITE] > 0.0
         self.nonfinite_steps += int(broken.sum())
         skipped = rows[:, _SKIPPED] > 0.0
-        scaled = np.nan_to_num(rows[:, _LR_SCALE], nan=1.0) != 1.0
+        scale = rows[:, _LR_SCALE]
+        scaled = (scale != 1.0) & (scale == scale)
         self.skipped_updates += int(skipped.sum())
         self.scaled_updates += int((scaled & ~skipped).sum())
         unjudged = rows[:, _UNJUDGED] > 0.0

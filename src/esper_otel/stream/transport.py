@@ -12,7 +12,7 @@ more than all the rest of the package.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from esper_otel._version import __version__
 from esper_otel.stream.destination import Signal
@@ -61,6 +61,26 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Let go of connections, and of a call in flight where that is possible."""
+
+
+@runtime_checkable
+class ImmediateTransport(Transport, Protocol):
+    """A transport that can also send without waiting for anything.
+
+    So a thread that must not wait can do what nearly always needs no waiting, and no other one
+    has to wake for it. Whatever it meets is left for :meth:`finish_begun`, which a thread that
+    may wait calls.
+    """
+
+    def send_at_once(self, body: bytes) -> bool:
+        """Begin a request, as far as that needs no waiting; whether all of it was sent."""
+
+    def answer_at_once(self) -> SendResult | None:
+        """What became of a request that was sent so, once its answer is here: a delivery. None
+        for all else, which :meth:`finish_begun` finds out."""
+
+    def finish_begun(self, timeout_s: float) -> SendResult:
+        """Send the rest of the request that was begun, and wait for its answer."""
 
 
 class NoTransport:

@@ -71,6 +71,10 @@ class DeviceSampler:
 
     @property
     def latest(self) -> Mapping[str, float]:
+        """As :meth:`fresh_values`."""
+        return self.fresh_values()
+
+    def fresh_values(self) -> Mapping[str, float]:
         """The newest values by registry key; empty when there are none that are fresh."""
         taken_at, values = self._sample
         if values and self._clock() - taken_at > self._fresh_s:

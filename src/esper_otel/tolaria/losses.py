@@ -68,6 +68,9 @@ class Assumed(StrEnum):
     MEAN = "micro-batches"
 
 
+_NO_LOSS: tuple[None, float] = None, 0
+
+
 class StepLosses:
     """The losses of the step under way; :meth:`start_next` turns to the next."""
 
@@ -78,6 +81,7 @@ class StepLosses:
         """By what losses were divided in a step that had as many calls; 0: none were."""
         self._parts_per_call = 1.0
         """Of the newest step of which all calls are known."""
+        self._evaluations: list[Evaluation] = []
         self.start_next()
 
     def start_next(self) -> None:
@@ -85,8 +89,9 @@ class StepLosses:
         self._before_closure = 0
         self._total: Value | None = None
         self._count = 0
-        self._evaluations: list[Evaluation] = []
-        self._of_another: tuple[Value | None, float] = None, 0
+        if self._evaluations:
+            self._evaluations = []
+        self._of_another: tuple[Value | None, float] = _NO_LOSS
         self._reported: Value | None = None
         self._reports: float = 0
         self._prescaled = self.all_prescaled

@@ -22,22 +22,23 @@ class BaseRate:
     loop that sets its rates by hand it is the first rate that was seen.
     """
 
-    __slots__ = ("_first",)
+    __slots__ = ("first",)
 
     def __init__(self) -> None:
-        self._first: float | None = None
+        self.first: float | None = None
+        """Of a loop that sets its rates by hand: the first that was seen."""
 
     def of(self, groups: list[dict[str, Any]]) -> float | None:
         """The base rate of ``groups``; None where the host knows none."""
-        if self._first is not None and "initial_lr" not in groups[0]:
-            return self._first
+        if self.first is not None and "initial_lr" not in groups[0]:
+            return self.first
         base = _mean_of("initial_lr", groups)
         if base is not None and isfinite(base):
             return base
-        if self._first is None:
+        if self.first is None:
             first = mean_rate(groups)
-            self._first = first if first is not None and isfinite(first) else None
-        return self._first
+            self.first = first if first is not None and isfinite(first) else None
+        return self.first
 
 
 def put_optimizer(
@@ -49,23 +50,33 @@ def put_optimizer(
     ``factor`` is what decisions multiplied the script's own rates by. A group may hold
     anything under these names: what is no number of the host leaves its metric out.
     """
+    if len(groups) == 1 and _put_group(row, groups[0], factor, base):
+        return
     base_rate = base.of(groups) if groups else None
     if base_rate is not None and isfinite(base_rate):  # the rate itself counts what is not
         row[_LR_BASE] = base_rate
-    if len(groups) == 1:
-        group = groups[0]
-        rate, momentum = group.get("lr"), group.get("momentum")
-        if momentum is None and type(betas := group.get("betas")) is tuple and betas:
-            momentum = betas[0]
-        if type(rate) is float and type(momentum) is float and isfinite(rate + momentum):
-            row[_LR], row[_MOMENTUM] = rate * factor, momentum
-            return
     rate = mean_rate(groups)
     if rate is not None:
         put(row, _LR, rate * factor)
     known = [number for group in groups if (number := _momentum_of(group)) is not None]
     if known:
         put(row, _MOMENTUM, sum(known) / len(known))
+
+
+def _put_group(row: list[float], group: dict[str, Any], factor: float, base: BaseRate) -> bool:
+    """As :func:`put_optimizer` for one group whose values are floats of the host, as nearly all
+    are; False where one is none, or not finite."""
+    rate, momentum = group.get("lr"), group.get("momentum")
+    if momentum is None and type(betas := group.get("betas")) is tuple and betas:
+        momentum = betas[0]
+    base_rate = group.get("initial_lr", base.first)
+    if not type(rate) is type(momentum) is type(base_rate) is float:
+        return False
+    total = rate + momentum + base_rate
+    if total - total != 0.0:
+        return False
+    row[_LR], row[_MOMENTUM], row[_LR_BASE] = rate * factor, momentum, base_rate
+    return True
 
 
 def mean_rate(groups: list[dict[str, Any]]) -> float | None:

@@ -63,8 +63,7 @@ class Recorder:
         waits: bool = False,
     ) -> None:
         self.optimizer: Optimizer | None = None
-        self.step = 0
-        """Optimizer steps seen so far."""
+        self.step = 0  # optimizer steps seen so far
         self.clock = Clock()
         self._frames = frames
         self._responses = responses
@@ -84,11 +83,9 @@ class Recorder:
         self._latest = step_row()
         self._last_end = 0
         self._hook_ms = self._apply_ms = 0.0
-        self._in_hand: Decision | None = None
-        """A decision that seeds have not been told of yet."""
+        self._in_hand: Decision | None = None  # seeds have not been told of it yet
         self._in_hand_of: EndedStep | None = None
-        self._backwards_asked = 0
-        """Times that backward had been called when the newest request was sent."""
+        self._backwards_asked = 0  # times that backward was called at the newest request
         step = self._under_way = self.under_way = StepUnderWay(enriched=enriched)
         self.control = UpdateControl(
             step,
@@ -116,8 +113,13 @@ class Recorder:
         self.phase_begins = step.phase_begins
         self.leftover = step.leftover
         ask = (self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans)
-        keep = (self.control.end_update, self.control.keep)  # for runs with snapshots alone
-        self._stages = (keep[0], *ask, keep[1]) if responses.restoring.keeps else ask
+        keep = (self.control.end_update, self.control.keep)
+        self._keeps = responses.restoring.keeps  # snapshots
+        self._stages = (keep[0], *ask, keep[1]) if self._keeps else ask
+        # What is left of them where nobody decides and no seed grows: code that is not called
+        # need not come from memory.
+        self._alone = (self._seal, self._stream, self._timelines.end_undecided)
+        self._changed = self.control.updates.within
 
     # Around an optimizer's step.
 
@@ -133,11 +135,11 @@ class Recorder:
 
         The decision about the step before is taken, and ``optimizer`` steps under it.
         """
-        step = self._under_way
-        step.optimizer_approaches(hook_began, norm)
-        if self._asking.decides:
+        step, decides = self._under_way, self._asking.decides
+        step.optimizer_approaches(hook_began, norm, begins=not decides)
+        if decides:
             self.before_update(optimizer, is_primary=True)
-        step.optimizer_begins(hook_began)
+            step.optimizer_begins(hook_began)
 
     def closure_begins(
         self, optimizer: Optimizer | None = None, measure: Measure | None = None
@@ -153,7 +155,7 @@ class Recorder:
     def optimizer_ends(self, optimizer: Optimizer | None = None) -> int:
         """The run's optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
         now = self._under_way.optimizer_ends()
-        if optimizer is not None:
+        if optimizer is not None and self._changed:
             self.control.updates.put_back(optimizer)
         return now
 
@@ -185,13 +187,15 @@ class Recorder:
         if leftover is not None:
             ending.taken = (leftover,)
         self._last_end = ended
-        for stage in self._stages:
+        alone = not (asking.decides or garden or ending.taken or self._in_hand or self._keeps)
+        for stage in self._alone if alone else self._stages:
             try:
                 stage(ending)
             except Exception:
                 self._report_fault(stage.__name__)
         hook_end = perf_counter_ns()
-        self.control.start_next()
+        if not alone:
+            self.control.start_next()
         self._hook_ms = (hook_end - ended) / 1e6
         self._apply_ms = ending.apply_ns / 1e6
         under_way.start_next(hook_end, step)
@@ -289,8 +293,7 @@ class Recorder:
         if step.fetches.waiting:
             step.charge_fetches()
         row, ended = ending.row, ending.ended
-        garden = self._garden
-        finalize_ms = 0.0
+        garden, finalize_ms = self._garden, 0.0
         if garden is not None:
             ending.growing, finalize_ms = garden.put_frame(row, self.step, self._latest, step)
         row[_STEP] = self.step
@@ -318,7 +321,7 @@ class Recorder:
 
     def _stream(self, ending: EndedStep) -> None:
         step, row = self._under_way, ending.row
-        loss, parts = step.loss
+        loss, parts = step.losses.value
         time = self.clock.step_end(ending.ended)
         seeds = ending.growing.seeds if ending.growing is not None else ()
         own = step.custom
@@ -369,8 +372,7 @@ class Recorder:
         began = perf_counter_ns()
         decision, self._in_hand = self._in_hand, None
         timeline, self._in_hand_of = self._in_hand_of, None
-        garden = self._garden
-        if garden is not None:
+        if (garden := self._garden) is not None:
             if decision is None and not self._asking.decides:
                 decision = self._asking.not_asked
             if decision is not None:
@@ -382,8 +384,7 @@ class Recorder:
         (timeline or ending).phases.append(("kasmina.apply", began, applied))
 
     def _spans(self, ending: EndedStep) -> None:
-        garden = self._garden
-        if garden is not None:
+        if (garden := self._garden) is not None:
             ending.events = garden.events(self.step, self.clock.offset)
             if garden.over:
                 self._garden = None

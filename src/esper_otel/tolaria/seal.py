@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from math import isfinite, nan
+from math import isfinite, nan, sqrt
 from typing import Any
 
 import msgspec
@@ -323,7 +323,7 @@ class Sealer:
                     statistics = self._loss
                     statistics.update(loss)
                     row[_LOSS_EWMA] = statistics.mean
-                    row[_LOSS_VOLATILITY] = statistics.deviation
+                    row[_LOSS_VOLATILITY] = sqrt(statistics.variance)
         if norm is not None:
             if norm - norm != 0.0:
                 row[_NONFINITE] += 1.0

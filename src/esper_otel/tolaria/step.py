@@ -226,8 +226,13 @@ class StepUnderWay:
         """Whether nobody has told this step's gradient norm yet."""
         return self.norm is None
 
-    def optimizer_approaches(self, hook_began: int, norm: Value | None) -> None:
-        """The optimizer is about to step; ``norm`` was computed since ``hook_began``."""
+    def optimizer_approaches(
+        self, hook_began: int, norm: Value | None, begins: bool = False
+    ) -> None:
+        """The optimizer is about to step; ``norm`` was computed since ``hook_began``.
+
+        ``begins``: nothing else is to be done before (:meth:`optimizer_begins`).
+        """
         now = perf_counter_ns()
         if norm is not None:
             self.norm = norm
@@ -243,6 +248,9 @@ class StepUnderWay:
                 self.forward_ns += hook_began - mark
                 self.phases.append(("train.forward", mark, hook_began))
         self.phases.append(("tolaria.gradient_norm", hook_began, now))
+        if begins:
+            self.prepare_ns += now - hook_began
+            self.optimizing, self.mark = True, now
 
     def optimizer_begins(self, hook_began: int) -> None:
         """All that was to be done before it has been, since ``hook_began``: it steps now."""
@@ -372,8 +380,8 @@ class StepUnderWay:
             self.wait_ns += came - asked_for
             phases.append(("train.input_wait", asked_for, came))
             since = came
-        before = self.size
-        self.size = size if before is NO_SIZE else (before[0] + size[0], before[1] or size[1])
+        had = self.size
+        self.size = size if had is NO_SIZE else (had[0] + size[0], had[1] or size[1])
 
     def put_times(self, row: list[float], latency_ms: float | None) -> None:
         """Put the times of the step into ``row``, as far as it had the phases.

@@ -150,6 +150,14 @@ class Timelines:
         self._phase = TrainingPhase()
         self._open: deque[EndedStep] = deque()
 
+    def end_undecided(self, ended: EndedStep) -> None:
+        """A step has ended that nothing is decided about."""
+        self.choose(ended)
+        if self._open:
+            self.open(ended)
+        elif ended.wanted or ended.update is not None:
+            self._close(ended)
+
     def open(self, ended: EndedStep) -> None:
         """A step has ended."""
         self._open.append(ended)

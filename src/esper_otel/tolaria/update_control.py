@@ -161,11 +161,12 @@ class UpdateControl:
 
     def put_values(self, row: list[float]) -> float:
         """Tell in ``row`` how the update was made; returns the factor that it was made with."""
-        responses = self._responses
-        scale = self.used_scale
-        row[_LR_SCALE] = scale
-        row[_SKIPPED] = 1.0 if self.skipped else 0.0
-        if responses.restoring.keeps:
+        if self.scale is None and not self.skipped:  # nobody looks at updates: not in enforce
+            row[_LR_SCALE], row[_SKIPPED], scale = 1.0, 0.0, 1.0
+        else:
+            row[_LR_SCALE] = scale = self.used_scale
+            row[_SKIPPED] = 1.0 if self.skipped else 0.0
+        if self._responses.restoring.every:
             row[_RESTORED] = 1.0 if self._restored else 0.0
         return scale
 

@@ -93,8 +93,8 @@ class Updates:
         """Whether a rate has been scaled since this was set to False."""
         self._prepared: dict[int, _Change] = {}
         """By the ``id`` of optimizers that are about to step."""
-        self._within: dict[int, _Change] = {}
-        """By the ``id`` of optimizers that are within a step."""
+        self.within: dict[int, _Change] = {}
+        """By the ``id`` of optimizers that are within a step, as far as anything is changed."""
         self._taken: set[int] = set()
         """Groups and tensors that are changed now: optimizers that wrap another one share its
         groups, and one tensor may be the rate of several groups."""
@@ -113,7 +113,7 @@ class Updates:
         """
         key = id(optimizer)
         self._prepared.pop(key, None)
-        if key in self._within:  # it was left by an exception that could not be seen
+        if key in self.within:  # it was left by an exception that could not be seen
             self.put_back(optimizer)
         # Watched from the first step on: a compiled step would have to be compiled anew.
         can_go_around = AROUND_STEPS.watch(optimizer, self)
@@ -155,7 +155,7 @@ class Updates:
     ) -> Arguments:
         """A step that was prepared begins; returns the arguments for it. Never raises."""
         change = self._prepared.pop(id(optimizer))
-        self._within[id(optimizer)] = change
+        self.within[id(optimizer)] = change
         try:
             self._begin(optimizer, change)
             return self._with_own_rates(optimizer, change, args, kwargs)
@@ -166,15 +166,15 @@ class Updates:
 
     def put_back(self, optimizer: Optimizer) -> None:
         """``optimizer`` has stepped, or has failed to. Never raises."""
-        change = self._within.pop(id(optimizer), None)
+        change = self.within.pop(id(optimizer), None)
         if change is not None:
             self._put_back(change)
 
     def close(self) -> None:
         """No step follows; one that is under way goes on with the script's own values."""
-        for change in self._within.values():
+        for change in self.within.values():
             self._put_back(change)
-        self._within.clear()
+        self.within.clear()
         self._prepared.clear()
         AROUND_STEPS.leave(self)
 
@@ -211,7 +211,7 @@ class Updates:
         def with_own(*inner: Any, **options: Any) -> Any:
             self._put_rates_back(change)
             loss = closure(*inner, **options)
-            if self._within.get(id(optimizer)) is change:  # and has not been closed meanwhile
+            if self.within.get(id(optimizer)) is change:  # and has not been closed meanwhile
                 self._after_closure(optimizer, change)
                 if change.order.skip and change.leaves:
                     raise SkippedError(loss)
