@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import inf
 from operator import ge, itemgetter, le
+from struct import Struct
 from typing import NamedTuple
 
 from esper_otel.leyline.frames import NO_CUSTOM, StepFrame
 from esper_tamiyo.judging.excursions import Excursions
+from esper_tamiyo.judging.history import Earlier
 from esper_tamiyo.judging.holds import ANY, Hold, Within
 from esper_tamiyo.judging.observations import Last
 from esper_tamiyo.judging.rule_status import RuleTarget
@@ -115,9 +117,9 @@ class Course:
     values for each step."""
 
     __slots__ = (
-        *("_book", "_crossed", "_edges", "_keep", "_kept", "_least", "_lower", "_most"),
-        *("_moving", "_names", "_parts", "_repeats", "_rows", "_shape", "_sides"),
-        *("_steps", "_upper"),
+        *("_book", "_crossed", "_earlier", "_edges", "_keep", "_kept", "_least", "_lower"),
+        *("_most", "_moving", "_names", "_pack", "_parts", "_repeats", "_rows", "_runs"),
+        *("_shape", "_sides", "_steps", "_upper"),
     )
 
     def __init__(self, book: Rulebook, crossed: Counter[Condition | None]) -> None:
@@ -134,18 +136,24 @@ class Course:
         self._edges: list[_Edge] = []
         self._sides: list[_Side] = []
         self._repeats: list[_Repeats] = []
+        self._runs: list[tuple[Earlier, bool, int]] = []
+        """Values in a row beyond what was before, and how many there may have been."""
+        self._earlier: list[tuple[int, Earlier]] = []
+        """What was before, of the metrics at these places: it takes in each step at once."""
         self._shape: tuple[tuple[str, ...], list[str]] = ((), [])
         """Keys and names of the newest part."""
         self._kept: list[int] = []
         """The places in a row of what pasts take in."""
         self._keep: Callable[[Sequence[float]], tuple[float, ...]]
-        self._rows = array("d")
-        """What pasts have not taken in."""
+        self._pack = Struct("0d").pack
+        self._rows = bytearray()
+        """What pasts have not taken in: doubles, as objects would take four times the memory."""
 
     def add_part(self, target: RuleTarget, own: Values, holds: Sequence[Hold]) -> None:
         """A rank, or then one of its seeds, with the values ``own`` that its frames have."""
         history, first = target.history, len(self._names)
         watched = (*history.put_off, *(metric for metric, _ in history.own_excursions))
+        watched += history.own_earlier
         needed = {*watched, *(hold.metric for hold in holds)}
         picked = [key for key in own if key in needed]
         picked += [next(iter(own))] * (2 - len(picked))  # one alone would not be a tuple
@@ -176,6 +184,9 @@ class Course:
             for key in history.own_excursions
             if key[0] in place
         ]
+        self._earlier += [
+            (place[key], history.earlier[key]) for key in history.own_earlier if key in place
+        ]
         for hold in holds:
             self._keep_to(hold, place.get(hold.metric))
 
@@ -185,6 +196,7 @@ class Course:
         self._kept += [place for _, place in columns]
         some = self._kept[0] if self._kept else 0
         self._keep = itemgetter(*self._kept, some, some)
+        self._pack = Struct(f"{len(self._kept) + 2}d").pack
         return {metric: first + offset for offset, (metric, _) in enumerate(columns)}
 
     def _keep_to(self, hold: Hold, place: int | None) -> None:
@@ -192,6 +204,8 @@ class Course:
             self._edges.append(_Edge(place, *hold.edge, len(self._parts) - 1))
         elif hold.repeats is not None and place is not None:
             self._repeats.append(_Repeats(place, *hold.repeats))
+        elif hold.runs is not None and hold.runs not in self._runs:
+            self._runs.append(hold.runs)
         if not hold.is_fixed:
             self._moving.append((place, hold.within, hold.condition))
         elif place is not None:
@@ -228,22 +242,17 @@ class Course:
             side.flush()
         return steps
 
-    def row_of(self, parts: Sequence[Values]) -> list[float] | None:
-        """The row of a step that changes no rule, else None; ``parts`` are the values of the
-        rank and of each seed."""
-        row: list[float] = []
-        for (_, keys, pick, derived, absent, _), values in zip(self._parts, parts, strict=True):
-            if tuple(values) != keys:
-                return None
-            row += pick(values)
-            for derive in derived:
-                value = derive(values)
-                if value is None:
-                    return None
-                row.append(value)
-            for derive in absent:
-                if derive(values) is not None:
-                    return None
+    def row_of(self, values: Values, seeds: Collection[Values]) -> Sequence[float] | None:
+        """The row of a step that changes no rule, else None; ``values`` are those of the rank
+        and ``seeds`` those of each seed."""
+        rank = self._parts[0]
+        if tuple(values) != rank.keys:
+            return None
+        row: Sequence[float] | None = rank.pick(values)
+        if seeds:
+            row = self._with_seeds(row, seeds)
+        if row is None:
+            return None
         if not (all(map(le, row, self._upper)) and all(map(ge, row, self._lower))):
             self._note_crossed(row)
             return None
@@ -252,15 +261,39 @@ class Course:
             if edge is None:
                 return None
             if row[place] < edge if below else row[place] > edge:
-                whole = self._book.values_of_seed(NO_CUSTOM, parts[part_at])
+                own = [values, *seeds][part_at]
+                whole = self._book.values_of_seed(NO_CUSTOM, own)
                 if test(whole, self._parts[part_at].target.history) is not False:
                     return None
+        for earlier, below, most in self._runs:
+            if (earlier.below if below else earlier.above) >= most:
+                return None
         for repeats in self._repeats:
             if repeats.are_enough(row[repeats.place]):
                 return None
         return row
 
-    def _note_crossed(self, row: list[float]) -> None:
+    def _with_seeds(
+        self, row: Sequence[float], seeds: Collection[Values]
+    ) -> Sequence[float] | None:
+        """A row of the rank, and behind it that of each seed."""
+        found = [*row]
+        for part, values in zip(self._parts[1:], seeds, strict=True):
+            _, keys, pick, derived, absent, _ = part
+            if tuple(values) != keys:
+                return None
+            found += pick(values)
+            for derive in derived:
+                value = derive(values)
+                if value is None:
+                    return None
+                found.append(value)
+            for derive in absent:
+                if derive(values) is not None:
+                    return None
+        return found
+
+    def _note_crossed(self, row: Sequence[float]) -> None:
         """Note whose ranges a step has left, of those that move: others may leave more room."""
         for place, within, condition in self._moving:
             if place is not None and not self._lower[place] <= row[place] <= self._upper[place]:
@@ -268,15 +301,17 @@ class Course:
                 if not low <= row[place] <= high:
                     self._crossed[condition] += 1
 
-    def put_off(self, row: list[float]) -> None:
+    def put_off(self, row: Sequence[float]) -> None:
         """Take in the row of a step."""
         for side in self._sides:
             side.put_off(row[side.place])
-        self._rows.extend(self._keep(row))
+        for place, earlier in self._earlier:
+            earlier.add(row[place])
+        self._rows += self._pack(*self._keep(row))
 
     def flush(self, frame: StepFrame) -> None:
         """Make the rows that wait part of the past; ``frame`` is the newest of them."""
-        rows, width = self._rows, len(self._kept) + 2
+        rows, width = array("d", bytes(self._rows)), len(self._kept) + 2
         for side in self._sides:
             side.flush()
         for part, own in zip(self._parts, (frame.values, *frame.seeds.values()), strict=False):
@@ -286,4 +321,4 @@ class Course:
             )
             columns = {key: rows[place::width].tolist() for key, place in part.columns.items()}
             target.history.absorb_together(columns, len(rows) // width)
-        del rows[:]
+        self._rows.clear()
