@@ -10,7 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from math import inf
-from operator import ge, itemgetter, le
+from operator import gt, itemgetter, lt
 from struct import Struct
 from typing import NamedTuple
 
@@ -61,40 +61,41 @@ class _Edge(NamedTuple):
 
 Derivation = Callable[[Values], float | None]
 
+_Pick = Callable[[Values], tuple[float, ...]]
+
 
 class _Side:
     """Values within the edge of excursions that these have not taken in yet: so few that the
     edge stays where it is."""
 
-    __slots__ = ("_edge", "_excursions", "_few", "_sign", "_waiting", "place")
+    __slots__ = ("_excursions", "edge", "place", "room", "sign", "waiting")
 
     def __init__(self, place: int, excursions: Excursions, *, below: bool) -> None:
         self.place = place
         self._excursions = excursions
-        self._sign = -1.0 if below else 1.0
-        self._waiting: list[float] = []
+        self.sign = -1.0 if below else 1.0
+        self.waiting: list[float] = []
         self.flush()
 
     def flush(self) -> None:
         """Take in what waits, and go on behind it."""
         excursions = self._excursions
-        if self._waiting:
-            excursions.add_steady(self._waiting)
-            self._waiting.clear()
+        if self.waiting:
+            excursions.add_steady(self.waiting)
+            self.waiting.clear()
         edge = excursions.edge
-        self._few = excursions.steady_for
-        self._edge = -inf if edge is None else self._sign * edge
+        self.room = excursions.steady_for - 1
+        """Values within the edge that may wait: the next one moves it."""
+        self.edge = -inf if edge is None else self.sign * edge
 
-    def put_off(self, value: float) -> None:
-        """Take in a value, now or later."""
-        if self._few and self._sign * value <= self._edge:
-            self._waiting.append(value)
-            if len(self._waiting) == self._few:
-                self.flush()
+    def take_in(self, value: float) -> None:
+        """Take in a value, and what waits before it."""
+        if self.room >= 0 and self.sign * value <= self.edge:
+            self.waiting.append(value)
         else:
             self.flush()
             self._excursions.add(value)
-            self.flush()
+        self.flush()
 
 
 class _Part(NamedTuple):
@@ -106,10 +107,14 @@ class _Part(NamedTuple):
 
     target: RuleTarget
     keys: tuple[str, ...]
-    pick: Callable[[Values], tuple[float, ...]]
+    pick: _Pick
     derived: list[Derivation]
     absent: list[Derivation]
     columns: dict[str, int]
+
+
+_SeedReader = tuple[tuple[str, ...], _Pick, list[Derivation], list[Derivation]]
+"""Of a :class:`_Part` its keys, and what picks and derives its values."""
 
 
 class Course:
@@ -117,9 +122,10 @@ class Course:
     values for each step."""
 
     __slots__ = (
-        *("_book", "_crossed", "_earlier", "_edges", "_keep", "_kept", "_least", "_lower"),
-        *("_most", "_moving", "_names", "_pack", "_parts", "_repeats", "_rows", "_runs"),
-        *("_shape", "_sides", "_steps", "_upper"),
+        *("_book", "_bounded", "_capped", "_caps", "_crossed", "_earlier", "_edges"),
+        *("_floored", "_floors", "_keep", "_kept", "_least", "_lower", "_most", "_moving"),
+        *("_names", "_of_seeds", "_pack", "_parts", "_repeats", "_rows", "_runs", "_shape"),
+        *("_sides", "_steps", "_upper"),
     )
 
     def __init__(self, book: Rulebook, crossed: Counter[Condition | None]) -> None:
@@ -127,11 +133,16 @@ class Course:
         self._book = book
         self._crossed = crossed
         self._parts: list[_Part] = []
+        self._of_seeds: list[_SeedReader] = []
+        """What reads the values of each seed."""
         self._names: list[str] = []
         """The metric of each place in a row."""
         self._least: list[float] = []
         self._most: list[float] = []
         """The ends of ranges that do not move."""
+        self._bounded: tuple[list[int], list[int]] = ([], [])
+        """The places with an upper and those with a lower end, at present."""
+        self._capped = self._floored = itemgetter(0, 0)
         self._moving: list[tuple[int | None, Within, Condition | None]] = []
         self._edges: list[_Edge] = []
         self._sides: list[_Side] = []
@@ -147,7 +158,7 @@ class Course:
         self._keep: Callable[[Sequence[float]], tuple[float, ...]]
         self._pack = Struct("0d").pack
         self._rows = bytearray()
-        """What pasts have not taken in: doubles, as objects would take four times the memory."""
+        """What pasts have not taken in: doubles, as objects take four times the memory."""
 
     def add_part(self, target: RuleTarget, own: Values, holds: Sequence[Hold]) -> None:
         """A rank, or then one of its seeds, with the values ``own`` that its frames have."""
@@ -179,6 +190,8 @@ class Course:
             part = _Part(**{**alike, "target": target, "columns": part.columns})
         self._shape = part.keys, names
         self._parts.append(part)
+        if target.seed_id is not None:
+            self._of_seeds.append((part.keys, part.pick, part.derived, part.absent))
         self._sides += [
             _Side(place[key[0]], history.excursions[key], below=key[1])
             for key in history.own_excursions
@@ -236,11 +249,24 @@ class Course:
                 if high < upper[place]:
                     upper[place] = high
         self._lower, self._upper = lower, upper
+        self._compare_bounded()
         for repeats in self._repeats:
             repeats.start()
         for side in self._sides:
             side.flush()
         return steps
+
+    def _compare_bounded(self) -> None:
+        """Have rows compared where there is a bound, as half of the places have none."""
+        lower, upper = self._lower, self._upper
+        capped = [place for place, high in enumerate(upper) if high < inf]
+        floored = [place for place, low in enumerate(lower) if low > -inf]
+        if (capped, floored) != self._bounded:
+            self._bounded = (capped, floored)
+            self._capped = itemgetter(0, 0, *capped)  # one alone would not be a tuple
+            self._floored = itemgetter(0, 0, *floored)
+        self._caps = [inf, inf, *(upper[place] for place in capped)]
+        self._floors = [-inf, -inf, *(lower[place] for place in floored)]
 
     def row_of(self, values: Values, seeds: Collection[Values]) -> Sequence[float] | None:
         """The row of a step that changes no rule, else None; ``values`` are those of the rank
@@ -253,7 +279,9 @@ class Course:
             row = self._with_seeds(row, seeds)
         if row is None:
             return None
-        if not (all(map(le, row, self._upper)) and all(map(ge, row, self._lower))):
+        if any(map(gt, self._capped(row), self._caps)) or any(
+            map(lt, self._floored(row), self._floors)
+        ):
             self._note_crossed(row)
             return None
         for place, excursions, below, test, part_at in self._edges:
@@ -278,8 +306,7 @@ class Course:
     ) -> Sequence[float] | None:
         """A row of the rank, and behind it that of each seed."""
         found = [*row]
-        for part, values in zip(self._parts[1:], seeds, strict=True):
-            _, keys, pick, derived, absent, _ = part
+        for (keys, pick, derived, absent), values in zip(self._of_seeds, seeds, strict=True):
             if tuple(values) != keys:
                 return None
             found += pick(values)
@@ -288,9 +315,8 @@ class Course:
                 if value is None:
                     return None
                 found.append(value)
-            for derive in absent:
-                if derive(values) is not None:
-                    return None
+            if absent and any(derive(values) is not None for derive in absent):
+                return None
         return found
 
     def _note_crossed(self, row: Sequence[float]) -> None:
@@ -304,7 +330,12 @@ class Course:
     def put_off(self, row: Sequence[float]) -> None:
         """Take in the row of a step."""
         for side in self._sides:
-            side.put_off(row[side.place])
+            value = row[side.place]
+            if side.room > 0 and side.sign * value <= side.edge:
+                side.waiting.append(value)
+                side.room -= 1
+            else:
+                side.take_in(value)
         for place, earlier in self._earlier:
             earlier.add(row[place])
         self._rows += self._pack(*self._keep(row))

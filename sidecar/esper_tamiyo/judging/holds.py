@@ -140,15 +140,12 @@ def _best(parts: Sequence[Condition | Group], wanted: Wanted, past: Past) -> Hol
 def _holds_of(condition: Condition, wanted: Wanted, past: Past) -> Holds | None:
     for verdict in wanted.value:
         made = _hold_of(condition, verdict, past)
-        if made is None:
-            continue
-        within = made.within(past.steps)
-        if within is None:
+        within = made and made.within(past.steps)
+        if made is None or within is None:
             continue
         if made.within is _always and made.edge is None:
             return inf, []  # nothing that a step can say changes it
-        metric = made.metric
-        room = _room(past.values.get(metric, 0.0), within)
+        room = _room(past.values.get(made.metric, 0.0), within)
         if room >= 0.0:
             if made.edge or made.repeats or made.runs:
                 room = LITTLE
@@ -300,16 +297,14 @@ def _beyond_earlier(condition: Condition, verdict: Verdict, past: Past) -> Hold 
     metric, most = condition.metric, int(condition.number) - 1
     earlier, below = past.history.earlier[metric], is_lower(condition.operator)
 
-    def unknown(steps: int) -> Range | None:
-        return (-inf, inf, earlier.missing) if earlier.missing else None
+    def within(steps: int) -> Range | None:
+        left, count = earlier.missing, earlier.below if below else earlier.above
+        if verdict is None:
+            return (-inf, inf, left) if left else None
+        return None if left or count >= most else ANY
 
-    def false(steps: int) -> Range | None:
-        count = earlier.below if below else earlier.above
-        return ANY if count < most and not earlier.missing else None
-
-    if verdict is None:
-        return Hold(metric, unknown)
-    return None if verdict else Hold(metric, false, runs=(earlier, below, most))
+    runs = None if verdict is None else (earlier, below, most)
+    return None if verdict else Hold(metric, within, runs=runs)
 
 
 def _rises(condition: Condition, verdict: Verdict, past: Past) -> Within | None:

@@ -94,7 +94,7 @@ class PeerBoard:
         # A plain dict would look over every step that it has forgotten to find the oldest.
         self._steps: OrderedDict[int, _Told] = OrderedDict()
         self._alone: deque[Post] = deque()
-        """What the only rank has told so far, in place of :attr:`_steps`: nobody compares it."""
+        """What the only rank has told, in place of :attr:`_steps`: nobody compares it."""
         self._who = 0
         """Which rank that is."""
         self._first_ns: dict[int, int] = {}
