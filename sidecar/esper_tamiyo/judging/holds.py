@@ -140,7 +140,7 @@ def _best(parts: Sequence[Condition | Group], wanted: Wanted, past: Past) -> Hol
 def _holds_of(condition: Condition, wanted: Wanted, past: Past) -> Holds | None:
     for verdict in wanted.value:
         made = _hold_of(condition, verdict, past)
-        within = made and made.within(past.steps)
+        within = None if made is None else made.within(past.steps)
         if made is None or within is None:
             continue
         if made.within is _always and made.edge is None:
