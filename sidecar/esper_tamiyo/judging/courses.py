@@ -274,11 +274,12 @@ class Course:
         rank = self._parts[0]
         if tuple(values) != rank.keys:
             return None
-        row: Sequence[float] | None = rank.pick(values)
+        row: Sequence[float] = rank.pick(values)
         if seeds:
-            row = self._with_seeds(row, seeds)
-        if row is None:
-            return None
+            whole_row = self._with_seeds(row, seeds)
+            if whole_row is None:
+                return None
+            row = whole_row
         if any(map(gt, self._capped(row), self._caps)) or any(
             map(lt, self._floored(row), self._floors)
         ):
