@@ -3,7 +3,9 @@
 CPU time of the thread, of frames in which no rule fires, as nearly all are. The baseline
 is the same engine, in the same run and in turn, with a table of one rule that never
 fires: what remembering a frame costs without judging it. Beside it is the default table of
-before (``bench/scenarios/before.yaml``), which the one of now is to cost no more than.
+before (``bench/scenarios/before.yaml``), which the one of now is to cost no more than. The same
+engine judges by both. ESPER_BENCH_BEFORE=PATH names a checkout of an earlier commit, whose own
+engine and default table are the baseline then, in a process beside ours and in turn with it.
 
 Then what a streamed frame costs the process that decides, from the bytes of its pipe to the
 entries of its journal, but for system calls: in stretches, and beside it each judged alone.
@@ -14,11 +16,16 @@ entries of its journal, but for system calls: in stretches, and beside it each j
 from __future__ import annotations
 
 import gc
+import os
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain
+from pathlib import Path
+from statistics import fmean
 
 import msgspec
 
@@ -47,6 +54,17 @@ STREAMED_BLOCK, STREAMED_BLOCKS = 768, 10
 STREAMED_BAR_US = 25.0
 """40,000 frames in a second of one core."""
 
+CHECKOUT = "ESPER_BENCH_BEFORE"
+
+JUDGES = """
+import sys
+from bench.judging import Engine, block, load
+judge = block(Engine(load("default")), int(sys.argv[1]))
+for _ in sys.stdin:
+    print(*judge(), flush=True)
+"""
+"""A process that judges a block for each line that it reads."""
+
 NOTHING = b"""
 version: nothing
 rules: [{id: never, metric: loss, above: 1e300, severity: NORMAL, action: CONTINUE}]
@@ -71,7 +89,7 @@ def figures() -> list[Figure]:
                 median(bare),
             ),
         ]
-    rows.append(over_before(default))
+    rows += over_before(default)
     witnessed, alone = paired(default, default, SEEDS, witness=True)
     rows.append(
         Figure.report(
@@ -189,11 +207,59 @@ def of_ranks(count: int, ranks: int, seeds: int) -> list[StepFrame]:
     ]
 
 
-def over_before(default: Table) -> Figure:
-    """The cost of the default table over that of the one before it."""
-    ours, before = paired(default, load(str(BEFORE)), SEEDS)
-    name = f"one frame through default.yaml, {SEEDS} seeds, median, over the table before it"
-    return Figure.at_most(BENCH, name, median(ours), "µs", median(before), bar=1.0)
+def over_before(default: Table) -> list[Figure]:
+    """The cost of the default table over that of the one before it: of most frames, and of all
+    of them, as what lies between stretches is in few."""
+    checkout = os.environ.get(CHECKOUT)
+    if checkout is None:
+        ours, before = paired(default, load(str(BEFORE)), SEEDS)
+        beside = "the table before it"
+    else:
+        ours, before = beside_checkout(Path(checkout), SEEDS)
+        beside = "engine and table before"
+    name = f"one frame through default.yaml, {SEEDS} seeds"
+    means = fmean(ours), fmean(before)
+    return [
+        Figure.at_most(
+            BENCH, f"{name}, median, over {beside}", median(ours), "µs", median(before), bar=1.0
+        ),
+        Figure.at_most(
+            BENCH, f"{name}, mean, over {beside}", means[0], "µs", means[1], bar=1.0
+        ),
+    ]
+
+
+def beside_checkout(checkout: Path, seeds: int) -> tuple[list[float], list[float]]:
+    """Microseconds per frame by this engine and by that of a checkout, a process for each."""
+    trees = Path(__file__).parent.parent, checkout
+    with ExitStack() as stack:
+        judges = [stack.enter_context(beside(tree, seeds)) for tree in trees]
+        mine, others = alternate(*judges, BLOCKS)
+    return [*chain.from_iterable(mine)], [*chain.from_iterable(others)]
+
+
+@contextmanager
+def beside(tree: Path, seeds: int) -> Iterator[Callable[[], list[float]]]:
+    """What has a process judge one block with the engine and the default table in ``tree``."""
+    paths = os.pathsep.join(str(tree / part) for part in ("src", "sidecar", ""))
+    with subprocess.Popen(
+        [sys.executable, "-c", JUDGES, str(seeds)],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asking, answers = process.stdin, process.stdout
+
+        def judge() -> list[float]:
+            print(file=asking, flush=True)
+            return [float(each) for each in answers.readline().split()]
+
+        yield judge
+        asking.close()
 
 
 class Listener:

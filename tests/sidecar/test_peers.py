@@ -210,6 +210,35 @@ def test_behind_a_pause_the_newest_steps_are_compared():
     assert (last.value, last.total) == (99.0 - AT_ONCE, 100 - AT_ONCE)  # the past has them all
 
 
+def test_steps_of_a_rank_that_was_alone_are_compared_once_others_come():
+    board = PeerBoard()
+    for step in range(40):
+        board.post(0, step, START + step * KEPT_NS // 20, {"loss": float(step)})
+    kept = [step for step, *_ in board.told_by(0)]
+    assert kept == [*range(39, 39 - len(kept), -1)]
+    assert len(kept) == board.posts == 21
+    assert [*board.told_by(1)] == []
+    for rank in (1, 2):
+        board.post(rank, 38, START + 38 * KEPT_NS // 20, {"loss": 10.0 * rank})
+    assert board.others(0, 38, "loss", 1 << 63) == 15.0
+    assert board.others(1, 38, "loss", 1 << 63) == 29.0
+    assert [step for step, *_ in board.told_by(0)] == kept
+    assert board.posts == len(kept) + 2
+    board.remove_rank(0)
+    assert [*board.told_by(0)] == []
+    assert board.posts == 2
+
+
+def test_a_rank_that_is_alone_may_begin_anew():
+    board = PeerBoard()
+    for step in (5, 6, 7, 6):
+        board.post(0, step, START + step, {"loss": float(step)})
+    assert [step for step, *_ in board.told_by(0)] == [7, 6, 5]
+    board.remove_rank(0)
+    assert [*board.told_by(0)] == []
+    assert board.posts == 0
+
+
 @pytest.mark.parametrize(
     ("step_ns", "kept"),
     [(10_000 * MS, KEPT_STEPS), (10 * MS, KEPT_NS // (10 * MS) + 1), (0, MAX_STEPS)],

@@ -348,6 +348,36 @@ def test_most_steps_of_a_healthy_run_are_in_a_stretch(name, ranks, seeds):
     assert both.together > 0.4 * both.steps
 
 
+def test_a_run_of_values_does_not_end_a_stretch_before_it_is_long():
+    """``risen_for: 8`` leaves room for seven; values beyond the end come one in five."""
+    engine = Engine(
+        parse(
+            TableSource(
+                "up",
+                b"""
+version: up
+baseline: {window: 64, warmup: 6}
+rules: [{id: up, metric: loss, risen_for: 8, severity: WARNING, action: CONTINUE}]
+""",
+            )
+        )
+    )
+    draw = Random(3)
+    carried = []
+    for step in range(400):
+        values = {"step": float(step), "loss": draw.gauss(1.0, 0.05)}
+        engine.observe(StepFrame("run", "one", 0, step, SECOND + step * SECOND, values))
+        carried.append(engine._runs["run", 0].stretch._left)
+    assert max(carried) >= engine._book.together - 1
+    assert sum(left > 0 for left in carried[200:]) > 150
+    for step in range(400, 407):
+        values = {"step": float(step), "loss": 2.0}
+        engine.observe(StepFrame("run", "one", 0, step, SECOND + step * SECOND, values))
+        assert not engine._runs["run", 0].acting
+    engine.observe(StepFrame("run", "one", 0, 407, 408 * SECOND, {**values, "step": 407.0}))
+    assert engine._runs["run", 0].acting
+
+
 NUMBERS = st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0, -1.0, 7.0]), max_size=40)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import inf, log
 
 LAG = 8
@@ -217,30 +217,30 @@ class Excursions:
             return 0
         return REFRESH - self._taken % REFRESH
 
-    def add_steady(self, values: Iterable[float]) -> None:
+    def add_steady(self, values: Collection[float]) -> None:
         """Take in no more than :attr:`steady_for` values within the edge."""
         sign, level, scatter = self._sign, self.level, self.scatter
-        waiting, newest, distances, ordered = (
-            *(self._waiting, self._newest, self._distances, self._ordered),
-        )
+        waiting, distances, ordered = self._waiting, self._distances, self._ordered
         assert level is not None
         assert scatter is not None
-        for value in values:
-            distance = sign * (value - level)
-            if distance / scatter > 1.0 or self._length:  # by rounding
+        farthest = max(values) if sign > 0.0 else min(values)
+        if sign * (farthest - level) / scatter > 1.0:  # by rounding
+            for value in values:
                 self.add(value)
-                continue
-            self._values += 1
-            waiting.append((sign * value, distance))
+            return
+        wait, take, window = waiting.append, self._newest.append, distances.maxlen
+        for value in values:
+            wait((sign * value, sign * (value - level)))
             taken, old = waiting.popleft()
-            newest.append(taken)
+            take(taken)
             if old is not None:
-                if len(ordered) == distances.maxlen:
+                if len(ordered) == window:
                     del ordered[bisect_left(ordered, distances[0])]
                 distances.append(old)
                 insort(ordered, old)
-            self._taken += 1
-        if not (self._taken % REFRESH or self._length):
+        self._values += len(values)
+        self._taken += len(values)
+        if not self._taken % REFRESH:
             self._settle()
 
     def clear(self) -> None:
@@ -314,8 +314,11 @@ class Excursions:
         if count < self._warmup:
             return
         high = ordered[int(QUANTILE * count)]
-        scatter = max(high, high - ordered[count >> 1])
-        self._usual = usual = max(scatter, FADING * self._usual)
+        middle, usual = ordered[count >> 1], FADING * self._usual
+        scatter = high if middle > 0.0 else high - middle
+        if scatter > usual:
+            usual = scatter
+        self._usual = usual
         scatter = max(scatter, FLOOR * usual, LEAST * abs(level))
         if self.scatter is None:
             for record in self.records.values():

@@ -85,14 +85,15 @@ class Earlier:
         """Take in a finite observation."""
         upper, lower = self.upper, self.lower
         if upper is not None and lower is not None:
-            if value > upper:
+            if lower <= value <= upper:
+                if self.above or self.below:
+                    self.above = self.below = 0
+            elif value > upper:
                 self.above += 1
-            elif self.above:
-                self.above = 0
-            if value < lower:
-                self.below += 1
-            elif self.below:
                 self.below = 0
+            else:
+                self.below += 1
+                self.above = 0
         newest = self._newest
         newest.append(value)
         if len(newest) == self._most:
@@ -312,12 +313,16 @@ class History:
         """The metrics that :meth:`absorb_together` takes in."""
         lasts = (key for key, _ in self._own_lasts)
         watched = self._watched
-        return tuple(
-            dict.fromkeys((*self._by_metric, *watched.slopes, *watched.earlier, *lasts))
-        )
+        return tuple(dict.fromkeys((*self._by_metric, *watched.slopes, *lasts)))
+
+    @property
+    def own_earlier(self) -> tuple[str, ...]:
+        """Keys of the own :attr:`earlier`."""
+        return self._watched.earlier
 
     def absorb_together(self, columns: Mapping[str, Sequence[float]], steps: int) -> None:
-        """As :meth:`absorb` of so many frames, one after the other, but for excursions.
+        """As :meth:`absorb` of so many frames, one after the other, but for excursions and what
+        was before.
 
         ``columns`` has a value of each frame, of every metric that all of them have; none has
         another.
@@ -328,10 +333,6 @@ class History:
         for key in self._watched.slopes:
             if key in columns:
                 self.slopes[key].add_row(columns[key])
-        for key in self._watched.earlier:
-            if key in columns:
-                for value in columns[key]:
-                    self.earlier[key].add(value)
         for key, last in self._own_lasts:
             if key in columns:
                 last.add_row(columns[key])

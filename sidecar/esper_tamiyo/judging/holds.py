@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from esper_tamiyo.judging.excursions import Excursions
 from esper_tamiyo.judging.guards import is_lower
-from esper_tamiyo.judging.history import BaselineKey, History
+from esper_tamiyo.judging.history import BaselineKey, Earlier, History
 from esper_tamiyo.judging.observations import Last
 from esper_tamiyo.judging.rules import Test, Values, Verdict, test_of, times
 from esper_tamiyo.language.operators import (
@@ -71,7 +71,8 @@ class Hold(NamedTuple):
 
     ``within`` is the range of its metric, and ``is_fixed`` whether always the same. With
     ``edge`` the metric is compared with excursions besides, by the test of the condition where
-    it is beyond their edge; with ``repeats`` it must not come to so many equal values in a row.
+    it is beyond their edge; with ``repeats`` it must not come to so many equal values in a row,
+    and with ``runs`` not have come to so many beyond an end of what was before.
     """
 
     metric: str
@@ -79,6 +80,7 @@ class Hold(NamedTuple):
     is_fixed: bool = False
     edge: tuple[Excursions, bool, Test] | None = None
     repeats: tuple[Last, int] | None = None
+    runs: tuple[Earlier, bool, int] | None = None
     condition: Condition | None = None
 
 
@@ -138,17 +140,14 @@ def _best(parts: Sequence[Condition | Group], wanted: Wanted, past: Past) -> Hol
 def _holds_of(condition: Condition, wanted: Wanted, past: Past) -> Holds | None:
     for verdict in wanted.value:
         made = _hold_of(condition, verdict, past)
-        if made is None:
-            continue
-        within = made.within(past.steps)
-        if within is None:
+        within = None if made is None else made.within(past.steps)
+        if made is None or within is None:
             continue
         if made.within is _always and made.edge is None:
             return inf, []  # nothing that a step can say changes it
-        metric = made.metric
-        room = _room(past.values.get(metric, 0.0), within)
+        room = _room(past.values.get(made.metric, 0.0), within)
         if room >= 0.0:
-            if made.edge is not None or made.repeats is not None:
+            if made.edge or made.repeats or made.runs:
                 room = LITTLE
             if past.crossed:
                 room /= (1 + past.crossed.get(condition, 0)) ** 2
@@ -184,7 +183,7 @@ def _hold_of(condition: Condition, verdict: Verdict, past: Past) -> Hold | None:
     if operator in ON_RECORDS:
         return _on_record(condition, verdict, past)
     if operator in ON_EARLIER:
-        return _hold(metric, _beyond_earlier(condition, verdict, past))
+        return _beyond_earlier(condition, verdict, past)
     if operator in ON_PEERS:
         alone = metric not in past.history.peers
         return _hold(metric, _always) if alone and verdict is None else None
@@ -293,18 +292,19 @@ def _on_record(condition: Condition, verdict: Verdict, past: Past) -> Hold | Non
     return Hold(condition.metric, _always, True, (excursions, below, test))
 
 
-def _beyond_earlier(condition: Condition, verdict: Verdict, past: Past) -> Within | None:
+def _beyond_earlier(condition: Condition, verdict: Verdict, past: Past) -> Hold | None:
     """Unknown until enough are in, false until so many can be in a row."""
-    earlier, needed = past.history.earlier[condition.metric], int(condition.number)
-    below = is_lower(condition.operator)
+    metric, most = condition.metric, int(condition.number) - 1
+    earlier, below = past.history.earlier[metric], is_lower(condition.operator)
 
     def within(steps: int) -> Range | None:
-        left = earlier.missing
-        if verdict is False:
-            left = 0 if left else needed - 1 - (earlier.below if below else earlier.above)
-        return (-inf, inf, left) if left > 0 else None
+        left, count = earlier.missing, earlier.below if below else earlier.above
+        if verdict is None:
+            return (-inf, inf, left) if left else None
+        return None if left or count >= most else ANY
 
-    return None if verdict else within
+    runs = None if verdict is None else (earlier, below, most)
+    return None if verdict else Hold(metric, within, runs=runs)
 
 
 def _rises(condition: Condition, verdict: Verdict, past: Past) -> Within | None:

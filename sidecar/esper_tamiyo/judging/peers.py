@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
 from typing import NamedTuple
@@ -54,9 +54,10 @@ class _Told:
 
     __slots__ = ("latest_ns", "ordered", "posts")
 
-    def __init__(self) -> None:
-        self.latest_ns = 0
-        self.posts: dict[int, tuple[int, Mapping[str, float]]] = {}
+    def __init__(self, rank: int, time_ns: int, values: Mapping[str, float]) -> None:
+        """By what the first of them told."""
+        self.latest_ns = time_ns if time_ns > 0 else 0
+        self.posts: dict[int, tuple[int, Mapping[str, float]]] = {rank: (time_ns, values)}
         self.ordered: dict[str, list[float]] = {}
         """The values of all ranks by metric, in order: sorted once, all ranks ask."""
 
@@ -76,10 +77,14 @@ class _Told:
         return ordered
 
 
+Post = tuple[int, int, Mapping[str, float]]
+"""A step, when a rank had ended it, and what it told of it."""
+
+
 class PeerBoard:
     """The newest steps of all ranks of one run. Times are those of the frames."""
 
-    __slots__ = ("_first_ns", "_steps", "posts", "ranks")
+    __slots__ = ("_alone", "_first_ns", "_steps", "_who", "posts", "ranks")
 
     def __init__(self) -> None:
         self.ranks = 0
@@ -88,16 +93,33 @@ class PeerBoard:
         """What is kept of all ranks and steps."""
         # A plain dict would look over every step that it has forgotten to find the oldest.
         self._steps: OrderedDict[int, _Told] = OrderedDict()
+        self._alone: deque[Post] = deque()
+        """What the only rank has told, in place of :attr:`_steps`: nobody compares it."""
+        self._who = 0
+        """Which rank that is."""
         self._first_ns: dict[int, int] = {}
 
     def post(self, rank: int, step: int, time_ns: int, values: Mapping[str, float]) -> None:
         """Take in what a rank told."""
-        self._first_ns.setdefault(rank, time_ns)
-        told = self._steps.get(step)
+        if rank not in self._first_ns:
+            self._first_ns[rank] = time_ns
+        steps, alone = self._steps, self._alone
+        if not steps and len(self._first_ns) == 1 and (not alone or step > alone[-1][0]):
+            alone.append((step, time_ns, values))
+            self._who = rank
+            self.posts += 1
+            if len(alone) > KEPT_STEPS:
+                self._let_go_alone(time_ns - KEPT_NS)
+            return
+        if alone:
+            self._lay_out()
+        told = steps.get(step)
         if told is None:
-            told = self._steps[step] = _Told()
-            if len(self._steps) > KEPT_STEPS:
+            steps[step] = _Told(rank, time_ns, values)
+            self.posts += 1
+            if len(steps) > KEPT_STEPS:
                 self._let_go(time_ns - KEPT_NS)
+            return
         if rank not in told.posts:
             self.posts += 1
         told.posts[rank] = time_ns, values
@@ -108,6 +130,7 @@ class PeerBoard:
 
     def remove_rank(self, rank: int) -> None:
         """A rank began anew: it may tell its steps a second time."""
+        self._lay_out()
         for told in self._steps.values():
             self.posts -= told.posts.pop(rank, None) is not None
             told.ordered.clear()
@@ -126,7 +149,10 @@ class PeerBoard:
     @property
     def most_steps(self) -> int:
         """Steps that are kept at most."""
-        return max(KEPT_STEPS, min(MAX_STEPS, MAX_POSTS // (len(self._first_ns) or 1)))
+        ranks = len(self._first_ns)
+        if ranks <= MAX_POSTS // MAX_STEPS:
+            return MAX_STEPS
+        return max(KEPT_STEPS, MAX_POSTS // ranks)
 
     def has_others(self, rank: int, by_ns: int) -> bool:
         """Whether any rank but ``rank`` had ended a step ``by_ns``."""
@@ -167,10 +193,37 @@ class PeerBoard:
             found[key] = below + (above - below) / 2
         return found
 
+    def told_by(self, rank: int) -> Iterator[Post]:
+        """What a rank has told of the steps that are kept, the newest first."""
+        if rank == self._who:
+            yield from reversed(self._alone)
+        for step, told in reversed(self._steps.items()):
+            post = told.posts.get(rank)
+            if post is not None:
+                yield step, *post
+
+    def _lay_out(self) -> None:
+        """Have the steps of a rank that was alone lie ready for others."""
+        for step, time_ns, values in self._alone:
+            self._steps[step] = _Told(self._who, time_ns, values)
+        self._alone.clear()
+
+    def _let_go_alone(self, before_ns: int) -> None:
+        """As :meth:`_let_go`, of a rank that is alone."""
+        alone, place = self._alone, 0
+        for _ in range(2):
+            count = len(alone)
+            if count > MAX_STEPS or (alone[place][1] < before_ns and count > KEPT_STEPS):
+                del alone[place]
+                self.posts -= 1
+            else:
+                place += 1
+
     def _let_go(self, before_ns: int) -> None:
         """Forget the oldest step or two. More come only one by one, so that will do."""
         steps, most = self._steps, self.most_steps
-        for step, told in list(islice(steps.items(), 2)):
+        for step in (*islice(steps, 2),):
+            told = steps[step]
             if len(steps) > most or (told.latest_ns < before_ns and len(steps) > KEPT_STEPS):
                 self.posts -= len(told.posts)
                 del steps[step]

@@ -113,10 +113,12 @@ class RunState:
     def compare(self, frame: StepFrame) -> list[RuleTransition]:
         """What comparing ranks in hindsight brings, of a frame that changes no other rule."""
         self._transitions = []
-        self._comparison.record(frame, self.book.rank_keys)
-        self._look_back(frame.time_unix_nano)
-        if self._transitions:
-            self._unrest = None
+        comparison = self._comparison
+        comparison.record(frame, self.book.rank_keys)
+        if comparison.has_company:
+            self._look_back(frame.time_unix_nano)
+            if self._transitions:
+                self._unrest = None
         return self._transitions
 
     def renew_guards(self) -> None:

@@ -252,14 +252,11 @@ def _posts_of(
     """The newest steps of a rank that others may still want to look at, the oldest first."""
     in_company = board._first_ns.keys() != {rank}
     found: list[tuple[int, int, dict[str, float]]] = []
-    for step, told in reversed(board._steps.items()):
-        post = told.posts.get(rank)
-        if post is None:
-            continue
-        is_near = in_company and post[0] > last_ns - LOOKED_BACK_NS
+    for step, time_ns, values in board.told_by(rank):
+        is_near = in_company and time_ns > last_ns - LOOKED_BACK_NS
         if len(found) >= KEPT_STEPS and not is_near:
             break
-        found.append((step, post[0], dict(post[1])))
+        found.append((step, time_ns, dict(values)))
     return found[::-1]
 
 

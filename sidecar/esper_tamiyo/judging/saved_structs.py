@@ -266,7 +266,7 @@ the engine."""
 
 BY_HAND: dict[type, frozenset[str]] = {
     Endings: frozenset({"_ended", "_early"}),  # those of a few milliseconds are let go
-    PeerBoard: frozenset({"_first_ns", "_steps", "posts", "ranks"}),
+    PeerBoard: frozenset({"_alone", "_first_ns", "_steps", "_who", "posts", "ranks"}),
     Ranks: frozenset({"_free", "_place_of", "_places"}),  # as ranks are put back
     Roster: frozenset(
         {

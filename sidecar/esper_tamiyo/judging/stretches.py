@@ -12,7 +12,7 @@ Steps that a trainer asks about are none: their bounds must be those behind the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from esper_otel.leyline.frames import MAX_STEP, MAX_TIME_UNIX_NANO, StepFrame
@@ -89,7 +89,7 @@ class Stretch:
             or not newest < step <= newest + HELD_LEAP
             or step > MAX_STEP
             or not 0 <= time_ns <= MAX_TIME_UNIX_NANO
-            or pace.since_newest(time_ns) > FLOOR_NS
+            or time_ns - pace.last_ns - pace.away_ns > FLOOR_NS
             or frame.instance != state.instance
             or ((seeds or self._ids) and tuple(seeds) != self._ids)
             or (state.silences.used and state.silences.at(step) != state._silenced)
@@ -97,12 +97,12 @@ class Stretch:
         ):
             return None
         values = frame.values
-        parts = [values]
+        of_seeds: Collection[Values] = ()
         if seeds and book.judges_seeds:
-            parts += (
-                [{**values, **own} for own in seeds.values()] if book.mixes else seeds.values()
-            )
-        row = course.row_of(parts)
+            of_seeds = seeds.values()
+            if book.mixes:
+                of_seeds = [{**values, **own} for own in of_seeds]
+        row = course.row_of(values, of_seeds)
         if row is None:
             return None
         if step > newest + 1:

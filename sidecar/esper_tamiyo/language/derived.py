@@ -24,12 +24,14 @@ def cosine(values: Values) -> float | None:
     Unknown without isolation statistics, and where a norm is zero: an isolated seed sends
     nothing back, which is neither agreement nor conflict.
     """
-    dot = values.get("kasmina.seed.isolation.dot")
-    if dot is None:
+    try:
+        dot = values["kasmina.seed.isolation.dot"]
+        norms = (
+            values["kasmina.seed.isolation.host_norm"]
+            * values["kasmina.seed.isolation.seed_norm"]
+        )
+    except KeyError:
         return None
-    norms = values.get("kasmina.seed.isolation.host_norm", 0.0) * values.get(
-        "kasmina.seed.isolation.seed_norm", 0.0
-    )
     if norms <= 0.0:
         return None
     found = dot / norms
