@@ -233,8 +233,8 @@ def beside_checkout(checkout: Path, seeds: int) -> tuple[list[float], list[float
     """Microseconds per frame by this engine and by that of a checkout, a process for each."""
     trees = Path(__file__).parent.parent, checkout
     with ExitStack() as stack:
-        judges = [stack.enter_context(beside(tree, seeds)) for tree in trees]
-        mine, others = alternate(*judges, BLOCKS)
+        ours, theirs = (stack.enter_context(beside(tree, seeds)) for tree in trees)
+        mine, others = alternate(ours, theirs, BLOCKS)
     return [*chain.from_iterable(mine)], [*chain.from_iterable(others)]
 
 
