@@ -7,8 +7,10 @@ The real Collector with ``collector/local.yaml``, the real Prometheus, Jaeger an
   is asked every two milliseconds what it has seen last, so that much is in the figures.
 - *Outage*: the Collector is killed in the middle of a run, and started again 60 s later.
   What the training thread does for a frame meanwhile is held against the seconds before.
-- *Load*: 64 ranks of 10 steps a second, each with 24 metrics and 4 seeds of 10, by 64
-  streams in four processes of their own; what arrived is counted in Prometheus and Tamiyo.
+- *Load*: 64 ranks of 10 steps a second, each with 24 metrics and 4 seeds of 10, over a
+  connection of its own; what arrived is counted in Prometheus and Tamiyo. The ranks are one
+  process that writes times and values into requests made before, because what 64 streams take
+  is not what is measured here, and the parts would get that much less of the machine.
 - *Request by request*: latency and load again with a Collector that gives Tamiyo each
   request as it came, where ``local.yaml`` puts those of 20 ms together.
 
@@ -18,11 +20,11 @@ The real Collector with ``collector/local.yaml``, the real Prometheus, Jaeger an
 from __future__ import annotations
 
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,14 +34,15 @@ import psutil
 import yaml
 
 from bench.figures import Figure, alternate, percentile, run
+from bench.roundtrip import started
 from esper_otel.leyline.metrics import SEED_KEYS, SEED_METRICS, STEP_METRICS
 from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Latest, LatestRequest, Status, StatusRequest
-from esper_otel.stream.spool import Account
 from ops.generate.prometheus_names import prometheus_name
 from ops.stack.programs import MissingError
 from ops.stack.services import CONFIG
 from ops.stack.whole import Stack, running
+from testkit.patched_requests import Fates
 from testkit.simulated_ranks import Rank
 
 BENCH = "collector"
@@ -54,7 +57,7 @@ UNDISTURBED = 2.0
 """What the slowest frames in a hundred may take of an outage, times what they took before:
 they cost a few dozen microseconds, and that doubles with what else the machine does."""
 
-RANKS, PROCESSES, STEPS_PER_S, SEEDS, LOAD_STEPS = 64, 4, 10, 4, 300
+RANKS, STEPS_PER_S, SEEDS, LOAD_STEPS = 64, 10, 4, 300
 POINTS = METRICS + SEEDS * len(SEED_KEYS)
 SETTLE_S = 30.0
 """Longest that the newest samples are waited for."""
@@ -232,7 +235,8 @@ def disturbance(before_us: list[float], during_us: list[float]) -> list[Figure]:
 class Loaded(NamedTuple):
     """What became of the load: ``used`` are processor seconds of each part and the ranks.
 
-    ``lost`` are steps that Tamiyo was not told of.
+    ``lost`` are steps that Tamiyo was not told of; of their points the Collector's queue had no
+    room for ``unqueued``, and ``unanswered`` were sent and not answered in time.
     """
 
     seconds: float
@@ -241,49 +245,23 @@ class Loaded(NamedTuple):
     refused: int
     missing: float
     lost: float
+    unqueued: float
+    unanswered: float
 
 
 def loaded(stack: Stack) -> Loaded:
     """All ranks at once."""
-    workers = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "testkit.simulated_ranks", stack.url, "--run", "load"),
-                *("--first", str(first), "--count", str(RANKS // PROCESSES)),
-                *("--world-size", str(RANKS), "--metrics", str(METRICS)),
-                *("--seeds", str(SEEDS), "--steps", str(LOAD_STEPS)),
-                *("--steps-per-s", str(STEPS_PER_S)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for first in range(0, RANKS, RANKS // PROCESSES)
-    ]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            if worker.stdout.readline() != "ready\n":
-                raise RuntimeError("a process of simulated ranks did not start")
+    argv = [sys.executable, "-m", "testkit.patched_requests", stack.url, "--run", "load"]
+    argv += ["--ranks", str(RANKS), "--metrics", str(METRICS), "--seeds", str(SEEDS)]
+    argv += ["--steps", str(LOAD_STEPS), "--steps-per-s", str(STEPS_PER_S)]
+    with started(argv) as (ranks, _):
         before = {name: _cpu_s(part.pid) for name, part in stack.parts.items()}
         frames = _frames_streamed(stack)
         ended_s = _ended_children_s()
         with _Largest(stack.parts["collector"].pid) as memory:
             began = time.monotonic()
-            for worker in workers:
-                assert worker.stdin is not None
-                worker.stdin.write("go\n")
-                worker.stdin.flush()
-            accounts = [
-                account
-                for worker in workers
-                for account in msgspec.json.decode(worker.communicate()[0], type=list[Account])
-            ]
+            fates = msgspec.json.decode(ranks.communicate("go\n")[0], type=Fates)
             seconds = time.monotonic() - began
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
     used = {"ranks": _ended_children_s() - ended_s}
     came = _settled(lambda: _samples(stack), RANKS * LOAD_STEPS * POINTS)
     used |= {name: _cpu_s(part.pid) - before[name] for name, part in stack.parts.items()}
@@ -292,9 +270,11 @@ def loaded(stack: Stack) -> Loaded:
         seconds,
         used,
         memory.most_mb,
-        RANKS * LOAD_STEPS * POINTS - sum(account.delivered for account in accounts),
+        (RANKS * LOAD_STEPS - fates.delivered) * POINTS,
         RANKS * LOAD_STEPS * POINTS - came,
         RANKS * LOAD_STEPS - judged,
+        _dropped(stack, "enqueue"),
+        _dropped(stack, "send"),
     )
 
 
@@ -321,8 +301,18 @@ def load(found: Loaded, others_lost: float) -> list[Figure]:
             BENCH, "the same: points not taken by the Collector", found.refused, "", bar=0
         ),
         Figure.at_most(BENCH, "the same: points not in Prometheus", found.missing, "", bar=0),
+        Figure.at_most(
+            BENCH,
+            "the same: steps that Tamiyo was not told of",
+            found.lost,
+            "steps",
+            bar=0,
+        ),
         Figure.report(
-            BENCH, "the same: steps that Tamiyo was not told of", found.lost, "steps"
+            BENCH, "the same: no room in the queue for Tamiyo", found.unqueued, "points"
+        ),
+        Figure.report(
+            BENCH, "the same: not answered by Tamiyo in time", found.unanswered, "points"
         ),
         Figure.report(
             BENCH,
@@ -332,6 +322,16 @@ def load(found: Loaded, others_lost: float) -> list[Figure]:
             found.lost,
         ),
     ]
+
+
+def _dropped(stack: Stack, doing: str) -> float:
+    """Points for Tamiyo that the Collector dropped while doing that, by its own count."""
+    url = f"http://127.0.0.1:{stack.ports.collector_metrics}/metrics"
+    with urllib.request.urlopen(url) as answer:
+        lines = answer.read().decode().splitlines()
+    name = f"otelcol_exporter_{doing}_failed_metric_points"
+    ours = (line for line in lines if line.startswith(name) and "otlp_http/tamiyo" in line)
+    return sum(float(line.rpartition(" ")[2]) for line in ours)
 
 
 def _samples(stack: Stack) -> float:

@@ -50,12 +50,14 @@ async def http_sender(host: str, port: int, stack: AsyncExitStack) -> Send:
 
     async def send(body: bytes) -> str:
         nonlocal reader, writer
-        try:
-            head, answer = await answer_to(body)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-            reader, writer = await asyncio.open_connection(host, port)
-            head, answer = await answer_to(body)
+        while True:
+            try:
+                head, answer = await answer_to(body)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                writer.close()
+                reader, writer = await asyncio.open_connection(host, port)
+            else:
+                break
         status = head.split()[1].decode()
         if status == "200" and not answer:
             return "accepted"

@@ -1,9 +1,14 @@
-"""How much OTLP the receiver takes on one core before it tells producers to wait.
+"""How much OTLP the receiver takes on one core, alone and within a sidecar.
 
-512 trainers, each with one request of 600 points on its way at most, send faster and
-faster until the first of them is refused; the receiver's process is kept to one core. What
-was sent must be exactly what was accepted and what was refused, by the senders' count and
-by the sidecar's, and every refusal must say when to come back.
+*Alone*: its process by itself, with somebody at the pipe's other end who only empties it. What
+half a million points cost is the time that the process was on a processor, as the system counts
+it, so whatever else the machine does is not in it.
+
+*Within a sidecar* it goes until producers are told to wait. 512 trainers, each with one request
+of 600 points on its way at most, send faster and faster until the first of them is refused; the
+receiver's process is kept to one core. What was sent must be exactly what was accepted and what
+was refused, by the senders' count and by the sidecar's, and every refusal must say when to come
+back. There the senders and the decide process share the machine with it, and limit it.
 
     python -m bench.ingest [--json PATH]
 """
@@ -12,21 +17,36 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.figures import Figure, run
+import psutil
+
+from bench.figures import Figure, median, run
 from bench.fleet import POINTS
 from bench.roundtrip import started, tamiyo
 from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import Status, StatusRequest
+from esper_tamiyo.receiving.addresses import Address
+from esper_tamiyo.receiving.ingest_child import IngestChild
 
 BENCH = "ingest"
+
+BAR = 500_000
+"""Points that the receiver is to take with a second of one core."""
+
+ALONE_RATE, ALONE_S, BLOCKS = 150_000, 3.0, 5
+"""Points per second that it gets for so long, so often: fewer than it could take, because a
+process that is always behind has its requests together, and that is cheaper."""
 
 FIRST, FACTOR, LAST = 20_000, 1.2, 2_000_000
 """Points per second of the first stage, and by how much each next one is faster."""
@@ -37,7 +57,68 @@ SETTLE_S = 30.0
 
 def figures() -> list[Figure]:
     """All rows of this bench."""
-    return [row for protocol in ("http", "grpc") for row in rows(protocol)]
+    return [row for protocol in ("http", "grpc") for row in (*alone(protocol), *rows(protocol))]
+
+
+def alone(protocol: str) -> list[Figure]:
+    """Rows of the receiver by itself."""
+    with receiver() as child:
+        argv = [sys.executable, "-m", "bench.fleet", protocol]
+        with started([*argv, child.status()[f"otlp_{protocol}"]]) as (fleet, _):
+            stage(fleet, ALONE_RATE, 1.0, Counter())
+            costs = []
+            for _ in range(BLOCKS):
+                sent: Counter[str] = Counter()
+                before_s = cpu_s(child.pid)
+                stage(fleet, ALONE_RATE, ALONE_S, sent)
+                points = sent["accepted"] * POINTS
+                costs.append((cpu_s(child.pid) - before_s) / points * BAR)
+    return [
+        Figure.at_most(
+            BENCH,
+            f"{protocol}: receiver alone, CPU for {BAR:,} points",
+            median(costs),
+            "s",
+            bar=1.0,
+        ),
+        Figure.report(
+            BENCH,
+            f"{protocol}: receiver alone, points per second of CPU",
+            BAR / median(costs),
+            "/s",
+        ),
+    ]
+
+
+@contextmanager
+def receiver() -> Iterator[IngestChild]:
+    """The receiver's process, listening, with a thread that empties its pipe."""
+    anywhere = Address("127.0.0.1", 0)
+    child = IngestChild(anywhere, anywhere)
+    child.start()
+    assert child.pipe is not None
+    child.pipe.setblocking(True)
+    while not child.listening:
+        child.read()
+
+    def drain() -> None:
+        while child.read():
+            child.frames.clear()
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        yield child
+    finally:
+        child.pipe.shutdown(socket.SHUT_RDWR)  # which is how the process is told to end
+        thread.join()
+        child.close()
+
+
+def cpu_s(pid: int | None) -> float:
+    """Time that a process, with all its threads, was on a processor."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def rows(protocol: str) -> list[Figure]:
@@ -45,11 +126,20 @@ def rows(protocol: str) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="esper-bench-") as folder:
         path = Path(folder) / "tamiyo.sock"
         with tamiyo(path) as words:
-            keep_to_one_core(counts(path)["pid"])
+            pid = counts(path)["pid"]
+            keep_to_one_core(pid)
             argv = [sys.executable, "-m", "bench.fleet", protocol, words[f"otlp_{protocol}"]]
             with started(argv) as (fleet, _):
+                before_s = cpu_s(pid)
                 sent, taken, at_refusal = until_refused(fleet)
-            return report(protocol, taken, at_refusal, sent, settled(path, sent))
+            found = settled(path, sent)
+            cost = (cpu_s(pid) - before_s) / (sent["accepted"] * POINTS) * BAR
+            return [
+                Figure.report(
+                    BENCH, f"{protocol}: within a sidecar, CPU for {BAR:,} points", cost, "s"
+                ),
+                *report(protocol, taken, at_refusal, sent, found),
+            ]
 
 
 def until_refused(

@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from http.client import HTTPConnection
 from random import Random
 from time import perf_counter, time_ns
-from typing import Any
+
+import numpy as np
 
 from esper_otel.leyline.metrics import BY_KEY, INSTANCE_ID, RANK, RUN_ID
+from testkit.patched_requests import MARK, PatchedRequest
 
 # 24 metrics, as a run on a CPU has them in an ordinary loop.
 FRAME = {
@@ -130,11 +132,9 @@ class Trainer:
             ExportMetricsServiceRequest,
         )
 
-        self._request = ExportMetricsServiceRequest()
+        request = ExportMetricsServiceRequest()
         self._step = 0
-        self._points: list[dict[str, Any]] = []
-        """Of each step in the request: its points, by the key of their metric."""
-        resource = self._request.resource_metrics.add()
+        resource = request.resource_metrics.add()
         for name, text in (
             ("service.name", run),
             (RUN_ID, run),
@@ -145,25 +145,22 @@ class Trainer:
         for _ in range(steps):
             scope = resource.scope_metrics.add()
             scope.scope.name = "esper_otel"
-            points = {}
             for key, value in FRAME.items():
                 metric = scope.metrics.add(name=BY_KEY[key].instrument, unit=BY_KEY[key].unit)
-                points[key] = metric.gauge.data_points.add(as_double=value)
-            self._points.append(points)
+                metric.gauge.data_points.add(as_double=value, time_unix_nano=MARK)
+        self._patched = PatchedRequest(request.SerializeToString())
+        self._steps = self._patched.values.reshape(steps, len(FRAME))
+        self._ages = np.repeat(np.arange(steps, 0, -1) * 1_000, len(FRAME))
 
     def request(self) -> bytes:
-        """The next steps; making it costs a tenth of what reading it does."""
-        now = time_ns()
-        count = len(self._points)
-        for place, points in enumerate(self._points):
+        """The next steps."""
+        keys = [*FRAME]
+        for place, row in enumerate(self._steps):
             step = self._step + place
             for key, value in {"step": float(step), **varying(step)}.items():
-                points[key].as_double = value
-            ended = now - (count - place) * 1_000
-            for point in points.values():
-                point.time_unix_nano = ended
-        self._step += count
-        return self._request.SerializeToString()
+                row[keys.index(key)] = value
+        self._step += len(self._steps)
+        return self._patched.request(time_ns() - self._ages)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from esper_otel.leyline.wire import (
     decode_to_server,
     encode,
 )
+from esper_tamiyo.receiving.pipe import PackedStep
 
 
 def frame(step, seeds=None, run="run", instance="one", rank=0, **values):
@@ -72,6 +73,11 @@ def otlp_of(*frames):
                     seed_id,
                 )
     return request
+
+
+def records(harvest):
+    """The step records of a harvest, as the decide process has them."""
+    return [one.unpacked() if type(one) is PackedStep else one for one in harvest.frames]
 
 
 def add_point(scope, key, time_unix_nano, value):

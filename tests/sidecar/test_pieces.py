@@ -23,7 +23,7 @@ from esper_tamiyo.receiving.harvest import (
     TooMuchError,
 )
 from esper_tamiyo.receiving.otlp_frames import MAX_RESOURCES, MAX_WALKED, frames_of, gather
-from sidecar.frames_made import add_point, frame, otlp_of, put, runs
+from sidecar.frames_made import add_point, frame, otlp_of, put, records, runs
 
 
 def gathered(data):
@@ -38,7 +38,7 @@ def of_one_piece(data):
 
 
 def told(harvest):
-    return harvest.frames, harvest.used, harvest.foreign, harvest.unusable, harvest.reasons
+    return records(harvest), harvest.used, harvest.foreign, harvest.unusable, harvest.reasons
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving import otlp_frames, shapes
 from esper_tamiyo.receiving.harvest import SEEDS, Harvest
 from esper_tamiyo.receiving.otlp_frames import Known, frames_of, gather
-from sidecar.frames_made import frame, otlp_of, put, runs
+from esper_tamiyo.receiving.pipe import PackedStep
+from sidecar.frames_made import frame, otlp_of, put, records, runs
 
 KEYS = ("step", "loss", "gradient_norm", *SEED_KEYS[:2])
 NUMBERS = st.sampled_from([0.0, -0.0, 1.0, 2.0, 0.5, 1e308, nan, inf, -inf, 5, 0, -3])
@@ -24,7 +25,7 @@ NUMBERS = st.sampled_from([0.0, -0.0, 1.0, 2.0, 0.5, 1e308, nan, inf, -inf, 5, 0
 
 def told(harvest):
     # By repr, as a NaN is not equal to itself.
-    return repr((harvest.frames, harvest.used, harvest.foreign, harvest.reasons))
+    return repr((records(harvest), harvest.used, harvest.foreign, harvest.reasons))
 
 
 def taken(request, known):
@@ -122,7 +123,9 @@ def test_a_shape_that_came_twice_is_parsed_no_more(monkeypatch):
     taken(otlp_of(*a_run(1, 2)), known)
     expected = frames_of(otlp_of(*a_run(*range(3, 60)))).frames
     monkeypatch.setattr(otlp_frames, "_take", None)
-    assert taken(otlp_of(*a_run(*range(3, 60))), known).frames == expected
+    harvest = taken(otlp_of(*a_run(*range(3, 60))), known)
+    assert {type(one) for one in harvest.frames} == {PackedStep}
+    assert records(harvest) == expected
 
 
 def test_limits_hold_for_what_is_read_by_its_shape():
@@ -154,7 +157,7 @@ def test_ever_new_shapes_take_bounded_memory(monkeypatch):
             scope.scope.name = f"scope {number}"
         assert told(taken(request, known)) == told(frames_of(request))
         held = [one for every in known.shapes._layouts.values() for one in every]
-        assert sum(len(layout.shapes) for layout in held) < 100
+        assert sum(len(layout.parts) for layout in held) < 100
 
 
 def test_of_one_request_few_shapes_are_learned():
@@ -166,4 +169,4 @@ def test_of_one_request_few_shapes_are_learned():
         scope.scope.version = f"{number:06}"
     taken(request, known)
     held = [one for every in known.shapes._layouts.values() for one in every]
-    assert sum(len(layout.shapes) for layout in held) == shapes.MAX_LEARNED
+    assert sum(len(layout.parts) for layout in held) == shapes.MAX_LEARNED

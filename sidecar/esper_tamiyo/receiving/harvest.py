@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from math import isfinite
+from operator import itemgetter
+
 import msgspec
 
-from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.frames import (
+    MAX_NAME,
+    MAX_SEEDS_PER_FRAME,
+    MAX_STEP,
+    MAX_TIME_UNIX_NANO,
+    StepFrame,
+)
+from esper_tamiyo.receiving.moments import Identity
+from esper_tamiyo.receiving.pipe import PackedStep, packed_step
+from esper_tamiyo.receiving.shapes import Read
 
 MAX_STEPS = 16_384
 """Steps that are taken of one request; of those of our own sender it has 256 at most."""
@@ -36,7 +49,7 @@ class Harvest(msgspec.Struct):
     number, a request from a network may not.
     """
 
-    frames: list[StepFrame]
+    frames: list[StepFrame | PackedStep]
     used: int = 0
     foreign: int = 0
     unusable: int = 0
@@ -52,7 +65,92 @@ class Harvest(msgspec.Struct):
         """An empty one, for a request from a network."""
         return cls([], steps_left=MAX_STEPS, seeds_left=MAX_SEED_ROWS)
 
+    def take_whole(
+        self,
+        reads: Sequence[Read],
+        whose: Identity,
+        packed: bytes,
+        is_old: Callable[[Identity, int], bool],
+    ) -> bool:
+        """Take the steps of a resource all of whose parts have a known shape, packed at once;
+        ``packed`` is how the pipe says whose they are.
+
+        False, and none is taken, where something has to be looked at point by point.
+        """
+        steps = _steps_of(reads)
+        if steps is None or len(steps) > self.steps_left:
+            return False
+        seeds = 0
+        for time_unix_nano, step in steps.items():
+            if (
+                not (0.0 <= step.number <= MAX_STEP and step.number.is_integer())
+                or time_unix_nano > MAX_TIME_UNIX_NANO
+                or len(step.seeds) > MAX_SEEDS_PER_FRAME
+            ):
+                return False
+            seeds += len(step.seeds)
+        if seeds > self.seeds_left:
+            return False
+        self.steps_left -= len(steps)
+        self.seeds_left -= seeds
+        frames = []
+        for time_unix_nano, step in steps.items():
+            if is_old(whose, time_unix_nano):
+                self.old += step.points
+            else:
+                self.used += step.points
+                number, seeds_packed = int(step.number), step.seeds.values()
+                frames.append(
+                    packed_step(packed, number, time_unix_nano, step.values, seeds_packed)
+                )
+        frames.sort(key=_STEP)
+        self.frames += frames
+        self.walked += sum(metrics + 1 for (_, metrics), _, _ in reads)
+        return True
+
     def leave_out(self, reason: str, points: int = 1) -> None:
         """Count points that cannot be used."""
         self.unusable += points
         self.reasons[reason] = self.reasons.get(reason, 0) + points
+
+
+_STEP = itemgetter(0)
+"""Of a packed step; two of the same step stay in the order they came."""
+
+
+class _StepParts:
+    """The packed parts of one step."""
+
+    __slots__ = ("number", "points", "seeds", "values")
+
+    def __init__(self) -> None:
+        self.number = -1.0
+        self.values = b""
+        self.seeds: dict[str, bytes] = {}
+        self.points = 0
+
+
+def _steps_of(reads: Sequence[Read]) -> dict[int, _StepParts] | None:
+    """The steps by their time; None where one is not made of whole, finite parts."""
+    steps: dict[int, _StepParts] = {}
+    for (groups, _), time_unix_nano, values in reads:
+        if not isfinite(sum(values)):
+            return None
+        step = steps.get(time_unix_nano)
+        if step is None:
+            step = steps[time_unix_nano] = _StepParts()
+        step.points += len(values)
+        for seed_id, _, pick, (constants, pack), step_at in groups:
+            picked = values if pick is None else pick(values)
+            parts = constants.copy()
+            parts[1::2] = picked
+            if seed_id:
+                if seed_id in step.seeds or len(seed_id) > MAX_NAME:
+                    return None
+                step.seeds[seed_id] = pack(*parts)
+            elif step.values or step_at < 0:
+                return None
+            else:
+                step.number = picked[step_at]
+                step.values = pack(*parts)
+    return steps

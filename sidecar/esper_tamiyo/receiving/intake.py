@@ -278,18 +278,18 @@ class Intake:
             raise self.malformed(f"not an ExportMetricsServiceRequest: {error}") from None
         except TooMuchError as error:
             raise self.too_large(str(error)) from None
-        self._pipe.writelines(await self._packed(harvest))
+        messages = await self._packed(harvest)
         reasons = {f"unusable_{why}": points for why, points in harvest.reasons.items()}
-        self.count(
-            IngestCounts(
-                requests=1,
-                points_used=harvest.used,
-                points_foreign=harvest.foreign,
-                points_unusable=harvest.unusable,
-                points_old=harvest.old,
-                **reasons,
-            )
+        counts = IngestCounts(
+            requests=1,
+            points_used=harvest.used,
+            points_foreign=harvest.foreign,
+            points_unusable=harvest.unusable,
+            points_old=harvest.old,
+            **reasons,
         )
+        messages.append(pack(counts))
+        self._pipe.writelines(messages)
         return success(harvest)
 
     async def _packed(self, harvest: Harvest) -> list[bytes]:

@@ -54,6 +54,7 @@ from esper_tamiyo.receiving.pieces import (
     outline_of,
     resources_of,
 )
+from esper_tamiyo.receiving.pipe import packed_identity
 from esper_tamiyo.receiving.points import identity_of, number_points, text_of, value_of
 from esper_tamiyo.receiving.shapes import KnownShapes, Read
 
@@ -85,18 +86,25 @@ class Known:
 
     def __init__(self) -> None:
         self.shapes = KnownShapes()
-        self._identities: dict[bytes, Identity] = {}
+        self._senders: dict[bytes, tuple[Identity, bytes]] = {}
 
-    def identity(self, head: bytes) -> Identity:
-        """Whose the points behind these bytes are; raises ``DecodeError``."""
-        whose = self._identities.get(head)
-        if whose is None:
+    def sender(self, head: bytes) -> tuple[Identity, bytes]:
+        """Whose the points behind these bytes are, and how the pipe says so, which is empty for
+        names that it takes none of; raises ``DecodeError``."""
+        sender = self._senders.get(head)
+        if sender is None:
             whose = identity_of(ResourceMetrics.FromString(head))
+            sender = (
+                whose,
+                b""
+                if _is_nobody(whose)
+                else packed_identity(whose.run, whose.instance, whose.rank),
+            )
             if len(head) <= MAX_HEAD:
-                if len(self._identities) >= MAX_HEADS:
-                    self._identities.clear()
-                self._identities[head] = whose
-        return whose
+                if len(self._senders) >= MAX_HEADS:
+                    self._senders.clear()
+                self._senders[head] = sender
+        return sender
 
 
 def gather(
@@ -105,7 +113,8 @@ def gather(
     is_old: Callable[[Identity, int], bool] = _never,
     known: Known | None = None,
 ) -> Iterator[None]:
-    """As :func:`frames_of`, of a request that is not parsed yet, a piece at a time.
+    """As :func:`frames_of`, of a request that is not parsed yet, a piece at a time; what has a
+    known shape is packed for the pipe at once.
 
     Yields between pieces, so that whoever calls can look after other things. Raises
     ``FieldError`` and ``DecodeError`` for what is no request, and :class:`TooMuchError`.
@@ -132,7 +141,12 @@ def gather(
             for scope in group.scope_metrics:
                 _take(scope.metrics, moments, harvest)
         else:
-            whose = None if head is None else known.identity(head)
+            whose, packed = (None, b"") if head is None else known.sender(head)
+            if whose and packed and end - begin <= PIECE:
+                reads = known.shapes.read_all(data, scopes)
+                if reads and harvest.take_whole(reads, whose, packed, is_old):
+                    _bound(harvest)
+                    continue
             yield from _take_scopes(data, (begin, end), scopes, moments, harvest, known.shapes)
         _reap(whose, moments, harvest, is_old)
 
@@ -185,7 +199,7 @@ def _take_read(read: Read, moments: dict[int, Moment], harvest: Harvest) -> bool
     if not isfinite(sum(values)) or (moment is None and harvest.steps_left <= 0):
         return False
     seeds = moment.seeds if moment is not None else {}
-    new = [seed_id for seed_id, _, _ in groups if seed_id and seed_id not in seeds]
+    new = [of.seed_id for of in groups if of.seed_id and of.seed_id not in seeds]
     if new and (
         len(seeds) + len(new) > MAX_SEEDS_PER_FRAME
         or len(new) > harvest.seeds_left
@@ -196,7 +210,7 @@ def _take_read(read: Read, moments: dict[int, Moment], harvest: Harvest) -> bool
         moment = moments[time_unix_nano] = Moment()
         harvest.steps_left -= 1
     harvest.seeds_left -= len(new)
-    for seed_id, keys, pick in groups:
+    for seed_id, keys, pick, *_ in groups:
         into = moment.seeds.setdefault(seed_id, {}) if seed_id else moment.values
         into.update(zip(keys, values if pick is None else pick(values), strict=True))
     moment.points += len(values)
@@ -212,11 +226,12 @@ def _reap(
     is_old: Callable[[Identity, int], bool],
 ) -> None:
     """Make frames of the moments of one resource; ``whose`` None: its names are too long."""
-    if whose is None or max(len(whose.run), len(whose.instance)) > MAX_NAME or whose.rank < 0:
+    if whose is None or _is_nobody(whose):
         for moment in moments.values():
             harvest.leave_out(NAME, moment.points)
         return
-    frames, ends = [], []
+    frames: list[StepFrame] = []
+    ends = []
     for time_unix_nano, moment in moments.items():
         frame = moment.step_frame(whose, time_unix_nano)
         end = moment.end_frame(whose, time_unix_nano)
@@ -233,6 +248,11 @@ def _reap(
             frames.append(frame)
     frames.sort(key=_step)
     harvest.frames += frames + ends
+
+
+def _is_nobody(whose: Identity) -> bool:
+    """Whether its names are no names of a rank."""
+    return max(len(whose.run), len(whose.instance)) > MAX_NAME or whose.rank < 0
 
 
 def moments_of(group: ResourceMetrics, harvest: Harvest) -> dict[int, Moment]:

@@ -7,8 +7,10 @@ that the decide process can leave frames undecoded until their turn comes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
@@ -106,12 +108,25 @@ _KINDS: dict[type, MessageKind] = {
 }
 
 
-Told = StepFrame | Ready | StartFailed | IngestCounts | Table | Unusable | Beat
+class PackedStep(NamedTuple):
+    """A step record that was packed without being built: its message, and which step it is."""
+
+    step: int
+    message: bytes
+
+    def unpacked(self) -> StepFrame:
+        """The record."""
+        return frame(self.message[_HEAD.size :])
+
+
+Told = StepFrame | PackedStep | Ready | StartFailed | IngestCounts | Table | Unusable | Beat
 """What goes down these pipes."""
 
 
 def pack(message: Told) -> bytes:
     """The bytes of one message."""
+    if type(message) is PackedStep:
+        return message.message
     body = _encoder.encode(message)
     return _HEAD.pack(len(body), _KINDS[type(message)]) + body
 
@@ -119,6 +134,60 @@ def pack(message: Told) -> bytes:
 def frame(body: bytes) -> StepFrame:
     """The frame in the body of a FRAME; raises ``msgspec.MsgspecError`` when it is none."""
     return _frame_decoder.decode(body)
+
+
+class PackedMap(NamedTuple):
+    """A MessagePack map from names to doubles, for :func:`struct.pack`: a double takes nine
+    bytes whatever it is, so two maps with the same names differ in these bytes alone."""
+
+    constants: list[bytes | float]
+    """What stands between the values, and in their places, every second one, a 0."""
+    pack: Callable[..., bytes]
+
+    @classmethod
+    def of(cls, names: Sequence[str], seed_id: str) -> PackedMap:
+        """The map of these names, behind the id of a seed if it is of one."""
+        constants = [_before(name) for name in names]
+        lead = _encoder.encode(seed_id) if seed_id else b""
+        constants[0] = lead + _map_of(len(names)) + constants[0]
+        form = ">" + "".join(f"{len(constant)}sd" for constant in constants)
+        both = [part for constant in constants for part in (constant, 0.0)]
+        return cls(both, struct.Struct(form).pack)
+
+
+@lru_cache(maxsize=1024)
+def _before(name: str) -> bytes:
+    """What stands before a value in a map."""
+    return _encoder.encode(name) + b"\xcb"
+
+
+def _map_of(count: int) -> bytes:
+    """How a map of so many entries begins."""
+    return bytes((0x80 | count,)) if count < 16 else b"\xde" + count.to_bytes(2, "big")
+
+
+_FIELDS = bytes((0x90 | len(StepFrame.__struct_fields__),))
+_NO_SEEDS, _NO_END = _map_of(0), _encoder.encode(None)
+_STEP_AND_TIME = struct.Struct(">BQBQ").pack
+_UINT64 = 0xCF
+
+
+def packed_identity(run: str, instance: str, rank: int) -> bytes:
+    """How the step records of a rank begin."""
+    return _FIELDS + b"".join(map(_encoder.encode, (run, instance, rank)))
+
+
+def packed_step(
+    identity: bytes, step: int, time_unix_nano: int, values: bytes, seeds: Collection[bytes]
+) -> PackedStep:
+    """The step record of parts that are packed: the names of its rank, its values, and each
+    seed's."""
+    mark = _STEP_AND_TIME(_UINT64, step, _UINT64, time_unix_nano)
+    rest = b"".join((_map_of(len(seeds)), *seeds, _NO_END)) if seeds else _NO_SEEDS + _NO_END
+    size = len(identity) + len(mark) + len(values) + len(rest)
+    return PackedStep(
+        step, b"".join((_HEAD.pack(size, MessageKind.FRAME), identity, mark, values, rest))
+    )
 
 
 class Inlet:

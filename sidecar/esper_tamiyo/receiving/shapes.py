@@ -19,6 +19,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.leyline.metrics import BY_INSTRUMENT, RUN_ENDED, SEED_ID
 from esper_otel.leyline.protobuf import FieldError, fields_of
+from esper_tamiyo.receiving.pipe import PackedMap
 from esper_tamiyo.receiving.points import number_points, text_of
 
 MAX_BYTES = 8 << 20
@@ -54,6 +55,9 @@ class ValuesOf(NamedTuple):
     keys: tuple[str, ...]
     pick: Callable[[Sequence[float]], Sequence[float]] | None
     """Picks them out of all values; None: they are all values."""
+    packed: PackedMap
+    step_at: int
+    """Place of the step's number among them, -1 where there is none."""
 
 
 class Shape(NamedTuple):
@@ -71,10 +75,19 @@ class Read(NamedTuple):
     values: Sequence[float]
 
 
-class _Holes:
-    """Where the holes of a part lie, and the shapes that have them there."""
+class _KnownPart(NamedTuple):
+    """A part that came before: where its holes lie, and its bytes around them."""
 
-    __slots__ = ("fixed", "has_ints", "holes", "shapes", "times", "values")
+    length: int
+    layout: _Holes
+    fixed: tuple[bytes, ...]
+    shape: Shape
+
+
+class _Holes:
+    """Where the holes of a part lie, and the parts that have them there."""
+
+    __slots__ = ("fixed", "has_ints", "holes", "parts", "times", "values")
 
     def __init__(self, length: int, holes: list[tuple[int, str]]) -> None:
         holes_format, fixed_format, at = "<", "<", 0
@@ -88,7 +101,7 @@ class _Holes:
         self.times = slice(first, None, 2)
         self.values = slice(1 - first, None, 2)
         self.has_ints = any(code == "q" for _, code in holes)
-        self.shapes: dict[tuple[bytes, ...], Shape] = {}
+        self.parts: dict[tuple[bytes, ...], _KnownPart] = {}
 
 
 class KnownShapes:
@@ -101,6 +114,11 @@ class KnownShapes:
         self._failed: dict[int, int] = {}
         self._bytes = 0
         self._learned = 0
+        self._before: _KnownPart | None = None
+        """The part that was read before this one."""
+        self._next: dict[int, _KnownPart] = {}
+        """By the identity of a part: the one that came behind it the last time. To compare
+        with one takes a quarter of what looking for it does."""
 
     def begin_request(self) -> None:
         """Another request comes, of which shapes may be learned."""
@@ -111,18 +129,44 @@ class KnownShapes:
 
         One that comes for the second time, by its length, is learned for the next.
         """
-        for layout in self._layouts.get(end - begin, ()):
-            shape = layout.shapes.get(layout.fixed.unpack_from(data, begin))
-            if shape is not None:
-                found = layout.holes.unpack_from(data, begin)
-                times = found[layout.times]
-                if times.count(times[0]) != len(times):
+        reads = self.read_all(data, ((begin, begin, end),))
+        if reads is None:
+            self._miss(data, begin, end)
+        return reads[0] if reads else None
+
+    def read_all(self, data: bytes, parts: Iterable[tuple[int, int, int]]) -> list[Read] | None:
+        """Parts of a request, each with where its body begins and ends; None if one is not
+        known, and no parts if one has to be parsed although it is."""
+        reads = []
+        following, before = self._next, self._before
+        for _, begin, end in parts:
+            part = following.get(id(before))
+            if (
+                part is None
+                or part.length != end - begin
+                or part.layout.fixed.unpack_from(data, begin) != part.fixed
+            ):
+                part = self._found(data, begin, end)
+                if part is None:
                     return None
-                values: Sequence[float] = found[layout.values]
-                if layout.has_ints:
-                    values = [*map(float, values)]
-                return Read(shape, times[0], values)
-        self._miss(data, begin, end)
+                following[id(before)] = part
+            self._before = before = part
+            layout = part.layout
+            found = layout.holes.unpack_from(data, begin)
+            times = found[layout.times]
+            if times.count(times[0]) != len(times):
+                return []
+            values: Sequence[float] = found[layout.values]
+            if layout.has_ints:
+                values = [*map(float, values)]
+            reads.append(Read(part.shape, times[0], values))
+        return reads
+
+    def _found(self, data: bytes, begin: int, end: int) -> _KnownPart | None:
+        for layout in self._layouts.get(end - begin, ()):
+            part = layout.parts.get(layout.fixed.unpack_from(data, begin))
+            if part is not None:
+                return part
         return None
 
     def _miss(self, data: bytes, begin: int, end: int) -> None:
@@ -150,9 +194,11 @@ class KnownShapes:
             return False
         if not holes or shape is None:
             return False
-        size = 3 * len(part) + 100 * len(holes)
+        size = 3 * len(part) + 150 * len(holes)
         if self._bytes + size > MAX_BYTES:
             self._layouts.clear()
+            self._next.clear()
+            self._before = None
             self._bytes = 0
         layouts = self._layouts.setdefault(len(part), [])
         layout = _Holes(len(part), holes)
@@ -164,7 +210,8 @@ class KnownShapes:
             if len(layouts) >= _MAX_LAYOUTS:
                 return False
             layouts.append(layout)
-        layout.shapes[layout.fixed.unpack(part)] = shape
+        fixed = layout.fixed.unpack(part)
+        layout.parts[fixed] = _KnownPart(len(part), layout, fixed, shape)
         self._bytes += size
         return True
 
@@ -189,7 +236,13 @@ def shape_of(part: bytes) -> Shape | None:
             group[known.key] = count
             count += 1
     groups = tuple(
-        ValuesOf(seed_id, tuple(group), None if len(columns) == 1 else _picker(group.values()))
+        ValuesOf(
+            seed_id,
+            tuple(group),
+            None if len(columns) == 1 else _picker(group.values()),
+            PackedMap.of([*group], seed_id),
+            [*group].index("step") if "step" in group else -1,
+        )
         for seed_id, group in columns.items()
     )
     return Shape(groups, len(metrics)) if count else None

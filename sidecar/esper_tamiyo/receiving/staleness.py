@@ -31,6 +31,8 @@ class StalenessFilter:
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock = clock
         self._paces: OrderedDict[Hashable, _Pace] = OrderedDict()
+        self._newest: tuple[Hashable, _Pace | None] = None, None
+        """The producer that was asked about last: a request has many steps of one."""
 
     def is_old(self, producer: Hashable, time_unix_nano: int) -> bool:
         """Whether a step of that time, which came just now, is of no use any more.
@@ -41,12 +43,15 @@ class StalenessFilter:
             return False
         now = self._clock()
         delay = now - time_unix_nano
-        pace = self._paces.get(producer)
-        if pace is None:
-            pace = self._paces[producer] = _Pace(now, delay)
-            if len(self._paces) > MAX_PRODUCERS:
-                self._paces.popitem(last=False)
-        self._paces.move_to_end(producer)
+        newest, pace = self._newest
+        if pace is None or producer is not newest:
+            pace = self._paces.get(producer)
+            if pace is None:
+                pace = self._paces[producer] = _Pace(now, delay)
+                if len(self._paces) > MAX_PRODUCERS:
+                    self._paces.popitem(last=False)
+            self._paces.move_to_end(producer)
+            self._newest = producer, pace
         return delay - pace.quickest(now, delay) > MAX_LATER_NS
 
 
@@ -67,5 +72,7 @@ class _Pace:
         """The shortest, with ``delay`` among them."""
         if now - self._since > REMEMBERED_NS:
             self._since, self._before, self._least = now, self._least, delay
-        self._least = min(self._least, delay)
-        return min(self._least, self._before)
+        least = self._least
+        if delay < least:
+            self._least = least = delay
+        return least if least < self._before else self._before

@@ -21,7 +21,7 @@ STEP_NS = 2_000_000
 BEFORE, DURING, AFTER = range(40), range(40, 80), range(80, 120)
 ALL = range(120)
 SPANS = 4
-FLOOD, FLOOD_BYTES = 400, 32 << 10
+FLOOD, FLOOD_BYTES = 400, 64 << 10
 """So many requests, each so large: many times what the queue for Tamiyo has room for."""
 
 

@@ -14,11 +14,11 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from ops.stack.ports import free
 
 EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
-BOUND_S, BUSY_S = 1.0, 0.5
+BOUND_S, BUSY_S = 4.0, 0.5
 """What the configurations promise, and what a busy machine may add to it."""
 
-HANG_S, PACE_S = 4.0, 0.01
-PADDING = "x" * 4096
+HANG_S, PACE_S = 7.0, 0.01
+PADDING = "x" * 32768
 """So that the queue is full while nobody takes from it."""
 
 
