@@ -171,7 +171,8 @@ def _frames(request: Request) -> list[StepFrame]:
     if request.path != METRICS:
         return []
     came = frames_of(ExportMetricsServiceRequest.FromString(request.body)).frames
-    return [frame for frame in came if frame.ended is None]  # the end of a run is no step
+    # The end of a run is no step.
+    return [each for each in came if isinstance(each, StepFrame) and each.ended is None]
 
 
 if __name__ == "__main__":
