@@ -322,6 +322,15 @@ def of_trouble(compared: list[Compared]) -> Iterator[Figure]:
         "trainings",
         len(compared),
     )
+    for each in compared:
+        if each.worse > WORSE:
+            yield Figure.report(
+                BENCH,
+                f"{each.training}, {each.trouble}, seed {each.seed}: made worse",
+                each.enforced,
+                "loss",
+                max(each.advised, each.healthy),
+            )
     for part, names in (("trouble", TROUBLES), ("training", TRAININGS)):
         for name in names:
             those = [each for each in compared if name == getattr(each, part)]
