@@ -41,6 +41,9 @@ OF_TAMIYO = (
 )
 """What a sidecar imports, and what has its children be forks as well."""
 
+PATIENCE_S = 280.0
+"""With a command: less than a test has, so that it names the command that does not end."""
+
 LARGEST = 200_000
 """Bytes of a request: a command, and an environment."""
 
@@ -145,7 +148,7 @@ class ForkServer:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
-        timeout: float = 100.0,
+        timeout: float = PATIENCE_S,
         finalizes: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """As ``subprocess.run`` with its output as text; ends it after ``timeout`` seconds."""

@@ -3,6 +3,9 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,10 +129,28 @@ def browser():
         program = find(CHROMIUM)
     except MissingError as error:
         pytest.skip(str(error))
-    with api.sync_playwright() as playwright:
+    with ExitStack() as stack:
+        try:
+            playwright = stack.enter_context(api.sync_playwright())
+        except Exception:
+            complaint = _driver_complaint()
+            if complaint is None:
+                raise
+            pytest.skip(f"playwright's driver does not start: {complaint}")
         started = playwright.chromium.launch(executable_path=str(program))
         yield started
         started.close()
+
+
+def _driver_complaint():
+    """Why Playwright's driver does not start; None where it does.
+
+    It is a program that wants a library which a small Debian does not have (libatomic1).
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "playwright", "--version"], capture_output=True, text=True
+    )
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else None
 
 
 class Tabs:

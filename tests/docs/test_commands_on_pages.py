@@ -7,6 +7,7 @@ test installs what is built) and fixed ports, in whose place are ports of the sy
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ([\w.]+\.(?:py|yaml))\n")
 PORTS = {"8080", "8321"}
 """Fixed ports on the pages, of ours."""
+NOT_EVERYWHERE = "curl", "git"
+"""Programs on the pages that a fresh Debian does not have."""
 
 PREAMBLE = """
 set -euo pipefail
@@ -105,6 +108,9 @@ class Typed:
         grpc, http, *others = free_ports(2 + len(PORTS))
         typed = [f"{text}settle\n" for kind, text in blocks(page) if kind == "sh"]
         assert typed, f"{page}: no block marked sh"
+        for program in NOT_EVERYWHERE:
+            if re.search(rf"\b{program} ", "".join(typed)) and not shutil.which(program):
+                pytest.skip(f"{page} needs {program}, which is not here")
         script = PREAMBLE + "".join(typed)
         for port, instead in zip(sorted(PORTS), others, strict=True):
             script = script.replace(f"127.0.0.1:{port}", f"127.0.0.1:{instead}")
