@@ -1,6 +1,8 @@
 """What surrounds the code: workflows, hooks, changelog, citation, policy say what is so."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -107,3 +109,26 @@ def test_the_security_policy_leads_to_what_is_defended():
     for page in re.findall(r"\]\(([\w/.]+)\)", policy):
         assert (ROOT / page).exists()
     assert "docs/security.md" in policy
+
+
+WITHOUT_ENSUREPIP = """#!/bin/sh
+case "$2" in
+venv) mkdir -p .venv/bin; cp "$0" .venv/bin/python; test -e ensurepip && cp "$0" .venv/bin/pip ;;
+pip) test -e .venv/bin/pip ;;
+esac
+"""
+"""Stands in for Debian's Python, which leaves half an environment where python3-venv is missing."""
+
+
+def test_make_finishes_the_half_environment_of_a_python_without_venv(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python3"
+    python.write_text(WITHOUT_ENSUREPIP)
+    python.chmod(0o755)
+    command = ["make", ".venv/.ready", f"PYTHON={python}"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2
+    assert (tmp_path / ".venv" / "bin" / "python").exists()
+    (tmp_path / "ensurepip").touch()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
