@@ -113,11 +113,13 @@ def test_the_security_policy_leads_to_what_is_defended():
 
 WITHOUT_ENSUREPIP = """#!/bin/sh
 case "$2" in
-venv) mkdir -p .venv/bin; cp "$0" .venv/bin/python; test -e ensurepip && cp "$0" .venv/bin/pip ;;
+venv)
+  mkdir -p .venv/bin; cp "$0" .venv/bin/python
+  test -e ensurepip && cp "$0" .venv/bin/pip ;;
 pip) test -e .venv/bin/pip ;;
 esac
 """
-"""Stands in for Debian's Python, which leaves half an environment where python3-venv is missing."""
+"""Stands in for Debian's Python, which makes half an environment without python3-venv."""
 
 
 def test_make_finishes_the_half_environment_of_a_python_without_venv(tmp_path):

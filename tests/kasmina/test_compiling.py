@@ -69,8 +69,8 @@ os.nice = lambda steps: 0
 from esper_otel.kasmina.compile_child import main
 main()
 """
-"""The child with the priority of a test: on a machine whose processors others want as well, what
-comes after everybody takes minutes to import torch."""
+"""The child with the priority of a test: on a machine whose processors others want as well,
+what comes after everybody takes minutes to import torch."""
 
 
 @pytest.fixture(scope="module")
