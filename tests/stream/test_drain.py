@@ -8,7 +8,7 @@ import pytest
 from esper_otel.leyline.decisions import Severity
 from esper_otel.leyline.endings import HowEnded, RunEnd
 from esper_otel.leyline.events import Event
-from esper_otel.leyline.frames import StepFrame
+from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.stream import drain as drain_module
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.drain import PATIENT_TICKS, Drain
@@ -43,6 +43,9 @@ def test_it_sleeps_while_nothing_comes_and_takes_what_does(receiver, open_stream
     until(lambda: stream._bell.is_awaited)
     stream.event(Event("e", time.time_ns(), Severity.NORMAL, "t", {}))
     until(lambda: receiver.inbox.attempts["/v1/logs"] > 0)
+    until(lambda: stream._bell.is_awaited)
+    stream.timeline(StepTimeline(1, 1, 9, []))
+    until(lambda: receiver.inbox.spans())
     until(lambda: stream._bell.is_awaited)
     report = stream.close()
     assert report.metrics.delivered == report.metrics.produced > 0
