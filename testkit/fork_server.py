@@ -28,6 +28,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from testkit.patience import PATIENCE_S
+
 ROOT = str(Path(__file__).parent.parent)
 COMMON = "torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"
 """What most scripts of tests import; scikit-learn, which the examples need, if it is here."""
@@ -40,9 +42,6 @@ OF_TAMIYO = (
     "testkit.forked_children",
 )
 """What a sidecar imports, and what has its children be forks as well."""
-
-PATIENCE_S = 280.0
-"""With a command: less than a test has, so that it names the command that does not end."""
 
 LARGEST = 200_000
 """Bytes of a request: a command, and an environment."""

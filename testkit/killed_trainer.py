@@ -24,6 +24,7 @@ from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream, read_frames
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.spool_files import spool_files_in
+from testkit.patience import PATIENCE_S
 
 RUN = "killed"
 METRICS = 24
@@ -54,7 +55,7 @@ class Trainer:
 
     def finish(self) -> str:
         """Wait for its end; what it has printed since."""
-        return self._process.communicate(timeout=120)[0]
+        return self._process.communicate(timeout=PATIENCE_S)[0]
 
     def told(self) -> dict[int, int]:
         """The steps that it has handed over, and when (Unix, ns)."""

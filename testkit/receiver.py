@@ -38,6 +38,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from esper_otel.stream.destination import Signal
 from esper_otel.stream.recording import Recording
+from testkit.patience import PATIENCE_S
 
 METRICS, TRACES, LOGS = "/v1/metrics", "/v1/traces", "/v1/logs"
 STEP = "tolaria.step"
@@ -319,7 +320,7 @@ class ReceiverProcess:
             text=True,
         )
         output = self._process.stdout
-        if output is None or not select.select([output], [], [], 30)[0]:
+        if output is None or not select.select([output], [], [], PATIENCE_S)[0]:
             raise RuntimeError("the receiver did not start within 30 s")
         word, _, port = output.readline().partition(" ")
         if word != "ready":
@@ -328,7 +329,7 @@ class ReceiverProcess:
 
     def counts(self) -> dict[str, Any]:
         """What came since it was started last."""
-        with urllib.request.urlopen(f"{self.url}/counts", timeout=60) as response:
+        with urllib.request.urlopen(f"{self.url}/counts", timeout=PATIENCE_S) as response:
             counts: dict[str, Any] = json.load(response)
         return counts
 

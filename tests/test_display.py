@@ -18,6 +18,7 @@ from esper_otel.leyline.frames import StepTimeline, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.stream.decision_marks import MOST
 from esper_otel.stream.totals import RunTotals
+from testkit.patience import PATIENCE_S
 
 HOSTILE = "<script>alert(1)</script>\"'\u202e"
 
@@ -154,14 +155,14 @@ def displaying():
 def test_a_cell_is_renewed_until_the_run_is_over(cell):
     run = FakeRun(totals_of([2.0, 1.0]))
     run._ipython_display_()
-    assert cell.shown.get(timeout=10) == run._repr_html_()
+    assert cell.shown.get(timeout=PATIENCE_S) == run._repr_html_()
     run._stream.totals = totals_of([2.0, 1.0, 0.5])
-    assert "3 steps" in cell.shown.get(timeout=10)
+    assert "3 steps" in cell.shown.get(timeout=PATIENCE_S)
     run._stream.totals = totals_of([2.0] * 7)
     run._finished = True
-    assert "7 steps" in cell.shown.get(timeout=10)
+    assert "7 steps" in cell.shown.get(timeout=PATIENCE_S)
     for thread in displaying():
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert displaying() == []
 
 
@@ -175,5 +176,5 @@ def test_a_cell_that_is_gone_or_a_run_that_is_ends_it(cell, monkeypatch):
     other._ipython_display_()
     del other
     for thread in displaying():
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert displaying() == []

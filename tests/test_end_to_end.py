@@ -14,6 +14,7 @@ import pytest
 from esper_otel.stream import read_frames
 from sidecar.running import is_alive, sidecar, until
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 from testkit.receiver import HttpReceiver
 
 torch = pytest.importorskip("torch")
@@ -64,7 +65,7 @@ def environment(tmp_path, **more):
 
 
 def run(command, env):
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -267,12 +268,12 @@ def test_the_demo_runs_and_tells_what_was_decided(tmp_path):
 
 def test_ctrl_c_ends_the_demo_and_all_it_started(tmp_path):
     with demo(tmp_path, "--epochs", "600", start_new_session=True) as process:
-        until(lambda: list((tmp_path / "recordings").glob("*/*.metrics.otlp")), 60)
+        until(lambda: list((tmp_path / "recordings").glob("*/*.metrics.otlp")))
         started = children_of(process.pid)
         try:
             assert len(started) >= 3, "sidecar, its receiver and the trainer"
             os.killpg(process.pid, signal.SIGINT)
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=PATIENCE_S)
             assert process.returncode == 130
             assert "Traceback" not in output
             until(lambda: not any(map(is_alive, started)))

@@ -20,7 +20,7 @@ from testkit.torchrun_ranks import torchrun_ranks
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parent.parent
 ESPER = [str(Path(sys.executable).with_name("esper-otel")), "run"]

@@ -11,6 +11,7 @@ import pytest
 
 from esper_otel.finalization import FinalizingError, ShutdownGuard
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 
 
 def ends_with(script: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +69,7 @@ IN_A_CHILD = """
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
     script = textwrap.dedent(IN_A_CHILD)
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=PATIENCE_S).returncode == 0
 
 
 A_BUSY_FETCH = """

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from testkit.patience import PATIENCE_S
+
 SCRIPT = """
 import ctypes, json, os, threading, warnings
 import esper_otel
@@ -57,7 +59,7 @@ def test_a_fork_is_warned_of_for_the_threads_of_others_alone(tmp_path):
         env=clean | {"ESPER_SPOOL_DIR": str(tmp_path / "spool")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     told, threads = json.loads(done.stdout)

@@ -11,6 +11,7 @@ from esper_otel.goodbye import leave_exits, watch_exits
 from esper_otel.leyline.endings import HowEnded, RunEnd, end_by, end_by_status, run_end
 from sidecar.running import sidecar, until
 from sidecar.running import tamiyo as command
+from testkit.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def play(tamiyo, tmp_path, name, script, way):
     path = tmp_path / "script.py"
     path.write_text(HEAD + script)
     return subprocess.run(
-        [sys.executable, str(path)], env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, str(path)], env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

@@ -20,6 +20,7 @@ from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
 from esper_tamiyo.replaying.recordings import RecordedRuns
 from sidecar.running import sidecar, until
+from testkit.patience import PATIENCE_S
 from testkit.receiver import HttpReceiver
 
 TABLE = """
@@ -126,7 +127,7 @@ def script(tmp_path, *arguments, **variables):
         env={**os.environ, "ESPER_RECORD": "true", "ESPER_RUN_ID": "one", **variables},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
     )
 
 

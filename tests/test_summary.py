@@ -20,6 +20,7 @@ from esper_otel.stream.totals import MOST_TOTALS, RunTotals, shortened
 from esper_otel.summary import summary_of, tell_summary
 from esper_otel.tolaria.restoring import SnapshotReport
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 
 ESPER = str(Path(sys.executable).with_name("esper-otel"))
 
@@ -320,7 +321,7 @@ def prepared(tmp_path, script):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     env = clean | {"ESPER_SPOOL_DIR": str(tmp_path), "OTEL_METRICS_EXPORTER": "none"}
     env |= {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none", "ESPER_MODE": "off"}
-    return {"cwd": tmp_path, "env": env, "timeout": 100}
+    return {"cwd": tmp_path, "env": env, "timeout": PATIENCE_S}
 
 
 def run(tmp_path, *options, steps=5):

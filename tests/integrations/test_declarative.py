@@ -10,6 +10,7 @@ import pytest
 
 from esper_otel.stream import read_frames
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 
 pytest.importorskip("torch")
 pytest.importorskip("opentelemetry.configuration", exc_type=ImportError)
@@ -46,7 +47,7 @@ def configured(tmp_path, run, more=""):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
     quiet = {f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")}
     command = [sys.executable, "train.py"]
-    return run(command, cwd=tmp_path, env=clean | quiet, timeout=100)
+    return run(command, cwd=tmp_path, env=clean | quiet, timeout=PATIENCE_S)
 
 
 def steps(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from esper_otel.stream import read_frames
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 
 pytest.importorskip("torch")
 
@@ -57,7 +58,7 @@ def start(tmp_path):
             "ESPER_SPAM": "1",
             "OMP_NUM_THREADS": "1",
         }
-        where = {"cwd": tmp_path, "env": clean | quiet | own | more, "timeout": 100}
+        where = {"cwd": tmp_path, "env": clean | quiet | own | more, "timeout": PATIENCE_S}
         if is_forked:
             return fork_server().run(command, **where)
         return subprocess.run(command, capture_output=True, text=True, **where)

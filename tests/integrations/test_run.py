@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import esper_otel
+from testkit.patience import PATIENCE_S
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
 CLEAN["ESPER_SUMMARY"] = "off"
@@ -19,7 +20,7 @@ ESPER = [str(Path(sys.executable).parent / "esper-otel")]
 
 def run(command, *, cwd, env=CLEAN, **options):
     return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, **options
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S, **options
     )
 
 
@@ -117,7 +118,7 @@ def test_signals_end_it_as_they_end_python(script, tmp_path, number):
             try:
                 assert process.stdout.readline() == "up\n"
                 process.send_signal(number)
-                _, errors = process.communicate(timeout=30)
+                _, errors = process.communicate(timeout=PATIENCE_S)
             finally:
                 process.kill()
         seen.append((process.returncode, errors))

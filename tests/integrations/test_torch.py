@@ -18,6 +18,7 @@ from esper_otel import loop  # noqa: E402
 from esper_otel.integrations import watch as watching  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
+from testkit.patience import PATIENCE_S  # noqa: E402
 
 REQUIRED = {
     "step",
@@ -394,7 +395,7 @@ def test_of_several_times_before_torch_is_imported_the_last_holds(tmp_path):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
     )
     assert (done.returncode, done.stdout) == (0, "second\nFalse\n"), done.stderr
     assert "transformers.trainer could not be instrumented" in done.stderr

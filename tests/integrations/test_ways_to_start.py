@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from testkit.patience import PATIENCE_S
+
 BIN = Path(sys.executable).parent
 PAGE = Path(__file__).parents[2] / "docs" / "starting.md"
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
@@ -134,7 +136,7 @@ def started(folder, way):
         input=(folder / stdin).read_text() if stdin else "",
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
     )
     seen = folder / "seen"
     told = seen.read_text().split() if seen.exists() else []

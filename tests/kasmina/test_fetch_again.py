@@ -13,6 +13,7 @@ from esper_otel.kasmina import blueprints
 from esper_otel.kasmina.kernels import KernelFetcher
 from esper_otel.leyline import events
 from esper_otel.leyline.stages import Stage
+from testkit.patience import PATIENCE_S
 
 
 class Workshop:
@@ -61,7 +62,7 @@ def planted(monkeypatch):
 
 
 def until(condition):
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)

@@ -27,6 +27,7 @@ from esper_otel.leyline.decisions import (
 )
 from esper_otel.leyline.metrics import SEED_KEYS
 from esper_otel.leyline.stages import IllegalTransitionError, Stage
+from testkit.patience import PATIENCE_S
 
 LIFE = ["germinate", "train", "blend", "shadow", "probate", "fossilize"]
 AUTONOMOUS = {"growth": "autonomous"}
@@ -654,7 +655,7 @@ def test_no_thread_outlives_its_garden(end):
         gc.collect()
     else:
         getattr(garden, end)()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while set(threading.enumerate()) - before:
         assert time.monotonic() < deadline
         time.sleep(0.001)

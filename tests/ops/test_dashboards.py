@@ -17,6 +17,7 @@ from ops.generate.dashboards.panels import UNITS
 from ops.generate.dashboards.queries import RISING_STEPS
 from ops.generate.prometheus_names import prometheus_name, series_name
 from ops.stack.programs import PROMETHEUS, MissingError, find
+from testkit.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 PROVISIONING = ROOT / "docker" / "grafana" / "provisioning"
@@ -167,7 +168,7 @@ def test_steps_that_are_an_axis_rise_even_where_nothing_new_comes(tmp_path):
     path = tmp_path / "axis.yaml"
     path.write_text(json.dumps({"evaluation_interval": "5s", "tests": [test]}))
     done = subprocess.run(
-        [promtool, "test", "rules", path], capture_output=True, text=True, timeout=60
+        [promtool, "test", "rules", path], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

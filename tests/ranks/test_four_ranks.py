@@ -22,6 +22,7 @@ from esper_otel.leyline.trace_ids import STEP_SPAN
 from esper_otel.settings import EsperSettings
 from sidecar.running import sidecar
 from testkit.fork_server import Forked, fork_server
+from testkit.patience import PATIENCE_S
 from testkit.receiver import METRICS, HttpReceiver
 from testkit.torchrun_ranks import torchrun_ranks
 
@@ -34,7 +35,7 @@ from ranks.four_ranks import (
     SLOW_STEPS,
 )
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "four_ranks.py")
@@ -42,7 +43,6 @@ RANKS = range(4)
 STEPS = 120
 UNTOUCHED = 50
 """Steps of the bare run; the table decides nothing before the 56th."""
-LONG_S = 150.0
 
 Point = dict[str, float]
 
@@ -77,7 +77,7 @@ def start(folder: Path, *words: str, envs: list[dict[str, str]]) -> list[Forked]
 def ended(processes: list[Forked], folder: Path) -> list[dict[str, Any]]:
     """What the ranks have left, once all have ended well."""
     try:
-        statuses = {process.wait(LONG_S) for process in processes}
+        statuses = {process.wait(PATIENCE_S) for process in processes}
     finally:
         for process in processes:
             process.kill()
@@ -126,7 +126,7 @@ def watched(tmp_path_factory) -> Told:
 
 def waits_for(processes: list[Forked], folder: Path, word: str) -> None:
     """Until rank 0 waits for the test to have done what ``word`` says."""
-    deadline = time.monotonic() + LONG_S
+    deadline = time.monotonic() + PATIENCE_S
     try:
         while not (folder / f"to be {word}").exists():
             assert {each.poll() for each in processes} == {None}, (folder / "said").read_text()

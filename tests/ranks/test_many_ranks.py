@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(600)]
 
 RANK = Path(__file__).with_name("one_rank.py")
-LONG_S = 240
 BOTH = [["1", "3"]] * 2
 
 GROWING = {
@@ -80,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
     environ["PYTHONPATH"] = os.pathsep.join([str(RANK.parents[1]), *filter(None, sys.path)])
     pairs = {name: list(scenarios.values()) for name, scenarios in PAIRS.items()}
     command = [sys.executable, RANK, json.dumps({"folder": str(folder), "pairs": pairs})]
-    done = fork_server().run(command, env=environ, timeout=LONG_S)
+    done = fork_server().run(command, env=environ, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 from ranks.restored_ranks import ASKED
 
 from testkit.fork_server import fork_server
+from testkit.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(200)]
 
@@ -32,7 +33,7 @@ def ranks(folder: Path, *words: str) -> list[dict[str, Any]]:
     ours |= {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
     ours["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), clean.get("PYTHONPATH", "")])
     command = [sys.executable, str(SCRIPT), str(folder), *words]
-    done = fork_server().run(command, env=clean | ours, timeout=150)
+    done = fork_server().run(command, env=clean | ours, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -15,6 +15,7 @@ from esper_otel.settings import EsperSettings
 from esper_otel.stream import StreamReport
 from esper_otel.summary import Summary
 from report.made import frames, recorded
+from testkit.patience import PATIENCE_S
 from testkit.report_data import unpacked
 
 SCRIPT = """
@@ -42,7 +43,7 @@ def run_script(tmp_path, *command, **variables):
         env=clean | ours | variables,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
     )
 
 

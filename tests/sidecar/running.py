@@ -25,11 +25,9 @@ from esper_otel.leyline.wire import (
     encode,
 )
 from testkit.fork_server import tamiyo_server
+from testkit.patience import PATIENCE_S
 
 TAMIYO = str(Path(sys.executable).with_name("tamiyo"))
-PATIENCE_S = 60.0
-"""Of no test's time but one that fails: a busy machine is slow, and that is no failure."""
-
 IS_MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
 """Coverage is measured of processes that start, and of no forks."""
 

@@ -24,6 +24,7 @@ from esper_tamiyo.child_process import (
     raise_descriptor_limit,
 )
 from sidecar.running import is_alive, until
+from testkit.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -73,8 +74,11 @@ def test_a_start_that_fails_is_tried_ever_later_though_the_last_process_lived_lo
 class TableWatch(ChildProcess):
     """The process that watches a table's file."""
 
+    made = []
+
     def __init__(self):
         super().__init__("esper_tamiyo.serving.table_watch", 10.0, "table watch")
+        self.made.append(self)
 
     def start(self):
         return self._launch(["default", "another version"])  # so it tells of the one it finds
@@ -86,9 +90,17 @@ class TableWatch(ChildProcess):
         """Wait until it says something."""
         with select.epoll() as epoll:
             epoll.register(self.pipe, select.EPOLLIN)
-            assert epoll.poll(15.0)
+            assert epoll.poll(PATIENCE_S)
         assert self.pipe.recv(100_000)
         self.pulse.heard()
+
+
+@pytest.fixture(autouse=True)
+def _no_child_is_left():
+    """Also where a test fails, or the tests behind it fail of what it has left."""
+    yield
+    while TableWatch.made:
+        TableWatch.made.pop().close()
 
 
 def test_a_child_is_heard_through_its_pipe_and_ends_with_it():
@@ -98,7 +110,7 @@ def test_a_child_is_heard_through_its_pipe_and_ends_with_it():
         assert (child.pipe, child.pid, child.restarts) == (None, None, 0)
         for start in range(2):
             pipe = child.start()
-            ((fd, _),) = epoll.poll(15.0)
+            ((fd, _),) = epoll.poll(PATIENCE_S)
             assert child.has_pipe(fd)
             assert pipe.recv(100)
             assert (child.restarts, child.due_in()) == (start, None)

@@ -18,6 +18,7 @@ from esper_tamiyo.receiving.connections import (
 )
 from esper_tamiyo.receiving.grpc_receiver import ReadingPlaces
 from esper_tamiyo.receiving.ingest import connection_limits
+from testkit.patience import PATIENCE_S
 
 
 class Peer:
@@ -129,7 +130,7 @@ def test_without_descriptors_it_waits_and_is_told_once(monkeypatch, caplog):
             assert not silent.open, "the silent one goes for it"
             assert watched.told("accepts_failed") == 2
             acceptor._listening = listening
-            await asyncio.wait_for(opened.wait(), 10)
+            await asyncio.wait_for(opened.wait(), PATIENCE_S)
         acceptor.stop()
 
     asyncio.run(run())
@@ -141,13 +142,13 @@ def test_a_call_that_does_not_end_makes_room_for_one_that_waits():
         places = ReadingPlaces(2)
         first, second = await places.occupy(), await places.occupy()
         waiting = asyncio.create_task(places.occupy())
-        await asyncio.wait_for(first, 10)
+        await asyncio.wait_for(first, PATIENCE_S)
         assert not waiting.done()
         places.free(first)
-        third = await asyncio.wait_for(waiting, 10)
+        third = await asyncio.wait_for(waiting, PATIENCE_S)
         places.free(second)
         places.free(third)
-        await asyncio.wait_for(places.occupy(), 10)
+        await asyncio.wait_for(places.occupy(), PATIENCE_S)
 
     asyncio.run(run())
 
@@ -162,6 +163,6 @@ def test_who_finds_no_place_in_time_does_not_wait_for_ever(monkeypatch):
         with pytest.raises(TimeoutError):
             await places.occupy()
         places.free(reader)
-        await asyncio.wait_for(places.occupy(), 10)
+        await asyncio.wait_for(places.occupy(), PATIENCE_S)
 
     asyncio.run(run())

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from esper_tamiyo.journaling.journal import default_folder
+from testkit.patience import PATIENCE_S
 
 
 def tamiyo(*arguments, **environ):
@@ -15,7 +16,7 @@ def tamiyo(*arguments, **environ):
         [sys.executable, "-m", "esper_tamiyo.cli", *arguments],
         env={**os.environ, **environ},
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 
@@ -52,5 +53,5 @@ def test_output_that_is_not_utf_8_ends_no_command(tmp_path, encoding):
 
 def test_with_standard_error_closed_output_has_what_is_output():
     shell = f"exec {sys.executable} -m esper_tamiyo.cli ask --socket /nowhere 2>&-"
-    done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=60)
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (1, b"")

@@ -12,6 +12,7 @@ from esper_tamiyo.receiving.grpc_receiver import GrpcReceiver
 from esper_tamiyo.receiving.intake import Intake
 from sidecar.frames_made import frame, otlp_of
 from testkit.half_calls import EXPORT
+from testkit.patience import PATIENCE_S
 
 
 class EndedPipe:
@@ -35,7 +36,7 @@ async def code_of(intake):
         async with grpc.aio.insecure_channel(str(address)) as channel:
             call = channel.unary_unary(EXPORT.decode())
             with pytest.raises(grpc.RpcError) as caught:
-                await call(otlp_of(frame(1)).SerializeToString(), timeout=10)
+                await call(otlp_of(frame(1)).SerializeToString(), timeout=PATIENCE_S)
             return caught.value.code()
     finally:
         await receiver.stop(0)

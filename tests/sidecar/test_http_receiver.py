@@ -13,6 +13,7 @@ from esper_tamiyo.receiving.http_receiver import HttpReceiver
 from esper_tamiyo.receiving.intake import Intake
 from sidecar.frames_made import frame, otlp_of
 from sidecar.test_intake import Pipe
+from testkit.patience import PATIENCE_S
 
 HEAD = b"POST /v1/metrics HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\n"
 
@@ -48,7 +49,7 @@ class Receiver:
 
 async def answer(reader):
     try:
-        line = await asyncio.wait_for(reader.readline(), 10)
+        line = await asyncio.wait_for(reader.readline(), PATIENCE_S)
     except ConnectionResetError:
         return 0
     return int(line.split()[1]) if line else 0

@@ -32,6 +32,7 @@ from esper_tamiyo.language.table_file import load
 from sidecar.entries_made import decided
 from sidecar.frames_made import frame
 from sidecar.running import TAMIYO, is_alive, sidecar, tamiyo, until
+from testkit.patience import PATIENCE_S
 
 SPIKE = {"loss_delta": 0.5, "loss": 1.0}
 
@@ -179,7 +180,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_answers_go_on(tmp_path
         until(lambda: status_of(path)["uptime_s"] > 3)
     finally:
         process.terminate()
-        _, stderr = process.communicate(timeout=15)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert stderr.count("the journal cannot be written") == 1
     assert blocked.read_text() == "mine"
@@ -213,7 +214,7 @@ def test_mistakes_at_the_start(tmp_path, arguments, message):
 def asked(address, path):
     """(status, body) of a question after our health."""
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -372,7 +373,7 @@ def test_following_the_journal_of_a_running_sidecar_across_its_files(tmp_path):
                 "journal-000003.jsonl"
             ]
             follower.send_signal(signal.SIGINT)
-            assert follower.wait(10) == 130
+            assert follower.wait(PATIENCE_S) == 130
         finally:
             follower.kill()
             follower.communicate()

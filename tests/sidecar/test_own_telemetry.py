@@ -20,6 +20,7 @@ from esper_tamiyo.journaling.own_telemetry import endpoint_of, make_span
 from esper_tamiyo.receiving.pipe import IngestCounts
 from sidecar.entries_made import decided
 from sidecar.running import sidecar, until
+from testkit.patience import PATIENCE_S
 from testkit.receiver import METRICS, TRACES, HttpReceiver
 
 TRAINER = """
@@ -96,7 +97,7 @@ def test_one_trace_holds_the_step_of_both_ranks_and_the_decisions_about_it(
             )
             for rank in (0, 1)
         ]
-        assert [trainer.wait(60) for trainer in trainers] == [0, 0]
+        assert [trainer.wait(PATIENCE_S) for trainer in trainers] == [0, 0]
     spans = [
         (service, rank, span)
         for service, rank, span in spans_by_service(receiver)
@@ -294,7 +295,7 @@ def test_a_collector_that_is_not_there_holds_up_nothing(tmp_path, environment):
                 client.ask(step, loss_delta=0.5)
         process = running.process
         process.terminate()
-        assert process.wait(10) == 0, "and its end is not held up either"
+        assert process.wait(60) == 0, "and its end is not held up either"
 
 
 def test_every_metric_is_named_alike():

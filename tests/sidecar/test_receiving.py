@@ -57,7 +57,7 @@ def export(running, data, **options):
             request_serializer=None,
             response_deserializer=None,
         )
-        return call(data, timeout=10, **options)
+        return call(data, timeout=PATIENCE_S, **options)
 
 
 def judged(running, run):
@@ -91,7 +91,7 @@ def test_grpc(shared, compression):
     run = f"grpc-{compression.name}"
     with grpc.insecure_channel(shared.words["otlp_grpc"]) as channel:
         answer = MetricsServiceStub(channel).Export(
-            spike(run), timeout=10, compression=compression
+            spike(run), timeout=PATIENCE_S, compression=compression
         )
     assert answer == ExportMetricsServiceResponse()
     assert judged(shared, run).reason == "loss_spike"
@@ -169,7 +169,7 @@ def test_traces_are_not_implemented(shared):
         grpc.insecure_channel(shared.words["otlp_grpc"]) as channel,
         pytest.raises(grpc.RpcError) as caught,
     ):
-        TraceServiceStub(channel).Export(ExportTraceServiceRequest(), timeout=10)
+        TraceServiceStub(channel).Export(ExportTraceServiceRequest(), timeout=PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

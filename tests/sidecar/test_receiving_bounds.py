@@ -23,6 +23,7 @@ from sidecar.frames_made import frame, otlp_of
 from sidecar.running import is_alive, sidecar, tamiyo, until
 from sidecar.test_receiving import PROTOBUF, export, post
 from testkit.half_calls import HalfCalls
+from testkit.patience import PATIENCE_S
 
 ROOM = MAX_REQUEST - 200
 
@@ -105,7 +106,7 @@ def test_bodies_that_lack_a_byte_are_held_within_the_limit(attacked):
     open_ones = []
     try:
         for _ in range(60):
-            one = socket.create_connection((host, int(port)), timeout=10)
+            one = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
             one.sendall(request)
             open_ones.append(one)
         assert is_well(attacked, "beside bodies")
@@ -165,7 +166,7 @@ def test_whole_requests_of_many_at_once_are_taken_or_told_to_come_again(attacked
     statuses = []
 
     def send():
-        connection = HTTPConnection(attacked.words["otlp_http"], timeout=60)
+        connection = HTTPConnection(attacked.words["otlp_http"], timeout=PATIENCE_S)
         connection.request("POST", "/v1/metrics", data, {"Content-Type": PROTOBUF})
         statuses.append(connection.getresponse().status)
         connection.close()

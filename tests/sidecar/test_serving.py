@@ -29,6 +29,7 @@ from esper_otel.leyline.wire import (
 from esper_tamiyo.commands import print_json
 from esper_tamiyo.serving.connection import MAX_BACKLOG
 from sidecar.running import TAMIYO, Client, is_alive, sidecar, tamiyo, until
+from testkit.patience import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +347,7 @@ def test_it_ends_cleanly(tmp_path, number):
             client.hello()
             running.process.send_signal(number)
             assert client.receive() is None
-        assert running.process.wait(10) == 0
+        assert running.process.wait(PATIENCE_S) == 0
         assert not path.exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
 from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
+from testkit.patience import PATIENCE_S
 
 START_NS = 1_790_000_000_000_000_000
 
@@ -21,7 +22,7 @@ def wait_until() -> Callable[[Callable[[], object]], None]:
     """Poll a condition until it is true, 60 s at most."""
 
     def wait(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError("not within 60 s")

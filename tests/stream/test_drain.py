@@ -16,6 +16,7 @@ from esper_otel.stream.ring import Doorbell
 from esper_otel.stream.spool import Spool
 from esper_otel.stream.spool_files import Keeper
 from esper_otel.stream.stream import Stream
+from testkit.patience import PATIENCE_S
 from testkit.receiver import HttpReceiver
 
 
@@ -25,7 +26,7 @@ def receiver():
         yield started
 
 
-def until(happened, timeout_s=30.0):
+def until(happened, timeout_s=PATIENCE_S):
     """Wait for something that threads do."""
     end = time.monotonic() + timeout_s
     while not happened():

@@ -10,6 +10,7 @@ import sys
 from esper_otel.leyline.metrics import BY_INSTRUMENT
 from esper_otel.stream import gauges
 from esper_otel.stream.ring import FrameRing
+from testkit.patience import PATIENCE_S
 
 SCRIPT = """
 import json
@@ -73,7 +74,7 @@ def test_a_reader_sees_the_latest_frame():
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     before, both, one, closed, again = json.loads(finished.stdout)
     assert before == {}

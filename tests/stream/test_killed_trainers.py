@@ -11,6 +11,7 @@ import pytest
 
 from esper_otel.stream import resend
 from testkit.killed_trainer import Trainer, steps_in
+from testkit.patience import PATIENCE_S
 from testkit.receiver import HttpReceiver
 
 NOBODY = "http://127.0.0.1:9"
@@ -112,6 +113,6 @@ print(len(stream.close(0.0).files))
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.stdout == "1\n", done.stderr

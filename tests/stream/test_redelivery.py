@@ -18,6 +18,7 @@ from esper_otel.stream import read_recording, resend
 from esper_otel.stream.over_http import HttpTransport
 from esper_otel.stream.recording import framed
 from esper_otel.stream.redelivery import ATTEMPTS
+from testkit.patience import PATIENCE_S
 from testkit.receiver import METRICS, Answer, HttpReceiver
 
 
@@ -188,7 +189,7 @@ def test_files_of_a_living_process_are_left_to_it(open_stream, row, wait_until, 
         env=os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": http.url},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1
     assert "another process uses it" in done.stderr
@@ -206,11 +207,15 @@ def test_files_of_a_living_process_are_left_to_it(open_stream, row, wait_until, 
 def test_a_folder_stands_for_the_spool_files_in_it(left, http):
     command = [sys.executable, "-m", "esper_otel", "resend", str(left[0].parent)]
     environ = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": http.url}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 2
     assert http.inbox.steps() == dict.fromkeys(range(30), 1)
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert (done.returncode, done.stdout) == (0, f"{left[0].parent}: nothing to deliver\n")
 
 

@@ -20,6 +20,7 @@ from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.trace_ids import span_id, trace_id
 from esper_otel.stream.providers import Tracers, trainer_resource
 from esper_otel.stream.spans import emit_spans
+from testkit.patience import PATIENCE_S
 from testkit.receiver import HttpReceiver
 
 PHASES = [
@@ -271,7 +272,7 @@ print(json.dumps({
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     assert json.loads(finished.stdout) == {
         "names": ["train.forward", "train.step", "mine"],

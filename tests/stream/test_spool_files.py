@@ -28,6 +28,7 @@ from esper_otel.stream.spool_files import (
     resend_words,
     spool_files_in,
 )
+from testkit.patience import PATIENCE_S
 
 M, T = Signal.METRICS, Signal.TRACES
 
@@ -305,7 +306,7 @@ def test_a_disk_that_hangs_holds_up_nobody(keeper, monkeypatch):
     monkeypatch.setattr(SpoolFiles, "write", hang)
     monkeypatch.setattr("esper_otel.stream.spool_files.PATIENCE_S", 0.05)
     keeper.look()
-    assert hangs.wait(10)
+    assert hangs.wait(PATIENCE_S)
     spool.put(M, b"2", 1)
     group = spool.next_group(M)
     spool.deliver(group)

@@ -23,6 +23,7 @@ from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.stream import Stream, read_frames, read_recording
 from esper_otel.stream.stream import MAX_TIMELINES
+from testkit.patience import PATIENCE_S
 from testkit.receiver import METRICS, Answer, HttpReceiver
 
 TIMELINE = StepTimeline(1, 1_000, 9_000, [("train.forward", 2_000, 3_000)])
@@ -336,7 +337,7 @@ def test_closing_leaves_no_thread_and_no_file_behind(protocol, open_stream, row)
             run()
         gc.collect()
         ours = [thread for thread in threading.enumerate() if "esper" in thread.name]
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE_S
         # The receiver notices closed connections a moment later.
         while descriptors() > before + 1 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -387,7 +388,7 @@ print(json.dumps([os.waitstatus_to_exitcode(status), report.metrics.delivered]))
             },
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=PATIENCE_S,
         )
         assert finished.stdout, finished.stderr
         assert json.loads(finished.stdout) == [0, 2 * len(STEP_KEYS)]
@@ -443,12 +444,16 @@ print("closed", flush=True)
 """
     with subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": black_hole},
+        env={
+            **os.environ,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": black_hole,
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "1000",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     ) as process:
-        assert select.select([process.stdout], [], [], 20)[0]
+        assert select.select([process.stdout], [], [], PATIENCE_S)[0]
         assert process.stdout.readline() == "closed\n"
-        assert process.wait(timeout=3) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
     assert len(list(tmp_path.iterdir())) == 1

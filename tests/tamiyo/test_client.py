@@ -30,6 +30,7 @@ from esper_otel.tamiyo import connection as connection_module
 from esper_otel.tamiyo.breaker import State
 from esper_otel.tamiyo.client import TamiyoClient
 from tamiyo.fake_sidecar import FakeSidecar, answer
+from testkit.patience import PATIENCE_S
 
 GENEROUS_MS = 2000.0
 
@@ -192,7 +193,7 @@ def test_it_recovers_when_the_cool_down_has_passed(path, monkeypatch, caplog):
         client.close()
 
 
-def until(condition, patience_s=10.0):
+def until(condition, patience_s=PATIENCE_S):
     """Poll ``condition`` until it is true; fail when it does not become so."""
     deadline = time.monotonic() + patience_s
     while not (found := condition()):

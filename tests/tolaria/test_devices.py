@@ -20,6 +20,7 @@ from esper_otel.tolaria.devices import (
     GpuUtilisation,
     default_probes,
 )
+from testkit.patience import PATIENCE_S
 
 
 class Clock:
@@ -53,7 +54,7 @@ class FakeProbe:
 CPU = FakeProbe("cpu", {"cpu_util_percent": 50.0})
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> bool:
     until = monotonic() + within_s
     while not condition():
         if monotonic() > until:
@@ -153,7 +154,7 @@ def test_a_probe_that_hangs_holds_up_nobody_and_makes_the_values_stale() -> None
         True, [CPU, Hanging("gpu", {}, {"x": 0.0})], interval_s=0.001, clock=clock
     )
     sampler.start()
-    assert hanging.wait(5)
+    assert hanging.wait(PATIENCE_S)
     assert sampler.latest == {"cpu_util_percent": 50.0}
     clock.now += 1.0
     assert sampler.latest == {}

@@ -14,8 +14,9 @@ import sys
 import termios
 import time
 
+from testkit.patience import PATIENCE_S
+
 ESPER = [sys.executable, "-m", "esper_otel"]
-PATIENCE_S = 60.0
 _CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])|\x1b[()][A-Z0-9]|\r|\n|[^\x1b\r\n]+")
 
 

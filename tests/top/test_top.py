@@ -12,6 +12,7 @@ from esper_otel.top.screen import time_between
 from report.made import frames, recorded
 from sidecar.frames_made import otlp_of
 from sidecar.running import sidecar
+from testkit.patience import PATIENCE_S
 from top.terminal import ESPER, Terminal
 
 COLOURS = {str(number) for number in (*range(30, 38), *range(40, 48), *range(90, 98))}
@@ -135,7 +136,11 @@ def test_of_a_sidecar_it_shows_steps_and_decisions_as_they_come_and_that_it_is_g
 
 def test_in_a_pipe_it_prints_one_picture_and_ends(folder):
     done = subprocess.run(
-        [*ESPER, "top", str(folder)], capture_output=True, text=True, timeout=60, check=True
+        [*ESPER, "top", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
     )
     assert "\x1b" not in done.stdout
     assert done.stdout.startswith(" run  rank 0 of 2  step 49")
