@@ -64,6 +64,61 @@ class RawReceiver:
                     self._ended.wait(PATIENCE_S)
 
 
+class FarAway:
+    """Passes connections on to ``port``, and waits half a second before it begins."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ended = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._serve, daemon=True)]
+
+    def __enter__(self) -> FarAway:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for each in (self._listener, *self._sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for each in (self._listener, *self._sockets):
+            each.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._sockets.append(near)
+                self._ended.wait(0.5)
+                far = socket.create_connection(("localhost", self._port))
+                self._sockets.append(far)
+                for ends in ((near, far), (far, near)):
+                    self._threads.append(threading.Thread(target=self._pass, args=ends))
+                    self._threads[-1].start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+
+
+def test_a_grpc_receiver_that_is_far_away_is_reached_at_the_first_attempt():
+    with GrpcReceiver() as receiver, FarAway(receiver.port) as far:
+        environ = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": far.url,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        }
+        transport = open_transport(destinations(environ)[Signal.METRICS])
+        outcome = transport.send(b"", PATIENCE_S)
+        transport.close()
+    assert outcome.verdict is Verdict.DELIVERED, outcome
+
+
 def drip(first: bytes, again: bytes, every_s: float = 0.02):
     """Sends ``first`` and then ``again`` for ever."""
 

@@ -33,8 +33,10 @@ _CHANNEL_OPTIONS = (
     # A channel doubles its own reconnection pause up to two minutes; a receiver that
     # comes back should be noticed within seconds.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # Whatever its name says, the time an attempt has to connect: TLS included, to a receiver
+    # that is far away or has no processor, and shorter than a request's 10 s.
+    ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
 _GRPC_RETRYABLE = frozenset(
