@@ -85,11 +85,15 @@ def all_commands(parser: CommandParser) -> Iterator[CommandParser]:
 def _script(parser: CommandParser, shell: str) -> str:
     if "run" in parser.commands:  # what it is to run is no argument that argparse sees
         parser.commands["run"].add_argument("script", nargs="*", type=Path)
+    here = str(default_socket_path())
     for each in all_commands(parser):
         for action in each._actions:
+            # Now and not in the script, where it may be escaped: whose is generated, root's or
+            # anybody's, is the same.
+            action.help = action.help and action.help.replace(here, SOCKET)
             if action.type is Path or action.metavar in FILES or action.dest in TABLES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    script = shtab.complete(parser, shell=shell).replace(str(default_socket_path()), SOCKET)
+    script = shtab.complete(parser, shell=shell).replace(here, SOCKET)
     lines = [line.rstrip() for line in script.split("\n")]
     return "\n".join(lines).rstrip("\n") + "\n"
 

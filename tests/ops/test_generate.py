@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.generate import __main__, own_metrics_page
+from ops.generate import __main__, commands_page, own_metrics_page
 from ops.generate.__main__ import files, main
 from ops.generate.files import COMMAND, ROOT, with_section
 
@@ -19,6 +19,12 @@ def test_what_is_committed_is_what_the_code_makes() -> None:
     assert len(made()) > 10
     for place, text in made().items():
         assert (ROOT / place).read_text(encoding="utf-8") == text, f"{place}: run {COMMAND}"
+
+
+def test_whose_files_are_made_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/4711")
+    for place, text in commands_page.files().items():
+        assert text == (ROOT / place).read_text(encoding="utf-8")
 
 
 def test_it_writes_compares_and_complains(

@@ -150,8 +150,8 @@ def test_a_body_that_does_not_end_is_given_up(monkeypatch):
 
 @pytest.mark.parametrize("sent", [b"", HEAD, b"POST"])
 def test_who_never_comes_to_the_point_is_closed(monkeypatch, sent):
+    # Not connections.FIRST_S: a connection that a busy machine opens so slowly counts as well.
     monkeypatch.setattr(http_receiver, "FIRST_S", 0.05)
-    monkeypatch.setattr(connections, "FIRST_S", 0.05)
     monkeypatch.setattr(http_receiver, "SWEEP_S", 0.02)
 
     async def test(receiver):

@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from http.client import HTTPConnection
 from types import SimpleNamespace
 
 import grpc
+import msgspec
 import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceResponse,
@@ -286,7 +288,15 @@ def test_when_the_pipe_is_full_producers_are_told_to_come_back(tmp_path):
             values = dict.fromkeys(("loss", "accuracy", "grad_var", "loss_ewma"), 1.0)
             for turn in range(200):
                 first = turn * 200
-                request = otlp_of(*(frame(first + n, run="full", **values) for n in range(200)))
+                # Of now: what comes ever later than its time is late, and left out.
+                now = time.time_ns()
+                frames = [
+                    msgspec.structs.replace(
+                        frame(first + n, run="full", **values), time_unix_nano=now + n
+                    )
+                    for n in range(200)
+                ]
+                request = otlp_of(*frames)
                 status, _, _, response = post(running, request.SerializeToString())
                 if status == 503:
                     break

@@ -36,7 +36,7 @@ _shtab_tamiyo_defaults_added=0
 
 _shtab_tamiyo_ask_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   "--run[default\: the most recently active run]:run:"
   "--rank[rank]:rank:"
   "--json[json]"
@@ -78,7 +78,7 @@ _shtab_tamiyo_explain_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--rank[rank of STEP]:rank:"
   "--run[run of the latest decision]:run:"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   "--journal[default\: that of the sidecar at --socket]:DIR:_files"
   "--json[json]"
   ":its id, RUN\/RANK\/STEP, or latest\; or a RUN, with:"
@@ -97,7 +97,7 @@ _shtab_tamiyo_journal_options=(
   "--all[also changes between inactive and unknown]"
   "--follow[follow new entries]"
   "--json[raw JSON lines]"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   "--journal[default\: that of the sidecar at --socket]:DIR:_files"
 )
 
@@ -119,7 +119,7 @@ _shtab_tamiyo_replay_defaults_added=0
 _shtab_tamiyo_serve_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--table[default, prototype or a file (default\: default)]:table:_files"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   "--ingest-mb[memory for receiving OTLP (default\: 192)]:MB:"
   "--otlp-grpc[HOST\:PORT]:HOST:PORT:"
   "--otlp-http[HOST\:PORT]:HOST:PORT:"
@@ -149,7 +149,7 @@ _shtab_tamiyo_silence_options=(
   "--steps[for the next N steps]:N:"
   "--until-end[until the run ends (the default)]"
   "--undo[end the silence]"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   ":RUN:_files"
   ":id of the rule:"
 )
@@ -159,7 +159,7 @@ _shtab_tamiyo_silence_defaults_added=0
 
 _shtab_tamiyo_status_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   "--json[json]"
 )
 

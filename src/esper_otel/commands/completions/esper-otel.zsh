@@ -131,7 +131,7 @@ _shtab_esper_otel_top_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[the run of a recording]:NAME:"
   "--rank[default\: 0]:N:"
-  "--socket[default\: \/tmp\/esper-0\/tamiyo.sock]:PATH:_files"
+  "--socket[default\: \$XDG_RUNTIME_DIR\/esper\/tamiyo.sock]:PATH:_files"
   "--once[print one picture and end]"
   "(*)::a recording (files or folders), the name or id of a run that \`esper-otel runs\` lists, or the name of a run that Tamiyo knows (default\: the most recently active one):_files"
 )
