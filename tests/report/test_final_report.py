@@ -156,6 +156,7 @@ def test_every_key_of_the_summary_is_in_the_docs():
 
 NOTEBOOK = """
 import os, sys, types
+sys.stdout.reconfigure(line_buffering=True)  # what is held back a fork would print as well
 sys.modules["ipykernel"] = types.ModuleType("ipykernel")  # as the kernel of a notebook has it
 import esper_otel
 run = esper_otel.start(mode="off", run_id="<b>note</b>")

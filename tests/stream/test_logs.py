@@ -19,6 +19,7 @@ from esper_otel.stream.destination import Signal
 from esper_otel.stream.logs import TrainerIdentity, encode_events
 from esper_otel.stream.stream import MAX_EVENTS
 from esper_otel.stream.transport import Verdict, delivered
+from testkit.patience import PATIENCE_S
 from testkit.receiver import LOGS, Answer, GrpcReceiver, HttpReceiver
 
 
@@ -174,7 +175,9 @@ def test_unsent_events_are_left_in_a_file_and_can_be_delivered_later(http, open_
 
 
 def test_more_events_than_may_wait_are_counted_as_dropped(open_stream):
-    stream = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)
+    stream = open_stream(
+        "http://127.0.0.1:1", stream_interval_ms=60_000.0, flush_timeout_s=PATIENCE_S
+    )
     for _ in range(MAX_EVENTS + 3):
         stream.event(event())
     report = stream.close()
