@@ -139,8 +139,8 @@ class Terminal:
         data = os.read(self.master, 65536)
         text = (self.rest + data).decode("utf-8", "surrogateescape")
         # A sequence, or a letter, may be cut between two reads.
-        cut = max(text.rfind("\x1b"), 0)
-        whole = bool(re.match(r"\x1b(\[[?0-9;]*[A-Za-z]|[()].)", text[cut:]) or cut == 0)
+        cut = text.rfind("\x1b")
+        whole = cut < 0 or bool(re.match(r"\x1b(\[[?0-9;]*[A-Za-z]|[()].)", text[cut:]))
         end = len(text) if whole else cut
         while end and "\udc80" <= text[end - 1] <= "\udcff":
             end -= 1
