@@ -23,6 +23,7 @@ import os, sys, torch
 import torch.distributed as dist
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
+    dist.barrier()  # a rank that is done before the other has connected would fail it
 model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for step in range(7):
