@@ -79,9 +79,9 @@ def names_of_threads() -> set[str]:
 
 def test_values_of_all_probes_are_there_after_one_sample() -> None:
     sampler = DeviceSampler(True, [CPU, FakeProbe("gpu", {"gpu_util_percent": 9.0})])
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
     sampler.sample()
-    assert sampler.latest == {"cpu_util_percent": 50.0, "gpu_util_percent": 9.0}
+    assert sampler.fresh_values() == {"cpu_util_percent": 50.0, "gpu_util_percent": 9.0}
 
 
 def test_a_probe_that_raises_leaves_its_value_out_is_told_once_and_may_come_back(
@@ -95,8 +95,8 @@ def test_a_probe_that_raises_leaves_its_value_out_is_told_once_and_may_come_back
     seen = []
     for _ in range(5):
         sampler.sample()
-        seen.append(sampler.latest.get("gpu_util_percent"))
-        assert sampler.latest["cpu_util_percent"] == 50.0
+        seen.append(sampler.fresh_values().get("gpu_util_percent"))
+        assert sampler.fresh_values()["cpu_util_percent"] == 50.0
     assert seen == [1.0, None, None, 2.0, None]
     assert [record.getMessage() for record in caplog.records] == [
         "gpu cannot be measured, and is omitted: driver is gone"
@@ -109,11 +109,11 @@ def test_an_old_sample_is_no_sample() -> None:
     sampler = DeviceSampler(True, [CPU], interval_s=1.0, clock=clock)
     sampler.sample()
     clock.now += 2.9
-    assert sampler.latest == {"cpu_util_percent": 50.0}
+    assert sampler.fresh_values() == {"cpu_util_percent": 50.0}
     clock.now += 0.2
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
     sampler.sample()
-    assert sampler.latest == {"cpu_util_percent": 50.0}
+    assert sampler.fresh_values() == {"cpu_util_percent": 50.0}
 
 
 def test_the_thread_samples_again_and_again_and_ends_with_its_probes_closed() -> None:
@@ -121,10 +121,10 @@ def test_the_thread_samples_again_and_again_and_ends_with_its_probes_closed() ->
     sampler = DeviceSampler(True, [probe], interval_s=0.001)
     sampler.start()
     sampler.start()
-    assert eventually(lambda: sampler.latest.get("cpu_util_percent") == 4.0)
+    assert eventually(lambda: sampler.fresh_values().get("cpu_util_percent") == 4.0)
     assert probe.threads == {"esper-devices"}
     sampler.stop()
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
     assert probe.closed == 1
     assert "esper-devices" not in names_of_threads()
     sampler.stop()
@@ -133,7 +133,7 @@ def test_the_thread_samples_again_and_again_and_ends_with_its_probes_closed() ->
 def test_stopping_does_not_wait_for_the_next_sample() -> None:
     sampler = DeviceSampler(True, [CPU], interval_s=3600.0)
     sampler.start()
-    assert eventually(lambda: bool(sampler.latest))
+    assert eventually(lambda: bool(sampler.fresh_values()))
     began = monotonic()
     sampler.stop()
     assert monotonic() - began < 0.4
@@ -155,15 +155,15 @@ def test_a_probe_that_hangs_holds_up_nobody_and_makes_the_values_stale() -> None
     )
     sampler.start()
     assert hanging.wait(PATIENCE_S)
-    assert sampler.latest == {"cpu_util_percent": 50.0}
+    assert sampler.fresh_values() == {"cpu_util_percent": 50.0}
     clock.now += 1.0
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
     began = monotonic()
     sampler.stop(timeout_s=0.05)
     assert monotonic() - began < 1.0
     release.set()
     assert eventually(lambda: "esper-devices" not in names_of_threads())
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
 
 
 def test_a_probe_whose_end_fails_does_not_stop_the_others_from_ending() -> None:
@@ -183,7 +183,7 @@ def test_disabled_there_is_no_thread_and_no_value() -> None:
     sampler = DeviceSampler(False, [CPU])
     sampler.start()
     assert threading.active_count() == before
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
     sampler.stop()
 
 
@@ -194,13 +194,13 @@ def test_a_forked_child_has_no_values_and_starts_no_thread() -> None:
     if child == 0:
         try:
             sampler.start()
-            clean = sampler.latest == {} and threading.active_count() == 1
+            clean = sampler.fresh_values() == {} and threading.active_count() == 1
             sampler.stop()
             os._exit(0 if clean else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert sampler.latest == {"cpu_util_percent": 50.0}
+    assert sampler.fresh_values() == {"cpu_util_percent": 50.0}
 
 
 # --- the probes themselves
@@ -308,7 +308,7 @@ def test_a_package_that_is_not_installed_leaves_its_metric_out(
     sampler.sample()
     everything = {"cpu_util_percent", "gpu_util_percent", "gpu_mem_used_gb", "gpu_mem_free_gb"}
     missing = {"psutil": "cpu_util_percent", "pynvml": "gpu_util_percent"}[module]
-    assert set(sampler.latest) == everything - {missing}
+    assert set(sampler.fresh_values()) == everything - {missing}
     assert len(caplog.records) == 1
 
 
@@ -325,7 +325,7 @@ def test_without_a_cuda_context_of_the_run_the_device_is_not_touched(
     sampler = DeviceSampler(True, [CudaMemory(), GpuUtilisation()])
     sampler.watch(0)
     sampler.sample()
-    assert sampler.latest == {}
+    assert sampler.fresh_values() == {}
     assert (asked, calls, caplog.records) == ([], [], [])
 
 
@@ -353,6 +353,6 @@ def test_probes_fill_exactly_the_device_metrics_of_the_registry(
     sampler = DeviceSampler(True, default_probes())
     sampler.sample()
     sampler.sample()
-    assert set(sampler.latest) == {k for k in BY_KEY if k.startswith(("gpu_", "cpu_"))}
-    assert all(BY_KEY[key].gated for key in sampler.latest)
+    assert set(sampler.fresh_values()) == {k for k in BY_KEY if k.startswith(("gpu_", "cpu_"))}
+    assert all(BY_KEY[key].gated for key in sampler.fresh_values())
     assert caplog.records == []

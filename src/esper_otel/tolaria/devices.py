@@ -69,11 +69,6 @@ class DeviceSampler:
         self._thread: threading.Thread | None = None
         _samplers.add(self)
 
-    @property
-    def latest(self) -> Mapping[str, float]:
-        """As :meth:`fresh_values`."""
-        return self.fresh_values()
-
     def fresh_values(self) -> Mapping[str, float]:
         """The newest values by registry key; empty when there are none that are fresh."""
         taken_at, values = self._sample
