@@ -281,6 +281,9 @@ gradient that would ruin the weights never reaches them.
   part needs one. A rule without a guard is evaluated before an update only when another rule's
   guard is crossed.
 - These metrics are known before an update: {known}. Conditions on others are unknown.
+- A rule with `usual_norm` or `usual_rate` whose conditions (`above_baseline`, `above_record`,
+  in an `all`) are on that metric alone, without `for` and `cooldown`, also applies without an
+  answer: its guard carries the bound and the usual value.
 - The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits`
   count as usual, and the evaluation leaves no trace in the rule's state. A rule that fired and
   is `recovering` changes no update within its bounds.

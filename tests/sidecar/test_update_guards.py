@@ -330,3 +330,97 @@ def test_bounds_that_are_not_there_are_not_sent():
     assert told(deciding) == []
     deciding.observe(frame(1, loss=1.0))
     assert told(deciding) == [Guard("loss", pytest.approx(1.9), -inf)]
+
+
+# --- what a trainer does by itself where a check is not answered
+
+
+def held(deciding, metric):
+    """What updates are held to without an answer: above which value, and to which."""
+    (found,) = [guard for guard in told(deciding) if guard.metric == metric]
+    return found.held_above, found.held_to
+
+
+def default_after(steps, **values):
+    deciding = Engine(load("default"))
+    for one in steady(steps):
+        deciding.observe(frame(**{**one.values, **values}))
+    return deciding
+
+
+@pytest.mark.parametrize("nearer", [0.99, 1.01])
+def test_a_held_norm_is_what_the_answer_would_have_been(nearer):
+    deciding = default_after(120)
+    above, to = held(deciding, "gradient_norm")
+    answer = deciding.check(frame(120, loss=1.0, gradient_norm=above * nearer, nonfinite=0.0))
+    assert answer.parameters == ({"max_norm": to} if nearer > 1.0 else {})
+    assert 2.0 < to < 2.5
+    assert above > 100.0
+
+
+@pytest.mark.parametrize("nearer", [0.99, 1.01])
+def test_a_held_rate_is_what_the_answer_would_have_been(nearer):
+    usual = {"optimizer_lr": 0.1, "optimizer_lr_base": 0.1}
+    deciding = default_after(120, **usual)
+    above, to = held(deciding, "optimizer_lr")
+    assert (above, to) == (pytest.approx(0.8), 0.1)
+    rate = above * nearer
+    answer = deciding.check(
+        frame(120, loss=1.0, gradient_norm=2.0, **{**usual, "optimizer_lr": rate})
+    )
+    expected = {"lr_scale": pytest.approx(to / rate)} if nearer > 1.0 else {}
+    assert answer.parameters == expected
+
+
+NORM = "action: OPTIMIZER, parameters: {usual_norm: true}"
+RATE = "action: OPTIMIZER, parameters: {usual_rate: true}"
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ((f"metric: gradient_norm, above_baseline: 3, {NORM}",), (30.0, 10.0)),
+        # nothing is held by what more than this value decides
+        ((f"metric: gradient_norm, above_baseline: 3, for: 2, {NORM}",), (inf, inf)),
+        ((f"metric: gradient_norm, above_baseline: 3, cooldown: 5, {NORM}",), (inf, inf)),
+        ((f"metric: gradient_norm, above_baseline: 3, {QUARTER}",), (inf, inf)),
+        (
+            (
+                "all: [{metric: gradient_norm, above_baseline: 3}, "
+                f"{{metric: loss, above: 0}}], {NORM}",
+            ),
+            (inf, inf),
+        ),
+        (
+            (
+                "any: [{metric: gradient_norm, above_baseline: 3}, "
+                f"{{metric: gradient_norm, above_baseline: 5}}], {NORM}",
+            ),
+            (inf, inf),
+        ),
+        # all of a rule's bounds have to be crossed
+        (
+            (
+                "all: [{metric: gradient_norm, above_baseline: 3}, "
+                f"{{metric: gradient_norm, above_baseline: 5}}], {NORM}",
+            ),
+            (50.0, 10.0),
+        ),
+        # a rule that another one inhibits does not decide alone
+        (
+            (
+                f"metric: gradient_norm, above_baseline: 3, {NORM}",
+                f"metric: gradient_norm, above_baseline: 9, inhibits: [r0], {QUARTER}",
+            ),
+            (inf, inf),
+        ),
+    ],
+)
+def test_an_update_is_held_by_a_rule_that_its_value_alone_decides(rules, expected):
+    (found,) = guards(*rules)
+    assert (found.held_above, found.held_to) == expected
+
+
+def test_a_rate_is_held_to_the_baseline_of_its_rule():
+    (found,) = guards(f"metric: optimizer_lr, above_baseline: 4, baseline: highest, {RATE}")
+    assert (found.held_above, found.held_to) == (pytest.approx(0.4), 0.1)

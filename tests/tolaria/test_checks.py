@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tolaria.loops import Clock, Late, Optimizer, make, one_step, stop_the_clock
 from tolaria.sidecars import Sidecar, decided
 
-from esper_otel.leyline.decisions import FAILED_OPEN, Action, unanswered
+from esper_otel.leyline.decisions import FAILED_OPEN, TIMEOUT, Action, unanswered
 from esper_otel.leyline.guards import Guards
 from esper_otel.leyline.wire import Guard
-from esper_otel.tolaria.update_control import MOST_SKIPS
+from esper_otel.tolaria.update_control import HELD_STEPS, MOST_SKIPS
 
 INSIDE, OUTSIDE = 1.0, 20.0
 
@@ -295,6 +295,53 @@ def test_without_an_answer_nothing_is_skipped(clock, reason, loss):
     assert train(recorder, clock, [loss] * 3) == [(0.1, 2.0)] * 3
     assert len(sidecar.checked) == 3
     assert frames.column("update_skipped") == [0.0] * 3
+
+
+HELD = [
+    Guard("loss", above=10.0),
+    Guard("gradient_norm", above=10.0, held_above=100.0, held_to=4.0),
+    Guard("optimizer_lr", above=0.2, held_above=0.8, held_to=0.1),
+]
+
+
+def nobody(step, _):
+    return unanswered("r", step, TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("norm", "seen"),
+    [(2.0, 2.0), (11.0, 11.0), (100.0, 100.0), (101.0, 4.0), (math.inf, math.inf)],
+)
+def test_without_an_answer_a_norm_beyond_what_is_held_is_clipped(clock, norm, seen):
+    recorder, _, _ = guarded(clock, nobody, guards=HELD)
+    ((rate, gradient),) = train(recorder, clock, [INSIDE], norm=norm)
+    assert (rate, gradient) == (0.1, pytest.approx(seen))
+
+
+@pytest.mark.parametrize(
+    ("rate", "used"), [(0.1, 0.1), (0.8, 0.8), (0.81, 0.1), (8.0, 0.1), (1e4, 100.0)]
+)
+def test_without_an_answer_a_rate_beyond_what_is_held_is_scaled(clock, rate, used):
+    """Within the bounds of all factors: a hundredth."""
+    recorder, frames, _ = guarded(clock, nobody, guards=HELD)
+    recorder.optimizer = Optimizer({"lr": rate})
+    one_step(recorder, clock)
+    assert frames.rows[0]["optimizer_lr"] == pytest.approx(used)
+    assert recorder.optimizer.param_groups[0]["lr"] == rate
+
+
+def test_an_answer_counts_and_not_what_is_held(clock):
+    recorder, _, _ = guarded(clock, decided(1, max_norm=50.0), guards=HELD)
+    assert train(recorder, clock, [INSIDE], norm=200.0) == [(0.1, pytest.approx(50.0))]
+
+
+def test_what_is_held_is_forgotten_when_nobody_has_answered_for_long(clock):
+    recorder, _, sidecar = guarded(clock, nobody, guards=HELD)
+    sidecar.decision = unanswered("r", 0, TIMEOUT)
+    seen = [norm for _, norm in train(recorder, clock, [INSIDE] * 30, norm=200.0)]
+    clipped = [norm < 5.0 for norm in seen]
+    assert clipped == sorted(clipped, reverse=True)
+    assert HELD_STEPS <= sum(clipped) <= HELD_STEPS + 2
 
 
 def test_a_pause_may_leave_an_update_out_too(clock):

@@ -154,15 +154,16 @@ def _asked(entry: CompiledRule, finding: Finding) -> dict[str, float]:
         return parameters
     usual = (USUAL_NORM, USUAL_RATE)
     asked = {name: value for name, value in parameters.items() if name not in usual}
-    if USUAL_NORM in parameters and (norm := _usual_norm(finding.values)) > 0.0:
+    if USUAL_NORM in parameters and (norm := usual_norm(finding.values)) > 0.0:
         asked[MAX_NORM] = min(norm, asked.get(MAX_NORM, inf))
-    if USUAL_RATE in parameters and 0.0 < (scale := _usual_rate(finding.values)) < 1.0:
-        asked[LR_SCALE] = scale
+    rate = finding.values.get("optimizer_lr", 0.0)
+    if USUAL_RATE in parameters and 0.0 < (target := usual_rate(finding.values)) < rate:
+        asked[LR_SCALE] = target / rate
     return asked
 
 
-def _usual_norm(seen: Mapping[str, float]) -> float:
-    """The norm that gradients have at most; 0.0 where nothing tells."""
+def usual_norm(seen: Mapping[str, float]) -> float:
+    """The norm that gradients have at most, from what a rule sees; 0.0 where nothing tells."""
     level, scatter = seen.get("level(gradient_norm)"), seen.get("scatter(gradient_norm)")
     if level is not None and scatter is not None:
         return level + scatter
@@ -170,12 +171,10 @@ def _usual_norm(seen: Mapping[str, float]) -> float:
     return next((seen[name] for name in usual if name in seen), 0.0)
 
 
-def _usual_rate(seen: Mapping[str, float]) -> float:
-    """The factor that takes the rate to its baseline; 0.0 where nothing tells."""
-    rate = seen.get("optimizer_lr", 0.0)
+def usual_rate(seen: Mapping[str, float]) -> float:
+    """The baseline of the rate, from what a rule sees; 0.0 where nothing tells."""
     baselines = (f"{kind}(optimizer_lr)" for kind in ("highest", "baseline", "frozen"))
-    usual = next((seen[name] for name in baselines if name in seen), 0.0)
-    return usual / rate if rate > 0.0 else 0.0
+    return next((seen[name] for name in baselines if name in seen), 0.0)
 
 
 def _asking_for(parameter: str, fired: Sequence[Fired]) -> list[Fired]:

@@ -14,6 +14,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import SKIP_STEP
 from esper_otel.leyline.wire import Guard
+from esper_tamiyo.judging.deciding import usual_norm, usual_rate
 from esper_tamiyo.judging.guards import (
     GuardPlan,
     add_guard,
@@ -24,8 +25,19 @@ from esper_tamiyo.judging.guards import (
 )
 from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
+from esper_tamiyo.judging.seen import seen_by
 from esper_tamiyo.language.operators import ON_BASELINES, ON_RECORDS, Operator
-from esper_tamiyo.language.table import Condition, Rule, Table, acts_on_updates, is_guarded
+from esper_tamiyo.language.parameters import USUAL_NORM, USUAL_RATE
+from esper_tamiyo.language.table import (
+    Combine,
+    Condition,
+    Group,
+    Rule,
+    Table,
+    acts_on_updates,
+    conditions,
+    is_guarded,
+)
 
 
 class Edge(NamedTuple):
@@ -42,10 +54,14 @@ class Edge(NamedTuple):
 
 
 class UpdatePlan(msgspec.Struct, frozen=True):
-    """The guards that updates have by a table; ``skips`` is of the one on ``nonfinite``."""
+    """The guards that updates have by a table; ``skips`` is of the one on ``nonfinite``.
+
+    ``held``: by metric, the rule whose answer a trainer can give itself where none comes.
+    """
 
     edges: tuple[Edge, ...]
     skips: bool
+    held: dict[str, Rule] = {}
 
 
 def update_plan(table: Table) -> UpdatePlan:
@@ -74,7 +90,33 @@ def update_plan(table: Table) -> UpdatePlan:
         for metric, fixed in bounds.items()
     )
     inhibited = {name for rule in table.rules for name in rule.inhibits}
-    return UpdatePlan(edges, any(_skips(rule) for rule in acting if rule.id not in inhibited))
+    free = [rule for rule in acting if rule.id not in inhibited]
+    held = {metric: rule for rule in reversed(free) if (metric := _held_metric(rule))}
+    return UpdatePlan(edges, any(map(_skips, free)), held)
+
+
+def _held_metric(rule: Rule) -> str | None:
+    """The metric that alone decides whether ``rule`` fires, and that it takes to what is usual.
+
+    None where there is none: then its answer depends on more than a trainer could compare.
+    """
+    parameters = rule.parameters
+    metric = "gradient_norm" if USUAL_NORM in parameters else "optimizer_lr"
+    if not {USUAL_NORM, USUAL_RATE} & {*parameters} or rule.persistence > 1 or rule.cooldown:
+        return None
+    when = rule.when
+    if isinstance(when, Group) and when.combine is not Combine.ALL:
+        return None
+    parts = when.parts if isinstance(when, Group) else (when,)
+    return metric if all(_is_upper_bound(part, metric) for part in parts) else None
+
+
+def _is_upper_bound(part: Condition | Group, metric: str) -> bool:
+    return (
+        isinstance(part, Condition)
+        and part.metric == metric
+        and part.operator in (Operator.ABOVE_BASELINE, Operator.ABOVE_RECORD)
+    )
 
 
 def _skips(rule: Rule) -> bool:
@@ -100,15 +142,28 @@ class UpdateGuards:
     edges are negated: so every value is to be at or below its bound.
     """
 
-    __slots__ = ("moving", "plan")
+    __slots__ = ("_history", "moving", "plan")
 
     def __init__(self, plan: UpdatePlan, history: History) -> None:
         self.plan = plan
+        self._history = history
         self.moving = [
             (place, _nearest_bound(edge, history))
             for place, edge in enumerate(plan.edges)
             if edge.moving
         ]
+
+    def held(self, metric: str) -> tuple[float, float]:
+        """Above which value ``metric`` is held where nobody answers, and to which; infinite
+        where it is not."""
+        rule = self.plan.held.get(metric)
+        if rule is None:
+            return inf, inf
+        history = self._history
+        above = max(_moving_bound(each, history)()[0] for each in conditions(rule.when))
+        seen = seen_by(rule, {}, history)
+        usual = usual_norm(seen) if metric == "gradient_norm" else usual_rate(seen)
+        return (above, usual) if 0.0 < usual < above else (inf, inf)
 
 
 def _nearest_bound(edge: Edge, history: History) -> MovingBound:
@@ -207,7 +262,7 @@ class AnnouncedGuards:
                 return None
         self._plan = guards.plan
         self._told = told = _nearer(guards)
-        return _as_sent(guards.plan, told)
+        return _as_sent(guards, told)
 
 
 def _nearer(guards: UpdateGuards) -> list[float]:
@@ -220,8 +275,9 @@ def _nearer(guards: UpdateGuards) -> list[float]:
     return told
 
 
-def _as_sent(plan: UpdatePlan, told: Sequence[float]) -> list[Guard]:
+def _as_sent(guards: UpdateGuards, told: Sequence[float]) -> list[Guard]:
     """One guard for each metric that has a bound now."""
+    plan = guards.plan
     above: dict[str, float] = {}
     below: dict[str, float] = {}
     for edge, bound in zip(plan.edges, told, strict=True):
@@ -236,6 +292,7 @@ def _as_sent(plan: UpdatePlan, told: Sequence[float]) -> list[Guard]:
             above.get(metric, inf),
             below.get(metric, -inf),
             plan.skips and metric == "nonfinite",
+            *guards.held(metric),
         )
         for metric in dict.fromkeys((*above, *below))
     ]

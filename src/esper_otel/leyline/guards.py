@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf
+from typing import NamedTuple
 
 from esper_otel.leyline.wire import GUARDED, Guard
+
+
+class Held(NamedTuple):
+    """How an update is made whose check was not answered."""
+
+    max_norm: float | None
+    """Largest gradient norm, None without one."""
+    lr_scale: float
+    """Factor on its learning rate, 1.0 at most."""
+
+
+NOT_HELD = Held(None, 1.0)
+"""As the script makes it."""
 
 
 class Guards:
     """The bounds of one rank as the newest answer that had any gave them."""
 
-    __slots__ = ("_bounds", "_nonfinite", "looks_at_rate", "skips_nonfinite")
+    __slots__ = ("_bounds", "_held", "_nonfinite", "looks_at_rate", "skips_nonfinite")
 
     def __init__(self, guards: Iterable[Guard]) -> None:
         known = {guard.metric: guard for guard in guards if guard.metric in GUARDED}
@@ -24,6 +38,7 @@ class Guards:
         no_bound = Guard("", inf, -inf)
         loss, norm, rate = (known.get(metric, no_bound) for metric in GUARDED[:3])
         self._bounds = (loss.above, loss.below, norm.above, norm.below, rate.above, rate.below)
+        self._held = (norm.held_above, norm.held_to, rate.held_above, rate.held_to)
 
     def crossed(
         self, loss: float | None, gradient_norm: float | None, rate: float | None
@@ -43,3 +58,11 @@ class Guards:
             elif gradient_norm > norm_above or gradient_norm < norm_below:
                 return True
         return rate is not None and (rate > rate_above or rate < rate_below)
+
+    def held(self, gradient_norm: float | None, rate: float | None) -> Held:
+        """What an update with these values is held to without an answer; None: not known."""
+        norm_above, norm_to, rate_above, rate_to = self._held
+        norm_is_beyond = gradient_norm is not None and norm_above < gradient_norm < inf
+        max_norm = norm_to if norm_is_beyond and 0.0 < norm_to < inf else None
+        scale = rate_to / rate if rate is not None and rate_above < rate < inf else 1.0
+        return Held(max_norm, scale if 0.0 < scale < 1.0 else 1.0)

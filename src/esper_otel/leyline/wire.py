@@ -135,13 +135,17 @@ class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A value of ``metric`` above ``above`` or below ``below`` needs a check.
 
     ``skips``: a trainer that cannot send a request in time, because its values are still on a
-    device, may skip an update beyond it.
+    device, may skip an update beyond it. An update whose value is above ``held_above`` is made
+    as with ``held_to`` where a check of it is not answered: the gradient norm is clipped, or
+    the learning rate scaled, to that.
     """
 
     metric: str
     above: float = inf
     below: float = -inf
     skips: bool = False
+    held_above: float = inf
+    held_to: float = inf
 
 
 GUARDED = ("loss", "gradient_norm", "optimizer_lr", "nonfinite")

@@ -17,7 +17,13 @@ import msgspec
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import (
     BREAKER_OPEN,
+    CONSERVATIVE_MODE,
+    FORCE,
+    LR_SCALE,
+    RESTORE,
     SUPERSEDED,
+    TIMEOUT,
+    Action,
     Decision,
     Proposal,
     unanswered,
@@ -47,6 +53,10 @@ class TamiyoClient:
     raises. Late, absent or malformed answers give ``CONTINUE`` with the reason ``timeout``,
     ``unreachable`` or ``protocol_error``; three in a row open the circuit breaker, and while
     that is open nothing is sent and the reason is ``breaker_open``.
+
+    What a late answer asks for, be it a smaller rate, a pause or weights put back, comes with
+    the answer behind it: the rule that fired is in its cool-down by then and does not ask
+    again. What it grants a seed, or gives back, is dropped.
 
     Whether the sidecar answers again is found out by a thread that lives only while the
     breaker is open: after each cool-down it repeats the ask that failed last. The training
@@ -88,6 +98,8 @@ class TamiyoClient:
         self._request_id = 0
         self._under_way: wire.Ask | wire.Check | None = None
         self._until_ns = 0
+        self._missed: set[int] = set()
+        """Asks that ended without their answer while the connection held."""
         self._failure: RequestFailure | None = None
         """Why the message under way is not answered, as far as the sending has shown it."""
         self._reported_down = False
@@ -163,11 +175,20 @@ class TamiyoClient:
                 decision = answer.decision
                 if decision.reason == SUPERSEDED and not self._reported_superseded:
                     self._tell_superseded()
+                if self._missed and isinstance(message, wire.Ask):
+                    decision = self._with_late(decision)
+                    self._missed.clear()
                 return decision
         self._failure = None
+        decision = unanswered(self._run, message.step, failure.reason)
+        if isinstance(message, wire.Ask):
+            if self._missed:
+                decision = self._with_late(decision)
+            if failure.reason == TIMEOUT:
+                self._missed.add(message.request_id)
         if failure.reason != BREAKER_OPEN:
             self._failed(failure, message)
-        return unanswered(self._run, message.step, failure.reason)
+        return decision
 
     def ask(
         self,
@@ -182,6 +203,17 @@ class TamiyoClient:
         self.send(step, time_unix_nano, row, seeds, proposal, custom)
         decision = self.collect()
         assert decision is not None
+        return decision
+
+    def _with_late(self, decision: Decision) -> Decision:
+        """``decision``, or a stronger one that came too late for its own step."""
+        late, missed = self._connection.late, self._missed
+        while late:
+            answer = late.popleft()
+            if answer.request_id in missed:
+                missed.discard(answer.request_id)
+                if _still_counts(answer.decision, decision):
+                    decision = msgspec.structs.replace(answer.decision, step=decision.step)
         return decision
 
     def _send(self, message: wire.Ask | wire.Check) -> None:
@@ -232,6 +264,7 @@ class TamiyoClient:
         self.breaker.failed(perf_counter_ns())
         if self.breaker.state is State.CLOSED:
             return
+        self._missed.clear()  # nobody knows how old an answer is that comes after this
         if not self._reported_down:
             self._reported_down = True
             log.warning(
@@ -274,6 +307,17 @@ class TamiyoClient:
             if self._closed.is_set():
                 connection.close()
             return
+
+
+def _still_counts(late: Decision, newer: Decision) -> bool:
+    """Whether ``late`` asks for what is as right a step later, and ``newer`` asks for less."""
+    parameters = late.parameters
+    asks = (
+        parameters.get(LR_SCALE, 1.0) < 1.0
+        or RESTORE in parameters
+        or (late.action is Action.PAUSE and late.reason != CONSERVATIVE_MODE)
+    )
+    return asks and FORCE[late.action] > FORCE[newer.action]
 
 
 def _probe_of(message: wire.Ask | wire.Check) -> wire.Ask | wire.Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections import deque
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -14,6 +15,10 @@ from esper_otel.leyline.folders import check_socket_path
 from esper_otel.leyline.guards import Guards
 
 _RECEIVE = 16 * 1024
+
+_MOST_LATE = 4
+"""Answers that are kept for who did not wait for them: more failures in a row than this open
+the circuit breaker."""
 
 _MAX_SELECT = 1024
 """select takes no descriptor from this on (FD_SETSIZE)."""
@@ -39,6 +44,8 @@ class Connection:
         """Bounds that no update may cross unjudged; None before the sidecar has sent any."""
         self.takes_goodbyes = False
         """Whether who is connected knows what a Goodbye is."""
+        self.late: deque[wire.Answer] = deque(maxlen=_MOST_LATE)
+        """Answers that came after the request behind theirs was sent."""
         self._hello = wire.encode(hello)
         self._socket: socket.socket | None = None
         self._poll = select.poll()
@@ -75,7 +82,7 @@ class Connection:
         """The answer, if it is here by ``until_ns`` of ``perf_counter_ns``.
 
         Raises :class:`RequestFailure` and nothing else. After a time-out the connection stays:
-        the late answer is recognised by its id and dropped.
+        the late answer is recognised by its id, and goes to :attr:`late`.
         """
         try:
             # Without asking whether there is something to read: an answer that is collected a
@@ -148,7 +155,7 @@ class Connection:
                 return bool(select.select((connection,), (), (), max(0, left_ns) / 1e9)[0])
 
     def _receive(self, request_id: int) -> wire.Answer | None:
-        """The answer to ``request_id`` if it is here by now; older answers are dropped."""
+        """The answer to ``request_id`` if it is here by now; older answers are late."""
         if self._socket is None:
             raise RequestFailure(UNREACHABLE, f"{self.path}: the connection was lost")
         found = None
@@ -163,6 +170,8 @@ class Connection:
                         self.guards = Guards(message.guards)
                     if message.request_id == request_id:
                         found = message
+                    else:
+                        self.late.append(message)
                 elif isinstance(message, wire.Welcome):
                     self.table_version = message.table_version
                     self.takes_goodbyes = message.takes_goodbyes

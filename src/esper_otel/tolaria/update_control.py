@@ -10,6 +10,7 @@ from time import perf_counter_ns
 from esper_otel.leyline.decisions import UNJUDGED, Decision
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import Value
+from esper_otel.leyline.guards import NOT_HELD, Held
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.asking import Asking
 from esper_otel.tolaria.rates import BaseRate, mean_rate, put_optimizer
@@ -24,6 +25,10 @@ log = logging.getLogger("esper_otel")
 MOST_SKIPS = 16
 """Updates in a row that may be left out although their values are finite: what stays so for
 longer is the run's new ordinary state, and a run that makes no update learns nothing."""
+
+HELD_STEPS = 16
+"""Unjudged steps in a row after which what is usual is not known any more: then an update
+beyond its guards is made as the script has it, but for what an answer has made smaller."""
 
 Measure = Callable[[], Value | None]
 """Gives the gradient norm once a closure has called backward; None: it is not known."""
@@ -237,7 +242,8 @@ class UpdateControl:
             self._skips, self._standing = 0, AS_IT_IS
             return AS_IT_IS
         if self._asking.unjudged:
-            return self._standing  # who did not answer just now is not waited for once more
+            # Who did not answer just now is not waited for once more.
+            return self._unanswered(guards.held(norm, rate))
         row = [nan] * len(STEP_KEYS)
         row[_STEP] = number
         row[_NONFINITE] = 0.0
@@ -248,7 +254,7 @@ class UpdateControl:
             number, perf_counter_ns() + self._clock.offset, row
         )
         if decision.reason in UNJUDGED:
-            return self._standing
+            return self._unanswered(guards.held(norm, rate))
         order = self._responses.order_of(decision)
         self._standing = UpdateOrder(order.lr_scale, order.max_norm)
         if order.restore and self._responses.restoring.order(decision, agreed=False):
@@ -261,3 +267,12 @@ class UpdateControl:
         if order != AS_IT_IS:
             self.decision = decision
         return order
+
+    def _unanswered(self, held: Held) -> UpdateOrder:
+        """What is done to an update outside its guards that nobody has judged in time."""
+        standing = self._standing
+        if held == NOT_HELD or self._asking.unjudged > HELD_STEPS:
+            return standing
+        norms = [norm for norm in (held.max_norm, standing.max_norm) if norm is not None]
+        scale = self._responses.rate.bounded(held.lr_scale)
+        return UpdateOrder(min(scale, standing.lr_scale), min(norms, default=None))
