@@ -33,6 +33,8 @@ SEEDS = 5
 EPOCHS = 60
 LIVE = 8
 STEPS = 600
+GERMINATING = 300
+"""Steps within which all seeds train."""
 WIDTHS = tuple((narrow, wide) for narrow in range(3, 9) for wide in range(narrow, narrow + 4))
 
 
@@ -168,6 +170,8 @@ def finalize_us(isolation_every: int) -> tuple[list[float], list[float]]:
     step = 0
     while len(finalize) < STEPS:
         step += 1
+        if step > STEPS + GERMINATING:
+            raise RuntimeError(f"{LIVE} seeds do not train together: {garden.stages}")
         optimizer.zero_grad()
         host(batch).square().mean().backward()
         optimizer.step()
@@ -176,6 +180,7 @@ def finalize_us(isolation_every: int) -> tuple[list[float], list[float]]:
         learnt = time.thread_time_ns()
         garden.finalize(step, row)
         finalized = time.thread_time_ns()
+        garden.proposal_sent(step)
         garden.apply(unanswered("r", step, NOT_ASKED), enforced=False)
         garden.take_events()
         if all(stage.name == "TRAINING" for stage in garden.stages.values()) and (
