@@ -335,6 +335,24 @@ def test_an_answer_counts_and_not_what_is_held(clock):
     assert train(recorder, clock, [INSIDE], norm=200.0) == [(0.1, pytest.approx(50.0))]
 
 
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [(math.nan, 2.0), (1.0, math.inf), (math.nan, math.nan), (math.inf, None), (1.0, 2.0)],
+)
+def test_without_an_answer_what_is_not_finite_is_skipped_where_a_rule_says_so(
+    clock, loss, norm, skips
+):
+    """However long nobody answers: what is finite does not depend on the past."""
+    guards = [*HELD, Guard("nonfinite", above=0.0, skips=skips)]
+    recorder, frames, sidecar = guarded(clock, nobody, guards=guards)
+    sidecar.decision = unanswered("r", 0, TIMEOUT)
+    for _ in range(2 * HELD_STEPS):
+        one_step(recorder, clock, loss=loss, norm=norm)
+    is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
+    assert set(frames.column("update_skipped")) == {float(skips and not is_finite)}
+
+
 def test_what_is_held_is_forgotten_when_nobody_has_answered_for_long(clock):
     recorder, _, sidecar = guarded(clock, nobody, guards=HELD)
     sidecar.decision = unanswered("r", 0, TIMEOUT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
+from math import inf, isfinite
 from typing import NamedTuple
 
 from esper_otel.leyline.wire import GUARDED, Guard
@@ -16,9 +16,11 @@ class Held(NamedTuple):
     """Largest gradient norm, None without one."""
     lr_scale: float
     """Factor on its learning rate, 1.0 at most."""
+    skip: bool
+    """Whether it is left out, as its values are not finite."""
 
 
-NOT_HELD = Held(None, 1.0)
+NOT_HELD = Held(None, 1.0, False)
 """As the script makes it."""
 
 
@@ -32,8 +34,8 @@ class Guards:
         nonfinite = known.pop("nonfinite", None)
         self._nonfinite = nonfinite is not None
         self.skips_nonfinite = nonfinite is not None and nonfinite.skips
-        """Whether an update may be left out unasked whose values are not finite, where
-        they lie on a device and nobody can wait for them."""
+        """Whether an update whose values are not finite may be left out unjudged: where they
+        lie on a device and nobody can wait for them, and where a check is not answered."""
         self.looks_at_rate = "optimizer_lr" in known
         no_bound = Guard("", inf, -inf)
         loss, norm, rate = (known.get(metric, no_bound) for metric in GUARDED[:3])
@@ -59,10 +61,13 @@ class Guards:
                 return True
         return rate is not None and (rate > rate_above or rate < rate_below)
 
-    def held(self, gradient_norm: float | None, rate: float | None) -> Held:
+    def held(self, loss: float | None, gradient_norm: float | None, rate: float | None) -> Held:
         """What an update with these values is held to without an answer; None: not known."""
+        known = [value for value in (loss, gradient_norm) if value is not None]
+        if self.skips_nonfinite and not all(map(isfinite, known)):
+            return Held(None, 1.0, True)
         norm_above, norm_to, rate_above, rate_to = self._held
         norm_is_beyond = gradient_norm is not None and norm_above < gradient_norm < inf
         max_norm = norm_to if norm_is_beyond and 0.0 < norm_to < inf else None
         scale = rate_to / rate if rate is not None and rate_above < rate < inf else 1.0
-        return Held(max_norm, scale if 0.0 < scale < 1.0 else 1.0)
+        return Held(max_norm, scale if 0.0 < scale < 1.0 else 1.0, False)

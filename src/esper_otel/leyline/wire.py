@@ -134,10 +134,10 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
 class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A value of ``metric`` above ``above`` or below ``below`` needs a check.
 
-    ``skips``: a trainer that cannot send a request in time, because its values are still on a
-    device, may skip an update beyond it. An update whose value is above ``held_above`` is made
-    as with ``held_to`` where a check of it is not answered: the gradient norm is clipped, or
-    the learning rate scaled, to that.
+    ``skips``: a trainer whose values are still on a device, or whose check is not answered in
+    time, may skip an update beyond it. An update whose value is above ``held_above`` is made as
+    with ``held_to`` where its check is not answered: the gradient norm is clipped, or the
+    learning rate scaled, to that.
     """
 
     metric: str

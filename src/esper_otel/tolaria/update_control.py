@@ -72,7 +72,8 @@ class UpdateControl:
         self._skips = 0
         self._standing = AS_IT_IS
         """What the last answer made smaller about an update outside its guards: where nobody
-        answers, the next one outside is made so as well. It is left out by an answer alone."""
+        answers, the next one outside is made so as well. A finite one is left out by an answer
+        alone."""
         self._skipped_at: int | None = None
         """How many times backward was called when an update was left out last; None: it was
         made."""
@@ -243,7 +244,7 @@ class UpdateControl:
             return AS_IT_IS
         if self._asking.unjudged:
             # Who did not answer just now is not waited for once more.
-            return self._unanswered(guards.held(norm, rate))
+            return self._unanswered(guards.held(loss, norm, rate))
         row = [nan] * len(STEP_KEYS)
         row[_STEP] = number
         row[_NONFINITE] = 0.0
@@ -254,7 +255,7 @@ class UpdateControl:
             number, perf_counter_ns() + self._clock.offset, row
         )
         if decision.reason in UNJUDGED:
-            return self._unanswered(guards.held(norm, rate))
+            return self._unanswered(guards.held(loss, norm, rate))
         order = self._responses.order_of(decision)
         self._standing = UpdateOrder(order.lr_scale, order.max_norm)
         if order.restore and self._responses.restoring.order(decision, agreed=False):
@@ -271,6 +272,8 @@ class UpdateControl:
     def _unanswered(self, held: Held) -> UpdateOrder:
         """What is done to an update outside its guards that nobody has judged in time."""
         standing = self._standing
+        if held.skip:
+            return UpdateOrder(skip=True)
         if held == NOT_HELD or self._asking.unjudged > HELD_STEPS:
             return standing
         norms = [norm for norm in (held.max_norm, standing.max_norm) if norm is not None]
