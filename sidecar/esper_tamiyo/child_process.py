@@ -38,11 +38,9 @@ START_TICKS = 60
 """Ticks that a process has until its first heartbeat: it loads its modules, and on a busy
 machine that takes long."""
 
-STARVED_NS = 500_000_000
-"""A child that waited so long for a processor within a tick had none to say anything with."""
-
-STARVED_TICK = 0.25
-"""What such a tick counts: a child that turns in a circle waits for a processor as well."""
+LEAST_TICK = 1 / 16
+"""What a tick counts in which a child had no processor at all. It counts something: whoever
+hears nothing of a child for a minute must not be told that all is well."""
 
 LINES_BYTES = 4096
 """Read at once of a child that speaks in lines."""
@@ -85,9 +83,9 @@ class Pulse:
         self._missed = 0.0
         self._began = True
 
-    def missed(self, starved: bool = False) -> None:
-        """A tick went by; ``starved``: for most of it there was no processor for the child."""
-        self._missed += STARVED_TICK if starved else 1.0
+    def missed(self, starved: float = 0.0) -> None:
+        """A tick went by; for the share ``starved`` of it the child waited for a processor."""
+        self._missed += max(LEAST_TICK, 1.0 - starved)
 
     @property
     def began(self) -> bool:
@@ -103,6 +101,29 @@ class Pulse:
     def is_lost(self) -> bool:
         """Whether it is not to be waited for any more."""
         return self._missed >= (REPLACED_AFTER if self._began else START_TICKS)
+
+
+class Starvation:
+    """How much of its time a process has waited for a processor.
+
+    One that hangs does not wait for any, unless it turns in a circle; then it waits for as much
+    of its time as everybody else does.
+    """
+
+    def __init__(self) -> None:
+        self._at_s = time.monotonic()
+        self._ran_ns = self._waited_ns = 0
+
+    def share(self, pid: int) -> float:
+        """The share of the time since this was asked last, from 0 to 1."""
+        now = time.monotonic()
+        elapsed_ns = (now - self._at_s) * 1e9
+        ran, waited, wants = processor_use(pid)
+        before, self._at_s = (self._ran_ns, self._waited_ns), now
+        self._ran_ns, self._waited_ns = ran, waited
+        if wants and (ran, waited) == before:
+            return 1.0  # a wait is counted when it has ended, and this one has not
+        return min((waited - before[1]) / elapsed_ns, 1.0) if elapsed_ns > 0 else 0.0
 
 
 class Restarts:
@@ -166,7 +187,7 @@ class ChildProcess:
         self._epoll: select.epoll | None = None
         self._title = title or module
         self._killed: list[subprocess.Popen[bytes]] = []
-        self._waited_ns = 0
+        self._starvation = Starvation()
         self._line = b""
         """What came of a line whose end has not."""
         self.pulse = Pulse()
@@ -221,7 +242,7 @@ class ChildProcess:
         if self.pipe is None:
             return
         was_silent = self.pulse.is_silent
-        self.pulse.missed(self._is_starved())
+        self.pulse.missed(self._starvation.share(self.pid or 0))
         if self.pulse.is_lost:
             self.hung += 1
             log.warning(
@@ -263,11 +284,6 @@ class ChildProcess:
         *lines, self._line = (self._line + data).split(b"\n")
         return lines
 
-    def _is_starved(self) -> bool:
-        """Whether the process has mostly waited for a processor since this was asked last."""
-        before, self._waited_ns = self._waited_ns, waited_ns(self.pid or 0)
-        return self._waited_ns - before > STARVED_NS
-
     def _launch(
         self,
         arguments: Sequence[str],
@@ -303,7 +319,7 @@ class ChildProcess:
         self.pipe = ours
         self._restarts.started()
         self.pulse.started()
-        self._waited_ns = 0
+        self._starvation = Starvation()
         self._line = b""
         if self._epoll is not None:
             self._epoll.register(ours, select.EPOLLIN)
@@ -331,15 +347,16 @@ class ChildProcess:
         end(process, patience_s)
 
 
-def waited_ns(pid: int) -> int:
-    """How long the main thread of a process could have run but had no processor, in all.
-
-    0 where the system does not say.
+def processor_use(pid: int) -> tuple[int, int, bool]:
+    """Of the main thread of a process: nanoseconds on a processor, and of waiting for one, and
+    whether it is on one or waits now. Zeros where the system does not say.
     """
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
+        ran, waited = Path(f"/proc/{pid}/schedstat").read_bytes().split()[:2]
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1]
+        return int(ran), int(waited), state == b"R"
+    except (OSError, ValueError):
+        return 0, 0, False
 
 
 def rss_mb() -> float:

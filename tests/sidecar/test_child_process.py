@@ -12,6 +12,7 @@ import pytest
 from esper_tamiyo import child_process
 from esper_tamiyo.child_process import (
     FIRST_WAIT_S,
+    LEAST_TICK,
     LONGEST_WAIT_S,
     REPLACED_AFTER,
     SILENT_AFTER,
@@ -20,6 +21,7 @@ from esper_tamiyo.child_process import (
     ChildProcess,
     Pulse,
     Restarts,
+    Starvation,
     end,
     raise_descriptor_limit,
 )
@@ -169,7 +171,7 @@ def test_a_child_has_time_to_begin_and_less_to_be_silent_afterwards():
 
 @pytest.fixture
 def idle_machine(monkeypatch):
-    monkeypatch.setattr(child_process, "waited_ns", lambda pid: 0)
+    monkeypatch.setattr(child_process, "processor_use", lambda pid: (0, 0, False))
 
 
 def test_a_child_that_hangs_is_told_killed_and_started_again(idle_machine, caplog):
@@ -226,35 +228,102 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(monkeypatch):
     assert limits[-1] == (8192, resource.RLIM_INFINITY)
 
 
-def test_a_tick_without_a_processor_counts_little():
+def test_a_tick_counts_for_as_much_of_it_as_the_child_did_not_wait_for_a_processor():
     pulse = Pulse()
     pulse.started()
     pulse.heard()
-    for _ in range(4 * SILENT_AFTER - 1):
-        pulse.missed(starved=True)
+    for _ in range(2 * SILENT_AFTER - 1):
+        pulse.missed(starved=0.5)
     assert not pulse.is_silent
-    pulse.missed(starved=True)
+    pulse.missed(starved=0.5)
     assert pulse.is_silent, "it may turn in a circle"
 
 
-def test_a_child_that_waits_for_a_processor_is_not_taken_for_one_that_hangs(monkeypatch):
-    waited = [0]
-    monkeypatch.setattr(child_process, "waited_ns", lambda pid: waited[0])
+def test_a_child_without_any_processor_is_told_of_after_a_minute_at_the_latest():
+    pulse = Pulse()
+    pulse.started()
+    pulse.heard()
+    ticks = round(SILENT_AFTER / LEAST_TICK)
+    assert ticks > 60
+    for _ in range(ticks - 1):
+        pulse.missed(starved=1.0)
+    assert not pulse.is_silent
+    pulse.missed(starved=1.0)
+    assert pulse.is_silent
+
+
+class Machine:
+    """What a system says of a process that never says anything: second by second."""
+
+    def __init__(self, monkeypatch, clock):
+        self._clock, self._use = clock, (0, 0, False)
+        monkeypatch.setattr(child_process, "processor_use", lambda pid: self._use)
+
+    def second(self, ran=0.0, waited=0.0, wants=False, lasts=1.0):
+        before = self._use
+        self._use = (before[0] + int(ran * 1e9), before[1] + int(waited * 1e9), wants)
+        self._clock[0] += lasts
+
+
+@pytest.fixture
+def machine(monkeypatch, clock):
+    return Machine(monkeypatch, clock)
+
+
+SECONDS = {
+    "it waits for a disk, or for a lock": ({}, 0.0),
+    "it turns in a circle on an idle machine": ({"ran": 1.0, "wants": True}, 0.0),
+    "it turns in a circle beside another": ({"ran": 0.5, "waited": 0.5, "wants": True}, 0.5),
+    "it waits for a processor": ({"ran": 0.02, "waited": 0.98, "wants": True}, 0.98),
+    "it has not begun to run": ({"wants": True}, 1.0),
+    "it waited for long, and then ran": ({"ran": 0.01, "waited": 4.0}, 1.0),
+    "whoever asks was away as well": ({"ran": 0.1, "waited": 3.9, "lasts": 4.0}, 0.975),
+}
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_the_share_of_a_second_in_which_a_child_waited_for_a_processor(name, machine):
+    second, share = SECONDS[name]
+    starvation = Starvation()
+    for _ in range(2):
+        machine.second(**second)
+        assert starvation.share(1) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("second", [{"waited": 0.9, "ran": 0.01}, {"wants": True}])
+def test_a_child_that_waits_for_a_processor_is_not_taken_for_one_that_hangs(machine, second):
     child = TableWatch()
     child.start()
     child.hear()
     os.kill(child.pid, signal.SIGSTOP)
-    for _ in range(REPLACED_AFTER):
-        waited[0] += 900_000_000
+    for _ in range(3 * REPLACED_AFTER):
+        machine.second(**second)
         child.check_pulse()
     assert child.state == "working"
     for _ in range(REPLACED_AFTER):
+        machine.second()
         child.check_pulse()
     assert (child.state, child.hung) == ("down", 1)
     child.close()
 
 
-def test_how_long_a_process_had_no_processor_is_what_the_system_says():
-    before = child_process.waited_ns(os.getpid())
-    assert 0 <= before <= child_process.waited_ns(os.getpid())
-    assert child_process.waited_ns(0) == 0
+def test_what_a_process_had_of_a_processor_is_what_the_system_says():
+    ran, waited, wants = child_process.processor_use(os.getpid())
+    after = child_process.processor_use(os.getpid())
+    assert wants, "it runs, to read this"
+    assert 0 < ran <= after[0]
+    assert 0 <= waited <= after[1]
+    assert child_process.processor_use(0) == (0, 0, False)
+
+
+def test_a_stopped_process_wants_no_processor():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    try:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        first = child_process.processor_use(process.pid)
+        assert child_process.processor_use(process.pid) == first
+        assert not first[2]
+    finally:
+        process.kill()
+        process.wait()
