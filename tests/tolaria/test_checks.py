@@ -353,6 +353,62 @@ def test_without_an_answer_what_is_not_finite_is_skipped_where_a_rule_says_so(
     assert set(frames.column("update_skipped")) == {float(skips and not is_finite)}
 
 
+def scheduled(recorder, clock, rates):
+    """Steps whose script sets these rates."""
+    group = recorder.optimizer.param_groups[0]
+    for rate in rates:
+        group["lr"] = rate
+        one_step(recorder, clock)
+        assert group["lr"] == rate
+
+
+LEAP = [0.1, 3.0, 2.4, 1.5, 0.6, 0.3, 0.16]
+"""A schedule that is 30 times too high from its second step on, and comes down."""
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_rate_that_leapt_keeps_the_shape_of_its_schedule(clock, answers):
+    """One factor from the leap on, also below the bound that was crossed, and one check."""
+
+    def answer(step, values):
+        return decided(step, lr_scale=0.1 / values["optimizer_lr"])
+
+    recorder, frames, sidecar = guarded(clock, answer if answers else nobody, guards=HELD)
+    scheduled(recorder, clock, LEAP)
+    assert frames.column("lr_scale") == pytest.approx([1.0, *[0.1 / 3.0] * 6])
+    assert frames.column("optimizer_lr")[-1] == pytest.approx(0.16 / 30)
+    assert [step for step, _ in sidecar.checked] == [2]
+
+
+def test_a_rate_that_leapt_is_given_back_once_it_is_usual_again(clock):
+    recorder, frames, sidecar = guarded(clock, nobody, guards=HELD)
+    scheduled(recorder, clock, [*LEAP, 0.15, 0.16, 0.7, 3.0])
+    assert frames.column("lr_scale")[-4:] == pytest.approx([1.0, 1.0, 1.0, 0.1 / 3.0])
+    assert [step for step, _ in sidecar.checked] == [2, 10, 11], "0.7 is asked about, and made"
+
+
+def test_a_rate_that_leaps_again_gets_a_smaller_factor(clock):
+    recorder, frames, _ = guarded(clock, nobody, guards=HELD)
+    scheduled(recorder, clock, [0.1, 1.0, 2.0, 9.5, 9.5])
+    used = frames.column("optimizer_lr")
+    assert used == pytest.approx([0.1, 0.1, 0.2, 0.1, 0.1])
+
+
+def test_another_phase_ends_the_hold(clock):
+    recorder, frames, _ = guarded(clock, nobody, guards=[HELD[0], HELD[1], HELD[2]])
+    scheduled(recorder, clock, LEAP[:3])
+    recorder.phase_begins("two")
+    scheduled(recorder, clock, [0.6, 0.6])
+    assert frames.column("lr_scale")[-2:] == [1.0, 1.0]
+
+
+def test_a_held_rate_and_a_factor_in_force_multiply_within_the_bounds(clock):
+    recorder, frames, sidecar = guarded(clock, nobody, guards=HELD, minimum=0.02)
+    sidecar.decisions[2] = decided(2, lr_scale=0.5)
+    scheduled(recorder, clock, LEAP[:5])
+    assert frames.column("lr_scale") == pytest.approx([1.0, 1 / 30, 0.02, 0.02, 0.02])
+
+
 def test_what_is_held_is_forgotten_when_nobody_has_answered_for_long(clock):
     recorder, _, sidecar = guarded(clock, nobody, guards=HELD)
     sidecar.decision = unanswered("r", 0, TIMEOUT)

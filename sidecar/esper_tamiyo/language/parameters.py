@@ -54,7 +54,9 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     USUAL_RATE: Parameter(
         "as `lr_scale`, with the factor that returns the learning rate to the baseline with "
-        "which the rule compares `optimizer_lr`",
+        "which the rule compares `optimizer_lr`. If the rule depends on the rate alone, the "
+        "trainer keeps that factor until the script's rate is at most 1.5 times the baseline, "
+        "so that a schedule keeps its shape",
         (Action.OPTIMIZER,),
         flag=True,
     ),

@@ -27,7 +27,14 @@ NOT_HELD = Held(None, 1.0, False)
 class Guards:
     """The bounds of one rank as the newest answer that had any gave them."""
 
-    __slots__ = ("_bounds", "_held", "_nonfinite", "looks_at_rate", "skips_nonfinite")
+    __slots__ = (
+        "_bounds",
+        "_held",
+        "_nonfinite",
+        "looks_at_rate",
+        "skips_nonfinite",
+        "usual_rate",
+    )
 
     def __init__(self, guards: Iterable[Guard]) -> None:
         known = {guard.metric: guard for guard in guards if guard.metric in GUARDED}
@@ -40,6 +47,8 @@ class Guards:
         no_bound = Guard("", inf, -inf)
         loss, norm, rate = (known.get(metric, no_bound) for metric in GUARDED[:3])
         self._bounds = (loss.above, loss.below, norm.above, norm.below, rate.above, rate.below)
+        self.usual_rate = rate.held_to
+        """The rate that a leap is held to, infinite where it is not."""
         self._held = (norm.held_above, norm.held_to, rate.held_above, rate.held_to)
 
     def crossed(

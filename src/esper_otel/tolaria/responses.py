@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import msgspec
@@ -170,6 +170,37 @@ class RateFactor:
         return False
 
 
+class RateHold:
+    """One factor for a learning rate that leapt, until the script's own is usual again.
+
+    Held to a fixed rate, it would stay up where its schedule comes down; and given back as soon
+    as it is below the bound that it crossed, it would leap once more.
+    """
+
+    RELEASE = 1.5
+    """Times the usual rate."""
+
+    def __init__(self) -> None:
+        self._factor = 1.0
+        self._until = inf
+        self._phase = 0
+
+    def factor_at(self, rate: float | None, phase: int) -> float:
+        """The factor for an update that the script makes with ``rate``, in ``phase``.
+
+        1.0 where nothing is held; another phase, and a rate that is no number, end it.
+        """
+        if self._factor != 1.0 and (
+            rate is None or rate <= self._until or phase != self._phase
+        ):
+            self._factor = 1.0
+        return self._factor
+
+    def begin(self, factor: float, usual: float, phase: int) -> None:
+        """The rate leapt in ``phase``; ``factor`` takes it to what is ``usual``."""
+        self._factor, self._until, self._phase = factor, self.RELEASE * usual, phase
+
+
 class Responses:
     """Applies decisions to a run in ``enforce``, and nothing otherwise."""
 
@@ -177,6 +208,7 @@ class Responses:
         self, rate: RateFactor, *, enforce: bool, restoring: Restoring | None = None
     ) -> None:
         self.rate = rate
+        self.hold = RateHold()
         self.restoring = restoring or Restoring()
         self._enforce = enforce
         self._on_pause: list[Callable[[Decision], None]] = []

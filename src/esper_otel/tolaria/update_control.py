@@ -230,21 +230,42 @@ class UpdateControl:
         guards = self._asking.guards
         if guards is None:
             return AS_IT_IS
-        step = self._step
+        step, responses = self._step, self._responses
         total, parts = step.loss
         loss = total / parts if type(total) is float and parts else None
         norm = step.norm if type(step.norm) is float else None
-        rate = None
+        hold, rate = 1.0, None
         if guards.looks_at_rate:
             rate = mean_rate(optimizer.param_groups)
+            phase = step.training_phase.number
+            hold = responses.rate.bounded(responses.hold.factor_at(rate, phase))
             if rate is not None:
-                rate *= factor
+                rate *= factor * hold
         if not guards.crossed(loss, norm, rate):
             self._skips, self._standing = 0, AS_IT_IS
-            return AS_IT_IS
+            return AS_IT_IS if hold == 1.0 else UpdateOrder(hold)
+        held = guards.held(loss, norm, rate)
+        order = self._checked(optimizer, number, factor * hold, loss, norm, held)
+        if held.lr_scale < 1.0 and order.lr_scale < 1.0:
+            scale = hold * order.lr_scale
+            responses.hold.begin(scale, guards.usual_rate, step.training_phase.number)
+            self._standing = self._standing._replace(lr_scale=1.0)
+        return order._replace(lr_scale=responses.rate.bounded(hold * order.lr_scale))
+
+    def _checked(
+        self,
+        optimizer: Optimizer,
+        number: int,
+        factor: float,
+        loss: float | None,
+        norm: float | None,
+        held: Held,
+    ) -> UpdateOrder:
+        """What is to be done to an update outside its guards, in the rate that ``factor``
+        makes of the script's."""
         if self._asking.unjudged:
             # Who did not answer just now is not waited for once more.
-            return self._unanswered(guards.held(loss, norm, rate))
+            return self._unanswered(held)
         row = [nan] * len(STEP_KEYS)
         row[_STEP] = number
         row[_NONFINITE] = 0.0
@@ -255,7 +276,7 @@ class UpdateControl:
             number, perf_counter_ns() + self._clock.offset, row
         )
         if decision.reason in UNJUDGED:
-            return self._unanswered(guards.held(loss, norm, rate))
+            return self._unanswered(held)
         order = self._responses.order_of(decision)
         self._standing = UpdateOrder(order.lr_scale, order.max_norm)
         if order.restore and self._responses.restoring.order(decision, agreed=False):
