@@ -196,8 +196,8 @@ class RateHold:
             self._factor = 1.0
         return self._factor
 
-    def begin(self, factor: float, usual: float, phase: int) -> None:
-        """The rate leapt in ``phase``; ``factor`` takes it to what is ``usual``."""
+    def take_back(self, factor: float, usual: float, phase: int) -> None:
+        """The rate leapt in ``phase``; ``factor`` takes it back to what is ``usual``."""
         self._factor, self._until, self._phase = factor, self.RELEASE * usual, phase
 
 

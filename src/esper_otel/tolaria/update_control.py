@@ -248,7 +248,7 @@ class UpdateControl:
         order = self._checked(optimizer, number, factor * hold, loss, norm, held)
         if held.lr_scale < 1.0 and order.lr_scale < 1.0:
             scale = hold * order.lr_scale
-            responses.hold.begin(scale, guards.usual_rate, step.training_phase.number)
+            responses.hold.take_back(scale, guards.usual_rate, step.training_phase.number)
             self._standing = self._standing._replace(lr_scale=1.0)
         return order._replace(lr_scale=responses.rate.bounded(hold * order.lr_scale))
 
