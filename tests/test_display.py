@@ -16,8 +16,7 @@ from esper_otel.display import SHOWN, DisplayedRun, run_card
 from esper_otel.leyline.decisions import Action, Decision, Finding, Severity
 from esper_otel.leyline.frames import StepTimeline, step_row
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.stream.decision_marks import MOST
-from esper_otel.stream.totals import RunTotals
+from esper_otel.stream.totals import MOST, RunTotals
 from testkit.patience import PATIENCE_S
 
 HOSTILE = "<script>alert(1)</script>\"'\u202e"

@@ -15,8 +15,7 @@ from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import Account, StreamReport
-from esper_otel.stream.loss_curve import PARTS, LossCurve
-from esper_otel.stream.totals import MOST_TOTALS, RunTotals, shortened
+from esper_otel.stream.totals import MOST_TOTALS, PARTS, LossCurve, RunTotals, shortened
 from esper_otel.summary import summary_of, tell_summary
 from esper_otel.tolaria.restoring import SnapshotReport
 from testkit.fork_server import fork_server

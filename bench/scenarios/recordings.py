@@ -25,7 +25,7 @@ from bench.scenarios.suite import Scenario, path
 from esper_otel.leyline.decisions import Proposal
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.metrics import BY_KEY, SEED_KEYS, STEP_KEYS
-from esper_otel.tolaria.dynamics import WeightedStatistics
+from esper_otel.tolaria.seal import WeightedStatistics
 
 Column = npt.NDArray[np.float64]
 Columns = dict[str, Column]

@@ -135,6 +135,7 @@ class Run(LoopCalls, Closing, DisplayedRun):
             held.release(self._stream, self._client)
             self._recorder.set_client(self._client)
             self._sharing.set_client(self._client)
+        self._recorder.defer_to(self._stream)
 
     def _new_client(self) -> TamiyoClient | None:
         return client_of(self.settings, self.run_id, self.instance_id)

@@ -13,8 +13,10 @@ class CapturedStream:
     """Stands where the stream stands and keeps what it is given."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        self.frames: list[dict[str, float]] = []
-        self.timelines: list[object] = []
+        self._frames: list[dict[str, float]] = []
+        self._timelines: list[object] = []
+        self._notes = None
+        self.is_awaited = False
         self.events: list[object] = []
         self.ends: list[tuple[int, str]] = []
         """Each end of the run: its last step, and how it ended."""
@@ -29,12 +31,31 @@ class CapturedStream:
     def configure(self, values, *, explicit=False):
         self.config.update(values)
 
+    def follow(self, notes):
+        self._notes = notes
+        return self
+
+    @property
+    def frames(self):
+        """The steps so far; those that were only noted are taken up now."""
+        self._catch_up()
+        return self._frames
+
+    @property
+    def timelines(self):
+        self._catch_up()
+        return self._timelines
+
+    def _catch_up(self):
+        if self._notes is not None:
+            self._notes.catch_up()
+
     def frame(self, time_unix_nano, row, seeds=(), custom=NO_CUSTOM):
         own = {custom_key(name): value for name, value in custom.items()}
-        self.frames.append(present(STEP_KEYS, row) | own)
+        self._frames.append(present(STEP_KEYS, row) | own)
 
     def timeline(self, timeline):
-        self.timelines.append(timeline)
+        self._timelines.append(timeline)
 
     def event(self, event):
         self.events.append(event)

@@ -175,6 +175,9 @@ class _NoStream:
     def configure(self, *_: object, **__: object) -> None:
         pass
 
+    def follow(self, *_: object) -> None:
+        pass
+
     def frame(self, *_: object) -> None:
         pass
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from esper_otel.leyline.frames import NO_CUSTOM, present
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_KEYS
-from esper_otel.tolaria import asking, garden_calls, recorder, step, update_control
+from esper_otel.tolaria import (
+    asking,
+    garden_calls,
+    noted_steps,
+    recorder,
+    step,
+    update_control,
+)
 from esper_otel.tolaria.recorder import Recorder
 from esper_otel.tolaria.responses import RateFactor, Responses
 
@@ -27,7 +34,7 @@ class Clock:
 def stop_the_clock(monkeypatch):
     """The clock by which everything that a recorder does is measured from here on."""
     clock = Clock()
-    for module in (recorder, step, asking, garden_calls, update_control):
+    for module in (recorder, step, noted_steps, asking, garden_calls, update_control):
         monkeypatch.setattr(module, "perf_counter_ns", clock)
     return clock
 
@@ -82,9 +89,9 @@ made = []
 """Recorders of the test that runs now."""
 
 
-def make(enforce=False, release_steps=10, minimum=0.01, **options):
+def make(enforce=False, release_steps=10, minimum=0.01, frames=None, **options):
     """A recorder with an optimizer, and where its frames go."""
-    frames = Frames()
+    frames = frames or Frames()
     rate = RateFactor(minimum=minimum, maximum=1.0, release_steps=release_steps)
     recorder = Recorder(frames, run="r", responses=Responses(rate, enforce=enforce), **options)
     recorder.optimizer = Optimizer({"lr": 0.1, "momentum": 0.9})

@@ -328,7 +328,7 @@ def test_no_random_number_is_drawn() -> None:
     assert (np.random.get_state()[1] == before[2]).all()
 
 
-@pytest.mark.parametrize("module", ["gradients", "scalars", "devices", "dynamics"])
+@pytest.mark.parametrize("module", ["gradients", "scalars", "devices", "noted_steps"])
 def test_importing_the_module_does_not_import_torch(module: str) -> None:
     program = f"import sys, esper_otel.tolaria.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 
 from esper_otel.leyline.frames import present, step_row
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.tolaria.seal import (
-    MOST_UNDER_WAY,
-    PendingFrame,
-    Sealer,
-    Sum,
-    plus,
-)
+from esper_otel.tolaria.losses import MOST_UNDER_WAY, Sum, plus
+from esper_otel.tolaria.seal import PendingFrame, Sealer
 
 
 class Late:

@@ -4,7 +4,7 @@ import pytest
 from tolaria.loops import MS, Late, stop_the_clock
 
 from esper_otel.tolaria.fetches import Source
-from esper_otel.tolaria.seal import ConditionalReading
+from esper_otel.tolaria.losses import ConditionalReading
 from esper_otel.tolaria.step import MAX_PHASES, REPORTABLE, StepUnderWay
 
 
@@ -75,7 +75,6 @@ def test_a_norm_measured_after_the_step_is_no_part_of_the_optimizers_time(clock,
     clock.pass_ms(0.5)
     assert step.measured(4.0) == clock()
     assert (step.norm, step.optimizer_ns, step.prepare_ns) == (4.0, 2 * MS, 0.5 * MS)
-    assert not step.wants_norm
 
 
 @pytest.mark.parametrize(

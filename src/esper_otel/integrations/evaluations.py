@@ -124,11 +124,16 @@ class Evaluations:
         """Weights have changed, by an optimizer of torch."""
         self._sample, self._after = None, ()
 
+    def ends_as_ever(self) -> bool:
+        """A step of the run is over; whether nothing is to be learnt of its losses."""
+        if self.calls != self.expected or self.looks:
+            return False
+        self.calls = 0
+        return True
+
     def step_ended(self, losses: StepLosses) -> None:
-        """A step of the run is over, with these ``losses``."""
+        """A step of the run is over that did not end as ever, with these ``losses``."""
         calls, self.calls = self.calls, 0
-        if calls == self.expected and not self.looks:
-            return  # as ever
         self._sample, self._after = None, ()
         self._tell_assumed(losses)
         self._steps_left = max(self._steps_left - 1, 0)

@@ -124,7 +124,7 @@ class GradientNorms:
 
     def backward_ended(self, *, scaled: bool, optimizing: bool) -> None:
         """They have; ``scaled`` by a ``GradScaler``, ``optimizing``: within a closure."""
-        if scaled or not self._is_alone or self._recorder.under_way.norm is not None:
+        if scaled or not self._is_alone or self._recorder.norm is not None:
             return
         habit = self._habit
         if self.any_unstepped and not optimizing:

@@ -216,8 +216,7 @@ class Watch:
 
     def _backward_ended(self, tensor: Any) -> None:
         is_scaled = self._evaluation_ended(tensor)
-        optimizing = self._recorder.under_way.optimizing
-        self.norms.backward_ended(scaled=is_scaled, optimizing=optimizing)
+        self.norms.backward_ended(scaled=is_scaled, optimizing=self._recorder.optimizing)
 
     def _evaluation_ended(self, tensor: Any) -> bool:
         """Takes the loss; returns whether a ``GradScaler`` has scaled it."""
@@ -377,7 +376,8 @@ class Watch:
     def _end_step(self, optimizer: Any, args: Any = (), kwargs: Any = None) -> None:
         self._steps += 1
         self.quietly(self.norms.step_ended, optimizer)
-        self._evaluations.step_ended(self._recorder.under_way.losses)
+        if not self._evaluations.ends_as_ever():
+            self._evaluations.step_ended(self._recorder.under_way.losses)
         self.quietly(self._tell_copy)
         self._loop.optimizer_ended(optimizer, args, kwargs or {})
 

@@ -125,6 +125,7 @@ def drop_all(
 
     ``made`` are spans that are made and were not handed on.
     """
+    ring.catch_up()
     frames = ring.drain()
     if frames is not None:
         spool.drop_unencoded(Signal.METRICS, points(frames))
@@ -258,6 +259,7 @@ class Drain:
     def _drain_frames(self, lane: Lane, over: bool) -> None:
         # Prometheus keeps milliseconds, and refuses a whole request for a sample whose
         # millisecond has come in another one. So a millisecond is sent in one piece.
+        lane.ring.catch_up()
         now_ns = None if over else time.time_ns()
         ring, encoder = lane.ring, lane.encoder
         few = ring.drain_few(now_ns)

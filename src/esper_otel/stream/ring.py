@@ -11,10 +11,10 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +160,15 @@ class Doorbell:
         self.is_awaited = False
 
 
+class Notes(Protocol):
+    """Steps that are still to be put, by whichever thread takes them up."""
+
+    waiting: Collection[Any]
+
+    def catch_up(self) -> None:
+        """Take up those that wait."""
+
+
 class FrameRing:
     """Ring of step frames, and ring of the seed rows that go with them.
 
@@ -175,20 +184,34 @@ class FrameRing:
         self._seed_ids: list[str] = []
         # Objects and not records: few steps have custom values, whose names come and go.
         self._customs: deque[tuple[int, Mapping[str, float]]] = deque()
-        self.latest_custom: dict[str, float] = {}
-        """The newest of each custom value."""
+        self._latest_custom: dict[str, float] = {}
+        self.notes: Notes | None = None
+        """What is still to be put, where the writer only notes it."""
         self.refused_frames = 0
         self.refused_points = 0
 
     @property
     def is_empty(self) -> bool:
-        """Whether every frame was taken."""
-        return self._steps.read == self._steps.written
+        """Whether every frame was taken, and none is still to be put."""
+        is_noted = self.notes is not None and self.notes.waiting
+        return self._steps.read == self._steps.written and not is_noted
 
     @property
     def accepted(self) -> int:
         """Frames written so far."""
+        self.catch_up()
         return self._steps.written
+
+    @property
+    def latest_custom(self) -> dict[str, float]:
+        """The newest of each custom value."""
+        self.catch_up()
+        return self._latest_custom
+
+    def catch_up(self) -> None:
+        """Have put what is only noted yet."""
+        if self.notes is not None:
+            self.notes.catch_up()
 
     def put(
         self,
@@ -206,7 +229,7 @@ class FrameRing:
         written = steps.written
         if custom:
             self._customs.append((written, custom))
-            self.latest_custom.update(custom)
+            self._latest_custom.update(custom)
         # Ring.write, without a call of it: most of what a frame costs are calls.
         offset = written % steps.capacity * steps.size
         steps.pack_into(steps.buffer, offset, time_unix_nano, self._seeds.written, *row)
@@ -267,6 +290,7 @@ class FrameRing:
 
     def latest(self) -> Frames | None:
         """The newest frame alone, whether taken or not; None before the first."""
+        self.catch_up()
         steps = self._steps
         end = steps.written
         if end == 0:

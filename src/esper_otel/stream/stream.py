@@ -1,8 +1,7 @@
 """Stream: the entrance for a recorder's step records.
 
-The training thread writes numbers and returns; two kinds of daemon thread do the rest:
-``esper-stream`` turns frames into OTLP, ``esper-send-metrics``, ``-traces`` and ``-logs``
-deliver it.
+The training thread writes numbers; two kinds of daemon thread do the rest: ``esper-stream``
+turns frames into OTLP, ``esper-send-metrics``, ``-traces`` and ``-logs`` deliver it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from esper_otel.stream.spool import Account, Spool
 if TYPE_CHECKING:
     from esper_otel.stream.delivery import Delivery
     from esper_otel.stream.drain import Drain, Lane
-    from esper_otel.stream.ring import SeedRows
+    from esper_otel.stream.ring import Doorbell, Notes, SeedRows
     from esper_otel.stream.totals import RunTotals
 
 log = logging.getLogger("esper_otel")
@@ -164,6 +163,13 @@ class Stream:
                     self._bell.ring()
             except Exception as error:
                 self._fault(error)
+
+    def follow(self, notes: Notes) -> Doorbell | None:
+        """Have our thread take up ``notes``; returns what wakes it, None if there is none."""
+        if self._on and self._lane is not None:
+            self._ring.notes = notes
+            return self._bell
+        return None
 
     def configure(self, values: Mapping[str, Attribute], *, explicit: bool = False) -> None:
         """Take in hyper-parameters (:meth:`RunConfig.add`), to be told of. Never raises."""

@@ -1,22 +1,29 @@
-"""Totals: sums over a run so far."""
+"""Totals: sums over a run so far, and the newest decisions about it."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from math import nan
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from esper_otel.leyline.decisions import FAILED_OPEN, Action
 from esper_otel.leyline.frames import StepTimeline
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.stream.decision_marks import DecisionMarks
-from esper_otel.stream.loss_curve import LossCurve
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+MOST = 64
+"""Decisions that are remembered."""
+
+PARTS = 64
+"""A curve has at least half as many parts once there are as many steps; the parts then become
+twice as long whenever all are full."""
+
+_STEP = STEP_SLOT["step"]
 _LATENCY = STEP_SLOT["step_latency_ms"]
 _LOSS = STEP_SLOT["loss"]
 _NONFINITE = STEP_SLOT["nonfinite"]
@@ -38,6 +45,95 @@ _SUMMED = (
     "_sums",
     "_counts",
 )
+
+
+class DecisionMark(NamedTuple):
+    """One decision, or notice; ``applied``: it changed something in the run."""
+
+    step: int
+    action: str
+    severity: str
+    reason: str
+    applied: bool
+
+
+class DecisionMarks:
+    """The newest of those that :class:`RunTotals` counts."""
+
+    def __init__(self) -> None:
+        self.newest: deque[DecisionMark] = deque(maxlen=MOST)
+        self._first: int | None = None
+
+    def begin(self, rows: NDArray[Any]) -> None:
+        """Steps of the run: the first of the first ones is where it began."""
+        if self._first is None:
+            self._first = int(np.nan_to_num(rows[0, _STEP]))
+
+    def note(self, timeline: StepTimeline) -> None:
+        """Remember what was decided about a step."""
+        decision = timeline.decision
+        if decision is not None:
+            what = decision.action.value, decision.severity.value, decision.reason
+            self.newest.append(DecisionMark(timeline.step, *what, timeline.applied))
+
+    def share_of(self, mark: DecisionMark, steps: int) -> float:
+        """How far along so many steps it was, from 0 to 1."""
+        share = (mark.step - (self._first or 0)) / max(steps - 1, 1)
+        return min(max(share, 0.0), 1.0)
+
+
+class LossCurve:
+    """The curve of a run's loss: means over equal parts of its steps, in a constant size."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._width = 1
+        """Steps of one part."""
+        self._sums = np.zeros(PARTS)
+        self._known = np.zeros(PARTS, np.int64)
+        self._broken = np.zeros(PARTS, np.int64)
+
+    def extend(self, losses: NDArray[Any], broken: NDArray[Any]) -> None:
+        """Take in the losses of the next steps, NaN where there is none; ``broken`` says at
+        which steps something was not finite."""
+        while self._steps + len(losses) > PARTS * self._width:
+            self._halve()
+        places = np.arange(self._steps, self._steps + len(losses)) // self._width
+        known = np.isfinite(losses)
+        with np.errstate(over="ignore"):
+            self._sums += np.bincount(places, np.where(known, losses, 0.0), PARTS)
+        self._known += np.bincount(places, known, PARTS).astype(np.int64)
+        self._broken += np.bincount(places, broken & ~known, PARTS).astype(np.int64)
+        self._steps += len(losses)
+
+    def _halve(self) -> None:
+        """Have parts twice as long."""
+        self._width *= 2
+        half = PARTS // 2
+        for name in ("_sums", "_known", "_broken"):
+            parts = getattr(self, name)
+            merged = np.zeros_like(parts)
+            with np.errstate(over="ignore"):
+                merged[:half] = parts[0::2] + parts[1::2]
+            setattr(self, name, merged)
+
+    def means(self, most: int) -> list[float | None]:
+        """At most that many means, in order of steps.
+
+        None where no loss is known, NaN where none was finite.
+        """
+        parts = -(-self._steps // self._width)
+        together = max(1, -(-parts // most))
+        found: list[float | None] = []
+        for start in range(0, parts, together):
+            part = slice(start, min(start + together, parts))
+            known = int(self._known[part].sum())
+            if known:
+                with np.errstate(over="ignore"):
+                    found.append(float(self._sums[part].sum()) / known)
+            else:
+                found.append(nan if self._broken[part].any() else None)
+        return found
 
 
 class RunTotals:

@@ -141,6 +141,10 @@ class Fetches:
             self._drop_newest()  # it lies in this one: a loader that is timed at two places
         self._append(source, asked_for, now, size)
 
+    def is_usual(self, source: Source) -> bool:
+        """Whether one batch from ``source``, and nothing else, is what a step consists of."""
+        return not self.waiting and len(self._trained) == 1 and source in self._trained
+
     def ended(self, iterator: int, now: int) -> None:
         """The iterator of that number was asked for a batch and had none left."""
         if self.waiting:

@@ -24,12 +24,84 @@ counts: it is that of the weights the step began with. With gradients thrown awa
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from enum import StrEnum
 from typing import NamedTuple
 
-from esper_otel.leyline.frames import Reading, Value
-from esper_otel.tolaria.seal import ConditionalReading, plus
+from esper_otel.leyline.frames import Reading, Value, arrived
+
+MOST_UNDER_WAY = 64
+"""Losses of one step that a device may still have to deliver. Beyond it their sum is lost."""
+
+
+class ConditionalReading:
+    """A value that is to be told, unless ``doubt`` arrives and is not zero."""
+
+    __slots__ = ("_doubt", "_value")
+
+    def __init__(self, value: Value, doubt: Reading) -> None:
+        self._value = value
+        self._doubt = doubt
+
+    def ready(self) -> bool:
+        """Whether both have arrived."""
+        value = self._value
+        return self._doubt.ready() and (isinstance(value, float) or value.ready())
+
+    def value(self) -> float | None:
+        """The number; None when it is not to be told, has been lost or is not here yet."""
+        return None if self._doubt.value() else arrived(self._value)
+
+
+class Sum:
+    """Losses added up that a device still has to deliver; lost when one of them is."""
+
+    __slots__ = ("_total", "_under_way")
+
+    def __init__(self, first: Value) -> None:
+        self._total: float | None = 0.0
+        self._under_way: deque[Reading] = deque()
+        self.add(first)
+
+    def add(self, loss: Value) -> None:
+        """One more."""
+        if isinstance(loss, float):
+            self._take(loss)
+            return
+        self._under_way.append(loss)
+        if len(self._under_way) > MOST_UNDER_WAY:
+            self.ready()
+            if len(self._under_way) > MOST_UNDER_WAY:
+                self._take(None)
+
+    def ready(self) -> bool:
+        """Whether all of them have arrived, or the sum is lost."""
+        while self._under_way and self._under_way[0].ready():
+            self._take(self._under_way.popleft().value())
+        return not self._under_way
+
+    def value(self) -> float | None:
+        """The sum; None when it is lost or not all here yet."""
+        return self._total if self.ready() else None
+
+    def _take(self, number: float | None) -> None:
+        if self._total is None or number is None:
+            self._total = None
+            self._under_way.clear()
+        else:
+            self._total += number
+
+
+def plus(total: Value | None, loss: Value) -> Value:
+    """``total`` and one more loss of the same step; None is the total of no loss."""
+    if total is None:
+        return loss
+    if isinstance(total, float) and isinstance(loss, float):
+        return total + loss
+    if not isinstance(total, Sum):
+        total = Sum(total)
+    total.add(loss)
+    return total
 
 
 class Follows(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -13,6 +14,10 @@ _LR = STEP_SLOT["optimizer_lr"]
 _LR_BASE = STEP_SLOT["optimizer_lr_base"]
 _MOMENTUM = STEP_SLOT["optimizer_momentum"]
 _PAIRS = (tuple, list)
+
+
+Rates = Sequence[dict[str, Any]]
+"""What groups of an optimizer had, under the names that :func:`put_optimizer` looks at."""
 
 
 class BaseRate:
@@ -28,7 +33,7 @@ class BaseRate:
         self.first: float | None = None
         """Of a loop that sets its rates by hand: the first that was seen."""
 
-    def of(self, groups: list[dict[str, Any]]) -> float | None:
+    def of(self, groups: Rates) -> float | None:
         """The base rate of ``groups``; None where the host knows none."""
         if self.first is not None and "initial_lr" not in groups[0]:
             return self.first
@@ -41,9 +46,7 @@ class BaseRate:
         return self.first
 
 
-def put_optimizer(
-    row: list[float], groups: list[dict[str, Any]], factor: float, base: BaseRate
-) -> None:
+def put_optimizer(row: list[float], groups: Rates, factor: float, base: BaseRate) -> None:
     """Mean learning rate used, base rate and momentum of parameter groups, as far as the host
     has them.
 
@@ -79,12 +82,34 @@ def _put_group(row: list[float], group: dict[str, Any], factor: float, base: Bas
     return True
 
 
-def mean_rate(groups: list[dict[str, Any]]) -> float | None:
+_NAMES = ("lr", "momentum", "betas", "initial_lr")
+
+
+def host_rates(groups: list[dict[str, Any]]) -> Rates | None:
+    """What ``groups`` have now; None where any of it may change later, as a tensor does."""
+    rates = []
+    for group in groups:
+        had = {}
+        for name in _NAMES:
+            if name in group:
+                value = had[name] = group[name]
+                kind = type(value)
+                if kind is not float and value is not None:
+                    if kind is not tuple:
+                        return None
+                    for part in value:
+                        if type(part) is not float:
+                            return None
+        rates.append(had)
+    return rates
+
+
+def mean_rate(groups: Rates) -> float | None:
     """Mean of the groups' learning rates; None unless all are numbers of the host."""
     return _mean_of("lr", groups)
 
 
-def _mean_of(name: str, groups: list[dict[str, Any]]) -> float | None:
+def _mean_of(name: str, groups: Rates) -> float | None:
     total = 0.0
     for group in groups:
         rate = host_number(group.get(name))

@@ -14,11 +14,14 @@ from time import perf_counter_ns
 from typing import Any
 
 from esper_otel.leyline.decisions import Decision
-from esper_otel.leyline.frames import Value, step_row
+from esper_otel.leyline.frames import Value
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.tolaria.asking import Asking, Taken
 from esper_otel.tolaria.garden_calls import SafeGarden
-from esper_otel.tolaria.ports import DecisionClient, FrameSink, GardenPort
+from esper_otel.tolaria.loop_events import LoopEvents
+from esper_otel.tolaria.noted_steps import Follower, NotedSteps
+from esper_otel.tolaria.ordinary_steps import OrdinarySteps
+from esper_otel.tolaria.ports import DecisionAgreement, DecisionClient, FrameSink, GardenPort
 from esper_otel.tolaria.rates import put_optimizer
 from esper_otel.tolaria.responses import Responses
 from esper_otel.tolaria.seal import PendingFrame, Sealer, parse_state
@@ -41,7 +44,7 @@ _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 
 
-class Recorder:
+class Recorder(LoopEvents):
     """Follows one training loop; see the module for the manner.
 
     ``optimizer`` (settable) is whose learning rate is recorded. ``device_values`` returns
@@ -62,76 +65,51 @@ class Recorder:
         span_slow_factor: float = 2.0,
         waits: bool = False,
     ) -> None:
+        step = StepUnderWay(enriched=enriched)
+        super().__init__(step)
         self.optimizer: Optimizer | None = None
         self.step = 0  # optimizer steps seen so far
         self.clock = Clock()
         self._frames = frames
         self._responses = responses
         self._asking = Asking(run, client)
-        self.decision: Decision = self._asking.not_asked
-        """The newest decision."""
+        self.decision: Decision = self._asking.not_asked  # the newest
         self._waits = waits
         self._enriched = enriched
         self._device_values = device_values
         self._garden: SafeGarden | None = None
-        self._off = False
-        self._faults: set[str] = set()
         self._sealer = Sealer(enriched=enriched)
         self._timelines = Timelines(
             frames.timeline, self.clock.offset, every=span_every, slow_factor=span_slow_factor
         )
-        self._latest = step_row()
-        self._last_end = 0
-        self._hook_ms = self._apply_ms = 0.0
         self._in_hand: Decision | None = None  # seeds have not been told of it yet
         self._in_hand_of: EndedStep | None = None
         self._backwards_asked = 0  # times that backward was called at the newest request
-        step = self._under_way = self.under_way = StepUnderWay(enriched=enriched)
-        self.control = UpdateControl(
-            step,
-            asking=self._asking,
-            responses=responses,
-            sealer=self._sealer,
-            clock=self.clock,
-        )
-        # What is told of the loop goes to whoever keeps it, without a detour.
-        self.set_client = self._asking.set_client
-        self.share_decisions = self._asking.share_decisions
-        self.batch_came = step.batch_came
-        self.batches_ended = step.batches_ended
-        self.backward_begins = step.backward_begins
-        self.backward_ends = step.backward_ends
-        self.skipped = step.skipped
-        self.may_be_skipped = step.may_be_skipped
-        self.clipped = step.clipped
-        self.measured = step.measured
-        self.phase = step.phase
-        self.loop_reported = step.loop_reported
-        self.copied_to_device = step.copied_to_device
-        self.update_skipped = step.update_skipped
-        self.losses_prescaled = step.losses_prescaled
-        self.phase_begins = step.phase_begins
-        self.leftover = step.leftover
+        parts: dict[str, Any] = {"sealer": self._sealer, "clock": self.clock}
+        self.control = UpdateControl(step, asking=self._asking, responses=responses, **parts)
         ask = (self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans)
         keep = (self.control.end_update, self.control.keep)
         self._keeps = responses.restoring.keeps  # snapshots
         self._stages = (keep[0], *ask, keep[1]) if self._keeps else ask
-        # What is left of them where nobody decides and no seed grows: code that is not called
-        # need not come from memory.
         self._alone = (self._seal, self._stream, self._timelines.end_undecided)
         self._changed = self.control.updates.within
+        self._notes = NotedSteps(self, step, self._tell_directly)
+        self._ordinary = OrdinarySteps(
+            frames,
+            step=step,
+            timelines=self._timelines,
+            base_rate=self.control.base_rate,
+            device_values=device_values,
+            enriched=enriched,
+            **parts,
+        )
 
     # Around an optimizer's step.
 
-    @property
-    def wants_norm(self) -> bool:
-        """Whether nobody has told this step's gradient norm yet, and it will be recorded."""
-        return self._under_way.norm is None and not self._off
-
-    def optimizer_begins(
+    def _optimizer_begins(
         self, hook_began: int, norm: Value | None, optimizer: Optimizer | None = None
     ) -> None:
-        """The run's optimizer is about to step; ``norm`` was computed since ``hook_began``.
+        """``norm`` was computed since ``hook_began``.
 
         The decision about the step before is taken, and ``optimizer`` steps under it.
         """
@@ -144,16 +122,15 @@ class Recorder:
     def closure_begins(
         self, optimizer: Optimizer | None = None, measure: Measure | None = None
     ) -> None:
-        """As :meth:`optimizer_begins`, for a step that calls forward and backward itself.
+        """As ``optimizer_begins``, for a step that calls forward and backward itself.
 
         ``measure`` gives the gradient norm once they have been called.
         """
         if self._asking.decides:
             self.before_update(optimizer, is_primary=measure is not None, measure=measure)
-        self._under_way.closure_begins()
+        self.under_way.closure_begins()
 
-    def optimizer_ends(self, optimizer: Optimizer | None = None) -> int:
-        """The run's optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
+    def _optimizer_ends(self, optimizer: Optimizer | None = None) -> int:
         now = self._under_way.optimizer_ends()
         if optimizer is not None and self._changed:
             self.control.updates.put_back(optimizer)
@@ -164,7 +141,7 @@ class Recorder:
         if (taken := self._asking.collect()) is not None and not self._off:
             self._take(taken)
 
-    def end_step(self, ended: int = 0) -> None:
+    def end_settled(self, ended: int = 0) -> None:
         """The step is done: seal its frame, stream it, ask about it, do what was decided.
 
         ``ended`` is the mark of its end, 0 for now. Each stage has a boundary of its own: what
@@ -184,15 +161,12 @@ class Recorder:
         ended = ended or perf_counter_ns()
         self.step = step = self.step + 1
         ending = EndedStep(step, ended, self._last_end, under_way.span_start, under_way.phases)
+        self._rates = self.optimizer.param_groups if self.optimizer is not None else ()
         if leftover is not None:
             ending.taken = (leftover,)
         self._last_end = ended
         alone = not (asking.decides or garden or ending.taken or self._in_hand or self._keeps)
-        for stage in self._alone if alone else self._stages:
-            try:
-                stage(ending)
-            except Exception:
-                self._report_fault(stage.__name__)
+        self._go_through(self._alone if alone else self._stages, ending)
         hook_end = perf_counter_ns()
         if not alone:
             self.control.start_next()
@@ -200,8 +174,33 @@ class Recorder:
         self._apply_ms = ending.apply_ns / 1e6
         under_way.start_next(hook_end, step)
 
+    # Steps that nobody decides about, and another thread makes of what was noted of them.
+
+    def defer_to(self, follower: Follower) -> None:
+        """Have ``follower`` do what nobody waits for, as long as nobody decides."""
+        self._notes.bell = follower.follow(self._notes)
+        self._note_if_alone()
+
+    def _note_if_alone(self) -> None:
+        decides = self._asking.decides or self._garden is not None or self._in_hand is not None
+        changes = self._responses.enforcing or self._keeps
+        if self._notes.bell is not None and not (self._off or decides or changes):
+            self._note(self._notes)
+
+    def set_client(self, client: DecisionClient | None) -> None:
+        """Ask ``client`` from here on; None: nobody."""
+        self._tell_directly()
+        self._asking.set_client(client)
+        self._note_if_alone()
+
+    def share_decisions(self, agreement: DecisionAgreement, *, asks: bool) -> None:
+        """From here on take what all ranks have settled; ``asks``: for all of them."""
+        self._tell_directly()
+        self._asking.share_decisions(agreement, asks=asks)
+
     def flush(self) -> None:
         """No step follows: take the last answer, and frames go with what has arrived."""
+        self._tell_directly()
         try:
             if (taken := self._asking.collect()) is not None:
                 self.decision = taken.decision
@@ -213,15 +212,18 @@ class Recorder:
 
     def take_over(self, other: Recorder) -> None:
         """What the loop has done since the last step of ``other`` is of this training."""
-        self._under_way.take(other._under_way, self._last_end)
+        self.under_way.take(other.under_way, self._last_end)
         self._hook_ms = self._apply_ms = 0.0
 
     def attach_garden(self, garden: GardenPort | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
+        self._tell_directly()
         self._garden = None if garden is None else SafeGarden(garden)
+        self._note_if_alone()
 
     def state_dict(self) -> dict[str, Any]:
         """What the rows of coming steps depend on: plain data, for :meth:`load_state_dict`."""
+        self.under_way  # noqa: B018  # what was noted is taken up
         return self._sealer.state_after(self.step, self._latest).plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,15 +232,16 @@ class Recorder:
         Steps are counted on, but never twice the same: a run that goes back to a checkpoint
         counts on from where it is. ``ValueError`` for what is no such state changes nothing.
         """
-        parsed = parse_state(state)
+        parsed, under_way = parse_state(state), self.under_way
         self.step = max(self.step, parsed.step)
         self._latest = parsed.row()
-        self._under_way.go_on_with_phase(self._latest)
+        under_way.go_on_with_phase(self._latest)
         self._sealer.load_state(parsed)
 
     def switch_off(self) -> None:
         """Do nothing from here on (a forked child must not report its parent's steps)."""
         self._off = True
+        self._tell_directly(forget=True)
         self.control.updates.close()
 
     def before_update(
@@ -296,13 +299,13 @@ class Recorder:
         garden, finalize_ms = self._garden, 0.0
         if garden is not None:
             ending.growing, finalize_ms = garden.put_frame(row, self.step, self._latest, step)
-        row[_STEP] = self.step
+        row[_STEP] = ending.step
         row[_HOOK] = self._hook_ms + step.prepare_ns / 1e6
         row[_TAMIYO] = asking.spent_ns / 1e6
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
         scale = self.control.put_values(row)
-        step.notice_phase()
+        step.notice_phase(step.size)
         row[_PHASE], ending.phase = step.training_phase.number, step.training_phase
         if asking.decides:
             row[_UNJUDGED] = asking.unjudged
@@ -314,8 +317,8 @@ class Recorder:
             return
         step.put_times(row, latency_ms if ending.has_step_before else None)
         row[_APPLY], row[_FINALIZE] = self._apply_ms, finalize_ms
-        if self.optimizer is not None:
-            put_optimizer(row, self.optimizer.param_groups, scale, self.control.base_rate)
+        if self._rates:
+            put_optimizer(row, self._rates, scale, self.control.base_rate)
         for key, value in self._device_values().items():
             row[STEP_SLOT[key]] = value
 
@@ -326,10 +329,10 @@ class Recorder:
         seeds = ending.growing.seeds if ending.growing is not None else ()
         own = step.custom
         if not own and self._sealer.seal_now(row, loss, parts, step.norm, step.reported):
-            ending.newest = (self.step, time, row, seeds)
+            ending.newest = (ending.step, time, row, seeds)
             self._frames.frame(time, row, seeds)
         else:
-            known = self.step, time, row, loss, parts, step.norm, step.reported, seeds, own
+            known = ending.step, time, row, loss, parts, step.norm, step.reported, seeds, own
             for done in self._sealer.seal_in_order(PendingFrame(*known)):
                 ending.newest, ending.custom = done.asked, done.numbers
                 self._frames.frame(*done.told)
@@ -393,8 +396,3 @@ class Recorder:
             self._frames.event(event)
         self._timelines.choose(ending)
         self._timelines.on_update(self.step, self.control)
-
-    def _report_fault(self, where: str) -> None:
-        if where not in self._faults:
-            self._faults.add(where)
-            log.exception("esper-otel: %r of a step failed; the run continues", where)

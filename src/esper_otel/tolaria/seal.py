@@ -14,15 +14,11 @@ from typing import Any
 
 import msgspec
 
-from esper_otel.leyline.frames import NO_CUSTOM, Reading, Value, arrived, present, step_row
-from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
-from esper_otel.tolaria.dynamics import WeightedStatistics
+from esper_otel.leyline.frames import NO_CUSTOM, Value, arrived, present, step_row
+from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT, WEIGHT
 
 DEEPEST_WAIT = 8
 """Frames that may wait for a device. Beyond it the oldest goes without what is missing."""
-
-MOST_UNDER_WAY = 64
-"""Losses of one step that a device may still have to deliver. Beyond it their sum is lost."""
 
 _LOSS = STEP_SLOT["loss"]
 _GRADIENT_NORM = STEP_SLOT["gradient_norm"]
@@ -35,74 +31,55 @@ _NONFINITE = STEP_SLOT["nonfinite"]
 _CUSTOM_NONFINITE = STEP_SLOT["custom_nonfinite"]
 
 
-class ConditionalReading:
-    """A value that is to be told, unless ``doubt`` arrives and is not zero."""
+class WeightedStatistics:
+    """Exponentially weighted mean and variance of a series, in its own unit and its square.
 
-    __slots__ = ("_doubt", "_value")
+    The newest observation counts ``weight``, all earlier ones together ``1 - weight``;
+    the first one alone is the mean, with variance 0. Before it all are NaN (absent).
+    The update is D. H. D. West's (CACM 22, 1979) with constant weight, in the form of
+    T. Finch, "Incremental calculation of weighted mean and variance" (2009), section 9.
+    It subtracts no large sums of squares, so the variance is never negative.
 
-    def __init__(self, value: Value, doubt: Reading) -> None:
-        self._value = value
-        self._doubt = doubt
+    The caller passes finite values only: what to do about a NaN (count it, leave it out)
+    is not for a statistic to decide, and one would stay in the mean for ever. Squares
+    are taken, so values beyond 1e150 overflow the variance.
+    """
 
-    def ready(self) -> bool:
-        """Whether both have arrived."""
-        value = self._value
-        return self._doubt.ready() and (isinstance(value, float) or value.ready())
+    __slots__ = ("_rest", "_weight", "mean", "variance")
 
-    def value(self) -> float | None:
-        """The number; None when it is not to be told, has been lost or is not here yet."""
-        return None if self._doubt.value() else arrived(self._value)
+    def __init__(self, weight: float = WEIGHT) -> None:
+        if not 0.0 < weight <= 1.0:
+            raise ValueError(f"weight={weight!r}: expected a number above 0, up to 1")
+        self._weight = weight
+        self._rest = 1.0 - weight
+        self.mean = nan
+        self.variance = nan
 
-
-class Sum:
-    """Losses added up that a device still has to deliver; lost when one of them is."""
-
-    __slots__ = ("_total", "_under_way")
-
-    def __init__(self, first: Value) -> None:
-        self._total: float | None = 0.0
-        self._under_way: deque[Reading] = deque()
-        self.add(first)
-
-    def add(self, loss: Value) -> None:
-        """One more."""
-        if isinstance(loss, float):
-            self._take(loss)
+    def update(self, x: float) -> None:
+        """Take one finite observation."""
+        mean = self.mean
+        if mean != mean:  # NaN: nothing seen yet; cheaper than a flag or math.isnan
+            self.mean = x
+            self.variance = 0.0
             return
-        self._under_way.append(loss)
-        if len(self._under_way) > MOST_UNDER_WAY:
-            self.ready()
-            if len(self._under_way) > MOST_UNDER_WAY:
-                self._take(None)
+        diff = x - mean
+        increment = self._weight * diff
+        self.mean = mean + increment
+        self.variance = self._rest * (self.variance + diff * increment)
 
-    def ready(self) -> bool:
-        """Whether all of them have arrived, or the sum is lost."""
-        while self._under_way and self._under_way[0].ready():
-            self._take(self._under_way.popleft().value())
-        return not self._under_way
+    @property
+    def moments(self) -> tuple[float, float]:
+        """Mean and variance; set, it goes on from there."""
+        return self.mean, self.variance
 
-    def value(self) -> float | None:
-        """The sum; None when it is lost or not all here yet."""
-        return self._total if self.ready() else None
+    @moments.setter
+    def moments(self, moments: tuple[float, float]) -> None:
+        self.mean, self.variance = moments
 
-    def _take(self, number: float | None) -> None:
-        if self._total is None or number is None:
-            self._total = None
-            self._under_way.clear()
-        else:
-            self._total += number
-
-
-def plus(total: Value | None, loss: Value) -> Value:
-    """``total`` and one more loss of the same step; None is the total of no loss."""
-    if total is None:
-        return loss
-    if isinstance(total, float) and isinstance(loss, float):
-        return total + loss
-    if not isinstance(total, Sum):
-        total = Sum(total)
-    total.add(loss)
-    return total
+    @property
+    def deviation(self) -> float:
+        """Weighted standard deviation."""
+        return sqrt(self.variance)
 
 
 class PendingFrame:
@@ -241,7 +218,7 @@ class Sealer:
         """Put into ``row`` what sealing would, and remember nothing of it."""
         before = self._loss.moments, self._norm.moments, self._last_loss
         try:
-            self._put(row, loss, 1, norm, {})
+            self.put_numbers(row, loss, 1, norm, {})
         finally:
             self._loss.moments, self._norm.moments, self._last_loss = before
 
@@ -261,8 +238,13 @@ class Sealer:
         for value in others.values():
             if type(value) is not float:
                 return False
-        self._put(row, loss, parts, norm, others)
+        self.put_numbers(row, loss, parts, norm, others)
         return True
+
+    @property
+    def waits(self) -> bool:
+        """Whether any frame waits for a device."""
+        return len(self._waiting) > 0
 
     def seal_in_order(self, frame: PendingFrame) -> list[PendingFrame]:
         """Take a step's frame; returns those that are sealed by now, oldest first."""
@@ -286,7 +268,7 @@ class Sealer:
         """With what has arrived; a loss is missing when one of its micro-batches is."""
         if frame.custom:
             frame.numbers = _finite(frame.custom, frame.row)
-        self._put(
+        self.put_numbers(
             frame.row,
             None if frame.loss is None else arrived(frame.loss),
             frame.parts,
@@ -298,7 +280,7 @@ class Sealer:
             },
         )
 
-    def _put(
+    def put_numbers(
         self,
         row: list[float],
         loss: Any,

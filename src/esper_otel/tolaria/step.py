@@ -16,8 +16,7 @@ from esper_otel.leyline.frames import Reading, Value, known
 from esper_otel.leyline.metrics import STEP_SLOT
 from esper_otel.tolaria.batch_sizes import BatchSizes
 from esper_otel.tolaria.fetches import NO_SIZE, UNNAMED, Fetches, Size, Source
-from esper_otel.tolaria.losses import Evaluation, StepLosses
-from esper_otel.tolaria.seal import ConditionalReading
+from esper_otel.tolaria.losses import ConditionalReading, Evaluation, StepLosses
 
 MAX_PHASES = 4096
 """Phases of one step that are remembered for its spans. Its times count all there were."""
@@ -115,9 +114,9 @@ class StepUnderWay:
         self.training_phase = TrainingPhase(self.training_phase.number + 1, name)
         self._batch_sizes.forget_usual()
 
-    def notice_phase(self) -> None:
-        """A phase begins with this step where its batches have a size that lasts and is new."""
-        name = self._batch_sizes.change(self.size)
+    def notice_phase(self, size: Size) -> None:
+        """A phase begins with this step where its batches' ``size`` lasts and is new."""
+        name = self._batch_sizes.change(size)
         if name:
             self.training_phase = TrainingPhase(self.training_phase.number + 1, name)
 
@@ -130,8 +129,8 @@ class StepUnderWay:
     def take(self, other: StepUnderWay, last_end: int) -> None:
         """What ``other`` has seen since its last step is of this training, and not of that.
 
-        What lies between ``last_end``, the mark at which this one's own last step ended (0:
-        there was none), and the end of that step of ``other`` is in no step's time.
+        What lies between ``last_end``, of this one's own last step (0: none), and the end of
+        that step of ``other`` is in no step's time.
         """
         own, losses = (self.training_phase, self._steps, self._batch_sizes), self.losses
         backwards = self.backwards + other.backwards
@@ -143,16 +142,19 @@ class StepUnderWay:
             self.outside_ns += self.started - last_end
         other.start_next(0, other._steps)
 
-    # What the loop does, in the order in which a step does it.
+    # What the loop does, in the order in which a step does it. ``now`` is the mark at which it
+    # did, 0: just now.
 
-    def batch_came(self, asked_for: int, size: Size, source: Source = UNNAMED) -> None:
+    def batch_came(
+        self, asked_for: int, size: Size, source: Source = UNNAMED, now: int = 0
+    ) -> None:
         """The loop asked for a batch at mark ``asked_for`` and has it now.
 
         ``size`` is zero where it is not known; ``source`` says which loader it is from,
         so that those of a validation loop are never charged to training
         (:class:`~esper_otel.tolaria.fetches.Fetches`).
         """
-        now = perf_counter_ns()
+        now = now or perf_counter_ns()
         self.fetches.came(source, asked_for, now, size, self.mark)
         self.mark = now
 
@@ -160,9 +162,9 @@ class StepUnderWay:
         """The iterator of that number, of a :class:`Source`, has no more batches."""
         self.fetches.ended(iterator, perf_counter_ns())
 
-    def backward_begins(self) -> None:
+    def backward_begins(self, now: int = 0) -> None:
         """The loop calls backward: what led here since the batch came was forward."""
-        now = perf_counter_ns()
+        now = now or perf_counter_ns()
         self.backwards += 1
         if self.fetches.waiting:
             self.charge_fetches()
@@ -176,12 +178,14 @@ class StepUnderWay:
         phases.append(("train.forward", mark, now))
         self.mark = now
 
-    def backward_ends(self, loss: Value | None, evaluation: Evaluation | None = None) -> None:
+    def backward_ends(
+        self, loss: Value | None, evaluation: Evaluation | None = None, now: int = 0
+    ) -> None:
         """Backward is done; ``loss`` is what it began from, None when that is no scalar.
 
         ``evaluation`` says how it is related to the others of the step, as far as known.
         """
-        now = perf_counter_ns()
+        now = now or perf_counter_ns()
         self.backward_ns += now - self.mark
         self.phases.append(("train.backward", self.mark, now))
         self.mark = now
@@ -209,7 +213,7 @@ class StepUnderWay:
 
     @property
     def loss(self) -> tuple[Value | None, float]:
-        """The losses of the step added up, and by what their sum is to be divided."""
+        """The sum of the losses, and by what it is to be divided."""
         return self.losses.value
 
     def clipped(self, norm: Value) -> None:
@@ -221,19 +225,14 @@ class StepUnderWay:
         if self.norm is norm:
             self.norm = None
 
-    @property
-    def wants_norm(self) -> bool:
-        """Whether nobody has told this step's gradient norm yet."""
-        return self.norm is None
-
     def optimizer_approaches(
-        self, hook_began: int, norm: Value | None, begins: bool = False
+        self, hook_began: int, norm: Value | None, begins: bool = False, now: int = 0
     ) -> None:
         """The optimizer is about to step; ``norm`` was computed since ``hook_began``.
 
         ``begins``: nothing else is to be done before (:meth:`optimizer_begins`).
         """
-        now = perf_counter_ns()
+        now = now or perf_counter_ns()
         if norm is not None:
             self.norm = norm
         if self.fetches.waiting:
@@ -264,9 +263,9 @@ class StepUnderWay:
         self.optimizing = True
         self.losses.closure_begins()
 
-    def optimizer_ends(self) -> int:
+    def optimizer_ends(self, now: int = 0) -> int:
         """The optimizer has stepped; returns the mark of now, for :meth:`end_step`."""
-        now = perf_counter_ns()
+        now = now or perf_counter_ns()
         if self.optimizing:
             self.optimizing = False
             self.optimizer_ns += now - self.mark
@@ -274,12 +273,12 @@ class StepUnderWay:
         self.mark = now
         return now
 
-    def measured(self, norm: Value | None, began: int = 0) -> int:
+    def measured(self, norm: Value | None, began: int = 0, now: int = 0) -> int:
         """The norm was computed since ``began``, or the newest mark; returns that of now.
 
         After :meth:`optimizer_ends`, or behind backward, before anybody has clipped.
         """
-        now = perf_counter_ns()
+        now = now or perf_counter_ns()
         if norm is not None:
             self.norm = norm
         mark = self.mark

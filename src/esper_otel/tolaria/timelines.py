@@ -153,6 +153,15 @@ class Timelines:
     def end_undecided(self, ended: EndedStep) -> None:
         """A step has ended that nothing is decided about."""
         self.choose(ended)
+        self.tell_undecided(ended)
+
+    @property
+    def waits(self) -> bool:
+        """Whether any is open."""
+        return len(self._open) > 0
+
+    def tell_undecided(self, ended: EndedStep) -> None:
+        """As :meth:`end_undecided`, where it was chosen already."""
         if self._open:
             self.open(ended)
         elif ended.wanted or ended.update is not None:
@@ -166,20 +175,21 @@ class Timelines:
 
     def choose(self, ended: EndedStep) -> None:
         """Decide whether ``ended`` has spans whatever is decided about it."""
-        latency_ms, usual_ms = ended.latency_ms, self._usual_ms
+        wanted = self.wants(ended.step, ended.latency_ms, ended.phase)
+        ended.wanted = wanted or bool(ended.events)
+
+    def wants(self, step: int, latency_ms: float, phase: TrainingPhase) -> bool:
+        """Whether ``step`` has spans although nothing happened in it. Once per step."""
+        usual_ms = self._usual_ms
         slow = latency_ms > self._slow_factor * usual_ms > 0.0
         if latency_ms == latency_ms:
             self._usual_ms = (
                 usual_ms + WEIGHT * (latency_ms - usual_ms) if usual_ms else latency_ms
             )
         every = self._every
-        begins, self._phase = ended.phase is not self._phase, ended.phase
-        ended.wanted = (
-            slow
-            or (begins and ended.phase.number > 0)
-            or bool(ended.events)
-            or bool(every and ended.step % every == 0)
-        )
+        begins, self._phase = phase is not self._phase, phase
+        due = every and step % every == 0
+        return slow or (begins and phase.number > 0) or bool(due)
 
     def on_decision(self, taken: Taken, first_update: int) -> EndedStep | None:
         """A decision has come; returns the step that waits for it, None when none does.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_otel.leyline.metrics import WEIGHT
-from esper_otel.tolaria.dynamics import WeightedStatistics
+from esper_otel.tolaria.seal import WeightedStatistics
 
 values = st.lists(
     st.floats(min_value=-1e12, max_value=1e12, allow_subnormal=False), min_size=1, max_size=60

@@ -1,0 +1,212 @@
+"""Ordinary steps: a noted step of one batch, one loss and one update, recorded at once.
+
+The notes of such a step have a known form, so its row needs no step under way that events are
+told to one by one. Whatever has another form is told so
+(:mod:`~esper_otel.tolaria.noted_steps`); a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from esper_otel.leyline.frames import step_row
+from esper_otel.leyline.metrics import STEP_SLOT
+from esper_otel.tolaria.fetches import Size, Source
+from esper_otel.tolaria.ports import FrameSink
+from esper_otel.tolaria.rates import BaseRate, Rates, put_optimizer
+from esper_otel.tolaria.seal import Sealer
+from esper_otel.tolaria.step import REPORTABLE, StepUnderWay
+from esper_otel.tolaria.timelines import Clock, EndedStep, Timelines
+
+BATCH, BACKWARD, BACKWARD_ENDS, REPORTED = range(4)
+CLIPPED, MEASURED, OPTIMIZER, OPTIMIZER_ENDS = range(4, 8)
+"""Kinds of notes."""
+
+_Marks = tuple[int, ...]
+_Known = tuple[_Marks, Source, Size, float | None, float | None, Mapping[str, float] | None]
+
+_STEP = STEP_SLOT["step"]
+_SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
+_HOOK = STEP_SLOT["hook_latency_ms"]
+_PHASE = STEP_SLOT["phase"]
+_STEP_LATENCY = STEP_SLOT["step_latency_ms"]
+_FORWARD = STEP_SLOT["forward_ms"]
+_BACKWARD = STEP_SLOT["backward_ms"]
+_OPTIMIZER = STEP_SLOT["optimizer_ms"]
+_INPUT_WAIT = STEP_SLOT["input_wait_ms"]
+_CONFLICT_RATE = STEP_SLOT["grad_conflict_rate"]
+_GRADIENT_NORM = STEP_SLOT["gradient_norm"]
+
+_NOTHING: Mapping[int, float] = {}
+_BEGINNING = (BATCH, BACKWARD, BACKWARD_ENDS)
+
+
+def _row_of_nothing(*, enriched: bool) -> list[float]:
+    """A row with what every ordinary step has in common."""
+    row = step_row()
+    for key in ("tamiyo_latency_ms", "nonfinite", "update_skipped"):
+        row[STEP_SLOT[key]] = 0.0
+    row[STEP_SLOT["lr_scale"]] = 1.0
+    if enriched:
+        row[STEP_SLOT["kasmina.apply_ms"]] = row[STEP_SLOT["kasmina.finalize_ms"]] = 0.0
+    return row
+
+
+class OrdinarySteps:
+    """Records the ordinary ones of noted steps."""
+
+    def __init__(
+        self,
+        frames: FrameSink,
+        *,
+        step: StepUnderWay,
+        sealer: Sealer,
+        timelines: Timelines,
+        clock: Clock,
+        base_rate: BaseRate,
+        device_values: Callable[[], Mapping[str, float]],
+        enriched: bool,
+    ) -> None:
+        self._frames = frames
+        self._step = step
+        self._sealer = sealer
+        self._timelines = timelines
+        self._clock = clock
+        self._base_rate = base_rate
+        self._device_values = device_values
+        self._enriched = enriched
+        self._blank = _row_of_nothing(enriched=enriched)
+
+    def record(
+        self,
+        notes: Sequence[Any],
+        started: int,
+        number: int,
+        ended: int,
+        rates: Rates,
+        last_end: int,
+    ) -> list[float] | None:
+        """The row of step ``number``, which is streamed; None where it is not ordinary.
+
+        It began at mark ``started`` and ended at ``ended``, the step before at ``last_end``.
+        """
+        known = self._read(notes, started) if last_end else None
+        if known is None:
+            return None
+        marks, source, size, loss, norm, told = known
+        step, sealer, timelines = self._step, self._sealer, self._timelines
+        if not step.fetches.is_usual(source) or step.losses.divisor:
+            return None
+        if sealer.waits or timelines.waits:
+            return None
+        others = self._slots(told) if told else _NOTHING
+        row = self._row_of_devices()
+        if row is None or others is None:
+            return None
+        step.backwards += 1
+        step.notice_phase(size)
+        latency_ms, phase = (ended - last_end) / 1e6, step.training_phase
+        row[_STEP] = number
+        row[_PHASE] = phase.number
+        if size[0] and latency_ms > 0.0:
+            row[_SAMPLES_PER_S] = size[0] * 1e3 / latency_ms
+        prepare_ns = self._put_times(row, marks)
+        row[_HOOK] = (started - last_end) / 1e6 + prepare_ns / 1e6
+        if self._enriched:
+            row[_STEP_LATENCY] = latency_ms
+            if rates:
+                put_optimizer(row, rates, 1.0, self._base_rate)
+        sealer.put_numbers(row, loss, 1, norm, others)
+        self._frames.frame(self._clock.step_end(ended), row)
+        if timelines.wants(number, latency_ms, phase):
+            telling = EndedStep(number, ended, last_end, started, _phases(marks))
+            telling.row, telling.phase, telling.wanted = row, phase, True
+            timelines.tell_undecided(telling)
+        return row
+
+    def _read(self, notes: Sequence[Any], started: int) -> _Known | None:
+        """What ``notes`` say, None where they are not those of an ordinary step."""
+        count = len(notes)
+        if count < 18 or (notes[0], notes[5], notes[7]) != _BEGINNING:
+            return None
+        _, asked_for, size, source, came, _, forwarded, _, loss, evaluation, mark = notes[:11]
+        norm, told, at = None, None, 11
+        measured_from = measured = 0
+        if notes[at] == MEASURED:
+            _, norm, measured_from, measured = notes[at : at + 4]
+            at += 4
+        if notes[at] == REPORTED:
+            _, reported, told = notes[at : at + 3]
+            if reported is not None:
+                return None
+            norm = told.get("gradient_norm", norm)
+            at += 3
+        if at + 7 != count or notes[at] != OPTIMIZER or notes[at + 5] != OPTIMIZER_ENDS:
+            return None
+        _, hook_began, newest, _, begun, _, stepped = notes[at:]
+        in_order = started <= asked_for and forwarded < mark <= (measured_from or mark)
+        if evaluation is not None or not in_order or hook_began < (measured or mark):
+            return None
+        marks: _Marks = (started, asked_for, came, forwarded, mark)
+        marks += (measured_from, measured, hook_began, begun, stepped)
+        return marks, source, size, loss, norm if newest is None else newest, told
+
+    def _slots(self, told: Mapping[str, float]) -> Mapping[int, float] | None:
+        """What the loop reported, by slot; None where that is not of the registry alone."""
+        slots = {}
+        for key, value in told.items():
+            slot = REPORTABLE.get(key)
+            if slot is None:
+                return None
+            if slot != _GRADIENT_NORM and (self._enriched or slot != _CONFLICT_RATE):
+                slots[slot] = value
+        return slots
+
+    def _row_of_devices(self) -> list[float] | None:
+        row = self._blank.copy()
+        if self._enriched:
+            try:
+                for key, value in self._device_values().items():
+                    row[STEP_SLOT[key]] = value
+            except Exception:
+                return None  # it is told of where other steps are recorded
+        return row
+
+    def _put_times(self, row: list[float], marks: _Marks) -> int:
+        """Put the times of phases into ``row``; returns what was spent on the norm."""
+        started, asked_for, came, forwarded, mark, *rest = marks
+        measured_from, measured, hook_began, begun, stepped = rest
+        prepare_ns = begun - hook_began
+        optimizer_ns = asked_for - started + hook_began - mark + stepped - begun
+        if measured:
+            prepare_ns += measured - measured_from
+            optimizer_ns -= measured - measured_from
+        if self._enriched:
+            if came < forwarded:
+                row[_FORWARD] = (forwarded - came) / 1e6
+            row[_BACKWARD] = (mark - forwarded) / 1e6
+            if optimizer_ns:
+                row[_OPTIMIZER] = optimizer_ns / 1e6
+            row[_INPUT_WAIT] = (came - asked_for) / 1e6
+        return prepare_ns
+
+
+def _phases(marks: _Marks) -> list[tuple[str, int, int]]:
+    """What such a step is made of, for its spans."""
+    started, asked_for, came, forwarded, mark, *rest = marks
+    measured_from, measured, hook_began, begun, stepped = rest
+    phases = [("train.optimizer", started, asked_for)] if asked_for > started else []
+    phases.append(("train.input_wait", asked_for, came))
+    phases.append(("train.forward", came, forwarded))
+    phases.append(("train.backward", forwarded, mark))
+    if measured:
+        if measured_from > mark:
+            phases.append(("train.optimizer", mark, measured_from))
+        phases.append(("tolaria.gradient_norm", measured_from, measured))
+        mark = measured
+    if hook_began > mark:
+        phases.append(("train.optimizer", mark, hook_began))
+    phases.append(("tolaria.gradient_norm", hook_began, begun))
+    phases.append(("train.optimizer", begun, stepped))
+    return phases
