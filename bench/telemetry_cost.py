@@ -149,7 +149,8 @@ def with_esper(url: str) -> Recording:
         run._loop.optimizer_ended(optimizer)
 
     def settle() -> None:
-        while run.stream_report.metrics.spooled:
+        # Not asked for its report before: that would take up what is noted on this thread.
+        while not run._stream._ring.is_empty or run.stream_report.metrics.spooled:
             time.sleep(0.01)
 
     return Recording(step, settle, lambda: _closed(run))

@@ -87,6 +87,16 @@ _NAMES = ("lr", "momentum", "betas", "initial_lr")
 
 def host_rates(groups: list[dict[str, Any]]) -> Rates | None:
     """What ``groups`` have now; None where any of it may change later, as a tensor does."""
+    if len(groups) == 1:  # and floats, as nearly all are
+        get = groups[0].get
+        rate, momentum, base = get("lr"), get("momentum"), get("initial_lr")
+        if momentum is None and type(betas := get("betas")) is tuple and betas:
+            momentum = betas[0]
+        if type(rate) is type(momentum) is float:
+            if base is None:
+                return ({"lr": rate, "momentum": momentum},)
+            if type(base) is float:
+                return ({"lr": rate, "momentum": momentum, "initial_lr": base},)
     rates = []
     for group in groups:
         had = {}
