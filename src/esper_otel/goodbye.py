@@ -62,6 +62,7 @@ class LastWords:
         nothing, never raises.
         """
         run = self._run
+        run._recorder.catch_up()
         step, clock = run._recorder.step, run._recorder.clock
         if clock.last_end:
             _exits.saw_steps = True
@@ -95,7 +96,9 @@ class LastWords:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
         if error is not None:
             return end_by(error)
-        clock = self._run._in_use.clock  # of the training that stepped last
+        recorder = self._run._in_use  # of the training that stepped last
+        recorder.catch_up()
+        clock = recorder.clock
         return end_by_status(_exits.status_after(clock.last_end - clock.offset))
 
 

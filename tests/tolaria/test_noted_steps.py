@@ -281,13 +281,32 @@ def test_a_forked_child_forgets_what_its_parent_noted(clock):
 
 def test_what_fails_costs_its_own_step(clock, caplog):
     recorder, frames = noting()
-    one_step(recorder, clock)
-    one_step(recorder, clock)
-    frame, frames.frame = frames.frame, lambda *row: 1 / 0
+    for _ in range(4):
+        one_step(recorder, clock)
+    frames.notes.catch_up()
+    original, sink = frames.frame, recorder._ordinary._frames
+    sink.frame = lambda *row: 1 / 0
     one_step(recorder, clock)
     frames.notes.catch_up()
-    frames.frame = frame
+    sink.frame = original
     one_step(recorder, clock)
     recorder.flush()
-    assert frames.column("step") == [4]
-    assert len(caplog.records) == 2  # of a step that was ordinary, and of one that was not
+    assert frames.column("step") == [1, 2, 3, 4, 6]
+    assert set(frames.column("step_latency_ms")[1:]) == {13.5}
+    assert len(caplog.records) == 1
+
+
+def test_a_handler_that_ends_the_run_in_the_midst_does_not_wait_for_itself(clock):
+    recorder, frames = noting()
+    for _ in range(4):
+        one_step(recorder, clock)
+    original = frames.frame
+
+    def handled(*frame):
+        frames.frame = original
+        recorder.flush()
+        original(*frame)
+
+    frames.frame = handled
+    frames.notes.catch_up()
+    assert sorted(frames.column("step")) == [1, 2, 3, 4]

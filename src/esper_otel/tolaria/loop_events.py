@@ -71,6 +71,11 @@ class LoopEvents:
             self._noted.take_up_all()
         return self._under_way
 
+    def catch_up(self) -> None:
+        """Have taken up what was noted of steps that are over."""
+        if self._noted is not None:
+            self._noted.catch_up()
+
     @property
     def norm(self) -> Value | None:
         """The gradient norm of the step under way, None where nobody has told it yet."""
@@ -96,7 +101,11 @@ class LoopEvents:
     ) -> bool:
         """Whether step ``number`` was an ordinary one, which is recorded then."""
         what = notes, started, number, ended, rates
-        row = self._ordinary.record(*what, self._last_end)
+        try:
+            row = self._ordinary.record(*what, self._last_end)
+        except Exception:
+            row = self._latest
+            self.notes_failed()
         if row is None:
             return False
         self._last_end, self._latest = ended, row

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from threading import Lock
+from threading import RLock
 from time import perf_counter_ns
 from typing import Any, Protocol
 
@@ -83,8 +83,7 @@ class StepEnds(Protocol):
 class NotedSteps:
     """The notes of one loop, by the methods of :class:`StepUnderWay`, whose place it takes.
 
-    Notes hold no tensor, and no number that a device still has to
-    deliver.
+    Notes hold no tensor, and no number that a device still has to deliver.
     """
 
     __slots__ = (
@@ -115,7 +114,8 @@ class NotedSteps:
         self._ends = ends
         self._step = step
         self._stop = stop
-        self._lock = Lock()
+        # One that a thread may take twice: a signal's handler may close the run in the midst.
+        self._lock = RLock()
         self._notes: list[Any] = []
         self._started = 0
 
@@ -274,11 +274,7 @@ class NotedSteps:
     ) -> None:
         ends = self._ends
         if started:
-            try:
-                if ends.record_ordinary(notes, started, number, ended, rates):
-                    return
-            except Exception:
-                ends.notes_failed()
+            if ends.record_ordinary(notes, started, number, ended, rates):
                 return
             ends.begin_noted(started, number)
         self._replay(notes)
