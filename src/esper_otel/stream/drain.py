@@ -219,7 +219,8 @@ class Drain:
     def _drain(self, rest: bool = False) -> None:
         """Take what there is; ``rest``: also what waits for more of its kind."""
         for sender in self._senders:
-            sender.look_at_answer()
+            if sender.awaited is not None:  # after a pause, each call comes from main memory
+                sender.look_at_answer()
         now = time.monotonic()
         self._spool.look_for_overdue(now)
         stopping = self._stopping
@@ -245,7 +246,8 @@ class Drain:
                 lane.totals.complete = True
                 self.lanes.remove(lane)
         for sender in self._senders:
-            sender.send_at_once()
+            if sender.line:
+                sender.send_at_once()
         self._keeper.look()
 
     def _do(

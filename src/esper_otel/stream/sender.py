@@ -83,17 +83,18 @@ class Backoff:
 
     def __init__(self) -> None:
         self._random = random.Random(os.urandom(16))
-        self._failures = 0
+        self.failures = 0
+        """Attempts in a row that have failed."""
 
     def reset(self) -> None:
         """The last attempt succeeded."""
-        self._failures = 0
+        self.failures = 0
 
     def pause_s(self, asked_s: float | None) -> float:
         """Seconds to wait after one more failure, at least what the receiver asked for, as far
         as :data:`LONGEST_ASKED_S` allows."""
-        full = min(FIRST_PAUSE_S * 2.0**self._failures, LONGEST_PAUSE_S)
-        self._failures = min(self._failures + 1, 16)
+        full = min(FIRST_PAUSE_S * 2.0**self.failures, LONGEST_PAUSE_S)
+        self.failures = min(self.failures + 1, 16)
         return max(full * self._random.uniform(0.5, 1.0), granted_s(asked_s) or 0.0)
 
 
@@ -103,13 +104,14 @@ class Outage:
     def __init__(self, kept: str) -> None:
         self._kept = kept
         self._lock = threading.Lock()
-        self._down: set[Signal] = set()
+        self.down: set[Signal] = set()
+        """Signals that are not delivered now."""
         self._told = False
 
     def went_down(self, destination: Destination, reason: str) -> None:
         """A request of this signal could not be delivered now."""
         with self._lock:
-            self._down.add(destination.signal)
+            self.down.add(destination.signal)
             told, self._told = self._told, True
         level = logging.DEBUG if told else logging.WARNING
         log.log(
@@ -122,11 +124,11 @@ class Outage:
 
     def came_back(self, destination: Destination) -> None:
         """A request of this signal was delivered."""
-        if destination.signal not in self._down:
+        if destination.signal not in self.down:
             return
         with self._lock:
-            was_down = destination.signal in self._down
-            self._down.discard(destination.signal)
+            was_down = destination.signal in self.down
+            self.down.discard(destination.signal)
         if was_down:
             log.info("telemetry is delivered to %s again", destination.shown)
 
@@ -159,12 +161,14 @@ class Sender:
         self._transport = open_transport(destination)
         immediate = self._transport if interval_s <= LONGEST_UNSEEN_S else None
         self._immediate = immediate if isinstance(immediate, ImmediateTransport) else None
-        self._awaited: BatchGroup | None = None
+        self.awaited: BatchGroup | None = None
         """Sent at once: the answer to it is still to be looked at."""
         self._begun: BatchGroup | None = None
         """Begun at once, and handed on to the thread."""
         self._outcome: SendResult | None = None
         """What became of that, as far as it is known."""
+        self.line = spool.line(destination.signal)
+        """What waits to be sent."""
         self._thread = threading.Thread(
             target=self._run, name=f"esper-send-{destination.signal}", daemon=True
         )
@@ -176,7 +180,7 @@ class Sender:
     def look_at_answer(self) -> None:
         """Account for what was sent at once, if its answer is here; else the thread waits for
         it. On the draining thread."""
-        group, self._awaited = self._awaited, None
+        group, self.awaited = self.awaited, None
         if group is None or self._immediate is None:
             return
         outcome = None
@@ -193,7 +197,7 @@ class Sender:
         """Send what waits, as far as that needs no waiting, and have the thread do the rest. On
         the draining thread."""
         signal = self._destination.signal
-        if self._immediate is None or self._awaited is not None:
+        if self._immediate is None or self.awaited is not None:
             self._spool.wake(signal)
             return
         group = self._spool.take_at_once(signal)
@@ -202,7 +206,7 @@ class Sender:
             return
         try:
             if self._immediate.send_at_once(group.body()):
-                self._awaited = group
+                self.awaited = group
                 return
         except Exception:
             log.debug("the fault", exc_info=True)
@@ -268,9 +272,14 @@ class Sender:
 
     def _delivered(self, group: BatchGroup, outcome: SendResult) -> None:
         self._spool.deliver(group, outcome.rejected)
-        self._keeper.settled(group.batches)
-        self._backoff.reset()
-        self._outage.came_back(self._destination)
+        for batch in group.batches:
+            if batch.segment is not None:
+                self._keeper.settled(group.batches)
+                break
+        if self._backoff.failures:
+            self._backoff.reset()
+        if self._outage.down:
+            self._outage.came_back(self._destination)
         if outcome.rejected:
             self._warn_refused(f"{outcome.rejected} items", outcome.reason)
         elif outcome.reason:

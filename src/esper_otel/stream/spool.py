@@ -115,6 +115,10 @@ class Spool:
         """Whether nothing waits or is on its way."""
         return not self._bytes
 
+    def line(self, signal: Signal) -> deque[Batch]:
+        """The batches of ``signal`` that wait, for others to look at only."""
+        return self._lines[signal]
+
     def put(self, signal: Signal, body: bytes, items: int) -> None:
         """Take one batch in; where it does not fit, the oldest ones are dropped.
 

@@ -98,7 +98,7 @@ class OrdinarySteps:
         step, sealer, timelines = self._step, self._sealer, self._timelines
         if not step.fetches.is_usual(source) or step.losses.divisor:
             return None
-        if sealer.waits or timelines.waits:
+        if sealer.waiting or timelines.waiting:
             return None
         others = self._slots(told) if told else _NOTHING
         row = self._row_of_devices()

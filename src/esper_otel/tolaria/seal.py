@@ -187,14 +187,15 @@ class Sealer:
     ``enriched`` False leaves the statistics out, which are gated.
     """
 
-    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "_waiting")
+    __slots__ = ("_enriched", "_last_loss", "_loss", "_norm", "waiting")
 
     def __init__(self, *, enriched: bool) -> None:
         self._enriched = enriched
         self._loss = WeightedStatistics()
         self._norm = WeightedStatistics()
         self._last_loss = nan
-        self._waiting: deque[PendingFrame] = deque()
+        self.waiting: deque[PendingFrame] = deque()
+        """Frames that wait for a device."""
 
     def state_after(self, step: int, latest: Sequence[float]) -> RecorderState:
         """What coming rows depend on, after ``step``, whose newest whole row is ``latest``.
@@ -231,7 +232,7 @@ class Sealer:
         others: Mapping[int, Value],
     ) -> bool:
         """Seal a row whose values are all here, as on a CPU they are; False if one is not."""
-        if self._waiting or (norm is not None and type(norm) is not float):
+        if self.waiting or (norm is not None and type(norm) is not float):
             return False
         if loss is not None and type(loss) is not float:
             return False
@@ -241,14 +242,9 @@ class Sealer:
         self.put_numbers(row, loss, parts, norm, others)
         return True
 
-    @property
-    def waits(self) -> bool:
-        """Whether any frame waits for a device."""
-        return len(self._waiting) > 0
-
     def seal_in_order(self, frame: PendingFrame) -> list[PendingFrame]:
         """Take a step's frame; returns those that are sealed by now, oldest first."""
-        waiting = self._waiting
+        waiting = self.waiting
         waiting.append(frame)
         sealed = []
         while waiting and (waiting[0].is_complete() or len(waiting) > DEEPEST_WAIT):
@@ -258,8 +254,8 @@ class Sealer:
 
     def flush(self) -> list[PendingFrame]:
         """No step follows: what waits is sealed with what has arrived."""
-        sealed = list(self._waiting)
-        self._waiting.clear()
+        sealed = list(self.waiting)
+        self.waiting.clear()
         for frame in sealed:
             self._seal(frame)
         return sealed

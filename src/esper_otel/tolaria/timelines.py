@@ -149,16 +149,13 @@ class Timelines:
         self._usual_ms = 0.0
         self._phase = TrainingPhase()
         self._open: deque[EndedStep] = deque()
+        self.waiting = self._open
+        """Steps that wait for their decision."""
 
     def end_undecided(self, ended: EndedStep) -> None:
         """A step has ended that nothing is decided about."""
         self.choose(ended)
         self.tell_undecided(ended)
-
-    @property
-    def waits(self) -> bool:
-        """Whether any is open."""
-        return len(self._open) > 0
 
     def tell_undecided(self, ended: EndedStep) -> None:
         """As :meth:`end_undecided`, where it was chosen already."""
