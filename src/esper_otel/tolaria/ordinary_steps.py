@@ -133,15 +133,21 @@ class OrdinarySteps:
         _, asked_for, size, source, came, _, forwarded, _, loss, evaluation, mark = notes[:11]
         norm, told, at = None, None, 11
         measured_from = measured = 0
-        if notes[at] == MEASURED:
-            _, norm, measured_from, measured = notes[at : at + 4]
-            at += 4
-        if notes[at] == REPORTED:
-            _, reported, told = notes[at : at + 3]
-            if reported is not None:
+        while at + 7 < count:
+            kind = notes[at]
+            if kind == MEASURED and not measured:
+                _, known, measured_from, measured = notes[at : at + 4]
+                norm = norm if known is None else known
+                at += 4
+            elif kind == CLIPPED:
+                norm = notes[at + 1]
+                at += 2
+            elif kind == REPORTED and told is None and notes[at + 1] is None:
+                told = notes[at + 2]
+                norm = told.get("gradient_norm", norm)
+                at += 3
+            else:
                 return None
-            norm = told.get("gradient_norm", norm)
-            at += 3
         if at + 7 != count or notes[at] != OPTIMIZER or notes[at + 5] != OPTIMIZER_ENDS:
             return None
         _, hook_began, newest, _, begun, _, stepped = notes[at:]
