@@ -18,6 +18,7 @@ from esper_otel import loop  # noqa: E402
 from esper_otel.integrations import watch as watching  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
+from esper_otel.tolaria.ordinary_steps import OrdinarySteps  # noqa: E402
 from testkit.patience import PATIENCE_S  # noqa: E402
 
 REQUIRED = {
@@ -95,6 +96,29 @@ def test_every_optimizer_step_is_one_frame_with_what_a_step_has(instrumented):
     assert later["optimizer_lr"] == pytest.approx(0.05)
     assert later["optimizer_momentum"] == pytest.approx(0.9)
     assert ("h2d_copy_ms" in later) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_steps_of_a_plain_loop_are_made_of_notes_at_once(instrumented, monkeypatch, clips):
+    """Few are not: the first ones, and those at the end of an epoch."""
+    record, ordinary = OrdinarySteps.record, []
+
+    def counted(*what):
+        row = record(*what)
+        ordinary.append(row is not None)
+        return row
+
+    monkeypatch.setattr(OrdinarySteps, "record", counted)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for inputs, targets in data(n=4 * 100, batch_size=4):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert len(instrumented.frames) == 100
+    assert sum(ordinary) > 80
 
 
 def test_phases_add_up_to_the_step(instrumented):
