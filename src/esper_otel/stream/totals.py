@@ -124,15 +124,17 @@ class LossCurve:
         """
         parts = -(-self._steps // self._width)
         together = max(1, -(-parts // most))
+        # Lists, as so few numbers are not worth a call of numpy each.
+        sums, counts = self._sums.tolist(), self._known.tolist()
+        broken = self._broken.tolist()
         found: list[float | None] = []
         for start in range(0, parts, together):
             part = slice(start, min(start + together, parts))
-            known = int(self._known[part].sum())
+            known = sum(counts[part])
             if known:
-                with np.errstate(over="ignore"):
-                    found.append(float(self._sums[part].sum()) / known)
+                found.append(sum(sums[part]) / known)
             else:
-                found.append(nan if self._broken[part].any() else None)
+                found.append(nan if any(broken[part]) else None)
         return found
 
 
