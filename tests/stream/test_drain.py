@@ -11,7 +11,7 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
 from esper_otel.stream import drain as drain_module
 from esper_otel.stream.destination import Signal
-from esper_otel.stream.drain import PATIENT_TICKS, Drain
+from esper_otel.stream.drain import MOST_TIMELINES, PATIENT_TICKS, Drain
 from esper_otel.stream.ring import Doorbell
 from esper_otel.stream.spool import Spool
 from esper_otel.stream.spool_files import Keeper
@@ -127,6 +127,60 @@ def test_an_end_waits_for_the_frames_that_wait(open_stream, tmp_path, row, monke
     drain._drain()
     assert len(put) == 2
     assert put[-1] == 1  # the end's
+
+
+class NotesOfAFastLoop:
+    """Steps end while others are taken up, which takes a while."""
+
+    def __init__(self, ring, row, now):
+        self.waiting = [(5_100_000, row(1)), (5_200_000, row(2))]
+        self._came = [(5_300_000, row(3))]
+        self._ring, self._now = ring, now
+
+    def catch_up(self):
+        waiting, self.waiting = self.waiting, self._came
+        self._came = []
+        for at, row in waiting:
+            self._ring.put(at, row, ())
+        self._now.time_ns = lambda: 6_100_000
+
+
+def test_a_millisecond_is_sent_in_one_piece_where_steps_are_only_noted(
+    open_stream, tmp_path, row, monkeypatch
+):
+    lane = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)._lane
+    spool, put = Spool(1000), []
+    keeper, sent = Keeper(spool, tmp_path, "name"), frozenset(Signal)
+    drain = Drain(lane, spool=spool, keeper=keeper, sent=sent, interval_s=60.0, bell=Doorbell())
+    monkeypatch.setattr(drain, "_put", lambda lane, signal, body, items: put.append(items))
+    now = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 5_900_000)
+    monkeypatch.setattr(drain_module, "time", now)
+    lane.ring.notes = NotesOfAFastLoop(lane.ring, row, now)
+    drain._drain()
+    assert put == []
+    drain._drain()
+    assert put == [6]
+
+
+def test_frames_are_looked_at_though_timelines_come_all_the_time(
+    open_stream, tmp_path, monkeypatch
+):
+    lane = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)._lane
+    spool = Spool(1000)
+    keeper, sent = Keeper(spool, tmp_path, "name"), frozenset(Signal)
+    drain = Drain(lane, spool=spool, keeper=keeper, sent=sent, interval_s=60.0, bell=Doorbell())
+    told = []
+
+    def emit(timeline, tracers):
+        told.append(timeline)
+        assert len(told) <= 10 * MOST_TIMELINES, "no end of it"
+        lane.timelines.append(timeline)
+
+    monkeypatch.setattr(drain_module, "emit_spans", emit)
+    monkeypatch.setattr(drain, "_is_wanted", lambda lane, signal: True)
+    lane.timelines.extend([StepTimeline(1, 1, 9, [])] * (MOST_TIMELINES + 3))
+    drain._drain()
+    assert len(told) == MOST_TIMELINES
 
 
 def test_a_bell_that_was_rung_ends_the_next_sleep():

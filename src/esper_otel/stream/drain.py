@@ -41,6 +41,9 @@ are encoded before that, as a timeline that waits is dozens of containers for Py
 collector."""
 
 
+MOST_TIMELINES = 256
+"""Timelines that are made spans before frames are looked at again."""
+
 _MOST_UNSUMMED = 1 << 20
 """Bytes of steps that may wait to be summed."""
 
@@ -260,10 +263,11 @@ class Drain:
 
     def _drain_frames(self, lane: Lane, over: bool) -> None:
         # Prometheus keeps milliseconds, and refuses a whole request for a sample whose
-        # millisecond has come in another one. So a millisecond is sent in one piece.
-        lane.ring.catch_up()
+        # millisecond has come in another one. So a millisecond is sent in one piece: that of
+        # now, which is looked at first, stays, as steps end while others are taken up.
         now_ns = None if over else time.time_ns()
         ring, encoder = lane.ring, lane.encoder
+        ring.catch_up()
         few = ring.drain_few(now_ns)
         if few is not None:
             if lane.show is not None and few:
@@ -352,7 +356,9 @@ class Drain:
             self._spool.put(Signal.LOGS, body, len(events))
 
     def _drain_timelines(self, lane: Lane, over: bool) -> None:
-        while lane.timelines:
+        # No more than there are: of a fast loop others come all the time, and its ring fills.
+        count = len(lane.timelines)
+        for _ in range(count if over else min(count, MOST_TIMELINES)):
             timeline = lane.timelines.popleft()
             lane.totals.count_decision(timeline)
             if lane.tracers.are_users or self._is_wanted(lane, Signal.TRACES):
