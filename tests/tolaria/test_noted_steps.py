@@ -1,6 +1,7 @@
 """Noted steps: what is made of notes later equals what is made of events at once."""
 
 import random
+from threading import Thread
 
 import pytest
 from tolaria.loops import MS, Frames, Late, Optimizer, make, one_step, stop_the_clock
@@ -8,7 +9,8 @@ from tolaria.sidecars import Sidecar
 
 from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.losses import Evaluation
-from esper_otel.tolaria.noted_steps import MOST_NOTES, MOST_WAITING
+from esper_otel.tolaria.noted_steps import MANY_WAITING, MOST_NOTES, MOST_WAITING
+from testkit.patience import PATIENCE_S
 
 BEGAN = 10**12
 
@@ -271,12 +273,136 @@ def test_so_are_the_notes_of_a_step_that_never_ends(clock):
 def test_a_forked_child_forgets_what_its_parent_noted(clock):
     recorder, frames = noting()
     one_step(recorder, clock)
-    with frames.notes._lock:  # another thread was at it in that moment
+
+    def child():
         recorder.switch_off()
         one_step(recorder, clock)
         assert recorder.under_way.norm is None
+        done.append(True)
+
+    done = []
+    with frames.notes._lock:  # another thread was at it in that moment
+        forked = Thread(target=child, daemon=True)
+        forked.start()
+        forked.join(PATIENCE_S)
     frames.notes.catch_up()
-    assert frames.taken == []
+    assert done and frames.taken == []
+
+
+def test_a_handler_of_a_signal_may_ask_while_notes_are_taken_up(clock):
+    recorder, frames = noting()
+    for _ in range(3):
+        one_step(recorder, clock)
+    take, states = frames.frame, []
+
+    def frame(*told):
+        take(*told)
+        states.append(recorder.state_dict())  # as one that writes a checkpoint does
+
+    def goes_on():
+        frames.frame = frame
+        recorder.phase_begins("b")
+        frames.frame = take
+        one_step(recorder, clock)
+        recorder.flush()
+
+    trains = Thread(target=goes_on, daemon=True)
+    trains.start()
+    trains.join(PATIENCE_S)
+    assert not trains.is_alive(), "it waits for itself"
+    assert frames.column("step") == [1, 2, 3, 4]
+    assert states[-1]["step"] == 3
+
+
+class Rings:
+    """A bell; whoever rings it is interrupted."""
+
+    is_awaited = True
+
+    def __init__(self, happens):
+        self.ring = happens
+
+
+def test_an_exception_between_two_steps_has_none_told_twice(clock):
+    recorder, frames = noting()
+    one_step(recorder, clock)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    notes, bell = frames.notes, frames.notes.bell
+    notes.bell = Rings(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one_step(recorder, clock)
+    notes.bell = bell
+    one_step(recorder, clock)
+    recorder.flush()
+    assert frames.column("step") == [1, 2, 3]
+    assert frames.column("forward_ms") == [4.0, 4.0, 4.0]
+
+
+def test_a_checkpoint_between_two_steps_leaves_the_next_as_it_is(clock):
+    found = []
+    for asks in (False, True):
+        clock.now = BEGAN
+        recorder, frames = noting()
+        one_step(recorder, clock)
+        if asks:
+            frames.notes.bell = Rings(recorder.state_dict)
+        one_step(recorder, clock)
+        frames.notes.bell = None
+        one_step(recorder, clock)
+        recorder.flush()
+        found.append([str(row) for _, row in frames.taken])
+    assert found[0] == found[1]
+
+
+def test_a_norm_that_was_computed_since_backward_ended_took_that_time(clock):
+    found = []
+    for later in (False, True):
+        clock.now = BEGAN
+        recorder, frames = noting() if later else make()
+        for _ in range(2):
+            recorder.batch_came(clock(), (8, 0))
+            clock.now += MS
+            recorder.backward_begins()
+            clock.now += MS
+            recorder.backward_ends(1.0)
+            clock.now += MS
+            recorder.measured(2.0)
+            recorder.optimizer_begins(clock(), None)
+            recorder.optimizer_ends()
+            recorder.end_step()
+        recorder.flush()
+        found.append(frames.column("hook_latency_ms"))
+    assert found[0] == found[1] == [1.0, 1.0]
+
+
+class OddGroup:
+    """What stands for a group of parameters, and is no dictionary."""
+
+
+def test_groups_that_nobody_can_read_cost_their_rates(clock):
+    recorder, frames = noting()
+    for _ in range(3):
+        recorder.optimizer = Optimizer({"lr": 0.1, "momentum": 0.9})
+        recorder.optimizer.param_groups[:] = [OddGroup()]
+        recorder.batch_came(clock(), (8, 0))
+        recorder.backward_begins()
+        recorder.backward_ends(1.0)
+        recorder.optimizer_begins(clock(), 1.0)
+        recorder.end_step(recorder.optimizer_ends())
+    recorder.flush()
+    assert frames.column("step") == [1, 2, 3]
+
+
+def test_whoever_takes_them_up_is_woken_before_there_are_too_many(clock):
+    recorder, frames = noting()
+    for _ in range(MANY_WAITING - 1):
+        one_step(recorder, clock)
+    assert frames.rung == 0
+    one_step(recorder, clock)
+    assert frames.rung == 1
 
 
 def test_what_fails_costs_its_own_step(clock, caplog):

@@ -35,6 +35,9 @@ from esper_otel.tolaria.updates import Optimizer
 MOST_WAITING = 1024
 """Steps that may wait for the thread that streams. Beyond it the training thread helps."""
 
+MANY_WAITING = MOST_WAITING // 2
+"""Steps by which it is woken before its time: a ring that nobody empties is full soon."""
+
 MOST_NOTES = 4096
 """Notes of one step that are kept."""
 
@@ -221,7 +224,10 @@ class NotedSteps:
         """As the recorder's."""
         ends = self._ends
         optimizer = ends.optimizer
-        rates = host_rates(optimizer.param_groups) if optimizer is not None else ()
+        try:
+            rates = host_rates(optimizer.param_groups) if optimizer is not None else ()
+        except Exception:
+            rates = None  # no groups as torch has them: told of where other steps are recorded
         if rates is None or self.is_settled:
             self.take_up_all()
             ends.end_settled(ended)
@@ -231,16 +237,17 @@ class NotedSteps:
         else:
             waiting = self.waiting
             ends.step = number = ends.step + 1
-            waiting.append(
-                (self._notes, self._started, number, ended or perf_counter_ns(), rates)
-            )
-            bell = self.bell
-            if bell is not None and bell.is_awaited:
-                bell.ring()
-            if len(waiting) > MOST_WAITING:
-                self.catch_up(2)
+            noted = self._notes, self._started, number, ended or perf_counter_ns(), rates
+            # First, so that an exception in between (of a signal) has no note taken up twice.
             self._notes = []
-            self._started = perf_counter_ns()
+            waiting.append(noted)
+            bell, count = self.bell, len(waiting)
+            if bell is not None and (bell.is_awaited or count == MANY_WAITING):
+                bell.ring()
+            if count > MOST_WAITING:
+                self.catch_up(2)
+            # Settled it may be by now: a handler of a signal has asked in between.
+            self._started, self.is_settled = perf_counter_ns(), False
         self.norm = None
         self.optimizing = False
 

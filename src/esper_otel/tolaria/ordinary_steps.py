@@ -137,6 +137,7 @@ class OrdinarySteps:
             kind = notes[at]
             if kind == MEASURED and not measured:
                 _, known, measured_from, measured = notes[at : at + 4]
+                measured_from = measured_from or mark
                 norm = norm if known is None else known
                 at += 4
             elif kind == CLIPPED:
