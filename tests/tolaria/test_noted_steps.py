@@ -286,7 +286,8 @@ def test_a_forked_child_forgets_what_its_parent_noted(clock):
         forked.start()
         forked.join(PATIENCE_S)
     frames.notes.catch_up()
-    assert done and frames.taken == []
+    assert done
+    assert frames.taken == []
 
 
 def test_a_handler_of_a_signal_may_ask_while_notes_are_taken_up(clock):
