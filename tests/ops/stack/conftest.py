@@ -12,10 +12,11 @@ from ops.stack.ports import free
 from ops.stack.processes import Process
 from ops.stack.programs import COLLECTOR, PROMTOOL, ROOT, MissingError, find
 from ops.stack.whole import running
+from testkit.patience import PATIENCE_S
 from testkit.simulated_ranks import Rank
 
 
-def until(condition, patience_s=30.0):
+def until(condition, patience_s=PATIENCE_S):
     """Poll ``condition`` until it is true, and give what it gave."""
     deadline = time.monotonic() + patience_s
     while True:

@@ -8,6 +8,7 @@ from esper_otel.export import Format, export
 from esper_otel.leyline.metrics import BY_KEY
 from ops.generate.prometheus_names import prometheus_name
 from report.made import BEGAN_NS, frames, recorded, spans
+from testkit.patience import PATIENCE_S
 
 SIGNALS = {"resourceMetrics": "metrics", "resourceSpans": "traces", "resourceLogs": "logs"}
 
@@ -27,7 +28,7 @@ def test_a_collector_takes_every_line_and_prometheus_has_the_steps(stack, wait_u
         request = urllib.request.Request(
             f"{stack.url}/v1/{SIGNALS[signal]}", line, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             assert json.load(answer) == {"partialSuccess": {}}
     assert (sent.count("resourceMetrics"), sent.count("resourceSpans")) == (3, 1)
     selector = f'{prometheus_name(BY_KEY["loss"])}{{esper_run_id="exported"}}'

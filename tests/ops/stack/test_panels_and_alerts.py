@@ -23,6 +23,7 @@ from ops.generate.files import ROOT
 from ops.generate.prometheus_names import prometheus_name, series_name
 from ops.stack.queries import QueryError
 from ops.stack.services import clean_environment
+from testkit.patience import PATIENCE_S
 
 STEPS, STEP_S = 600, 1.0
 QUERIES = [
@@ -171,7 +172,7 @@ def test_a_trainer_traces_the_step_that_the_panel_shows_as_slow(stack, wait_unti
         [sys.executable, str(script)],
         env=clean_environment(environment),
         check=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     expr = answers.chosen(SLOW.expr, {"run": "slow", "rank": ".*", "__interval": "5m"})
 
@@ -232,7 +233,7 @@ def test_prometheus_says_what_every_metric_means_and_where_its_alerts_lead(stack
         return found if "tolaria_loss" in found else None
 
     # It scrapes its help once a minute.
-    found = wait_until(told, 90.0)
+    found = wait_until(told)
     metrics = (*BY_KEY.values(), RUN_ENDED)
     for metric in metrics:
         (one,) = found[prometheus_name(metric)]

@@ -27,6 +27,7 @@ from ops.stack.programs import (
 from ops.stack.queries import is_page
 from ops.stack.services import Ports
 from sidecar.running import is_alive
+from testkit.patience import PATIENCE_S
 
 COMMAND = [sys.executable, "-m", "ops.stack"]
 
@@ -44,7 +45,7 @@ def mistake(*arguments, **options):
         [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         cwd=ROOT,
         **options,
     )
@@ -106,7 +107,7 @@ def test_a_command_on_what_the_images_hold(tmp_path):
         env=environment(tmp_path, **named),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         cwd=ROOT,
     )
     assert (done.returncode, done.stdout) == (7, f"{sys.executable}\n")
@@ -126,7 +127,7 @@ def test_what_cannot_be_made_is_no_failure_of_the_tests(tmp_path):
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         cwd=ROOT,
     )
     assert done.returncode == 0
@@ -218,7 +219,7 @@ def test_it_comes_up_says_where_and_ctrl_c_ends_all_of_it(programs, tmp_path, wa
         os.kill(parts[1], signal.SIGKILL)
         wait_until(lambda: said.append(process.stdout.readline()) or "ended with" in said[-1])
         process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.wait()

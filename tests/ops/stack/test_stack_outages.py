@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.leyline.tool_requests import reply_to
 from esper_otel.leyline.wire import StatusRequest
+from testkit.patience import PATIENCE_S
 
 STEP_NS = 2_000_000
 BEFORE, DURING, AFTER = range(40), range(40, 80), range(80, 120)
@@ -186,7 +187,7 @@ def some_request():
 
 def answers(stack, body, times):
     """The statuses that posting ``body`` so often got."""
-    connection = HTTPConnection("127.0.0.1", stack.ports.otlp_http, timeout=30)
+    connection = HTTPConnection("127.0.0.1", stack.ports.otlp_http, timeout=PATIENCE_S)
     got = set()
     for _ in range(times):
         headers = {"Content-Type": "application/x-protobuf"}

@@ -13,6 +13,7 @@ import pytest
 from ops.stack import traces_page
 from ops.stack.queries import is_page
 from testkit import perfetto_page
+from testkit.patience import PATIENCE_S
 
 BEGAN_US = 1_790_000_000_000_000
 
@@ -88,7 +89,7 @@ def page():
 
 def answer(url, **headers):
     asked = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(asked, timeout=20) as got:
+    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as got:
         return got.headers, got.read()
 
 

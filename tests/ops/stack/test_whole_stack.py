@@ -21,6 +21,7 @@ from esper_otel.leyline.wire import StatusRequest
 from esper_otel.stream import read_frames
 from ops.generate.prometheus_names import prometheus_name
 from ops.stack.services import clean_environment
+from testkit.patience import PATIENCE_S
 from testkit.simulated_ranks import Rank
 
 STEPS = 120
@@ -154,7 +155,7 @@ def traces(stack, tmp_path_factory):
         [sys.executable, str(script)],
         env=clean_environment(environment),
         check=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     return lambda: stack.jaeger.traces("loop")
 
@@ -302,7 +303,7 @@ def test_how_a_run_ended_comes_to_prometheus_and_tamiyo_by_the_stream_alone(
         [sys.executable, str(script)],
         env=clean_environment(environment),
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1
     selector = f'{prometheus_name(RUN_ENDED)}{{esper_run_id="failing"}}'
