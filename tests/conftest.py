@@ -18,6 +18,11 @@ from ops.stack.programs import CHROMIUM, MissingError, find
 # side by side, each with a thread for every processor, wait for one another in a busy loop.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Hundreds of processes import the same modules, and a fresh environment has no bytecode of
+# them: where nobody may keep it, each compiles torch and all of ours anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # A shell that puts a job in the background has it ignore SIGINT, and so would every process
 # that a test starts and means to interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
