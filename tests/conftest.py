@@ -23,6 +23,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Until all tests are collected, nearly all that is made stays.
+gc.disable()
+
 # A shell that puts a job in the background has it ignore SIGINT, and so would every process
 # that a test starts and means to interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -62,12 +65,18 @@ TOGETHER = {
     "ops/stack": "stack",  # one Collector, Prometheus and Jaeger for all of them
     **dict.fromkeys(
         (  # one server of processes that have torch
-            *("docs/test_commands_on_pages.py", "integrations/test_declarative.py"),
-            *("integrations/test_jobs.py", "integrations/test_launchers.py"),
-            *("kasmina/test_checkpoint.py", "kasmina/test_tools.py", "ranks"),
-            *("test_end_to_end.py", "test_finalization.py", "test_summary.py"),
+            *("integrations/test_declarative.py", "integrations/test_jobs.py"),
+            *("integrations/test_launchers.py", "test_end_to_end.py"),
+            *("test_finalization.py", "test_summary.py"),
         ),
         "forks",
+    ),
+    **dict.fromkeys(
+        (  # another, for the sake of a second process
+            *("docs/test_commands_on_pages.py", "integrations/test_ways_to_start.py"),
+            *("kasmina/test_checkpoint.py", "kasmina/test_tools.py", "ranks"),
+        ),
+        "ranks",
     ),
     **dict.fromkeys(
         (  # one import of Lightning and Transformers
@@ -81,8 +90,8 @@ TOGETHER = {
 """Files and folders of tests that share what takes long to make; one process runs them."""
 
 FIRST = (
-    *("stack", "forks", "test_examples.py", "kasmina/test_compiling.py", "frameworks"),
-    *("docs/test_site.py", "integrations/test_ways_to_start.py", "test_packaging.py"),
+    *("forks", "ranks", "stack", "test_examples.py", "kasmina/test_compiling.py"),
+    *("frameworks", "docs/test_site.py", "test_packaging.py"),
 )
 """What takes longest, so that no process is left with it when the others have ended."""
 
@@ -120,10 +129,12 @@ def pytest_collection_finish():
     """What the imports of all tests have made stays: no collection of garbage looks at it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():
     gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

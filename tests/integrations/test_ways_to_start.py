@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from testkit.fork_server import fork_server
 from testkit.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent
@@ -119,6 +120,10 @@ SHORTER = {
 """As the page has them."""
 
 
+OF_TORCH = ("torchrun", "accelerate")
+"""Launchers that import torch and nothing of ours; what they start is a process of its own."""
+
+
 def started(folder, way):
     """(status, standard output, standard error, which processes were instrumented)."""
     for name, text in FILES.items():
@@ -129,15 +134,20 @@ def started(folder, way):
             path.chmod(0o755)
     words, _, stdin = way.partition(" < ")
     command = [TRAIN if word == "CODE" else word for word in words.split()]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=CLEAN | {"PATH": f"{folder / 'bin'}{os.pathsep}{CLEAN['PATH']}"},
-        input=(folder / stdin).read_text() if stdin else "",
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    env = CLEAN | {"PATH": f"{folder / 'bin'}{os.pathsep}{CLEAN['PATH']}"}
+    if command[0] in OF_TORCH:
+        command[0] = str(BIN / command[0])
+        done = fork_server().run(command, cwd=folder, env=env)
+    else:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=env,
+            input=(folder / stdin).read_text() if stdin else "",
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
     seen = folder / "seen"
     told = seen.read_text().split() if seen.exists() else []
     seen.unlink(missing_ok=True)
