@@ -129,6 +129,9 @@ def pytest_collection_finish():
     """What the imports of all tests have made stays: no collection of garbage looks at it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtestloop():
     gc.enable()
 
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from contextlib import suppress
-from http.client import HTTPConnection
+from http.client import HTTPConnection, RemoteDisconnected
 from pathlib import Path
 
 import grpc
@@ -79,9 +79,19 @@ def peak_mb(running):
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 
+def answered(running, body, **headers):
+    """What comes back; None where the connection ends before, which has an exporter send again.
+
+    A receiver of low priority that gets no processor for ten seconds closes those that wait.
+    """
+    with suppress(RemoteDisconnected, ConnectionResetError):
+        return post(running, body, **headers)
+
+
 def is_well(running, run):
     """Honest OTLP comes in, within the bound, by the process that was there before."""
-    assert post(running, otlp_of(frame(1, run=run)).SerializeToString())[0] == 200
+    honest = otlp_of(frame(1, run=run)).SerializeToString()
+    assert until(lambda: answered(running, honest))[0] == 200
     ingest = running.status()["ingest"]
     assert (ingest["restarts"], ingest["hung"], ingest["failed"]) == (0, 0, 0)
     return peak_mb(running) < MEMORY_MB
@@ -92,7 +102,7 @@ def test_a_small_request_does_not_become_a_large_one(attacked, name):
     data = BOMBS[name]
     assert len(data) <= MAX_REQUEST
     body = gzip.compress(data, 6, mtime=0)
-    status, _, answer, _ = post(attacked, body, Content_Encoding="gzip")
+    status, _, answer, _ = until(lambda: answered(attacked, body, Content_Encoding="gzip"))
     assert status in (200, 413)
     assert answer or name == "attributes of a resource", "what is not taken is told"
     assert is_well(attacked, f"after {name}")
