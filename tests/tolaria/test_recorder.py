@@ -8,6 +8,7 @@ from tolaria.sidecars import Sidecar, decided
 from esper_otel.leyline.decisions import NOT_ASKED, Action
 from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.tolaria.fetches import Source
+from esper_otel.tolaria.ports import HeldRun
 from esper_otel.tolaria.step import MAX_PHASES
 
 
@@ -84,6 +85,39 @@ def test_phases_and_the_hook_before_add_up_to_the_step(clock):
     assert sum(last[part] for part in parts) == pytest.approx(last["step_latency_ms"])
     assert last["tamiyo_latency_ms"] == pytest.approx(0.2 + 0.7)
     assert last["hook_latency_ms"] == pytest.approx(0.2 + 0.5 + 0.7)
+
+
+PARTS = ("input_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "hook_latency_ms")
+
+
+@pytest.mark.parametrize("turns", [1, 5])
+def test_the_time_of_turns_that_were_part_of_a_step_is_its_own(clock, turns):
+    """A generator, then its critic, which was taken for another training at first."""
+    (generator, frames), held = make(), HeldRun()
+    critic, _ = make(frames=held)
+    one_step(generator, clock)
+    began = clock()
+    critic.take_over(generator)
+    for _ in range(turns):
+        one_step(critic, clock)
+    generator.take_over(critic, held.phase_times())
+    one_step(generator, clock)
+    row = frames.rows[1]
+    assert row["step_latency_ms"] == pytest.approx((clock() - began) / MS)
+    assert sum(row[part] for part in PARTS) == pytest.approx(row["step_latency_ms"])
+    assert row["backward_ms"] == pytest.approx((turns + 1) * frames.rows[0]["backward_ms"])
+
+
+def test_the_time_of_another_training_is_no_time_of_a_step(clock):
+    (one, frames), other = make(), make()[0]
+    one_step(one, clock)
+    other.take_over(one)
+    one_step(other, clock)
+    one.take_over(other)
+    one_step(one, clock)
+    row = frames.rows[1]
+    assert sum(row[part] for part in PARTS) == pytest.approx(row["step_latency_ms"])
+    assert row["backward_ms"] == pytest.approx(frames.rows[0]["backward_ms"])
 
 
 def test_the_ask_carries_exactly_the_frame_that_is_streamed(clock):

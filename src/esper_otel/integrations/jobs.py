@@ -32,10 +32,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper_otel.goodbye import DONE, Ending
-from esper_otel.integrations.primary import Primary
+from esper_otel.integrations.primary import Primary, parameters_of
 from esper_otel.run import Run
 from esper_otel.tolaria.identities import IdentityMap, IdentitySet
-from esper_otel.tolaria.ports import HeldRun
+from esper_otel.tolaria.ports import NO_TIME, HeldRun, PhaseTimes
 
 if TYPE_CHECKING:
     from esper_otel.stream.totals import RunTotals
@@ -50,8 +50,10 @@ MOST_HELD = 256
 class Job:
     """One training of the process: its run, and the optimizers that belong to it."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, held: HeldRun | None = None) -> None:
         self.run = run
+        self.held = held or HeldRun()
+        """Its steps while it is not known to be a training."""
         self.recorder = run._loop.recorder
         self.primary = Primary(run.settings.primary_optimizer)
         self.is_announced = False
@@ -306,14 +308,15 @@ class Jobs:
         if certain:
             self._confirm_all()
         number = self._begun + len(self._turns)
+        held = HeldRun()
         run = Run(
             self.first.settings.changed(run_id=f"{self.first.run_id}-{number}"),
             outlives_script=True,
             beside=self.first,
-            held=HeldRun(),
+            held=held,
         )
         run._jobs = self
-        job = Job(run)
+        job = Job(run, held)
         if certain:
             self._confirm(job)
         return job
@@ -321,18 +324,20 @@ class Jobs:
     def _go_to(self, job: Job) -> None:
         """``job`` steps now, and what the loop has done since the last step is its own."""
         before, self._newest = self.current, None
+        turns = NO_TIME
         if job in self._turns:
             place = self._turns.index(job) + 1
             others = self._turns[place:]
             del self._turns[place:]
             for other in others:
+                turns = PhaseTimes(*map(sum, zip(turns, other.held.phase_times(), strict=True)))
                 self._merge(other, job)
         elif job in self._open:
             self._confirm_all()
             self._turns = [job]
         else:
             self._turns.append(job)
-        job.recorder.take_over(before.recorder)  # before that is closed, if it is over
+        job.recorder.take_over(before.recorder, turns)  # before that is closed, if it is over
         self._close_finished()
         if self.follow is not None:
             self.follow(job)
@@ -393,8 +398,3 @@ class Jobs:
         else:
             self.lost += job.run._loop.scalars.lost
             job.run._end(end=end)
-
-
-def parameters_of(optimizer: Any) -> list[Any]:
-    """Those of all its groups."""
-    return [each for group in optimizer.param_groups for each in group["params"]]

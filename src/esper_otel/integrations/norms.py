@@ -24,7 +24,8 @@ from math import isfinite
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
-from esper_otel.integrations.jobs import Job, Jobs, parameters_of
+from esper_otel.integrations.jobs import Job, Jobs
+from esper_otel.integrations.primary import parameters_of
 from esper_otel.leyline.frames import Value
 from esper_otel.tolaria.gradients import gradient_norm, whole_norm, with_gradients
 from esper_otel.tolaria.identities import IdentityMap

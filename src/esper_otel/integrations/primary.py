@@ -86,3 +86,8 @@ class Primary:
             return True
         self._others += 1
         return self._others > 2 * self._most_others + PATIENCE
+
+
+def parameters_of(optimizer: Any) -> list[Any]:
+    """Those of all its groups."""
+    return [each for group in optimizer.param_groups for each in group["params"]]

@@ -1,11 +1,13 @@
 """Batch sizes: notices when the batches of a training become larger, or its sequences longer.
 
-Such a change moves loss, gradients and step times to another level, and is meant. It lasts,
-unlike the smaller last batch of an epoch, and what it changes was steady, unlike the length of
-padded sequences.
+Such a change moves loss, gradients and step times to another level, and is meant: a phase of
+the training begins. It lasts, unlike the smaller last batch of an epoch, and what it changes
+was steady, unlike the length of padded sequences.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from esper_otel.tolaria.fetches import NO_SIZE, Size
 
@@ -18,6 +20,16 @@ LASTING = 2
 
 MOST_CHANGES = 64
 """Of a training: one whose batches never stop changing has no levels to begin anew."""
+
+
+class TrainingPhase(NamedTuple):
+    """A part of a training that is not to be measured by what was before it.
+
+    ``number`` is how many began before it.
+    """
+
+    number: int = 0
+    name: str = ""
 
 
 class _Dimension:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from esper_otel.leyline.frames import Value, step_row
 from esper_otel.tolaria.noted_steps import NotedSteps
 from esper_otel.tolaria.ordinary_steps import OrdinarySteps
+from esper_otel.tolaria.ports import NO_TIME, PhaseTimes
 from esper_otel.tolaria.rates import Rates
 from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import EndedStep
@@ -93,6 +94,16 @@ class LoopEvents:
         noted = self._noted
         settled = noted is None or noted.is_settled
         return self.under_way.optimizing if settled else noted.optimizing  # type: ignore[union-attr]
+
+    def take_over(self, other: LoopEvents, turns: PhaseTimes = NO_TIME) -> None:
+        """What was done since the last step of ``other`` is of this training, as ``turns`` are:
+        those of steps since its own last one."""
+        own, others = self.under_way, other.under_way
+        if turns != NO_TIME:
+            hooks_ms = self._hook_ms + other._hook_ms
+            turns = turns._replace(hook=turns.hook + round(hooks_ms * 1e6))
+        own.take(others, self._last_end, turns)
+        self._hook_ms = self._apply_ms = 0.0
 
     # What was noted of steps, taken up.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from esper_otel.leyline.decisions import Decision, Proposal
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import NO_CUSTOM, GardenFrame, StepTimeline
 from esper_otel.leyline.guards import Guards
+from esper_otel.leyline.metrics import STEP_SLOT
 
 
 class FrameSink(Protocol):
@@ -102,6 +103,25 @@ class GardenPort(Protocol):
         """What has happened since last asked."""
 
 
+class PhaseTimes(NamedTuple):
+    """How long the phases of some steps took, in nanoseconds."""
+
+    forward: int = 0
+    backward: int = 0
+    optimizer: int = 0
+    wait: int = 0
+    hook: int = 0
+    """What this package did."""
+
+
+NO_TIME = PhaseTimes()
+
+_TIMES = [
+    STEP_SLOT[key]
+    for key in ("forward_ms", "backward_ms", "optimizer_ms", "input_wait_ms", "hook_latency_ms")
+]
+
+
 class HeldRun:
     """Keeps what a run would send and ask until it is known to be one.
 
@@ -116,6 +136,16 @@ class HeldRun:
         self._events: list[Event] = []
         self._asks: list[tuple[Any, ...]] = []
         self._sink: FrameSink | None = None
+
+    def phase_times(self) -> PhaseTimes:
+        """Those of all steps that are kept."""
+        rows = [row for _, row, *_ in self._frames]
+        return PhaseTimes(
+            *(
+                sum(round(row[slot] * 1e6) for row in rows if row[slot] == row[slot])
+                for slot in _TIMES
+            )
+        )
 
     def release(self, sink: FrameSink, client: DecisionClient | None) -> None:
         """It is a run: ``sink`` gets what was kept, and ``client`` is asked about it."""

@@ -210,11 +210,6 @@ class Recorder(LoopEvents):
             for frame in self._sealer.flush():
                 self._frames.frame(*frame.told)
 
-    def take_over(self, other: Recorder) -> None:
-        """What the loop has done since the last step of ``other`` is of this training."""
-        self.under_way.take(other.under_way, self._last_end)
-        self._hook_ms = self._apply_ms = 0.0
-
     def attach_garden(self, garden: GardenPort | None) -> None:
         """Take ``garden`` along from the next end of a step on; None: none any more."""
         self._tell_directly()

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from time import perf_counter_ns
-from typing import NamedTuple
 
 from esper_otel.leyline.frames import Reading, Value, known
 from esper_otel.leyline.metrics import STEP_SLOT
-from esper_otel.tolaria.batch_sizes import BatchSizes
+from esper_otel.tolaria.batch_sizes import BatchSizes, TrainingPhase
 from esper_otel.tolaria.fetches import NO_SIZE, UNNAMED, Fetches, Size, Source
 from esper_otel.tolaria.losses import ConditionalReading, Evaluation, StepLosses
+from esper_otel.tolaria.ports import NO_TIME, PhaseTimes
 
 MAX_PHASES = 4096
 """Phases of one step that are remembered for its spans. Its times count all there were."""
@@ -40,16 +40,6 @@ REPORTABLE = {
     for key in ("accuracy", "grad_conflict_rate", "gradient_norm", "samples_per_s")
 }
 """Keys that a loop may report itself, besides its loss, and their slots."""
-
-
-class TrainingPhase(NamedTuple):
-    """A part of a training that is not to be measured by what was before it.
-
-    ``number`` is how many began before it.
-    """
-
-    number: int = 0
-    name: str = ""
 
 
 class StepUnderWay:
@@ -126,11 +116,12 @@ class StepUnderWay:
         if number > self.training_phase.number:
             self.training_phase = TrainingPhase(int(number))
 
-    def take(self, other: StepUnderWay, last_end: int) -> None:
+    def take(self, other: StepUnderWay, last_end: int, turns: PhaseTimes = NO_TIME) -> None:
         """What ``other`` has seen since its last step is of this training, and not of that.
 
         What lies between ``last_end``, of this one's own last step (0: none), and the end of
-        that step of ``other`` is in no step's time.
+        that step of ``other`` is in no step's time, but for ``turns``: those of steps meanwhile
+        that turned out to be a part of this one.
         """
         own, losses = (self.training_phase, self._steps, self._batch_sizes), self.losses
         backwards = self.backwards + other.backwards
@@ -139,7 +130,13 @@ class StepUnderWay:
         self.backwards, self.losses = backwards, losses
         losses.take_over(other.losses)
         if last_end and self.started:
-            self.outside_ns += self.started - last_end
+            self.outside_ns += self.started - last_end - sum(turns)
+            self.forward_ns += turns.forward
+            self.backward_ns += turns.backward
+            self.optimizer_ns += turns.optimizer
+            if turns.wait:
+                self.wait_ns = max(self.wait_ns, 0) + turns.wait
+            self.prepare_ns += turns.hook
         other.start_next(0, other._steps)
 
     # What the loop does, in the order in which a step does it. ``now`` is the mark at which it

@@ -18,7 +18,7 @@ from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import NO_CUSTOM, GardenFrame, StepTimeline, step_row
 from esper_otel.leyline.metrics import WEIGHT
 from esper_otel.tolaria.asking import Taken
-from esper_otel.tolaria.step import TrainingPhase
+from esper_otel.tolaria.batch_sizes import TrainingPhase
 
 _EMPTY_ROW = step_row()
 
