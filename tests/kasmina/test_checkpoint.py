@@ -345,7 +345,7 @@ class Nowhere:
     def frame(self, *_, **__):
         pass
 
-    timeline = event = configure = frame
+    timeline = event = configure = follow = frame
 
     def close(self, timeout_s=None):
         return self
