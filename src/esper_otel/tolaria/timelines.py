@@ -148,8 +148,7 @@ class Timelines:
         self._slow_factor = slow_factor
         self._usual_ms = 0.0
         self._phase = TrainingPhase()
-        self._open: deque[EndedStep] = deque()
-        self.waiting = self._open
+        self.waiting: deque[EndedStep] = deque()
         """Steps that wait for their decision."""
 
     def end_undecided(self, ended: EndedStep) -> None:
@@ -159,16 +158,16 @@ class Timelines:
 
     def tell_undecided(self, ended: EndedStep) -> None:
         """As :meth:`end_undecided`, where it was chosen already."""
-        if self._open:
+        if self.waiting:
             self.open(ended)
         elif ended.wanted or ended.update is not None:
             self._close(ended)
 
     def open(self, ended: EndedStep) -> None:
         """A step has ended."""
-        self._open.append(ended)
-        if len(self._open) > MOST_OPEN:
-            self._close(self._open.popleft())
+        self.waiting.append(ended)
+        if len(self.waiting) > MOST_OPEN:
+            self._close(self.waiting.popleft())
 
     def choose(self, ended: EndedStep) -> None:
         """Decide whether ``ended`` has spans whatever is decided about it."""
@@ -195,12 +194,12 @@ class Timelines:
         one wait no more: decisions come in order.
         """
         about = taken.decision.step
-        for ended in self._open:
+        for ended in self.waiting:
             if ended.waits and ended.asked == about:
                 break
         else:
             return None
-        for before in self._open:
+        for before in self.waiting:
             before.waits = before.waits and before.asked > about
         if taken.decision.reason == NOT_ASKED:
             return None
@@ -214,7 +213,7 @@ class Timelines:
 
         Where its update was skipped, what a decision did to the factor shows in the next.
         """
-        waiting = self._open
+        waiting = self.waiting
         while waiting and not waiting[0].waits and waiting[0].first_update <= step:
             ended = waiting[0]
             if ended.scales:
@@ -227,8 +226,8 @@ class Timelines:
 
     def flush(self) -> None:
         """The run is over."""
-        while self._open:
-            self._close(self._open.popleft())
+        while self.waiting:
+            self._close(self.waiting.popleft())
 
     def _close(self, ended: EndedStep) -> None:
         decision = ended.decision
