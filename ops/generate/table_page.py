@@ -275,20 +275,22 @@ rate after a number of clean steps. And *before an update*, for a trainer in `en
 that finds a value beyond one of its guards. That decision is about this one update, so a
 gradient that would ruin the weights never reaches them.
 
-- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr` and `nonfinite`. The sidecar
-  derives them from the rules with parameters and sends them to the trainer when they change.
+- Guards are bounds on `loss`, `gradient_norm`, `optimizer_lr`, `optimizer_momentum` and
+  `nonfinite`. The sidecar derives them from the rules with parameters and sends them to the
+  trainer when they change.
   In an `all` one condition on these metrics is enough to guard the rule; in an `any` every
   part needs one. A rule without a guard is evaluated before an update only when another rule's
   guard is crossed.
 - These metrics are known before an update: {known}. Conditions on others are unknown.
-- A rule with `usual_norm` or `usual_rate` whose conditions (`above_baseline`, `above_record`,
-  in an `all`) are on that metric alone, without `for` and `cooldown`, also applies without an
-  answer: its guard carries the bound and the usual value.
+- A rule with `usual_norm`, `usual_rate` or `usual_momentum` whose conditions (`above`,
+  `at_least`, `above_baseline`, `above_record`, in an `all`) are on that metric alone, without
+  `for` and `cooldown`, also applies without an answer: its guard carries the bound and the
+  usual value.
 - The step counts as if it were the next observation: `for`, `of`, `cooldown` and `inhibits`
   count as usual, and the evaluation leaves no trace in the rule's state. A rule that fired and
   is `recovering` changes no update within its bounds.
-- Of several rules, `restore` wins, then `skip_step`. Otherwise `lr_scale` is that of the
-  strongest rule with one, and `max_norm` is the smallest of all.
+- Of several rules, `restore` wins, then `skip_step`. Otherwise `lr_scale` and `momentum_scale`
+  are those of the strongest rule with one, and `max_norm` is the smallest of all.
 - Rules about seeds, rules that compare ranks, and rules with `downgrade` are not evaluated
   before an update.
 

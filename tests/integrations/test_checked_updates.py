@@ -105,6 +105,38 @@ def test_in_advise_nothing_is_checked_and_it_does(captured, enforced):
     assert sidecar.checks == []
 
 
+def takes_momentum_back(request):
+    """Has a momentum of 0.999 made 0.9 in updates that are asked about."""
+    asks = isinstance(request, wire.Check)
+    parameters = {"momentum_scale": 0.9 / 0.999} if asks else {}
+    decision = structs.replace(decision_about(request), parameters=parameters)
+    guard = wire.Guard("optimizer_momentum", above=0.95, held_above=0.99, held_to=0.9)
+    return [wire.encode(wire.Answer(request.request_id, decision, [guard]))]
+
+
+def test_a_momentum_that_jumps_trains_as_if_it_had_not(captured, enforced):
+    def trained(momentum):
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for step in range(1, 2 * BAD):
+            if step == BAD:
+                optimizer.param_groups[0]["betas"] = (momentum, 0.999)
+            optimizer.zero_grad()
+            (model(torch.ones(4, 3) * step) ** 2).mean().backward()
+            optimizer.step()
+            assert optimizer.param_groups[0]["betas"][0] == (momentum if step >= BAD else 0.9)
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    usual, harmed = trained(0.9), trained(0.999)
+    with enforced(takes_momentum_back) as sidecar:
+        mended = trained(0.999)
+    assert [check.step for check in sidecar.checks] == [BAD]
+    used = [frame["optimizer_momentum"] for frame in captured.frames]
+    assert used == pytest.approx([0.9] * len(used))
+    torch.testing.assert_close(mended, usual)
+    assert not torch.allclose(harmed, usual, rtol=0.01)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.LBFGS])
 def test_what_a_closure_computes_is_checked_before_it_is_used(captured, enforced, kind):
     model = network()

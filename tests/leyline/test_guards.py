@@ -1,12 +1,13 @@
 """Guards: bounds that the sidecar told, held against what is known before an update."""
 
+import math
 from math import inf, nan
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.leyline.guards import Guards
+from esper_otel.leyline.guards import Guards, Held
 from esper_otel.leyline.wire import GUARDED, Guard
 
 NONFINITE = Guard("nonfinite", above=0.0)
@@ -58,9 +59,9 @@ VALUES = st.none() | st.floats(width=32)
 
 
 @given(
-    bounds=st.dictionaries(st.sampled_from(GUARDED[:3]), st.tuples(NUMBERS, NUMBERS)),
+    bounds=st.dictionaries(st.sampled_from(GUARDED[:4]), st.tuples(NUMBERS, NUMBERS)),
     nonfinite=st.booleans(),
-    values=st.tuples(VALUES, VALUES, VALUES),
+    values=st.tuples(VALUES, VALUES, VALUES, VALUES),
 )
 def test_an_update_is_inside_if_every_value_that_is_known_is(bounds, nonfinite, values):
     guards = [Guard(metric, above, below) for metric, (above, below) in bounds.items()]
@@ -77,21 +78,31 @@ def test_an_update_is_inside_if_every_value_that_is_known_is(bounds, nonfinite, 
     )
     if nonfinite:
         guards.append(NONFINITE)
-    rate = values[2]
-    if rate is None or abs(rate) < inf:
+    if all(setting is None or abs(setting) < inf for setting in values[2:]):
         assert Guards(guards).crossed(*values) is expected
 
 
 @pytest.mark.parametrize(
     ("guards", "looks", "skips"),
     [
-        ([], False, False),
-        ([Guard("optimizer_lr", above=1.0)], True, False),
-        ([NONFINITE], False, False),
-        ([Guard("nonfinite", above=0.0, skips=True)], False, True),
-        ([Guard("loss", above=1.0, skips=True)], False, False),
+        ([], (False, False), False),
+        ([Guard("optimizer_lr", above=1.0)], (True, False), False),
+        ([Guard("optimizer_momentum", above=0.9)], (False, True), False),
+        ([NONFINITE], (False, False), False),
+        ([Guard("nonfinite", above=0.0, skips=True)], (False, False), True),
+        ([Guard("loss", above=1.0, skips=True)], (False, False), False),
     ],
 )
 def test_what_is_looked_at_and_what_may_be_left_out_unasked(guards, looks, skips):
     made = Guards(guards)
-    assert (made.looks_at_rate, made.skips_nonfinite) == (looks, skips)
+    assert (made.looks_at_rate, made.looks_at_momentum) == looks
+    assert made.skips_nonfinite is skips
+
+
+@pytest.mark.parametrize(
+    ("momentum", "scale"),
+    [(None, 1.0), (0.95, 1.0), (0.99, 1.0), (0.999, 0.9 / 0.999), (inf, 1.0), (math.nan, 1.0)],
+)
+def test_a_momentum_beyond_what_is_held_is_scaled(momentum, scale):
+    guards = Guards([Guard("optimizer_momentum", 0.954, held_above=0.99, held_to=0.9)])
+    assert guards.held(1.0, 2.0, 0.1, momentum) == Held(None, 1.0, False, scale)

@@ -190,11 +190,6 @@ def has_no_gradients(step, values, seeds):
         del values["gradient_norm"]
 
 
-def stays_in_momentum(step, values, seeds):
-    if step >= TROUBLE:
-        values.update(optimizer_momentum=0.999, lr_scale=0.1)
-
-
 def spikes(step, values, seeds):
     if step == TROUBLE:
         values["gradient_norm"] *= 1e4
@@ -231,8 +226,7 @@ TROUBLES = [
     ("learning_rate_jump", times(6, "optimizer_lr"), 1),
     ("learning_rate_leap", times(50, "optimizer_lr"), 1),
     ("learning_rate_too_high", too_high, 2),
-    ("momentum_jump", instead(optimizer_momentum=0.999), 2),
-    ("momentum_stays", stays_in_momentum, 1),
+    ("momentum_jump", instead(optimizer_momentum=0.999), 1),
     ("learning_rate_collapse", times(0, "optimizer_lr"), 5),
     ("nonfinite_loss", is_not_finite, 1),
     ("weights_lost", instead(nonfinite=1.0), 3),

@@ -280,7 +280,7 @@ def test_every_step_metric_has_limits_that_its_zero_is_within():
         (
             "metric: step_latency_ms, above: 1, parameters: {skip_step: true}",
             "asks for skip_step without effect: no update is checked by a rule that has no "
-            "condition on loss, gradient_norm, optimizer_lr or nonfinite",
+            "condition on loss, gradient_norm, optimizer_lr, optimizer_momentum or nonfinite",
         ),
     ],
 )

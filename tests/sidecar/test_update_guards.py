@@ -1,5 +1,6 @@
 """The bounds that no update may cross unchecked: necessary ones, and told seldom."""
 
+import math
 from math import inf
 
 import pytest
@@ -28,7 +29,10 @@ def guards(*rules, losses=(1.0, 1.0)):
     """The guards behind steps with these losses, and a gradient norm of ten times that."""
     deciding = engine(*rules, top=BASELINE)
     for step, loss in enumerate(losses):
-        deciding.observe(frame(step, loss=loss, gradient_norm=10 * loss, optimizer_lr=0.1))
+        norm = 10 * loss
+        deciding.observe(
+            frame(step, loss=loss, gradient_norm=norm, optimizer_lr=0.1, optimizer_momentum=0.9)
+        )
     return told(deciding)
 
 
@@ -372,8 +376,28 @@ def test_a_held_rate_is_what_the_answer_would_have_been(nearer):
     assert answer.parameters == expected
 
 
+@pytest.mark.parametrize("momentum", [0.985, 0.99, 0.999])
+def test_a_held_momentum_is_what_the_answer_would_have_been(momentum):
+    deciding = default_after(120, optimizer_momentum=0.9)
+    above, to = held(deciding, "optimizer_momentum")
+    assert (above, to) == (math.nextafter(0.99, 0.0), 0.9)
+    answer = deciding.check(
+        frame(120, loss=1.0, gradient_norm=2.0, optimizer_momentum=momentum)
+    )
+    expected = {"momentum_scale": 0.9 / momentum} if momentum >= 0.99 else {}
+    assert answer.parameters == pytest.approx(expected)
+
+
+def test_a_momentum_that_rests_near_one_needs_no_checks():
+    """The bound at which the rule may fire is that of its baseline, not the fixed one."""
+    deciding = default_after(120, optimizer_momentum=0.995)
+    (found,) = [guard for guard in told(deciding) if guard.metric == "optimizer_momentum"]
+    assert found.above > 0.995
+
+
 NORM = "action: OPTIMIZER, parameters: {usual_norm: true}"
 RATE = "action: OPTIMIZER, parameters: {usual_rate: true}"
+MOMENTUM = "action: OPTIMIZER, parameters: {usual_momentum: true}"
 
 
 @pytest.mark.parametrize(
@@ -424,3 +448,26 @@ def test_an_update_is_held_by_a_rule_that_its_value_alone_decides(rules, expecte
 def test_a_rate_is_held_to_the_baseline_of_its_rule():
     (found,) = guards(f"metric: optimizer_lr, above_baseline: 4, baseline: highest, {RATE}")
     assert (found.held_above, found.held_to) == (pytest.approx(0.4), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ("metric: optimizer_momentum, above_baseline: 1.05, baseline: highest", 0.945),
+        (
+            "all: [{metric: optimizer_momentum, above_baseline: 1.05, baseline: highest}, "
+            "{metric: optimizer_momentum, above: 0.97}]",
+            0.97,
+        ),
+        (
+            "all: [{metric: optimizer_momentum, above_baseline: 1.05, baseline: highest}, "
+            "{metric: loss, above_baseline: 1.2}]",
+            inf,
+        ),
+    ],
+)
+def test_a_momentum_is_held_to_the_baseline_of_its_rule(conditions, expected):
+    found = guards(f"{conditions}, {MOMENTUM}")
+    (found,) = [guard for guard in found if guard.metric == "optimizer_momentum"]
+    assert found.held_above == pytest.approx(expected)
+    assert found.held_to == (0.9 if expected < inf else inf)

@@ -6,10 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tolaria.loops import Clock, Late, Optimizer, make, one_step, stop_the_clock
 from tolaria.sidecars import Sidecar, decided
 
-from esper_otel.leyline.decisions import FAILED_OPEN, TIMEOUT, Action, unanswered
+from esper_otel.leyline.decisions import (
+    FAILED_OPEN,
+    TIMEOUT,
+    Action,
+    Finding,
+    Severity,
+    unanswered,
+)
 from esper_otel.leyline.guards import Guards
 from esper_otel.leyline.wire import Guard
 from esper_otel.tolaria.update_control import HELD_STEPS, MOST_SKIPS
@@ -407,6 +415,86 @@ def test_a_held_rate_and_a_factor_in_force_multiply_within_the_bounds(clock):
     sidecar.decisions[2] = decided(2, lr_scale=0.5)
     scheduled(recorder, clock, LEAP[:5])
     assert frames.column("lr_scale") == pytest.approx([1.0, 1 / 30, 0.02, 0.02, 0.02])
+
+
+MOMENTUM = [Guard("optimizer_momentum", above=0.954, held_above=0.99, held_to=0.9)]
+
+
+def with_momenta(recorder, clock, momenta):
+    """Steps whose script sets these momenta."""
+    group = recorder.optimizer.param_groups[0]
+    for momentum in momenta:
+        group["momentum"] = momentum
+        one_step(recorder, clock)
+        assert group["momentum"] == momentum
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_momentum_that_leapt_is_taken_back_until_it_is_usual_again(clock, answers):
+    """One check when it leaps, and one more where it leaps again."""
+
+    def answer(step, values):
+        return decided(step, momentum_scale=0.9 / values["optimizer_momentum"])
+
+    recorder, frames, sidecar = guarded(clock, answer if answers else nobody, guards=MOMENTUM)
+    with_momenta(recorder, clock, [0.9, 0.999, 0.999, 0.9999, 0.98, 0.9, 0.94, 0.999])
+    expected = [0.9, 0.9, 0.9, 0.9 / 0.999 * 0.9999, 0.9 / 0.999 * 0.98, 0.9, 0.94, 0.9]
+    assert frames.column("optimizer_momentum") == pytest.approx(expected)
+    assert frames.column("lr_scale") == [1.0] * 8
+    assert [step for step, _ in sidecar.checked] == [2, 8]
+
+
+def test_a_momentum_that_may_be_so_is_left_alone(clock):
+    recorder, frames, sidecar = guarded(clock, guards=MOMENTUM)
+    with_momenta(recorder, clock, [0.9, 0.96, 0.96])
+    assert [step for step, _ in sidecar.checked] == [2, 3]
+    assert frames.column("optimizer_momentum") == [0.9, 0.96, 0.96]
+
+
+def test_another_phase_ends_the_hold_of_a_momentum(clock):
+    recorder, frames, _ = guarded(clock, nobody, guards=MOMENTUM)
+    with_momenta(recorder, clock, [0.9, 0.999])
+    recorder.phase_begins("two")
+    with_momenta(recorder, clock, [0.98])
+    assert frames.column("optimizer_momentum") == pytest.approx([0.9, 0.9, 0.98])
+
+
+@pytest.mark.parametrize("scale", [1.5, 1.0, 0.0, -1.0, math.nan, math.inf])
+def test_a_factor_on_momentum_that_would_not_reduce_it_is_not_applied(clock, scale):
+    recorder, frames, sidecar = guarded(
+        clock, decided(1, momentum_scale=scale), guards=[Guard("optimizer_momentum", 0.9)]
+    )
+    with_momenta(recorder, clock, [0.95])
+    assert len(sidecar.checked) == 1
+    assert frames.column("optimizer_momentum") == [0.95]
+
+
+def about_momentum(step, value, usual=0.9):
+    """A decision about a step that was made with ``value``."""
+    seen = {"optimizer_momentum": value}
+    finding = Finding("a_rule", Action.OPTIMIZER, Severity.HIGH, "", seen)
+    return replace(decided(step, momentum_scale=usual / value), findings=[finding])
+
+
+@pytest.mark.parametrize("guards", [None, []])
+def test_a_momentum_seen_after_its_step_is_taken_back_from_the_next_update_on(clock, guards):
+    """As where ranks agree, which do not check."""
+    recorder, frames, sidecar = guarded(clock, guards=guards or [])
+    if guards is None:
+        sidecar.guards = None
+    sidecar.decisions[2] = about_momentum(2, 0.999)
+    sidecar.decisions[3] = about_momentum(3, 0.999)  # it was under way meanwhile
+    with_momenta(recorder, clock, [0.9, 0.999, 0.999, 0.999, 0.96, 0.94, 0.96])
+    used = frames.column("optimizer_momentum")
+    assert used[:2] == [0.9, 0.999]
+    assert used[-4:] == pytest.approx([0.9, 0.9 / 0.999 * 0.96, 0.94, 0.96])
+
+
+def test_in_advise_a_momentum_is_left_alone(clock):
+    recorder, frames, sidecar = guarded(clock, enforce=False)
+    sidecar.decision = about_momentum(1, 0.999)
+    with_momenta(recorder, clock, [0.999] * 4)
+    assert frames.column("optimizer_momentum") == [0.999] * 4
 
 
 def test_what_is_held_is_forgotten_when_nobody_has_answered_for_long(clock):

@@ -15,6 +15,7 @@ from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
     LR_SCALE,
     MAX_NORM,
+    MOMENTUM_SCALE,
     NOMINAL,
     RANK_OF,
     RESTORE,
@@ -155,6 +156,8 @@ def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
     if LR_SCALE in parameters:
         which = "lower" if parameters[LR_SCALE] < 1.0 else "higher"
         yield _rate_of_update(report, which) if report.update else _rate_since(report, which)
+    if MOMENTUM_SCALE in parameters:
+        yield "The metric optimizer_momentum of the step is the momentum of its update."
     if MAX_NORM in parameters:
         yield "Whether gradients were scaled down to max_norm is not in the telemetry."
 

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from esper_otel.leyline.decisions import MAX_NORM, RANK_OF, Action, Decision, Finding
+from esper_otel.leyline.decisions import (
+    MAX_NORM,
+    MOMENTUM_SCALE,
+    RANK_OF,
+    Action,
+    Decision,
+    Finding,
+)
 from esper_otel.leyline.frames import StepFrame
 
 WINDOW = 32
@@ -273,7 +280,7 @@ def _due(past: _RankWindow, pending: _Pending, ended: str = "") -> DueReport:
         update=pending.update,
         rule=finding.rule if finding else "",
         saw=finding.values if finding else {},
-        unseen=holds_seeds or MAX_NORM in decision.parameters,
+        unseen=holds_seeds or not {MAX_NORM, MOMENTUM_SCALE}.isdisjoint(decision.parameters),
     )
 
 

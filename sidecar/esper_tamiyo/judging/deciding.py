@@ -11,6 +11,7 @@ from esper_otel.leyline.decisions import (
     FORCE,
     LR_SCALE,
     MAX_NORM,
+    MOMENTUM_SCALE,
     NOMINAL,
     RESTORE,
     SKIP_STEP,
@@ -23,7 +24,7 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_tamiyo.judging.rules import CompiledRule
-from esper_tamiyo.language.parameters import USUAL_NORM, USUAL_RATE
+from esper_tamiyo.language.parameters import USUAL_MOMENTUM, USUAL_NORM, USUAL_RATE
 
 Fired = tuple[CompiledRule, Finding]
 """A rule that fired, and what it saw."""
@@ -103,9 +104,9 @@ def decide_update(
     """The decision about the update of ``step``, which is not made yet.
 
     To put a snapshot back in its place wins over all, and then to leave it out. Else the
-    strongest rule with a factor scales its rates, and the smallest norm of all holds its
-    gradients. That goes with it also when the update is to be left out or replaced: a trainer
-    that leaves out no more of them, or has no snapshot, makes it so.
+    strongest rule with a factor scales its rates, or its momentum, and the smallest norm of
+    all holds its gradients. That goes with it also when the update is to be left out or
+    replaced: a trainer that leaves out no more of them, or has no snapshot, makes it so.
     """
     action, severity, reason = Action.CONTINUE, Severity.NORMAL, NOMINAL
     parameters: dict[str, float] = {}
@@ -138,9 +139,10 @@ def _bounded(fired: Sequence[Fired]) -> dict[str, float]:
     """By how much an update is made smaller."""
     parameters = {}
     asked = [(entry.weight, _asked(entry, finding)) for entry, finding in fired]
-    scaling = [one for one in asked if LR_SCALE in one[1]]
-    if scaling:
-        parameters[LR_SCALE] = max(scaling, key=itemgetter(0))[1][LR_SCALE]
+    for factor in (LR_SCALE, MOMENTUM_SCALE):
+        scaling = [one for one in asked if factor in one[1]]
+        if scaling:
+            parameters[factor] = max(scaling, key=itemgetter(0))[1][factor]
     norms = [one[MAX_NORM] for _, one in asked if MAX_NORM in one]
     if norms:
         parameters[MAX_NORM] = min(norms)
@@ -150,16 +152,23 @@ def _bounded(fired: Sequence[Fired]) -> dict[str, float]:
 def _asked(entry: CompiledRule, finding: Finding) -> dict[str, float]:
     """What a rule asks of updates, what is usual worked out of what it saw."""
     parameters = entry.rule.parameters
-    if USUAL_NORM not in parameters and USUAL_RATE not in parameters:
+    usual = {USUAL_NORM, USUAL_RATE, USUAL_MOMENTUM} & {*parameters}
+    if not usual:
         return parameters
-    usual = (USUAL_NORM, USUAL_RATE)
     asked = {name: value for name, value in parameters.items() if name not in usual}
     if USUAL_NORM in parameters and (norm := usual_norm(finding.values)) > 0.0:
         asked[MAX_NORM] = min(norm, asked.get(MAX_NORM, inf))
-    rate = finding.values.get("optimizer_lr", 0.0)
-    if USUAL_RATE in parameters and 0.0 < (target := usual_rate(finding.values)) < rate:
-        asked[LR_SCALE] = target / rate
+    for name, factor in ((USUAL_RATE, LR_SCALE), (USUAL_MOMENTUM, MOMENTUM_SCALE)):
+        if name in usual:
+            metric = SETTING_OF[name]
+            now = finding.values.get(metric, 0.0)
+            if 0.0 < (target := usual_setting(metric, finding.values)) < now:
+                asked[factor] = target / now
     return asked
+
+
+SETTING_OF = {USUAL_RATE: "optimizer_lr", USUAL_MOMENTUM: "optimizer_momentum"}
+"""The setting of the optimizer that a parameter takes back to what is usual."""
 
 
 def usual_norm(seen: Mapping[str, float]) -> float:
@@ -171,9 +180,9 @@ def usual_norm(seen: Mapping[str, float]) -> float:
     return next((seen[name] for name in usual if name in seen), 0.0)
 
 
-def usual_rate(seen: Mapping[str, float]) -> float:
-    """The baseline of the rate, from what a rule sees; 0.0 where nothing tells."""
-    baselines = (f"{kind}(optimizer_lr)" for kind in ("highest", "baseline", "frozen"))
+def usual_setting(metric: str, seen: Mapping[str, float]) -> float:
+    """The baseline of a setting, from what a rule sees; 0.0 where nothing tells."""
+    baselines = (f"{kind}({metric})" for kind in ("highest", "baseline", "frozen"))
     return next((seen[name] for name in baselines if name in seen), 0.0)
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from esper_otel.leyline.decisions import SKIP_STEP
 from esper_otel.leyline.wire import Guard
-from esper_tamiyo.judging.deciding import usual_norm, usual_rate
+from esper_tamiyo.judging.deciding import SETTING_OF, usual_norm, usual_setting
 from esper_tamiyo.judging.guards import (
     GuardPlan,
     add_guard,
@@ -27,7 +27,7 @@ from esper_tamiyo.judging.history import BaselineKey, History
 from esper_tamiyo.judging.rules import times
 from esper_tamiyo.judging.seen import seen_by
 from esper_tamiyo.language.operators import ON_BASELINES, ON_RECORDS, Operator
-from esper_tamiyo.language.parameters import USUAL_NORM, USUAL_RATE
+from esper_tamiyo.language.parameters import USUAL_NORM
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -95,16 +95,19 @@ def update_plan(table: Table) -> UpdatePlan:
     return UpdatePlan(edges, any(map(_skips, free)), held)
 
 
+_HELD = {USUAL_NORM: "gradient_norm", **SETTING_OF}
+"""What each parameter takes to what is usual."""
+
+
 def _held_metric(rule: Rule) -> str | None:
     """The metric that alone decides whether ``rule`` fires, and that it takes to what is usual.
 
     None where there is none: then its answer depends on more than a trainer could compare.
     """
-    parameters = rule.parameters
-    metric = "gradient_norm" if USUAL_NORM in parameters else "optimizer_lr"
-    if not {USUAL_NORM, USUAL_RATE} & {*parameters} or rule.persistence > 1 or rule.cooldown:
+    metrics = [metric for name, metric in _HELD.items() if name in rule.parameters]
+    if len(metrics) != 1 or rule.persistence > 1 or rule.cooldown:
         return None
-    when = rule.when
+    metric, when = metrics[0], rule.when
     if isinstance(when, Group) and when.combine is not Combine.ALL:
         return None
     parts = when.parts if isinstance(when, Group) else (when,)
@@ -112,11 +115,12 @@ def _held_metric(rule: Rule) -> str | None:
 
 
 def _is_upper_bound(part: Condition | Group, metric: str) -> bool:
-    return (
-        isinstance(part, Condition)
-        and part.metric == metric
-        and part.operator in (Operator.ABOVE_BASELINE, Operator.ABOVE_RECORD)
-    )
+    return isinstance(part, Condition) and part.metric == metric and part.operator in _UPPER
+
+
+_UPPER = frozenset(
+    {Operator.ABOVE, Operator.AT_LEAST, Operator.ABOVE_BASELINE, Operator.ABOVE_RECORD}
+)
 
 
 def _skips(rule: Rule) -> bool:
@@ -162,7 +166,8 @@ class UpdateGuards:
         history = self._history
         above = max(_moving_bound(each, history)()[0] for each in conditions(rule.when))
         seen = seen_by(rule, {}, history)
-        usual = usual_norm(seen) if metric == "gradient_norm" else usual_rate(seen)
+        is_norm = metric == "gradient_norm"
+        usual = usual_norm(seen) if is_norm else usual_setting(metric, seen)
         return (above, usual) if 0.0 < usual < above else (inf, inf)
 
 
@@ -181,6 +186,9 @@ def _nearest_bound(edge: Edge, history: History) -> MovingBound:
 
 def _moving_bound(condition: Condition, history: History) -> MovingBound:
     number = condition.number
+    if condition.operator in (Operator.ABOVE, Operator.AT_LEAST):
+        fixed = number if condition.operator is Operator.ABOVE else nextafter(number, -inf)
+        return lambda: (fixed, 0.0)
     sign = -1.0 if is_lower(condition.operator) else 1.0
     if condition.operator in ON_BASELINES:
         name = BaselineKey(condition.baseline_of, condition.baseline).name

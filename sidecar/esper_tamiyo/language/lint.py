@@ -13,12 +13,12 @@ from itertools import islice, product
 from math import ceil, floor, inf, nextafter
 from typing import NamedTuple
 
-from esper_otel.leyline.decisions import MAX_NORM, SKIP_STEP
+from esper_otel.leyline.decisions import MAX_NORM, MOMENTUM_SCALE, SKIP_STEP
 from esper_otel.leyline.metrics import Metric
 from esper_otel.leyline.wire import GUARDED
 from esper_tamiyo.language.derived import KNOWN, metric_of
 from esper_tamiyo.language.operators import FORMS, ON_RECORDS, BaselineKind, Operand, Operator
-from esper_tamiyo.language.parameters import USUAL_NORM
+from esper_tamiyo.language.parameters import USUAL_MOMENTUM, USUAL_NORM
 from esper_tamiyo.language.table import (
     Combine,
     Condition,
@@ -165,7 +165,8 @@ def _never_ends(rule: Rule) -> Iterator[str]:
 def _never_asked(rule: Rule) -> Iterator[str]:
     """Whether it asks something of updates that is decided before they are made, when it is
     only judged after them."""
-    asked = [name for name in (MAX_NORM, USUAL_NORM, SKIP_STEP) if name in rule.parameters]
+    only_before = (MAX_NORM, USUAL_NORM, MOMENTUM_SCALE, USUAL_MOMENTUM, SKIP_STEP)
+    asked = [name for name in only_before if name in rule.parameters]
     if not asked:
         return
     if rule.downgrade or rule.about_seeds or rule.about_ranks:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from esper_otel.leyline.decisions import (
     LR_SCALE,
     MAX_NORM,
+    MOMENTUM_SCALE,
     RESTORE,
     SKIP_STEP,
     Action,
@@ -33,6 +34,9 @@ USUAL_NORM = "usual_norm"
 USUAL_RATE = "usual_rate"
 """The parameter that becomes an ``lr_scale`` when its rule fires."""
 
+USUAL_MOMENTUM = "usual_momentum"
+"""The parameter that becomes a ``momentum_scale`` when its rule fires."""
+
 PARAMETERS: dict[str, Parameter] = {
     LR_SCALE: Parameter(
         "multiplies the learning rates of the optimizer by this factor: for the current update "
@@ -57,6 +61,20 @@ PARAMETERS: dict[str, Parameter] = {
         "which the rule compares `optimizer_lr`. If the rule depends on the rate alone, the "
         "trainer keeps that factor until the script's rate is at most 1.5 times the baseline, "
         "so that a schedule keeps its shape",
+        (Action.OPTIMIZER,),
+        flag=True,
+    ),
+    MOMENTUM_SCALE: Parameter(
+        "multiplies the momentum of the optimizer (Adam: beta1) by this factor for the current "
+        "update, when the rule fires before it",
+        (Action.OPTIMIZER,),
+        most=1.0,
+    ),
+    USUAL_MOMENTUM: Parameter(
+        "as `momentum_scale`, with the factor that returns the momentum to the baseline with "
+        "which the rule compares `optimizer_momentum`. If the rule depends on the momentum "
+        "alone, the trainer keeps that factor until the script's momentum is no longer above "
+        "the rule's bounds",
         (Action.OPTIMIZER,),
         flag=True,
     ),

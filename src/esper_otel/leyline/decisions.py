@@ -66,6 +66,10 @@ LR_SCALE, MAX_NORM, SKIP_STEP = "lr_scale", "max_norm", "skip_step"
 """Parameters of a decision: times which learning rates are taken; the largest gradient norm
 of one update; 1.0 to leave that update out."""
 
+MOMENTUM_SCALE = "momentum_scale"
+"""Parameter of a decision about one update: times which its momentum (Adam: beta1) is taken,
+at most 1.0."""
+
 RESTORE = "restore"
 """Parameter of a decision: 1.0 to put the last good snapshot of weights and optimizer state
 back in place of an update."""

@@ -18,6 +18,8 @@ class Held(NamedTuple):
     """Factor on its learning rate, 1.0 at most."""
     skip: bool
     """Whether it is left out, as its values are not finite."""
+    momentum_scale: float = 1.0
+    """Factor on its momentum, 1.0 at most."""
 
 
 NOT_HELD = Held(None, 1.0, False)
@@ -29,11 +31,13 @@ class Guards:
 
     __slots__ = (
         "_bounds",
-        "_held",
         "_nonfinite",
+        "_norm",
+        "looks_at_momentum",
         "looks_at_rate",
+        "momentum",
+        "rate",
         "skips_nonfinite",
-        "usual_rate",
     )
 
     def __init__(self, guards: Iterable[Guard]) -> None:
@@ -44,18 +48,20 @@ class Guards:
         """Whether an update whose values are not finite may be left out unjudged: where they
         lie on a device and nobody can wait for them, and where a check is not answered."""
         self.looks_at_rate = "optimizer_lr" in known
-        no_bound = Guard("", inf, -inf)
-        loss, norm, rate = (known.get(metric, no_bound) for metric in GUARDED[:3])
-        self._bounds = (loss.above, loss.below, norm.above, norm.below, rate.above, rate.below)
-        self.usual_rate = rate.held_to
-        """The rate that a leap is held to, infinite where it is not."""
-        self._held = (norm.held_above, norm.held_to, rate.held_above, rate.held_to)
+        self.looks_at_momentum = "optimizer_momentum" in known
+        loss, norm, rate, momentum = (known.get(each, Guard(each)) for each in GUARDED[:4])
+        self._bounds = (loss.above, loss.below, norm.above, norm.below)
+        self._norm, self.rate, self.momentum = norm, rate, momentum
 
     def crossed(
-        self, loss: float | None, gradient_norm: float | None, rate: float | None
+        self,
+        loss: float | None,
+        gradient_norm: float | None,
+        rate: float | None,
+        momentum: float | None = None,
     ) -> bool:
         """Whether an update with these values is to be judged first; None: not known."""
-        loss_above, loss_below, norm_above, norm_below, rate_above, rate_below = self._bounds
+        loss_above, loss_below, norm_above, norm_below = self._bounds
         if loss is not None:
             if loss - loss != 0.0:  # NaN or infinite; a third of a call to math.isfinite
                 if self._nonfinite:
@@ -68,15 +74,37 @@ class Guards:
                     return True
             elif gradient_norm > norm_above or gradient_norm < norm_below:
                 return True
-        return rate is not None and (rate > rate_above or rate < rate_below)
+        return _is_beyond(self.rate, rate) or _is_beyond(self.momentum, momentum)
 
-    def held(self, loss: float | None, gradient_norm: float | None, rate: float | None) -> Held:
+    def held(
+        self,
+        loss: float | None,
+        gradient_norm: float | None,
+        rate: float | None,
+        momentum: float | None = None,
+    ) -> Held:
         """What an update with these values is held to without an answer; None: not known."""
         known = [value for value in (loss, gradient_norm) if value is not None]
         if self.skips_nonfinite and not all(map(isfinite, known)):
             return Held(None, 1.0, True)
-        norm_above, norm_to, rate_above, rate_to = self._held
-        norm_is_beyond = gradient_norm is not None and norm_above < gradient_norm < inf
-        max_norm = norm_to if norm_is_beyond and 0.0 < norm_to < inf else None
-        scale = rate_to / rate if rate is not None and rate_above < rate < inf else 1.0
-        return Held(max_norm, scale if 0.0 < scale < 1.0 else 1.0, False)
+        above, usual = self._norm.held_above, self._norm.held_to
+        norm_is_beyond = gradient_norm is not None and above < gradient_norm < inf
+        max_norm = usual if norm_is_beyond and 0.0 < usual < inf else None
+        scales = _held_scale(self.rate, rate), _held_scale(self.momentum, momentum)
+        return Held(max_norm, scales[0], False, scales[1])
+
+
+def _is_beyond(guard: Guard, value: float | None) -> bool:
+    return value is not None and (value > guard.above or value < guard.below)
+
+
+def _held_scale(guard: Guard, value: float | None) -> float:
+    """The factor that takes ``value`` to what ``guard`` holds it to; 1.0 where it does not."""
+    if value is None or not guard.held_above < value < inf:
+        return 1.0
+    scale = guard.held_to / value
+    return scale if 0.0 < scale < 1.0 else 1.0
+
+
+NO_GUARDS = Guards(())
+"""Nothing is beyond them."""

@@ -196,7 +196,7 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "optimizer_momentum",
         "1",
-        "momentum (Adam: beta1), mean over parameter groups",
+        "momentum that the update used (Adam: beta1), mean over parameter groups",
         "where the optimizer has one",
         gated=True,
     ),

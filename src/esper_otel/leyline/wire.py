@@ -108,7 +108,8 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
 
     ``values`` are in the order of ``Hello.step_columns``; NaN is absent or not known yet,
     and ``nonfinite`` counts non-finite values. The decision of the answer is about this one
-    update: its parameters may be ``lr_scale``, ``max_norm``, ``skip_step`` and ``restore``.
+    update: its parameters may be ``lr_scale``, ``momentum_scale``, ``max_norm``, ``skip_step``
+    and ``restore``.
     The step itself arrives by the Ask or the stream, after the update.
     """
 
@@ -137,7 +138,7 @@ class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ``skips``: a trainer whose values are still on a device, or whose check is not answered in
     time, may skip an update beyond it. An update whose value is above ``held_above`` is made as
     with ``held_to`` where its check is not answered: the gradient norm is clipped, or the
-    learning rate scaled, to that.
+    learning rate or the momentum scaled, to that.
     """
 
     metric: str
@@ -148,7 +149,7 @@ class Guard(msgspec.Struct, frozen=True, array_like=True, gc=False):
     held_to: float = inf
 
 
-GUARDED = ("loss", "gradient_norm", "optimizer_lr", "nonfinite")
+GUARDED = ("loss", "gradient_norm", "optimizer_lr", "optimizer_momentum", "nonfinite")
 """Metrics that guards are about: known before the update, on a CPU."""
 
 

@@ -20,6 +20,7 @@ from esper_otel.leyline.decisions import (
     CONSERVATIVE_MODE,
     FORCE,
     LR_SCALE,
+    MOMENTUM_SCALE,
     RESTORE,
     SUPERSEDED,
     TIMEOUT,
@@ -314,6 +315,7 @@ def _still_counts(late: Decision, newer: Decision) -> bool:
     parameters = late.parameters
     asks = (
         parameters.get(LR_SCALE, 1.0) < 1.0
+        or MOMENTUM_SCALE in parameters
         or RESTORE in parameters
         or (late.action is Action.PAUSE and late.reason != CONSERVATIVE_MODE)
     )

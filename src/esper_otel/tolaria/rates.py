@@ -46,14 +46,21 @@ class BaseRate:
         return self.first
 
 
-def put_optimizer(row: list[float], groups: Rates, factor: float, base: BaseRate) -> None:
-    """Mean learning rate used, base rate and momentum of parameter groups, as far as the host
-    has them.
+def put_optimizer(
+    row: list[float],
+    groups: Rates,
+    factor: float,
+    base: BaseRate,
+    momentum_factor: float = 1.0,
+) -> None:
+    """Mean learning rate used, base rate and momentum used of parameter groups, as far as the
+    host has them.
 
-    ``factor`` is what decisions multiplied the script's own rates by. A group may hold
-    anything under these names: what is no number of the host leaves its metric out.
+    ``factor`` is what decisions multiplied the script's own rates by, and ``momentum_factor``
+    its momentum. A group may hold anything under these names: what is no number of the host
+    leaves its metric out.
     """
-    if len(groups) == 1 and _put_group(row, groups[0], factor, base):
+    if len(groups) == 1 and _put_group(row, groups[0], factor, base, momentum_factor):
         return
     base_rate = base.of(groups) if groups else None
     if base_rate is not None and isfinite(base_rate):  # the rate itself counts what is not
@@ -61,12 +68,18 @@ def put_optimizer(row: list[float], groups: Rates, factor: float, base: BaseRate
     rate = mean_rate(groups)
     if rate is not None:
         put(row, _LR, rate * factor)
-    known = [number for group in groups if (number := _momentum_of(group)) is not None]
-    if known:
-        put(row, _MOMENTUM, sum(known) / len(known))
+    momentum = mean_momentum(groups)
+    if momentum is not None:
+        put(row, _MOMENTUM, momentum * momentum_factor)
 
 
-def _put_group(row: list[float], group: dict[str, Any], factor: float, base: BaseRate) -> bool:
+def _put_group(
+    row: list[float],
+    group: dict[str, Any],
+    factor: float,
+    base: BaseRate,
+    momentum_factor: float,
+) -> bool:
     """As :func:`put_optimizer` for one group whose values are floats of the host, as nearly all
     are; False where one is none, or not finite."""
     rate, momentum = group.get("lr"), group.get("momentum")
@@ -78,7 +91,8 @@ def _put_group(row: list[float], group: dict[str, Any], factor: float, base: Bas
     total = rate + momentum + base_rate
     if total - total != 0.0:
         return False
-    row[_LR], row[_MOMENTUM], row[_LR_BASE] = rate * factor, momentum, base_rate
+    row[_LR], row[_LR_BASE] = rate * factor, base_rate
+    row[_MOMENTUM] = momentum * momentum_factor
     return True
 
 
@@ -117,6 +131,12 @@ def host_rates(groups: list[dict[str, Any]]) -> Rates | None:
 def mean_rate(groups: Rates) -> float | None:
     """Mean of the groups' learning rates; None unless all are numbers of the host."""
     return _mean_of("lr", groups)
+
+
+def mean_momentum(groups: Rates) -> float | None:
+    """Mean momentum of the groups whose momentum is a number of the host; None without one."""
+    known = [number for group in groups if (number := _momentum_of(group)) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _mean_of(name: str, groups: Rates) -> float | None:

@@ -313,7 +313,8 @@ class Recorder(LoopEvents):
         step.put_times(row, latency_ms if ending.has_step_before else None)
         row[_APPLY], row[_FINALIZE] = self._apply_ms, finalize_ms
         if self._rates:
-            put_optimizer(row, self._rates, scale, self.control.base_rate)
+            control = self.control
+            put_optimizer(row, self._rates, scale, control.base_rate, control.momentum_scale)
         for key, value in self._device_values().items():
             row[STEP_SLOT[key]] = value
 

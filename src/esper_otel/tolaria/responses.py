@@ -16,6 +16,7 @@ import msgspec
 from esper_otel.leyline.decisions import (
     LR_SCALE,
     MAX_NORM,
+    MOMENTUM_SCALE,
     RESTORE,
     SKIP_STEP,
     UNJUDGED,
@@ -26,6 +27,8 @@ from esper_otel.tolaria.restoring import Restoring
 from esper_otel.tolaria.updates import AS_IT_IS, UpdateOrder
 
 log = logging.getLogger("esper_otel")
+
+_MOMENTUM = "optimizer_momentum"
 
 
 class RateState(msgspec.Struct, forbid_unknown_fields=True):
@@ -170,35 +173,52 @@ class RateFactor:
         return False
 
 
-class RateHold:
-    """One factor for a learning rate that leapt, until the script's own is usual again.
+RATE_RELEASE = 1.5
+"""Times the usual rate, at which a rate that leapt is the script's own again. Given back as
+soon as it is below the bound that it crossed, it would leap once more."""
 
-    Held to a fixed rate, it would stay up where its schedule comes down; and given back as soon
-    as it is below the bound that it crossed, it would leap once more.
+
+class LeapHold:
+    """One factor for a setting that leapt, a learning rate or a momentum, until the script's
+    own is usual again.
+
+    Held to a fixed value, it would stay up where its schedule comes down.
     """
-
-    RELEASE = 1.5
-    """Times the usual rate."""
 
     def __init__(self) -> None:
         self._factor = 1.0
         self._until = inf
+        self._usual: float | None = None
         self._phase = 0
 
-    def factor_at(self, rate: float | None, phase: int) -> float:
-        """The factor for an update that the script makes with ``rate``, in ``phase``.
+    @property
+    def holds(self) -> bool:
+        """Whether the next update may not be made as the script has it."""
+        return self._factor != 1.0 or self._usual is not None
 
-        1.0 where nothing is held; another phase, and a rate that is no number, end it.
+    def factor_at(self, value: float | None, phase: int) -> float:
+        """The factor for an update that the script makes with ``value``, in ``phase``.
+
+        1.0 where nothing is held; another phase, and a value that is no number, end it.
         """
-        if self._factor != 1.0 and (
-            rate is None or rate <= self._until or phase != self._phase
-        ):
+        if not self.holds:
+            return 1.0
+        usual, self._usual = self._usual, None
+        if usual is not None and value is not None and value > usual:
+            self._factor, self._until = usual / value, (usual + value) / 2
+        if value is None or value <= self._until or phase != self._phase:
             self._factor = 1.0
         return self._factor
 
-    def take_back(self, factor: float, usual: float, phase: int) -> None:
-        """The rate leapt in ``phase``; ``factor`` takes it back to what is ``usual``."""
-        self._factor, self._until, self._phase = factor, self.RELEASE * usual, phase
+    def take_back(self, factor: float, until: float, phase: int) -> None:
+        """The setting leapt in ``phase``; ``factor`` takes it back to what is usual, which it
+        is again at ``until`` or below."""
+        self._factor, self._until, self._phase = factor, until, phase
+
+    def take_back_to(self, usual: float, phase: int) -> None:
+        """The setting leapt in ``phase``, which was seen in a step that is over: from the next
+        update on it is ``usual``, until it has come half of the way back by itself."""
+        self._usual, self._phase = usual, phase
 
 
 class Responses:
@@ -208,7 +228,8 @@ class Responses:
         self, rate: RateFactor, *, enforce: bool, restoring: Restoring | None = None
     ) -> None:
         self.rate = rate
-        self.hold = RateHold()
+        self.rate_hold = LeapHold()
+        self.momentum_hold = LeapHold()
         self.restoring = restoring or Restoring()
         self._enforce = enforce
         self._on_pause: list[Callable[[Decision], None]] = []
@@ -248,6 +269,16 @@ class Responses:
         asks = decision.parameters.get(RESTORE) == 1.0
         return asks and self._enforce and decision.reason not in UNJUDGED
 
+    def usual_momentum(self, decision: Decision) -> float | None:
+        """The momentum that ``decision``, about a step, takes the next updates back to; None
+        where it is not about that."""
+        scale = decision.parameters.get(MOMENTUM_SCALE, 1.0)
+        if not (self._enforce and 0.0 < scale < 1.0) or decision.reason in UNJUDGED:
+            return None
+        seen = (each.values for each in decision.findings if each.rule == decision.reason)
+        momentum = next((values[_MOMENTUM] for values in seen if _MOMENTUM in values), None)
+        return None if momentum is None else scale * momentum
+
     def order_of(self, decision: Decision) -> UpdateOrder:
         """What ``decision``, made about one update, asks for; within the bounds of the rate."""
         parameters = decision.parameters
@@ -256,11 +287,13 @@ class Responses:
         scale, max_norm = parameters.get(LR_SCALE, 1.0), parameters.get(MAX_NORM)
         if max_norm is not None and not (isfinite(max_norm) and max_norm > 0.0):
             max_norm = None
+        momentum = parameters.get(MOMENTUM_SCALE, 1.0)
         return UpdateOrder(
             self.rate.bounded(scale),
             max_norm,
             skip=parameters.get(SKIP_STEP) == 1.0,
             restore=parameters.get(RESTORE) == 1.0,
+            momentum_scale=momentum if 0.0 < momentum < 1.0 else 1.0,
         )
 
     def apply_pause(self, decision: Decision) -> bool:

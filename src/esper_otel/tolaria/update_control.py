@@ -10,11 +10,11 @@ from time import perf_counter_ns
 from esper_otel.leyline.decisions import UNJUDGED, Decision
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import Value
-from esper_otel.leyline.guards import NOT_HELD, Held
+from esper_otel.leyline.guards import NO_GUARDS, NOT_HELD, Held
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.asking import Asking
-from esper_otel.tolaria.rates import BaseRate, mean_rate, put_optimizer
-from esper_otel.tolaria.responses import Responses
+from esper_otel.tolaria.rates import BaseRate, mean_momentum, mean_rate, put_optimizer
+from esper_otel.tolaria.responses import RATE_RELEASE, Responses
 from esper_otel.tolaria.seal import Sealer
 from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import Clock, EndedStep, Newest
@@ -58,6 +58,8 @@ class UpdateControl:
         self.updates = Updates()
         self.scale: float | None = None
         """Factor that the run's own update was made with, None when it was not seen."""
+        self.momentum_scale = 1.0
+        """Factor on the momentum of that update."""
         self.skipped = False
         """Whether that was left out."""
         self.decision: Decision | None = None
@@ -120,7 +122,7 @@ class UpdateControl:
         self.decision = None
         self._waits_for_primary = False
         if measure is not None:
-            self.scale, self._skipped_at = factor, None
+            self.scale, self.momentum_scale, self._skipped_at = factor, 1.0, None
 
             def judge() -> UpdateOrder:
                 norm = measure()
@@ -149,7 +151,8 @@ class UpdateControl:
 
     def start_next(self) -> None:
         """The step is over."""
-        self.scale, self.skipped, self.decision = None, False, None
+        self.scale, self.momentum_scale = None, 1.0
+        self.skipped, self.decision = False, None
         self.updates.scaled = self._restored = False
 
     # What a step's end has to do with it, in this order.
@@ -190,6 +193,11 @@ class UpdateControl:
         asking, responses = self._asking, self._responses
         if not (responses.restoring.keeps or decision.parameters):
             return  # nothing of it is about weights
+        usual = responses.usual_momentum(decision)
+        if usual is not None:
+            responses.momentum_hold.take_back_to(usual, self._step.training_phase.number)
+            if timeline is not None:
+                timeline.acted = True
         shared = asking.is_shared
         finite = not asking.any_unsound if shared else decision.step != self._nonfinite_at
         responses.restoring.judged(decision, finite=finite)
@@ -223,62 +231,78 @@ class UpdateControl:
                 self._told = True
                 log.exception("esper-otel: an update could not be checked; it is made")
         self.scale, self.skipped = factor * order.lr_scale, order.skip
+        self.momentum_scale = order.momentum_scale
         self._skipped_at = self._step.backwards if order.skip else None
         return order
 
     def _order_for(self, optimizer: Optimizer, number: int, factor: float) -> UpdateOrder:
-        guards = self._asking.guards
-        if guards is None:
-            return AS_IT_IS
         step, responses = self._step, self._responses
+        guards, momentum_hold = self._asking.guards, responses.momentum_hold
+        if guards is None and not momentum_hold.holds:
+            return AS_IT_IS
+        guards, phase = guards or NO_GUARDS, step.training_phase.number
         total, parts = step.loss
         loss = total / parts if type(total) is float and parts else None
         norm = step.norm if type(step.norm) is float else None
-        hold, rate = 1.0, None
+        lr_scale, momentum_scale, rate, momentum = 1.0, 1.0, None, None
         if guards.looks_at_rate:
             rate = mean_rate(optimizer.param_groups)
-            phase = step.training_phase.number
-            hold = responses.rate.bounded(responses.hold.factor_at(rate, phase))
+            lr_scale = responses.rate.bounded(responses.rate_hold.factor_at(rate, phase))
             if rate is not None:
-                rate *= factor * hold
-        if not guards.crossed(loss, norm, rate):
+                rate *= factor * lr_scale
+        if guards.looks_at_momentum or momentum_hold.holds:
+            momentum = mean_momentum(optimizer.param_groups)
+            momentum_scale = momentum_hold.factor_at(momentum, phase)
+            if momentum is not None:
+                momentum *= momentum_scale
+        is_held = lr_scale != 1.0 or momentum_scale != 1.0
+        hold = UpdateOrder(lr_scale, momentum_scale=momentum_scale) if is_held else AS_IT_IS
+        if not guards.crossed(loss, norm, rate, momentum):
             self._skips, self._standing = 0, AS_IT_IS
-            return AS_IT_IS if hold == 1.0 else UpdateOrder(hold)
-        held = guards.held(loss, norm, rate)
-        order = self._checked(optimizer, number, factor * hold, loss, norm, held)
+            return hold
+        held = guards.held(loss, norm, rate, momentum)
+        order = self._checked(optimizer, number, factor, hold, loss, norm, held)
+        lr_scale *= order.lr_scale
+        momentum_scale *= order.momentum_scale
         if held.lr_scale < 1.0 and order.lr_scale < 1.0:
-            scale = hold * order.lr_scale
-            responses.hold.take_back(scale, guards.usual_rate, step.training_phase.number)
+            until = RATE_RELEASE * guards.rate.held_to
+            responses.rate_hold.take_back(lr_scale, until, phase)
             self._standing = self._standing._replace(lr_scale=1.0)
-        return order._replace(lr_scale=responses.rate.bounded(hold * order.lr_scale))
+        if held.momentum_scale < 1.0 and order.momentum_scale < 1.0:
+            momentum_hold.take_back_to(guards.momentum.held_to, phase)
+            self._standing = self._standing._replace(momentum_scale=1.0)
+        lr_scale = responses.rate.bounded(lr_scale)
+        return order._replace(lr_scale=lr_scale, momentum_scale=momentum_scale)
 
     def _checked(
         self,
         optimizer: Optimizer,
         number: int,
         factor: float,
+        hold: UpdateOrder,
         loss: float | None,
         norm: float | None,
         held: Held,
     ) -> UpdateOrder:
-        """What is to be done to an update outside its guards, in the rate that ``factor``
-        makes of the script's."""
+        """What is to be done to an update outside its guards, beside the ``factor`` in force
+        and what is on ``hold``."""
         if self._asking.unjudged:
             # Who did not answer just now is not waited for once more.
             return self._unanswered(held)
         row = [nan] * len(STEP_KEYS)
         row[_STEP] = number
         row[_NONFINITE] = 0.0
-        row[_LR_SCALE] = factor
+        row[_LR_SCALE] = factor = factor * hold.lr_scale
         self._sealer.preview(row, loss, norm)
-        put_optimizer(row, optimizer.param_groups, factor, self.base_rate)
+        groups = optimizer.param_groups
+        put_optimizer(row, groups, factor, self.base_rate, hold.momentum_scale)
         decision = self._asking.check_update(
             number, perf_counter_ns() + self._clock.offset, row
         )
         if decision.reason in UNJUDGED:
             return self._unanswered(held)
         order = self._responses.order_of(decision)
-        self._standing = UpdateOrder(order.lr_scale, order.max_norm)
+        self._standing = order._replace(skip=False, restore=False)
         if order.restore and self._responses.restoring.order(decision, agreed=False):
             order = order._replace(skip=True)
         if not order.skip:
@@ -299,4 +323,8 @@ class UpdateControl:
             return standing
         norms = [norm for norm in (held.max_norm, standing.max_norm) if norm is not None]
         scale = self._responses.rate.bounded(held.lr_scale)
-        return UpdateOrder(min(scale, standing.lr_scale), min(norms, default=None))
+        return UpdateOrder(
+            min(scale, standing.lr_scale),
+            min(norms, default=None),
+            momentum_scale=min(held.momentum_scale, standing.momentum_scale),
+        )

@@ -1,4 +1,4 @@
-"""Updates: their learning rate scaled, their gradients clipped, or the update skipped.
+"""Updates: their rate and momentum scaled, their gradients clipped, or the update skipped.
 
 All of it is done around the very ``step`` of an optimizer's class, within all hooks, and taken
 back just after: a schedule, a checkpoint, a logger or a hook only ever sees the script's own
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
+from esper_otel.tolaria.rates import host_number
 from esper_otel.tolaria.step_hooks import AROUND_STEPS, Arguments
 
 log = logging.getLogger("esper_otel")
@@ -32,15 +33,17 @@ class Optimizer(Protocol):
 class UpdateOrder(NamedTuple):
     """What is to be done to one update.
 
-    ``lr_scale`` multiplies the learning rates for this update alone. Where ``max_norm`` is
-    set, gradients whose norm is greater are scaled down to it. ``skip`` leaves it out: the
-    optimizer's own ``step`` is not called. ``restore`` asks for a snapshot in its place.
+    ``lr_scale`` multiplies the learning rates for this update alone, ``momentum_scale`` its
+    momentum (Adam: beta1). Where ``max_norm`` is set, gradients whose norm is greater are
+    scaled down to it. ``skip`` leaves it out: the optimizer's own ``step`` is not called.
+    ``restore`` asks for a snapshot in its place.
     """
 
     lr_scale: float = 1.0
     max_norm: float | None = None
     skip: bool = False
     restore: bool = False
+    momentum_scale: float = 1.0
 
 
 AS_IT_IS = UpdateOrder()
@@ -63,7 +66,16 @@ class SkippedError(BaseException):
 class _Change:
     """What is changed for one step of one optimizer, to be put back."""
 
-    __slots__ = ("factor", "gradients", "judge", "leaves", "numbers", "order", "tensors")
+    __slots__ = (
+        "factor",
+        "gradients",
+        "judge",
+        "leaves",
+        "momenta",
+        "numbers",
+        "order",
+        "tensors",
+    )
 
     def __init__(self, factor: float, order: UpdateOrder, judge: Judge | None) -> None:
         self.factor = factor * order.lr_scale
@@ -73,6 +85,8 @@ class _Change:
         """Whether a step whose update is left out may be left from within its closure."""
         self.numbers: list[tuple[dict[str, Any], Any, Any]] = []
         """Groups whose rate was exchanged: group, the script's object, ours."""
+        self.momenta: list[tuple[dict[str, Any], str, Any, Any]] = []
+        """As ``numbers``, for momentum; with the name that it has in the group."""
         self.tensors: list[tuple[Any, Any, Any]] = []
         """Rates changed in place: the tensor, and copies of the script's value and of ours."""
         self.gradients: list[tuple[Any, Any]] = []
@@ -185,6 +199,8 @@ class Updates:
         if change.order.max_norm is not None:
             _clip(optimizer, change.order.max_norm)
         self._scale(optimizer, change)
+        if change.order.momentum_scale != 1.0:
+            _scale_momentum(optimizer, change)
 
     def _put_back(self, change: _Change) -> None:
         try:
@@ -270,8 +286,12 @@ class Updates:
         for rate, own, ours in reversed(change.tensors):
             self._taken.discard(_place_of(rate))
             rate.copy_(own.where(rate.eq(ours), rate / factor))
+        for group, name, own, ours in change.momenta:
+            if group.get(name) is ours:  # else the step itself has set it
+                group[name] = own
         change.numbers.clear()
         change.tensors.clear()
+        change.momenta.clear()
 
     @staticmethod
     def _withhold(optimizer: Optimizer, change: _Change) -> None:
@@ -284,6 +304,24 @@ class Updates:
         if not self._told:
             self._told = True
             log.exception("esper-otel: an update could not be %s", what)
+
+
+def _scale_momentum(optimizer: Optimizer, change: _Change) -> None:
+    """What the host can read, as only that is guarded; betas are exchanged together."""
+    factor = change.order.momentum_scale
+    for group in optimizer.param_groups:
+        name: str = "momentum"
+        own: Any = group.get("momentum")
+        if own is None:
+            name, own = "betas", group.get("betas")
+        if host_number(own) is not None:
+            ours = own * factor
+        elif type(own) in (tuple, list) and own and host_number(own[0]) is not None:
+            ours = type(own)((own[0] * factor, *own[1:]))
+        else:
+            continue
+        change.momenta.append((group, name, own, ours))
+        group[name] = ours
 
 
 def _place_of(rate: Any) -> int:
