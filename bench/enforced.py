@@ -7,7 +7,7 @@ each, from the middle of the training on:
 learning rate × 30   to the end: the schedule's mistake
 momentum             0.9 → 0.999 to the end; of Adam: the two betas swapped
 gradients            to the end: × 1024, a loss scale that nobody takes off; where the optimizer
-                     or clipping makes up for that, gradients pile up: ``zero_grad`` forgotten
+                     or clipping makes up for that, ``zero_grad`` is not called any more
 sign                 for 40 steps: updates go up the loss
 batches              for 8 steps: inputs × 255, targets × 1000, or another tokenizer's letters
 ===================  ========================================================================
@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.optim import SGD, RMSprop
 
 from bench.figures import Figure, median, run
@@ -149,24 +148,20 @@ class WrongMomentum(Trouble):
 class WrongGradients(Trouble):
     """Gradients × 1024, or that pile up where this would not be felt."""
 
-    def __init__(self, at: int) -> None:
-        super().__init__(at)
-        self._kept: list[Tensor | None] = []
+    def clear(self, step: int, work: Small) -> None:
+        if not self.is_on(step) or _takes_them_as_they_are(work):
+            super().clear(step, work)
 
     def gradients(self, step: int, work: Small) -> None:
-        if not self.is_on(step):
-            return
-        parameters = list(work.model.parameters())
-        gradients = [parameter.grad for parameter in parameters]
-        if isinstance(work.optimizer, SGD) and not work.clip:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient *= 1024
-            return
-        for gradient, kept in zip(gradients, self._kept, strict=False):
-            if gradient is not None and kept is not None:
-                gradient += kept
-        self._kept = gradients  # the very tensors, which clipping changes
+        if self.is_on(step) and _takes_them_as_they_are(work):
+            for parameter in work.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= 1024
+
+
+def _takes_them_as_they_are(work: Small) -> bool:
+    """Whether gradients of another size make updates of another size."""
+    return isinstance(work.optimizer, SGD) and not work.clip
 
 
 class WrongSign(Trouble):

@@ -354,6 +354,10 @@ class Course:
         """The loss that backward begins from."""
         return loss
 
+    def clear(self, step: int, work: Small) -> None:
+        """Gradients of the last update are not needed any more."""
+        work.optimizer.zero_grad(set_to_none=True)
+
     def gradients(self, step: int, work: Small) -> None:
         """After backward, before clipping."""
 
@@ -387,7 +391,7 @@ def train(work: Small, course: Course = HEALTHY) -> Outcome:
         for rate, group in zip(own, optimizer.param_groups, strict=True):
             group["lr"] = course.rate(step, rate * now)
         batch = course.batch(step, work, work.batch())
-        optimizer.zero_grad(set_to_none=True)
+        course.clear(step, work)
         loss = course.loss(step, work.loss(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         course.gradients(step, work)

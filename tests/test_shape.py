@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "src" / "esper_otel", ROOT / "sidecar" / "esper_tamiyo")
 
-MOST_MODULES = 280
+MOST_MODULES = 281
 LONGEST_MODULE = 400
 MOST_CLASSES_OF_A_VERB = 3
 

@@ -31,6 +31,7 @@ CONTRACT = [
     ("lr_scale", "1", False),
     ("update_skipped", "{update}", False),
     ("restored", "{restore}", False),
+    ("gradients_kept", "1", False),
     ("unjudged_steps", "{step}", False),
     ("phase", "{phase}", False),
     ("step_latency_ms", "ms", True),

@@ -223,6 +223,7 @@ TROUBLES = [
     ("gradient_pileup", times(90, "gradient_norm"), 4),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 6),
     ("gradient_missing", has_no_gradients, 20),
+    ("gradients_kept", instead(gradients_kept=1.0), 2),
     ("learning_rate_jump", times(6, "optimizer_lr"), 1),
     ("learning_rate_leap", times(50, "optimizer_lr"), 1),
     ("learning_rate_too_high", too_high, 2),

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from esper_otel.leyline.decisions import (
+    CLEAR_GRADIENTS,
     CONSERVATIVE_MODE,
     LR_SCALE,
     MAX_NORM,
@@ -156,6 +157,8 @@ def applied(report: Reported, parameters: Mapping[str, float]) -> Iterator[str]:
     if LR_SCALE in parameters:
         which = "lower" if parameters[LR_SCALE] < 1.0 else "higher"
         yield _rate_of_update(report, which) if report.update else _rate_since(report, which)
+    if CLEAR_GRADIENTS in parameters:
+        yield "The metric gradients_kept of the following steps is 1 as long as they were not."
     if MOMENTUM_SCALE in parameters:
         yield "The metric optimizer_momentum of the step is the momentum of its update."
     if MAX_NORM in parameters:

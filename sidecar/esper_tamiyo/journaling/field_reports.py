@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from esper_otel.leyline.decisions import (
+    CLEAR_GRADIENTS,
     MAX_NORM,
     MOMENTUM_SCALE,
     RANK_OF,
@@ -26,6 +27,9 @@ from esper_otel.leyline.frames import StepFrame
 
 WINDOW = 32
 """Steps looked at on either side of a decision."""
+
+_UNSEEN = frozenset({CLEAR_GRADIENTS, MAX_NORM, MOMENTUM_SCALE})
+"""Parameters of which the watched steps do not show whether they were applied."""
 
 WATCHED = ("loss", "loss_volatility", "step_latency_ms")
 """Metrics a report is about; of each, less is better."""
@@ -280,7 +284,7 @@ def _due(past: _RankWindow, pending: _Pending, ended: str = "") -> DueReport:
         update=pending.update,
         rule=finding.rule if finding else "",
         saw=finding.values if finding else {},
-        unseen=holds_seeds or not {MAX_NORM, MOMENTUM_SCALE}.isdisjoint(decision.parameters),
+        unseen=holds_seeds or not _UNSEEN.isdisjoint(decision.parameters),
     )
 
 

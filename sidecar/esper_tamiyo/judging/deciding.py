@@ -7,6 +7,7 @@ from math import inf
 from operator import itemgetter
 
 from esper_otel.leyline.decisions import (
+    CLEAR_GRADIENTS,
     CONSERVATIVE_MODE,
     FORCE,
     LR_SCALE,
@@ -43,8 +44,9 @@ def decide(
 ) -> Decision:
     """The decision about ``step`` of a run and rank that is known up to ``newest``.
 
-    The strongest rule decides. What a rule asks that has weights restored is asked beside it,
-    as far as the strongest leaves it open: a pause of seeds heals no weights. With
+    The strongest rule decides. What a rule asks that has weights restored, or gradients
+    cleared, is asked beside it, as far as the strongest leaves it open: a pause of seeds heals
+    no weights, and a smaller rate clears no gradients. With
     ``warming_up`` rules had no past to compare with, and nothing is called nominal.
     """
     nominal = WARMING_UP if warming_up else NOMINAL
@@ -67,6 +69,8 @@ def decide(
             restoring = _asking_for(RESTORE, acting)
             if restoring and RESTORE not in parameters:
                 parameters = {**_asked(*max(restoring, key=_weight)), **parameters}
+            if _asking_for(CLEAR_GRADIENTS, acting):
+                parameters = {**parameters, CLEAR_GRADIENTS: 1.0}
     if proposal is not None and FORCE[action] < FORCE[Action.SEED]:
         if conservative:
             action, severity, reason = Action.PAUSE, Severity.WARNING, CONSERVATIVE_MODE

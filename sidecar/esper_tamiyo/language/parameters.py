@@ -6,6 +6,7 @@ from math import inf
 from typing import NamedTuple
 
 from esper_otel.leyline.decisions import (
+    CLEAR_GRADIENTS,
     LR_SCALE,
     MAX_NORM,
     MOMENTUM_SCALE,
@@ -75,6 +76,12 @@ PARAMETERS: dict[str, Parameter] = {
         "which the rule compares `optimizer_momentum`. If the rule depends on the momentum "
         "alone, the trainer keeps that factor until the script's momentum is no longer above "
         "the rule's bounds",
+        (Action.OPTIMIZER,),
+        flag=True,
+    ),
+    CLEAR_GRADIENTS: Parameter(
+        "sets gradients that the script keeps after an update to zero, before the next "
+        "`backward` adds to them, until the script clears them itself",
         (Action.OPTIMIZER,),
         flag=True,
     ),

@@ -25,6 +25,7 @@ from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 from esper_otel.integrations.jobs import Job, Jobs
+from esper_otel.integrations.kept_gradients import KeptGradients
 from esper_otel.integrations.primary import parameters_of
 from esper_otel.leyline.frames import Value
 from esper_otel.tolaria.gradients import gradient_norm, whole_norm, with_gradients
@@ -89,6 +90,7 @@ class GradientNorms:
         self.any_unstepped = False
         self._habits: weakref.WeakKeyDictionary[Job, _Habit] = weakref.WeakKeyDictionary()
         self._early: _Early | None = None
+        self._kept = KeptGradients()
         self._backwards = 0
         """Calls of ``backward`` since the optimizer that sets the steps stepped."""
         self.engine: Any = None
@@ -120,11 +122,16 @@ class GradientNorms:
     def backward_begins(self) -> None:
         """Gradients are about to change."""
         self._backwards += 1
+        self._kept.before_backward()
+        control = self._recorder.control
+        if control.clears_gradients:
+            control.clears_gradients = self._kept.clear()
         if self._early is not None:
             self._drop_early()
 
     def backward_ended(self, *, scaled: bool, optimizing: bool) -> None:
         """They have; ``scaled`` by a ``GradScaler``, ``optimizing``: within a closure."""
+        self._kept.after_backward()
         if scaled or not self._is_alone or self._recorder.norm is not None:
             return
         habit = self._habit
@@ -201,6 +208,8 @@ class GradientNorms:
         """``optimizer``, whose steps are the run's, has stepped."""
         if self._known:  # clipped by a closure, within the step
             self.tell(optimizer)
+        if self._kept.after_update(optimizer):
+            self._recorder.under_way.gradients_kept = 1.0
         self._habit.backwards = self._backwards
         self._backwards, self._early = 0, None
 

@@ -70,6 +70,9 @@ MOMENTUM_SCALE = "momentum_scale"
 """Parameter of a decision about one update: times which its momentum (Adam: beta1) is taken,
 at most 1.0."""
 
+CLEAR_GRADIENTS = "clear_gradients"
+"""Parameter of a decision about a step: 1.0 to clear gradients that the script keeps."""
+
 RESTORE = "restore"
 """Parameter of a decision: 1.0 to put the last good snapshot of weights and optimizer state
 back in place of an update."""

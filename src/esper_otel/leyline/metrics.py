@@ -95,6 +95,13 @@ STEP_METRICS: tuple[Metric, ...] = (
         "where snapshots are kept",
     ),
     Metric(
+        "gradients_kept",
+        "1",
+        "1 when the update used the gradients of the previous update as well, because nothing "
+        "cleared them (zero_grad), otherwise 0",
+        "from the first such update on",
+    ),
+    Metric(
         "unjudged_steps",
         "{step}",
         "decision requests in a row, up to this step, that the sidecar did not answer",

@@ -17,6 +17,7 @@ import msgspec
 from esper_otel.leyline import wire
 from esper_otel.leyline.decisions import (
     BREAKER_OPEN,
+    CLEAR_GRADIENTS,
     CONSERVATIVE_MODE,
     FORCE,
     LR_SCALE,
@@ -317,6 +318,7 @@ def _still_counts(late: Decision, newer: Decision) -> bool:
         parameters.get(LR_SCALE, 1.0) < 1.0
         or MOMENTUM_SCALE in parameters
         or RESTORE in parameters
+        or CLEAR_GRADIENTS in parameters
         or (late.action is Action.PAUSE and late.reason != CONSERVATIVE_MODE)
     )
     return asks and FORCE[late.action] > FORCE[newer.action]

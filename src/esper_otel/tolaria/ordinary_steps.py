@@ -30,6 +30,7 @@ _STEP = STEP_SLOT["step"]
 _SAMPLES_PER_S = STEP_SLOT["samples_per_s"]
 _HOOK = STEP_SLOT["hook_latency_ms"]
 _PHASE = STEP_SLOT["phase"]
+_KEPT = STEP_SLOT["gradients_kept"]
 _STEP_LATENCY = STEP_SLOT["step_latency_ms"]
 _FORWARD = STEP_SLOT["forward_ms"]
 _BACKWARD = STEP_SLOT["backward_ms"]
@@ -109,6 +110,8 @@ class OrdinarySteps:
         latency_ms, phase = (ended - last_end) / 1e6, step.training_phase
         row[_STEP] = number
         row[_PHASE] = phase.number
+        if step.gradients_kept is not None:
+            row[_KEPT] = 0.0
         if size[0] and latency_ms > 0.0:
             row[_SAMPLES_PER_S] = size[0] * 1e3 / latency_ms
         prepare_ns = self._put_times(row, marks)

@@ -42,6 +42,7 @@ _PHASE = STEP_SLOT["phase"]
 _APPLY = STEP_SLOT["kasmina.apply_ms"]
 _FINALIZE = STEP_SLOT["kasmina.finalize_ms"]
 _NONFINITE = STEP_SLOT["nonfinite"]
+_KEPT = STEP_SLOT["gradients_kept"]
 
 
 class Recorder(LoopEvents):
@@ -300,6 +301,8 @@ class Recorder(LoopEvents):
         asking.spent_ns = 0
         row[_NONFINITE] = 0.0
         scale = self.control.put_values(row)
+        if step.gradients_kept is not None:
+            row[_KEPT] = step.gradients_kept
         step.notice_phase(step.size)
         row[_PHASE], ending.phase = step.training_phase.number, step.training_phase
         if asking.decides:

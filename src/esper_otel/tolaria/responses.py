@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from esper_otel.leyline.decisions import (
+    CLEAR_GRADIENTS,
     LR_SCALE,
     MAX_NORM,
     MOMENTUM_SCALE,
@@ -267,6 +268,11 @@ class Responses:
         """Whether ``decision``, about a step, is to put weights back: of whichever action, as
         the stronger one of another rule takes nothing from it."""
         asks = decision.parameters.get(RESTORE) == 1.0
+        return asks and self._enforce and decision.reason not in UNJUDGED
+
+    def asks_to_clear(self, decision: Decision) -> bool:
+        """Whether gradients that the script keeps are to be cleared from now on."""
+        asks = decision.parameters.get(CLEAR_GRADIENTS) == 1.0
         return asks and self._enforce and decision.reason not in UNJUDGED
 
     def usual_momentum(self, decision: Decision) -> float | None:

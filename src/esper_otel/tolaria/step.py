@@ -66,6 +66,8 @@ class StepUnderWay:
     size: Size
     """Samples of its batches, and their length."""
     norm: Value | None
+    gradients_kept: float | None
+    """1.0 if the update has used those of the one before as well; None until one has."""
     reported: dict[int, Value]
     custom: dict[str, Value]
     """Custom values by name."""
@@ -79,6 +81,7 @@ class StepUnderWay:
         self.backwards = 0
         """Times that backward was called, in all steps."""
         self.training_phase = TrainingPhase()
+        self.gradients_kept = None
         self._batch_sizes = BatchSizes()
         self.start_next(0, 0)
 
@@ -94,6 +97,7 @@ class StepUnderWay:
         self.optimizing = False
         self.outside_ns = 0
         self.norm = None
+        self.gradients_kept = None if self.gradients_kept is None else 0.0
         self.losses.start_next()
         self.reported = {}
         self.custom = {}

@@ -62,6 +62,8 @@ class UpdateControl:
         """Factor on the momentum of that update."""
         self.skipped = False
         """Whether that was left out."""
+        self.clears_gradients = False
+        """Whether gradients that the script keeps are cleared before the next are added."""
         self.decision: Decision | None = None
         """What was decided about the run's own update, None where nothing was."""
         self._step = step
@@ -193,6 +195,10 @@ class UpdateControl:
         asking, responses = self._asking, self._responses
         if not (responses.restoring.keeps or decision.parameters):
             return  # nothing of it is about weights
+        if responses.asks_to_clear(decision):
+            self.clears_gradients = True
+            if timeline is not None:
+                timeline.acted = True
         usual = responses.usual_momentum(decision)
         if usual is not None:
             responses.momentum_hold.take_back_to(usual, self._step.training_phase.number)
