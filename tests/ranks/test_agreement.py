@@ -84,6 +84,16 @@ def test_a_decision_too_long_goes_without_its_findings() -> None:
     assert decode_round(1, 0, 0, said).message.decision == decided(1)
 
 
+def test_such_a_decision_keeps_the_values_that_decided() -> None:
+    """A momentum that jumped is taken back from the one that was seen."""
+    others = [Finding("a", Action.PAUSE, Severity.HIGH, "t" * 99, {"loss": 1.0})] * 50
+    seen = {"optimizer_momentum": 0.999}
+    found = Finding("loss_spike", Action.OPTIMIZER, Severity.HIGH, "t", seen)
+    said = encode_round(1, 0, b"", LeaderMessage(decided(1, findings=[*others, found])))
+    (kept,) = decode_round(1, 0, 0, said).message.decision.findings
+    assert (kept.rule, kept.values) == ("loss_spike", seen)
+
+
 def test_one_that_is_too_long_all_the_same_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 4096 at most"):
         encode_round(1, 0, b"", LeaderMessage(decided(1, table_version="t" * MESSAGE_BYTES)))

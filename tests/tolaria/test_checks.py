@@ -459,6 +459,53 @@ def test_another_phase_ends_the_hold_of_a_momentum(clock):
     assert frames.column("optimizer_momentum") == pytest.approx([0.9, 0.9, 0.98])
 
 
+@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("value", [0.91, 0.94])
+def test_a_leap_of_one_step_does_not_take_back_what_is_no_leap(clock, value, answers):
+    """Somewhat above what is usual, which the momentum may be."""
+
+    def answer(step, values):
+        return decided(step, momentum_scale=0.9 / values["optimizer_momentum"])
+
+    recorder, frames, _ = guarded(clock, answer if answers else nobody, guards=MOMENTUM)
+    with_momenta(recorder, clock, [0.9, 0.999, value, value])
+    assert frames.column("optimizer_momentum") == pytest.approx([0.9, 0.9, value, value])
+
+
+def test_nor_does_one_that_was_seen_after_its_step(clock):
+    recorder, frames, sidecar = guarded(clock, guards=[])
+    sidecar.decisions[2] = about_momentum(2, 0.999)
+    with_momenta(recorder, clock, [0.9, 0.999, 0.94, 0.94])
+    assert frames.column("optimizer_momentum") == [0.9, 0.999, 0.94, 0.94]
+
+
+@pytest.mark.parametrize("loop", [scheduled, with_momenta])
+@pytest.mark.parametrize("before", [[], [5.0]])
+def test_in_a_phase_that_begins_no_setting_leaps(clock, loop, before):
+    """The guards are of the phase before it, until a step of it was judged; a hold of that one
+    is not taken up once more."""
+    recorder, frames, sidecar = guarded(clock, nobody, guards=[*HELD, *MOMENTUM])
+    loop(recorder, clock, [0.1, *before])
+    recorder.phase_begins("two")
+    sidecar.decisions[len(before) + 2] = unanswered("r", 0, TIMEOUT)
+    loop(recorder, clock, [5.0, 5.0])
+    key = "optimizer_lr" if loop is scheduled else "optimizer_momentum"
+    assert frames.column(key)[-2:] == [5.0, 5.0]
+    loop(recorder, clock, [5.0])
+    assert frames.column(key)[-1] < 1.0, "these guards are of the new one"
+
+
+@pytest.mark.parametrize("loop", [scheduled, with_momenta])
+def test_a_hold_outlasts_guards_that_a_new_sidecar_does_not_have_yet(clock, loop):
+    recorder, frames, sidecar = guarded(clock, nobody, guards=[*HELD, *MOMENTUM])
+    loop(recorder, clock, [0.1, 5.0])
+    sidecar.guards = Guards([])
+    loop(recorder, clock, [5.0])
+    key = "optimizer_lr" if loop is scheduled else "optimizer_momentum"
+    assert frames.column(key)[1:] == pytest.approx([frames.column(key)[1]] * 2)
+    assert frames.column(key)[1] < 1.0
+
+
 @pytest.mark.parametrize("scale", [1.5, 1.0, 0.0, -1.0, math.nan, math.inf])
 def test_a_factor_on_momentum_that_would_not_reduce_it_is_not_applied(clock, scale):
     recorder, frames, sidecar = guarded(

@@ -74,8 +74,8 @@ PARAMETERS: dict[str, Parameter] = {
     USUAL_MOMENTUM: Parameter(
         "as `momentum_scale`, with the factor that returns the momentum to the baseline with "
         "which the rule compares `optimizer_momentum`. If the rule depends on the momentum "
-        "alone, the trainer keeps that factor until the script's momentum is no longer above "
-        "the rule's bounds",
+        "alone, the trainer keeps that factor until the script's momentum has come half of the "
+        "way back. When the rule fires after a step, this begins with the next update",
         (Action.OPTIMIZER,),
         flag=True,
     ),

@@ -106,8 +106,15 @@ def decode_round(step: int, digest: int, flags: int, maxima: bytes) -> RoundResu
 def _encoded(message: LeaderMessage) -> bytes:
     said = _ENCODER.encode(message)
     if len(said) > MESSAGE_BYTES:
-        # Its findings are for reading, and the leader's telemetry has them.
-        bare = msgspec.structs.replace(message.decision, findings=[])
+        # Its findings are for reading, and the leader's telemetry has them. Of the one that
+        # decided, the values count: they tell from where a momentum is taken back.
+        decision = message.decision
+        values = [
+            msgspec.structs.replace(each, text="")
+            for each in decision.findings
+            if each.rule == decision.reason
+        ]
+        bare = msgspec.structs.replace(decision, findings=values)
         said = _ENCODER.encode(msgspec.structs.replace(message, decision=bare))
     if len(said) > MESSAGE_BYTES:
         raise ValueError(

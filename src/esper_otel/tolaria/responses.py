@@ -205,8 +205,8 @@ class LeapHold:
         if not self.holds:
             return 1.0
         usual, self._usual = self._usual, None
-        if usual is not None and value is not None and value > usual:
-            self._factor, self._until = usual / value, (usual + value) / 2
+        if usual is not None and value is not None and value > self._until:
+            self._factor = usual / value
         if value is None or value <= self._until or phase != self._phase:
             self._factor = 1.0
         return self._factor
@@ -216,10 +216,17 @@ class LeapHold:
         is again at ``until`` or below."""
         self._factor, self._until, self._phase = factor, until, phase
 
-    def take_back_to(self, usual: float, phase: int) -> None:
-        """The setting leapt in ``phase``, which was seen in a step that is over: from the next
-        update on it is ``usual``, until it has come half of the way back by itself."""
-        self._usual, self._phase = usual, phase
+    def take_back_to(self, usual: float, leapt: float, phase: int) -> None:
+        """The setting leapt to ``leapt`` in ``phase``, which was seen in a step that is over:
+        from the next update on it is ``usual``, unless it has come half of the way back by
+        itself."""
+        self._usual, self._until, self._phase = usual, half_way(usual, leapt), phase
+
+
+def half_way(usual: float, leapt: float) -> float:
+    """Where a momentum that ``leapt`` is the script's own again: a leap of one step must not
+    take back a value that is no leap and follows it."""
+    return (usual + leapt) / 2
 
 
 class Responses:
@@ -275,15 +282,15 @@ class Responses:
         asks = decision.parameters.get(CLEAR_GRADIENTS) == 1.0
         return asks and self._enforce and decision.reason not in UNJUDGED
 
-    def usual_momentum(self, decision: Decision) -> float | None:
-        """The momentum that ``decision``, about a step, takes the next updates back to; None
-        where it is not about that."""
+    def usual_momentum(self, decision: Decision) -> tuple[float, float] | None:
+        """The momentum that ``decision``, about a step, takes the next updates back to, and the
+        one that it saw; None where it is not about that."""
         scale = decision.parameters.get(MOMENTUM_SCALE, 1.0)
         if not (self._enforce and 0.0 < scale < 1.0) or decision.reason in UNJUDGED:
             return None
         seen = (each.values for each in decision.findings if each.rule == decision.reason)
         momentum = next((values[_MOMENTUM] for values in seen if _MOMENTUM in values), None)
-        return None if momentum is None else scale * momentum
+        return None if momentum is None else (scale * momentum, momentum)
 
     def order_of(self, decision: Decision) -> UpdateOrder:
         """What ``decision``, made about one update, asks for; within the bounds of the rate."""

@@ -14,7 +14,7 @@ from esper_otel.leyline.guards import NO_GUARDS, NOT_HELD, Held
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.tolaria.asking import Asking
 from esper_otel.tolaria.rates import BaseRate, mean_momentum, mean_rate, put_optimizer
-from esper_otel.tolaria.responses import RATE_RELEASE, Responses
+from esper_otel.tolaria.responses import RATE_RELEASE, Responses, half_way
 from esper_otel.tolaria.seal import Sealer
 from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import Clock, EndedStep, Newest
@@ -35,6 +35,7 @@ Measure = Callable[[], Value | None]
 
 _STEP = STEP_SLOT["step"]
 _LR_SCALE = STEP_SLOT["lr_scale"]
+_PHASE = STEP_SLOT["phase"]
 _NONFINITE = STEP_SLOT["nonfinite"]
 _SKIPPED = STEP_SLOT["update_skipped"]
 _RESTORED = STEP_SLOT["restored"]
@@ -81,6 +82,10 @@ class UpdateControl:
         self._skipped_at: int | None = None
         """How many times backward was called when an update was left out last; None: it was
         made."""
+        self._asked_phase = self._guarded_phase = 0.0
+        """Phase of the training in the newest step that was asked about, and in the newest one
+        that was judged. Guards are of the latter, and in another one no setting leaps: what is
+        usual begins anew."""
         self._told = False
         self._restored = False
         """Whether weights were put back at the end of this step."""
@@ -184,8 +189,10 @@ class UpdateControl:
     def sealed(self, newest: Newest | None) -> None:
         """The step whose values have all arrived by now, None if none has."""
         unsound = newest is not None and newest[2][_NONFINITE] > 0.0
-        if newest is not None and unsound:
-            self._nonfinite_at = newest[0]
+        if newest is not None:
+            self._asked_phase = newest[2][_PHASE]
+            if unsound:
+                self._nonfinite_at = newest[0]
         restoring = self._responses.restoring
         self._asking.unsound = unsound or restoring.failed or not restoring.keeps
         restoring.failed = False
@@ -193,6 +200,8 @@ class UpdateControl:
     def decided(self, decision: Decision, timeline: EndedStep | None) -> None:
         """A decision about a step has come, of this rank or of all that agree."""
         asking, responses = self._asking, self._responses
+        if decision.reason not in UNJUDGED:
+            self._guarded_phase = self._asked_phase
         if not (responses.restoring.keeps or decision.parameters):
             return  # nothing of it is about weights
         if responses.asks_to_clear(decision):
@@ -201,7 +210,7 @@ class UpdateControl:
                 timeline.acted = True
         usual = responses.usual_momentum(decision)
         if usual is not None:
-            responses.momentum_hold.take_back_to(usual, self._step.training_phase.number)
+            responses.momentum_hold.take_back_to(*usual, self._step.training_phase.number)
             if timeline is not None:
                 timeline.acted = True
         shared = asking.is_shared
@@ -243,17 +252,18 @@ class UpdateControl:
 
     def _order_for(self, optimizer: Optimizer, number: int, factor: float) -> UpdateOrder:
         step, responses = self._step, self._responses
-        guards, momentum_hold = self._asking.guards, responses.momentum_hold
-        if guards is None and not momentum_hold.holds:
+        rate_hold, momentum_hold = responses.rate_hold, responses.momentum_hold
+        guards = self._asking.guards
+        if guards is None and not (rate_hold.holds or momentum_hold.holds):
             return AS_IT_IS
         guards, phase = guards or NO_GUARDS, step.training_phase.number
         total, parts = step.loss
         loss = total / parts if type(total) is float and parts else None
         norm = step.norm if type(step.norm) is float else None
         lr_scale, momentum_scale, rate, momentum = 1.0, 1.0, None, None
-        if guards.looks_at_rate:
+        if guards.looks_at_rate or rate_hold.holds:
             rate = mean_rate(optimizer.param_groups)
-            lr_scale = responses.rate.bounded(responses.rate_hold.factor_at(rate, phase))
+            lr_scale = responses.rate.bounded(rate_hold.factor_at(rate, phase))
             if rate is not None:
                 rate *= factor * lr_scale
         if guards.looks_at_momentum or momentum_hold.holds:
@@ -261,6 +271,8 @@ class UpdateControl:
             momentum_scale = momentum_hold.factor_at(momentum, phase)
             if momentum is not None:
                 momentum *= momentum_scale
+        if phase != self._guarded_phase:
+            rate = momentum = None
         is_held = lr_scale != 1.0 or momentum_scale != 1.0
         hold = UpdateOrder(lr_scale, momentum_scale=momentum_scale) if is_held else AS_IT_IS
         if not guards.crossed(loss, norm, rate, momentum):
@@ -272,10 +284,12 @@ class UpdateControl:
         momentum_scale *= order.momentum_scale
         if held.lr_scale < 1.0 and order.lr_scale < 1.0:
             until = RATE_RELEASE * guards.rate.held_to
-            responses.rate_hold.take_back(lr_scale, until, phase)
+            rate_hold.take_back(lr_scale, until, phase)
             self._standing = self._standing._replace(lr_scale=1.0)
         if held.momentum_scale < 1.0 and order.momentum_scale < 1.0:
-            momentum_hold.take_back_to(guards.momentum.held_to, phase)
+            assert momentum is not None  # else it would not be held
+            until = half_way(guards.momentum.held_to, momentum / hold.momentum_scale)
+            momentum_hold.take_back(momentum_scale, until, phase)
             self._standing = self._standing._replace(momentum_scale=1.0)
         lr_scale = responses.rate.bounded(lr_scale)
         return order._replace(lr_scale=lr_scale, momentum_scale=momentum_scale)
