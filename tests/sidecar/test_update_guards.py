@@ -388,6 +388,13 @@ def test_a_held_momentum_is_what_the_answer_would_have_been(momentum):
     assert answer.parameters == pytest.approx(expected)
 
 
+def test_a_momentum_that_rises_to_what_no_rule_is_about_needs_no_checks():
+    """Both conditions of the rule are about it: what is within one of them crosses nothing."""
+    deciding = default_after(120, optimizer_momentum=0.85)
+    (found,) = [guard for guard in told(deciding) if guard.metric == "optimizer_momentum"]
+    assert 0.97 < found.above < 0.99
+
+
 def test_a_momentum_that_rests_near_one_needs_no_checks():
     """The bound at which the rule may fire is that of its baseline, not the fixed one."""
     deciding = default_after(120, optimizer_momentum=0.995)

@@ -44,13 +44,15 @@ class Edge(NamedTuple):
     """One side of what a metric may be.
 
     ``fixed`` is the nearest fixed bound, infinite without any; ``moving`` are the conditions
-    whose bounds follow the run.
+    whose bounds follow the run. Where one rule alone guards the metric, ``others`` are the
+    conditions on it that this rule needs as well: crossed is only what is beyond all.
     """
 
     metric: str
     lower: bool
     fixed: float
     moving: tuple[Condition, ...]
+    others: tuple[Condition, ...] = ()
 
 
 class UpdatePlan(msgspec.Struct, frozen=True):
@@ -72,9 +74,11 @@ def update_plan(table: Table) -> UpdatePlan:
     """
     made = GuardPlan({}, {}, [], [])
     acting = [rule for rule in table.rules if acts_on_updates(rule)]
+    guarding: dict[str, list[Rule]] = {}
     for rule in acting:
         for condition in needed(rule.when, is_guarded):
             add_guard(made, condition)
+            guarding.setdefault(condition.metric, []).append(rule)
     edges = tuple(
         Edge(
             metric,
@@ -85,6 +89,7 @@ def update_plan(table: Table) -> UpdatePlan:
                 for condition in made.moving
                 if condition.metric == metric and is_lower(condition.operator) is lower
             ),
+            _others(guarding.get(metric, ())),
         )
         for lower, bounds in ((False, made.upper), (True, made.lower))
         for metric, fixed in bounds.items()
@@ -93,6 +98,15 @@ def update_plan(table: Table) -> UpdatePlan:
     free = [rule for rule in acting if rule.id not in inhibited]
     held = {metric: rule for rule in reversed(free) if (metric := _held_metric(rule))}
     return UpdatePlan(edges, any(map(_skips, free)), held)
+
+
+def _others(rules: Sequence[Rule]) -> tuple[Condition, ...]:
+    """Conditions of the only one of ``rules``, where all are upper bounds of one metric."""
+    if len(rules) != 1 or not isinstance(when := rules[0].when, Group):
+        return ()
+    parts = tuple(conditions(when))
+    is_of_one = all(_is_upper_bound(part, parts[0].metric) for part in when.parts)
+    return parts if when.combine is Combine.ALL and is_of_one else ()
 
 
 _HELD = {USUAL_NORM: "gradient_norm", **SETTING_OF}
@@ -172,7 +186,10 @@ class UpdateGuards:
 
 
 def _nearest_bound(edge: Edge, history: History) -> MovingBound:
-    """The nearest of an edge's bounds."""
+    """The nearest of an edge's bounds, or the farthest of those that count together."""
+    if edge.others:
+        together = [_moving_bound(condition, history) for condition in edge.others]
+        return lambda: max(bound() for bound in together)
     if edge.fixed == (-inf if edge.lower else inf) and len(edge.moving) == 1:
         return _moving_bound(edge.moving[0], history)
     moving = [_moving_bound(condition, history) for condition in edge.moving]
