@@ -178,7 +178,7 @@ class LoopObserver:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and self._skipped(found_inf):
             return
-        if recorder.norm is None and has_closure(args, kwargs) and recorder.wants_norm:
+        if (len(args) > 1 or kwargs) and has_closure(args, kwargs) and recorder.wants_norm:
             ended = recorder.measured(self._norm_of(optimizer))
         if self._sharing.may_meet:
             self._sharing.meet()

@@ -193,6 +193,21 @@ def test_a_row_is_made_when_it_is_taken_up_and_not_before(clock):
     assert frames.column("step_latency_ms")[1:] == [13.5, 13.5]
 
 
+def test_what_devices_and_rates_have_newly_is_in_the_rows_from_then_on(clock):
+    probes = [{"cpu_util_percent": 5.0}]
+    recorder, frames = noting(device_values=lambda: probes[-1])
+    optimizers = [Optimizer({"lr": rate, "momentum": 0.9}) for rate in (0.2, 0.1)]
+    for values, optimizer in ((5.0, 0), (5.0, 0), (6.0, 0), (6.0, 1), (None, 1), (None, 0)):
+        if probes[-1].get("cpu_util_percent") != values:
+            probes.append({} if values is None else {"cpu_util_percent": values})
+        recorder.optimizer = optimizers[optimizer]
+        one_step(recorder, clock)
+        frames.notes.catch_up()
+    assert frames.column("optimizer_lr") == [0.2, 0.2, 0.2, 0.1, 0.1, 0.2]
+    assert frames.column("optimizer_lr_base") == [0.2] * 6
+    assert frames.column("cpu_util_percent") == [5.0, 5.0, 6.0, 6.0, None, None]
+
+
 def test_whoever_sleeps_is_woken_by_a_step(clock):
     recorder, frames = noting()
     one_step(recorder, clock)

@@ -181,8 +181,7 @@ class CudaMemory:
 
     def read(self, device: int | None) -> Mapping[str, float]:
         """Nothing without a device in use."""
-        torch = _initialised_torch()
-        if device is None or torch is None:
+        if device is None or (torch := _initialised_torch()) is None:
             return _NOTHING
         free, total = torch.cuda.mem_get_info(device)
         return {"gpu_mem_used_gb": (total - free) / 1e9, "gpu_mem_free_gb": free / 1e9}

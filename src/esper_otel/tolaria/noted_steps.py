@@ -257,18 +257,22 @@ class NotedSteps:
         """On any thread: take up steps that are over, ``most`` of them; 0: those that wait."""
         if not self._is_on:
             return
-        waiting, lock = self.waiting, self._lock
+        waiting, lock, record = self.waiting, self._lock, self._ends.record_ordinary
         for _ in range(most or len(waiting)):
             with lock:  # for one step, as the training thread may wait for it
                 if not waiting:
                     return
-                self._take_up(*waiting.popleft())
+                noted = waiting.popleft()
+                if not record(*noted):
+                    self._record(*noted)
 
     def take_up_all(self) -> None:
         """On the training thread: take up everything, also of the step under way."""
         with self._lock:
             while self.waiting:
-                self._take_up(*self.waiting.popleft())
+                noted = self.waiting.popleft()
+                if not self._ends.record_ordinary(*noted):
+                    self._record(*noted)
             if not self.is_settled:
                 self.is_settled = True
                 if self._started:
@@ -276,13 +280,12 @@ class NotedSteps:
             notes, self._notes = self._notes, []
             self._replay(notes)
 
-    def _take_up(
+    def _record(
         self, notes: list[Any], started: int, number: int, ended: int, rates: Rates
     ) -> None:
+        """Record a step that is no ordinary one, event by event."""
         ends = self._ends
         if started:
-            if ends.record_ordinary(notes, started, number, ended, rates):
-                return
             ends.begin_noted(started, number)
         self._replay(notes)
         ends.end_noted(number, ended, rates)

@@ -77,7 +77,12 @@ class OrdinarySteps:
         self._base_rate = base_rate
         self._device_values = device_values
         self._enriched = enriched
-        self._blank = _row_of_nothing(enriched=enriched)
+        self._nothing = _row_of_nothing(enriched=enriched)
+        self._blank = self._nothing
+        """A row with what devices and rates are known to have."""
+        self._of_devices: Mapping[str, float] | None = None
+        self._of_rates: Rates = ()
+        self._of_first: float | None = None
 
     def record(
         self,
@@ -90,9 +95,10 @@ class OrdinarySteps:
     ) -> list[float] | None:
         """The row of step ``number``, which is streamed; None where it is not ordinary.
 
-        It began at mark ``started`` and ended at ``ended``, the step before at ``last_end``.
+        It began at mark ``started`` (0: before notes did) and ended at ``ended``, the step
+        before at ``last_end``.
         """
-        known = self._read(notes, started) if last_end else None
+        known = self._read(notes, started) if started and last_end else None
         if known is None:
             return None
         marks, source, size, loss, norm, told = known
@@ -102,9 +108,9 @@ class OrdinarySteps:
         if sealer.waiting or timelines.waiting:
             return None
         others = self._slots(told) if told else _NOTHING
-        row = self._row_of_devices()
-        if row is None or others is None:
+        if others is None or not self._has_blank(rates):
             return None
+        row = self._blank.copy()
         step.backwards += 1
         step.notice_phase(size)
         latency_ms, phase = (ended - last_end) / 1e6, step.training_phase
@@ -118,8 +124,6 @@ class OrdinarySteps:
         row[_HOOK] = (started - last_end) / 1e6 + prepare_ns / 1e6
         if self._enriched:
             row[_STEP_LATENCY] = latency_ms
-            if rates:
-                put_optimizer(row, rates, 1.0, self._base_rate)
         sealer.put_numbers(row, loss, 1, norm, others)
         self._frames.frame(self._clock.step_end(ended), row)
         if timelines.wants(number, latency_ms, phase):
@@ -173,15 +177,26 @@ class OrdinarySteps:
                 slots[slot] = value
         return slots
 
-    def _row_of_devices(self) -> list[float] | None:
-        row = self._blank.copy()
-        if self._enriched:
-            try:
-                for key, value in self._device_values().items():
-                    row[STEP_SLOT[key]] = value
-            except Exception:
-                return None  # it is told of where other steps are recorded
-        return row
+    def _has_blank(self, rates: Rates) -> bool:
+        """Whether there is a blank row with the newest values of devices, and ``rates``: mostly
+        that of the step before."""
+        if not self._enriched:
+            return True
+        try:
+            devices = self._device_values()
+            known = devices is self._of_devices and rates == self._of_rates
+            if known and self._base_rate.first == self._of_first:
+                return True
+            row = self._nothing.copy()
+            for key, value in devices.items():
+                row[STEP_SLOT[key]] = value
+        except Exception:
+            return False  # it is told of where other steps are recorded
+        if rates:
+            put_optimizer(row, rates, 1.0, self._base_rate)
+        self._blank, self._of_devices, self._of_rates = row, devices, rates
+        self._of_first = self._base_rate.first
+        return True
 
     def _put_times(self, row: list[float], marks: _Marks) -> int:
         """Put the times of phases into ``row``; returns what was spent on the norm."""
