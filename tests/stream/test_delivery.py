@@ -152,6 +152,22 @@ def test_a_request_is_sent_at_once_and_its_answer_looked_at_later(http, connecte
     assert http.connections == 1
 
 
+def test_an_answer_that_says_more_is_read_among_others(http, connected, wait_until):
+    reasons = []
+    for rejected in (0, 0, 3, 3, 0):
+        partial = ExportMetricsPartialSuccess(
+            rejected_data_points=rejected, error_message="why"
+        )
+        more = ExportMetricsServiceResponse(partial_success=partial if rejected else None)
+        body = more.SerializeToString()
+        http.answer = lambda request, body=body: Answer(200, {}, body)
+        assert connected.send_at_once(b"\x0a\x00")
+        outcomes = []
+        wait_until(lambda seen=outcomes: seen.append(connected.answer_at_once()) or seen[-1])
+        reasons.append((outcomes[-1].rejected, outcomes[-1].reason))
+    assert reasons == [(0, ""), (0, ""), (3, "why"), (3, "why"), (0, "")]
+
+
 def test_what_the_kernel_has_no_room_for_is_finished_later(http, connected):
     body = b"".join((b"\x0a\x00",) * (8 << 20))
     assert not connected.send_at_once(body)

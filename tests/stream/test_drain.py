@@ -86,6 +86,14 @@ def test_a_run_beside_another_wakes_the_thread_they_share(receiver, open_stream,
     until(lambda: second.totals.complete)
 
 
+def test_who_reads_the_sums_has_all_steps_that_were_sent(receiver, open_stream, row):
+    stream = open_stream(receiver.url)
+    for step in range(1, 5):
+        stream.frame(time.time_ns(), row(step))
+        until(lambda step=step: receiver.inbox.steps()[step])
+        assert stream.totals.steps == step
+
+
 class LastBell(Doorbell):
     """At its fourth ringing the end comes, and that one was heard."""
 

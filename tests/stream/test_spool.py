@@ -212,7 +212,7 @@ class SpoolMachine(RuleBasedStateMachine):
             len(group.body()) for group in self.spool._in_flight.values() if group is not None
         )
         waiting = sum(len(batch.body) for line in self.spool._lines.values() for batch in line)
-        assert waiting + flying == self.spool._bytes
+        assert waiting + flying == self.spool.size
         assert waiting == 0 or waiting + flying <= 50
 
 

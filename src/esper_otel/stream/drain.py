@@ -4,8 +4,8 @@ It does everything the training thread must not: encoding, span making, file wri
 never waits for the network, so a receiver that stalls cannot hold it back: what can be sent
 without waiting it sends, and the rest is for the threads of
 :class:`~esper_otel.stream.sender.Sender`. What a run was like
-so far (:class:`~esper_otel.stream.totals.RunTotals`) is added up here as well, once a second,
-so that a step pays nothing for it.
+so far (:class:`~esper_otel.stream.totals.RunTotals`) is added up here as well, or by whoever
+asks for it, many steps at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
@@ -25,7 +26,7 @@ from esper_otel.stream.encoding import Encoded, FrameEncoder, encode_end
 from esper_otel.stream.logs import TrainerIdentity, emit_events, encode_events
 from esper_otel.stream.providers import Tracers, users_logger
 from esper_otel.stream.recording import Recording
-from esper_otel.stream.ring import Doorbell, FrameRing, Frames, points
+from esper_otel.stream.ring import Doorbell, FrameRing, Frames, Rows, points
 from esper_otel.stream.sender import Sender
 from esper_otel.stream.spans import emit_spans
 from esper_otel.stream.spool import Spool
@@ -40,13 +41,11 @@ request with the spans of several steps costs little more than one with a single
 are encoded before that, as a timeline that waits is dozens of containers for Python's garbage
 collector."""
 
-
 MOST_TIMELINES = 256
 """Timelines that are made spans before frames are looked at again."""
 
 _MOST_UNSUMMED = 1 << 20
 """Bytes of steps that may wait to be summed."""
-
 
 PATIENT_TICKS = 3
 """Times in a row that nothing has come before the thread sleeps until something does."""
@@ -87,14 +86,16 @@ class Lane:
         self.totals = RunTotals()
         if recording is not None and recording.card is not None:
             recording.card.totals = self.totals
+        self.begun = False  # steps have come
         self._unsummed = bytearray()
+        self._summing = threading.RLock()
         self.over = False
         """Whether nothing more is handed over."""
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing was handed over that has not been taken."""
-        told = not (self.has_config and self.totals.steps)
+        told = not (self.has_config and self.begun)
         waits = self.timelines or self.events or self.ends or self.over
         return self.ring.is_empty and told and not waits
 
@@ -105,16 +106,18 @@ class Lane:
 
     def sum_later(self, records: bytes) -> None:
         """Have ``records``, of :meth:`~esper_otel.stream.ring.FrameRing.drain_few`, summed."""
-        self._unsummed += records
+        with self._summing:
+            self._unsummed += records
         if len(self._unsummed) > _MOST_UNSUMMED:
             self.sum_up()
 
-    def sum_up(self) -> None:
-        """Take into the totals what has waited for it."""
-        if self._unsummed:
+    def sum_up(self, newer: Rows | None = None) -> None:
+        """Take into the totals what has waited for it, and ``newer`` steps. On any thread."""
+        with self._summing:
             records, self._unsummed = self._unsummed, bytearray()
-            rows = self.ring.frames_of(records).steps
-            self.totals.add(rows.times, rows.values)
+            older = self.ring.frames_of(records).steps if records else None
+            for rows in filter(None, (older, newer)):
+                self.totals.add(rows.times, rows.values)
 
 
 def drop_all(
@@ -194,7 +197,7 @@ class Drain:
         idle, patience = 0, PATIENT_TICKS
         while not self._stopping:
             bell.sleep(interval_s / 2 if self._spool.away else interval_s)
-            if not self._is_idle():
+            if self._spool.size or not self._is_idle():
                 # Twice in a row: steps are many.
                 patience = patience if idle else PATIENT_TICKS
                 idle = 0
@@ -216,7 +219,7 @@ class Drain:
 
     def _is_idle(self) -> bool:
         """Whether there is nothing to do, and the end has not come."""
-        waits = self._stopping or not self._spool.is_empty
+        waits = self._stopping or self._spool.size
         return not waits and all(lane.is_idle for lane in self.lanes)
 
     def _drain(self, rest: bool = False) -> None:
@@ -224,34 +227,46 @@ class Drain:
         for sender in self._senders:
             if sender.awaited is not None:  # after a pause, each call comes from main memory
                 sender.look_at_answer()
-        now = time.monotonic()
-        self._spool.look_for_overdue(now)
+        now, spool = time.monotonic(), self._spool
+        if spool.size:
+            spool.look_for_overdue(now)
         stopping = self._stopping
-        due = stopping or rest or now >= self._spans_due
+        rest = stopping or rest
+        due = rest or now >= self._spans_due
         if due:
             self._spans_due = now + SPAN_INTERVAL_S
         for lane in list(self.lanes):
             over = stopping or lane.over  # looked at before it is emptied for the last time
-            self._do("frames", self._drain_frames, lane, over)
-            if due or over:
-                self._do("sums of frames", self._sum_up, lane, over)
-            if lane.ends:
-                self._do("ends", self._drain_ends, lane, over)
-            if lane.events or lane.has_config:
-                self._do("events", self._drain_events, lane, over)
-            if lane.timelines:
-                self._do("timelines", self._drain_timelines, lane, over)
-            if due or over:
-                self._do("spans", self._put_spans, lane, over)
-            if over:
-                if lane.recording is not None:
-                    lane.recording.close()
-                lane.totals.complete = True
-                self.lanes.remove(lane)
+            try:
+                self._drain_frames(lane, over)
+            except Exception as error:
+                self._fault("frames", error)
+            # Sums are there for who looks at the card, or stops looking as nothing comes.
+            if over or rest or (due and lane.recording is not None):
+                self._do("sums of frames", lambda lane, over: lane.sum_up(), lane, over)
+            if over or due or lane.ends or lane.events or lane.timelines or lane.has_config:
+                self._drain_rest(lane, due, over)
         for sender in self._senders:
             if sender.line:
                 sender.send_at_once()
-        self._keeper.look()
+        if spool.away:
+            self._keeper.look()
+
+    def _drain_rest(self, lane: Lane, due: bool, over: bool) -> None:
+        """Take what is no frame; ``due``: also what waits for more of its kind."""
+        if lane.ends:
+            self._do("ends", self._drain_ends, lane, over)
+        if lane.events or lane.has_config:
+            self._do("events", self._drain_events, lane, over)
+        if lane.timelines:
+            self._do("timelines", self._drain_timelines, lane, over)
+        if due or over:
+            self._do("spans", self._put_spans, lane, over)
+        if over:
+            if lane.recording is not None:
+                lane.recording.close()
+            lane.totals.complete = True
+            self.lanes.remove(lane)
 
     def _do(
         self, what: str, drain: Callable[[Lane, bool], None], lane: Lane, over: bool
@@ -267,24 +282,23 @@ class Drain:
         # now, which is looked at first, stays, as steps end while others are taken up.
         now_ns = None if over else time.time_ns()
         ring, encoder = lane.ring, lane.encoder
-        ring.catch_up()
+        if ring.notes is not None:
+            ring.notes.catch_up()
         few = ring.drain_few(now_ns)
-        if few is not None:
-            if lane.show is not None and few:
+        if few:
+            if lane.show is not None:
                 self._show(lane, ring.frames_of(few))
-            self._put_frames(lane, encoder.encode_few(few), lambda: points(ring.frames_of(few)))
+            self._put_frames(
+                lane, partial(encoder.encode_few, few), lambda: points(ring.frames_of(few))
+            )
             lane.sum_later(few)
-            return
-        frames = ring.drain(now_ns)
-        if frames is None:
-            return
-        try:
-            lane.sum_up()
-            lane.totals.add(frames.steps.times, frames.steps.values)
-        except Exception as error:
-            self._fault("sums of frames", error)
-        self._show(lane, frames)
-        self._put_frames(lane, encoder.encode(frames), lambda: points(frames))
+        elif few is None and (frames := ring.drain(now_ns)) is not None:
+            try:
+                lane.sum_up(frames.steps)
+            except Exception as error:
+                self._fault("sums of frames", error)
+            self._show(lane, frames)
+            self._put_frames(lane, partial(encoder.encode, frames), lambda: points(frames))
 
     def _show(self, lane: Lane, frames: Frames) -> None:
         if lane.show is not None:
@@ -295,22 +309,20 @@ class Drain:
                 log.warning("steps are no longer printed: %r", error)
 
     def _put_frames(
-        self, lane: Lane, encoded: Iterator[Encoded], count: Callable[[], int]
+        self, lane: Lane, encode: Callable[[], Iterable[Encoded]], count: Callable[[], int]
     ) -> None:
-        """Put all requests of ``encoded``, or none; ``count`` gives the points they hold."""
+        """Put all requests that ``encode`` makes, or none; ``count`` gives their points."""
+        lane.begun = True
         if not self._is_wanted(lane, Signal.METRICS):
             return
         try:
-            requests = list(encoded)
+            requests = list(encode())
         except Exception as error:
             self._fault("frames", error)
             self._spool.drop_unencoded(Signal.METRICS, count())
             return
         for request in requests:
             self._put(lane, Signal.METRICS, request.body, request.points)
-
-    def _sum_up(self, lane: Lane, over: bool) -> None:
-        lane.sum_up()
 
     def _drain_ends(self, lane: Lane, over: bool) -> None:
         # Behind its frames, of which those of the millisecond under way may be left.
@@ -324,7 +336,7 @@ class Drain:
 
     def _drain_events(self, lane: Lane, over: bool) -> None:
         config = lane.config
-        if config is not None and config.is_new and lane.totals.steps:
+        if config is not None and config.is_new and lane.begun:
             told = config.take_event(time.time_ns())
             if config.is_explicit:
                 lane.events.append(told)
@@ -371,7 +383,7 @@ class Drain:
 
     def _is_wanted(self, lane: Lane, signal: Signal) -> bool:
         """Whether anybody will see telemetry of this signal."""
-        is_sent = signal in self._sent and not self._spool.is_closed(signal)
+        is_sent = signal in self._sent and signal not in self._spool.closed
         return is_sent or lane.recording is not None
 
     def _put(self, lane: Lane, signal: Signal, body: bytes, items: int) -> None:

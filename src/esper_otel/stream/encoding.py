@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, compress
 from math import isfinite
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -64,7 +65,7 @@ _TIME_MARKS = (0x1111111111111111, 0x6666666666666666)
 _VALUE_MARKS = (b"\x22" * 8, b"\x55" * 8)
 
 
-class Encoded(NamedTuple):
+class Encoded(msgspec.Struct, frozen=True, gc=False):
     """One serialised request and what is in it."""
 
     body: bytes
@@ -83,6 +84,7 @@ class Template:
         "_pack",
         "_time_fields",
         "_value_fields",
+        "points",
     )
 
     def __init__(self, metrics: Sequence[Metric], present: Sequence[int], seed_id: str) -> None:
@@ -96,6 +98,8 @@ class Template:
         self._constants, self._pack = _packing(scope, times, values)
         self._bytes = np.frombuffer(scope, np.uint8)
         self._columns = np.array(present, np.intp)
+        self.points = len(present)
+        """Data points of one frame."""
         self._time_fields = [f"time{hole}" for hole in range(len(times))]
         self._value_fields = [f"value{hole}" for hole in range(len(values))]
         # A structured view of the bytes: one strided copy per field, which for batches
@@ -108,11 +112,6 @@ class Template:
                 "itemsize": len(scope),
             }
         )
-
-    @property
-    def points(self) -> int:
-        """Data points of one frame."""
-        return len(self._columns)
 
     def fill_one(self, time_unix_nano: int, values: Sequence[float]) -> bytes:
         """The bytes of one frame; ``values`` are those that are present, in order."""
@@ -146,8 +145,10 @@ class FrameEncoder:
     def __init__(self, resource: bytes, max_request: int = MAX_REQUEST) -> None:
         self._resource = _RESOURCE + as_varint(len(resource)) + resource
         self._max_request = max_request - len(self._resource) - 16
+        self._head, self._headed = b"", -1
+        """What the newest request began with, and the size of the scopes behind it."""
         self._templates: dict[tuple[bytes, str | None], Template | None] = {}
-        self._of_few: dict[bytes, Template | None] = {}
+        self._of_few: dict[bytes, Template] = {}
         """Templates of steps by which of their values are present, a byte each."""
         self._customs = CustomEncoder()
 
@@ -157,43 +158,47 @@ class FrameEncoder:
         for start in range(0, len(frames.steps.times), MAX_FRAMES):
             yield from self._encode(part(frames, start, start + MAX_FRAMES))
 
-    def encode_few(self, records: bytes) -> Iterator[Encoded]:
+    def encode_few(self, records: bytes) -> list[Encoded]:
         """As :meth:`encode`, for the :data:`STEP_RECORD` of steps with neither seeds nor
         custom values."""
+        requests: list[Encoded] = []
         scopes: list[bytes] = []
         frames = size = count = 0
+        templates = self._of_few
         for time_unix_nano, _, *values in STEP_RECORD.iter_unpack(records):
             present = bytes(map(isfinite, values))
-            template = self._template_of_few(present)
+            template = templates.get(present) or self._template_of_few(present)
             scope = b""
             if template is not None:
                 scope = template.fill_one(time_unix_nano, list(compress(values, present)))
             if frames and size + len(scope) > self._max_request:
-                yield self._request(scopes, size, count, frames)
+                requests.append(self._request(scopes, size, count, frames))
                 scopes, frames, size, count = [], 0, 0, 0
             scopes.append(scope)
             size += len(scope)
             frames += 1
             count += 0 if template is None else template.points
         if frames:
-            yield self._request(scopes, size, count, frames)
+            requests.append(self._request(scopes, size, count, frames))
+        return requests
 
     def _template_of_few(self, present: bytes) -> Template | None:
-        if present not in self._of_few:
-            if len(self._of_few) >= _MAX_TEMPLATES:
-                self._of_few.clear()
-            flags = np.frombuffer(present, np.bool_)
-            mask = np.packbits(flags).tobytes()
-            self._of_few[present] = self._template(mask, None, flags)
-        return self._of_few[present]
+        if len(self._of_few) >= _MAX_TEMPLATES:
+            self._of_few.clear()
+        flags = np.frombuffer(present, np.bool_)
+        template = self._template(np.packbits(flags).tobytes(), None, flags)
+        if template is not None:
+            self._of_few[present] = template
+        return template
 
     def _request(
         self, scopes: Sequence[bytes | memoryview], size: int, points: int, frames: int
     ) -> Encoded:
         """One request of ``scopes``, which have ``size`` bytes together."""
-        length = as_varint(len(self._resource) + size)
-        body = b"".join((_RESOURCE_METRICS, length, self._resource, *scopes))
-        return Encoded(body, points, frames)
+        if size != self._headed:  # as many steps as the one before it, nearly always
+            length = as_varint(len(self._resource) + size)
+            self._head, self._headed = _RESOURCE_METRICS + length + self._resource, size
+        return Encoded(b"".join((self._head, *scopes)), points, frames)
 
     def _encode(self, frames: Frames) -> Iterator[Encoded]:
         steps = self._records(frames.steps, None)

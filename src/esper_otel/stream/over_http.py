@@ -33,6 +33,7 @@ from esper_otel.stream.destination import Destination
 from esper_otel.stream.proxies import proxy_for
 from esper_otel.stream.transport import (
     MAX_ANSWER,
+    TAKEN,
     USER_AGENT,
     SendResult,
     Verdict,
@@ -78,9 +79,10 @@ class HttpTransport:
         self._connection = self._open(url, _tls(destination) if self._tls else None)
         self._head = _head(self._connection, self._target, self._headers)
         # Of a request that was begun at once, and cannot be finished so.
-        self._unsent: bytes | memoryview = b""
+        self._unsent = b""
         self._on_its_way = False
         self._begun = b""
+        self._usual: bytes | None = None  # answer by which all was taken, and nothing said
         self._polled: socket.socket | None = None
         self._poll = select.poll()
 
@@ -102,22 +104,26 @@ class HttpTransport:
         except OSError:  # no room for any of it, or the receiver is gone
             return False
         self._on_its_way = True
-        self._unsent = memoryview(request)[sent:]
+        self._unsent = request[sent:]
         return not self._unsent
 
     def answer_at_once(self) -> SendResult | None:
         """A delivery, if an answer says so that is here and whole."""
         try:
-            self._begun = self._connection.sock.recv(MOST_BEGUN)
+            begun = self._begun = self._connection.sock.recv(MOST_BEGUN)
         except OSError:  # nothing has come, or an end that the next look finds as well
             return None
-        answer = _body_of(self._begun)
+        if begun == self._usual:  # as nearly all are of one second, by their date
+            return TAKEN
+        answer = _body_of(begun)
+        if answer == b"":
+            self._usual = begun
         return None if answer is None else delivered(self._signal, answer)
 
     def finish_begun(self, timeout_s: float) -> SendResult:
         """Send and read the rest of what was begun at once, or all of it."""
         if not self._on_its_way:
-            return self._send(bytes(self._unsent), timeout_s)
+            return self._send(self._unsent, timeout_s)
         return self._exchange(self._unsent, self._begun, time.monotonic() + timeout_s)
 
     def _is_at_end(self, connected: socket.socket) -> bool:
@@ -142,7 +148,7 @@ class HttpTransport:
             return SendResult(Verdict.UNREACHABLE, plain(error))
         return self._exchange(request, b"", deadline)
 
-    def _exchange(self, rest: bytes | memoryview, begun: bytes, deadline: float) -> SendResult:
+    def _exchange(self, rest: bytes, begun: bytes, deadline: float) -> SendResult:
         """Send ``rest`` of a request and read its answer, which has ``begun``."""
         connection = self._connection
         try:
@@ -388,8 +394,6 @@ def _retry_after(value: str) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (
-            Exception
-        ):  # a year that no clock has, or what the parser of mail dates stumbles on
+        except Exception:  # a year that no clock has, or what the parser of dates stumbles on
             return None
     return max(seconds, 0.0) if isfinite(seconds) else None

@@ -110,11 +110,6 @@ class Ring:
         rows = np.frombuffer(raw, self._rows.dtype)
         return Rows(rows["time"], rows["tag"], rows["values"])
 
-    def time(self, index: int) -> int:
-        """The time of the record of the running number ``index``."""
-        (time_unix_nano,) = _TIME.unpack_from(self.buffer, index % self.capacity * self.size)
-        return int(time_unix_nano)
-
     def copy(self, start: int, end: int) -> Rows:
         """The records with running numbers ``start`` to ``end`` - 1."""
         if start == end:
@@ -274,12 +269,13 @@ class FrameRing:
         # Custom values are put before their step: those of what was written are there by now.
         if end - start > FEW or seeds.written != seeds.read or self._customs:
             return None
-        if now_ns is not None and start != end:
-            began = now_ns - now_ns % 1_000_000
-            if steps.time(end - 1) < began + 1_000_000:
-                while end > start and steps.time(end - 1) >= began:
-                    end -= 1
         raw = steps.raw(start, end)
+        if now_ns is not None and raw:
+            began = now_ns - now_ns % 1_000_000
+            (newest,) = _TIME.unpack_from(raw, len(raw) - steps.size)
+            if began <= newest < began + 1_000_000:
+                end = start + sum(each[0] < began for each in STEP_RECORD.iter_unpack(raw))
+                raw = raw[: (end - start) * steps.size]
         steps.read = end
         return raw
 

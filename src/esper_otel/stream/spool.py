@@ -93,7 +93,8 @@ class Spool:
         """Bytes of one request, where it has more than one batch."""
         self.away: set[Signal] = set()
         """Signals that nobody takes at the moment: theirs is kept on disk as well."""
-        self._bytes = 0
+        self.size = 0
+        """Bytes that wait or are on their way."""
         self._numbered = 0
         self._lines: dict[Signal, deque[Batch]] = {signal: deque() for signal in Signal}
         self._in_flight: dict[Signal, BatchGroup | None] = dict.fromkeys(Signal)
@@ -104,16 +105,12 @@ class Spool:
         self._counts = {
             signal: dict.fromkeys(Account.__struct_fields__, 0) for signal in Signal
         }
-        self._closed: set[Signal] = set()
+        self.closed: set[Signal] = set()
+        """Signals that have no receiver."""
         self._phase = _Phase.OPEN
         self._lock = threading.RLock()
         # One per signal: waking the other sender for nothing cost as much as a frame.
         self._changed = {signal: threading.Condition(self._lock) for signal in Signal}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing waits or is on its way."""
-        return not self._bytes
 
     def line(self, signal: Signal) -> deque[Batch]:
         """The batches of ``signal`` that wait, for others to look at only."""
@@ -125,7 +122,7 @@ class Spool:
         Who waits for it is woken by :meth:`wake`, if nobody takes it at once.
         """
         with self._lock:
-            if signal in self._closed:
+            if signal in self.closed:
                 self._count(signal, produced=items, dropped=items, refused=items)
                 return
             if self._phase is _Phase.SEALED:
@@ -134,11 +131,11 @@ class Spool:
             self._numbered += 1
             batch = Batch(signal, body, items, self._numbered, time.monotonic())
             self._lines[signal].append(batch)
-            self._bytes += len(body)
+            self.size += len(body)
             counts = self._counts[signal]
             counts["produced"] += items
             counts["spooled"] += items
-            while self._bytes > self._max_bytes and self._drop_oldest():
+            while self.size > self._max_bytes and self._drop_oldest():
                 pass
 
     def wake(self, signal: Signal) -> None:
@@ -177,7 +174,7 @@ class Spool:
         """
         line = self._lines[signal]
         with self._lock:
-            while self._phase is _Phase.OPEN and signal not in self._closed:
+            while self._phase is _Phase.OPEN and signal not in self.closed:
                 if signal in self._handed_on or (line and signal not in self._taken):
                     break
                 self._changed[signal].wait()
@@ -194,17 +191,18 @@ class Spool:
         with self._lock:
             if self._settle(group):
                 items = group.items
-                rejected = min(max(rejected, 0), items)
                 for batch in group.batches:
                     batch.settled = True
-                if not self._lines[group.signal]:
+                if self.away and not self._lines[group.signal]:
                     self.away.discard(group.signal)
                 counts = self._counts[group.signal]
                 counts["spooled"] -= items
-                counts["delivered"] += items - rejected
-                if rejected:
-                    counts["dropped"] += rejected
-                    counts["refused"] += rejected
+                counts["delivered"] += items
+                if rejected > 0:
+                    rejected = min(rejected, items)
+                    self._count(
+                        group.signal, delivered=-rejected, dropped=rejected, refused=rejected
+                    )
 
     def refuse(self, group: BatchGroup) -> bool:
         """The receiver will never take ``group``; False when its parts get another try.
@@ -230,10 +228,10 @@ class Spool:
 
     def look_for_overdue(self, now: float) -> None:
         """Take a receiver for away that has let a batch wait, at monotonic time ``now``."""
-        if not self._bytes:
+        if not self.size:
             return
         with self._lock:
-            for signal in self._lines.keys() - self.away - self._closed:
+            for signal in self._lines.keys() - self.away - self.closed:
                 oldest = self._oldest(signal)
                 if oldest is not None and now - oldest.put_s >= OVERDUE_S:
                     self.away.add(signal)
@@ -255,20 +253,16 @@ class Spool:
     def close_line(self, signal: Signal) -> None:
         """No receiver for ``signal``: what waits and what still comes is refused."""
         with self._lock:
-            self._closed.add(signal)
+            self.closed.add(signal)
             group = self._in_flight[signal]
             if group is not None:
                 self._return(group)
             self.away.discard(signal)
             line = self._lines[signal]
-            self._bytes -= sum(len(batch.body) for batch in line)
+            self.size -= sum(len(batch.body) for batch in line)
             self._drop(line, refused=True)
             line.clear()
             self._changed[signal].notify_all()
-
-    def is_closed(self, signal: Signal) -> bool:
-        """Whether ``signal`` has no receiver."""
-        return signal in self._closed
 
     def end_input(self) -> None:
         """No more batches come: :meth:`next_group` stops waiting for them."""
@@ -289,7 +283,7 @@ class Spool:
             for signal in Signal:
                 self._lines[signal].clear()
                 self._in_flight[signal] = None
-            self._bytes = 0
+            self.size = 0
             self._wake_all()
             return sorted(batches, key=lambda batch: batch.number)
 
@@ -334,14 +328,14 @@ class Spool:
             return False
         self._in_flight[group.signal] = None
         self._taken.discard(group.signal)
-        self._bytes -= group.size
+        self.size -= group.size
         return True
 
     def _return(self, group: BatchGroup) -> None:
         if self._settle(group):
             self._lines[group.signal].extendleft(reversed(group.batches))
-            self._bytes += group.size
-            while self._bytes > self._max_bytes and self._drop_oldest():
+            self.size += group.size
+            while self.size > self._max_bytes and self._drop_oldest():
                 pass
 
     def _oldest(self, signal: Signal) -> Batch | None:
@@ -357,7 +351,7 @@ class Spool:
         if not waiting:
             return False
         batch = min(waiting, key=lambda line: line[0].number).popleft()
-        self._bytes -= len(batch.body)
+        self.size -= len(batch.body)
         self._drop([batch])
         return True
 

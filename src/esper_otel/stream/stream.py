@@ -112,7 +112,6 @@ class Stream:
         self._resource: Any = None
         self._lane: Lane | None = None
         self._recordings: list[Recording] = [] if beside is None else beside._recordings
-        self.totals: RunTotals | None = None  # what the run was like; of none without records
         self._drain: Drain | None = None
         self._delivery: Delivery | None = None
         self._unregister: Callable[[], None] | None = None
@@ -179,24 +178,20 @@ class Stream:
 
     def timeline(self, timeline: StepTimeline) -> None:
         """Hand over the times of one step, to be told as spans. Never raises."""
-        if not self._on:
-            return
-        if len(self._timelines) < MAX_TIMELINES:
+        if self._on and len(self._timelines) < MAX_TIMELINES:
             self._timelines.append(timeline)
             if self._bell.is_awaited:
                 self._bell.ring()
-        else:
+        elif self._on:
             self._refused_spans += timeline.spans
 
     def event(self, event: Event) -> None:
         """Hand over an event whose mark is a Unix time, to be a log record. Never raises."""
-        if not self._on:
-            return
-        if len(self._events) < MAX_EVENTS:
+        if self._on and len(self._events) < MAX_EVENTS:
             self._events.append(event)
             if self._bell.is_awaited:
                 self._bell.ring()
-        else:
+        elif self._on:
             self._refused_events += 1
 
     def end(self, frame: StepFrame) -> None:
@@ -219,6 +214,14 @@ class Stream:
             files=self._files,
             recordings=tuple(path for each in self._recordings for path in each.paths),
         )
+
+    @property
+    def totals(self) -> RunTotals | None:
+        """What the run was like so far; None where nothing is recorded."""
+        lane = self._lane
+        if lane is not None and os.getpid() == self._pid:  # else its lock may be held for ever
+            lane.sum_up()
+        return None if lane is None else lane.totals
 
     @property
     def _counts(self) -> _Counts:
@@ -252,8 +255,7 @@ class Stream:
         deadline = end - min(0.2 * budget_s, 0.25)
         if delivery is not None:
             delivery.stop_redelivery()
-        if self._unregister is not None:
-            end_each([self._unregister])
+        end_each([self._unregister] if self._unregister is not None else [])
         end_each([partial(self._stop_drain, deadline)])
         self._spool.end_input()
         if delivery is not None:
@@ -348,7 +350,6 @@ class Stream:
             recording=recording,
             config=None if settings.rank else self._config,
         )
-        self.totals = self._lane.totals
         return self._lane
 
     def _register(self) -> None:
@@ -365,8 +366,7 @@ class Stream:
             drop_all(self._ring, self._timelines, self._events, self._spool)
             return
         for lane in self._drain.lanes:
-            made = lane.tracers.waiting
-            drop_all(lane.ring, lane.timelines, lane.events, self._spool, made)
+            drop_all(lane.ring, lane.timelines, lane.events, self._spool, lane.tracers.waiting)
 
     def _fault(self, error: Exception) -> None:
         """A frame that is none: counted and said once; its points are not known."""

@@ -139,8 +139,8 @@ class LossCurve:
 
 
 class RunTotals:
-    """Sums of one run. Read while it is written it may be a second behind, never wrong by more
-    than the steps of that."""
+    """Sums of one run, as far as they have been summed up. Read while that is done, they are
+    wrong by no more than the steps which are added."""
 
     def __init__(self) -> None:
         self.runs = 1

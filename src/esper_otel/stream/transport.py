@@ -53,6 +53,10 @@ class SendResult(NamedTuple):
     retry_after_s: float | None = None
 
 
+TAKEN = SendResult(Verdict.DELIVERED)
+"""What becomes of nearly all requests: the receiver took all of it, and says nothing."""
+
+
 class Transport(Protocol):
     """Sends requests of one signal, one at a time. Never raises for the network's faults."""
 
@@ -100,7 +104,7 @@ class NoTransport:
 def delivered(signal: Signal, answer: bytes) -> SendResult:
     """A request that was taken, perhaps without some of its points or spans."""
     if not answer:
-        return SendResult(Verdict.DELIVERED)
+        return TAKEN
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
     from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
