@@ -94,6 +94,18 @@ def test_who_reads_the_sums_has_all_steps_that_were_sent(receiver, open_stream, 
         assert stream.totals.steps == step
 
 
+@pytest.fixture
+def made(open_stream, tmp_path):
+    """A drain whose thread does not run, and its lane."""
+    lane = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)._lane
+    spool = Spool(1000)
+    keeper, sent = Keeper(spool, tmp_path, "name"), frozenset(Signal)
+    return (
+        Drain(lane, spool=spool, keeper=keeper, sent=sent, interval_s=60.0, bell=Doorbell()),
+        lane,
+    )
+
+
 class LastBell(Doorbell):
     """At its fourth ringing the end comes, and that one was heard."""
 
@@ -119,14 +131,19 @@ def test_it_does_not_sleep_past_the_end(open_stream, tmp_path):
     assert drain.lanes == []
 
 
-def test_an_end_waits_for_the_frames_that_wait(open_stream, tmp_path, row, monkeypatch):
-    lane = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)._lane
-    spool, put = Spool(1000), []
-    keeper, sent = Keeper(spool, tmp_path, "name"), frozenset(Signal)
-    drain = Drain(lane, spool=spool, keeper=keeper, sent=sent, interval_s=60.0, bell=Doorbell())
+@pytest.fixture
+def put_at(made, monkeypatch):
+    """A drain, its lane, how many items it has put each time, and its clock, at 5.9 ms."""
+    drain, lane = made
+    put = []
     monkeypatch.setattr(drain, "_put", lambda lane, signal, body, items: put.append(items))
     now = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 5_900_000)
     monkeypatch.setattr(drain_module, "time", now)
+    return drain, lane, put, now
+
+
+def test_an_end_waits_for_the_frames_that_wait(put_at, row):
+    drain, lane, put, now = put_at
     lane.ring.put(5_100_000, row(1), ())
     lane.ends.append(StepFrame("r", "i", 0, 1, 5_200_000, {}, ended=RunEnd(HowEnded.DONE)))
     drain._drain()
@@ -153,16 +170,8 @@ class NotesOfAFastLoop:
         self._now.time_ns = lambda: 6_100_000
 
 
-def test_a_millisecond_is_sent_in_one_piece_where_steps_are_only_noted(
-    open_stream, tmp_path, row, monkeypatch
-):
-    lane = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)._lane
-    spool, put = Spool(1000), []
-    keeper, sent = Keeper(spool, tmp_path, "name"), frozenset(Signal)
-    drain = Drain(lane, spool=spool, keeper=keeper, sent=sent, interval_s=60.0, bell=Doorbell())
-    monkeypatch.setattr(drain, "_put", lambda lane, signal, body, items: put.append(items))
-    now = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 5_900_000)
-    monkeypatch.setattr(drain_module, "time", now)
+def test_a_millisecond_is_sent_in_one_piece_where_steps_are_only_noted(put_at, row):
+    drain, lane, put, now = put_at
     lane.ring.notes = NotesOfAFastLoop(lane.ring, row, now)
     drain._drain()
     assert put == []
@@ -170,13 +179,8 @@ def test_a_millisecond_is_sent_in_one_piece_where_steps_are_only_noted(
     assert put == [6]
 
 
-def test_frames_are_looked_at_though_timelines_come_all_the_time(
-    open_stream, tmp_path, monkeypatch
-):
-    lane = open_stream("http://127.0.0.1:1", stream_interval_ms=60_000.0)._lane
-    spool = Spool(1000)
-    keeper, sent = Keeper(spool, tmp_path, "name"), frozenset(Signal)
-    drain = Drain(lane, spool=spool, keeper=keeper, sent=sent, interval_s=60.0, bell=Doorbell())
+def test_frames_are_looked_at_though_timelines_come_all_the_time(made, monkeypatch):
+    drain, lane = made
     told = []
 
     def emit(timeline, tracers):
