@@ -16,6 +16,7 @@ import json
 import os
 import re
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from typing import IO, Any, NoReturn
 from testkit.patience import PATIENCE_S
 
 ROOT = str(Path(__file__).parent.parent)
+COMMAND = str(Path(__file__).with_name("forked_command.py"))
 COMMON = "torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"
 """What most scripts of tests import; scikit-learn, which the examples need, if it is here."""
 
@@ -96,16 +98,27 @@ class ForkServer:
 
     def __init__(self, *modules: str, keeps_ours: bool = False) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        told = f"{theirs.fileno()}, {modules!r}, {keeps_ours}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A name that the system knows while somebody listens, and no file.
+        self._name = f"esper-forks-{os.getpid()}-{listener.fileno()}"
+        listener.bind(f"\0{self._name}")
+        listener.listen()
+        fds = [theirs.fileno(), listener.fileno()]
+        told = f"{fds}, {modules!r}, {keeps_ours}"
         own = os.environ.get("PYTHONPATH", "") if keeps_ours else ""
         path = os.pathsep.join(filter(None, [ROOT, own]))
-        with theirs:
+        with theirs, listener:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from testkit.fork_server import serve; serve({told})"],
-                pass_fds=[theirs.fileno()],
+                pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
+
+    @property
+    def prefix(self) -> list[str]:
+        """Words that have it run the command behind them, for shells and programs."""
+        return [sys.executable, "-I", "-S", COMMAND, self._name]
 
     def close(self) -> None:
         """End it; what it has forked goes on. It also ends when this process does."""
@@ -183,7 +196,7 @@ def tamiyo_server() -> ForkServer:
 # --- in the server, and in what it forks
 
 
-def serve(fd: int, modules: Sequence[str], keeps_ours: bool) -> None:
+def serve(fds: Sequence[int], modules: Sequence[str], keeps_ours: bool) -> None:
     """Import, and fork for each request until nobody can send any more."""
     for module in modules:
         with suppress(ModuleNotFoundError):
@@ -192,16 +205,24 @@ def serve(fd: int, modules: Sequence[str], keeps_ours: bool) -> None:
     path = [each for each in sys.path[1:] if each not in given]
     forgotten = re.compile(r"(?!)" if keeps_ours else r"esper_otel\b|testkit\b")
     signal.signal(signal.SIGCHLD, _reap)
-    requests = socket.socket(fileno=fd)
+    requests, listener = (socket.socket(fileno=fd) for fd in fds)
     while True:
-        body, fds, _, _ = socket.recv_fds(requests, LARGEST, 3)
-        if not body:
-            os._exit(0)
+        ready, _, _ = select.select([requests, listener], [], [])
+        is_ours = requests in ready
+        if is_ours:
+            body, given_fds, _, _ = socket.recv_fds(requests, LARGEST, 3)
+            if not body:
+                os._exit(0)
+        else:  # a command of somebody who waits for it on the same connection
+            answers, _ = listener.accept()
+            body, given_fds, _, _ = socket.recv_fds(answers, LARGEST, 2)
+            given_fds.insert(0, answers.detach())
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             requests.close()
-            answers, out, err = fds
-            _watch_a_fork(answers)
+            listener.close()
+            answers_fd, out, err = given_fds
+            _watch_a_fork(answers_fd, ends_with_asker=not is_ours)
             os.dup2(out, 1)
             os.dup2(err, 2)
             os.close(out)
@@ -212,7 +233,7 @@ def serve(fd: int, modules: Sequence[str], keeps_ours: bool) -> None:
             if request["finalizes"]:
                 work()
             end_by(work)
-        for each in fds:
+        for each in given_fds:
             os.close(each)
 
 
@@ -223,7 +244,7 @@ def _reap(*_: object) -> None:
             pass
 
 
-def _watch_a_fork(fd: int) -> None:
+def _watch_a_fork(fd: int, *, ends_with_asker: bool) -> None:
     """Fork; returns in the child, and its parent tells how the child has ended."""
     answers = socket.socket(fileno=fd)
     pid = os.fork()
@@ -231,6 +252,12 @@ def _watch_a_fork(fd: int) -> None:
         answers.close()
         return
     answers.send(str(pid).encode())
+    if ends_with_asker:
+        looks = select.poll()
+        looks.register(answers, 0)  # for its end
+        looks.register(os.pidfd_open(pid), select.POLLIN)
+        if answers.fileno() in dict(looks.poll()):
+            os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     try:
         answers.send(str(os.waitstatus_to_exitcode(status)).encode())

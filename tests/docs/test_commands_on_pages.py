@@ -2,11 +2,13 @@
 
 Blocks marked ``sh`` run in one shell for each page, in their order. A block whose first line is
 ``# name.ext`` is saved under that name before. Stood in for are what fetches packages (another
-test installs what is built) and fixed ports, in whose place are ports of the system.
+test installs what is built) and fixed ports, in whose place are ports of the system. What imports
+torch is a fork of a process that has it, and so are sidecars.
 """
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from esper_otel.home import runs_in
-from testkit.fork_server import fork_server
+from sidecar.running import IS_MEASURED
+from testkit.fork_server import fork_server, tamiyo_server
 
 pytestmark = pytest.mark.timeout(600)  # of the longest page on a machine that is busy
 
@@ -40,9 +43,24 @@ tamiyo() {
   if [ "$1" = serve ]; then
     shift
     set -- --otlp-grpc 127.0.0.1:$GRPC_PORT --otlp-http 127.0.0.1:$HTTP_PORT "$@"
-    exec "$BIN/tamiyo" serve "$@"  # in the background, where this ends no shell of ours
+    # In the background, where this ends no shell of ours.
+    exec $SIDECARS "$BIN/tamiyo" serve "$@"
   fi
-  command tamiyo "$@"
+  $SIDECARS "$BIN/tamiyo" "$@"
+}
+esper-otel() {
+  if [ "$1" = run ]; then
+    $TRAININGS "$BIN/esper-otel" "$@"
+  else
+    command esper-otel "$@"
+  fi
+}
+python() {
+  if grep -q "^import torch" "$1"; then
+    $TRAININGS "$BIN/python" "$@"
+  else
+    command python "$@"
+  fi
 }
 python3() {
   if [ "$1 $2" = "-m venv" ]; then
@@ -112,12 +130,17 @@ class Typed:
             if re.search(rf"\b{program} ", "".join(typed)) and not shutil.which(program):
                 pytest.skip(f"{page} needs {program}, which is not here")
         script = PREAMBLE + "".join(typed)
+        trains = "esper-otel run" in "".join(typed) or "import torch" in "".join(
+            saved(page).values()
+        )
         for port, instead in zip(sorted(PORTS), others, strict=True):
             script = script.replace(f"127.0.0.1:{port}", f"127.0.0.1:{instead}")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "ESPER_"))}
         environment = clean | {
             "PATH": f"{BIN}{os.pathsep}{clean['PATH']}",
             "BIN": str(BIN),
+            "TRAININGS": shlex.join(fork_server().prefix) if trains and not IS_MEASURED else "",
+            "SIDECARS": "" if IS_MEASURED else shlex.join(tamiyo_server().prefix),
             "HOME": str(folder),
             "REPOSITORY": str(ROOT),
             "GRPC_PORT": grpc,

@@ -1,0 +1,35 @@
+"""A command that a server of :mod:`testkit.fork_server` runs, for shells and programs.
+
+``python -I -S forked_command.py SERVER COMMAND …`` takes a hundredth of a second: the command
+writes to the same streams, gets SIGINT and SIGTERM that come here, and this ends as it ends.
+It imports nothing of ours, so that it starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+
+
+def main(server: str, command: list[str]) -> None:
+    """Have ``server`` run it, and end with its status."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as answers:
+        answers.connect(f"\0{server}")
+        where = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}
+        request = json.dumps({**where, "finalizes": False})
+        socket.send_fds(answers, [request.encode()], [1, 2])
+        forked = int(answers.recv(64))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _: os.kill(forked, received))
+        status = int(answers.recv(64))
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
