@@ -231,13 +231,24 @@ def kill(*pids):
             os.kill(pid, signal.SIGKILL)
 
 
+FORKS = """
+import subprocess
+PREFIX = {prefix}
+class Forked(subprocess.Popen):
+    def __init__(self, args, *more, **options):
+        super().__init__([*PREFIX, *args] if "run" in args else args, *more, **options)
+subprocess.Popen = Forked
+"""
+"""A ``sitecustomize`` by which the trainings that a process starts are forks."""
+
+
 @contextmanager
-def demo(tmp_path, *arguments, **options):
+def demo(tmp_path, *arguments, path=(), **options):
     """The demo. However a test of it goes, nothing that it started is left behind."""
     with subprocess.Popen(
         [sys.executable, "-m", "examples.demo", *arguments],
         cwd=tmp_path,
-        env=environment(tmp_path, PYTHONPATH=str(ROOT)),
+        env=environment(tmp_path, PYTHONPATH=os.pathsep.join(map(str, [*path, ROOT]))),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -252,7 +263,11 @@ def demo(tmp_path, *arguments, **options):
 
 @pytest.mark.timeout(1000)  # it trains for a minute of two processors that it has to itself
 def test_the_demo_runs_and_tells_what_was_decided(tmp_path):
-    with demo(tmp_path, "--epochs", "6", "--growing-epochs", "40") as process:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FORKS.format(prefix=fork_server().prefix))
+    epochs = "--epochs", "6", "--growing-epochs", "40"
+    with demo(tmp_path, *epochs, path=[site]) as process:
         output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert "multiplied the learning rate by 50 at step 45" in output

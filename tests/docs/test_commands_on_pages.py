@@ -2,8 +2,8 @@
 
 Blocks marked ``sh`` run in one shell for each page, in their order. A block whose first line is
 ``# name.ext`` is saved under that name before. Stood in for are what fetches packages (another
-test installs what is built) and fixed ports, in whose place are ports of the system. What imports
-torch is a fork of a process that has it, and so are sidecars.
+test installs what is built) and fixed ports, in whose place are ports of the system. What
+imports torch is a fork of a process that has it, and so are sidecars.
 """
 
 import os

@@ -18,8 +18,22 @@ from testkit.patience import PATIENCE_S
 pytest.importorskip("torch")
 
 BIN = Path(sys.executable).parent
+WITHOUT_COMPILER = """
+import sys
+from types import SimpleNamespace
+sys.modules["torch._dynamo"] = SimpleNamespace(
+    disable=lambda function, *_, **__: function,
+    graph_break=lambda: None,
+    trace_rules=SimpleNamespace(clear_lru_cache=lambda: None),
+)
+"""
+"""The first optimizer of a process imports torch's compiler, for two seconds, to say that it is
+not to be compiled."""
 SCRIPT = """
-import os, sys, torch
+import os, sys
+if "torch" not in sys.modules:
+    exec(os.environ["WITHOUT_COMPILER"])
+import torch
 import torch.distributed as dist
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
@@ -58,6 +72,7 @@ def start(tmp_path):
             "ESPER_MODE": "off",
             "ESPER_SPAM": "1",
             "OMP_NUM_THREADS": "1",
+            "WITHOUT_COMPILER": WITHOUT_COMPILER,
         }
         where = {"cwd": tmp_path, "env": clean | quiet | own | more, "timeout": PATIENCE_S}
         if is_forked:
@@ -99,7 +114,8 @@ def test_one_process(start, way):
 
 
 SPAWNING = """
-import sys
+import os, sys
+exec(os.environ["WITHOUT_COMPILER"])
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
