@@ -63,19 +63,23 @@ def _quietly():
 
 
 @cache
-def outcomes(stage: str, slots: str = ",".join(SLOTS), *tools: str) -> dict[str, str]:
-    """What came of each tool, in a process of its own: some could end it."""
-    command = [sys.executable, "-m", "kasmina.tools", stage, slots, *tools]
+def outcomes(
+    stages: tuple[str, ...] = STAGES,
+    slots: tuple[str, ...] = SLOTS,
+    tools: tuple[str, ...] = (),
+) -> dict[tuple[str, str], str]:
+    """What came of each tool at each stage, in a process of its own: some could end it."""
+    command = [sys.executable, "-m", "kasmina.tools", ",".join(stages), ",".join(slots), *tools]
     done = fork_server().run(command, env=ENV)
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"it ended at {lines[-1:]}: {done.stderr[-2000:]}"
-    return {tool: said for tool, _, said in lines}
+    return {(tool, stage): said for stage, tool, said in lines}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_gives_what_the_model_gives_or_a_clear_error(tool, stage):
-    said = outcomes(stage)[tool]
+    said = outcomes()[tool, stage]
     if (tool, stage) not in REFUSES:
         assert said == "equal"
         return
@@ -97,8 +101,8 @@ def test_before_its_first_call_script_asks_for_one():
 
 
 def test_script_reads_fossils_that_follow_one_tensor():
-    said = outcomes("FOSSILIZED", "first,middle", "torch.jit.script")
-    assert said == {"torch.jit.script": "equal"}
+    said = outcomes(("FOSSILIZED",), ("first", "middle"), ("torch.jit.script",))
+    assert said == {("torch.jit.script", "FOSSILIZED"): "equal"}
 
 
 # The harvest.

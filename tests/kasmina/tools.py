@@ -1,13 +1,14 @@
 """What people do with a model, and a model whose seed is in a stage, to do it to.
 
-Run as a script, with the name of a tool and of a stage, it prints what came of it: some
-tools have ended the process.
+Run as a script, with the names of stages, slots and tools, it prints what came of each tool at
+each stage: some tools have ended the process.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import sys
 import warnings
@@ -268,7 +269,11 @@ def outcome(tool: str, stage: str, slots: tuple[str, ...] = SLOTS) -> str:
     """``equal``, ``differs by …``, or the error, of ``tool`` on a model in ``stage``."""
     warnings.simplefilter("ignore")
     torch.compiler.reset()
-    driven = grown(stage, slots)
+    return made_of(grown(stage, slots), tool)
+
+
+def made_of(driven: Driven, tool: str) -> str:
+    """What :func:`outcome` says, of a run that came to its stage."""
     model = driven.garden.harvest() if tool == "garden.harvest" else driven.host
     x, _ = driven.batch()
     expected = driven.host(x).detach()
@@ -298,8 +303,33 @@ def _chain(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
-if __name__ == "__main__":
+def print_in_a_fork(driven: Driven, tool: str) -> None:
+    """What came of a tool, whose process it may end, and whose model is nobody's afterwards."""
+    child = os.fork()
+    if child == 0:
+        try:
+            print(made_of(driven, tool), flush=True)
+        finally:
+            os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"{tool} ended its process: {status}")
+
+
+def main(stages: list[str], slots: tuple[str, ...], tools: list[str]) -> None:
+    """Print a line for each tool at each stage."""
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for tool in sys.argv[3:] or TOOLS:
-        print(f"{tool}\t{sys.argv[1]}\t", end="", flush=True)
-        print(outcome(tool, sys.argv[1], tuple(sys.argv[2].split(","))), flush=True)
+    x = torch.zeros(1, 1)
+    for strict in () if tools else (True, False):  # import once what the first export does
+        torch.export.export(nn.Linear(1, 1), (x,), strict=strict)
+    for stage in stages:
+        torch.compiler.reset()
+        driven = grown(stage, slots)
+        for tool in tools or TOOLS:
+            print(f"{stage}\t{tool}\t", end="", flush=True)
+            print_in_a_fork(driven, tool)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1].split(","), tuple(sys.argv[2].split(",")), sys.argv[3:])
