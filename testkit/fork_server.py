@@ -41,9 +41,9 @@ OF_TAMIYO = (
     *("esper_tamiyo.serving.server", "esper_tamiyo.serving.table_watch"),
     *("esper_tamiyo.journaling.reporter", "esper_tamiyo.journaling.journal_writer"),
     "esper_tamiyo.showing.ui",
-    "testkit.forked_children",
+    *("testkit.forked_children", "testkit.shipped_tables"),
 )
-"""What a sidecar imports, and what has its children be forks as well."""
+"""What a sidecar imports, what has its children be forks as well, and the tables there are."""
 
 LARGEST = 200_000
 """Bytes of a request: a command, and an environment."""
@@ -148,9 +148,11 @@ class ForkServer:
             "finalizes": finalizes,
         }
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            outputs = (f if isinstance(f, int) else f.fileno() for f in (stdout, stderr))
-            fds = [theirs.fileno(), *outputs]
+        with theirs, Path(os.devnull).open() as nothing:
+            streams = (
+                f if isinstance(f, int) else f.fileno() for f in (nothing, stdout, stderr)
+            )
+            fds = [theirs.fileno(), *streams]
             socket.send_fds(self._requests, [json.dumps(request).encode()], fds)
         return Forked(ours, words)
 
@@ -210,23 +212,22 @@ def serve(fds: Sequence[int], modules: Sequence[str], keeps_ours: bool) -> None:
         ready, _, _ = select.select([requests, listener], [], [])
         is_ours = requests in ready
         if is_ours:
-            body, given_fds, _, _ = socket.recv_fds(requests, LARGEST, 3)
+            body, given_fds, _, _ = socket.recv_fds(requests, LARGEST, 4)
             if not body:
                 os._exit(0)
         else:  # a command of somebody who waits for it on the same connection
             answers, _ = listener.accept()
-            body, given_fds, _, _ = socket.recv_fds(answers, LARGEST, 2)
+            body, given_fds, _, _ = socket.recv_fds(answers, LARGEST, 3)
             given_fds.insert(0, answers.detach())
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             requests.close()
             listener.close()
-            answers_fd, out, err = given_fds
+            answers_fd, *streams = given_fds
             _watch_a_fork(answers_fd, ends_with_asker=not is_ours)
-            os.dup2(out, 1)
-            os.dup2(err, 2)
-            os.close(out)
-            os.close(err)
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+                os.close(stream)
             request = json.loads(body)
             os.chdir(request["cwd"])
             work = partial(_become, request["command"], request["env"], path, forgotten)

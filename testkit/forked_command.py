@@ -1,7 +1,7 @@
 """A command that a server of :mod:`testkit.fork_server` runs, for shells and programs.
 
 ``python -I -S forked_command.py SERVER COMMAND …`` takes a hundredth of a second: the command
-writes to the same streams, gets SIGINT and SIGTERM that come here, and this ends as it ends.
+has the same streams, gets SIGINT and SIGTERM that come here, and this ends as it ends.
 It imports nothing of ours, so that it starts at once.
 """
 
@@ -20,7 +20,7 @@ def main(server: str, command: list[str]) -> None:
         answers.connect(f"\0{server}")
         where = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}  # noqa: PTH109  (pathlib is slow)
         request = json.dumps({**where, "finalizes": False})
-        socket.send_fds(answers, [request.encode()], [1, 2])
+        socket.send_fds(answers, [request.encode()], [0, 1, 2])
         forked = int(answers.recv(64))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: os.kill(forked, received))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import testkit.shipped_tables  # noqa: F401  (before anything else reads one)
 from ops.stack.programs import CHROMIUM, MissingError, find
 
 # Before anything imports torch, and for every process that a test starts: several that compute
@@ -74,7 +75,8 @@ TOGETHER = {
     **dict.fromkeys(
         (  # another, for the sake of a second process
             *("docs/test_commands_on_pages.py", "integrations/test_ways_to_start.py"),
-            *("kasmina/test_checkpoint.py", "kasmina/test_tools.py", "ranks"),
+            *("kasmina/test_checkpoint.py", "kasmina/test_compiling.py"),
+            *("kasmina/test_tools.py", "ranks"),
         ),
         "ranks",
     ),
@@ -90,7 +92,7 @@ TOGETHER = {
 """Files and folders of tests that share what takes long to make; one process runs them."""
 
 FIRST = (
-    *("forks", "ranks", "stack", "test_examples.py", "kasmina/test_compiling.py"),
+    *("ranks", "forks", "stack", "test_examples.py"),
     *("frameworks", "docs/test_site.py", "test_packaging.py"),
 )
 """What takes longest, so that no process is left with it when the others have ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from esper_otel.kasmina.kernels import (
 )
 from esper_otel.leyline import events
 from esper_otel.settings import EsperSettings
+from testkit.fork_server import fork_server
 from testkit.patience import PATIENCE_S
 
 pytestmark = pytest.mark.torch
@@ -72,15 +74,16 @@ from esper_otel.kasmina.compile_child import main
 main()
 """
 """The child with the priority of a test: on a machine whose processors others want as well,
-what comes after everybody takes minutes to import torch. One process compiles, not a pool of
-them that import torch as well, and the code around the kernels is not optimized: it is most."""
+what comes after everybody takes minutes. One process compiles, a fork that has torch, and not a
+pool of them that import it. The code around the kernels is not optimized: it is most."""
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[dict[str, Any]]:
     """One seed, compiled by a fetcher's thread while this one draws; it takes a while."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "COMMAND", ["-c", NOT_LAST])
+        forked = [*fork_server().prefix[1:], sys.executable]
+        patch.setattr(compiling, "COMMAND", [*forked, "-c", NOT_LAST])
         yield _compiled()
 
 
