@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from esper_otel.stream import read_frames
+from testkit import without_compiler
 from testkit.fork_server import fork_server
 from testkit.patience import PATIENCE_S
 
 pytest.importorskip("torch")
 pytest.importorskip("opentelemetry.configuration", exc_type=ImportError)
 
-SCRIPT = """
+SCRIPT = f"""{without_compiler.SOURCE}
 import os
 from opentelemetry.configuration import configure_sdk, load_config_file
 configure_sdk(load_config_file("otel.yaml"))

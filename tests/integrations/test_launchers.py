@@ -12,28 +12,15 @@ from pathlib import Path
 import pytest
 
 from esper_otel.stream import read_frames
+from testkit import without_compiler
 from testkit.fork_server import fork_server
 from testkit.patience import PATIENCE_S
 
 pytest.importorskip("torch")
 
 BIN = Path(sys.executable).parent
-WITHOUT_COMPILER = """
-import sys
-from types import SimpleNamespace
-sys.modules["torch._dynamo"] = SimpleNamespace(
-    disable=lambda function, *_, **__: function,
-    graph_break=lambda: None,
-    trace_rules=SimpleNamespace(clear_lru_cache=lambda: None),
-)
-"""
-"""The first optimizer of a process imports torch's compiler, for two seconds, to say that it is
-not to be compiled."""
-SCRIPT = """
-import os, sys
-if "torch" not in sys.modules:
-    exec(os.environ["WITHOUT_COMPILER"])
-import torch
+SCRIPT = f"""{without_compiler.SOURCE}
+import os, sys, torch
 import torch.distributed as dist
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
@@ -72,7 +59,6 @@ def start(tmp_path):
             "ESPER_MODE": "off",
             "ESPER_SPAM": "1",
             "OMP_NUM_THREADS": "1",
-            "WITHOUT_COMPILER": WITHOUT_COMPILER,
         }
         where = {"cwd": tmp_path, "env": clean | quiet | own | more, "timeout": PATIENCE_S}
         if is_forked:
@@ -113,16 +99,15 @@ def test_one_process(start, way):
     assert [step for _, step in frames] == list(range(1, 8))
 
 
-SPAWNING = """
-import os, sys
-exec(os.environ["WITHOUT_COMPILER"])
+SPAWNING = f"""{without_compiler.SOURCE}
+import sys
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import esper_otel
 
 def work(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     esper_otel.start(optimizer)
