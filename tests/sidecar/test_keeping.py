@@ -13,7 +13,7 @@ from msgspec import msgpack, structs
 
 from esper_otel.leyline.frames import StepFrame
 from esper_tamiyo.judging.saved_structs import SavedPace, SavedRank
-from esper_tamiyo.keeping import rank_queue, restoring, state_keeper, writer
+from esper_tamiyo.keeping import rank_queue, restoring, segments, state_keeper, writer
 from esper_tamiyo.keeping.bodies import OURS, Header, encode_body, encode_rank
 from esper_tamiyo.keeping.restoring import last_table, restore
 from esper_tamiyo.keeping.segments import (
@@ -442,6 +442,21 @@ def test_the_last_table_is_known_by_its_name(tmp_path):
     assert last_table(tmp_path, "a table") == table()
     assert last_table(tmp_path, "another") is None
     assert last_table(tmp_path / "nowhere", "a table") is None
+
+
+def test_the_last_table_is_read_when_the_writer_has_ended(tmp_path, monkeypatch):
+    """A sidecar that was killed, whose writer still writes when the next one begins."""
+    judge(tmp_path / "written", [0])
+    (written,) = segments_of(tmp_path / "written")
+    state = tmp_path / "state"
+    lock = locked(state)
+
+    def ends(_):
+        written.rename(state / written.name)
+        os.close(lock)
+
+    monkeypatch.setattr(segments.time, "sleep", ends)
+    assert last_table(state, "a table") == table()
 
 
 def test_what_is_nested_without_end_is_set_aside_like_any_other(tmp_path, caplog):

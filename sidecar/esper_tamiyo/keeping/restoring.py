@@ -9,6 +9,7 @@ stood after the last step that was judged, however the sidecar ended.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,9 +34,11 @@ from esper_tamiyo.judging.saved_state import (
 )
 from esper_tamiyo.keeping import bodies
 from esper_tamiyo.keeping.segments import (
+    LOCK_PATIENCE_S,
     DamagedSegmentError,
     EntryKind,
     entries,
+    locked,
     segments_of,
     set_aside,
 )
@@ -158,8 +161,14 @@ def restore(
 
 def last_table(folder: Path, source: str) -> Table | None:
     """The table that was decided by last, if it came from the name or file ``source``; None
-    where nobody can say."""
+    where nobody can say.
+
+    Waits a little for a writer that has not ended yet.
+    """
     found = None
+    if folder.exists():
+        with suppress(OSError):
+            os.close(locked(folder, LOCK_PATIENCE_S))
     try:
         for path in segments_of(folder):
             told = ""

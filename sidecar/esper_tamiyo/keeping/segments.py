@@ -36,6 +36,9 @@ may lie further back than where these were saved last."""
 LOOK_AGAIN_S = 0.02
 """Between two looks whether a folder is free."""
 
+LOCK_PATIENCE_S = 3.0
+"""What a writer has to write down the rest, and to end, when its sidecar was killed."""
+
 _NAME = re.compile(r"state-(\d{6,})\.log")
 _ASIDE = ".unusable"
 

@@ -42,7 +42,13 @@ from esper_tamiyo.keeping.bodies import (
 )
 from esper_tamiyo.keeping.rank_queue import RankQueue
 from esper_tamiyo.keeping.restoring import MAX_AGE_S, Restored, restore
-from esper_tamiyo.keeping.segments import KEPT_SEGMENTS, EntryKind, framed, locked
+from esper_tamiyo.keeping.segments import (
+    KEPT_SEGMENTS,
+    LOCK_PATIENCE_S,
+    EntryKind,
+    framed,
+    locked,
+)
 from esper_tamiyo.language.table import Table
 
 log = logging.getLogger("tamiyo")
@@ -67,7 +73,6 @@ ALIVE_S = 1.0
 """Between two notes that the sidecar is there: the time away is no silence of ranks."""
 
 RETRY_S = 10.0
-LOCK_PATIENCE_S = 3.0
 END_PATIENCE_S = 2.0
 CLOSING_S = 0.5  # for saving ranks at the end; what is not saved then is judged again
 
