@@ -1,4 +1,7 @@
-"""``python -m ops.stack``: one stack from binaries, and one line for every mistake."""
+"""``python -m ops.stack``: one stack from binaries, and one line for every mistake.
+
+Mistakes are made in forks, which have most of the modules already.
+"""
 
 import os
 import re
@@ -27,6 +30,7 @@ from ops.stack.programs import (
 from ops.stack.queries import is_page
 from ops.stack.services import Ports
 from sidecar.running import is_alive
+from testkit.fork_server import tamiyo_server
 from testkit.patience import PATIENCE_S
 
 COMMAND = [sys.executable, "-m", "ops.stack"]
@@ -41,14 +45,7 @@ def environment(tmp_path, **more):
 
 def mistake(*arguments, **options):
     """The one line that a mistake gets."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        cwd=ROOT,
-        **options,
-    )
+    done = tamiyo_server().run([*COMMAND, *map(str, arguments)], cwd=ROOT, **options)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -122,14 +119,8 @@ def test_a_command_on_what_the_images_hold(tmp_path):
 
 
 def test_what_cannot_be_made_is_no_failure_of_the_tests(tmp_path):
-    done = subprocess.run(
-        [*COMMAND, "build", "--if-possible"],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        cwd=ROOT,
-    )
+    command = [*COMMAND, "build", "--if-possible"]
+    done = tamiyo_server().run(command, cwd=ROOT, env=environment(tmp_path))
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == len(PROGRAMS)
     assert not list((tmp_path / "cache").rglob("*otelcol*"))
