@@ -26,7 +26,8 @@ def main(server: str, command: list[str]) -> None:
             signal.signal(number, lambda received, _: os.kill(forked, received))
         status = int(answers.recv(64))
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status != signal.SIGKILL:  # which nobody can handle
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 
