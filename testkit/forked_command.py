@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 
 def main(server: str, command: list[str]) -> None:
@@ -22,8 +23,13 @@ def main(server: str, command: list[str]) -> None:
         request = json.dumps({**where, "finalizes": False})
         socket.send_fds(answers, [request.encode()], [0, 1, 2])
         forked = int(answers.recv(64))
+
+        def pass_on(number: int, _: object) -> None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(forked, number)
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, _: os.kill(forked, received))
+            signal.signal(number, pass_on)
         status = int(answers.recv(64))
     if status < 0:
         if -status != signal.SIGKILL:  # which nobody can handle
