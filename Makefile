@@ -14,7 +14,7 @@ COVERED ?= tests --ignore=tests/ops/stack --ignore=tests/bench --ignore=tests/fu
 TARGET ?=
 # At once, each with files of its own, in the order of tests/conftest.py: much of a test is waiting
 # for processes it has started.
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 3
 # Of make test-pythons: versions or paths (the newest that is here, without), and torch as well.
 PYTHONS ?=
 WITH_TORCH ?=
