@@ -1,6 +1,7 @@
 """Gradients that a script does not clear: told, and cleared where a decision says so."""
 
 import contextlib
+import weakref
 
 import pytest
 
@@ -48,11 +49,28 @@ def by_hand(optimizer, model):
             parameter.grad.mul_(0.5)  # a habit of its own, and no forgotten call
 
 
+def by_data(optimizer, model):
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data.zero_()  # as zero_grad once did; torch does not count it
+
+
+def by_numpy(optimizer, model):
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.numpy().fill(0.0)
+
+
+def by_deletion(optimizer, model):
+    for parameter in model.parameters():
+        del parameter.grad
+
+
 def never(optimizer, model):
     pass
 
 
-CLEARED = [to_zero, to_none, by_model, by_hand]
+CLEARED = [to_zero, to_none, by_model, by_hand, by_data, by_numpy, by_deletion]
 
 
 def follow(clear, *, micro_batches=1, clip=False, before=True):
@@ -97,6 +115,56 @@ def test_another_optimizers_update_says_nothing():
         loss_of(model, 1).backward()
         subject.after_backward()
         assert not subject.after_update(optimizer)
+
+
+def test_gradients_that_are_replaced_before_each_update_are_not_kept():
+    model, subject = network(), KeptGradients()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(STEPS):
+        subject.before_backward()
+        loss_of(model, step + 1).backward()
+        subject.after_backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert not subject.after_update(optimizer)
+
+
+def test_gradients_are_followed_when_the_smallest_parameter_is_trained_no_more():
+    model, subject, seen = network(), KeptGradients(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(STEPS):
+        if step == 3:
+            model[2].requires_grad_(False)  # its gradients stay where they are
+        subject.before_backward()
+        loss_of(model, step + 1).backward()
+        subject.after_backward()
+        optimizer.step()
+        seen.append(subject.after_update(optimizer))
+    assert seen == [False, True, True, False, True, True]
+
+
+def test_no_gradient_is_kept_alive():
+    """It may be the only one, of a flat or very large parameter."""
+    model, subject = nn.Linear(3, 1, bias=False), KeptGradients()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss_of(model, 1).backward()
+    subject.after_update(optimizer)
+    gradient = weakref.ref(model.weight.grad)
+    assert gradient() is model.weight.grad
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+def test_sparse_gradients_are_cleared():
+    model, subject = nn.Embedding(5, 2, sparse=True), KeptGradients()
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    model(torch.tensor([1, 3])).sum().backward()
+    optimizer.step()
+    subject.after_update(optimizer)
+    subject.before_backward()
+    assert subject.clear()
+    assert not model.weight.grad.to_dense().any()
 
 
 def test_an_optimizer_that_is_gone_is_not_held_on_to():
@@ -224,6 +292,69 @@ def test_a_script_that_clears_again_and_forgets_again_is_helped_again(captured, 
     assert set(told[9:]) == {0.0, 1.0}
     assert 2 <= len([step for step in steps if step < 20]) <= 4
     assert 2 <= len([step for step in steps if step > 20]) <= 4
+
+
+def cleared_by_a_hook(model):
+    """The script's own hook is called before ours."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.register_step_post_hook(lambda each, *_: each.zero_grad(set_to_none=False))
+    while True:
+        loss_of(model, 1).backward()
+        optimizer.step()
+        yield
+
+
+def stepped_within_backward(model):
+    optimizers = {each: torch.optim.SGD([each], lr=0.01) for each in model.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad(set_to_none=False)
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(update)
+    while True:
+        loss_of(model, 1).backward()
+        yield
+
+
+@pytest.mark.parametrize("loop", [cleared_by_a_hook, stepped_within_backward])
+def test_gradients_that_are_cleared_within_other_calls_are_not_kept(captured, beside, loop):
+    with beside("enforce"):
+        steps = loop(network())
+        for _ in range(STEPS):
+            next(steps)
+    assert len(captured.frames) == STEPS
+    assert kept(captured) == []
+
+
+def test_gradients_of_an_update_that_a_scaler_skips_are_cleared_as_well(captured, beside):
+    """An infinite one that stays would have every update skipped from then on."""
+    overflow = 30
+    with beside("enforce"):
+        model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=16.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for step in range(1, 50):
+            loss = loss_of(model, 1)
+            scaler.scale(loss * torch.inf if step == overflow else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert len(captured.frames) == 49 - 1
+
+
+def test_a_gradient_that_cannot_be_followed_takes_nothing_from_the_step(
+    captured, beside, monkeypatch
+):
+    def fail(*_):
+        raise RuntimeError("Inference tensors do not track version counter")
+
+    with beside("enforce"):
+        trained(lambda step: True, steps=5)
+        for name in ("before_backward", "after_backward", "after_update"):
+            monkeypatch.setattr(KeptGradients, name, fail)
+        trained(lambda step: True, steps=5)
+    assert len(captured.frames) == 10
+    assert captured.frames[-1].keys() == captured.frames[4].keys()
 
 
 def test_evaluations_and_penalties_of_a_loop_that_clears_are_no_trouble(captured, beside):

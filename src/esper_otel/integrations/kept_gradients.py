@@ -2,8 +2,10 @@
 
 ``zero_grad`` was forgotten. Torch counts the changes in place of each tensor (``_version``):
 a gradient that is the same object as at the last update, and that nothing but ``backward``
-has changed since, still has the sum of before. No value is read, so no device is waited for.
-A change by way of ``.data`` is not counted, and looks the same as none.
+has changed since, still has the sum of before. No device is waited for: only where a gradient
+looks kept, and is on the CPU, its values are read, as a change by way of ``.data``, of numpy,
+or of the script within ``backward`` is not counted. On other devices that looks the same as
+none.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from typing import Any
 
 class KeptGradients:
     """Follows one gradient of the optimizer whose steps are the run's: of its smallest
-    parameter, as that gradient is held on to until ``backward`` begins."""
+    parameter that is trained. Nothing is kept alive by it."""
 
     def __init__(self) -> None:
         self._optimizer: Any = _nothing
         self._parameter: Any = _nothing
         self._gradient: Any = None
         """As the last update left it; None once anything but ``backward`` has changed it."""
+        self._id = 0
         self._version = 0
         self._added = False
         """Whether ``backward`` has added to it since."""
@@ -30,37 +33,37 @@ class KeptGradients:
 
     def before_backward(self) -> None:
         """Gradients are about to be added."""
-        gradient = self._gradient
-        if gradient is not None:
-            parameter = self._parameter()
-            is_same = parameter is not None and parameter.grad is gradient
-            if not is_same or gradient._version != self._version:
+        if self._gradient is not None:
+            gradient = self._same()
+            if gradient is None or gradient._version != self._version:
+                self._gradient = None
+            elif not self._added and _is_zero(gradient):
                 self._gradient = None
 
     def after_backward(self) -> None:
         """They have been."""
         self._first = False
-        gradient = self._gradient
-        if gradient is None:
-            return
-        parameter = self._parameter()
-        if parameter is None or parameter.grad is not gradient:
-            self._gradient = None
-        elif gradient._version != self._version:
-            self._added, self._version = True, gradient._version
+        if self._gradient is not None:
+            gradient = self._same()
+            if gradient is None:
+                self._gradient = None
+            elif gradient._version != self._version:
+                self._added, self._version = True, gradient._version
 
     def after_update(self, optimizer: Any) -> bool:
         """``optimizer`` has made an update; whether with gradients of its last one as well."""
         parameter = self._parameter()
         known = parameter is not None and self._optimizer() is optimizer
-        if not known or parameter.grad is None:
-            parameter = min(_with_gradients(optimizer), key=_elements, default=None)
+        if not known or parameter.grad is None or not parameter.requires_grad:
+            trained = filter(_is_trained, _with_gradients(optimizer))
+            parameter = min(trained, key=_elements, default=None)
             self._optimizer, self._gradient = weakref.ref(optimizer), None
             self._parameter = _nothing if parameter is None else weakref.ref(parameter)
-        were_kept = self._added and self._gradient is not None
+        were_kept = self._added and self._same() is not None
         self._first, self._added, self._gradient = True, False, None
         if parameter is not None:
-            self._gradient = gradient = parameter.grad
+            gradient = parameter.grad
+            self._gradient, self._id = weakref.ref(gradient), id(gradient)
             self._version = gradient._version
         return were_kept
 
@@ -73,10 +76,23 @@ class KeptGradients:
             return True
         if self._gradient is None:
             return False
-        for parameter in _with_gradients(self._optimizer()):
-            parameter.grad.detach().zero_()
+        import torch
+
+        with torch.no_grad():  # detached, a sparse one would not be the one that is cleared
+            for parameter in _with_gradients(self._optimizer()):
+                parameter.grad.zero_()
         self._gradient = None
         return True
+
+    def _same(self) -> Any:
+        """The gradient that is followed, as long as it is that of its parameter."""
+        parameter = self._parameter()
+        gradient = None if parameter is None else parameter.grad
+        # An id is given anew once its owner is gone. That of another is not asked for by its
+        # reference: torch may own it alone, and free it meanwhile.
+        if self._gradient is None or id(gradient) != self._id:
+            return None
+        return gradient if self._gradient() is gradient else None
 
 
 def _nothing() -> None:
@@ -85,6 +101,17 @@ def _nothing() -> None:
 
 def _elements(parameter: Any) -> int:
     return int(parameter.numel())
+
+
+def _is_trained(parameter: Any) -> bool:
+    return parameter.requires_grad and parameter.numel() > 0
+
+
+def _is_zero(gradient: Any) -> bool:
+    """Whether it is known to be zero without waiting for a device, or for other ranks."""
+    if gradient.device.type != "cpu" or hasattr(gradient, "full_tensor"):
+        return False
+    return not bool(gradient.any())
 
 
 def _with_gradients(optimizer: Any) -> Iterator[Any]:

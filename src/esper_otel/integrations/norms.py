@@ -28,6 +28,7 @@ from esper_otel.integrations.jobs import Job, Jobs
 from esper_otel.integrations.kept_gradients import KeptGradients
 from esper_otel.integrations.primary import parameters_of
 from esper_otel.leyline.frames import Value
+from esper_otel.loop import tell_once
 from esper_otel.tolaria.gradients import gradient_norm, whole_norm, with_gradients
 from esper_otel.tolaria.identities import IdentityMap
 
@@ -45,6 +46,8 @@ TRIALS = 3
 
 SAME = 1e-3
 """Relative difference up to which two of these say the same."""
+
+_UNKNOWN = "whether gradients were kept is not known"
 
 
 class _Known(NamedTuple):
@@ -122,16 +125,22 @@ class GradientNorms:
     def backward_begins(self) -> None:
         """Gradients are about to change."""
         self._backwards += 1
-        self._kept.before_backward()
-        control = self._recorder.control
-        if control.clears_gradients:
-            control.clears_gradients = self._kept.clear()
         if self._early is not None:
             self._drop_early()
+        try:
+            self._kept.before_backward()
+            control = self._recorder.control
+            if control.clears_gradients:
+                control.clears_gradients = self._kept.clear()
+        except Exception:
+            tell_once(_UNKNOWN)
 
     def backward_ended(self, *, scaled: bool, optimizing: bool) -> None:
         """They have; ``scaled`` by a ``GradScaler``, ``optimizing``: within a closure."""
-        self._kept.after_backward()
+        try:
+            self._kept.after_backward()
+        except Exception:
+            tell_once(_UNKNOWN)
         if scaled or not self._is_alone or self._recorder.norm is not None:
             return
         habit = self._habit
@@ -208,13 +217,14 @@ class GradientNorms:
         """``optimizer``, whose steps are the run's, has stepped."""
         if self._known:  # clipped by a closure, within the step
             self.tell(optimizer)
-        if self._kept.after_update(optimizer):
+        if self._were_kept(optimizer):
             self._recorder.under_way.gradients_kept = 1.0
         self._habit.backwards = self._backwards
         self._backwards, self._early = 0, None
 
-    def skipped(self) -> None:
-        """It was not let step."""
+    def skipped(self, optimizer: Any) -> None:
+        """It was not let step: its gradients are over all the same."""
+        self._were_kept(optimizer)
         self._known.clear()
         self._backwards, self._early = 0, None
 
@@ -240,6 +250,14 @@ class GradientNorms:
             self._loop.norm_on_device(optimizer, found.norm)
         self._habit.tells = found.told
         return True
+
+    def _were_kept(self, optimizer: Any) -> bool:
+        """Whether gradients of the last update of ``optimizer`` were in this one as well."""
+        try:
+            return self._kept.after_update(optimizer)
+        except Exception:
+            tell_once(_UNKNOWN)
+            return False
 
     def _measure(self, optimizer: Any) -> None:
         if optimizer is None:

@@ -272,7 +272,7 @@ class Watch:
         if not self._primary.may_be(optimizer):
             self.quietly(self._another_ended, optimizer)
         elif steps == self._steps:
-            self.norms.skipped()
+            self.norms.skipped(optimizer)
             self.quietly(self._recorder.skipped)
         return result
 
