@@ -1,6 +1,7 @@
 """Gradients that a script does not clear: told, and cleared where a decision says so."""
 
 import contextlib
+import gc
 import weakref
 
 import pytest
@@ -294,6 +295,12 @@ def test_a_script_that_clears_again_and_forgets_again_is_helped_again(captured, 
     assert 2 <= len([step for step in steps if step > 20]) <= 4
 
 
+def test_a_script_that_clears_at_some_updates_only_is_helped_at_the_others(captured, beside):
+    with beside("enforce"):
+        trained(lambda step: step % 4 == 1)
+    assert set(kept(captured)) <= {2, 3, 4, 6}
+
+
 def cleared_by_a_hook(model):
     """The script's own hook is called before ours."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -340,6 +347,20 @@ def test_gradients_of_an_update_that_a_scaler_skips_are_cleared_as_well(captured
             scaler.step(optimizer)
             scaler.update()
     assert len(captured.frames) == 49 - 1
+
+
+def test_a_training_that_is_gone_leaves_no_parameter_behind(captured, beside):
+    with beside("enforce"):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(STEPS):
+            loss_of(model, 1).backward()
+            optimizer.step()
+        of_it = [optimizer, *model.parameters(), *(each.grad for each in model.parameters())]
+        known = [weakref.ref(each) for each in of_it]
+        del model, optimizer, of_it
+        gc.collect()
+        assert [each() for each in known] == [None] * len(known)
 
 
 def test_a_gradient_that_cannot_be_followed_takes_nothing_from_the_step(

@@ -14,6 +14,10 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+CLEARED_AGAIN = 16
+"""Updates in a row whose gradients the script has cleared, after which it needs no help: one that
+clears them at every fourth update only (accumulation that steps too often) does."""
+
 
 class KeptGradients:
     """Follows one gradient of the optimizer whose steps are the run's: of its smallest
@@ -30,15 +34,26 @@ class KeptGradients:
         """Whether ``backward`` has added to it since."""
         self._first = False
         """Whether ``backward`` has not been called since the last update."""
+        self._cleared = 0
+        """Updates in a row since which the script has cleared gradients."""
 
     def before_backward(self) -> None:
         """Gradients are about to be added."""
-        if self._gradient is not None:
-            gradient = self._same()
-            if gradient is None or gradient._version != self._version:
-                self._gradient = None
-            elif not self._added and _is_zero(gradient):
-                self._gradient = None
+        reference = self._gradient
+        if reference is None:
+            return
+        parameter = self._parameter()
+        gradient = None if parameter is None else parameter.grad
+        # Most loops have cleared it, so the cheapest is asked first. An id is given anew once its
+        # owner is gone.
+        if (
+            gradient is None
+            or gradient._version != self._version
+            or id(gradient) != self._id
+            or reference() is not gradient
+            or (not self._added and _is_zero(gradient))
+        ):
+            self._gradient = None
 
     def after_backward(self) -> None:
         """They have been."""
@@ -53,16 +68,21 @@ class KeptGradients:
     def after_update(self, optimizer: Any) -> bool:
         """``optimizer`` has made an update; whether with gradients of its last one as well."""
         parameter = self._parameter()
-        known = parameter is not None and self._optimizer() is optimizer
-        if not known or parameter.grad is None or not parameter.requires_grad:
+        gradient = None if parameter is None else parameter.grad
+        is_idle = self._gradient is not None and not self._added
+        if (
+            gradient is None
+            or self._optimizer() is not optimizer
+            or (is_idle and not parameter.requires_grad)
+        ):
             trained = filter(_is_trained, _with_gradients(optimizer))
             parameter = min(trained, key=_elements, default=None)
             self._optimizer, self._gradient = weakref.ref(optimizer), None
             self._parameter = _nothing if parameter is None else weakref.ref(parameter)
+            gradient = None if parameter is None else parameter.grad
         were_kept = self._added and self._same() is not None
         self._first, self._added, self._gradient = True, False, None
-        if parameter is not None:
-            gradient = parameter.grad
+        if gradient is not None:
             self._gradient, self._id = weakref.ref(gradient), id(gradient)
             self._version = gradient._version
         return were_kept
@@ -70,12 +90,14 @@ class KeptGradients:
     def clear(self) -> bool:
         """``backward`` begins: set gradients to zero that nobody has cleared, in place.
 
-        False where the script has cleared them, so that this is not needed any more.
+        False once the script has cleared them for long, so that this is not needed any more.
         """
         if not self._first:  # what was added since the last update is to stay
             return True
         if self._gradient is None:
-            return False
+            self._cleared += 1
+            return self._cleared < CLEARED_AGAIN
+        self._cleared = 0
         import torch
 
         with torch.no_grad():  # detached, a sparse one would not be the one that is cleared
@@ -88,8 +110,6 @@ class KeptGradients:
         """The gradient that is followed, as long as it is that of its parameter."""
         parameter = self._parameter()
         gradient = None if parameter is None else parameter.grad
-        # An id is given anew once its owner is gone. That of another is not asked for by its
-        # reference: torch may own it alone, and free it meanwhile.
         if self._gradient is None or id(gradient) != self._id:
             return None
         return gradient if self._gradient() is gradient else None

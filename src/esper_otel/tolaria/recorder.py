@@ -168,6 +168,7 @@ class Recorder(LoopEvents):
         self._last_end = ended
         alone = not (asking.decides or garden or ending.taken or self._in_hand or self._keeps)
         self._go_through(self._alone if alone else self._stages, ending)
+        self._rates = ()  # they hold parameters, whose owner decides how long these live
         hook_end = perf_counter_ns()
         if not alone:
             self.control.start_next()
