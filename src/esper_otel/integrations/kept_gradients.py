@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 CLEARED_AGAIN = 16
-"""Updates in a row whose gradients the script has cleared, after which it needs no help: one that
-clears them at every fourth update only (accumulation that steps too often) does."""
+"""Updates in a row whose gradients the script has cleared, after which it needs no help. One
+that clears them at every fourth update only (accumulation that steps too often) does."""
 
 
 class KeptGradients:
@@ -44,8 +44,8 @@ class KeptGradients:
             return
         parameter = self._parameter()
         gradient = None if parameter is None else parameter.grad
-        # Most loops have cleared it, so the cheapest is asked first. An id is given anew once its
-        # owner is gone.
+        # Most loops have cleared it, so the cheapest is asked first. An id is given anew once
+        # its owner is gone.
         if (
             gradient is None
             or gradient._version != self._version
@@ -124,7 +124,7 @@ def _elements(parameter: Any) -> int:
 
 
 def _is_trained(parameter: Any) -> bool:
-    return parameter.requires_grad and parameter.numel() > 0
+    return bool(parameter.requires_grad) and _elements(parameter) > 0
 
 
 def _is_zero(gradient: Any) -> bool:
