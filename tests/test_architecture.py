@@ -79,14 +79,14 @@ MAY_IMPORT = {
 OF_THE_SIDECAR = {
     "language": set(),
     "judging": {"language"},
-    "receiving": {"language", "child_process"},
+    "receiving": {"language", "child_process", "latency"},
     "replaying": {"language", "judging", "receiving"},
-    "keeping": {"language", "judging", "child_process", "release"},
-    "journaling": {"language", "judging", "child_process", "release"},
-    "showing": {"receiving", "keeping", "journaling", "child_process"},
+    "keeping": {"language", "judging", "child_process", "latency", "release"},
+    "journaling": {"language", "judging", "child_process", "latency", "release"},
+    "showing": {"receiving", "keeping", "journaling", "child_process", "latency"},
     "serving": {
         *("language", "judging", "receiving", "journaling", "keeping", "child_process"),
-        "showing",
+        *("latency", "showing"),
     },
 }
 """Package of ``esper_tamiyo`` → others of it that it may import; commands import all."""

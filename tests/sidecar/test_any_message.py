@@ -28,8 +28,8 @@ from esper_tamiyo.journaling.messages import Heartbeat, decode_messages, pack
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.language.table_file import load
+from esper_tamiyo.latency import GarbageSchedule
 from esper_tamiyo.serving.connection import ClientConnection
-from esper_tamiyo.serving.latency import GarbageSchedule
 from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.replies import Replies
 

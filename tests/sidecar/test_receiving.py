@@ -339,14 +339,16 @@ class Ready:
 PIPE, TRAINER = 7, 8
 
 
-def judged_in_a_turn(frames, *ready):
-    """How many of so many frames are judged in one turn, and what is left."""
+def judged_in_a_turn(frames, *ready, is_prompt=False):
+    """How many of so many frames are judged in one turn; the others are left."""
     server, judged = Server.__new__(Server), []
     server._epoll, server._judge = Ready(*ready), judged.append
     ingest = SimpleNamespace(
         frames=deque(range(frames)), has_pipe=lambda fd: fd == PIPE, due_in=lambda: None
     )
-    server._work_on(ingest, pipe_ready=True)
+    server._ingest, server._pipe_ready, server._on_ready = ingest, True, None
+    server._is_prompt = is_prompt
+    server._work_on_stream()
     assert [*judged, *ingest.frames] == list(range(frames))
     return len(judged)
 
@@ -356,3 +358,12 @@ def test_a_turn_judges_some_frames_and_ends_with_who_asks():
     assert judged_in_a_turn(100) == FRAMES_PER_TURN
     assert judged_in_a_turn(100, [PIPE], [], [PIPE, TRAINER]) == 3
     assert judged_in_a_turn(100, [TRAINER]) == 1
+
+
+def test_a_server_that_takes_processors_gives_its_own_away_between_frames(monkeypatch):
+    yields = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yields.append(1))
+    assert judged_in_a_turn(3) == 3
+    assert len(yields) == 0
+    assert judged_in_a_turn(3, is_prompt=True) == 3
+    assert len(yields) == 2

@@ -36,8 +36,8 @@ from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.admission import RefusalReason, fault_of_hello
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.silences import SilenceError
+from esper_tamiyo.latency import GarbageSchedule
 from esper_tamiyo.serving.connection import ClientConnection, Trainer
-from esper_tamiyo.serving.latency import GarbageSchedule
 from esper_tamiyo.serving.recent_steps import RecentSteps
 
 log = logging.getLogger("tamiyo")

@@ -1,8 +1,9 @@
 """The decide process: one thread that owns all state and answers decision requests first.
 
 Each turn of the loop first serves every connection that is ready, then reads a little
-from the ingest process or judges some frames of its queue, for as long as nobody asks. So an
-ask waits at most for one frame and what is done once in a turn, however much OTLP comes in.
+from the ingest process or judges some frames of its queue, and does some upkeep, for as long as
+nobody asks. So an ask waits at most for one frame or one part of the upkeep, however much OTLP
+comes in.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from esper_tamiyo.child_process import raise_descriptor_limit
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.keeping.state_keeper import StateKeeper
+from esper_tamiyo.latency import GarbageSchedule, Upkeep, never_preempt, shorten_slice
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
 from esper_tamiyo.serving.connection import ClientConnection, idlest
-from esper_tamiyo.serving.latency import GarbageSchedule, never_preempt
 from esper_tamiyo.serving.listening import Accepting, DecisionSocket
 from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.reloading import Reloading
@@ -97,6 +98,21 @@ class Server:
         """The look for silent ranks that goes on, some of them in each turn."""
         self._seen_at = 0
         """Mark of ``perf_counter_ns`` at which this turn saw what there is to do."""
+        self._is_prompt = False
+        """Whether it takes a processor when it is woken, and gives it back with the answer."""
+        self._pipe_ready = False
+        """Whether the ingest process has sent more, as this turn saw it."""
+        self._upkeep = Upkeep(
+            (
+                self._work_on_stream,
+                reloading.restart_when_due,
+                self._tick,
+                keeper.keep,
+                lambda: reporter.write_down(engine.table, self._status_in_parts),
+                self._garbage.collect_young,
+            ),
+            self._is_asked,
+        )
         self._stopping = False
 
     def run(self) -> None:
@@ -122,7 +138,9 @@ class Server:
                 self._ingest.watch(self._epoll)
                 self._ingest.start()
             self._garbage.take_over()
-            never_preempt()
+            self._is_prompt = shorten_slice()
+            if not self._is_prompt:
+                never_preempt()
             self._announce()
             while not self._stopping:
                 self._turn(wake)
@@ -139,13 +157,14 @@ class Server:
         self._reloading.look_now()
 
     def _turn(self, wake: socket.socket) -> None:
-        pipe_ready = False
+        self._pipe_ready = is_served = False
         listener_fd = self._listener.socket.fileno()
         ready = self._epoll.poll(self._patience())
         self._seen_at = time.perf_counter_ns()
         for fd, events in ready:
             connection = self._connections.get(fd)
             if connection is not None:
+                is_served = True
                 try:
                     self._serve(connection, events)
                 except Exception:  # whatever one client brings about, the others are served
@@ -155,7 +174,7 @@ class Server:
             elif fd == listener_fd:
                 self._accept()
             elif self._ingest is not None and self._ingest.has_pipe(fd):
-                pipe_ready = True
+                self._pipe_ready = True
             elif self._reporter.is_writer(fd):
                 self._reporter.read_writer()
             elif self._reloading.has_pipe(fd):
@@ -167,14 +186,20 @@ class Server:
             else:
                 with suppress(BlockingIOError):
                     wake.recv(64)
-        if self._ingest is not None:
-            self._work_on(self._ingest, pipe_ready)
-            self._announce()
-        self._reloading.restart_when_due()
-        self._tick()
-        self._keeper.keep()
-        self._reporter.write_down(self._engine.table, self._status_in_parts)
-        self._garbage.collect_young()
+        if is_served:
+            self._give_way()
+        self._upkeep.go_on(self._seen_at)
+
+    def _is_asked(self) -> bool:
+        """Whether there is anything to do that is not more of the stream."""
+        self._give_way()  # to whoever is about to ask
+        ingest = self._ingest
+        return any(ingest is None or not ingest.has_pipe(fd) for fd, _ in self._epoll.poll(0))
+
+    def _give_way(self) -> None:
+        """Let run who was woken on this processor meanwhile, by its answer as a rule."""
+        if self._is_prompt:
+            os.sched_yield()
 
     def _tick(self) -> None:
         """About once a second the engine is told the time: it reads no clock itself.
@@ -281,21 +306,25 @@ class Server:
             self._epoll.unregister(connection.fd)
             connection.close()
 
-    def _work_on(self, ingest: IngestChild, pipe_ready: bool) -> None:
+    def _work_on_stream(self) -> None:
         """Judge some frames or, when there are none, read a few; see that the process lives.
 
         What is not read yet fills the pipe, and that is how producers learn to wait.
         """
+        ingest = self._ingest
+        if ingest is None:
+            return
         if ingest.frames:
             self._judge(ingest.frames.popleft())
             for _ in range(min(len(ingest.frames), FRAMES_PER_TURN - 1)):
-                if any(not ingest.has_pipe(fd) for fd, _ in self._epoll.poll(0)):
+                if self._is_asked():
                     break
                 self._judge(ingest.frames.popleft())
-        elif pipe_ready and not ingest.read():
+        elif self._pipe_ready and not ingest.read():
             ingest.reap()
         if ingest.due_in() == 0.0:
             ingest.restart()
+        self._announce()
 
     def _judge(self, body: bytes) -> None:
         try:

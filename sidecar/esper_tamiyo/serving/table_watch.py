@@ -11,7 +11,6 @@ of the table in use. A byte that comes down the pipe means: look now.
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
 import socket
@@ -23,8 +22,8 @@ from esper_otel.leyline.terminal import log_to_stderr, printable
 from esper_tamiyo.child_process import signal_at_parents_death
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, files_behind, load
+from esper_tamiyo.latency import give_way
 from esper_tamiyo.receiving.pipe import Beat, Unusable, pack
-from esper_tamiyo.serving.latency import never_preempt
 
 LOOK_EVERY_S = 0.4
 """A change is taken once two looks in a row saw the same: editors write in pieces, and
@@ -122,8 +121,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGKILL)
     log_to_stderr(logging.WARNING)
-    os.nice(NICE)
-    never_preempt()
+    give_way(NICE)
     try:
         serve(socket.socket(fileno=int(fd)), FileWatch(name, version))
     except OSError:  # the decide process is gone

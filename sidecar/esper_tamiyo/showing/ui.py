@@ -29,6 +29,7 @@ from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
 from esper_tamiyo.journaling.journal_writer_child import MAX_MESSAGE
 from esper_tamiyo.journaling.messages import Distribution, Heartbeat, decode_messages
+from esper_tamiyo.latency import give_way
 from esper_tamiyo.receiving.credentials import BearerAuth, Certificates, CredentialsError
 from esper_tamiyo.showing.live_runs import LiveRun, LiveRuns
 from esper_tamiyo.showing.tails import JournalTail, StepsTail
@@ -246,9 +247,7 @@ def main() -> None:
     log_to_stderr(logging.WARNING)
     for other in ("asyncio", "aiohttp"):  # what a stranger brings about is counted
         logging.getLogger(other).setLevel(logging.CRITICAL)
-    os.nice(NICE)
-    with suppress(OSError):  # it never takes the core from whom it finds there
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    give_way(NICE)
     orders = msgspec.json.decode(told, type=UiOrders, dec_hook=_path)
     try:
         asyncio.run(serve(socket.socket(fileno=int(fd)), orders))
