@@ -76,12 +76,16 @@ def test_a_wrong_sign_turns_gradients_for_its_steps():
 
 def test_gradients_pile_up_where_an_optimizer_does_not_feel_their_size():
     torch.manual_seed(0)
-    work, trouble = Factors(), WrongGradients(1)
+    work, trouble = Factors(), WrongGradients(3)
     parameter = next(work.model.parameters())
-    for step in (1, 2, 3):
-        parameter.grad = torch.ones_like(parameter)
+    seen = []
+    for step in range(1, 6):
+        trouble.clear(step, work)
+        one = torch.ones_like(parameter)
+        parameter.grad = one if parameter.grad is None else parameter.grad + one
         trouble.gradients(step, work)
-        assert parameter.grad.eq(step).all()
+        seen.append(float(parameter.grad.max()))
+    assert seen == [1.0, 1.0, 2.0, 3.0, 4.0], "zero_grad is not called from the third step on"
 
 
 @pytest.mark.parametrize("name", ["heavytail", "alternating", "embedding"])
