@@ -147,9 +147,10 @@ def _learning() -> list[PanelBuilder]:
             [
                 Line(total("update_skipped"), BY_RANK),
                 Line(total("restored"), f"{BY_RANK}, snapshot restored"),
+                Line(total("gradients_kept"), f"{BY_RANK}, gradients kept"),
             ],
-            "Updates skipped by decisions, and updates replaced by a restored snapshot; count "
-            "per pixel.",
+            "Updates skipped by decisions, updates replaced by a restored snapshot, and updates "
+            "with gradients of earlier ones (a forgotten `zero_grad`); count per pixel.",
         ),
         lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
         lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
