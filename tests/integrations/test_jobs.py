@@ -349,6 +349,39 @@ def test_an_optimizer_made_anew_for_the_same_model_begins_a_phase(watched):
     assert [frame["phase"] for frame in watched.frames("job")] == [0.0] * 12 + [1.0] * 12
 
 
+def test_an_optimizer_made_when_that_of_before_is_gone_begins_a_phase_as_well(watched):
+    training = Training().train(12)
+    del training.optimizer
+    gc.collect()
+    training.optimizer = torch.optim.AdamW(training.model.parameters())
+    training.train(12)
+    assert all_steps(watched) == {"job": whole(24)}
+
+
+@pytest.mark.parametrize("swaps", [False, True], ids=["set", "swapped"])
+def test_a_model_that_has_moved_to_other_memory_is_the_same_training(watched, swaps):
+    training = Training().train(12)
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+    try:
+        training.model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    training.optimizer = torch.optim.AdamW(training.model.parameters())  # that of before goes
+    gc.collect()
+    training.train(12)
+    assert all_steps(watched) == {"job": whole(24)}
+
+
+def test_parameters_at_the_places_of_others_that_are_gone_are_not_those(watched):
+    """Their ids are given anew; a sweep whose trainings go one by one meets that often."""
+    for _ in range(6):
+        Training().train(10)
+        gc.collect()
+    assert all_steps(watched) == {"job": whole(10)} | {
+        f"job-{number}": whole(10) for number in range(2, 7)
+    }
+
+
 def test_layers_that_are_unfrozen_are_of_the_same_training(watched):
     training = Training()
     head = training.model[2]

@@ -84,6 +84,7 @@ class Machine:
 
 class Tensor:
     shape, dtype, layout = (1,), "float32", "strided"
+    _version = 0
 
     def __init__(self, machine, value, device=GPU):
         self.machine, self.value, self.device = machine, value, Device(device)

@@ -9,10 +9,15 @@ it was changed in place says its version, which torch counts.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from esper_otel.integrations.primary import (
+    ParameterPlace,
+    gradient_at,
+    parameter_at,
+    place_in,
+)
 from esper_otel.loop import tell_once
 from esper_otel.tolaria.losses import Assumed, Evaluation, Follows, StepLosses
 
@@ -64,8 +69,8 @@ class Evaluations:
         self._found: Evaluation | None = None
         self.looked = False
         """Whether the call under way is looked at."""
-        self._gradients: list[tuple[weakref.ref[Any], Any]] = []
-        self._sample: weakref.ref[Any] | None = None
+        self._gradients: list[tuple[ParameterPlace, Any]] = []
+        self._sample: ParameterPlace | None = None
         self._after: tuple[Any, ...] = ()
 
     def training_changed(self) -> None:
@@ -91,10 +96,8 @@ class Evaluations:
         self._found = Evaluation(
             divisor, batch, operations, keeps_graph=keeps_graph, follows=follows
         )
-        samples = [_first_trained(each) for each in optimizers()]
-        self._gradients = [
-            (weakref.ref(each), _gradient(each)) for each in samples if each is not None
-        ]
+        samples = [place_in(each) for each in optimizers()]
+        self._gradients = [(each, gradient_at(each)) for each in samples if each is not None]
 
     def evaluated(self) -> Evaluation | None:
         """It was; what is known of it, None where nobody has looked."""
@@ -103,17 +106,16 @@ class Evaluations:
         if found is None:
             return None
         got, spared = [], 0
-        for reference, before in self._gradients:
-            parameter = reference()
-            if parameter is None:
+        for place, before in self._gradients:
+            if parameter_at(place) is None:
                 continue
-            now = _gradient(parameter)
+            now = gradient_at(place)
             if now is not None and now != before:
-                got.append(reference)
+                got.append(place)
             else:
                 spared += 1
-        known = self._sample is not None and self._sample() is not None
-        if got and not (known and any(each() is self._sample() for each in got)):  # type: ignore[misc]
+        sample = parameter_at(self._sample)
+        if got and (sample is None or all(parameter_at(each) is not sample for each in got)):
             self._sample = got[0]
         self._after = self._state()
         if got and spared > 0 and len(self._gradients) <= MOST_OPTIMIZERS:
@@ -166,27 +168,13 @@ class Evaluations:
         return Follows.INSTEAD if thrown_away else Follows.ANOTHER
 
     def _state(self) -> tuple[Any, ...]:
-        parameter = None if self._sample is None else self._sample()
+        parameter = parameter_at(self._sample)
         if parameter is None:
             return ()
         values = None
         if parameter.device.type == "cpu":
             values = parameter.detach().reshape(-1)[:ELEMENTS].tolist()
-        return _gradient(parameter), parameter._version, values
-
-
-def _first_trained(optimizer: Any) -> Any:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                return parameter
-    return None
-
-
-def _gradient(parameter: Any) -> tuple[int, int] | None:
-    """What changes when a gradient comes, goes or is changed."""
-    gradient = parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
+        return gradient_at(self._sample), parameter._version, values
 
 
 def _last_operations(loss: Any) -> tuple[float, tuple[str, ...]]:

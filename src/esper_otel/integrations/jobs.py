@@ -32,9 +32,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper_otel.goodbye import DONE, Ending
-from esper_otel.integrations.primary import Primary, parameters_of
+from esper_otel.integrations.primary import Primary, gradient_at, parameters_of, place_in
 from esper_otel.run import Run
-from esper_otel.tolaria.identities import IdentityMap, IdentitySet
+from esper_otel.tolaria.identities import IdentityMap, IdentitySet, KnownTensors
 from esper_otel.tolaria.ports import NO_TIME, HeldRun, PhaseTimes
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ class Job:
         self.turns: list[weakref.ref[Any]] = []
         """Optimizers in the order of their steps, while it is not known to be a training."""
         self._optimizers = IdentitySet()
-        self._parameters: dict[int, weakref.ref[Any]] = {}
-        self._sample: weakref.ref[Any] | None = None
+        self._parameters = KnownTensors()
+        self._sample = place_in()
         """A parameter, the first: what goes through a model at all has it in its graph."""
         self._gradient: tuple[int, int] | None = None
         self._sets_steps: weakref.ref[Any] | None = None
-        self._parameter: weakref.ref[Any] | None = None
+        self._parameter = KnownTensors()
 
     @property
     def is_over(self) -> bool:
@@ -105,20 +105,19 @@ class Job:
     def join(self, optimizer: Any) -> None:
         """``optimizer`` belongs to it."""
         self._optimizers.add(optimizer)
-        parameters = parameters_of(optimizer)
-        self._parameters.update((id(each), weakref.ref(each)) for each in parameters)
-        if self._sample is None or self._sample() is None:
-            trained = (each for each in parameters if each.requires_grad)
-            self._sample = next(map(weakref.ref, trained), None)
+        self._parameters.note(parameters_of(optimizer))
+        if self._sample is None or self._sample.optimizer() is None:
+            self._sample = place_in(optimizer)
+
+    def note_parameters(self) -> None:
+        """Know those of its optimizers as they are now: groups are added, tensors moved."""
+        self._parameters.note(parameters_of(*self._optimizers))
 
     def shares_parameters(self, optimizer: Any) -> bool:
         """Whether ``optimizer`` has one that is, or was, trained by one of its own."""
-        known = self._parameters
-        for own in self._optimizers:  # groups may have been added
-            known.update((id(each), weakref.ref(each)) for each in parameters_of(own))
-        return any(
-            id(each) in known and known[id(each)]() is each for each in parameters_of(optimizer)
-        )
+        self.note_parameters()
+        own = parameters_of(*self._optimizers)
+        return self._parameters.has_any(parameters_of(optimizer), own)
 
     def note_gradient(self) -> None:
         """``backward`` is about to be called."""
@@ -131,10 +130,9 @@ class Job:
         return now is not None and now != self._gradient
 
     def _gradient_now(self) -> tuple[int, int] | None:
-        """What changes when a gradient comes, or is added to."""
-        parameter = None if self._sample is None else self._sample()
-        gradient = None if parameter is None else parameter.grad
-        return None if gradient is None else (id(gradient), gradient._version)
+        if self._sample is not None and self._sample.optimizer() is None:
+            self._sample = place_in(*self._optimizers)
+        return gradient_at(self._sample)
 
     def steps_by(self, optimizer: Any, phase: str = "") -> None:
         """``optimizer`` sets the steps of the run from now on.
@@ -143,15 +141,17 @@ class Job:
         decisions hold of parameters that are trained no more is forgotten.
         """
         before = self._sets_steps
-        if before is not None and before() is optimizer and not phase:
+        last = None if before is None else before()
+        if last is optimizer and not phase:
             return
         parameters = parameters_of(optimizer)
-        parameter = None if self._parameter is None else self._parameter()
+        own = [] if last is None else parameters_of(last)[:1]
+        known, self._parameter = self._parameter, KnownTensors()
         self._sets_steps = weakref.ref(optimizer)
-        self._parameter = weakref.ref(parameters[0]) if parameters else None
+        self._parameter.note(parameters[:1])
         if before is None:
             return
-        if not any(each is parameter for each in parameters):
+        if not known.has_any(parameters, own):
             self.run._responses.rate.reset()
         self.recorder.phase_begins(phase or type(optimizer).__name__)
 

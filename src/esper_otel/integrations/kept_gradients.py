@@ -14,6 +14,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from esper_otel.integrations.primary import ParameterPlace, parameter_at, place_of
+from esper_otel.tolaria.identities import TensorMark, has_mark, mark_of
+
 CLEARED_AGAIN = 16
 """Updates in a row whose gradients the script has cleared, after which it needs no help. One
 that clears them at every fourth update only (accumulation that steps too often) does."""
@@ -25,10 +28,9 @@ class KeptGradients:
 
     def __init__(self) -> None:
         self._optimizer: Any = _nothing
-        self._parameter: Any = _nothing
-        self._gradient: Any = None
+        self._parameter: ParameterPlace | None = None
+        self._gradient: TensorMark | None = None
         """As the last update left it; None once anything but ``backward`` has changed it."""
-        self._id = 0
         self._version = 0
         self._added = False
         """Whether ``backward`` has added to it since."""
@@ -39,18 +41,16 @@ class KeptGradients:
 
     def before_backward(self) -> None:
         """Gradients are about to be added."""
-        reference = self._gradient
-        if reference is None:
+        mark = self._gradient
+        if mark is None:
             return
-        parameter = self._parameter()
+        parameter = parameter_at(self._parameter)
         gradient = None if parameter is None else parameter.grad
-        # Most loops have cleared it, so the cheapest is asked first. An id is given anew once
-        # its owner is gone.
+        # Most loops have cleared it, so the cheapest is asked first.
         if (
             gradient is None
             or gradient._version != self._version
-            or id(gradient) != self._id
-            or reference() is not gradient
+            or not has_mark(gradient, mark)
             or (not self._added and _is_zero(gradient))
         ):
             self._gradient = None
@@ -67,7 +67,7 @@ class KeptGradients:
 
     def after_update(self, optimizer: Any) -> bool:
         """``optimizer`` has made an update; whether with gradients of its last one as well."""
-        parameter = self._parameter()
+        parameter = parameter_at(self._parameter)
         gradient = None if parameter is None else parameter.grad
         is_idle = self._gradient is not None and not self._added
         if (
@@ -78,13 +78,12 @@ class KeptGradients:
             trained = filter(_is_trained, _with_gradients(optimizer))
             parameter = min(trained, key=_elements, default=None)
             self._optimizer, self._gradient = weakref.ref(optimizer), None
-            self._parameter = _nothing if parameter is None else weakref.ref(parameter)
+            self._parameter = None if parameter is None else place_of(parameter, optimizer)
             gradient = None if parameter is None else parameter.grad
         were_kept = self._added and self._same() is not None
         self._first, self._added, self._gradient = True, False, None
         if gradient is not None:
-            self._gradient, self._id = weakref.ref(gradient), id(gradient)
-            self._version = gradient._version
+            self._gradient, self._version = mark_of(gradient), gradient._version
         return were_kept
 
     def clear(self) -> bool:
@@ -108,11 +107,11 @@ class KeptGradients:
 
     def _same(self) -> Any:
         """The gradient that is followed, as long as it is that of its parameter."""
-        parameter = self._parameter()
+        parameter, mark = parameter_at(self._parameter), self._gradient
         gradient = None if parameter is None else parameter.grad
-        if self._gradient is None or id(gradient) != self._id:
+        if gradient is None or mark is None:
             return None
-        return gradient if self._gradient() is gradient else None
+        return gradient if has_mark(gradient, mark) else None
 
 
 def _nothing() -> None:

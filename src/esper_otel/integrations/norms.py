@@ -44,6 +44,9 @@ PATIENCE = 16
 TRIALS = 3
 """Steps of a training at which gradients are measured before and after clipping."""
 
+MOST_NOTED = 8
+"""Optimizers of a training beyond which none is looked at when another is made."""
+
 SAME = 1e-3
 """Relative difference up to which two of these say the same."""
 
@@ -114,6 +117,8 @@ class GradientNorms:
         """The script has made an ``optimizer``."""
         self._unstepped[optimizer] = 0
         self.any_unstepped = True
+        if len(self._job.optimizers) <= MOST_NOTED:
+            self._job.note_parameters()  # of one that it may replace, while that lives
 
     @property
     def unstepped(self) -> Iterator[Any]:

@@ -1,9 +1,9 @@
-"""Which of several optimizers sets the steps of a run."""
+"""Which of several optimizers sets the steps of a run, and what optimizers hold."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 from esper_otel.tolaria.identities import IdentityMap
 
@@ -88,6 +88,55 @@ class Primary:
         return self._others > 2 * self._most_others + PATIENCE
 
 
-def parameters_of(optimizer: Any) -> list[Any]:
-    """Those of all its groups."""
-    return [each for group in optimizer.param_groups for each in group["params"]]
+def parameters_of(*optimizers: Any) -> list[Any]:
+    """Those of all their groups."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [each for group in groups for each in group["params"]]
+
+
+class ParameterPlace(NamedTuple):
+    """Where a parameter is in the groups of its optimizer, which keeps it alive.
+
+    A weak reference to the parameter itself would make ``torch.utils.swap_tensors`` raise.
+    """
+
+    optimizer: weakref.ref[Any]
+    group: int
+    number: int
+
+
+def place_of(parameter: Any, optimizer: Any) -> ParameterPlace | None:
+    """That of ``parameter``, one of ``optimizer``'s."""
+    for number, group in enumerate(optimizer.param_groups):
+        for place, each in enumerate(group["params"]):
+            if each is parameter:
+                return ParameterPlace(weakref.ref(optimizer), number, place)
+    return None
+
+
+def parameter_at(place: ParameterPlace | None) -> Any:
+    """The parameter at ``place``; None once that, or its optimizer, is gone."""
+    optimizer = None if place is None else place[0]()
+    if place is None or optimizer is None:
+        return None
+    try:
+        return optimizer.param_groups[place[1]]["params"][place[2]]
+    except (LookupError, TypeError):
+        return None
+
+
+def place_in(*optimizers: Any) -> ParameterPlace | None:
+    """Where the first parameter of ``optimizers`` is that gets a gradient at all."""
+    for optimizer in optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            for place, each in enumerate(group["params"]):
+                if each.requires_grad:
+                    return ParameterPlace(weakref.ref(optimizer), number, place)
+    return None
+
+
+def gradient_at(place: ParameterPlace | None) -> tuple[int, int] | None:
+    """What changes when a gradient of the parameter there comes, goes or is changed."""
+    parameter = parameter_at(place)
+    gradient = None if parameter is None else parameter.grad
+    return None if gradient is None else (id(gradient), gradient._version)

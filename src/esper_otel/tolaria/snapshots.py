@@ -229,10 +229,12 @@ class Snapshot:
         self.step = 0
         self.size = 0
         """Memory of the host that it takes, in bytes."""
-        self._refs: list[weakref.ref[Any]] = []
+        self._weights: list[tuple[int, int]] = []
+        """By ``id`` and version: no weak reference to a tensor, as
+        :mod:`~esper_otel.tolaria.identities` says. Their optimizers keep them alive."""
         self._optimizers: list[weakref.ref[Any]] = []
         self._tensors: list[_Held] = []
-        self._states: list[dict[Any, tuple[Any, Any]]] = []
+        self._states: list[dict[Any, tuple[bool, Any]]] = []
         self._under_way: list[tuple[Any, Any]] = []
 
     def copy_from(self, parts: Parts, step: int) -> None:
@@ -256,7 +258,7 @@ class Snapshot:
                 for each, old in zip(parts.optimizers, known, strict=False)
             ]
         self.step, self.size = step, copier.size
-        self._refs = [weakref.ref(each) for each in parts.weights]
+        self._weights = [(id(each), each._version) for each in parts.weights]
         self._optimizers = [weakref.ref(each) for each in parts.optimizers]
         self._tensors, self._states = tensors, states
         self._under_way = [
@@ -279,7 +281,10 @@ class Snapshot:
         """Why it cannot be put back into ``parts``; empty when it can."""
         if _differ(self._optimizers, parts.optimizers):
             return "the optimizers are not those of the snapshot"
-        if _differ(self._refs, parts.weights):
+        if len(self._weights) != len(parts.weights) or not all(
+            id(each) == known and each._version >= version  # one made since is younger
+            for (known, version), each in zip(self._weights, parts.weights, strict=True)
+        ):
             return "the parameters are not those of the snapshot"
         if len(self._tensors) != len(parts.tensors) or not all(
             _alike(held.copy, plain(each)) and held.device == each.device
@@ -303,7 +308,7 @@ class Snapshot:
             for held, tensor in zip(self._tensors, parts.tensors, strict=True):
                 plain(tensor).copy_(held.copy, non_blocking=True)
             for optimizer, state in zip(parts.optimizers, self._states, strict=True):
-                _put_state(optimizer.state, state)
+                _put_state(optimizer, state)
 
 
 def plain(tensor: Any) -> Any:
@@ -338,26 +343,29 @@ def _place(key: Any) -> Any:
 
 
 def _state_of(
-    copier: _Copier, optimizer: Any, before: dict[Any, tuple[Any, Any]]
-) -> dict[Any, tuple[Any, Any]]:
-    """A copy of the state of ``optimizer``: by place, what gives its key, and the value."""
+    copier: _Copier, optimizer: Any, before: dict[Any, tuple[bool, Any]]
+) -> dict[Any, tuple[bool, Any]]:
+    """A copy of the state of ``optimizer``: by place, whether that is a parameter's, and the
+    value."""
     copied = {}
     for key, value in optimizer.state.items():
         place = _place(key)
-        _, old = before.get(place, (None, None))
-        reference = weakref.ref(key) if place is not key else None
-        copied[place] = (reference, copier.value(value, old))
+        _, old = before.get(place, (False, None))
+        copied[place] = (place is not key, copier.value(value, old))
     return copied
 
 
-def _put_state(state: Any, copied: dict[Any, tuple[Any, Any]]) -> None:
-    """Make ``state`` what it was; its tensors stay the same objects where they are alike."""
+def _put_state(optimizer: Any, copied: dict[Any, tuple[bool, Any]]) -> None:
+    """Make the state of ``optimizer`` what it was; its tensors stay the same objects where
+    they are alike."""
+    state = optimizer.state
     live = {_place(key): key for key in state}
+    held = {id(each): each for group in optimizer.param_groups for each in group["params"]}
     for place, key in live.items():
         if place not in copied:
             del state[key]
-    for place, (reference, value) in copied.items():
-        key = place if reference is None else reference()
+    for place, (is_parameter, value) in copied.items():
+        key = live.get(place, held.get(place)) if is_parameter else place
         if key is not None:
             state[key] = _put(value, state.get(key))
 
