@@ -172,7 +172,8 @@ class Evaluations:
         if parameter is None:
             return ()
         values = None
-        if parameter.device.type == "cpu":
+        # One made of other tensors gives no list, or only by a collective.
+        if parameter.device.type == "cpu" and not hasattr(parameter, "__tensor_flatten__"):
             values = parameter.detach().reshape(-1)[:ELEMENTS].tolist()
         return gradient_at(self._sample), parameter._version, values
 
