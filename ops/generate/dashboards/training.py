@@ -149,8 +149,8 @@ def _learning() -> list[PanelBuilder]:
                 Line(total("restored"), f"{BY_RANK}, snapshot restored"),
                 Line(total("gradients_kept"), f"{BY_RANK}, gradients kept"),
             ],
-            "Updates skipped by decisions, updates replaced by a restored snapshot, and updates "
-            "with gradients of earlier ones (a forgotten `zero_grad`); count per pixel.",
+            "Updates skipped by decisions, replaced by a restored snapshot, or with gradients "
+            "of earlier ones (a forgotten `zero_grad`); count per pixel.",
         ),
         lines("Momentum", "short", [Line(mean("optimizer_momentum"), BY_RANK)]),
         lines("Accuracy", "percentunit", [Line(mean("accuracy"), BY_RANK)]),
