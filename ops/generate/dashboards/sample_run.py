@@ -102,6 +102,7 @@ def step_values(step: int, steps: int, rank: int, step_s: float) -> Values:
         "lr_scale": factor,
         "update_skipped": float(slipped and step % 3 == 0),
         "restored": float(slipped and step % 60 == 0),
+        "gradients_kept": 0.0,
         "unjudged_steps": float(unanswered),
         "phase": 0.0,
         "step_latency_ms": latency,
