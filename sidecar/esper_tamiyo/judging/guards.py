@@ -310,8 +310,7 @@ def _effort_of(condition: Condition) -> int:
     if operator in (Operator.ABOVE, Operator.AT_LEAST) and number <= 0.0:
         return 4  # most metrics are above zero at every step
     if operator in _FIXED:
-        # A setting may rest above a fixed bound, and not above its own baseline.
-        return 2 if condition.metric == "optimizer_momentum" else 0
+        return 0
     if (operator is Operator.ABOVE_BASELINE and number < 1.0) or (
         operator is Operator.BELOW_BASELINE and number > 1.0
     ):

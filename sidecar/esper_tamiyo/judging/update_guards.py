@@ -168,7 +168,7 @@ class UpdateGuards:
         self.moving = [
             (place, _nearest_bound(edge, history))
             for place, edge in enumerate(plan.edges)
-            if edge.moving
+            if edge.moving or edge.others
         ]
 
     def held(self, metric: str) -> tuple[float, float]:

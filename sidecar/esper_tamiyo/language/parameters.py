@@ -81,7 +81,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     CLEAR_GRADIENTS: Parameter(
         "sets gradients that the script keeps after an update to zero, before the next "
-        "`backward` adds to them, until the script clears them itself",
+        "`backward` adds to them, until the script has cleared them itself for a while",
         (Action.OPTIMIZER,),
         flag=True,
     ),
