@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from esper_tamiyo.latency import put_behind
+
 log = logging.getLogger("tamiyo")
 
 FIRST_WAIT_S = 0.1
@@ -315,6 +317,7 @@ class ChildProcess:
             except BaseException:
                 ours.close()
                 raise
+        put_behind(self._process.pid)
         ours.setblocking(False)
         self.pipe = ours
         self._restarts.started()

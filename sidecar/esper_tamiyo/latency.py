@@ -103,8 +103,8 @@ class Upkeep:
                 looked_at = now
 
 
-def never_preempt() -> None:
-    """Wake up on a free processor, or behind whoever runs on this one.
+def never_preempt(pid: int = 0) -> None:
+    """Have a process, this one if 0, wake up on a free processor or behind whoever runs there.
 
     So the process that answers does where slices cannot be chosen (:func:`shorten_slice`). A
     trainer sends its request and goes on computing. A process that is woken takes the processor
@@ -113,19 +113,20 @@ def never_preempt() -> None:
     this one need not; whoever waits for an answer gives its processor away anyway.
     """
     with suppress(AttributeError, OSError):  # not Linux, or not allowed
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
 
 
-def give_way(nice: int) -> None:
-    """Called by a child: come after the process that answers, and after the training.
+def put_behind(pid: int) -> None:
+    """Have a child that was just started come after this process, which answers.
 
-    What the process that answers hands to a child wakes it, and one that may preempt takes the
-    processor before the next answer. The short slice, which one that is started again has
-    inherited, is the usual one again.
+    At once, since to start keeps a processor busy for as long as hundreds of answers take. What
+    is handed to it later wakes it, and one that may preempt takes the processor before the next
+    answer. The short slice, which it has inherited, is the usual one again. Its niceness is its
+    own to choose once it has started: behind a training on all processors a nice one would
+    need minutes for that.
     """
-    os.nice(nice)
-    never_preempt()
-    _set_slice(0, _USUAL)
+    never_preempt(pid)
+    _set_slice(pid, _USUAL)
 
 
 def shorten_slice(pid: int = 0) -> bool:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from esper_tamiyo import latency
+from esper_tamiyo import child_process, latency
+from esper_tamiyo.child_process import ChildProcess
 from esper_tamiyo.latency import (
     COLLECT_EVERY,
     LOOK_AGAIN_NS,
@@ -212,19 +213,22 @@ def test_no_other_system_is_called(on_linux, system):
 
 
 OF_ITSELF = f"""
-import os
-from esper_tamiyo import latency
+import os, subprocess
+from esper_tamiyo import child_process, latency
+from esper_tamiyo.child_process import ChildProcess
 
-def attributes():
+def attributes(pid=0):
     place = bytearray(56)
-    latency._system_call({GET} if os.uname().machine == "x86_64" else 275, 0, place, 56, 0)
+    latency._system_call({GET} if os.uname().machine == "x86_64" else 275, pid, place, 56, 0)
     return latency._ATTRIBUTES.unpack(place)
 
 usual = attributes()
 assert latency.shorten_slice()
 assert attributes() == (*usual[:5], latency.SLICE_NS, *usual[6:])
-latency.give_way(3)
-assert attributes()[1:6] == (os.SCHED_BATCH, usual[2], usual[3] + 3, 0, usual[5])
+with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+    assert attributes(child.pid)[1:6] == (*usual[1:5], latency.SLICE_NS)
+    latency.put_behind(child.pid)
+    assert attributes(child.pid)[1:6] == (os.SCHED_BATCH, *usual[2:6])
 """
 
 
@@ -266,8 +270,20 @@ def test_who_was_answered_runs_before_the_upkeep(monkeypatch, is_prompt, order):
 def test_children_come_after_the_process_that_answers(tmp_path):
     with sidecar(tmp_path / "t.sock", ingest=True, is_forked=False) as running:
         status = running.status()
-        children = [status["ingest"]["pid"], status["scribe"]["pid"]]
         own_nice = os.getpriority(os.PRIO_PROCESS, status["pid"])
-        for pid in children:
-            until(lambda pid=pid: os.sched_getscheduler(pid) == os.SCHED_BATCH)
-            assert os.getpriority(os.PRIO_PROCESS, pid) > own_nice
+        for pid in (status["ingest"]["pid"], status["scribe"]["pid"]):
+            assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+            until(lambda pid=pid: os.getpriority(os.PRIO_PROCESS, pid) > own_nice)
+
+
+def test_a_child_comes_after_it_from_the_start(monkeypatch):
+    class Child(ChildProcess):
+        def start(self):
+            self._launch(())
+
+    put = []
+    monkeypatch.setattr(child_process, "put_behind", put.append)
+    child = Child("no_such_module", 5.0)
+    child.start()
+    assert put == [child.pid]
+    child.close()

@@ -48,7 +48,6 @@ from esper_tamiyo.journaling.messages import (
 )
 from esper_tamiyo.journaling.outcomes import OutcomeReports
 from esper_tamiyo.journaling.own_telemetry import OwnTelemetry
-from esper_tamiyo.latency import give_way
 
 log = logging.getLogger("tamiyo")
 
@@ -248,7 +247,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGCONT)  # to write what is in the pipe, and to end
-    give_way(NICE)
+    os.nice(NICE)
     # Exporters log the headers that they cannot read.
     log_to_stderr(logging.WARNING, hiding(os.environ))
     pipe = socket.socket(fileno=int(fd))

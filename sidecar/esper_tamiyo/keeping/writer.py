@@ -33,7 +33,6 @@ from esper_tamiyo.keeping.segments import (
     segments_of,
 )
 from esper_tamiyo.keeping.segments import number_of as segment_number
-from esper_tamiyo.latency import give_way
 
 GATHER_S = 0.02
 STATUS_S = 1.0
@@ -193,7 +192,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGCONT)  # to write what is in the pipe, and to end
-    give_way(NICE)
+    os.nice(NICE)
     serve(socket.socket(fileno=int(fd)), SegmentWriter(Path(folder)))
 
 

@@ -29,7 +29,6 @@ import msgspec
 
 from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
-from esper_tamiyo.latency import give_way
 from esper_tamiyo.receiving.addresses import Address, bind_refusal
 from esper_tamiyo.receiving.connections import MAX_CONNECTIONS
 from esper_tamiyo.receiving.credentials import (
@@ -173,7 +172,7 @@ def main() -> None:
     log_to_stderr(logging.WARNING)
     for other in ("asyncio", "grpc", "aiohttp"):  # what a stranger brings about is counted
         logging.getLogger(other).setLevel(logging.CRITICAL)
-    give_way(NICE)
+    os.nice(NICE)
     pipe = socket.socket(fileno=int(fd))
     asyncio.run(
         serve(

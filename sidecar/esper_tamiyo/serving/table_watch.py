@@ -11,6 +11,7 @@ of the table in use. A byte that comes down the pipe means: look now.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import signal
 import socket
@@ -22,7 +23,6 @@ from esper_otel.leyline.terminal import log_to_stderr, printable
 from esper_tamiyo.child_process import signal_at_parents_death
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, files_behind, load
-from esper_tamiyo.latency import give_way
 from esper_tamiyo.receiving.pipe import Beat, Unusable, pack
 
 LOOK_EVERY_S = 0.4
@@ -121,7 +121,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGKILL)
     log_to_stderr(logging.WARNING)
-    give_way(NICE)
+    os.nice(NICE)
     try:
         serve(socket.socket(fileno=int(fd)), FileWatch(name, version))
     except OSError:  # the decide process is gone

@@ -29,7 +29,6 @@ from esper_otel.leyline.terminal import log_to_stderr
 from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
 from esper_tamiyo.journaling.journal_writer_child import MAX_MESSAGE
 from esper_tamiyo.journaling.messages import Distribution, Heartbeat, decode_messages
-from esper_tamiyo.latency import give_way
 from esper_tamiyo.receiving.credentials import BearerAuth, Certificates, CredentialsError
 from esper_tamiyo.showing.live_runs import LiveRun, LiveRuns
 from esper_tamiyo.showing.tails import JournalTail, StepsTail
@@ -247,7 +246,7 @@ def main() -> None:
     log_to_stderr(logging.WARNING)
     for other in ("asyncio", "aiohttp"):  # what a stranger brings about is counted
         logging.getLogger(other).setLevel(logging.CRITICAL)
-    give_way(NICE)
+    os.nice(NICE)
     orders = msgspec.json.decode(told, type=UiOrders, dec_hook=_path)
     try:
         asyncio.run(serve(socket.socket(fileno=int(fd)), orders))
