@@ -104,7 +104,8 @@ class Desk:
         self.recent = RecentSteps(self.log)
         self.engine = Engine(DEFAULT, observer=self.recent)
         self.replies = Replies(
-            self.engine, self.reporter, GarbageSchedule(), self.recent, self.status
+            *(self.engine, self.reporter, GarbageSchedule(), self.recent, self.status),
+            lambda: None,
         )
         self.clock_ns = 0
 

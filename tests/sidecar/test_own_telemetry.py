@@ -83,6 +83,12 @@ def points(receiver):
     return found
 
 
+def total(receiver, metric, **attributes):
+    """The sum of a counter over the points with these attributes."""
+    told = points(receiver)[metric]
+    return sum(point.as_int for at, point in told if attributes.items() <= at.items())
+
+
 def test_one_trace_holds_the_step_of_both_ranks_and_the_decisions_about_it(
     tmp_path, receiver, environment
 ):
@@ -209,12 +215,15 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
         client.ask(7)
         client.ask(8, loss_delta=0.5)
         client.check(9, loss=1.0)
-        until(lambda: points(receiver).get("tamiyo.answer.duration"))
+        names = {metric.name for metric in OWN_METRICS}
+        # One metric comes from what is answered, others from entries and a report a second.
+        until(lambda: points(receiver).keys() == names)
         until(lambda: points(receiver)["tamiyo.answer.duration"][0][1].count == 7)
+        until(lambda: total(receiver, "tamiyo.decisions", action="PAUSE") == 2)
+        until(lambda: total(receiver, "tamiyo.frames", state="judged") == 5)
         told = points(receiver)
         exports = until(lambda: running.status()["scribe"]["exports"])
     assert exports == [f"{receiver.url}/v1/metrics"]
-    assert told.keys() == {metric.name for metric in OWN_METRICS}
     for metric in OWN_METRICS:
         assert {name for at, _ in told[metric.name] for name in at} == set(metric.attributes)
     decisions = {

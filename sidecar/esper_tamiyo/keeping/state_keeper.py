@@ -194,6 +194,13 @@ class StateKeeper(ChildProcess):
         if self._outgoing:
             self._flush()
 
+    def keep_order(self) -> None:
+        """Hand to the writer what somebody has ordered, before it is confirmed, so that it
+        outlives this process as far as state is kept."""
+        if self._engine is not None and self.pipe is not None and not self._is_torn:
+            self._note(self._engine)
+            self._flush()
+
     def due_in_s(self) -> float | None:
         """Seconds until :meth:`keep` has something to do that no frame brings about."""
         if self._lock is None:

@@ -53,14 +53,17 @@ class Replies:
         garbage: GarbageSchedule,
         recent: RecentSteps,
         status: Callable[[], dict[str, Any]],
+        keep_order: Callable[[], None],
     ) -> None:
-        """``status`` is what a tool that asks for it is told."""
+        """``status`` is what a tool that asks for it is told; ``keep_order`` is called before
+        an order is confirmed."""
         self._engine = engine
         self._reporter = reporter
         self._log = reporter.decision_log
         self._garbage = garbage
         self._recent = recent
         self._status = status
+        self._keep_order = keep_order
         self._actions: Counter[str] = Counter()
         self._decided_fast = 0
         self.last_ask_at: float | None = None
@@ -228,6 +231,7 @@ class Replies:
             order = self._engine.silence(request)
         except SilenceError as error:
             return SilenceReply("", str(error))
+        self._keep_order()
         self._log.on_silence(order, uid)
         log.info("run %s: %s %s, by user %d", order.run, order.rule, order.told, uid)
         return SilenceReply(order.told)

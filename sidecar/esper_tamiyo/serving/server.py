@@ -90,7 +90,9 @@ class Server:
         self._counts: Counter[str] = Counter()
         self._accepting = Accepting(listener.socket, self._epoll, self._counts)
         self._garbage = GarbageSchedule()
-        self._replies = Replies(engine, reporter, self._garbage, recent, self._status)
+        self._replies = Replies(
+            engine, reporter, self._garbage, recent, self._status, keeper.keep_order
+        )
         self._started_at = time.monotonic()
         self._last_streamed_at: float | None = None
         self._tick_at = 0.0
