@@ -1,6 +1,7 @@
 """Tamiyo's own OpenTelemetry: one trace across two processes, and its metrics."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -282,15 +283,21 @@ def test_nothing_is_sent_to_an_address_that_nobody_named(environment, variables,
     assert endpoint_of("TRACES") == endpoint
 
 
+def test_without_a_journal_and_an_endpoint_no_process_writes_or_sends(tmp_path, environment):
+    with sidecar(tmp_path / "t.sock", "--no-journal") as running:
+        assert running.status()["scribe"] is None
+
+
 def test_nothing_is_sent_to_itself(tmp_path, environment):
-    with sidecar(tmp_path / "a.sock", "--no-journal", ingest=True) as first:
-        address = first.words["otlp_http"]
-        assert first.status()["scribe"] is None
-    environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{address}")
-    with sidecar(tmp_path / "b.sock", "--otlp-http", address, ingest=True) as running:
-        assert running.words["otlp_http"] == address
-        until(lambda: running.status()["scribe"]["written"] >= 1)
-        assert running.status()["scribe"]["exports"] == []
+    with socket.socket() as held:  # so that nobody else is given the port meanwhile
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        address = "{}:{}".format(*held.getsockname())
+        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{address}")
+        with sidecar(tmp_path / "t.sock", "--otlp-http", address, ingest=True) as running:
+            assert running.words["otlp_http"] == address
+            until(lambda: running.status()["scribe"]["written"] >= 1)
+            assert running.status()["scribe"]["exports"] == []
 
 
 def test_a_collector_that_is_not_there_holds_up_nothing(tmp_path, environment):
