@@ -25,6 +25,8 @@ from testkit.public_examples import (
 )
 from testkit.public_losses import (
     adversarial_training,
+    clips_too_early,
+    curvature_now_and_then,
     dqn,
     dqn_of_old,
     last_step_is_shorter,
@@ -67,6 +69,8 @@ PUBLIC: dict[str, Callable[[Ledger], None]] = {
     "SAM, by hand": sam_by_hand,
     "SAM, by closure": sam_by_closure,
     "adversarial training": adversarial_training,
+    "clips too early": clips_too_early,
+    "curvature now and then": curvature_now_and_then,
     "two tasks, one graph": two_tasks,
     "micro-batches": micro_batches,
     "micro-batches, a shorter last step": last_step_is_shorter,

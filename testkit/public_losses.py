@@ -204,6 +204,40 @@ def adversarial_training(ledger: Ledger) -> None:
     ledger.end(model)
 
 
+def curvature_now_and_then(ledger: Ledger) -> None:
+    """At every fifth update one more ``backward`` measures something, as Sophia does.
+
+    Its gradients are thrown away before the next step has any.
+    """
+    model = network()
+    optimizer = ledger.probed(torch.optim.SGD)(model.parameters(), lr=0.01)
+    for number, (x, y) in enumerate(loader(), 1):
+        loss = F.mse_loss(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        ledger.step(optimizer, loss, norm_of(model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+        if number % 5 == 0:
+            drawn_anew = model(x).detach() + torch.ones_like(y)
+            F.mse_loss(model(x), drawn_anew).backward()  # type: ignore[no-untyped-call]
+            optimizer.zero_grad()
+    ledger.end(model)
+
+
+def clips_too_early(ledger: Ledger) -> None:
+    """Clips between ``zero_grad`` and ``backward``, which clips nothing (as TCN's scripts)."""
+    model = network()
+    optimizer = ledger.probed(torch.optim.RMSprop)(model.parameters(), lr=1e-3)
+    for x, y in loader():
+        optimizer.zero_grad(set_to_none=False)
+        loss = F.mse_loss(model(x), y)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        ledger.step(optimizer, loss, norm_of(model.parameters()))
+        optimizer.step()
+    ledger.end(model)
+
+
 def two_tasks(ledger: Ledger) -> None:
     """Two losses through one graph, which is kept for the second."""
     model = network(4, 2)

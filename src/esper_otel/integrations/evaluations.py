@@ -72,12 +72,15 @@ class Evaluations:
         self._gradients: list[tuple[ParameterPlace, Any]] = []
         self._sample: ParameterPlace | None = None
         self._after: tuple[Any, ...] = ()
+        self._receivers: list[ParameterPlace] = []
+        """What got a gradient by the newest call that was looked at."""
 
     def training_changed(self) -> None:
         """The loop works on another training."""
         self._steps_left = LOOKED_AT
         self.looks, self.expected = True, 0
         self._alike, self._sample = 0, None
+        self._receivers = []
 
     def begins(
         self, loss: Any, *, keeps_graph: bool, optimizers: Callable[[], Iterable[Any]]
@@ -118,6 +121,7 @@ class Evaluations:
         if got and (sample is None or all(parameter_at(each) is not sample for each in got)):
             self._sample = got[0]
         self._after = self._state()
+        self._receivers = got
         if got and spared > 0 and len(self._gradients) <= MOST_OPTIMIZERS:
             found = found._replace(spares_others=True)
         return found
@@ -158,6 +162,8 @@ class Evaluations:
             )
 
     def _relation(self) -> Follows:
+        if not self.looks and self.calls == self.expected + 1 and self._left_nothing():
+            return Follows.INSTEAD
         before, now = self._after, self._state()
         if not before or not now or before == now:
             return Follows.ANOTHER
@@ -166,6 +172,16 @@ class Evaluations:
             return Follows.AFRESH
         thrown_away = gradient is not None and gradient != gradient_now
         return Follows.INSTEAD if thrown_away else Follows.ANOTHER
+
+    def _left_nothing(self) -> bool:
+        """Whether no gradient is left of the calls so far, at which nobody has looked.
+
+        They were as many as usual, so this one is more: those before it measured something,
+        as the curvature at every tenth update (Sophia), and ``zero_grad`` followed. One that
+        writes zeros in place is not recognised: a gradient may be zero by itself.
+        """
+        places = [each for each in self._receivers if parameter_at(each) is not None]
+        return bool(places) and all(gradient_at(each) is None for each in places)
 
     def _state(self) -> tuple[Any, ...]:
         parameter = parameter_at(self._sample)

@@ -242,6 +242,8 @@ class GradientNorms:
         stepped = with_gradients(parameters_of(optimizer))
         found: _Known | None = None
         for known in self._known:
+            if known.backwards == 0 < self._backwards:
+                continue  # clipped before backward: these were the gradients of the step before
             if found is not None and known.backwards == found.backwards and found.told:
                 continue  # clipped twice: the first saw them as they were
             if known.parameters == stepped or sorted(known.parameters) == sorted(stepped):
