@@ -12,6 +12,7 @@ of imports, launchers, ``esper-otel run`` itself) is for tests with processes of
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import re
@@ -44,6 +45,11 @@ OF_TAMIYO = (
     *("testkit.forked_children", "testkit.shipped_tables"),
 )
 """What a sidecar imports, what has its children be forks as well, and the tables there are."""
+
+WITH_TORCH = "FORKS_WITH_TORCH"
+WITH_SIDECARS = "FORKS_OF_TAMIYO"
+"""Variables with the names of servers that all processes of a session of tests share."""
+AS_IT_IS = "as-it-is"
 
 LARGEST = 200_000
 """Bytes of a request: a command, and an environment."""
@@ -91,46 +97,23 @@ class Forked:
 
 
 class ForkServer:
-    """A process that has imported ``modules``, and forks when asked.
+    """A process that forks when asked, known by its ``name`` to all processes."""
 
-    Its forks forget the modules of :mod:`esper_otel`, unless ``keeps_ours``.
-    """
-
-    def __init__(self, *modules: str, keeps_ours: bool = False) -> None:
-        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A name that the system knows while somebody listens, and no file.
-        self._name = f"esper-forks-{os.getpid()}-{listener.fileno()}"
-        listener.bind(f"\0{self._name}")
-        listener.listen()
-        fds = [theirs.fileno(), listener.fileno()]
-        told = f"{fds}, {modules!r}, {keeps_ours}"
-        own = os.environ.get("PYTHONPATH", "") if keeps_ours else ""
-        path = os.pathsep.join(filter(None, [ROOT, own]))
-        with theirs, listener:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from testkit.fork_server import serve; serve({told})"],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     @property
     def prefix(self) -> list[str]:
         """Words that have it run the command behind them, for shells and programs."""
-        return [sys.executable, "-I", "-S", COMMAND, self._name]
-
-    def close(self) -> None:
-        """End it; what it has forked goes on. It also ends when this process does."""
-        self._requests.close()
-        self._process.wait()
+        return [sys.executable, "-I", "-S", COMMAND, self.name]
 
     def start(
         self,
         command: Sequence[str | os.PathLike[str]],
         *,
-        stdout: IO[Any] | int,
+        stdout: IO[Any] | socket.socket | int,
         stderr: IO[Any] | int,
+        stdin: socket.socket | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
         finalizes: bool = False,
@@ -146,15 +129,19 @@ class ForkServer:
             "env": dict(os.environ if env is None else env),
             "cwd": os.fspath(cwd or Path.cwd()),
             "finalizes": finalizes,
+            "outlives": True,
         }
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, Path(os.devnull).open() as nothing:
-            streams = (
-                f if isinstance(f, int) else f.fileno() for f in (nothing, stdout, stderr)
-            )
-            fds = [theirs.fileno(), *streams]
-            socket.send_fds(self._requests, [json.dumps(request).encode()], fds)
-        return Forked(ours, words)
+        answers = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            answers.connect(f"\0{self.name}")
+        except OSError:  # it has ended
+            answers.close()
+            raise
+        with Path(os.devnull).open() as nothing:
+            streams = stdin or nothing, stdout, stderr
+            fds = [f if isinstance(f, int) else f.fileno() for f in streams]
+            socket.send_fds(answers, [json.dumps(request).encode()], fds)
+        return Forked(answers, words)
 
     def run(
         self,
@@ -179,27 +166,81 @@ class ForkServer:
             return subprocess.CompletedProcess(command, status, out.read(), err.read())
 
 
+class OwnForkServer(ForkServer):
+    """One that has imported ``modules``, and ends with this process.
+
+    Its forks forget the modules of :mod:`esper_otel`, unless ``keeps_ours``. With ``of`` it is
+    itself a fork, of a server that has modules already.
+    """
+
+    def __init__(
+        self, *modules: str, keeps_ours: bool = False, of: ForkServer | None = None
+    ) -> None:
+        self._owner, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A name that the system knows while somebody listens, and no file.
+        super().__init__(f"esper-forks-{os.getpid()}-{self._owner.fileno()}")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(f"\0{self.name}")
+        listener.listen()
+        own = os.environ.get("PYTHONPATH", "") if keeps_ours else ""
+        path = os.pathsep.join(filter(None, [ROOT, own]))
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        told = f"{modules!r}, {keeps_ours}"
+        command = [
+            sys.executable,
+            "-c",
+            f"from testkit.fork_server import serve; serve({told})",
+        ]
+        start: Callable[..., Any] = of.start if of else subprocess.Popen
+        with theirs, listener:  # in the place of streams, which every way to start hands over
+            self._process = start(command, stdin=theirs, stdout=listener, stderr=2, env=env)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End it; what it has forked goes on."""
+        self._owner.close()
+        self._process.wait()
+
+
 @cache
 def fork_server(*modules: str) -> ForkServer:
-    """The one of this process with torch and ``modules``; it takes seconds to be ready."""
-    server = ForkServer(*COMMON, *modules)
-    atexit.register(server.close)
-    return server
+    """The one of these tests with torch and ``modules``; it takes seconds to be ready."""
+    if modules:
+        return OwnForkServer(*modules, of=fork_server())
+    shared = os.environ.get(WITH_TORCH)
+    return ForkServer(shared) if shared else OwnForkServer(*COMMON)
 
 
 @cache
 def tamiyo_server() -> ForkServer:
-    """The one of this process for commands of ``tamiyo``, with the modules of a sidecar."""
-    server = ForkServer(*OF_TAMIYO, keeps_ours=True)
-    atexit.register(server.close)
-    return server
+    """The one of these tests for commands of ``tamiyo``, with the modules of a sidecar."""
+    shared = os.environ.get(WITH_SIDECARS)
+    return ForkServer(shared) if shared else OwnForkServer(*OF_TAMIYO, keeps_ours=True)
+
+
+def share_servers() -> list[str]:
+    """Have all processes below this one use its servers; words before a Python that has torch.
+
+    Such a Python can become another program, which what is forked for tests does not.
+    """
+    server = fork_server()
+    os.environ[WITH_TORCH] = server.name
+    os.environ[WITH_SIDECARS] = tamiyo_server().name
+    return [*server.prefix, AS_IT_IS]
 
 
 # --- in the server, and in what it forks
 
 
-def serve(fds: Sequence[int], modules: Sequence[str], keeps_ours: bool) -> None:
-    """Import, and fork for each request until nobody can send any more."""
+def serve(modules: Sequence[str], keeps_ours: bool) -> None:
+    """Import, and fork for each request until the owner is gone.
+
+    Standard input and output are sockets, the owner's and the one to listen on.
+    """
+    owner, listener = (socket.socket(fileno=os.dup(stream)) for stream in (0, 1))
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
     for module in modules:
         with suppress(ModuleNotFoundError):
             __import__(module)
@@ -207,35 +248,32 @@ def serve(fds: Sequence[int], modules: Sequence[str], keeps_ours: bool) -> None:
     path = [each for each in sys.path[1:] if each not in given]
     forgotten = re.compile(r"(?!)" if keeps_ours else r"esper_otel\b|testkit\b")
     signal.signal(signal.SIGCHLD, _reap)
-    requests, listener = (socket.socket(fileno=fd) for fd in fds)
+    gc.collect()
+    gc.freeze()  # what is imported stays: no fork need look at it
     while True:
-        ready, _, _ = select.select([requests, listener], [], [])
-        is_ours = requests in ready
-        if is_ours:
-            body, given_fds, _, _ = socket.recv_fds(requests, LARGEST, 4)
-            if not body:
-                os._exit(0)
-        else:  # a command of somebody who waits for it on the same connection
-            answers, _ = listener.accept()
-            body, given_fds, _, _ = socket.recv_fds(answers, LARGEST, 3)
-            given_fds.insert(0, answers.detach())
-        if os.fork() == 0:
+        ready, _, _ = select.select([owner, listener], [], [])
+        if owner in ready:
+            os._exit(0)
+        answers, _ = listener.accept()
+        body, streams, _, _ = socket.recv_fds(answers, LARGEST, 3)
+        if body and os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            requests.close()
+            owner.close()
             listener.close()
-            answers_fd, *streams = given_fds
-            _watch_a_fork(answers_fd, ends_with_asker=not is_ours)
+            request = json.loads(body)
+            _watch_a_fork(answers, ends_with_asker=not request["outlives"])
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
-            request = json.loads(body)
             os.chdir(request["cwd"])
             work = partial(_become, request["command"], request["env"], path, forgotten)
             if request["finalizes"]:
+                gc.unfreeze()
                 work()
             end_by(work)
-        for each in given_fds:
+        for each in streams:
             os.close(each)
+        answers.close()
 
 
 def _reap(*_: object) -> None:
@@ -245,9 +283,8 @@ def _reap(*_: object) -> None:
             pass
 
 
-def _watch_a_fork(fd: int, *, ends_with_asker: bool) -> None:
+def _watch_a_fork(answers: socket.socket, *, ends_with_asker: bool) -> None:
     """Fork; returns in the child, and its parent tells how the child has ended."""
-    answers = socket.socket(fileno=fd)
     pid = os.fork()
     if pid == 0:
         answers.close()
@@ -303,15 +340,21 @@ def _become(
     def execve(_: object, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
         _become(argv, env, path, forgotten)
 
-    # `esper-otel run` becomes another Python, whose modules this one has, and so does
-    # `opentelemetry-instrument`.
-    os.execve = execve  # type: ignore[assignment]
-    os.execl = lambda _, *argv: execve(_, argv, os.environ)
+    if command[0] == AS_IT_IS:
+        command = command[1:]
+    else:
+        # `esper-otel run` becomes another Python, whose modules this one has, and so does
+        # `opentelemetry-instrument`.
+        os.execve = execve  # type: ignore[assignment]
+        os.execl = lambda _, *argv: execve(_, argv, os.environ)
     if any(Path(each, "sitecustomize.py").exists() for each in own):
         sys.modules.pop("sitecustomize", None)
         __import__("sitecustomize")
     python = Path(command[0]).name.startswith("python")
     first, *arguments = command[1:] if python else command
+    if first == "-u":
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        first, *arguments = arguments
     namespace = sys.modules["__main__"].__dict__
     if first == "-m":
         sys.path[0] = str(Path.cwd())

@@ -20,7 +20,7 @@ def main(server: str, command: list[str]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as answers:
         answers.connect(f"\0{server}")
         where = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}  # noqa: PTH109  (pathlib is slow)
-        request = json.dumps({**where, "finalizes": False})
+        request = json.dumps({**where, "finalizes": False, "outlives": False})
         socket.send_fds(answers, [request.encode()], [0, 1, 2])
         forked = int(answers.recv(64))
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 import testkit.shipped_tables  # noqa: F401  (before anything else reads one)
 from ops.stack.programs import CHROMIUM, MissingError, find
+from testkit.fork_server import share_servers
+from testkit.kept_bytecode import keep_bytecode
 
 # Before anything imports torch, and for every process that a test starts: several that compute
 # side by side, each with a thread for every processor, wait for one another in a busy loop.
@@ -120,6 +123,17 @@ def pytest_xdist_make_scheduler(config, log):
             return unit_of(nodeid)
 
     return Units(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """Processes of tests are forks of one that has torch, which runs their scripts as well."""
+    if not HAS_TORCH or "COVERAGE_PROCESS_CONFIG" in os.environ:
+        return
+    python = shlex.join([*share_servers(), sys.executable])
+    keep_bytecode(config, Path(__file__).parent)  # while the servers import
+    for spec in specs:
+        spec.python = python
 
 
 def pytest_runtest_setup(item):

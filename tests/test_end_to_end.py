@@ -85,7 +85,7 @@ def test_the_whole_way(tmp_path):
         )
         command = [ESPER, "run", "--socket", str(tmp_path / "s.sock"), "--run-id", "whole"]
         command += ["--record", str(tmp_path), DIGITS, "--no-accident", "--epochs", "4"]
-        done = run(command, env)
+        done = run_forked(command, env)
         frames = list(read_frames(tmp_path / "whole-rank0.metrics.otlp"))
         steps = [frame.step for frame in frames]
         status = until(

@@ -5,6 +5,7 @@ takes a process five seconds. Here some of them train.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,11 +136,17 @@ def test_processes_that_the_script_spawns_itself_are_recorded_where_they_say_so(
     assert all([step for _, step in frames] == list(range(1, 8)) for frames in ranks.values())
 
 
-def test_every_rank(start):
+def test_every_rank(start, tmp_path):
     # Its store finds a port by itself, which nobody can take in between.
     options = "--nproc-per-node 2 --standalone --local-addr 127.0.0.1"
     command = f"{BIN}/esper-otel run {BIN}/torchrun {options} train.py --lr 1"
-    done = start(command.split())
+    # The launcher starts from nothing, and its ranks as every other test has it.
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nexec {shlex.join(fork_server().prefix)} {sys.executable} "$@"'
+    )
+    python.chmod(0o755)
+    done = start(command.split(), PYTHON_EXEC=str(python))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("['--lr', '1']") == 2
     assert done.stderr.count(TOLD) == 1

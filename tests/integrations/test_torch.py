@@ -19,6 +19,7 @@ from esper_otel.integrations import watch as watching  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.settings import SettingsError  # noqa: E402
 from esper_otel.tolaria.ordinary_steps import OrdinarySteps  # noqa: E402
+from testkit import without_compiler  # noqa: E402
 from testkit.patience import PATIENCE_S  # noqa: E402
 
 REQUIRED = {
@@ -389,7 +390,7 @@ def test_instrumenting_twice_is_instrumenting_once(instrumented, caplog):
     assert len(instrumented.frames) == 3
 
 
-TWICE_BEFORE_IMPORT = """
+TWICE_BEFORE_IMPORT = f"""{without_compiler.SOURCE}
 from esper_otel import process
 from esper_otel.integrations.torch import TorchInstrumentor
 instrumentor = TorchInstrumentor()

@@ -120,8 +120,9 @@ SHORTER = {
 """As the page has them."""
 
 
-OF_TORCH = ("torchrun", "accelerate")
-"""Launchers that import torch and nothing of ours; what they start is a process of its own."""
+OF_TORCH = {"torchrun", "torch.distributed.launch"}
+"""Launchers that import torch and are forks; what they start is a process of its own.
+Accelerate is one where nothing of ours is in its process."""
 
 
 def started(folder, way):
@@ -135,7 +136,7 @@ def started(folder, way):
     words, _, stdin = way.partition(" < ")
     command = [TRAIN if word == "CODE" else word for word in words.split()]
     env = CLEAN | {"PATH": f"{folder / 'bin'}{os.pathsep}{CLEAN['PATH']}"}
-    if command[0] in OF_TORCH:
+    if OF_TORCH & {*command} or command[0] == "accelerate":
         command[0] = str(BIN / command[0])
         done = fork_server().run(command, cwd=folder, env=env)
     else:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sidecar.running import is_alive, until
-from testkit.fork_server import tamiyo_server
+from testkit.fork_server import AS_IT_IS, OwnForkServer, tamiyo_server
 from testkit.patience import PATIENCE_S
 
 WAITS = """
@@ -44,3 +44,30 @@ def test_it_does_not_outlive_who_asked(number, status):
         asks.send_signal(number)
         assert asks.wait(PATIENCE_S) == status
         until(lambda: not is_alive(pid))
+
+
+BECOMES = """
+import os, sys
+if "esper_tamiyo.cli" in sys.modules:
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+print("anew")
+"""
+
+
+def test_one_that_is_taken_as_it_is_can_become_another_program(tmp_path):
+    (tmp_path / "becomes.py").write_text(BECOMES)
+    words = [*tamiyo_server().prefix, AS_IT_IS, sys.executable, "-u", "-c"]
+    code = f"import sys; sys.argv = [{str(tmp_path / 'becomes.py')!r}]; exec({BECOMES!r})"
+    done = subprocess.run([*words, code], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stdout) == (0, "anew\n"), done.stderr
+
+
+def test_a_server_can_be_a_fork_of_another_and_ends_when_it_is_closed():
+    names = "esper_tamiyo.cli", "colorsys"
+    asks = [sys.executable, "-c", f"import sys; print([n in sys.modules for n in {names}])"]
+    assert tamiyo_server().run(asks).stdout == "[True, False]\n"
+    server = OwnForkServer("colorsys", keeps_ours=True, of=tamiyo_server())
+    assert server.run(asks).stdout == "[True, True]\n"
+    server.close()
+    with pytest.raises(ConnectionRefusedError):
+        server.run(asks)
