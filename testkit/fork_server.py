@@ -17,19 +17,20 @@ import json
 import os
 import re
 import runpy
-import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from testkit.forks import Forks
 from testkit.patience import PATIENCE_S
 
 ROOT = str(Path(__file__).parent.parent)
@@ -247,21 +248,21 @@ def serve(modules: Sequence[str], keeps_ours: bool) -> None:
     given = os.environ["PYTHONPATH"].split(os.pathsep)
     path = [each for each in sys.path[1:] if each not in given]
     forgotten = re.compile(r"(?!)" if keeps_ours else r"esper_otel\b|testkit\b")
-    signal.signal(signal.SIGCHLD, _reap)
     gc.collect()
     gc.freeze()  # what is imported stays: no fork need look at it
-    while True:
-        ready, _, _ = select.select([owner, listener], [], [])
-        if owner in ready:
-            os._exit(0)
+    # Torch's own thousands would take most of the time of a fork that does little.
+    finalizers, weakref.finalize._registry = weakref.finalize._registry, {}  # type: ignore[attr-defined]
+    forks = Forks()
+    while not forks.wait_for(owner, listener):
         answers, _ = listener.accept()
         body, streams, _, _ = socket.recv_fds(answers, LARGEST, 3)
-        if body and os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not body:
+            answers.close()
+            continue
+        request = json.loads(body)
+        if forks.add(answers, outlives=request["outlives"]):
             owner.close()
             listener.close()
-            request = json.loads(body)
-            _watch_a_fork(answers, ends_with_asker=not request["outlives"])
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
@@ -269,38 +270,12 @@ def serve(modules: Sequence[str], keeps_ours: bool) -> None:
             work = partial(_become, request["command"], request["env"], path, forgotten)
             if request["finalizes"]:
                 gc.unfreeze()
+                weakref.finalize._registry = finalizers  # type: ignore[attr-defined]
                 work()
             end_by(work)
         for each in streams:
             os.close(each)
-        answers.close()
-
-
-def _reap(*_: object) -> None:
-    """Wait for the processes that have told how their forks have ended."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def _watch_a_fork(answers: socket.socket, *, ends_with_asker: bool) -> None:
-    """Fork; returns in the child, and its parent tells how the child has ended."""
-    pid = os.fork()
-    if pid == 0:
-        answers.close()
-        return
-    answers.send(str(pid).encode())
-    if ends_with_asker:
-        looks = select.poll()
-        looks.register(answers, 0)  # for its end
-        looks.register(os.pidfd_open(pid), select.POLLIN)
-        if answers.fileno() in dict(looks.poll()):
-            os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    try:
-        answers.send(str(os.waitstatus_to_exitcode(status)).encode())
-    finally:
-        os._exit(0)
+    os._exit(0)
 
 
 def end_by(work: Callable[[], object]) -> NoReturn:
