@@ -13,4 +13,4 @@ if "torch" not in sys.modules:
 """
 """The head of a script. The first optimizer of a process imports the compiler, which takes two
 seconds, and only asks not to be compiled. What computes tensors without data takes torch a
-quarter of its import, and nobody here has any. Where torch is there already, so are both."""
+fifth of its import, and nobody here has any. Where torch is there already, so are both."""

@@ -68,22 +68,6 @@ def pytest_make_collect_report(collector):
 TOGETHER = {
     "ops/stack": "stack",  # one Collector, Prometheus and Jaeger for all of them
     **dict.fromkeys(
-        (  # one server of processes that have torch
-            *("integrations/test_declarative.py", "integrations/test_jobs.py"),
-            *("integrations/test_launchers.py", "test_end_to_end.py"),
-            *("test_finalization.py", "test_summary.py"),
-        ),
-        "forks",
-    ),
-    **dict.fromkeys(
-        (  # another, for the sake of a second process
-            *("docs/test_commands_on_pages.py", "integrations/test_ways_to_start.py"),
-            *("kasmina/test_checkpoint.py", "kasmina/test_compiling.py"),
-            *("kasmina/test_tools.py", "ranks"),
-        ),
-        "ranks",
-    ),
-    **dict.fromkeys(
         (  # one import of Lightning and Transformers
             *("integrations/test_checked_updates.py", "integrations/test_enforced_rates.py"),
             *("integrations/test_frameworks.py", "integrations/test_notebooks.py"),
@@ -95,8 +79,10 @@ TOGETHER = {
 """Files and folders of tests that share what takes long to make; one process runs them."""
 
 FIRST = (
-    *("ranks", "forks", "stack", "test_examples.py"),
-    *("frameworks", "docs/test_site.py", "test_packaging.py"),
+    *("stack", "test_end_to_end.py", "frameworks", "integrations/test_ways_to_start.py"),
+    *("integrations/test_launchers.py", "kasmina/test_tools.py", "kasmina/test_compiling.py"),
+    *("test_examples.py", "docs/test_commands_on_pages.py", "docs/test_site.py"),
+    *("sidecar/test_receiving_bounds.py", "fuzz/test_targets.py", "test_packaging.py"),
 )
 """What takes longest, so that no process is left with it when the others have ended."""
 
@@ -152,7 +138,7 @@ def pytest_runtestloop():
 
 
 def pytest_unconfigure():
-    gc.unfreeze()
+    """What is frozen ends with the process; pytest collects garbage several times yet."""
     gc.enable()
 
 

@@ -366,16 +366,16 @@ def test_of_more_ranks_than_there_is_room_for_those_there_are_keep_their_past():
 
 
 def test_what_is_kept_takes_no_more_memory_than_it_may():
-    allowed = 3 << 19
+    allowed = 3 << 18
     engine = Engine(load("default"), allowed)
     values = {key: 1.0 for key in STEP_KEYS if key not in ("step", "phase")}
     seeds = {f"s{n}": dict.fromkeys(SEED_KEYS, 0.5) for n in range(10)}
-    for rank in range(9):  # one after the other, as many as there is room for
+    for rank in range(5):  # one after the other, as many as there is room for
         engine.observe(frame(0, seeds, run="before", rank=rank, **values))
     tracemalloc.start()
     try:
         for step in range(1, 190):
-            for rank in range(8):
+            for rank in range(4):
                 own = {key: value + (step * 37 + rank) % 101 for key, value in values.items()}
                 engine.observe(frame(step, seeds if step > 186 else {}, rank=rank, **own))
         engine.tick(0)
@@ -384,7 +384,7 @@ def test_what_is_kept_takes_no_more_memory_than_it_may():
     finally:
         tracemalloc.stop()
     room = engine.overview()["room_for"]
-    assert engine.overview()["ranks"] <= room["ranks"] <= 8
+    assert engine.overview()["ranks"] <= room["ranks"] <= 4
     assert engine.overview()["seeds"] <= room["seeds"]
 
 
