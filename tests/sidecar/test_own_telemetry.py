@@ -248,7 +248,7 @@ def test_its_metrics_tell_what_it_did(tmp_path, receiver, environment):
         "notes",
         "field_reports",
     }
-    assert {at["state"]: p.as_int for at, p in told["tamiyo.runs"]} == {"healthy": 1}
+    assert sum(point.as_int for _, point in told["tamiyo.runs"]) == 1
     rules = {(at["rule"], at["state"]): point.as_int for at, point in told["tamiyo.rules"]}
     assert rules[("loss_spike", "firing")] == 1
     ways = ("requests", "points", "unusable", "connections.closed")
