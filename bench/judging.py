@@ -160,7 +160,7 @@ class DecideProcess:
     def _judge(self, data: memoryview) -> int:
         inlet, count = pipe.Inlet(), 0
         for first in range(0, len(data), READ_BYTES):
-            for _, body in list(inlet.feed(data[first : first + READ_BYTES])):
+            for _, body in inlet.feed(data[first : first + READ_BYTES]):
                 count += 1
                 frame = pipe.frame(body)
                 began_at = time.perf_counter_ns()

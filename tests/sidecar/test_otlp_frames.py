@@ -7,6 +7,7 @@ from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
@@ -54,6 +55,15 @@ def test_stream_and_asks_give_the_same_decisions(frames):
     ]
     assert [streamed.observe(frame_of(body)) for body in bodies] == through_asks
     assert streamed.latest("run") == asked.latest("run")
+
+
+@given(runs(), st.lists(st.integers(1, 400), max_size=20))
+def test_messages_are_whole_however_the_pipe_cuts_them(frames, sizes):
+    data, inlet, begin, found = b"".join(map(pack, frames)), Inlet(), 0, []
+    for size in [*sizes, len(data)]:
+        found += inlet.feed(memoryview(data)[begin : begin + size])
+        begin += size
+    assert found == [(MessageKind.FRAME, pack(one)[5:]) for one in frames]
 
 
 def test_sdk_shape_points_of_several_steps_in_one_metric():

@@ -24,6 +24,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
+from esper_tamiyo.latency import SLICE_NS
 from esper_tamiyo.receiving.intake import MAX_REQUEST, PIPE_BACKLOG
 from esper_tamiyo.serving.server import FRAMES_PER_TURN, Server
 from sidecar.frames_made import add_point, frame, otlp_of
@@ -341,10 +342,18 @@ class Ready:
 PIPE, TRAINER = 7, 8
 
 
-def judged_in_a_turn(frames, *ready, is_prompt=False):
-    """How many of so many frames are judged in one turn; the others are left."""
-    server, judged = Server.__new__(Server), []
-    server._epoll, server._judge = Ready(*ready), judged.append
+def judged_in_a_turn(monkeypatch, frames, *ready, takes=SLICE_NS + 1, is_prompt=False):
+    """How many of so many frames, each of which takes so long, are judged in one turn; the
+    others are left."""
+    server, judged, now = Server.__new__(Server), [], [0]
+
+    def judge(body, began_at):
+        assert began_at == now[0]
+        judged.append(body)
+        now[0] += takes
+
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+    server._epoll, server._judge = Ready(*ready), judge
     ingest = SimpleNamespace(
         frames=deque(range(frames)), has_pipe=lambda fd: fd == PIPE, due_in=lambda: None
     )
@@ -355,17 +364,23 @@ def judged_in_a_turn(frames, *ready, is_prompt=False):
     return len(judged)
 
 
-def test_a_turn_judges_some_frames_and_ends_with_who_asks():
-    assert judged_in_a_turn(3) == 3
-    assert judged_in_a_turn(100) == FRAMES_PER_TURN
-    assert judged_in_a_turn(100, [PIPE], [], [PIPE, TRAINER]) == 3
-    assert judged_in_a_turn(100, [TRAINER]) == 1
+def test_a_turn_judges_some_frames_and_ends_with_who_asks(monkeypatch):
+    assert judged_in_a_turn(monkeypatch, 3) == 3
+    assert judged_in_a_turn(monkeypatch, 100) == FRAMES_PER_TURN
+    assert judged_in_a_turn(monkeypatch, 100, [PIPE], [], [PIPE, TRAINER]) == 3
+    assert judged_in_a_turn(monkeypatch, 100, [TRAINER]) == 1
+
+
+def test_who_asks_waits_for_no_more_quick_frames_than_a_slice_has_time_for(monkeypatch):
+    for fit in (2, 3, 5):
+        takes = SLICE_NS // fit
+        assert judged_in_a_turn(monkeypatch, 100, [TRAINER], takes=takes) == fit + 1
 
 
 def test_a_server_that_takes_processors_gives_its_own_away_between_frames(monkeypatch):
     yields = []
     monkeypatch.setattr(os, "sched_yield", lambda: yields.append(1))
-    assert judged_in_a_turn(3) == 3
+    assert judged_in_a_turn(monkeypatch, 3) == 3
     assert len(yields) == 0
-    assert judged_in_a_turn(3, is_prompt=True) == 3
+    assert judged_in_a_turn(monkeypatch, 3, is_prompt=True) == 3
     assert len(yields) == 2

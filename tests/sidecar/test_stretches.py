@@ -6,10 +6,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from esper_otel.leyline.decisions import Proposal, SeedOperation
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.wire import SilenceRequest
+from esper_tamiyo.journaling.decision_log import DecisionLog
+from esper_tamiyo.journaling.entries import Decided
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.judging.history import History, Watched
 from esper_tamiyo.judging.observations import Last, RollingMedian, Slope
@@ -88,22 +91,37 @@ TABLES = {
 
 
 class Ledger:
-    """An observer that writes all down."""
+    """An observer that writes all down, and has the decision log make entries of it."""
 
     def __init__(self):
         self.told = []
+        self.entries = []
+        self.log = DecisionLog(trace_every=7)
 
     def on_rule_change(self, change):
         self.told.append(change)
+        self.log.on_rule_change(change)
 
     def on_frame(self, frame, decision):
         self.told.append((frame, decision))
+        self.log.on_frame(frame, decision)
 
     def on_decision(self, decision, frame):
         self.told.append((decision, frame))
+        self.log.on_decision(decision, frame)
 
     def on_end(self, frame):
         self.told.append(frame)
+        self.log.on_end(frame)
+
+    def journal(self):
+        """All entries so far, but for when they were made, and what was counted."""
+        for entry in self.log.make_entries(self.log.waiting, 0.0):
+            timeless = {"decided_unix_nano": 0, "took_ms": 0.0}
+            is_decision = isinstance(entry, Decided)
+            self.entries.append(replace(entry, **timeless) if is_decision else entry)
+        log = self.log
+        return self.entries, log.decisions, log.missed, log.dropped, log.reports_pending
 
 
 class Both:
@@ -162,6 +180,7 @@ class Both:
     def are_alike(self):
         quick, plain = self.ledgers
         assert quick.told == plain.told
+        assert quick.journal() == plain.journal()
         for key in list(self.plain.roster.ranks):
             mine, others = self.saved(key)
             assert mine == others

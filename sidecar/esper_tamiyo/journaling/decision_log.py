@@ -217,12 +217,12 @@ class DecisionLog:
         return entries
 
     def _entries_of(self, thing: _Heard, now_s: float) -> list[AnyEntry | DueReport]:
-        if isinstance(thing, StepFrame) and thing.ended is not None:
+        if isinstance(thing, StepFrame):
+            if thing.ended is None:
+                self._count_step(thing)
+                return [*self._reports.add_frame(thing, now_s)]
             ended = self._end(thing, thing.ended)
             return [ended, *self._reports.end_rank(thing.run, thing.rank)]
-        if isinstance(thing, StepFrame):
-            self._count_step(thing)
-            return [*self._reports.add_frame(thing, now_s)]
         if isinstance(thing, RuleChange):
             return [self._change(thing)]
         if isinstance(thing, RuleSilence | StateRestored):
@@ -255,14 +255,15 @@ class DecisionLog:
         return rank
 
     def _count_step(self, frame: StepFrame) -> None:
-        rank = self._rank((frame.run, frame.rank))
+        rank, step = self._rank((frame.run, frame.rank)), frame.step
         if rank.instance != frame.instance:
             rank.start_over(frame.instance)
-        elif 0 <= rank.newest < frame.step:
-            self.missed = min(self.missed + frame.step - rank.newest - 1, MAX_COUNT)
-        rank.newest = frame.step
+        elif 0 <= rank.newest < step - 1:
+            self.missed = min(self.missed + step - rank.newest - 1, MAX_COUNT)
+        rank.newest = step
         rank.steps += 1
-        rank.moved.clear()
+        if rank.moved:
+            rank.moved.clear()
 
     def _goes_on(self, made: _DecisionMade) -> bool:
         """Whether it is the notice of the step before once more, which is written once."""

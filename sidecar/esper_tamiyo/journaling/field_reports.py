@@ -153,11 +153,13 @@ class FieldReports:
                 reports += self._give_up(oldest, "the run was forgotten")
                 del self._ranks[oldest]
         self._ranks.move_to_end(key)
-        before = len(past)
         past.heard_s = now_s
         past.time_unix_nano = frame.time_unix_nano
         sample = _sample(frame)
         past.samples.append(sample)
+        if not (past.pending or past.checked):  # as nearly always
+            return reports
+        before = len(past)
         while past.checked and past.checked[0].decision.step <= frame.step:
             known = past.checked.popleft()
             is_it = known.decision.step == frame.step
@@ -247,13 +249,13 @@ class FieldReports:
 
 
 def _sample(frame: StepFrame) -> StepSample:
-    values = frame.values
-    skipped = values.get("update_skipped")
+    get = frame.values.get
+    skipped = get("update_skipped")
     return StepSample(
         frame.step,
-        (values.get("loss"), values.get("loss_volatility"), values.get("step_latency_ms")),
-        values.get("nonfinite", 0.0),
-        values.get("lr_scale"),
+        (get("loss"), get("loss_volatility"), get("step_latency_ms")),
+        get("nonfinite", 0.0),
+        get("lr_scale"),
         None if skipped is None else skipped > 0,
     )
 

@@ -7,7 +7,7 @@ that the decide process can leave frames undecoded until their turn comes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -198,15 +198,19 @@ class Inlet:
     def __init__(self) -> None:
         self._bytes = bytearray()
 
-    def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
-        """Yield each message completed by ``data``."""
+    def feed(self, data: bytes | memoryview) -> list[tuple[int, bytes]]:
+        """The messages completed by ``data``."""
         buffer = self._bytes
         buffer += data
-        while len(buffer) >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(buffer)
-            end = _HEAD.size + length
-            if len(buffer) < end:
-                return
-            body = bytes(buffer[_HEAD.size : end])
-            del buffer[:end]
-            yield kind, body
+        found: list[tuple[int, bytes]] = []
+        end, size = 0, len(buffer)
+        with memoryview(buffer) as view:
+            while size - end >= _HEAD.size:
+                length, kind = _HEAD.unpack_from(view, end)
+                begin = end + _HEAD.size
+                if size - begin < length:
+                    break
+                end = begin + length
+                found.append((kind, bytes(view[begin:end])))
+        del buffer[:end]
+        return found

@@ -1,9 +1,8 @@
 """The decide process: one thread that owns all state and answers decision requests first.
 
-Each turn of the loop first serves every connection that is ready, then reads a little
-from the ingest process or judges some frames of its queue, and does some upkeep, for as long as
-nobody asks. So an ask waits at most for one frame or one part of the upkeep, however much OTLP
-comes in.
+Each turn of the loop first serves every connection that is ready, then reads a little from the
+ingest process or judges some frames of its queue, and does some upkeep, for as long as nobody
+asks. So an ask waits for one slice and one frame at most, or for one part of the upkeep.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from esper_tamiyo.child_process import raise_descriptor_limit
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.keeping.state_keeper import StateKeeper
-from esper_tamiyo.latency import GarbageSchedule, Upkeep, never_preempt, shorten_slice
+from esper_tamiyo.latency import SLICE_NS, GarbageSchedule, Upkeep, never_preempt, shorten_slice
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
 from esper_tamiyo.serving.connection import ClientConnection, idlest
@@ -316,25 +315,27 @@ class Server:
         ingest = self._ingest
         if ingest is None:
             return
-        if ingest.frames:
-            self._judge(ingest.frames.popleft())
-            for _ in range(min(len(ingest.frames), FRAMES_PER_TURN - 1)):
-                if self._is_asked():
-                    break
-                self._judge(ingest.frames.popleft())
+        if frames := ingest.frames:
+            looked_at = now = time.perf_counter_ns()
+            for _ in range(min(len(frames), FRAMES_PER_TURN)):
+                if now - looked_at > SLICE_NS:
+                    if self._is_asked():
+                        break
+                    looked_at = now
+                self._judge(frames.popleft(), now)
+                now = time.perf_counter_ns()
         elif self._pipe_ready and not ingest.read():
             ingest.reap()
         if ingest.due_in() == 0.0:
             ingest.restart()
         self._announce()
 
-    def _judge(self, body: bytes) -> None:
+    def _judge(self, body: bytes, began_at: int) -> None:
         try:
             streamed = frame(body)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             self._engine.note_bad_frame()
             return
-        began_at = time.perf_counter_ns()
         self._log.set_context(began_at, asked=False)
         self._engine.observe(streamed, at_ns=began_at)
         self._reporter.record_lag(streamed.time_unix_nano)
