@@ -12,7 +12,7 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from esper_otel.leyline.terminal import printable
+from esper_otel.leyline.terminal import counted, printable
 
 if TYPE_CHECKING:
     from esper_otel.final_report import FinalReport
@@ -114,14 +114,14 @@ def run_card(run: str, totals: RunTotals | None) -> str:
     name = f"<b>{escape(printable(run))}</b>"
     if totals is None or not totals.steps:
         return f"<div>{name}: no step yet</div>"
-    parts = [f"{totals.steps:,} steps"]
+    parts = [counted(totals.steps, "step")]
     if totals.first_loss is not None and totals.last_loss is not None:
         parts.append(f"loss {totals.first_loss:.4g} → {totals.last_loss:.4g}")
     step_ms = totals.per_step("step_latency_ms")
     if step_ms:
         parts.append(f"{step_ms:.3g} ms a step")
     if totals.nonfinite_steps:
-        parts.append(f"NaN or infinite in {totals.nonfinite_steps:,} steps")
+        parts.append(f"NaN or infinite in {counted(totals.nonfinite_steps, 'step')}")
     chart = chart_of(totals.losses.means(PARTS), totals)
     # An image, as notebooks that are not trusted show those and take SVG out of HTML.
     source = base64.b64encode(chart.encode()).decode()

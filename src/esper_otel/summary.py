@@ -18,7 +18,7 @@ from esper_otel.leyline.decisions import (
     TIMEOUT,
     UNREACHABLE,
 )
-from esper_otel.leyline.terminal import printable, printable_json, sparkline, tell
+from esper_otel.leyline.terminal import counted, printable, printable_json, sparkline, tell
 from esper_otel.settings import EsperSettings, Summaries
 from esper_otel.stream import StreamReport
 from esper_otel.stream.spool_files import resend_words
@@ -90,13 +90,13 @@ class TrainingSummary(msgspec.Struct, frozen=True):
 
     def as_text(self) -> str:
         """What follows its name in a line."""
-        parts = [f"{self.steps:,} steps"]
+        parts = [counted(self.steps, "step")]
         if self.first_loss is not None and self.last_loss is not None:
             parts.append(f"loss {_curve(self.losses, self.first_loss, self.last_loss)}")
         if self.step_ms:
             parts.append(f"{self.step_ms:.3g} ms a step")
         if self.decisions:
-            parts.append(f"{self.decisions:,} decision{'s' * (self.decisions != 1)}")
+            parts.append(counted(self.decisions, "decision"))
         return ", ".join(parts)
 
 
@@ -158,7 +158,7 @@ class Summary(msgspec.Struct, frozen=True):
         lines = [
             f"esper-otel: run {self.run}, "
             + (f"{several:,} trainings, " if several else "")
-            + f"{self.steps:,} steps in {_seconds(self.seconds)}"
+            + f"{counted(self.steps, 'step')} in {_seconds(self.seconds)}"
         ]
         if self.first_loss is not None and self.last_loss is not None:
             curve = _curve(self.losses, self.first_loss, self.last_loss)
@@ -175,7 +175,9 @@ class Summary(msgspec.Struct, frozen=True):
             name = each.run or f"{each.trainings:,} more"
             lines.append(f"  training  {name}: {each.as_text()}")
         if self.nonfinite_steps:
-            lines.append(f"  values    NaN or infinite in {self.nonfinite_steps:,} steps")
+            lines.append(
+                f"  values    NaN or infinite in {counted(self.nonfinite_steps, 'step')}"
+            )
         if self.lost_values:
             lines.append(f"  lost      {self.lost_values:,} {_LOST}")
         lines += self._decided()
@@ -213,7 +215,7 @@ class Summary(msgspec.Struct, frozen=True):
     def _unjudged(self) -> str:
         text = "did not answer"
         if self.unjudged_steps:
-            text += f" for {self.unjudged_steps:,} step{'s' * (self.unjudged_steps != 1)}"
+            text += f" for {counted(self.unjudged_steps, 'step')}"
         if self.unanswered:
             text += f" ({', '.join(_WHY.get(each, each) for each in self.unanswered)})"
         if self.held_unjudged_steps:

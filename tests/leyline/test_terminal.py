@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from esper_otel.leyline.terminal import (
     EscapingFilter,
     Lines,
+    counted,
     discard_output,
     printable,
     printable_json,
@@ -221,3 +222,10 @@ def test_a_full_disk_leaves_the_exit_status_alone():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", script], stderr=full)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (1024, "1,024 steps")]
+)
+def test_what_is_counted_has_its_plural(count, text):
+    assert counted(count, "step") == text

@@ -31,6 +31,11 @@ class Lines(str):
     __slots__ = ()
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 step`` or ``1,024 steps``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def printable(text: str) -> str:
     """``text`` on one line, with everything escaped that is not seen, as Python writes it.
 
