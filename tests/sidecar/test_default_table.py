@@ -220,7 +220,7 @@ TROUBLES = [
     ("gradient_explosion", explodes, 10),
     ("gradient_spike", spikes, 1),
     ("gradient_drift", times(8, "gradient_norm"), 16),
-    ("gradient_pileup", times(90, "gradient_norm"), 4),
+    ("gradient_pileup", times(90, "gradient_norm"), 5),
     ("gradient_vanishing", times(1e-4, "gradient_norm"), 6),
     ("gradient_missing", has_no_gradients, 20),
     ("gradients_kept", instead(gradients_kept=1.0), 2),
