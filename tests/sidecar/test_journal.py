@@ -359,6 +359,25 @@ def test_a_journal_whose_folder_cannot_be_made_again_is_told_of(folder, monkeypa
     assert (gap.lost, entry) == (1, decided(3))
 
 
+def test_the_first_entries_wait_until_the_writer_of_a_killed_sidecar_is_gone(folder):
+    killed = Journal(folder, 1_000_000, 8)
+    tries = []
+
+    def opening():
+        tries.append(None)
+        if len(tries) == 3:
+            killed.close()
+        return Disk(folder).open()
+
+    thread = JournalThread(opening, folder)
+    thread.put([decided(1)])
+    thread.start()
+    until(lambda: thread.written == 1)
+    assert (thread.all_lost, thread.error, len(tries)) == (0, "", 3)
+    thread.close(5.0)
+    assert [each for each in read(folder) if each == decided(1)] == [decided(1)]
+
+
 @pytest.mark.parametrize("tidy_up", [delete, move_and_create, copy_and_truncate])
 def test_following_goes_on_in_the_file_that_is_begun_instead(folder, tidy_up):
     journal = Journal(folder, 1_000_000, 8)

@@ -24,6 +24,10 @@ log = logging.getLogger("tamiyo")
 
 SYNC_S = 1.0
 RETRY_S = 5.0
+LOCK_PATIENCE_S = 3.0
+"""How long the first opening waits for the writer of a killed sidecar to leave the journal.
+Entries wait meanwhile; later ones are lost until the next try."""
+LOOK_AGAIN_S = 0.01
 REPEAT_S = 60.0
 """How often it is said that files are taken away, at most."""
 MAX_QUEUE = 1024
@@ -49,6 +53,7 @@ class JournalThread:
         self._table: TableInUse | None = None
         self._accounted = 0
         self._retry_at = 0.0
+        self._patience_s = LOCK_PATIENCE_S
         self._say_again_at = 0.0
         self._queue: queue.Queue[list[AnyEntry] | None] = queue.Queue(MAX_QUEUE)
         self._dropped = 0
@@ -129,10 +134,21 @@ class JournalThread:
             )
 
     def _open_journal(self) -> Journal:
-        journal = self._opening()
+        journal = self._opened()
         opened = Opened(time_unix_nano=time.time_ns(), pid=os.getpid(), release=release())
         journal.append([opened, *([self._table] if self._table else [])])
         return journal
+
+    def _opened(self) -> Journal:
+        until = time.monotonic() + self._patience_s
+        self._patience_s = 0.0
+        while True:
+            try:
+                return self._opening()
+            except BlockingIOError:  # somebody else writes there
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(LOOK_AGAIN_S)
 
     def _with_gap(self, entries: list[AnyEntry]) -> list[AnyEntry]:
         lost = self.all_lost - self._accounted
