@@ -86,10 +86,19 @@ class Screen:
     """
 
     def __init__(self) -> None:
-        # That it is a terminal was found out by whoever makes this; NO_COLOR is heeded by rich.
-        self._console = Console(force_terminal=True, highlight=False)
-        self._styles = {name: Style.parse(style) for name, style in STYLES.items()}
         self._output = sys.stdout.fileno()
+        # A write that a signal interrupts is taken up again only by a file with a buffer.
+        # Standard output has none under PYTHONUNBUFFERED.
+        self._file = open(  # noqa: SIM115
+            self._output,
+            "w",
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            closefd=False,
+        )
+        # That it is a terminal was found out by whoever makes this; NO_COLOR is heeded by rich.
+        self._console = Console(file=self._file, force_terminal=True, highlight=False)
+        self._styles = {name: Style.parse(style) for name, style in STYLES.items()}
         self._is_ascii = without_braille(sys.stdout.encoding)
         self._input: int | None = None
         with suppress(OSError, ValueError):
@@ -125,6 +134,8 @@ class Screen:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._wake.close()
         self._woken.close()
+        with suppress(OSError):
+            self._file.close()
 
     @property
     def size(self) -> tuple[int, int]:
