@@ -249,13 +249,13 @@ class FieldReports:
 
 
 def _sample(frame: StepFrame) -> StepSample:
-    get = frame.values.get
-    skipped = get("update_skipped")
+    values = frame.values
+    skipped = values.get("update_skipped")
     return StepSample(
         frame.step,
-        (get("loss"), get("loss_volatility"), get("step_latency_ms")),
-        get("nonfinite", 0.0),
-        get("lr_scale"),
+        (values.get("loss"), values.get("loss_volatility"), values.get("step_latency_ms")),
+        values.get("nonfinite", 0.0),
+        values.get("lr_scale"),
         None if skipped is None else skipped > 0,
     )
 

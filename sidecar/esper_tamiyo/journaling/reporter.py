@@ -96,8 +96,7 @@ class Reporter:
 
     def record_lag(self, time_unix_nano: int) -> None:
         """A streamed step that ended at ``time_unix_nano`` has been evaluated."""
-        lag_ns = time.time_ns() - time_unix_nano
-        self._lag.add(lag_ns / 1e6 if lag_ns > 0 else 0.0)
+        self._lag.add(max(0, time.time_ns() - time_unix_nano) / 1e6)
 
     def due_in(self) -> float | None:
         """Seconds until there is something to write down; None: not before the heartbeat.

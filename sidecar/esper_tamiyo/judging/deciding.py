@@ -96,21 +96,6 @@ def decide(
     )
 
 
-def go_on(run: str, rank: int, step: int, table_version: str) -> Decision:
-    """What :func:`decide` gives about the newest step of a rank where no rule has fired,
-    nothing is proposed, and nothing else is out of the ordinary."""
-    return Decision(
-        f"{run}/{rank}/{step}",
-        run,
-        step,
-        step,
-        Action.CONTINUE,
-        Severity.NORMAL,
-        NOMINAL,
-        table_version=table_version,
-    )
-
-
 def decide_update(
     key: tuple[str, int],
     step: int,

@@ -31,7 +31,7 @@ from esper_otel.leyline.frames import (
 from esper_otel.leyline.metrics import STEP_KEYS, STEP_SLOT
 from esper_otel.leyline.wire import Ask, SilenceRequest
 from esper_tamiyo.judging.admission import RefusalReason, fault_of
-from esper_tamiyo.judging.deciding import decide, decide_update, go_on
+from esper_tamiyo.judging.deciding import decide, decide_update
 from esper_tamiyo.judging.liveness import Key, RankCensus
 from esper_tamiyo.judging.observer import EngineObserver, Observed
 from esper_tamiyo.judging.roster import STATE_BYTES, Roster
@@ -326,7 +326,7 @@ class Engine:
 
     def _go_on(self, frame: StepFrame, at_ns: int) -> Decision | None:
         """The decision about a frame that changes nothing but what is remembered; else None."""
-        key = run, rank = frame.run, frame.rank
+        key = (frame.run, frame.rank)
         state = self._runs.get(key)
         if state is None or state.book is not self._book or frame.ended is not None:
             return None
@@ -336,9 +336,10 @@ class Engine:
         self._counts["judged"] += 1
         if transitions:
             self._notify(key, frame.step, frame.time_unix_nano, transitions)
-        state.decision = go_on(run, rank, frame.step, self._book.table.version)
-        self._observed.tell_decision(frame, state.decision, is_new=True)
-        return state.decision
+        version, step = self._book.table.version, frame.step
+        decision = decide(key, step, step, [], None, conservative=False, table_version=version)
+        self._conclude(state, frame, decision, is_new=True)
+        return decision
 
     def _catch_up(self, state: RunState, key: Key) -> None:
         """Have ``state`` go over to the table that is in use."""

@@ -99,8 +99,7 @@ class StepPace:
             each = (time_ns - self.last_ns) / steps
             known = self.step_ns
             if known:
-                most = _MOST * known
-                each = known + _WEIGHT * ((most if most < each else each) - known)
+                each = known + _WEIGHT * (min(each, _MOST * known) - known)
             self.step_ns = each
         self.last_ns = time_ns
         self.heard_ns = at_ns
