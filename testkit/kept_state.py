@@ -126,6 +126,10 @@ class KeptEngine:
         if write_out:
             self._keeper.write_out()
 
+    def keep_order(self) -> None:
+        """What a server does before it confirms an order."""
+        self._keeper.keep_order()
+
     def status(self) -> dict[str, Any]:
         """How state is kept."""
         return self._keeper.status()

@@ -1,5 +1,6 @@
 """What is saved of an engine: an engine made of it goes on as the one that it was made of."""
 
+import socket
 import tempfile
 from contextlib import ExitStack
 from itertools import pairwise
@@ -14,6 +15,7 @@ from bench.scenarios.recordings import read
 from bench.scenarios.suite import RECORDINGS
 from esper_otel.leyline.frames import StepFrame
 from esper_otel.leyline.wire import SilenceRequest
+from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging import (
     endings,
     engine,
@@ -33,6 +35,9 @@ from esper_tamiyo.judging.saved_structs import BY_HAND, DERIVED, SAVED
 from esper_tamiyo.language.operators import Operator
 from esper_tamiyo.language.table import conditions
 from esper_tamiyo.language.table_file import TableSource, load, parse
+from esper_tamiyo.latency import GarbageSchedule
+from esper_tamiyo.serving.connection import ClientConnection
+from esper_tamiyo.serving.replies import Replies
 from sidecar.frames_made import NUMBERS, SEED_VALUES, STEP_VALUES
 from testkit.kept_state import KeptEngine, Observed
 
@@ -253,3 +258,28 @@ def test_behind_a_restart_a_streamed_rank_may_have_gone_on(tmp_path):
     assert after.judge(streamed(900)).reason != "protocol_error"
     assert after.judge(streamed(1_000_000)).reason == "protocol_error"
     after.kill()
+
+
+def test_a_silence_is_with_the_writer_before_it_is_confirmed(tmp_path):
+    kept = KeptEngine(tmp_path, EVERYTHING, round_s=1e9)
+    kept.judge(StepFrame("run", "first", 0, 1, SECOND, {"step": 1.0, "loss": 1.0}))
+    ours, theirs = socket.socketpair()
+    connection = ClientConnection(ours)
+
+    def keep_order():
+        kept.keep_order()
+        with pytest.raises(BlockingIOError):  # nobody was told yet
+            theirs.recv(1, socket.MSG_DONTWAIT)
+
+    replies = Replies(
+        *(kept.engine, Reporter(None, trace_every=1), GarbageSchedule()),
+        *(None, dict, keep_order),
+    )
+    assert replies.reply(connection, SilenceRequest("run", "often", 7), 0)
+    assert b"silenced" in theirs.recv(1000)
+    kept.kill()  # no turn ends in between
+    after = KeptEngine(tmp_path, EVERYTHING)
+    assert len(after.engine.overview()["silences"]) == 1
+    after.kill()
+    connection.close()
+    theirs.close()
