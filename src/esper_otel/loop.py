@@ -304,9 +304,8 @@ class LoopCalls:
         gradients reports their ``gradient_norm`` before clipping; otherwise the norm is that of
         the optimizer's input. ``accuracy`` and ``grad_conflict_rate`` are shares from 0 to 1,
         ``samples_per_s`` is a rate. Any other name is recorded as a custom value, ``custom.``
-        and its name in tables; ``val_loss`` and the like count as evaluations
-        (:func:`~esper_otel.leyline.custom.is_evaluation`). An unusable value is omitted, with
-        one warning::
+        and its name in tables; ``val_loss`` and the like count as evaluations. An unusable value
+        is omitted, with one warning::
 
             run.report(loss=loss, accuracy=correct / len(labels), kl=kl)
             run.report(val_loss=evaluate(model))
@@ -321,9 +320,9 @@ class LoopCalls:
     def config(self, values: Any = None, /, **more: Any) -> None:
         """Record the run's hyper-parameters: a mapping, a namespace or a dataclass, and names.
 
-        Nested ones are named with dots. They are recorded as text, numbers and truth values, at
-        most :data:`~esper_otel.run_config.MOST` of them; values whose name or form indicates a
-        secret (``api_key``, ``password``) are not. A repeated name takes its newest value. The
+        Nested ones are named with dots. They are recorded as text, numbers and truth values, up
+        to a bound; values whose name or form indicates a secret (``api_key``, ``password``) are
+        not. A repeated name takes its newest value. The
         arguments of the script are recorded without this. Raises ``TypeError`` for ``values``
         without names::
 

@@ -119,7 +119,7 @@ class Garden:
 
         Raises :class:`GardenError` for a slot that is not the garden's or has a seed, and
         an id that was used before, ``KeyError`` for an unknown blueprint, and
-        ``IllegalTransitionError`` while the slot lies fallow.
+        ``IllegalTransitionError`` while the slot is under embargo.
         """
         return self._planner.request_germination(self.slot(slot), blueprint, seed_id)
 

@@ -8,12 +8,19 @@ import msgspec
 
 
 class Action(StrEnum):
-    """The effect of a decision on the run; :data:`FORCE` has their precedence."""
+    """The effect of a decision on the run. The stronger action wins, the last being strongest."""
 
     CONTINUE = "CONTINUE"
+    """Nothing changes."""
+
     SEED = "SEED"
+    """The proposed seed operation is granted."""
+
     OPTIMIZER = "OPTIMIZER"
+    """Updates of the optimizer change, as the parameters say."""
+
     PAUSE = "PAUSE"
+    """Seeds are frozen, and callbacks of ``on_pause`` called; training goes on."""
 
 
 class Severity(StrEnum):
@@ -113,8 +120,8 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
 
     ``step`` is the step of its request, ``observed_step`` the newest step that the
     sidecar had of this rank, -1 without one. ``reason`` is the id of the winning rule,
-    ``nominal``, ``warming_up``, ``conservative_mode`` or one of
-    :data:`FAILED_OPEN`.
+    ``nominal``, ``warming_up``, ``conservative_mode``, or why the sidecar did not evaluate
+    the step (``timeout``, ``unreachable``, …).
     """
 
     id: str
