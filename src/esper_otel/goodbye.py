@@ -1,4 +1,4 @@
-"""Goodbye: how a run ended, found out from the interpreter and said to all who listen.
+"""Goodbye: how a run ended, read from the interpreter and reported to Tamiyo and the stream.
 
 It is said once behind each last step: to the sidecar over the decision socket, and in the
 stream, where a Collector may bring it to a sidecar that is not asked. A step that is made all

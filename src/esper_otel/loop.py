@@ -304,8 +304,8 @@ class LoopCalls:
         gradients reports their ``gradient_norm`` before clipping; otherwise the norm is that of
         the optimizer's input. ``accuracy`` and ``grad_conflict_rate`` are shares from 0 to 1,
         ``samples_per_s`` is a rate. Any other name is recorded as a custom value, ``custom.``
-        and its name in tables; ``val_loss`` and the like count as evaluations. An unusable value
-        is omitted, with one warning::
+        and its name in tables; ``val_loss`` and the like count as evaluations. An unusable
+        value is omitted, with one warning::
 
             run.report(loss=loss, accuracy=correct / len(labels), kl=kl)
             run.report(val_loss=evaluate(model))

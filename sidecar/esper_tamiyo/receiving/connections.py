@@ -1,4 +1,4 @@
-"""Connections of the HTTP receiver: how many, for how long, and who goes to make room.
+"""Connections of the HTTP receiver: how many, for how long, and which close to make room.
 
 Whoever sends nothing, or a request that never ends, is closed after a while. When there are
 too many, or no descriptors are left, the one that has been silent or unfinished for the longest

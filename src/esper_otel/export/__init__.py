@@ -1,4 +1,4 @@
-"""The ways out: runs in the formats of other tools.
+"""Exports: runs in the formats of other tools.
 
 Files are read as a report reads them (:mod:`esper_otel.report`), and nothing is thinned out.
 :func:`export` writes CSV and Parquet (:mod:`~esper_otel.export.tables`), event files of

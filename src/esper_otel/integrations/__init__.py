@@ -1,1 +1,1 @@
-"""Ways into a training script that knows nothing of us."""
+"""Instrumentation of training scripts and frameworks that do not import esper-otel."""

@@ -1,4 +1,4 @@
-"""Compiling a seed without the trainer noticing.
+"""Compiling a seed in another process, without delaying a step.
 
 ``torch.compile`` cannot do it on a thread of the trainer: Dynamo, AOTAutograd and Inductor
 each save the process's random state when they begin and put it back when they are done,

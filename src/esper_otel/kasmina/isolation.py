@@ -1,4 +1,4 @@
-"""Isolation: a seed learns from the real loss, and the host does not feel it.
+"""Isolation: a seed learns from the real loss, without an effect on the host.
 
 The seed sees a detached copy of the slot's activation *h*. Its output *s* joins by a
 straight-through step whose value is *h*, to the bit, and which hands the gradient of *h*

@@ -8,7 +8,7 @@ import msgspec
 
 
 class Action(StrEnum):
-    """The effect of a decision on the run. The stronger action wins, the last being strongest."""
+    """The effect of a decision on the run. Of two actions the later one here wins."""
 
     CONTINUE = "CONTINUE"
     """Nothing changes."""

@@ -1,4 +1,4 @@
-"""Endings: how the run of a trainer ended, as the trainer says it last of all.
+"""Endings: how the run of a trainer ended, as the trainer reports it at the end.
 
 It is said on the decision socket (:class:`esper_otel.leyline.wire.Goodbye`) and in the stream,
 as one point of the metric ``tolaria.run.ended``. A process that is killed says nothing.

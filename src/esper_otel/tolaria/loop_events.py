@@ -1,4 +1,4 @@
-"""Loop events: what a loop does is told to the step under way, or to the notes of it.
+"""Loop events: forwards the events of a loop to the current step, or to the notes of it.
 
 Which of the two depends on whether anybody decides about steps: an event is then a method of
 whoever keeps it, without a detour.

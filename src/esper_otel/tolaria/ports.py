@@ -1,4 +1,4 @@
-"""Ports: whom a recorder talks to, as far as it knows them, and who stands in for them."""
+"""Ports: interfaces of the collaborators of a recorder, and stand-ins for absent ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The screen: a terminal that shows rows of text, reads keys, and is given back as it was."""
+"""The screen: a terminal that shows rows of text and reads keys, and is restored at the end."""
 
 from __future__ import annotations
 
