@@ -14,9 +14,13 @@ import socket
 import sys
 from contextlib import suppress
 
+PASSED_ON = signal.SIGINT, signal.SIGTERM
+
 
 def main(server: str, command: list[str]) -> None:
     """Have ``server`` run it, and end with its status."""
+    # One that comes before it is known whom to pass it on to waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as answers:
         answers.connect(f"\0{server}")
         where = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}  # noqa: PTH109  (pathlib is slow)
@@ -28,8 +32,9 @@ def main(server: str, command: list[str]) -> None:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(forked, number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in PASSED_ON:
             signal.signal(number, pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         status = int(answers.recv(64))
     if status < 0:
         if -status != signal.SIGKILL:  # which nobody can handle

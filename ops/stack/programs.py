@@ -206,9 +206,10 @@ def obtain(program: Program) -> Path:
     with _workplace(program.cached().parent) as folder:
         try:
             program.make(folder)
-        except recipes.RecipeError as error:
+        except (recipes.RecipeError, OSError) as error:
+            # A distribution may pack things otherwise than those that were tried.
             raise MissingError(
-                f"{program.binary} cannot be had: {error}; "
+                f"{program.binary} cannot be had: {str(error)[:300]}; "
                 f"{program.variable}=/path/to/{program.binary} names one"
             ) from None
         for name in program.makes:

@@ -6,6 +6,7 @@ common to all of them is held once for each; what is special about one follows b
 
 import math
 import threading
+from statistics import median
 
 import pytest
 
@@ -268,8 +269,10 @@ def test_gradients_that_a_fused_optimizer_gets_scaled_are_told_unscaled(instrume
 def test_an_evaluation_between_steps_is_in_no_time_of_the_next(instrumented, loop):
     loop()
     latencies = [frame["step_latency_ms"] for frame in instrumented.frames[1:]]
-    # Each evaluation slept for 15 ms.
-    assert latencies == pytest.approx([took.ms for took in STOPWATCH.steps()], abs=5)
+    beyond = [ms - took.ms for ms, took in zip(latencies, STOPWATCH.steps(), strict=True)]
+    # Each evaluation slept for 15 ms. Where another process gets the processor between the
+    # readings of both clocks, one step seems longer and the next one shorter by that.
+    assert median(beyond) == pytest.approx(0, abs=5)
 
 
 def test_samples_of_an_evaluation_are_not_counted(instrumented):

@@ -33,6 +33,9 @@ SLIP = 0.55
 AWAY = 0.8
 """Share of the run after which Tamiyo does not answer, for a thirtieth of it."""
 
+PATIENCE_S = 120.0
+"""Longest that a Collector takes for what one rank sends, also on a busy machine."""
+
 REPORT_S = 15
 """How often Tamiyo tells of itself."""
 
@@ -44,7 +47,10 @@ Values = dict[str, float]
 def send_sample_run(
     endpoint: str, folder: Path, begin_s: float, steps: int, step_s: float
 ) -> None:
-    """Send the whole run to a Collector at ``endpoint``; it began at ``begin_s`` (Unix)."""
+    """Send the whole run to a Collector at ``endpoint``; it began at ``begin_s`` (Unix).
+
+    Raises ``TimeoutError`` where the Collector does not take all of it within :data:`PATIENCE_S`.
+    """
     for rank in range(RANKS):
         stream = Stream(
             EsperSettings.from_environment(
@@ -64,7 +70,9 @@ def send_sample_run(
                 stream.timeline(_timeline(step, end_ns, values))
         done = RunEnd(HowEnded.DONE)
         stream.end(StepFrame(RUN, f"{RUN}-{rank}", rank, step, end_ns + 1, {}, ended=done))
-        stream.close(30.0)
+        report = stream.close(PATIENCE_S)
+        if report.metrics.delivered < report.metrics.produced:
+            raise TimeoutError(f"{endpoint}: rank {rank} of the sample run: {report}")
     for at_s in range(0, round(steps * step_s), REPORT_S):
         _post(endpoint, tamiyo_report(begin_s, at_s, at_s / (steps * step_s)))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from ops.stack import traces_page
 from ops.stack.__main__ import _summary
@@ -22,6 +23,7 @@ from ops.stack.programs import (
     DEPLOYED,
     PARTS,
     PROGRAMS,
+    PROMETHEUS,
     ROOT,
     MissingError,
     find,
@@ -137,6 +139,20 @@ def test_a_collector_of_another_make_is_taken_from_the_path(tmp_path, monkeypatc
     contrib.unlink()
     with pytest.raises(MissingError):
         obtain(COLLECTOR)
+
+
+def test_a_package_that_holds_other_files_is_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = "usr/bin/prometheus"
+    program = replace(
+        PROMETHEUS,
+        variable="NO_SUCH",
+        make=lambda folder: (folder / packed).rename(folder / "p"),
+    )
+    with pytest.raises(MissingError, match=rf"prometheus cannot be had: .*{packed}.*NO_SUCH="):
+        obtain(program)
+    assert list((tmp_path / "esper-otel").iterdir()) == []
 
 
 @pytest.mark.parametrize(
