@@ -134,9 +134,9 @@ def prometheus(folder: Path) -> None:
     unpacked = _unpacked(["prometheus", *tools, *pages], folder)
     for name in ("prometheus", "promtool"):
         (unpacked / "usr" / "bin" / name).rename(folder / name)
-    # Links lead to what other packages have: as files the page is complete by itself. In Debian's
-    # testing of 2026 the package needs none of these, and its links lead nowhere. Not the sources
-    # of time zones, which are 200 MB and nothing asks for.
+    # Links lead to what other packages have: as files the page is complete by itself. Behind
+    # Debian 13 the package needs none of these, and its links lead nowhere. Not the sources of
+    # time zones, which are 200 MB and nothing asks for.
     page = folder / PAGE_FOLDER
     shutil.copytree(
         unpacked / "usr" / "share" / "prometheus" / "web",

@@ -49,7 +49,7 @@ def send_sample_run(
 ) -> None:
     """Send the whole run to a Collector at ``endpoint``; it began at ``begin_s`` (Unix).
 
-    Raises ``TimeoutError`` where the Collector does not take all of it within :data:`PATIENCE_S`.
+    Raises ``TimeoutError`` where the Collector does not take all within :data:`PATIENCE_S`.
     """
     for rank in range(RANKS):
         stream = Stream(
