@@ -27,6 +27,9 @@ from esper_tamiyo.journaling.own_metrics import OWN_METRICS, InstrumentKind, Own
 
 RUN = "sample"
 RANKS = 2
+TAMIYO = "tamiyo-1"
+"""The instance that tells of itself; the real one of the stack does so as well."""
+
 SLIP = 0.55
 """Share of the run after which the learning rate slips, for a twentieth of it."""
 
@@ -235,7 +238,7 @@ def tamiyo_report(begin_s: float, at_s: float, done: float) -> ExportMetricsServ
     """Every metric of Tamiyo's own as it stood ``at_s`` seconds after the run began."""
     request = ExportMetricsServiceRequest()
     resource = request.resource_metrics.add()
-    for name, who in (("service.name", "tamiyo"), ("service.instance.id", "tamiyo-1")):
+    for name, who in (("service.name", "tamiyo"), ("service.instance.id", TAMIYO)):
         resource.resource.attributes.add(key=name).value.string_value = who
     scope = resource.scope_metrics.add()
     start, now = round(begin_s * 1e9), round((begin_s + at_s) * 1e9)

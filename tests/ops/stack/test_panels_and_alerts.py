@@ -20,7 +20,7 @@ from ops.generate.alerts.from_table import translated
 from ops.generate.alerts.promql import JUDGED
 from ops.generate.dashboards import answers
 from ops.generate.dashboards.json_files import FOLDER
-from ops.generate.dashboards.sample_run import RANKS, REPORT_S, RUN, send_sample_run
+from ops.generate.dashboards.sample_run import RANKS, REPORT_S, RUN, TAMIYO, send_sample_run
 from ops.generate.files import ROOT
 from ops.generate.prometheus_names import prometheus_name, series_name
 from ops.stack.queries import QueryError
@@ -71,7 +71,7 @@ def sample_run(stack, wait_until, tmp_path_factory):
 
     def arrived():
         steps = f'count_over_time(tolaria_step{{esper_run_id="{RUN}"}}[1h])'
-        reports = "count_over_time(tamiyo_uptime_seconds[1h])"
+        reports = f'count_over_time(tamiyo_uptime_seconds{{instance="{TAMIYO}"}}[1h])'
         ranks = [one.values for one in answers.at(url, steps, end_s)]
         told = [one.values for one in answers.at(url, reports, end_s)]
         return ranks == [[STEPS]] * RANKS and told == [[STEPS * STEP_S / REPORT_S]]
