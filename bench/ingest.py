@@ -17,6 +17,7 @@ back. There the senders and the decide process share the machine with it, and li
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -62,6 +63,7 @@ SETTLE_S = 30.0
 
 def figures() -> list[Figure]:
     """All rows of this bench."""
+    logging.getLogger("tamiyo").setLevel(logging.ERROR)  # a receiver ends, and it warns
     return [row for protocol in ("http", "grpc") for row in (*alone(protocol), *rows(protocol))]
 
 
@@ -107,7 +109,8 @@ def receiver() -> Iterator[IngestChild]:
         child.read()
 
     def drain() -> None:
-        while child.read():
+        while child.pipe is not None:
+            child.read()
             child.frames.clear()
 
     thread = threading.Thread(target=drain)

@@ -29,7 +29,6 @@ LONGEST_WAIT_S = 10.0
 STABLE_AFTER_S = 10.0
 """A process that lived this long has the first wait again when it dies."""
 
-
 SILENT_AFTER = 4
 """Ticks without a heartbeat after which a child is said to be silent."""
 
@@ -226,6 +225,15 @@ class ChildProcess:
     def due_in(self) -> float | None:
         """Seconds until the process is to be started again, None when it runs."""
         return self._restarts.due_in()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the process is to be started again now."""
+        return self.due_in() == 0.0
+
+    def read(self) -> None:
+        """Take in what came through the pipe, or that the process is gone."""
+        raise NotImplementedError
 
     def status(self) -> dict[str, Any]:
         """State and counts as plain data, for ``tamiyo status``."""

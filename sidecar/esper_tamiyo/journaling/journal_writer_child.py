@@ -100,24 +100,24 @@ class JournalWriterChild(ChildProcess):
             self._handed += sum(map(is_for_journal, messages))
         return True
 
-    def read(self) -> bool:
-        """Take in how the journal writer stands; False when it is gone."""
+    def read(self) -> None:
+        """Take in how the journal writer stands, or that it is gone."""
         if self.pipe is None:
-            return False
+            return
         try:
             data = self.pipe.recv(MAX_MESSAGE)
         except (BlockingIOError, ConnectionResetError):
             # The latter when it ended with messages unread: what it said last comes after it.
-            return True
+            return
         except OSError:
             data = b""
         if not data:
-            return False
+            self.reap()
+            return
         with suppress(msgspec.MsgspecError):
             self._status = decode_status(data)
             self.pulse.heard()
             self._log_change(self._status.error)
-        return True
 
     def reap(self) -> None:
         """The process is gone: count what died with it, and plan the next one."""

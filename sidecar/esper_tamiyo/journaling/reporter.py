@@ -55,7 +55,8 @@ class Reporter:
         self.decision_log = DecisionLog(trace_every)
         self._answers = Histogram(ANSWER_MS)
         self._lag = Histogram(LAG_MS)
-        self._writer = writer
+        self.writer = writer
+        """The journal writer, None where there is none."""
         self._table_source = table_source
         self._began_unix_nano = time.time_ns()
         self._beat = 0
@@ -72,23 +73,9 @@ class Reporter:
 
     def start(self, epoll: select.epoll) -> None:
         """Start the journal writer; ``epoll`` tells when it has something to say."""
-        if self._writer is not None:
-            self._writer.watch(epoll)
-            self._writer.start()
-
-    def is_writer(self, fd: int) -> bool:
-        """Whether an event of ``fd`` is for :meth:`read_writer`."""
-        return self._writer is not None and self._writer.has_pipe(fd)
-
-    def read_writer(self) -> None:
-        """The journal writer has said something, or is gone."""
-        if self._writer is not None and not self._writer.read():
-            self._writer.reap()
-
-    def check_pulse(self) -> None:
-        """Once in each tick: a journal writer that hangs is replaced."""
-        if self._writer is not None:
-            self._writer.check_pulse()
+        if self.writer is not None:
+            self.writer.watch(epoll)
+            self.writer.start()
 
     def record_answer(self, seen_at: int) -> None:
         """An ask that was seen at a mark of ``perf_counter_ns`` has been answered."""
@@ -105,7 +92,7 @@ class Reporter:
         """
         if self._gathering is not None:
             return 0.0
-        dues = [] if self._writer is None else [self._writer.due_in()]
+        dues = [] if self.writer is None else [self.writer.due_in()]
         if self.decision_log.waiting:
             now_s = time.monotonic()
             dues.append(0.0 if self._is_due(now_s) else self._write_at - now_s)
@@ -126,10 +113,10 @@ class Reporter:
         now_s = time.monotonic()
         log = self.decision_log
         entries = self._entries(now_s)
-        writer = self._writer
+        writer = self.writer
         if writer is None:
             return
-        if writer.due_in() == 0.0:
+        if writer.is_due:
             writer.start()
             self._table = None  # whoever writes now has to be told
         if table is not self._table and writer.pipe is not None:
@@ -162,7 +149,7 @@ class Reporter:
 
     def close(self) -> None:
         """Write down the rest and let the journal writer end."""
-        writer = self._writer
+        writer = self.writer
         if writer is not None:
             self._send(writer, [*self.decision_log.close()])
             self._send_gap(writer)
@@ -186,10 +173,10 @@ class Reporter:
         }
 
     def _writer_status(self) -> dict[str, Any] | None:
-        if self._writer is None:
+        if self.writer is None:
             return None
         return {
-            **self._writer.status(),
+            **self.writer.status(),
             "notes_waiting": self.decision_log.waiting,
             "field_reports_pending": self.decision_log.reports_pending,
         }

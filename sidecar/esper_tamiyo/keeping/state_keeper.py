@@ -170,7 +170,7 @@ class StateKeeper(ChildProcess):
             return
         now = time.monotonic()
         if self.pipe is None:
-            if self.due_in() == 0.0:
+            if self.is_due:
                 self._start()
             else:
                 self._frames.clear()

@@ -66,17 +66,17 @@ class IngestChild(ChildProcess):
         self._inlet = Inlet()
         self._beat = Beat()
 
-    def read(self) -> bool:
-        """Take in what the pipe holds; False when the process is gone.
+    def read(self) -> None:
+        """Take in what came through the pipe, or that the process is gone.
 
         Raises :class:`IngestError` when it cannot listen the first time.
         """
         if self.pipe is None:
-            return False
+            return
         try:
             count = self.pipe.recv_into(self._buffer)
         except BlockingIOError:
-            return True
+            return
         except OSError:
             count = 0
         if count:
@@ -86,9 +86,10 @@ class IngestChild(ChildProcess):
                 self.frames.append(body)
             else:
                 self._handle(kind, body)
-        if count == 0 and self.ready is None:
-            raise IngestError("the ingest process ended before it listened")
-        return count > 0
+        if count == 0:
+            if self.ready is None:
+                raise IngestError("the ingest process ended before it listened")
+            self.reap()
 
     def reap(self) -> None:
         """The process is gone: plan the next one."""

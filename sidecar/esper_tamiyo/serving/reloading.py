@@ -86,7 +86,7 @@ class Reloading(ChildProcess):
 
     def restart_when_due(self) -> None:
         """Start the process again when it is time."""
-        if self.due_in() == 0.0:
+        if self.is_due:
             self._start()
 
     def status(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError
-from esper_tamiyo.child_process import raise_descriptor_limit
+from esper_tamiyo.child_process import ChildProcess, raise_descriptor_limit
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.keeping.state_keeper import StateKeeper
@@ -81,6 +81,9 @@ class Server:
         self._reloading = reloading
         self._keeper = keeper
         self._page = page
+        children: Sequence[ChildProcess | None]
+        children = (reporter.writer, reloading, keeper, ingest, page)
+        self._children = [child for child in children if child is not None]
         self._on_ready: Callable[[], None] | None = on_ready
         self._epoll = select.epoll()
         self._connections: dict[int, ClientConnection] = {}
@@ -176,17 +179,13 @@ class Server:
                 self._accept()
             elif self._ingest is not None and self._ingest.has_pipe(fd):
                 self._pipe_ready = True
-            elif self._reporter.is_writer(fd):
-                self._reporter.read_writer()
-            elif self._reloading.has_pipe(fd):
-                self._reloading.read()
-            elif self._keeper.has_pipe(fd):
-                self._keeper.read()
-            elif self._page is not None and self._page.has_pipe(fd):
-                self._page.read()
-            else:
+            elif fd == wake.fileno():
                 with suppress(BlockingIOError):
                     wake.recv(64)
+            else:
+                for child in self._children:
+                    if child.has_pipe(fd):
+                        child.read()
         if is_served:
             self._give_way()
         self._upkeep.go_on(self._seen_at)
@@ -212,13 +211,9 @@ class Server:
             self._tick_at = now + TICK_S
             notify(ALIVE)
             self._accepting.resume()
-            self._reporter.check_pulse()
-            self._reloading.check_pulse()
-            self._keeper.check_pulse()
-            if self._ingest is not None:
-                self._ingest.check_pulse()
+            for child in self._children:
+                child.check_pulse()
             if self._page is not None:  # when it is started again, it may be a second late
-                self._page.check_pulse()
                 self._page.restart_when_due()
             seen = self._last_frame_at()
             if seen is not None and now - seen > TICK_S:
@@ -242,8 +237,12 @@ class Server:
         """How long to wait for something to do, at most until the next tick."""
         if self._ticking is not None:
             return 0.0
-        dues = [max(0.0, self._tick_at - time.monotonic()), self._reporter.due_in()]
-        dues += self._reloading.due_in(), self._keeper.due_in_s()
+        dues = [
+            max(0.0, self._tick_at - time.monotonic()),
+            self._reporter.due_in(),
+            self._reloading.due_in(),
+            self._keeper.due_in_s(),
+        ]
         if self._ingest is not None:
             dues.append(0.0 if self._ingest.frames else self._ingest.due_in())
         return min(due for due in dues if due is not None)
@@ -324,9 +323,9 @@ class Server:
                     looked_at = now
                 self._judge(frames.popleft(), now)
                 now = time.perf_counter_ns()
-        elif self._pipe_ready and not ingest.read():
-            ingest.reap()
-        if ingest.due_in() == 0.0:
+        elif self._pipe_ready:
+            ingest.read()
+        if ingest.is_due:
             ingest.restart()
         self._announce()
 

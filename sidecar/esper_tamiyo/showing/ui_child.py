@@ -88,7 +88,7 @@ class UiChild(ChildProcess):
 
     def restart_when_due(self) -> None:
         """Start it again when it is time."""
-        if self.due_in() == 0.0:
+        if self.is_due:
             self.start()
 
     def read(self) -> None:
