@@ -11,11 +11,12 @@ import logging
 import os
 import resource
 import select
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,36 @@ hears nothing of a child for a minute must not be told that all is well."""
 LINES_BYTES = 4096
 """Read at once of a child that speaks in lines."""
 
-WANTED_DESCRIPTORS = 8192
+GIVES_MEMORY_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": str(4 << 20)}
+"""Environment of a child whose memory that was needed once goes back to the system."""
+
+BY_TERMINALS = (signal.SIGINT, signal.SIGHUP)
+"""Signals that a terminal sends to the whole group of processes."""
+
+BY_SUPERVISORS = (*BY_TERMINALS, signal.SIGTERM)
+"""Those that a supervisor may send to all of them as well."""
 
 _PR_SET_PDEATHSIG = 1
 
 
-def signal_at_parents_death(number: int) -> None:
-    """Called by a child: have the kernel send it a signal when the decide process dies.
+def become_child(
+    fd: str, *, ignored: Iterable[signal.Signals], at_parents_death: int, nice: int
+) -> socket.socket:
+    """Be a child, whose end of the pipe is ``fd``; returns that.
 
-    One that is stopped does not see its pipe end, and would keep its port, or the lock of the
-    state, from the next sidecar. Does nothing where the system is not Linux.
+    Signals that are ``ignored`` are for the decide process: the end of the pipe is what ends a
+    child. One that is stopped does not see it, and would keep its port, or the lock of the
+    state, from the next sidecar, so the kernel sends a signal ``at_parents_death``, where it is
+    Linux.
     """
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     with suppress(ImportError, AttributeError, OSError):
         import ctypes
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, at_parents_death)
+    os.nice(nice)
+    return socket.socket(fileno=int(fd))
 
 
 class Pulse:
@@ -72,36 +88,32 @@ class Pulse:
 
     def __init__(self) -> None:
         self._missed = 0.0
-        self._began = False
+        self.began = False
+        """Whether it has said anything yet."""
 
     def started(self) -> None:
         """It is another process now."""
         self._missed = 0.0
-        self._began = False
+        self.began = False
 
     def heard(self) -> None:
         """It said something."""
         self._missed = 0.0
-        self._began = True
+        self.began = True
 
     def missed(self, starved: float = 0.0) -> None:
         """A tick went by; for the share ``starved`` of it the child waited for a processor."""
         self._missed += max(LEAST_TICK, 1.0 - starved)
 
     @property
-    def began(self) -> bool:
-        """Whether it has said anything yet."""
-        return self._began
-
-    @property
     def is_silent(self) -> bool:
         """Whether it should have said something long ago."""
-        return self._missed >= (SILENT_AFTER if self._began else START_TICKS)
+        return self._missed >= (SILENT_AFTER if self.began else START_TICKS)
 
     @property
     def is_lost(self) -> bool:
         """Whether it is not to be waited for any more."""
-        return self._missed >= (REPLACED_AFTER if self._began else START_TICKS)
+        return self._missed >= (REPLACED_AFTER if self.began else START_TICKS)
 
 
 class Starvation:
@@ -306,17 +318,11 @@ class ChildProcess:
         variables besides ours; ours hold over them.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, self.kind)
+        python = [sys.executable, "-P", "-m"]
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        self._module,
-                        str(theirs.fileno()),
-                        *arguments,
-                    ],
+                    [*python, self._module, str(theirs.fileno()), *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno(), *inherited],
@@ -374,19 +380,6 @@ def rss_mb() -> float:
     """Memory of this process that is resident, in MB (2**20 bytes)."""
     pages = int(Path("/proc/self/statm").read_bytes().split()[1])
     return pages * resource.getpagesize() / 2**20
-
-
-def raise_descriptor_limit() -> None:
-    """Let this process and its children have more descriptors, if the system allows it.
-
-    1,024 is the usual limit of those who have not asked, for the sake of programs that call
-    ``select``; ours do not.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-    wanted = min(wanted, WANTED_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def end(process: subprocess.Popen[bytes] | None, patience_s: float) -> None:

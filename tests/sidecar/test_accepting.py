@@ -1,11 +1,12 @@
 """The decision socket when the system has no descriptors left."""
 
 import errno
+import resource
 import select
 import socket
 from collections import Counter
 
-from esper_tamiyo.serving.listening import Accepting
+from esper_tamiyo.serving.listening import Accepting, raise_descriptor_limit
 
 
 class Listening:
@@ -64,3 +65,16 @@ def test_nobody_is_let_in_where_there_is_no_room(tmp_path):
         assert dict(counts) == {"turned_away": 1}
 
     connected(tmp_path / "s", 0, test)
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(monkeypatch):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
+    raise_descriptor_limit()
+    assert limits[-1] == (4096, 4096)
+    raise_descriptor_limit()
+    assert len(limits) == 2, "there is nothing to raise"
+    limits.append((1024, resource.RLIM_INFINITY))
+    raise_descriptor_limit()
+    assert limits[-1] == (8192, resource.RLIM_INFINITY)

@@ -1,7 +1,6 @@
 """Child processes: their pipe, their end, and when one that died is started again."""
 
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from esper_tamiyo.child_process import (
     Restarts,
     Starvation,
     end,
-    raise_descriptor_limit,
 )
 from sidecar.running import is_alive, until
 from testkit.patience import PATIENCE_S
@@ -213,19 +211,6 @@ def test_whoever_did_not_listen_for_long_has_missed_one_tick(idle_machine):
         child.check_pulse()
     assert child.state == "working"
     child.close()
-
-
-def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(monkeypatch):
-    limits = [(1024, 4096)]
-    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
-    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
-    raise_descriptor_limit()
-    assert limits[-1] == (4096, 4096)
-    raise_descriptor_limit()
-    assert len(limits) == 2, "there is nothing to raise"
-    limits.append((1024, resource.RLIM_INFINITY))
-    raise_descriptor_limit()
-    assert limits[-1] == (8192, resource.RLIM_INFINITY)
 
 
 def test_a_tick_counts_for_as_much_of_it_as_the_child_did_not_wait_for_a_processor():

@@ -32,7 +32,7 @@ import msgspec
 
 from esper_otel.leyline.endpoints import hiding
 from esper_otel.leyline.terminal import log_to_stderr
-from esper_tamiyo.child_process import signal_at_parents_death
+from esper_tamiyo.child_process import BY_SUPERVISORS, become_child
 from esper_tamiyo.journaling.entries import AnyEntry, Decided
 from esper_tamiyo.journaling.field_reports import DueReport
 from esper_tamiyo.journaling.journal import Journal
@@ -243,14 +243,10 @@ class JournalWriter:
 def main() -> None:
     """Entry point of the process."""
     fd, orders = sys.argv[1:3]
-    # They go to the whole group; the end of the pipe is what ends this process.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_parents_death(signal.SIGCONT)  # to write what is in the pipe, and to end
-    os.nice(NICE)
+    # When the decide process dies it goes on, to write what is in the pipe, and to end.
+    pipe = become_child(fd, ignored=BY_SUPERVISORS, at_parents_death=signal.SIGCONT, nice=NICE)
     # Exporters log the headers that they cannot read.
     log_to_stderr(logging.WARNING, hiding(os.environ))
-    pipe = socket.socket(fileno=int(fd))
     JournalWriter(pipe, msgspec.json.decode(orders, type=Orders, dec_hook=_path)).run()
     os._exit(0)  # threads that wait for a network or a disk need no goodbye
 

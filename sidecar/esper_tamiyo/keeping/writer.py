@@ -24,7 +24,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from esper_tamiyo.child_process import signal_at_parents_death
+from esper_tamiyo.child_process import BY_SUPERVISORS, become_child
 from esper_tamiyo.keeping.segments import (
     HEAD,
     EntryKind,
@@ -188,12 +188,9 @@ def _drain(pipe: socket.socket, writer: SegmentWriter) -> bool:
 def main() -> None:
     """Entry point of the process."""
     fd, folder = sys.argv[1:3]
-    # They go to the whole group; the end of the pipe is what ends this process.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_parents_death(signal.SIGCONT)  # to write what is in the pipe, and to end
-    os.nice(NICE)
-    serve(socket.socket(fileno=int(fd)), SegmentWriter(Path(folder)))
+    # When the decide process dies it goes on, to write what is in the pipe, and to end.
+    pipe = become_child(fd, ignored=BY_SUPERVISORS, at_parents_death=signal.SIGCONT, nice=NICE)
+    serve(pipe, SegmentWriter(Path(folder)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach the user by 
 import msgspec
 
 from esper_otel.leyline.terminal import log_to_stderr
-from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
+from esper_tamiyo.child_process import BY_TERMINALS, become_child, rss_mb
 from esper_tamiyo.receiving.addresses import Address, bind_refusal
 from esper_tamiyo.receiving.connections import MAX_CONNECTIONS
 from esper_tamiyo.receiving.credentials import (
@@ -166,14 +166,11 @@ async def _give_up(writer: asyncio.StreamWriter, message: str) -> NoReturn:
 def main() -> None:
     """Entry point of the child."""
     fd, grpc_at, http_at, credentials, memory_mb = sys.argv[1:6]
-    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_parents_death(signal.SIGKILL)  # what was not answered is sent again
+    # What was not answered is sent again.
+    pipe = become_child(fd, ignored=BY_TERMINALS, at_parents_death=signal.SIGKILL, nice=NICE)
     log_to_stderr(logging.WARNING)
     for other in ("asyncio", "grpc", "aiohttp"):  # what a stranger brings about is counted
         logging.getLogger(other).setLevel(logging.CRITICAL)
-    os.nice(NICE)
-    pipe = socket.socket(fileno=int(fd))
     asyncio.run(
         serve(
             pipe,

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from esper_tamiyo.child_process import ChildProcess
+from esper_tamiyo.child_process import GIVES_MEMORY_BACK, ChildProcess
 from esper_tamiyo.receiving.addresses import Address
 from esper_tamiyo.receiving.credentials import Credentials
 from esper_tamiyo.receiving.pipe import (
@@ -31,9 +31,6 @@ MEMORY_MB = 192.0
 """Most memory of the process, in MB (2**20 bytes): 50 for Python and its modules, 16 for
 requests that wait, 40 for those that gRPC reads, 32 for calls that it does not read yet, 34 for
 connections, 20 for the request that is parsed."""
-
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": str(4 << 20)}
-"""So that memory that was needed once goes back to the system."""
 
 
 class IngestError(Exception):
@@ -62,7 +59,7 @@ class IngestChild(ChildProcess):
     def start(self) -> None:
         """Start the process, at the same addresses when it is not the first."""
         arguments = [*self._addresses, self._credentials]  # no secrets, only names
-        self._launch([*arguments, str(self.memory_mb)], environment=_ENVIRONMENT)
+        self._launch([*arguments, str(self.memory_mb)], environment=GIVES_MEMORY_BACK)
         self._inlet = Inlet()
         self._beat = Beat()
 

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import select
 import socket
 import stat
@@ -25,6 +26,8 @@ from esper_otel.leyline.wire import may_steer, peer_uid
 from esper_tamiyo.serving.connection import ClientConnection
 
 log = logging.getLogger("tamiyo")
+
+WANTED_DESCRIPTORS = 8192
 
 _BACKLOG = 128
 _AS_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -224,3 +227,16 @@ def _bound(path: Path) -> socket.socket:
     finally:
         os.umask(mask)
     return listener
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process and its children have more descriptors, if the system allows it.
+
+    1,024 is the usual limit of those who have not asked, for the sake of programs that call
+    ``select``; ours do not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unbounded = hard == resource.RLIM_INFINITY
+    wanted = WANTED_DESCRIPTORS if unbounded else min(hard, WANTED_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from esper_otel.leyline.wire import MAX_BODY, Refusal, WireError
-from esper_tamiyo.child_process import ChildProcess, raise_descriptor_limit
+from esper_tamiyo.child_process import ChildProcess
 from esper_tamiyo.journaling.reporter import Reporter
 from esper_tamiyo.judging.engine import Engine
 from esper_tamiyo.keeping.state_keeper import StateKeeper
@@ -30,7 +30,7 @@ from esper_tamiyo.latency import SLICE_NS, GarbageSchedule, Upkeep, never_preemp
 from esper_tamiyo.receiving.ingest_child import IngestChild
 from esper_tamiyo.receiving.pipe import frame
 from esper_tamiyo.serving.connection import ClientConnection, idlest
-from esper_tamiyo.serving.listening import Accepting, DecisionSocket
+from esper_tamiyo.serving.listening import Accepting, DecisionSocket, raise_descriptor_limit
 from esper_tamiyo.serving.recent_steps import RecentSteps
 from esper_tamiyo.serving.reloading import Reloading
 from esper_tamiyo.serving.replies import Replies

@@ -11,7 +11,6 @@ of the table in use. A byte that comes down the pipe means: look now.
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
 import socket
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 from esper_otel.leyline.terminal import log_to_stderr, printable
-from esper_tamiyo.child_process import signal_at_parents_death
+from esper_tamiyo.child_process import BY_TERMINALS, become_child
 from esper_tamiyo.language.table import Table
 from esper_tamiyo.language.table_file import TableError, files_behind, load
 from esper_tamiyo.receiving.pipe import Beat, Unusable, pack
@@ -117,13 +116,10 @@ def serve(pipe: socket.socket, watch: FileWatch) -> None:
 def main() -> None:
     """Entry point of the process."""
     fd, name, version = sys.argv[1:4]
-    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the whole group
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_parents_death(signal.SIGKILL)
+    pipe = become_child(fd, ignored=BY_TERMINALS, at_parents_death=signal.SIGKILL, nice=NICE)
     log_to_stderr(logging.WARNING)
-    os.nice(NICE)
     try:
-        serve(socket.socket(fileno=int(fd)), FileWatch(name, version))
+        serve(pipe, FileWatch(name, version))
     except OSError:  # the decide process is gone
         sys.exit(1)
 

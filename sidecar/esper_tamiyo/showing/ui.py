@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from esper_otel.leyline.terminal import log_to_stderr
-from esper_tamiyo.child_process import rss_mb, signal_at_parents_death
+from esper_tamiyo.child_process import BY_SUPERVISORS, become_child, rss_mb
 from esper_tamiyo.journaling.journal_writer_child import MAX_MESSAGE
 from esper_tamiyo.journaling.messages import Distribution, Heartbeat, decode_messages
 from esper_tamiyo.receiving.credentials import BearerAuth, Certificates, CredentialsError
@@ -240,16 +240,14 @@ async def _beat(
 def main() -> None:
     """Entry point of the process."""
     fd, told = sys.argv[1:3]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal_at_parents_death(signal.SIGKILL)  # nothing that it has is not in files
+    # Nothing that it has is not in files.
+    pipe = become_child(fd, ignored=BY_SUPERVISORS, at_parents_death=signal.SIGKILL, nice=NICE)
     log_to_stderr(logging.WARNING)
     for other in ("asyncio", "aiohttp"):  # what a stranger brings about is counted
         logging.getLogger(other).setLevel(logging.CRITICAL)
-    os.nice(NICE)
     orders = msgspec.json.decode(told, type=UiOrders, dec_hook=_path)
     try:
-        asyncio.run(serve(socket.socket(fileno=int(fd)), orders))
+        asyncio.run(serve(pipe, orders))
     except CredentialsError as error:  # they could be used when the sidecar began
         log.error("%s", error)
     sys.stderr.flush()

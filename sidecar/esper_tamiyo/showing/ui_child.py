@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from esper_tamiyo.child_process import ChildProcess
+from esper_tamiyo.child_process import GIVES_MEMORY_BACK, ChildProcess
 from esper_tamiyo.receiving.credentials import Credentials
 
 log = logging.getLogger("tamiyo")
@@ -24,8 +24,6 @@ read, packed and sent."""
 
 PULSE_BYTES = 1 << 20
 """Heartbeats that may wait in the pipe from the journal writer; the system may allow less."""
-
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": str(4 << 20)}
 
 
 class UiOrders(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +79,7 @@ class UiChild(ChildProcess):
         orders = msgspec.json.encode(self._orders, enc_hook=str).decode()
         inherited = [self._orders.listening, self._orders.pulse]
         try:
-            self._launch([orders], inherited, _ENVIRONMENT)
+            self._launch([orders], inherited, GIVES_MEMORY_BACK)
         except OSError as error:
             log.warning("the page's process cannot be started: %s", error)
             self.reap()
