@@ -284,10 +284,7 @@ def _put_state(saved: SavedRank, state: RunState) -> None:
         state._seeds[each.seed_id] = seed
     state._live = [state._seeds[seed_id] for seed_id in saved.live]
     state._guard_updates(saved.newest)
-    if state._live:
-        state.guards.mark_stale()
-    else:
-        state.guards.move_bounds()
+    state.renew_guards()
 
 
 def _taken(thing: object) -> Any:
@@ -296,8 +293,13 @@ def _taken(thing: object) -> Any:
         return _taken_history(thing)
     if isinstance(thing, RuleStatus):
         return SavedStatus(
-            *(thing.active, thing.fired_at, thing.hits, f"{thing.recent:x}"),
-            *(thing.silenced_by, thing.since, thing.state),
+            active=thing.active,
+            fired_at=thing.fired_at,
+            hits=thing.hits,
+            recent=f"{thing.recent:x}",
+            silenced_by=thing.silenced_by,
+            since=thing.since,
+            state=thing.state,
         )
     kind = type(thing)
     return SAVED[kind](*[_plain(getattr(thing, name)) for name in _NAMES[kind]])
@@ -323,17 +325,12 @@ def _taken_history(past: History) -> SavedHistory:
         baselines=[_taken(each) for each in own if isinstance(each, RollingMedian)],
         frozen=[_taken(each) for each in own if isinstance(each, FrozenMedian)],
         extremes=[_taken(each) for each in own if isinstance(each, Extreme)],
-        excursions=[_taken(each) for each in _own_excursions(past)],
+        excursions=[_taken(past.excursions[key]) for key in past.own_excursions],
         lasts=[_taken(last) for _, last in past._own_lasts],
         peers=dict(past.peers),
         slopes=[_taken(past.slopes[key]) for key in past._watched.slopes],
         earlier=[_taken(past.earlier[key]) for key in past._watched.earlier],
     )
-
-
-def _own_excursions(past: History) -> list[Excursions]:
-    keys = dict.fromkeys((watch.metric, watch.below) for watch in past._watched.records)
-    return [past.excursions[key] for key in keys]
 
 
 def _put(saved: Any, thing: Any) -> None:
@@ -370,7 +367,7 @@ def _put_history(saved: SavedHistory, past: History) -> None:
     _put_each(saved.baselines, [each for each in own if isinstance(each, RollingMedian)])
     _put_each(saved.frozen, [each for each in own if isinstance(each, FrozenMedian)])
     _put_each(saved.extremes, [each for each in own if isinstance(each, Extreme)])
-    _put_each(saved.excursions, _own_excursions(past))
+    _put_each(saved.excursions, [past.excursions[key] for key in past.own_excursions])
     _put_each(saved.lasts, [last for _, last in past._own_lasts])
     _put_each(saved.slopes, [past.slopes[key] for key in past._watched.slopes])
     _put_each(saved.earlier, [past.earlier[key] for key in past._watched.earlier])
