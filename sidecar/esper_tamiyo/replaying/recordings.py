@@ -132,9 +132,8 @@ class Assembly:
     when each of them asked. ``tally`` counts the points of all requests.
     """
 
-    def __init__(self, horizon_ns: int = HORIZON_NS) -> None:
+    def __init__(self) -> None:
         self.tally = Harvest([])
-        self._horizon_ns = horizon_ns
         self._held: dict[Identity, dict[int, Moment]] = {}
         self._due: list[tuple[int, Identity]] = []
         self._past = 0
@@ -156,7 +155,7 @@ class Assembly:
                 heappush(self._due, (time_unix_nano, whose))
         if times:
             # The oldest and not the newest of them: a request may hold much of one rank.
-            self._past = max(self._past, min(times) - self._horizon_ns)
+            self._past = max(self._past, min(times) - HORIZON_NS)
         yield from self._until(self._past)
 
     def rest(self) -> Iterator[StepFrame]:
