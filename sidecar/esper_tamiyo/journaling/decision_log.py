@@ -76,8 +76,15 @@ class _Rank:
     """What is known of one rank besides what the engine knows."""
 
     __slots__ = (
-        *("decisions", "instance", "mode", "moved", "newest", "noticed", "rules"),
-        *("silenced", "steps"),
+        "decisions",
+        "instance",
+        "mode",
+        "moved",
+        "newest",
+        "noticed",
+        "rules",
+        "silenced",
+        "steps",
     )
 
     def __init__(self) -> None:

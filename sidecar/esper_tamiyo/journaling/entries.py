@@ -295,7 +295,11 @@ def table_entry(table: Table, source: str) -> TableInUse:
         version=table.version,
         rules=[
             RuleText(
-                *(rule.id, rule.action, rule.severity, str(rule.when), rule.text),
+                id=rule.id,
+                action=rule.action,
+                severity=rule.severity,
+                when=str(rule.when),
+                text=rule.text,
                 condition=rule.when if is_small else None,
             )
             for rule in table.rules

@@ -122,10 +122,32 @@ class Course:
     values for each step."""
 
     __slots__ = (
-        *("_book", "_bounded", "_capped", "_caps", "_crossed", "_earlier", "_edges"),
-        *("_floored", "_floors", "_keep", "_kept", "_least", "_lower", "_most", "_moving"),
-        *("_names", "_of_seeds", "_pack", "_parts", "_repeats", "_rows", "_runs", "_shape"),
-        *("_sides", "_steps", "_upper"),
+        "_book",
+        "_bounded",
+        "_capped",
+        "_caps",
+        "_crossed",
+        "_earlier",
+        "_edges",
+        "_floored",
+        "_floors",
+        "_keep",
+        "_kept",
+        "_least",
+        "_lower",
+        "_most",
+        "_moving",
+        "_names",
+        "_of_seeds",
+        "_pack",
+        "_parts",
+        "_repeats",
+        "_rows",
+        "_runs",
+        "_shape",
+        "_sides",
+        "_steps",
+        "_upper",
     )
 
     def __init__(self, book: Rulebook, crossed: Counter[Condition | None]) -> None:

@@ -52,8 +52,19 @@ class Stretch:
     """The stretch that a rank is in, and how it went with those before."""
 
     __slots__ = (
-        *("_choosing", "_course", "_crossed", "_ends", "_idle", "_ids", "_is_open"),
-        *("_left", "_newest", "_patience", "_taken", "_waited", "behind"),
+        "_choosing",
+        "_course",
+        "_crossed",
+        "_ends",
+        "_idle",
+        "_ids",
+        "_is_open",
+        "_left",
+        "_newest",
+        "_patience",
+        "_taken",
+        "_waited",
+        "behind",
     )
 
     def __init__(self) -> None:

@@ -94,12 +94,10 @@ class Known:
         sender = self._senders.get(head)
         if sender is None:
             whose = identity_of(ResourceMetrics.FromString(head))
-            sender = (
-                whose,
-                b""
-                if _is_nobody(whose)
-                else packed_identity(whose.run, whose.instance, whose.rank),
-            )
+            packed = b""
+            if not _is_nobody(whose):
+                packed = packed_identity(whose.run, whose.instance, whose.rank)
+            sender = whose, packed
             if len(head) <= MAX_HEAD:
                 if len(self._senders) >= MAX_HEADS:
                     self._senders.clear()

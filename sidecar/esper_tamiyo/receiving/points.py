@@ -45,9 +45,8 @@ def identity_of(group: ResourceMetrics | ResourceLogs) -> Identity:
 
 def _rank(text: str) -> int:
     """The rank that a resource says, 0 when it says none, below 0 for a number beyond any."""
-    if not (
-        text.isascii() and text.isdecimal()
-    ):  # the latter alone knows every script's digits
+    # isdecimal() alone knows every script's digits.
+    if not (text.isascii() and text.isdecimal()):
         return 0
     return rank if len(text) <= 10 and (rank := int(text)) <= MAX_RANK else -1
 

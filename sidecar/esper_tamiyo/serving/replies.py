@@ -194,7 +194,12 @@ class Replies:
             self._log.set_context(seen_at, asked=False)
             self._engine.observe(
                 StepFrame(
-                    *(run, trainer.instance, rank, goodbye.step, goodbye.time_unix_nano, {}),
+                    run=run,
+                    instance=trainer.instance,
+                    rank=rank,
+                    step=goodbye.step,
+                    time_unix_nano=goodbye.time_unix_nano,
+                    values={},
                     ended=ended,
                 )
             )
