@@ -277,11 +277,8 @@ class _Resending:
     def _send(self, body: bytes, signal: Signal) -> SendResult:
         """Send one request, again while that makes sense."""
         destination = self._receivers[signal]
-        try:
-            if signal not in self._transports:
-                self._transports[signal] = open_transport(destination)
-        except (OSError, ValueError) as error:
-            return SendResult(Verdict.REFUSED, plain(error))
+        if signal not in self._transports:
+            self._transports[signal] = open_transport(destination)
         transport = self._transports[signal]
         backoff = Backoff()
         for attempt in range(self._attempts):
