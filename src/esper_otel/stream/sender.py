@@ -272,10 +272,7 @@ class Sender:
 
     def _delivered(self, group: BatchGroup, outcome: SendResult) -> None:
         self._spool.deliver(group, outcome.rejected)
-        for batch in group.batches:
-            if batch.segment is not None:
-                self._keeper.settled(group.batches)
-                break
+        self._keeper.settled(group.batches)
         if self._backoff.failures:
             self._backoff.reset()
         if self._outage.down:
