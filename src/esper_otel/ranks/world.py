@@ -15,7 +15,6 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -145,15 +144,15 @@ def _agreed(key: str, name: str, dist: Any) -> str:
     return held[0].decode()
 
 
-def _of_launcher(number: int, environ: Mapping[str, str] = os.environ) -> str | None:
+def _of_launcher(number: int) -> str | None:
     """The name of the ``number``-th run of the ranks that DeepSpeed's launcher started here.
 
     It keeps no store, but starts all ranks of its one training: they have the same name from
     its process id and from when it began. None for ranks of other launchers, or of several
     hosts.
     """
-    sizes = [environ.get(name) for name in ("LOCAL_SIZE", "WORLD_SIZE")]
-    if environ.get("CROSS_SIZE") != "1" or sizes[0] != sizes[1]:
+    one_host = os.environ.get("CROSS_SIZE") == "1"
+    if not one_host or os.environ.get("LOCAL_SIZE") != os.environ.get("WORLD_SIZE"):
         return None
     import psutil
 
@@ -171,11 +170,11 @@ def _users_store(dist: Any) -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _agents_store(environ: Mapping[str, str] = os.environ) -> Any:
+def _agents_store() -> Any:
     """The store that torchrun's agent keeps for its workers; raises ``ValueError``."""
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ValueError("they were not started by torchrun, and have no store in common yet")
-    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # TCPStore tells of a connection that fails with a page of C++ frames on stderr.
     socket.create_connection((host, port), STORE_TIMEOUT_S).close()
     return sys.modules["torch.distributed"].TCPStore(
