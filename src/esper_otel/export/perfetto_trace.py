@@ -74,8 +74,7 @@ class Packets:
 
     def add_process(self, name: str) -> int:
         """A process, which is a track as well; returns its number."""
-        track, descriptor = self._descriptor("")
-        descriptor.track_descriptor.ClearField("name")
+        track, descriptor = self._descriptor()
         descriptor.track_descriptor.process.pid = track
         descriptor.track_descriptor.process.process_name = name
         self._builder.write_packet(descriptor)
@@ -83,23 +82,20 @@ class Packets:
 
     def add_track(self, name: str, parent: int, unit: str | None = None) -> int:
         """A track below ``parent``: of values where it has a ``unit``, else of slices."""
-        track, descriptor = self._descriptor(name)
+        track, descriptor = self._descriptor()
+        descriptor.track_descriptor.name = name
         descriptor.track_descriptor.parent_uuid = parent
         if unit is not None:
             descriptor.track_descriptor.counter.unit_name = unit
         self._builder.write_packet(descriptor)
         return track
 
-    def add_slice(
-        self, track: int, name: str, start: int, end: int, told: Mapping[str, Any] = {}
-    ) -> None:
+    def add_slice(self, track: int, name: str, start: int, end: int) -> None:
         """Something that lasted."""
-        self.begin_slice(track, name, start, told)
+        self.begin_slice(track, name, start, {})
         self.end_slice(track, end)
 
-    def begin_slice(
-        self, track: int, name: str, time: int, told: Mapping[str, Any] = {}
-    ) -> None:
+    def begin_slice(self, track: int, name: str, time: int, told: Mapping[str, Any]) -> None:
         """Something that begins; :meth:`end_slice` ends what began last on the track."""
         self._event(self._types.TYPE_SLICE_BEGIN, track, time, name, told)
 
@@ -149,12 +145,11 @@ class Packets:
         packet.trusted_packet_sequence_id = _SEQUENCE
         return packet
 
-    def _descriptor(self, name: str) -> tuple[int, Any]:
+    def _descriptor(self) -> tuple[int, Any]:
         self._tracks += 1
         packet = self._builder.create_packet()
         packet.trusted_packet_sequence_id = _SEQUENCE
         packet.track_descriptor.uuid = self._tracks
-        packet.track_descriptor.name = name
         # In the order in which they are made, and not by their names.
         packet.track_descriptor.child_ordering = packet.track_descriptor.EXPLICIT
         packet.track_descriptor.sibling_order_rank = self._tracks
@@ -172,7 +167,8 @@ def _write_rank(packets: Packets, run: ShownRun, rank: TrainerCurves, wanted: St
         track = packets.add_track("events", process)
         for each in events:
             told = {"step": each.step, "severity": each.severity, "text": each.text}
-            told |= {"seed": each.seed_id} if each.seed_id else {}
+            if each.seed_id:
+                told["seed"] = each.seed_id
             packets.add_instant(track, each.name, each.time_unix_nano, told)
     seeds = 0
     for grid in grids(rank, wanted):
@@ -256,8 +252,10 @@ def _told(ruling: Ruling) -> dict[str, Any]:
     told: dict[str, Any] = {"step": ruling.step, "severity": ruling.severity}
     for name in ("applied", "mode", "target_seed", "seed_operation", "table_version"):
         value = getattr(ruling, name)
-        told |= {} if value in (None, "") else {name: value}
-    told |= {"about": "the update, before it was made"} if ruling.of_update else {}
+        if value not in (None, ""):
+            told[name] = value
+    if ruling.of_update:
+        told["about"] = "the update, before it was made"
     told |= {f"parameter {key}": value for key, value in ruling.parameters.items()}
     for ground in ruling.findings:
         told[ground.rule] = ground.text
