@@ -116,17 +116,12 @@ def parse_requests(
     states: Iterable[RequestState], slot_at: Callable[[str], Slot]
 ) -> list[Request]:
     """The requests of a state; raises :class:`GardenError` for one that cannot be."""
-    return [
-        Request(
-            operation=SeedOperation(each.operation),
-            slot=slot_at(each.slot),
-            seed_id=each.seed_id,
-            blueprint=blueprint,
-        )
-        for each in states
-        # First: it says what is wrong with an operation.
-        for blueprint in [_blueprint_of(each)]
-    ]
+    requests = []
+    for each in states:
+        blueprint = _blueprint_of(each)  # first: it says what is wrong with an operation
+        operation, slot = SeedOperation(each.operation), slot_at(each.slot)
+        requests.append(Request(operation, slot, each.seed_id, blueprint))
+    return requests
 
 
 def _blueprint_of(request: RequestState) -> str:
