@@ -83,15 +83,17 @@ class _Arrays:
         differences = np.diff(steps, prepend=steps[:1])
         if len(steps) and int(differences.max()) < 1 << 32:
             return self.number_of("delta", differences.astype("<u4"), float(steps[0]))
-        return self.number_of("double", steps.astype("<f8"))
+        return self.put_doubles(steps)
 
     def put_values(self, values: Numbers) -> int:
         """Values, as single floats where those say the same to seven digits."""
-        return (
-            self.number_of("single", values.astype("<f4"))
-            if _fit(values)
-            else self.number_of("double", values.astype("<f8"))
-        )
+        if _fit(values):
+            return self.number_of("single", values.astype("<f4"))
+        return self.put_doubles(values)
+
+    def put_doubles(self, values: Numbers) -> int:
+        """Values, as doubles."""
+        return self.number_of("double", values.astype("<f8"))
 
 
 def _fit(values: Numbers) -> bool:
@@ -233,11 +235,10 @@ def _rank(rank: TrainerCurves, arrays: _Arrays, parts: int) -> dict[str, Any]:
         if key == CLOCK:
             points = Points(points.steps, (points.values - start) / 1e9)
             whole = points
+        put_values = arrays.put_doubles if key == CLOCK else arrays.put_values
         told = {
             "steps": arrays.put_steps(points.steps),
-            "values": arrays.number_of("double", points.values.astype("<f8"))
-            if key == CLOCK
-            else arrays.put_values(points.values),
+            "values": put_values(points.values),
             "thinned": curve.thinned or len(points.steps) < len(whole.steps),
             "total": _total(curve.total),
         }

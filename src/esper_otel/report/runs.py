@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 
 import msgspec
 
@@ -47,7 +46,7 @@ def runs_of(archive: Archive) -> list[ShownRun]:
         by_name.setdefault(name, [])
     found: list[ShownRun] = []
     for name, trainers in sorted(by_name.items()):
-        generations = list(_generations(trainers)) or [{}]
+        generations = _generations(trainers) or [{}]
         if len(generations) > 1:
             archive.problems.append(
                 f"run {name}: recorded {len(generations)} times under one name, "
@@ -67,7 +66,7 @@ def runs_of(archive: Archive) -> list[ShownRun]:
     return found
 
 
-def _generations(trainers: list[TrainerCurves]) -> Iterator[dict[int, TrainerCurves]]:
+def _generations(trainers: list[TrainerCurves]) -> list[dict[int, TrainerCurves]]:
     """Trainers of one run, by rank, one for each time that its steps began anew."""
     generations: list[dict[int, TrainerCurves]] = []
     for trainer in sorted(trainers, key=lambda each: each.span()[0]):
@@ -83,18 +82,14 @@ def _generations(trainers: list[TrainerCurves]) -> Iterator[dict[int, TrainerCur
             room = {}
             generations.append(room)
         room[rank] = trainer
-    yield from generations
+    return generations
 
 
 def _meets(generation: dict[int, TrainerCurves], trainer: TrainerCurves) -> bool:
     """Whether the trainer ran while others of the generation did."""
     start, end = trainer.span()
-    return (
-        any(
-            start <= other.span()[1] and other.span()[0] <= end for other in generation.values()
-        )
-        or len(generation) == 0
-    )
+    others = (other.span() for other in generation.values())
+    return any(start <= other_end and other_start <= end for other_start, other_end in others)
 
 
 def _shown(
@@ -109,7 +104,6 @@ def _shown(
         for key, value in rank.attributes.items():
             if key not in _OF_ONE_PROCESS:
                 settings.setdefault(key, value)
-
     settings.update(ledger.configs.get(name, {}))
     called = settings.get(RUN_NAME)
 
