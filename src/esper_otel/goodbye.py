@@ -93,7 +93,7 @@ class LastWords:
         """How a run ends with its process, as far as the interpreter tells."""
         error = sys.exc_info()[1]
         if error is None and not _is_interactive():  # there, errors do not end the process
-            error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+            error = _last_error()
         if error is not None:
             return end_by(error)
         recorder = self._run._in_use  # of the training that stepped last
@@ -148,8 +148,7 @@ class _Exits:
     @property
     def ended_well(self) -> bool:
         """Whether the process ends without an error, as far as is known."""
-        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        return error is None and end_by_status(self._status).how is HowEnded.DONE
+        return _last_error() is None and end_by_status(self._status).how is HowEnded.DONE
 
 
 _exits = _Exits()
@@ -160,6 +159,12 @@ leave_exits = _exits.leave_exits
 def ended_without_steps() -> bool:
     """Whether this process ends well, and none of its runs has had a step."""
     return _exits.ended_well and not _exits.saw_steps
+
+
+def _last_error() -> BaseException | None:
+    """What nobody has caught, and the interpreter has shown."""
+    # last_exc is of Python 3.12 and later.
+    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
 
 
 def _is_interactive() -> bool:
