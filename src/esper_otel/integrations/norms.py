@@ -204,7 +204,7 @@ class GradientNorms:
             self._drop_early()
             return
         self._early = None
-        if getattr(early.tensor, "is_cuda", False):
+        if early.tensor.is_cuda:
             self._loop.norm_on_device(optimizer, early.tensor)
         if type(early.value) is not float:
             return
