@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import ParamSpec
 
 from esper_otel.leyline.events import Event
 from esper_otel.leyline.frames import StepFrame, StepTimeline
@@ -34,6 +35,7 @@ from esper_otel.stream.spool_files import Keeper
 from esper_otel.stream.totals import RunTotals
 
 log = logging.getLogger("esper_otel")
+P = ParamSpec("P")
 
 SPAN_INTERVAL_S = 1.0
 """Frames are decided about, spans are looked at: a second later is soon enough, and one
@@ -237,13 +239,10 @@ class Drain:
             self._spans_due = now + SPAN_INTERVAL_S
         for lane in list(self.lanes):
             over = stopping or lane.over  # looked at before it is emptied for the last time
-            try:
-                self._drain_frames(lane, over)
-            except Exception as error:
-                self._fault("frames", error)
+            self._do("frames", self._drain_frames, lane, over)
             # Sums are there for who looks at the card, or stops looking as nothing comes.
             if over or rest or (due and lane.recording is not None):
-                self._do("sums of frames", lambda lane, over: lane.sum_up(), lane, over)
+                self._do("sums of frames", lane.sum_up)
             if over or due or lane.ends or lane.events or lane.timelines or lane.has_config:
                 self._drain_rest(lane, due, over)
         for sender in self._senders:
@@ -257,11 +256,11 @@ class Drain:
         if lane.ends:
             self._do("ends", self._drain_ends, lane, over)
         if lane.events or lane.has_config:
-            self._do("events", self._drain_events, lane, over)
+            self._do("events", self._drain_events, lane)
         if lane.timelines:
             self._do("timelines", self._drain_timelines, lane, over)
         if due or over:
-            self._do("spans", self._put_spans, lane, over)
+            self._do("spans", self._put_spans, lane)
         if over:
             if lane.recording is not None:
                 lane.recording.close()
@@ -269,10 +268,10 @@ class Drain:
             self.lanes.remove(lane)
 
     def _do(
-        self, what: str, drain: Callable[[Lane, bool], None], lane: Lane, over: bool
+        self, what: str, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs
     ) -> None:
         try:
-            drain(lane, over)
+            work(*args, **kwargs)
         except Exception as error:  # one fault must not end all that follows
             self._fault(what, error)
 
@@ -293,10 +292,7 @@ class Drain:
             )
             lane.sum_later(few)
         elif few is None and (frames := ring.drain(now_ns)) is not None:
-            try:
-                lane.sum_up(frames.steps)
-            except Exception as error:
-                self._fault("sums of frames", error)
+            self._do("sums of frames", lane.sum_up, frames.steps)
             self._show(lane, frames)
             self._put_frames(lane, partial(encoder.encode, frames), lambda: points(frames))
 
@@ -334,7 +330,7 @@ class Drain:
                 body = encode_end(end, lane.resource)
                 self._put(lane, Signal.METRICS, body, 1 + len(end.values))
 
-    def _drain_events(self, lane: Lane, over: bool) -> None:
+    def _drain_events(self, lane: Lane) -> None:
         config = lane.config
         if config is not None and config.is_new and lane.begun:
             told = config.take_event(time.time_ns())
@@ -376,7 +372,7 @@ class Drain:
             if lane.tracers.are_users or self._is_wanted(lane, Signal.TRACES):
                 emit_spans(timeline, lane.tracers)
 
-    def _put_spans(self, lane: Lane, over: bool) -> None:
+    def _put_spans(self, lane: Lane) -> None:
         lane.tracers.encode_finished(
             lambda body, spans: self._put(lane, Signal.TRACES, body, spans)
         )
