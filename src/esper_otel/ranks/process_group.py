@@ -8,7 +8,6 @@ sent begins at once and is waited for later, by gloo's own threads, which need n
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ from torch import Tensor
 
 from esper_otel.finalization import FinalizingError, leak, no_shutdown_inside
 from esper_otel.ranks.world import attempt
-
-log = logging.getLogger("esper_otel")
 
 POLL_S = 0.02
 """How often it is looked whether what is under way is done, once its rank has left."""

@@ -8,7 +8,6 @@ but a decision that is late, and never raise.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 from typing import Any
@@ -29,8 +28,6 @@ from esper_otel.tolaria.step import StepUnderWay
 from esper_otel.tolaria.timelines import Clock, EndedStep, Timelines
 from esper_otel.tolaria.update_control import Measure, UpdateControl
 from esper_otel.tolaria.updates import Optimizer
-
-log = logging.getLogger("esper_otel")
 
 # Slots as plain integers: a dictionary look-up each would be a tenth of the step's cost.
 _STEP = STEP_SLOT["step"]
@@ -79,15 +76,16 @@ class Recorder(LoopEvents):
         self._enriched = enriched
         self._device_values = device_values
         self._garden: SafeGarden | None = None
-        self._sealer = Sealer(enriched=enriched)
+        sealer = self._sealer = Sealer(enriched=enriched)
         self._timelines = Timelines(
             frames.timeline, self.clock.offset, every=span_every, slow_factor=span_slow_factor
         )
         self._in_hand: Decision | None = None  # seeds have not been told of it yet
         self._in_hand_of: EndedStep | None = None
         self._backwards_asked = 0  # times that backward was called at the newest request
-        parts: dict[str, Any] = {"sealer": self._sealer, "clock": self.clock}
-        self.control = UpdateControl(step, asking=self._asking, responses=responses, **parts)
+        self.control = UpdateControl(
+            step, asking=self._asking, responses=responses, sealer=sealer, clock=self.clock
+        )
         ask = (self._seeds, self._seal, self._stream, self._ask, self._apply, self._spans)
         keep = (self.control.end_update, self.control.keep)
         self._keeps = responses.restoring.keeps  # snapshots
@@ -98,11 +96,12 @@ class Recorder(LoopEvents):
         self._ordinary = OrdinarySteps(
             frames,
             step=step,
+            sealer=sealer,
             timelines=self._timelines,
+            clock=self.clock,
             base_rate=self.control.base_rate,
             device_values=device_values,
             enriched=enriched,
-            **parts,
         )
 
     # Around an optimizer's step.
@@ -220,7 +219,8 @@ class Recorder(LoopEvents):
 
     def state_dict(self) -> dict[str, Any]:
         """What the rows of coming steps depend on: plain data, for :meth:`load_state_dict`."""
-        self.under_way  # noqa: B018  # what was noted is taken up
+        if self._noted is not None:
+            self._noted.take_up_all()
         return self._sealer.state_after(self.step, self._latest).plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
