@@ -232,15 +232,14 @@ def read_frames(path: Path) -> Iterator[StepFrame]:
         ExportMetricsServiceRequest,
     )
 
-    offset = 0
-    for body in read_recording(path):
-        try:
-            request = ExportMetricsServiceRequest.FromString(body)
-        except DecodeError:
-            raise RecordingError(path, offset, "not an OTLP metrics request") from None
-        for resource_metrics in request.resource_metrics:
-            yield from _frames(resource_metrics)
-        offset += 4 + len(body)
+    with path.open("rb") as file:
+        for offset, body in bodies_in(file, path):
+            try:
+                request = ExportMetricsServiceRequest.FromString(body)
+            except DecodeError:
+                raise RecordingError(path, offset, "not an OTLP metrics request") from None
+            for resource_metrics in request.resource_metrics:
+                yield from _frames(resource_metrics)
 
 
 def _frames(resource_metrics: ResourceMetrics) -> Iterator[StepFrame]:
