@@ -349,7 +349,7 @@ def test_steps_may_overlap_on_the_device(torch: FakeTorch) -> None:
     timer = CopyTimer(slots=2)
     readings = []
     for milliseconds in (1.0, 2.0, 3.0):
-        with timer.copying(device=0):
+        with timer.copying():
             torch.stream.work(milliseconds)
         readings.append(timer.first_copy())
     torch.stream.finish()

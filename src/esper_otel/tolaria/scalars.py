@@ -175,31 +175,31 @@ class CopyTimer:
         self._reading: DeviceReading | None = None
 
     @contextmanager
-    def copying(self, device: int | None = None) -> Iterator[None]:
-        """Around a copy to CUDA device ``device``, None being the current one."""
+    def copying(self) -> Iterator[None]:
+        """Around a copy to the current CUDA device."""
         slot = None
         try:
             if self._reading is None:
-                slot = self._mark_start(device)
+                slot = self._mark_start()
         except Exception:
             slot = None
         try:
             yield
         finally:
             if slot is not None:
-                self._mark_end(slot, device)
+                self._mark_end(slot)
 
     def first_copy(self) -> DeviceReading | None:
         """The reading of this step's first copy, None when it had none."""
         reading, self._reading = self._reading, None
         return reading
 
-    def _mark_start(self, device: int | None) -> _Slot | None:
+    def _mark_start(self) -> _Slot | None:
         torch = sys.modules.get("torch")
         # Not the first thing to touch CUDA: the copy itself may be, then it goes untimed.
         if torch is None or not torch.cuda.is_initialized() or _capturing():
             return None
-        index = torch.cuda.current_device() if device is None else device
+        index = torch.cuda.current_device()
         pool = self._pools.get(index)
         if pool is None:
             pool = self._pools[index] = self._make_pool(torch)
@@ -208,9 +208,9 @@ class CopyTimer:
             slot.start.record(torch.cuda.current_stream(index))
         return slot
 
-    def _mark_end(self, slot: _Slot, device: int | None) -> None:
+    def _mark_end(self, slot: _Slot) -> None:
         try:
-            slot.arrived.record(sys.modules["torch"].cuda.current_stream(device))
+            slot.arrived.record(sys.modules["torch"].cuda.current_stream())
             self._reading = DeviceReading(slot)
         except Exception:
             self._reading = DeviceReading()
