@@ -147,11 +147,10 @@ class Restoring:
         # A young run has nothing better to go back to; one whose sidecar begins anew waits.
         is_judged = reason not in UNJUDGED or (reason == WARMING_UP and not self._was_nominal)
         self._calm = finite and is_judged and not _is_trouble(decision)
-        newer = self._newer
         if not self._calm:
-            if newer is not None:
-                self._newer, self._spare = None, newer
+            self._drop_newer()
             return
+        newer = self._newer
         self._good_since += 1
         if newer is not None and step > newer.step:
             self._good_after += 1

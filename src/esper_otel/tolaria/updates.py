@@ -343,11 +343,10 @@ def _clip(optimizer: Optimizer, max_norm: float) -> None:
     """
     import torch
 
-    gradients = [
-        gradient.coalesce().values() if gradient.is_sparse else gradient
-        for parameter in _with_gradients(optimizer)
-        for gradient in [parameter.grad.detach()]
-    ]
+    gradients = []
+    for parameter in _with_gradients(optimizer):
+        gradient = parameter.grad.detach()
+        gradients.append(gradient.coalesce().values() if gradient.is_sparse else gradient)
     if not gradients:
         return
     device = gradients[0].device
