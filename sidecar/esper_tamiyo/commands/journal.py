@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_otel.leyline.command_line import Subcommands
+from esper_otel.leyline.command_line import Subcommands, age_in_s
 from esper_otel.leyline.decisions import RANK_OF, Severity
 from esper_otel.leyline.terminal import printable, say, say_json
 from esper_tamiyo.commands import CommandError, add_socket, print_json
@@ -54,14 +53,11 @@ def add_journal(commands: Subcommands) -> None:
     parser.set_defaults(command=_journal)
 
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
 def _time(text: str) -> int:
     """Unix nanoseconds; of an age, that long ago."""
-    age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if age is not None:
-        return time.time_ns() - int(float(age[1]) * _SECONDS[age[2]] * 1e9)
+    age_s = age_in_s(text)
+    if age_s is not None:
+        return time.time_ns() - int(age_s * 1e9)
     try:
         at = datetime.fromisoformat(text.strip())
         return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1e9)

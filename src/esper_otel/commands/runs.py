@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper_otel.commands import refuse
-from esper_otel.leyline.command_line import Subcommands
+from esper_otel.leyline.command_line import Subcommands, age_in_s
 from esper_otel.leyline.terminal import printable, say, say_json
 from esper_otel.settings import EsperSettings, SettingsError
 
@@ -28,7 +28,6 @@ _PRUNE = """\
 Removes the recorded runs that match any of the options, after a confirmation. It
 keeps a run that is being written."""
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -70,9 +69,7 @@ def add_runs(commands: Subcommands) -> None:
         metavar="SIZE",
         help="the oldest, until the rest fits in this: 5GB, 500MB",
     )
-    prune.add_argument(
-        "--keep", type=_count, metavar="N", help="all but the newest N", dest="keep"
-    )
+    prune.add_argument("--keep", type=_count, metavar="N", help="all but the newest N")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     prune.set_defaults(command=_prune)
 
@@ -219,10 +216,10 @@ def _shown_size(size: int) -> str:
 
 
 def _age(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if match is None:
+    age_s = age_in_s(text)
+    if age_s is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an age like 30d, 12h or 2w")
-    return float(match[1]) * _SECONDS[match[2]]
+    return age_s
 
 
 def _size(text: str) -> float:

@@ -1,4 +1,7 @@
-"""Command line: the parser of both programs' commands, their examples, and shell completion."""
+"""Command line: the parser of both programs' commands, their examples, and shell completion.
+
+How an age is written in an option is here as well.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from esper_otel.leyline.terminal import say
 
 SHELLS = ("bash", "zsh", "fish")
 """Shells that completion scripts are made for, by ``python -m ops.generate``."""
+
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 Example = tuple[str, str]
 """A command as one types it, and its effect."""
@@ -113,6 +119,12 @@ def _told(examples: Sequence[Example]) -> str:
     width = max((len(command) for command, _ in examples if len(command) < 46), default=0)
     lines = [f"  {command:{width}}  # {what}" for command, what in examples]
     return "\n".join(["examples:", *lines])
+
+
+def age_in_s(text: str) -> float | None:
+    """The seconds of an age such as 30m, 12h or 7d; None for what is none."""
+    match = _AGE.fullmatch(text.strip())
+    return None if match is None else float(match[1]) * _SECONDS[match[2]]
 
 
 def add_completion(commands: Subcommands, program: str, scripts: Path) -> None:
