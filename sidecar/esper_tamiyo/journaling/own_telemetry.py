@@ -181,12 +181,13 @@ class OwnTelemetry:
         reader = PeriodicExportingMetricReader(metric_exporter(self._histograms))
         provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
         meter = provider.get_meter(SCOPE)
+        makers = {
+            InstrumentKind.COUNTER: meter.create_observable_counter,
+            InstrumentKind.GAUGE: meter.create_observable_gauge,
+        }
         for metric in OWN_METRICS:
-            make = {
-                InstrumentKind.COUNTER: meter.create_observable_counter,
-                InstrumentKind.GAUGE: meter.create_observable_gauge,
-            }.get(metric.kind)
-            if make is not None:
+            if metric.kind in makers:
+                make = makers[metric.kind]
                 make(metric.name, [self._reading(metric)], metric.unit, metric.meaning)
         return provider
 
