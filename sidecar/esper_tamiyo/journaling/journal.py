@@ -60,8 +60,8 @@ def default_folder(socket: Path | None = None) -> Path:
 
 def files_of(folder: Path) -> list[Path]:
     """The journal's files, oldest first; raises ``OSError`` when there is no folder."""
-    numbered = [(match[1], path) for path in folder.iterdir() if (match := _match(path))]
-    return [path for _, path in sorted(numbered, key=lambda pair: int(pair[0]))]
+    ours = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(ours, key=number_of)
 
 
 class Journal:
@@ -81,7 +81,7 @@ class Journal:
         self._lock = _locked(folder)
         try:
             files = files_of(folder)
-            self._number = _number(files[-1]) if files else 1
+            self._number = number_of(files[-1]) if files else 1
             self._open()
         except BaseException:
             os.close(self._lock)
@@ -102,7 +102,7 @@ class Journal:
         if what:
             self._keep_folder()
             files = files_of(self.folder)
-            self._begin(max(self._number, *map(_number, files), 0) + 1)
+            self._begin(max(self._number, *map(number_of, files), 0) + 1)
         return what
 
     def append(self, entries: Sequence[AnyEntry]) -> None:
@@ -212,16 +212,16 @@ def follow(folder: Path, poll_s: float = 0.2) -> Iterator[AnyEntry | Damage]:
     number = 0
     files_of(folder)  # raises where there is none to begin with
     while True:
-        path = next((each for each in _files_now(folder) if _number(each) >= number), None)
+        path = next((each for each in _files_now(folder) if number_of(each) >= number), None)
         if path is None:
             time.sleep(poll_s)
             continue
-        number = _number(path)
+        number = number_of(path)
         with suppress(FileNotFoundError), path.open("rb") as file:
             rest, lines = b"", 0
             is_followed = False
             while not is_followed:
-                is_followed = any(_number(each) > number for each in _files_now(folder))
+                is_followed = any(number_of(each) > number for each in _files_now(folder))
                 data = rest + file.read()
                 whole = data if is_followed else data[: data.rfind(b"\n") + 1]
                 yield from _entries(path, whole.splitlines(keepends=True), lines + 1)
@@ -266,12 +266,9 @@ def _locked(folder: Path) -> int:
     return lock
 
 
-def _match(path: Path) -> re.Match[str] | None:
-    return _NAME.fullmatch(path.name)
-
-
-def _number(path: Path) -> int:
-    match = _match(path)
+def number_of(path: Path) -> int:
+    """The number of a file of a journal; 0 of another file."""
+    match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else 0
 
 

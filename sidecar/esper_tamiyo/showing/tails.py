@@ -136,7 +136,7 @@ class JournalTail:
     """The lines of a journal."""
 
     def __init__(self, folder: Path) -> None:
-        self._tail = Tail(folder, journal.files_of, _journal_number)
+        self._tail = Tail(folder, journal.files_of, journal.number_of)
         self._rest = b""
 
     @property
@@ -157,7 +157,3 @@ class JournalTail:
         end = data.rfind(b"\n") + 1
         self._rest = data[end:] if len(data) - end <= PIECE else b""
         return bool(piece), (line for line in data[:end].splitlines() if line.strip())
-
-
-def _journal_number(path: Path) -> int:
-    return int(path.stem.partition("-")[2])
