@@ -116,14 +116,14 @@ def rank_families(ranks: Iterable[StepFrame]) -> Iterator[Family]:
             seen.add(labels)
             count += len(values)
             for key, value in values.items():
-                whose = labels
+                family, whose = key, labels
                 if is_custom(key):
-                    key, whose = CUSTOM.key, (*labels, *_custom_labels(key))
+                    family, whose = CUSTOM.key, (*labels, *_custom_labels(key))
                     if whose in seen:
                         left_out += 1
                         continue
                     seen.add(whose)
-                samples.setdefault(key, []).append(("", whose, value))
+                samples.setdefault(family, []).append(("", whose, value))
     for key, metric in {**BY_KEY, CUSTOM.key: CUSTOM}.items():
         if key in samples:
             yield Family(prometheus_name(metric), "gauge", metric.meaning, samples[key])
@@ -160,11 +160,8 @@ def _lines(family: Family, openmetrics: bool) -> Iterator[str]:
     yield f"# TYPE {shown} {family.kind}"
     for suffix, labels, value in family.samples:
         told = ",".join(f'{key}="{_text(text, True)}"' for key, text in labels)
-        yield (
-            f"{name}{suffix}{{{told}}} {_number(value)}"
-            if told
-            else (f"{name}{suffix} {_number(value)}")
-        )
+        braced = f"{{{told}}}" if told else ""
+        yield f"{name}{suffix}{braced} {_number(value)}"
 
 
 def _text(text: str, quotes: bool) -> str:
