@@ -51,7 +51,7 @@ class Ruling(msgspec.Struct, kw_only=True):
     """One decision, or notice: a CONTINUE with findings.
 
     ``of_update``: it is about the update of the step, before it was made. ``applied`` is None
-    where nobody says. ``heard_from``: a journal knows more of it than spans do.
+    where nobody says.
     """
 
     id: str
