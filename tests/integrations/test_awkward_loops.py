@@ -216,6 +216,34 @@ def test_optimizers_that_step_on_a_thread_of_autograd_leave_the_loop_its_own(ins
     assert all("input_wait_ms" in frame for frame in instrumented.frames)
 
 
+@pytest.mark.parametrize("mode", ["advise", "enforce"])
+def test_the_rate_is_that_of_the_step_where_a_schedule_steps_within_backward_too(
+    captured, monkeypatch, mode
+):
+    monkeypatch.setenv("ESPER_MODE", mode)
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    model = nn.Linear(4, 1)
+    optimizers, schedules, used = {}, {}, []
+    for parameter in model.parameters():
+        optimizer = optimizers[parameter] = torch.optim.SGD([parameter], lr=0.1, momentum=0.5)
+        schedules[parameter] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+        schedules[parameter].step()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    try:
+        for _ in range(4):
+            used.append(schedules[model.bias].get_last_lr()[0])
+            model(torch.ones(2, 4)).square().mean().backward()
+    finally:
+        TorchInstrumentor().uninstrument()
+    assert [frame["optimizer_lr"] for frame in captured.frames] == pytest.approx(used)
+
+
 def test_a_backward_that_fails_after_an_optimizer_stepped_in_it_hides_no_later_step(
     instrumented,
 ):

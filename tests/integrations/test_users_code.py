@@ -190,6 +190,31 @@ def test_gradients_that_are_only_multiplied_are_measured_after_that(instrumented
     assert [frame["gradient_norm"] for frame in instrumented.frames] == pytest.approx(norms)
 
 
+@pytest.mark.parametrize("from_step", [0, 5])
+def test_gradients_of_which_the_script_makes_others_are_measured_as_the_update_gets_them(
+    instrumented, from_step
+):
+    """As a projection of the gradients of several tasks: no norm behind ``backward`` is it."""
+    torch.manual_seed(1)
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tasks = [lambda out: out[:, 0].square().mean(), lambda out: out[:, 1].sub(9.0).abs().mean()]
+    norms = []
+    for i in range(9):
+        made = [torch.zeros_like(p) for p in model.parameters()]
+        for task in tasks if i >= from_step else tasks[:1]:
+            optimizer.zero_grad()
+            task(model(torch.ones(4, 4))).backward()
+            for total, p in zip(made, model.parameters(), strict=True):
+                total += p.grad * (3 if i % 2 else 2)
+        if i >= from_step:
+            for total, p in zip(made, model.parameters(), strict=True):
+                p.grad = total
+        norms.append(norm_of(model.parameters()))
+        optimizer.step()
+    assert [frame["gradient_norm"] for frame in instrumented.frames] == pytest.approx(norms)
+
+
 def test_what_a_script_takes_out_of_its_gradients_is_no_trouble(instrumented):
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -236,6 +236,44 @@ def test_another_training_has_nothing_of_the_one_before():
     assert loop.subject.report.good_step is None
 
 
+def test_a_new_optimizer_of_the_same_weights_drops_what_cannot_be_put_back_any_more():
+    loop = Loop()
+    loop.train(7)
+    assert loop.subject.report.good_step == 2
+    loop.optimizer = torch.optim.SGD([loop.weight], lr=0.01)
+    warming = unanswered("r", 0, WARMING_UP)  # a phase begins with such an optimizer
+    loop.train(decision=warming)
+    assert loop.subject.report.good_step is None
+    assert not loop.asks()
+    loop.train(EVERY + 2, warming)
+    good = loop.subject.report.good_step
+    assert good == 9, "made at the next step whose answer asked for nothing"
+    assert loop.asks()
+    loop.train()
+    assert loop.at == good
+
+
+def test_what_was_ordered_before_a_new_optimizer_steps_is_refused():
+    loop = Loop()
+    loop.train(7)
+    assert loop.asks()
+    loop.optimizer = torch.optim.SGD([loop.weight], lr=0.01)
+    loop.subject.update_begins(loop.optimizer)
+    assert not loop.subject.restore(8)
+    assert loop.subject.report.refused == {"it could not be restored": 1}
+
+
+def test_parameters_that_were_replaced_drop_the_good_one_when_another_is_made():
+    loop = Loop()
+    loop.train(8)
+    assert (loop.subject.report.taken, loop.subject.report.good_step) == (2, 2)
+    loop.weight = loop.optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(1))
+    loop.train(EVERY + 1)
+    assert loop.subject.report.good_step is None
+    loop.train(EVERY)
+    assert loop.subject.report.good_step == 14
+
+
 def test_a_copy_that_fails_is_reported_once_and_made_when_it_can_be(monkeypatch, caplog):
     loop = Loop()
     loop.train(10)

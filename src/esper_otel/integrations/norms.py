@@ -9,7 +9,9 @@ were given is the norm then.
 Until an optimizer has stepped once nobody knows of how many calls its steps are made; until
 then its gradients are measured behind each. After each of its first steps they are measured
 once more: where the script only multiplies them by a number that is always the same (their
-mean over micro-batches, taken at the end) it is the norm of the product that counts.
+mean over micro-batches, taken at the end) it is the norm of the product that counts. So it is
+where one of these is greater than before: no clipping does that, but others are made of them
+(several tasks' gradients projected on each other, noise).
 
 In a process of several ranks gradients may be averaged by the script between backward and the
 step: there only clipping that tells of itself is seen.
@@ -69,8 +71,8 @@ class _Early(NamedTuple):
     optimizer: weakref.ref[Any]
     tensor: Any
     value: Value
-    changes: int
-    """Changes in place that the gradients had been through by then."""
+    changes: tuple[int, int]
+    """Changes in place that the gradients had been through by then, and which the last was."""
 
 
 class _Habit:
@@ -81,7 +83,8 @@ class _Habit:
         """Calls of ``backward`` before the last step."""
         self.tells = False
         """Whether that was clipped by a function that tells of it."""
-        self.rescales = False
+        self.remakes = False
+        """Whether the script does something else to gradients than clip them."""
         self.trials: list[float] | None = []
         """Norm at the step by norm behind backward, of the first steps; None after these."""
 
@@ -151,7 +154,7 @@ class GradientNorms:
         habit = self._habit
         if self.any_unstepped and not optimizing:
             self._measure_unstepped()
-        if habit.tells or habit.rescales:
+        if habit.tells or habit.remakes:
             return
         is_last = self._backwards == habit.backwards
         if is_last or (optimizing and not habit.backwards):
@@ -164,7 +167,7 @@ class GradientNorms:
         if optimizer in self._unstepped:
             self._measure_unstepped(optimizer)
         elif optimizer is self._job.primary.current and not (
-            self._habit.tells or self._habit.rescales
+            self._habit.tells or self._habit.remakes
         ):
             self._measure(optimizer)
 
@@ -252,7 +255,10 @@ class GradientNorms:
         if found is None:
             return False
         self._early = None
-        self._recorder.clipped(self._loop.scalars.read_async(found.norm))
+        value = self._loop.scalars.read_async(found.norm)
+        self._recorder.clipped(value)
+        if not found.told and type(value) is float:
+            self._look_for_more(value, optimizer)
         if getattr(found.norm, "is_cuda", False):
             self._loop.norm_on_device(optimizer, found.norm)
         self._habit.tells = found.told
@@ -309,31 +315,38 @@ class GradientNorms:
         if early is not None:
             self._recorder.under_way.forget_norm(early.value)
 
-    def _look_for_more(self, early: float, optimizer: Any) -> None:
+    def _look_for_more(self, early: float, optimizer: Any) -> Value | None:
         """Tell the norm anew if gradients have grown since: what is clipped has not, and what
-        went wrong behind backward is what the update must not be made with."""
+        went wrong behind backward is what the update must not be made with. Returns what it is
+        now."""
         began = perf_counter_ns()
         tensor = self._norm_of(optimizer)
         late = None if tensor is None else self._loop.scalars.read_async(tensor)
         if type(late) is float and not late <= early * (1.0 + SAME):
             self._recorder.measured(late, began)
+        return late
 
     def _try(self, habit: _Habit, early: float, optimizer: Any) -> None:
         """Whether what the script does to gradients is no clipping."""
-        tensor = self._norm_of(optimizer)
-        late = None if tensor is None else self._loop.scalars.read_async(tensor)
-        trials = habit.trials
+        late, trials = self._look_for_more(early, optimizer), habit.trials
         if trials is None or type(late) is not float or early <= 0.0:
             return
         trials.append(late / early)
         if len(trials) < TRIALS:
             return
         least, most = min(trials), max(trials)
-        habit.rescales = most - least <= SAME * most and abs(most - 1.0) > SAME
+        is_product = most - least <= SAME * most and most < 1.0 - SAME
+        habit.remakes = is_product or most > 1.0 + SAME
         habit.trials = None
 
 
-def _changes(optimizer: Any) -> int:
-    """How often the gradients of ``optimizer`` were changed in place, as torch counts it."""
-    groups = optimizer.param_groups
-    return sum(p.grad._version for g in groups for p in g["params"] if p.grad is not None)
+def _changes(optimizer: Any) -> tuple[int, int]:
+    """How often the gradients of ``optimizer`` were changed in place, as torch counts it, and
+    the ``id`` of the last: who puts others in their place does so with all of them."""
+    versions, gradient = 0, None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                versions += gradient._version
+    return versions, id(gradient)

@@ -32,6 +32,7 @@ from esper_otel.integrations.norms import GradientNorms
 from esper_otel.loop import has_closure, tell_once
 from esper_otel.run import Run
 from esper_otel.tolaria.fetches import Source, size_in
+from esper_otel.tolaria.rates import host_rates
 from esper_otel.tolaria.scalars import CopyTimer
 from esper_otel.tolaria.step_hooks import StepHooks
 
@@ -58,7 +59,7 @@ class Watch:
         self._backward_depth = 0
         self._fresh = False
         """Whether ``backward`` was called since an optimizer stepped last."""
-        self._stepped: Any = None
+        self._stepped: Any = None  # within backward, and its rates then
         self._scaled: tuple[Any, Any] | None = None
         self._by_grad = False
         """Whether ``autograd.grad`` was called for weights since an optimizer stepped last."""
@@ -183,8 +184,10 @@ class Watch:
         if stepped is not None:
             self._job.steps_in_backward = True
             self._thread = get_ident()
-            self.quietly(self._loop.measure, stepped)
-            self.quietly(self._end_step, stepped)
+            optimizer, self._recorder.rates_within = stepped
+            self.quietly(self._loop.measure, optimizer)
+            self.quietly(self._end_step, optimizer)
+            self._recorder.rates_within = None
         return result
 
     def _backward_begins(self, tensor: Any, keeps_graph: bool) -> None:
@@ -348,7 +351,7 @@ class Watch:
             # Optimizers that step within backward, one per parameter: the step of the run
             # ends when backward does, and its loss is known. The thread may be autograd's.
             if is_primary:
-                self._stepped = optimizer
+                self._stepped = optimizer, host_rates(optimizer.param_groups)
             self._recorder.before_update(optimizer, collects=False)
             return
         if not is_primary:

@@ -53,6 +53,9 @@ class LoopEvents:
         self._hook_ms = self._apply_ms = 0.0
         self._latest = step_row()
         self._rates: Rates = ()
+        self.rates_within: Rates | None = None
+        """What the optimizer had when it stepped within ``backward``, None of one that did not:
+        a schedule may have stepped there as well."""
         self._faults: set[str] = set()
         self._tell_directly()
         self.batches_ended = self._settled(step.batches_ended)
@@ -121,6 +124,12 @@ class LoopEvents:
             return False
         self._last_end, self._latest = ended, row
         return True
+
+    def _rates_of(self, optimizer: Optimizer | None) -> Rates:
+        """Those of ``optimizer``, which sets the steps, in the step that ends."""
+        if self.rates_within is not None:
+            return self.rates_within
+        return optimizer.param_groups if optimizer is not None else ()
 
     def begin_noted(self, mark: int, number: int) -> None:
         """Step ``number`` began at ``mark``, after one that was noted."""

@@ -64,6 +64,7 @@ class StepEnds(Protocol):
 
     step: int
     optimizer: Optimizer | None
+    rates_within: Rates | None
 
     def end_settled(self, ended: int = 0) -> None:
         """The step under way is over, and was not noted."""
@@ -223,9 +224,10 @@ class NotedSteps:
     def end_step(self, ended: int = 0) -> None:
         """As the recorder's."""
         ends = self._ends
-        optimizer = ends.optimizer
+        optimizer, rates = ends.optimizer, ends.rates_within
         try:
-            rates = host_rates(optimizer.param_groups) if optimizer is not None else ()
+            if rates is None:
+                rates = host_rates(optimizer.param_groups) if optimizer is not None else ()
         except Exception:
             rates = None  # no groups as torch has them: told of where other steps are recorded
         if rates is None or self.is_settled:

@@ -161,7 +161,7 @@ class Recorder(LoopEvents):
         ended = ended or perf_counter_ns()
         self.step = step = self.step + 1
         ending = EndedStep(step, ended, self._last_end, under_way.span_start, under_way.phases)
-        self._rates = self.optimizer.param_groups if self.optimizer is not None else ()
+        self._rates = self._rates_of(self.optimizer)
         if leftover is not None:
             ending.taken = (leftover,)
         self._last_end = ended

@@ -3,7 +3,8 @@
 About every ``every`` steps a snapshot is made, at the end of a step, when the newest decision
 asked for nothing. It is *good* once the ``every`` steps after it were: their values finite, and
 each answered by the sidecar with neither OPTIMIZER nor PAUSE. Until then the one before stays,
-so there are two in memory; trouble, or a step that nobody judged, drops the newer one.
+so there are two in memory; trouble, or a step that nobody judged, drops the newer one. An
+optimizer that is new to the run drops both: neither has its state, so neither can be put back.
 
 A decision with ``restore`` puts the last good one back at the end of the step under way, whose
 update is left out. That is bounded: ``most`` times a run, and to the same snapshot again only
@@ -35,7 +36,7 @@ from esper_otel.leyline.decisions import (
     Severity,
 )
 from esper_otel.leyline.events import RESTORE_REFUSED, RESTORED, Event
-from esper_otel.tolaria.snapshots import Protected, Snapshot
+from esper_otel.tolaria.snapshots import Protected, Snapshot, SnapshotError
 from esper_otel.tolaria.updates import Optimizer
 
 log = logging.getLogger("esper_otel")
@@ -131,7 +132,8 @@ class Restoring:
         if not self.keeps:
             return
         try:
-            self.protected.add_optimizer(optimizer)
+            if self.protected.add_optimizer(optimizer):
+                self._begin_anew()
             if self._copied is not None:
                 self._copied.queue_wait()
                 self._copied = None
@@ -176,9 +178,9 @@ class Restoring:
         """The end of ``step``, at which weights are put back; whether they were."""
         self.ordered = False
         good = self._good
-        if good is None:
-            return False
         try:
+            if good is None:  # dropped since it was ordered
+                raise SnapshotError("an optimizer is new to the run")
             good.copy_back(self.protected.parts())
         except Exception as error:
             self._good = None
@@ -203,6 +205,8 @@ class Restoring:
         snapshot, self._spare = self._spare or Snapshot(), None
         try:
             parts = self.protected.parts()
+            if self._good is not None and self._good.misfit(parts):
+                self._good = None  # parameters were replaced, as pruning does
             snapshot.copy_from(parts, step)
         except Exception as error:
             self.failed = True
@@ -225,6 +229,13 @@ class Restoring:
         self.ordered = self._calm = False
         self._due = 0
         self._restored_to = -1
+
+    def _begin_anew(self) -> None:
+        """No copy can be put back any more: make one soon, as a young run does."""
+        self._good = None
+        self._drop_newer()
+        self._was_nominal = False
+        self._due = 0
 
     def _drop_newer(self) -> None:
         if self._newer is not None:

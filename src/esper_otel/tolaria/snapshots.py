@@ -67,12 +67,14 @@ class Protected:
         if not any(ref() is module for ref in refs):
             refs.append(weakref.ref(module))
 
-    def add_optimizer(self, optimizer: Any) -> None:
-        """Copy what ``optimizer`` updates, and its state."""
+    def add_optimizer(self, optimizer: Any) -> bool:
+        """Copy what ``optimizer`` updates, and its state; returns whether it is new here."""
         known = self._optimizers.get(id(optimizer))
-        if known is None or known() is not optimizer:
-            self._optimizers[id(optimizer)] = weakref.ref(optimizer)
-            self._found = None
+        if known is not None and known() is optimizer:
+            return False
+        self._optimizers[id(optimizer)] = weakref.ref(optimizer)
+        self._found = None
+        return True
 
     def forget_optimizers(self) -> None:
         """Another training begins; modules that were named to us stay."""
