@@ -1,4 +1,4 @@
-"""What a recorder leaves in the process goes with its test."""
+"""The clock of a test, and the end of what a recorder leaves in the process."""
 
 import pytest
 from tolaria import loops
@@ -10,3 +10,8 @@ def _close_recorders():
     for recorder in loops.made:
         recorder.control.updates.close()
     loops.made.clear()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return loops.stop_the_clock(monkeypatch)

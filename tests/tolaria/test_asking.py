@@ -3,25 +3,15 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolaria.loops import MS, Clock, Late, make, one_step, stop_the_clock
+from tolaria.loops import MS, Clock, Late, make, one_step
 from tolaria.sidecars import Sidecar, decided
 
-from esper_otel.leyline.decisions import (
-    FAILED_OPEN,
-    NOT_ASKED,
-    Action,
-    unanswered,
-)
+from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Action, unanswered
 from esper_otel.leyline.frames import GardenFrame
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.tolaria.asking import Asking
 
 ROW = [0.0] * len(STEP_KEYS)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 def send(asking, step):

@@ -2,7 +2,7 @@ import math
 from math import inf
 
 import pytest
-from tolaria.loops import MS, Late, Optimizer, make, one_step, stop_the_clock
+from tolaria.loops import MS, Late, Optimizer, make, one_step
 from tolaria.sidecars import Sidecar, decided
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action
@@ -10,11 +10,6 @@ from esper_otel.leyline.metrics import BY_KEY
 from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.ports import HeldRun
 from esper_otel.tolaria.step import MAX_PHASES
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 def test_a_frame_holds_what_the_loop_did(clock):
