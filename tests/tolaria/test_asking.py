@@ -413,3 +413,11 @@ def test_what_was_never_asked_is_no_failure_to_answer(clock):
     for _ in range(5):
         one_step(recorder, clock)
     assert frames.column("unjudged_steps") == [0.0] * 5
+
+
+def test_the_ask_carries_exactly_the_frame_that_is_streamed(clock):
+    sidecar = Sidecar(clock)
+    recorder, frames = make(client=sidecar)
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert [(time, values) for _, time, values in sidecar.asked] == frames.taken
