@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from esper_otel import process
@@ -50,3 +52,23 @@ def watched(streams):
     TorchInstrumentor().instrument(skip_dep_check=True)
     yield streams
     TorchInstrumentor().uninstrument()
+
+
+@pytest.fixture
+def way(captured, tmp_path, monkeypatch):
+    """Runs a framework's loop in one of the two ways in; gives what it computed."""
+    # Imported here, as others of these tests do without torch.
+    from integrations.ways_in import FRAMEWORKS, instrumenting
+
+    monkeypatch.setenv("ESPER_SPAN_EVERY", "1")
+    monkeypatch.chdir(tmp_path)
+    warnings.simplefilter("ignore")
+
+    def run(framework, automatic, **options):
+        pytest.importorskip("torch" if framework == "plain" else framework)
+        if not automatic:
+            options["watch"] = True
+        with instrumenting(automatic):
+            return FRAMEWORKS[framework](**options)
+
+    return run
