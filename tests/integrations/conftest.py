@@ -20,6 +20,14 @@ def captured(monkeypatch):
 
 
 @pytest.fixture
+def instrumented(captured):
+    """The same, of a process that is instrumented."""
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    yield captured
+    TorchInstrumentor().uninstrument()
+
+
+@pytest.fixture
 def captured_runs(monkeypatch):
     """The streams of the runs that are started during the test, in order."""
     streams = []
@@ -48,7 +56,7 @@ def streams(monkeypatch):
 
 @pytest.fixture
 def watched(streams):
-    """The same, of a process that is instrumented."""
+    """These streams, of a process that is instrumented."""
     TorchInstrumentor().instrument(skip_dep_check=True)
     yield streams
     TorchInstrumentor().uninstrument()
