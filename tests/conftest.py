@@ -70,8 +70,10 @@ TOGETHER = {
     **dict.fromkeys(
         (  # one import of Lightning and Transformers
             *("integrations/test_checked_updates.py", "integrations/test_enforced_rates.py"),
-            *("integrations/test_frameworks.py", "integrations/test_notebooks.py"),
-            *("integrations/test_public_loops.py", "integrations/test_run_state.py"),
+            *("integrations/test_framework_evaluations.py", "integrations/test_frameworks.py"),
+            *("integrations/test_framework_trainings.py", "integrations/test_notebooks.py"),
+            *("integrations/test_framework_versions.py", "integrations/test_public_loops.py"),
+            *("integrations/test_run_state.py", "integrations/test_two_ways_in.py"),
         ),
         "frameworks",
     ),

@@ -29,10 +29,6 @@ RESOURCES = [
 BY_NAME = {(one["kind"], one["metadata"]["name"]): one for one in RESOURCES}
 
 
-def name_of(resource):
-    return f"{resource['kind']}/{resource['metadata']['name']}"
-
-
 def pods():
     for one in RESOURCES:
         if "template" in one.get("spec", {}):

@@ -18,7 +18,7 @@ from esper_otel import loop, process  # noqa: E402
 from esper_otel import run as runs  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.leyline import wire  # noqa: E402
-from integrations.conftest import CapturedStream  # noqa: E402
+from integrations.captured_streams import CapturedStream  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, decision_about  # noqa: E402
 
 DEVICE = os.environ.get("ESPER_GPU_DEVICE", "cuda")

@@ -1,75 +1,13 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from esper_otel import process
 from esper_otel import run as runs
-from esper_otel.leyline.custom import custom_key
-from esper_otel.leyline.frames import NO_CUSTOM, present
-from esper_otel.leyline.metrics import STEP_KEYS
-
-
-class CapturedStream:
-    """Stands where the stream stands and keeps what it is given."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        self._frames: list[dict[str, float]] = []
-        self._timelines: list[object] = []
-        self._notes = None
-        self.is_awaited = False
-        self.events: list[object] = []
-        self.ends: list[tuple[int, str]] = []
-        """Each end of the run: its last step, and how it ended."""
-        self.left: dict[str, float] = {}
-        """Custom values that came with the ends."""
-        self.config: dict[str, object] = {}
-        self.closed = False
-
-    def start(self) -> None:
-        pass
-
-    def configure(self, values, *, explicit=False):
-        self.config.update(values)
-
-    def follow(self, notes):
-        self._notes = notes
-        return self
-
-    @property
-    def frames(self):
-        """The steps so far; those that were only noted are taken up now."""
-        self._catch_up()
-        return self._frames
-
-    @property
-    def timelines(self):
-        self._catch_up()
-        return self._timelines
-
-    def _catch_up(self):
-        if self._notes is not None:
-            self._notes.catch_up()
-
-    def frame(self, time_unix_nano, row, seeds=(), custom=NO_CUSTOM):
-        own = {custom_key(name): value for name, value in custom.items()}
-        self._frames.append(present(STEP_KEYS, row) | own)
-
-    def timeline(self, timeline):
-        self._timelines.append(timeline)
-
-    def event(self, event):
-        self.events.append(event)
-
-    def end(self, frame):
-        self.ends.append((frame.step, str(frame.ended)))
-        self.left.update(frame.values)
-
-    def snapshot(self):
-        return None
-
-    def close(self, timeout_s=None):
-        self.closed = True
-        return self
+from esper_otel.integrations.torch import TorchInstrumentor
+from integrations.captured_streams import CapturedRuns, CapturedStream
 
 
 @pytest.fixture
@@ -79,6 +17,14 @@ def captured(monkeypatch):
     monkeypatch.setattr(runs, "Stream", lambda *_, **__: stream)
     monkeypatch.setenv("ESPER_MODE", "off")
     return stream
+
+
+@pytest.fixture
+def instrumented(captured):
+    """The same, of a process that is instrumented."""
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    yield captured
+    TorchInstrumentor().uninstrument()
 
 
 @pytest.fixture
@@ -96,3 +42,41 @@ def captured_runs(monkeypatch):
     process.end_automatic()
     for run in list(runs._runs):
         run.close()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The streams of the runs that are started during the test, by the names of these."""
+    made = CapturedRuns()
+    monkeypatch.setattr(runs, "Stream", made.open)
+    monkeypatch.setenv("ESPER_MODE", "off")
+    monkeypatch.setenv("ESPER_RUN_ID", "job")
+    return made
+
+
+@pytest.fixture
+def watched(streams):
+    """These streams, of a process that is instrumented."""
+    TorchInstrumentor().instrument(skip_dep_check=True)
+    yield streams
+    TorchInstrumentor().uninstrument()
+
+
+@pytest.fixture
+def way(captured, tmp_path, monkeypatch):
+    """Runs a framework's loop in one of the two ways in; gives what it computed."""
+    # Imported here, as others of these tests do without torch.
+    from integrations.ways_in import FRAMEWORKS, instrumenting
+
+    monkeypatch.setenv("ESPER_SPAN_EVERY", "1")
+    monkeypatch.chdir(tmp_path)
+    warnings.simplefilter("ignore")
+
+    def run(framework, automatic, **options):
+        pytest.importorskip("torch" if framework == "plain" else framework)
+        if not automatic:
+            options["watch"] = True
+        with instrumenting(automatic):
+            return FRAMEWORKS[framework](**options)
+
+    return run

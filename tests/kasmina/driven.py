@@ -16,6 +16,7 @@ from esper_otel.kasmina.kernels import Compilation, Fetch
 from esper_otel.leyline.decisions import NOMINAL, Action, Decision, Severity
 from esper_otel.leyline.frames import present, step_row
 from esper_otel.leyline.metrics import SEED_KEYS, STEP_SLOT
+from esper_otel.leyline.stages import Stage
 from esper_otel.settings import EsperSettings
 
 torch.set_num_threads(1)
@@ -35,6 +36,8 @@ QUICK = {
     "kernel_budget_ms": 10_000.0,
     "step_rise_max": 1e6,
 }
+
+AUTONOMOUS = {"growth": "autonomous"}
 
 
 class AtOnce:
@@ -84,6 +87,11 @@ def agreed(proposal) -> Decision:
     if proposal is None:
         return said(Action.CONTINUE)
     return said(Action.SEED, proposal.seed_id, proposal.operation)
+
+
+def paused(target=None, *findings):
+    """It answers all proposals with a pause, of one seed or of all."""
+    return lambda proposal: said(Action.PAUSE, target, reason="a_rule", findings=findings)
 
 
 def host(seed: int = 0) -> nn.Sequential:
@@ -184,3 +192,14 @@ class Driven:
 
     def told(self, name: str) -> list[str]:
         return [event.text for event in self.events if event.name == name]
+
+
+def grown_to(stage, **options):
+    """A run whose one seed has just come to ``stage``."""
+    driven = Driven(**options)
+    driven.step()
+    driven.garden.germinate("1", MLP, "s")
+    # Its kernel is there at once here, so who agrees sees no GERMINATED.
+    decide = idle if stage is Stage.GERMINATED else agreed
+    driven.until(lambda: driven.garden.stages.get("s") is stage, decide)
+    return driven

@@ -1,10 +1,9 @@
 """After a cull a slot lies fallow by steps and by a clock, and both can be turned."""
 
 import pytest
-from kasmina.driven import MLP, Driven, idle, said
+from kasmina.driven import MLP, Driven, idle, paused
 
 from esper_otel.kasmina.lifecycle import Countdown
-from esper_otel.leyline.decisions import Action
 from esper_otel.leyline.stages import Stage
 
 
@@ -14,10 +13,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-def paused(proposal):
-    return said(Action.PAUSE, reason="a_rule")
 
 
 def culled(clock, steps=2, seconds=60.0):
@@ -66,10 +61,10 @@ def test_without_seconds_the_clock_does_not_matter():
 def test_the_clock_stands_still_with_the_steps_of_a_pause():
     clock = Clock()
     driven = culled(clock)
-    driven.step(paused)
+    driven.step(paused())
     for _ in range(10):
         clock.now += 60.0
-        driven.step(paused)
+        driven.step(paused())
     clock.now += 60.0
     driven.step(idle)  # still a step of the pause; it ends here
     assert driven.garden.slots["1"] is Stage.EMBARGOED
@@ -104,3 +99,17 @@ def test_a_countdown_counts_what_passes_unless_frozen():
         assert countdown.left == left
     assert countdown.over
     assert Countdown(0.0, clock).over
+
+
+def test_after_a_cull_the_slot_lies_fallow_by_the_clock_of_steps():
+    driven = Driven()
+    driven.step()
+    driven.garden.germinate("1", MLP, "s")
+    driven.step()
+    driven.garden.cull("s")
+    driven.step()
+    seen = []
+    for _ in range(5):
+        seen.append(driven.garden.slots["1"])
+        driven.step(idle)
+    assert seen == [Stage.EMBARGOED] * 2 + [Stage.DORMANT] * 3

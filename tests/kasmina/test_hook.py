@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import re
 import weakref
 from collections import namedtuple
@@ -12,51 +10,17 @@ from math import inf, nan
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from kasmina.slotted import Does, conv_seed, host, noise, one, planted, raises
+from torch import nn
 
-from esper_otel.kasmina import hook as slot
-from esper_otel.kasmina import isolation, living
+from esper_otel.kasmina import isolation
 from esper_otel.kasmina.blending import ChannelWise, Convex, Residual
 from esper_otel.kasmina.blueprints import lookup
 from esper_otel.kasmina.hook import SlotHook
-from esper_otel.kasmina.lifecycle import GardenError
 
 pytestmark = pytest.mark.torch
 
 LOSSES = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def noise(shape, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def host() -> nn.Sequential:
-    """With what makes trouble: work in place behind the slot, and random numbers."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.3),
-        nn.Flatten(),
-        nn.Linear(8 * 4 * 4, 3),
-    )
-
-
-def conv_seed() -> nn.Module:
-    return lookup("bottleneck_conv").build((2, 8, 4, 4), seed=1)
-
-
-def planted(model: nn.Sequential, at: str = "0") -> SlotHook:
-    return SlotHook(at, model.get_submodule(at))
 
 
 def train(model: nn.Module, between=lambda step: None, steps: int = LOSSES):
@@ -74,27 +38,6 @@ def train(model: nn.Module, between=lambda step: None, steps: int = LOSSES):
         between(step)
     seen += [value.numpy().tobytes() for value in model.state_dict().values()]
     return seen, torch.get_rng_state().tolist()
-
-
-class Does(nn.Module):
-    """A seed that does what a test says."""
-
-    def __init__(self, does) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.5))
-        self.does = does
-
-    def forward(self, given):
-        return self.does(given, self.weight)
-
-
-def one(model: nn.Module, does, *, alpha: float | None = None) -> SlotHook:
-    """A slot at ``model`` with a seed that ``does``, isolated or blended."""
-    there = SlotHook("here", model)
-    there.attach(Does(does), Convex())
-    if alpha is not None:
-        there.set_alpha(alpha)
-    return there
 
 
 # --- dormant, isolated, gone: the host is what it would be alone
@@ -246,7 +189,7 @@ def test_an_alpha_outside_0_and_1_is_refused(alpha) -> None:
         there.set_alpha(alpha)
 
 
-def test_one_seed_at_a_time() -> None:
+def test_a_slot_takes_one_seed_at_a_time() -> None:
     there = one(nn.Linear(2, 2), lambda x, w: x * w)
     with pytest.raises(ValueError, match="slot 'here': expected it empty"):
         there.attach(nn.Linear(2, 2), Convex())
@@ -319,7 +262,7 @@ Pair = namedtuple("Pair", ["hidden", "weights"])
         lambda x: Pair(x, 3),
     ],
 )
-def test_of_a_tuple_it_is_the_first_tensor(make) -> None:
+def test_of_a_tuple_a_seed_takes_the_first_tensor(make) -> None:
     model = Returns(make)
     given = noise((2, 3))
     expected = model(given)
@@ -347,84 +290,6 @@ def test_where_no_seed_can_live_is_said_and_nothing_changes(make, trouble) -> No
     assert there.called
     assert there.activation is None
     assert re.match(trouble, there.trouble)
-
-
-# --- seeds that fail
-
-
-def raises(*_):
-    raise RuntimeError("no memory")
-
-
-FAULTS = [
-    (raises, "raised RuntimeError: no memory"),
-    (lambda x, w: x[:, :2] * w, "returned shape (5, 2): expected (5, 4)"),
-    (lambda x, w: (x * w).double(), "returned torch.float64: expected torch.float32"),
-    (lambda x, w: None, "returned a NoneType: expected a tensor"),
-    (lambda x, w: x * w * nan, "returned a value that is not finite"),
-    (lambda x, w: x * w * inf, "returned a value that is not finite"),
-]
-
-
-@pytest.mark.parametrize("alpha", [None, 0.5, 1.0])
-@pytest.mark.parametrize(("does", "reason"), FAULTS)
-def test_a_seed_that_fails_is_left_out_and_says_why(does, reason, alpha) -> None:
-    model, plain = nn.Linear(3, 4), nn.Linear(3, 4)
-    plain.load_state_dict(model.state_dict())
-    there = one(model, does, alpha=alpha)
-    given = noise((5, 3))
-    output = model(given)
-    assert torch.equal(output, plain(given))
-    assert there.fallback == reason
-    output.sum().backward()
-    plain(given).sum().backward()
-    assert torch.equal(model.weight.grad, plain.weight.grad)
-    there.start_step(sample=False)
-    assert there.fallback == ""
-
-
-def test_a_fault_costs_the_forward_in_which_it_happens_and_no_other() -> None:
-    model = nn.Linear(3, 4)
-    there = one(model, lambda x, w: x * w / (len(x) - 2), alpha=1.0)
-    model(noise((2, 3)))
-    assert there.fallback == "returned a value that is not finite"
-    there.start_step(sample=False)
-    plain = nn.functional.linear(noise((3, 3)), model.weight, model.bias)
-    assert torch.equal(model(noise((3, 3))), plain * 0.5)
-
-
-def test_a_seed_that_works_in_place_is_called_once_and_never_again() -> None:
-    model = nn.Linear(3, 4)
-    there = one(model, lambda x, w: x.mul_(2) * w)
-    model(noise((2, 3)))
-    assert there.fallback == slot.ALTERED
-    there.start_step(sample=False)
-    plain = nn.functional.linear(noise((2, 3)), model.weight, model.bias)
-    assert torch.equal(model(noise((2, 3))), plain)
-    assert (there.fallback, there.calls) == (slot.ALTERED, 0)
-
-
-@pytest.mark.parametrize("blend", [Convex(), Residual(), ChannelWise((5, 4))])
-def test_on_a_device_the_choice_is_made_there(monkeypatch, blend) -> None:
-    # As where reading a value would wait for a device: nothing is read.
-    monkeypatch.setattr(slot, "_is_known_at_once", lambda value: False)
-    model, plain = nn.Linear(3, 4), nn.Linear(3, 4)
-    plain.load_state_dict(model.state_dict())
-    there = SlotHook("here", model)
-    there.attach(Does(lambda x, w: x * w / (len(x) - 5)), blend)
-    there.set_alpha(0.5)
-    given = noise((5, 3))
-    output = model(given)
-    output.square().sum().backward()
-    plain(given).square().sum().backward()
-    assert torch.equal(output, plain(given))
-    assert torch.equal(model.weight.grad, plain.weight.grad)
-    assert there.fallback == ""
-    assert there.finite.item() is False
-    there.start_step(sample=False)
-    assert there.finite is None
-    assert not torch.equal(model(given[:4]), plain(given[:4]))
-    assert there.finite.item() is True
 
 
 # --- evaluation
@@ -504,213 +369,6 @@ def test_a_leak_is_known_on_the_step_it_happens(monkeypatch, leak_at) -> None:
         leaked.append(there.leaked)
         there.start_step(sample=False)
     assert leaked == [step == leak_at for step in range(leak_at + 2)]
-
-
-# --- with the rest of torch
-
-
-def test_under_autocast_a_seed_keeps_its_parameters_whole() -> None:
-    def run(seeded: bool):
-        model = host()
-        if seeded:
-            there = planted(model)
-            there.attach(conv_seed(), Convex())
-        torch.manual_seed(3)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(noise((2, 1, 4, 4))).float().square().mean()
-        loss.backward()
-        if seeded:
-            assert there.activation.dtype is torch.float32
-            assert there.fallback == ""
-            assert all(p.dtype is torch.float32 for p in there.parameters())
-            assert all(p.grad is not None for p in there.parameters())
-            there.set_alpha(0.5)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert model(noise((2, 1, 4, 4))).dtype is torch.bfloat16
-            assert there.fallback == ""
-        return [loss, *(parameter.grad for parameter in model.parameters())]
-
-    assert all(map(torch.equal, run(seeded=True), run(seeded=False)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_seed_follows_the_dtype_of_its_host(dtype) -> None:
-    model = nn.Linear(3, 4)
-    there = one(model, lambda x, w: x * w, alpha=0.5)
-    optimizer = torch.optim.SGD(there.parameters(), lr=0.1)
-    model.to(dtype)
-    model(noise((5, 3)).to(dtype)).sum().backward()
-    assert there.fallback == ""
-    assert there.seed.weight.dtype is dtype
-    optimizer.step()
-    assert there.seed.weight != 0.5
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("alpha", [None, 0.5])
-def test_under_gradient_checkpointing(reentrant, alpha) -> None:
-    def run(checkpointed: bool):
-        model = host()
-        there = planted(model)
-        there.attach(conv_seed(), Convex())
-        if alpha is not None:
-            there.set_alpha(alpha)
-        torch.manual_seed(3)
-        given = noise((2, 1, 4, 4)).requires_grad_()
-        if checkpointed:
-            output = checkpoint(model, given, use_reentrant=reentrant)
-        else:
-            output = model(given)
-        output.square().mean().backward()
-        assert there.fallback == ""
-        trained = [*model.parameters(), *there.parameters()]
-        return [output, *(parameter.grad for parameter in trained)]
-
-    assert all(map(torch.equal, run(checkpointed=True), run(checkpointed=False)))
-
-
-# Dynamo hides this warning of its own from showing, which is too late where it is an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_a_compiled_host_feels_its_seeds_as_an_eager_one_does() -> None:
-    torch.compiler.reset()
-    model, plain = host().eval(), host().eval()
-    there, reference = planted(model), planted(plain)
-    compiled = torch.compile(model, backend="eager")
-    given = noise((2, 1, 4, 4))
-
-    def agree() -> None:
-        torch.testing.assert_close(compiled(given), plain(given))
-
-    agree()
-    agree()
-    for each in (there, reference):
-        each.attach(conv_seed(), Convex())
-    model.train()
-    plain.train()
-    torch.manual_seed(0)
-    compiled(given).square().mean().backward()
-    torch.manual_seed(0)
-    plain(given).square().mean().backward()
-    assert there.calls == 1
-    for mine, theirs in zip(
-        [*model.parameters(), *there.parameters()],
-        [*plain.parameters(), *reference.parameters()],
-        strict=True,
-    ):
-        torch.testing.assert_close(mine.grad, theirs.grad)
-    model.eval()
-    plain.eval()
-    alone = compiled(given)
-    for alpha in (0.25, 0.5, 1.0):
-        there.set_alpha(alpha)
-        reference.set_alpha(alpha)
-        agree()
-        assert not torch.equal(compiled(given), alone)
-    there.release()
-    reference.release()
-    agree()
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("planted_first", [True, False])
-def test_a_compiled_host_is_compiled_once_without_and_once_with_a_seed(planted_first) -> None:
-    torch.compiler.reset()
-    model = host().eval()
-    given = noise((2, 1, 4, 4))
-    compiles = []
-
-    def counting(graph, inputs):
-        compiles.append(graph)
-        return graph.forward
-
-    with torch.no_grad():
-        plain = model(given)
-        compiled = torch.compile(model, backend=counting)
-        if not planted_first:
-            compiled(given)
-        there = planted(model)
-        for _ in range(3):
-            compiled(given)
-        for again in range(12):
-            there.attach(conv_seed(), Convex())
-            for step in range(1, 10):
-                there.set_alpha(step / 10)
-                assert not torch.equal(compiled(given), plain)
-            there.release()
-            assert torch.equal(compiled(given), plain)
-            if again == 0:
-                enough = len(compiles)
-        assert len(compiles) == enough
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
-)
-def test_a_copy_of_the_host_has_a_seed_that_takes_part_and_none_that_does_not(copied) -> None:
-    model = nn.Linear(3, 4).eval()
-    given = noise((2, 3))
-    there = one(model, None)
-    there.release()
-    there.attach(lookup("residual_mlp").build((2, 4), seed=1), Convex())
-    alone = copied(model)
-    assert type(alone) is nn.Linear
-    assert list(alone.state_dict()) == ["weight", "bias"]
-    assert torch.equal(alone(given), model(given))
-    there.set_alpha(0.5)
-    twin = copied(model)
-    assert torch.equal(twin(given), model(given))
-    assert not torch.equal(twin(given), alone(given))
-    assert len(twin.state_dict()) == 8
-    assert len(model.state_dict()) == 2
-    there.set_alpha(1.0)
-    assert not torch.equal(twin(given), model(given))
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(3, 4), lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4))]
-)
-def test_the_forward_of_a_user_stays_whenever_it_came(make) -> None:
-    model = make()
-    there = planted(nn.Sequential(model))
-    own = model.forward
-    model.forward = lambda given: own(given) * 2
-    given = noise((5, 3))
-    twice = 2 * own(given)
-    for change in (
-        lambda: there.attach(lookup("residual_mlp").build((5, 4), seed=1), Residual()),
-        there.fossilize,
-        there.release,
-    ):
-        assert torch.equal(model(given), twice)
-        change()
-    assert torch.equal(model(given), twice)
-    there.attach(lookup("residual_mlp").build((5, 4), seed=1), Convex())
-    there.set_alpha(1.0)
-    there.fossilize()
-    assert torch.equal(model(given), there.seed(twice))
-
-
-def test_a_replica_of_data_parallel_computes_with_its_own_parameters() -> None:
-    model = nn.Linear(3, 4)
-    heard = []
-    model.register_forward_hook(lambda *_: heard.append(1))
-    there = one(model, lambda x, w: x * w)
-    replica = model._replicate_for_data_parallel()
-    replica.weight, replica.bias = torch.zeros(4, 3), torch.ones(4)
-    assert torch.equal(replica(noise((5, 3))), torch.ones(5, 4))
-    assert heard == [1]
-    model(noise((5, 3)))
-    assert "DistributedDataParallel" in there.trouble
-    assert there.activation is None
-    assert there.fallback == living.REPLICATED
-    there.start_step(sample=False)
-    assert there.fallback == living.REPLICATED
-    there.uproot()
-    assert type(model) is nn.Linear
-    there = one(nn.Linear(3, 4), lambda x, w: x * w, alpha=1.0)
-    with pytest.raises(GardenError, match=r"slot .here. has .* which nn\.DataParallel would"):
-        there._module._replicate_for_data_parallel()
 
 
 def test_the_seed_can_be_called_by_something_faster() -> None:

@@ -9,8 +9,6 @@ import pytest
 
 from esper_otel.leyline.endpoints import hiding, shown_endpoint
 
-SECRET = "hunter2"
-
 
 @pytest.mark.parametrize(
     ("endpoint", "shown"),

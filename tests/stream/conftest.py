@@ -14,8 +14,6 @@ from esper_otel.settings import EsperSettings
 from esper_otel.stream import Stream
 from testkit.patience import PATIENCE_S
 
-START_NS = 1_790_000_000_000_000_000
-
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], object]], None]:

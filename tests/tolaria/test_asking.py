@@ -3,25 +3,15 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolaria.loops import MS, Clock, Late, make, one_step, stop_the_clock
+from tolaria.loops import MS, Clock, Late, make, one_step
 from tolaria.sidecars import Sidecar, decided
 
-from esper_otel.leyline.decisions import (
-    FAILED_OPEN,
-    NOT_ASKED,
-    Action,
-    unanswered,
-)
+from esper_otel.leyline.decisions import FAILED_OPEN, NOT_ASKED, Action, unanswered
 from esper_otel.leyline.frames import GardenFrame
 from esper_otel.leyline.metrics import STEP_KEYS
 from esper_otel.tolaria.asking import Asking
 
 ROW = [0.0] * len(STEP_KEYS)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 def send(asking, step):
@@ -423,3 +413,11 @@ def test_what_was_never_asked_is_no_failure_to_answer(clock):
     for _ in range(5):
         one_step(recorder, clock)
     assert frames.column("unjudged_steps") == [0.0] * 5
+
+
+def test_the_ask_carries_exactly_the_frame_that_is_streamed(clock):
+    sidecar = Sidecar(clock)
+    recorder, frames = make(client=sidecar)
+    for _ in range(3):
+        one_step(recorder, clock)
+    assert [(time, values) for _, time, values in sidecar.asked] == frames.taken

@@ -1,4 +1,4 @@
-"""What a script reports under names of its own: numbers are taken, nothing raises."""
+"""What a script reports under names of its own: which numbers are taken, and when."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tolaria.loops import Late, make, one_step
 
 from esper_otel.leyline.frames import MAX_CUSTOM, MAX_CUSTOM_NAME
 from esper_otel.tolaria.custom_values import CustomValues
@@ -88,3 +89,49 @@ def test_a_name_that_cannot_be_sent_is_changed_and_said_so_once(custom, caplog):
 def test_what_was_evaluated_says_so_by_its_name(custom):
     read = custom.read({"loss": 1.0, "val_acc": 0.5, "test/f1": 0.25}, evaluated=True)
     assert list(read) == ["val_loss", "val_acc", "test/f1"]
+
+
+def test_what_the_registry_does_not_know_is_a_custom_value_of_the_step(clock):
+    recorder, frames = make()
+    recorder.loop_reported(None, {"acuracy": 1.0, "kl": 0.5})
+    recorder.loop_reported(None, {"kl": 0.25})
+    one_step(recorder, clock)
+    one_step(recorder, clock)
+    assert frames.customs == [{"acuracy": 1.0, "kl": 0.25}, {}]
+    assert [row.get("custom_nonfinite") for row in frames.rows] == [0.0, None]
+
+
+def test_a_custom_value_that_is_not_finite_is_counted_apart(clock):
+    recorder, frames = make()
+    recorder.loop_reported(1.0, {"perplexity": inf, "kl": 0.5})
+    one_step(recorder, clock)
+    assert frames.customs == [{"kl": 0.5}]
+    (row,) = frames.rows
+    assert (row["custom_nonfinite"], row["nonfinite"]) == (1.0, 0.0)
+
+
+def test_a_step_waits_for_a_custom_value_from_a_device(clock):
+    recorder, frames = make()
+    late = Late()
+    recorder.loop_reported(1.0, {"kl": late})
+    one_step(recorder, clock)
+    assert frames.customs == []
+    late.number = 0.5
+    one_step(recorder, clock)
+    assert frames.customs == [{"kl": 0.5}, {}]
+
+
+def test_what_no_step_follows_is_left_over_once(clock):
+    recorder, _ = make()
+    one_step(recorder, clock)
+    recorder.loop_reported(None, {"val_loss": 0.5, "lost": Late(), "inf": inf})
+    assert recorder.leftover() == {"val_loss": 0.5}
+    assert recorder.leftover() == {}
+
+
+def test_an_update_that_was_left_out_by_a_scaler_keeps_what_was_evaluated(clock):
+    recorder, frames = make()
+    recorder.loop_reported(None, {"val_loss": 0.5})
+    recorder.skipped()
+    one_step(recorder, clock)
+    assert frames.customs == [{"val_loss": 0.5}]

@@ -1,6 +1,7 @@
-"""What several calls of ``backward`` in one step make of its loss."""
+"""What several calls of ``backward`` in one step, and reports, make of its loss."""
 
 import pytest
+from tolaria.loops import Late, make, one_step
 
 from esper_otel.tolaria.losses import Assumed, Evaluation, Follows, StepLosses
 
@@ -108,3 +109,73 @@ def test_a_training_takes_over_what_another_has_of_the_step_under_way():
     others.add(3.0, OWN_BATCH, optimizing=False)
     ours.take_over(others)
     assert (ours.value, others.value) == ((3.0, 1), (None, 0))
+
+
+def test_the_loss_of_micro_batches_is_their_mean_and_their_samples_add_up(clock):
+    recorder, frames = make()
+    for _ in range(2):
+        for loss in (1.0, 2.0, 6.0):
+            recorder.batch_came(clock(), (8, 0))
+            recorder.backward_begins()
+            clock.pass_ms(2)
+            recorder.backward_ends(loss)
+        recorder.optimizer_begins(clock(), 1.0)
+        recorder.optimizer_ends()
+        recorder.end_step()
+    _, last = frames.taken[-1]
+    assert last["loss"] == 3.0
+    assert last["backward_ms"] == 6.0
+    assert last["samples_per_s"] == pytest.approx(24 / 6e-3)
+
+
+def test_a_reported_loss_takes_the_place_of_what_backward_saw(clock):
+    recorder, frames = make()
+    recorder.loop_reported(0.25, {})
+    one_step(recorder, clock, loss=9.0)
+    one_step(recorder, clock, loss=9.0)
+    assert [values["loss"] for _, values in frames.taken] == [0.25, 9.0]
+
+
+def test_losses_that_are_shares_add_up_until_they_are_none_any_more(clock):
+    recorder, frames = make()
+
+    def step():
+        for loss in (1.0, 2.0, 6.0):
+            recorder.backward_begins()
+            recorder.backward_ends(loss)
+        recorder.end_step()
+
+    step()
+    recorder.losses_prescaled()
+    step()
+    step()
+    recorder.losses_prescaled(False)
+    step()
+    recorder.under_way.losses.prescaled()
+    step()
+    step()
+    assert [values["loss"] for _, values in frames.taken] == [3.0, 9.0, 9.0, 3.0, 9.0, 3.0]
+
+
+def test_frames_that_wait_for_a_device_keep_what_their_losses_were(clock):
+    recorder, frames = make()
+    late = Late(), Late()
+    recorder.losses_prescaled()
+    for loss in late:
+        recorder.backward_begins()
+        recorder.backward_ends(loss)
+    recorder.end_step()
+    recorder.losses_prescaled(False)
+    late[0].number, late[1].number = 1.0, 2.0
+    recorder.flush()
+    assert frames.taken[0][1]["loss"] == 3.0
+
+
+def test_reported_losses_are_nobodys_shares(clock):
+    """A loop reports what it computed; a framework divides what backward begins from."""
+    recorder, frames = make()
+    recorder.losses_prescaled()
+    recorder.loop_reported(1.0, {})
+    recorder.loop_reported(3.0, {})
+    one_step(recorder, clock, loss=9.0)
+    assert frames.taken[0][1]["loss"] == 2.0

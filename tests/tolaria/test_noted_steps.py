@@ -4,7 +4,7 @@ import random
 from threading import Thread
 
 import pytest
-from tolaria.loops import MS, Frames, Late, Optimizer, make, one_step, stop_the_clock
+from tolaria.loops import MS, Frames, Late, Optimizer, make, one_step
 from tolaria.sidecars import Sidecar
 
 from esper_otel.tolaria.fetches import Source
@@ -34,11 +34,6 @@ def making(frames, **options):
     """As ``make``, with a recorder that gives its frames to ``frames``."""
     recorder, _ = make(frames=frames, **options)
     return recorder
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 def noting(**options):

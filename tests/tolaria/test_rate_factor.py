@@ -1,6 +1,10 @@
+"""The factor on the rate: how it is bounded, given back, and used by updates alone."""
+
 import itertools
 
 import pytest
+from tolaria.loops import make, one_step
+from tolaria.sidecars import Sidecar, decided
 
 from esper_otel.tolaria.responses import RateFactor
 
@@ -118,3 +122,66 @@ def test_what_is_no_state_is_refused_and_changes_nothing(state):
     with pytest.raises(ValueError):  # noqa: PT011  (each kind says something else)
         subject.load_state_dict(state)
     assert subject.value == 0.5
+
+
+def test_an_enforced_decision_changes_the_next_update_and_not_the_optimizer(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, frames = make(enforce=True, client=sidecar)
+    used = [one_step(recorder, clock) for _ in range(2)]
+    assert used == [0.1, 0.05]
+    assert recorder.optimizer.param_groups[0]["lr"] == 0.1
+    assert frames.column("optimizer_lr") == used
+    assert frames.column("lr_scale") == [1.0, 0.5]
+    (timeline,) = frames.timelines
+    assert timeline.decision is sidecar.decisions[1] is recorder.decision
+    assert (timeline.step, timeline.applied) == (1, True)
+
+
+def test_a_step_without_an_update_has_no_scaled_rate(clock):
+    """A loop that only calls ``run.step()``: nobody makes its updates smaller."""
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, frames = make(enforce=True, client=sidecar)
+    recorder.optimizer = None
+    for _ in range(3):
+        clock.pass_ms(5.0)
+        recorder.end_step()
+    recorder.flush()
+    assert frames.column("lr_scale") == [1.0, 1.0, 1.0]
+    assert not any(timeline.applied for timeline in frames.timelines)
+
+
+def test_a_schedule_sees_nothing_of_the_factor(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, _ = make(enforce=True, client=sidecar)
+    used = []
+    for step in range(5):
+        recorder.optimizer.param_groups[0]["lr"] = 0.1 / 2**step
+        used.append(one_step(recorder, clock))
+        assert recorder.optimizer.param_groups[0]["lr"] == 0.1 / 2**step
+    assert used == [0.1, *(0.05 / 2**step for step in range(1, 5))]
+
+
+def test_a_recorder_that_is_switched_off_touches_no_update(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, _ = make(enforce=True, client=sidecar)
+    one_step(recorder, clock)
+    recorder.switch_off()
+    assert one_step(recorder, clock) == 0.1
+
+
+def test_in_advise_the_factor_is_always_one(clock):
+    """Also where the run goes on from one that enforced, and held something."""
+    sidecar = Sidecar(clock)
+    sidecar.decisions[1] = decided(1, lr_scale=0.5)
+    recorder, frames = make(enforce=False, client=sidecar)
+    held = {"factor": 0.25, "wait": 10, "clean_steps": 0, "return_factor": 1.0}
+    recorder._responses.rate.load_state_dict(held)
+    used = [one_step(recorder, clock) for _ in range(4)]
+    assert used == frames.column("optimizer_lr") == [0.1] * 4
+    assert frames.column("lr_scale") == [1.0] * 4
+    recorder.flush()
+    assert not any(timeline.applied for timeline in frames.timelines)

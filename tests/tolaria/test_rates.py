@@ -16,6 +16,11 @@ from esper_otel.tolaria.rates import BaseRate, put_optimizer
         ([{"lr": 0.2}], 0.5, {"optimizer_lr": 0.1}),
         ([{"lr": 0.1}, {"lr": 0.3}], 0.5, {"optimizer_lr": 0.1}),
         ([{"lr": 1}], 1.0, {"optimizer_lr": 1.0}),
+        (
+            [{"lr": 0.1, "betas": (0.9, 0.999)}, {"lr": 0.3, "betas": (0.7, 0.999)}],
+            1.0,
+            {"optimizer_lr": 0.2, "optimizer_momentum": 0.8},
+        ),
         ([{"lr": 0.1}, {"lr": None}], 1.0, {}),
         ([{"lr": 0.1}, {}], 1.0, {}),
         (

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from tolaria import loops
-from tolaria.loops import Late, stop_the_clock
+from tolaria.loops import Late
 from tolaria.sidecars import Sidecar
 
 from esper_otel.leyline.decisions import (
@@ -20,11 +20,6 @@ from esper_otel.leyline.frames import GardenFrame, present, seed_row
 from esper_otel.leyline.metrics import SEED_SLOT, STEP_KEYS, STEP_SLOT
 
 PROPOSAL = Proposal("s", SeedOperation.BLEND)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 class Garden:

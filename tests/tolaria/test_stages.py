@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from tolaria.loops import Late, make, one_step, stop_the_clock
+from tolaria.loops import Late, make, one_step
 from tolaria.sidecars import Sidecar, decided
 
 from esper_otel.leyline.decisions import Action, Severity
@@ -16,11 +16,6 @@ from esper_otel.tolaria.timelines import Timelines
 BAD = 4
 """The step at whose end something raises."""
 STEPS = 8
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 class Garden:

@@ -1,16 +1,11 @@
 """The step under way: what the loop does, turned into times, losses and phases."""
 
 import pytest
-from tolaria.loops import MS, Late, stop_the_clock
+from tolaria.loops import MS, Late
 
 from esper_otel.tolaria.fetches import Source
 from esper_otel.tolaria.losses import ConditionalReading
 from esper_otel.tolaria.step import MAX_PHASES, REPORTABLE, StepUnderWay
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return stop_the_clock(monkeypatch)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import pytest
-from tolaria.sidecars import decided
+from tolaria.loops import MS, make, one_step
+from tolaria.sidecars import Sidecar, decided
 
 from esper_otel.leyline.decisions import NOT_ASKED, Action, unanswered
 from esper_otel.tolaria.asking import Taken
@@ -69,14 +70,16 @@ def test_a_step_whose_beginning_nobody_saw_begins_where_the_one_before_ended(tim
     assert told[0].start_unix_nano == 1019
 
 
-def test_one_that_waits_for_no_decision_is_told_at_its_own_end(timelines, told):
+def test_a_step_that_waits_for_no_decision_is_told_at_its_own_end(timelines, told):
     opened(timelines, 1, waits=False)
     timelines.on_update(1, Outcome(False))
     assert told.steps == [1]
     assert told[0].decision is None
 
 
-def test_one_that_waits_is_told_when_the_next_update_has_been_made(timelines, told):
+def test_a_step_that_waits_for_its_decision_is_told_when_the_next_update_has_been_made(
+    timelines, told
+):
     opened(timelines, 1)
     timelines.on_update(1, Outcome(False))
     assert told.steps == []
@@ -87,7 +90,7 @@ def test_one_that_waits_is_told_when_the_next_update_has_been_made(timelines, to
     assert told.steps == [1]
 
 
-def test_they_are_told_in_the_order_of_their_steps(timelines, told):
+def test_timelines_are_told_in_the_order_of_their_steps(timelines, told):
     opened(timelines, 1)
     opened(timelines, 2, waits=False)
     timelines.on_update(2, Outcome(False))
@@ -162,7 +165,9 @@ def test_where_values_come_late_a_step_asks_about_one_before_it(timelines, told)
         (False, None, unanswered("r", 1, "timeout"), []),
     ],
 )
-def test_which_steps_become_spans(timelines, told, wanted, update, decision, expected):
+def test_a_step_becomes_spans_where_it_is_wanted_or_something_was_done(
+    timelines, told, wanted, update, decision, expected
+):
     opened(timelines, 1, wanted=wanted, update=update)
     timelines.on_decision(Taken(decision, 0, 0), 2)
     timelines.on_update(2, Outcome(False))
@@ -184,3 +189,58 @@ def test_a_decision_that_no_step_waits_for_is_left(timelines, told):
     assert timelines.on_decision(nominal(1), 2) is None
     opened(timelines, 1, waits=False)
     assert timelines.on_decision(nominal(1), 2) is None
+
+
+def test_spans_go_to_every_nth_step_to_slow_ones_and_to_findings(clock):
+    sidecar = Sidecar(clock)
+    sidecar.decisions[17] = decided(17, Action.PAUSE)
+    recorder, frames = make(span_every=10, client=sidecar)
+    for step in range(1, 31):
+        one_step(recorder, clock, forward=40.0 if step == 24 else 4.0)
+    assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24]
+    recorder.flush()
+    assert [timeline.step for timeline in frames.timelines] == [10, 17, 20, 24, 30]
+    for timeline in frames.timelines:
+        assert timeline.decision.step == timeline.step
+
+
+def test_the_spans_of_a_step_tile_it_and_its_decision_follows(clock):
+    recorder, frames = make(span_every=2, client=Sidecar(clock, takes_ms=0.7, sends_ms=0.2))
+    for _ in range(3):
+        one_step(recorder, clock, norm_ms=0.5)
+    (timeline,) = frames.timelines
+    *within, (decide, sent, taken), (apply, applied, done) = timeline.phases
+    assert [name for name, _, _ in within] == [
+        "train.input_wait",
+        "train.forward",
+        "train.backward",
+        "tolaria.gradient_norm",
+        "train.optimizer",
+    ]
+    ends = [timeline.start_unix_nano]
+    for name, began, ended in within:
+        # The decision about the step before is taken in between: a span of its own.
+        collected = 0.7 if name == "train.optimizer" else 0.0
+        assert began == ends[-1] + int(collected * MS)
+        ends.append(ended)
+    assert ends[-1] == timeline.end_unix_nano
+    assert (decide, apply) == ("tamiyo.decide", "kasmina.apply")
+    # Sent when the step had ended, taken when the next update was about to be made.
+    assert sent == timeline.end_unix_nano
+    assert taken == sent + round((0.2 + 1 + 4 + 6 + 0.5 + 0.7) * MS)
+    # The update is made, and what becomes of seeds follows at the end of that step.
+    assert applied == done == taken + 2 * MS
+
+
+def test_the_first_step_of_an_explicit_loop_begins_with_its_first_phase(clock):
+    recorder, frames = make(span_every=1)
+    clock.pass_ms(500.0)
+    began = clock.now
+    for name in ("forward", "backward", "optimizer"):
+        since = clock.now
+        clock.pass_ms(2.0)
+        recorder.phase(name, since, clock.now)
+    recorder.end_step()
+    (timeline,) = frames.timelines
+    assert timeline.start_unix_nano == timeline.phases[0][1] == began + recorder.clock.offset
+    assert timeline.end_unix_nano - timeline.start_unix_nano == 6 * MS

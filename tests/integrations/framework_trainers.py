@@ -1,0 +1,81 @@
+"""Trainers of Lightning and Transformers, as small as they can be, and what they train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from testkit.framework_loops import BATCH, dataset, network
+
+
+def lightning_module():
+    """A class of modules of Lightning."""
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return nn.functional.mse_loss(self.network(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    return Module
+
+
+def lightning_trainer(folder, *, watched=False, **options):
+    """Of one epoch; with our callback, where it is ``watched``."""
+    pl = pytest.importorskip("lightning.pytorch")
+    from esper_otel.integrations.lightning import EsperCallback
+
+    return pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[EsperCallback()] if watched else [],
+        **options,
+    )
+
+
+class Losing(nn.Module):
+    """A model of Transformers: it computes its own loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+
+    def forward(self, x=None, labels=None):
+        return {"loss": nn.functional.mse_loss(self.network(x), labels)}
+
+
+def transformers_trainer(model, folder, *, watched=False, **arguments):
+    """Of one epoch; with our callback, where it is ``watched``."""
+    hf = pytest.importorskip("transformers")
+    from esper_otel.integrations.transformers import EsperCallback
+
+    data = [{"x": x, "labels": y} for x, y in zip(*dataset().tensors, strict=True)]
+    return hf.Trainer(
+        model=model,
+        args=hf.TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            **arguments,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[EsperCallback()] if watched else [],
+    )
