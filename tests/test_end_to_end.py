@@ -46,11 +46,12 @@ from torch.utils.data import DataLoader, TensorDataset
 data = DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8, num_workers=2)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-for epoch in range(2):
-    for (x,) in data:
-        model(x).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+if __name__ == "__main__":  # Python 3.14 starts workers anew, and they import this
+    for epoch in range(2):
+        for (x,) in data:
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 """
 
 

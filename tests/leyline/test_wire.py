@@ -185,12 +185,16 @@ def test_bytes_from_anybody_are_a_message_or_a_wire_error(body: bytes) -> None:
 
 @pytest.mark.parametrize("nest", [b"\x91", b"\x81\xa1a"])
 @pytest.mark.parametrize("begin", [b"\x92\xa7status?", b"\x93\xa6status\x80"])
-def test_what_is_nested_without_end_is_a_wire_error(begin: bytes, nest: bytes) -> None:
-    # Where a later version would have a field that this one passes over.
-    body = begin + nest * 20_000 + b"\xc0"
+def test_what_is_nested_deeply_is_a_message_or_a_wire_error(begin: bytes, nest: bytes) -> None:
+    # Where a later version would have a field that this one passes over. Python 3.14 looks at
+    # the stack that is left, and so passes over all that a message has room for.
+    body = begin + nest * ((wire.MAX_BODY - len(begin) - 1) // len(nest)) + b"\xc0"
     for decode in (wire.decode_to_server, wire.decode_to_client):
-        with pytest.raises(wire.WireError):
-            decode(body)
+        try:
+            message = decode(body)
+        except wire.WireError:
+            continue
+        assert isinstance(message, msgspec.Struct)
 
 
 @settings(deadline=None)

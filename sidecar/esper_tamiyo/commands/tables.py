@@ -159,6 +159,7 @@ def add_table(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "table",
         help="print a table that comes with the package",
+        usage="%(prog)s [-h] [--schema] [name]",  # which Python 3.14 words differently
         examples=[
             ("tamiyo table > mine.yaml", "a copy of the default table to change"),
             ("tamiyo table --schema > table.schema.json", "for editors that complete YAML"),
