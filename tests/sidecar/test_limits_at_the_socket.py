@@ -118,6 +118,7 @@ class FailingWriter:
     orders = SimpleNamespace(journal=None)
     pipe = object()
     lost = 0
+    is_due = False
 
     def __init__(self):
         self.sent = []

@@ -355,7 +355,7 @@ def judged_in_a_turn(monkeypatch, frames, *ready, takes=SLICE_NS + 1, is_prompt=
     monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
     server._epoll, server._judge = Ready(*ready), judge
     ingest = SimpleNamespace(
-        frames=deque(range(frames)), has_pipe=lambda fd: fd == PIPE, due_in=lambda: None
+        frames=deque(range(frames)), has_pipe=lambda fd: fd == PIPE, is_due=False
     )
     server._ingest, server._pipe_ready, server._on_ready = ingest, True, None
     server._is_prompt = is_prompt
