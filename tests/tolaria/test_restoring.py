@@ -227,15 +227,6 @@ def test_what_happened_is_told_once_each():
     assert "no progress" in refused.text
 
 
-def test_another_training_has_nothing_of_the_one_before():
-    loop = Loop()
-    loop.train(20)
-    loop.subject.forget()
-    assert not loop.asks()
-    loop.train(1)
-    assert loop.subject.report.good_step is None
-
-
 def test_a_new_optimizer_of_the_same_weights_drops_what_cannot_be_put_back_any_more():
     loop = Loop()
     loop.train(7)

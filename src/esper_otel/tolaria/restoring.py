@@ -222,14 +222,6 @@ class Restoring:
                 "run.protect(model) names it"
             )
 
-    def forget(self) -> None:
-        """Another training begins: what was copied is no matter of it."""
-        self.protected.forget_optimizers()
-        self._good = self._newer = self._spare = self._copied = None
-        self.ordered = self._calm = False
-        self._due = 0
-        self._restored_to = -1
-
     def _begin_anew(self) -> None:
         """No copy can be put back any more: make one soon, as a young run does."""
         self._good = None

@@ -76,11 +76,6 @@ class Protected:
         self._found = None
         return True
 
-    def forget_optimizers(self) -> None:
-        """Another training begins; modules that were named to us stay."""
-        self._optimizers.clear()
-        self._found = None
-
     def parts(self) -> Parts:
         """What there is to copy now."""
         optimizers = _alive(self._optimizers.values())
