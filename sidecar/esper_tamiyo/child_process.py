@@ -34,15 +34,17 @@ SILENT_AFTER = 4
 """Ticks without a heartbeat after which a child is said to be silent."""
 
 REPLACED_AFTER = 8
-"""Ticks without a heartbeat after which a child is killed, and another one started."""
+"""Ticks without a heartbeat, and with a processor, after which a child is killed, and another
+one started."""
 
 START_TICKS = 60
 """Ticks that a process has until its first heartbeat: it loads its modules, and on a busy
 machine that takes long."""
 
 LEAST_TICK = 1 / 16
-"""What a tick counts in which a child had no processor at all. It counts something: whoever
-hears nothing of a child for a minute must not be told that all is well."""
+"""What a tick counts towards silence in which a child had no processor at all: whoever hears
+nothing of a child for a minute must not be told that all is well. It counts nothing towards a
+replacement, since another process would have no processor either, and begin anew."""
 
 LINES_BYTES = 4096
 """Read at once of a child that speaks in lines."""
@@ -87,28 +89,29 @@ class Pulse:
     """
 
     def __init__(self) -> None:
-        self._missed = 0.0
+        self._silence = self._missed = 0.0
         self.began = False
         """Whether it has said anything yet."""
 
     def started(self) -> None:
         """It is another process now."""
-        self._missed = 0.0
+        self._silence = self._missed = 0.0
         self.began = False
 
     def heard(self) -> None:
         """It said something."""
-        self._missed = 0.0
+        self._silence = self._missed = 0.0
         self.began = True
 
     def missed(self, starved: float = 0.0) -> None:
         """A tick went by; for the share ``starved`` of it the child waited for a processor."""
-        self._missed += max(LEAST_TICK, 1.0 - starved)
+        self._silence += max(LEAST_TICK, 1.0 - starved)
+        self._missed += 1.0 - starved
 
     @property
     def is_silent(self) -> bool:
         """Whether it should have said something long ago."""
-        return self._missed >= (SILENT_AFTER if self.began else START_TICKS)
+        return self._silence >= (SILENT_AFTER if self.began else START_TICKS)
 
     @property
     def is_lost(self) -> bool:

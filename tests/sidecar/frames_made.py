@@ -17,6 +17,7 @@ from esper_otel.leyline.metrics import (
     SEED_KEYS,
     STEP_KEYS,
 )
+from esper_otel.leyline.protobuf import as_varint
 from esper_otel.leyline.wire import (
     PROTOCOL,
     Ask,
@@ -26,6 +27,11 @@ from esper_otel.leyline.wire import (
     encode,
 )
 from esper_tamiyo.receiving.pipe import PackedStep
+
+
+def field(number, body):
+    """A field of a protobuf message that has bytes."""
+    return as_varint(number << 3 | 2) + as_varint(len(body)) + body
 
 
 def frame(step, seeds=None, run="run", instance="one", rank=0, **values):

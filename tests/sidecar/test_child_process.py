@@ -235,6 +235,12 @@ def test_a_child_without_any_processor_is_told_of_after_a_minute_at_the_latest()
     assert not pulse.is_silent
     pulse.missed(starved=1.0)
     assert pulse.is_silent
+    for _ in range(ticks * REPLACED_AFTER):
+        pulse.missed(starved=1.0)
+    assert not pulse.is_lost, "another one would have no processor either"
+    for _ in range(REPLACED_AFTER):
+        pulse.missed()
+    assert pulse.is_lost
 
 
 class Machine:

@@ -9,12 +9,13 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel.leyline.frames import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
-from esper_otel.leyline.protobuf import FieldError, as_varint
+from esper_otel.leyline.protobuf import FieldError
 from esper_tamiyo.receiving import harvest as harvests
 from esper_tamiyo.receiving import otlp_frames, pieces
 from esper_tamiyo.receiving.harvest import (
     AMOUNT,
     MAX_STEPS,
+    MAX_WALKED,
     NAME,
     NO_STEP,
     SEEDS,
@@ -22,8 +23,8 @@ from esper_tamiyo.receiving.harvest import (
     Harvest,
     TooMuchError,
 )
-from esper_tamiyo.receiving.otlp_frames import MAX_RESOURCES, MAX_WALKED, frames_of, gather
-from sidecar.frames_made import add_point, frame, otlp_of, put, records, runs
+from esper_tamiyo.receiving.otlp_frames import MAX_RESOURCES, STEPS_AT_ONCE, frames_of, gather
+from sidecar.frames_made import add_point, field, frame, otlp_of, put, records, runs
 
 
 def gathered(data):
@@ -170,9 +171,11 @@ def steps_in_one_metric(count):
 
 
 def test_of_too_many_steps_in_a_request_the_first_are_taken():
-    harvest, _ = gathered(steps_in_one_metric(MAX_STEPS + 5))
+    data = steps_in_one_metric(MAX_STEPS + 5)
+    harvest, pauses = gathered(data)
     assert len(harvest.frames) == harvest.used == MAX_STEPS
     assert (harvest.unusable, harvest.reasons) == (5, {AMOUNT: 5})
+    assert pauses >= len(data) / pieces.PIECE - 1 + MAX_STEPS / STEPS_AT_ONCE
 
 
 def test_of_too_many_seeds_in_a_request_the_first_are_taken(monkeypatch):
@@ -184,13 +187,20 @@ def test_of_too_many_seeds_in_a_request_the_first_are_taken(monkeypatch):
     assert harvest.reasons == {AMOUNT: 6}
 
 
+TOO_MANY = b"\x22\x00" * (MAX_WALKED + 1)
+"""Empty fields of a number that no part of a request has."""
+
+
 @pytest.mark.parametrize(
     "data",
     [
         b"\x0a\x00" * (MAX_RESOURCES + 1),
-        b"\x0a" + as_varint(2 * MAX_WALKED + 4) + b"\x12\x00" * (MAX_WALKED + 2),
+        field(1, b"\x12\x00" * (MAX_WALKED + 1)),
+        TOO_MANY,
+        field(1, TOO_MANY),
+        field(1, field(2, field(2, TOO_MANY))),
     ],
-    ids=["resources", "scopes"],
+    ids=["resources", "scopes", "others", "others of a resource", "others of a metric"],
 )
 def test_a_request_of_nothing_but_empty_parts_is_given_up(data):
     with pytest.raises(TooMuchError):

@@ -15,11 +15,10 @@ import psutil
 import pytest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
-from esper_otel.leyline.protobuf import as_varint
 from esper_tamiyo.receiving.grpc_receiver import MAX_MESSAGE
 from esper_tamiyo.receiving.ingest_child import MEMORY_MB
 from esper_tamiyo.receiving.intake import MAX_HELD, MAX_REQUEST
-from sidecar.frames_made import frame, otlp_of
+from sidecar.frames_made import field, frame, otlp_of
 from sidecar.running import is_alive, sidecar, tamiyo, until
 from sidecar.test_receiving import PROTOBUF, export, post
 from testkit.half_calls import HalfCalls
@@ -28,13 +27,15 @@ from testkit.patience import PATIENCE_S
 ROOM = MAX_REQUEST - 200
 
 
-def field(number, body):
-    return as_varint(number << 3 | 2) + as_varint(len(body)) + body
-
-
 def of_metric(name, points):
     """A request with one gauge, of these bytes."""
     return field(1, field(2, field(2, field(1, name) + field(5, points))))
+
+
+def of_parts(name):
+    """A request with one metric that is in a very great many parts."""
+    parts = b"\x2a\x00" * ((ROOM - len(name)) // 2)
+    return field(1, field(2, field(2, field(1, name) + parts)))
 
 
 def steps(count, seeds=False):
@@ -56,6 +57,7 @@ BOMBS = {
     "metrics": lambda: field(1, field(2, b"\x12\x00" * (ROOM // 2))),
     "scopes": lambda: field(1, b"\x12\x00" * (ROOM // 2)),
     "resources": lambda: b"\x0a\x00" * (ROOM // 2),
+    "parts of a metric of a long name": lambda: of_parts(b"x" * 60_000),
     "attributes of a point": lambda: of_metric(
         b"tolaria.loss", field(1, b"\x3a\x00" * (ROOM // 2))
     ),

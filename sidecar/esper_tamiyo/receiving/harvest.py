@@ -25,6 +25,10 @@ MAX_STEPS = 16_384
 MAX_SEED_ROWS = 32_768
 """Seeds of steps that are taken of one request, each counted in every step that reports it."""
 
+MAX_WALKED = 1 << 18
+"""Most metrics, and data points of no use to us, that a request may have: its bytes bound the
+others."""
+
 NO_STEP, NAME, TIME, SEEDS, AMOUNT = "no_step", "name", "time", "seeds", "amount"
 """Why points of ours cannot be used: no number, seed_id or step at their time; a name (or rank)
 that is too long; a time or step out of range; too many seeds; too many steps in one request."""
@@ -107,6 +111,11 @@ class Harvest(msgspec.Struct):
         self.frames += frames
         self.walked += sum(metrics + 1 for (_, metrics), _, _ in reads)
         return True
+
+    def bound(self) -> None:
+        """Raise :class:`TooMuchError` where more was looked at than is."""
+        if self.walked + self.foreign + self.unusable > MAX_WALKED:
+            raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
 
     def leave_out(self, reason: str, points: int = 1) -> None:
         """Count points that cannot be used."""

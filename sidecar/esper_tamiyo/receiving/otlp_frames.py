@@ -59,9 +59,10 @@ from esper_tamiyo.receiving.points import identity_of, number_points, text_of, v
 from esper_tamiyo.receiving.shapes import KnownShapes, Read
 
 MAX_RESOURCES = 4096
-MAX_WALKED = 1 << 18
-"""Most resources, and metrics with data points of no use to us, that a request may have: its
-bytes bound the others."""
+"""Most resources that a request may have."""
+
+STEPS_AT_ONCE = 256
+"""Steps that are made frames of between two pauses."""
 
 MAX_HEADS, MAX_HEAD = 2048, 1024
 """Resources that are known again by their bytes, and most bytes of one."""
@@ -77,7 +78,8 @@ def frames_of(
     """The step frames in ``request``, by resource and step, without those that are old."""
     harvest = Harvest([])
     for group in request.resource_metrics:
-        _reap(identity_of(group), moments_of(group, harvest), harvest, is_old)
+        for _ in _reap(identity_of(group), moments_of(group, harvest), harvest, is_old):
+            pass
     return harvest
 
 
@@ -143,10 +145,10 @@ def gather(
             if whose and packed and end - begin <= PIECE:
                 reads = known.shapes.read_all(data, scopes)
                 if reads and harvest.take_whole(reads, whose, packed, is_old):
-                    _bound(harvest)
+                    harvest.bound()
                     continue
             yield from _take_scopes(data, (begin, end), scopes, moments, harvest, known.shapes)
-        _reap(whose, moments, harvest, is_old)
+        yield from _reap(whose, moments, harvest, is_old)
 
 
 def _take_scopes(
@@ -179,14 +181,9 @@ def _take_rest(
     for metrics in metrics_of(data, begin, end):
         if metrics is not PAUSE:
             _take(metrics, moments, harvest)
-            _bound(harvest)
+            harvest.bound()
         elif end - begin > PIECE:
             yield
-
-
-def _bound(harvest: Harvest) -> None:
-    if harvest.walked + harvest.foreign + harvest.unusable > MAX_WALKED:
-        raise TooMuchError(f"a request may have {MAX_WALKED} metrics and points")
 
 
 def _take_read(read: Read, moments: dict[int, Moment], harvest: Harvest) -> bool:
@@ -213,7 +210,7 @@ def _take_read(read: Read, moments: dict[int, Moment], harvest: Harvest) -> bool
         into.update(zip(keys, values if pick is None else pick(values), strict=True))
     moment.points += len(values)
     harvest.walked += metrics + 1
-    _bound(harvest)
+    harvest.bound()
     return True
 
 
@@ -222,15 +219,18 @@ def _reap(
     moments: dict[int, Moment],
     harvest: Harvest,
     is_old: Callable[[Identity, int], bool],
-) -> None:
-    """Make frames of the moments of one resource; ``whose`` None: its names are too long."""
+) -> Iterator[None]:
+    """Make frames of the moments of one resource, some at a time; ``whose`` None: its names are
+    too long."""
     if whose is None or _is_nobody(whose):
         for moment in moments.values():
             harvest.leave_out(NAME, moment.points)
         return
     frames: list[StepFrame] = []
     ends = []
-    for time_unix_nano, moment in moments.items():
+    for count, (time_unix_nano, moment) in enumerate(moments.items(), 1):
+        if count % STEPS_AT_ONCE == 0:
+            yield
         frame = moment.step_frame(whose, time_unix_nano)
         end = moment.end_frame(whose, time_unix_nano)
         if end is not None:  # however late: nothing is decided about it

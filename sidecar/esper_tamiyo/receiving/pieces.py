@@ -15,12 +15,17 @@ from collections.abc import Iterator, Sequence
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, ResourceMetrics, ScopeMetrics
 
 from esper_otel.leyline.protobuf import LENGTH, as_varint, fields_of
+from esper_tamiyo.receiving.harvest import MAX_WALKED, TooMuchError
 
 PIECE = 64 * 1024
 """Most bytes that are parsed at once."""
 
 MAX_SCOPES = 16_384
 """Parts of one resource that are told apart: as many as steps are taken of a request."""
+
+LONGEST_NAME = 1024
+"""Bytes of a metric's name beyond which it is none of ours: the name is parsed once for each
+part of its metric."""
 
 _FIRST = 1 << 3 | LENGTH
 """Key of ``resource_metrics``, ``resource``, ``Metric.name`` and ``data_points``, each in its
@@ -39,8 +44,8 @@ _EMPTY_POINT = b"\x0a\x00"
 
 def resources_of(data: bytes) -> Iterator[tuple[int, int]]:
     """Where each ``ResourceMetrics`` of a request begins and ends; raises
-    :class:`FieldError`."""
-    for key, _, body, stop in fields_of(data, 0, len(data)):
+    :class:`FieldError` and :class:`TooMuchError`."""
+    for key, _, body, stop in _few_fields(data, 0, len(data)):
         if key == _FIRST:
             yield body, stop
 
@@ -52,12 +57,13 @@ def outline_of(
 
     The bytes that say whose it is, None if these are more than :data:`PIECE`; and of each
     ``ScopeMetrics`` where it begins, where its body does, and where it ends, but of none where
-    there are more than :data:`MAX_SCOPES`. Raises :class:`FieldError`.
+    there are more than :data:`MAX_SCOPES`. Raises :class:`FieldError` and
+    :class:`TooMuchError`.
     """
     head: bytes | None = b""
     scopes = []
     count = 0
-    for key, start, body, stop in fields_of(data, begin, end):
+    for key, start, body, stop in _few_fields(data, begin, end):
         if key == _SECOND:
             count += 1
             if count <= MAX_SCOPES:
@@ -71,7 +77,7 @@ def metrics_of(data: bytes, begin: int, end: int) -> Iterator[Sequence[Metric]]:
     """The metrics of the ``ResourceMetrics`` from ``begin`` to ``end``, some at a time, with
     :data:`PAUSE` after each piece.
 
-    Raises :class:`FieldError` and ``DecodeError``.
+    Raises :class:`FieldError`, ``DecodeError`` and :class:`TooMuchError`.
     """
     for start, body, stop in _runs(data, begin, end, _SECOND):
         if stop - start <= PIECE:
@@ -97,15 +103,24 @@ def _metrics_of_scope(data: bytes, begin: int, end: int) -> Iterator[Sequence[Me
 def _parts_of_metric(data: bytes, begin: int, end: int) -> Iterator[Metric]:
     """One ``Metric`` that is large as several of that name, each with some of its points."""
     name = b""
-    for key, start, _, stop in fields_of(data, begin, end):
+    for key, start, _, stop in _few_fields(data, begin, end):
         if key == _FIRST:
-            name = data[start:stop] if stop - start <= PIECE else b""
-    for key, _, body, stop in fields_of(data, begin, end):
+            name = data[start:stop] if stop - start <= LONGEST_NAME else b""
+    for key, _, body, stop in _few_fields(data, begin, end):
         if key not in _DATA:
             continue
         for first, _, last in _runs(data, body, stop, _FIRST):
             points = data[first:last] if last - first <= PIECE else _EMPTY_POINT
             yield Metric.FromString(name + bytes((key,)) + as_varint(len(points)) + points)
+
+
+def _few_fields(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """As :func:`fields_of`, of a message that nobody gives so many: going past them without a
+    pause must not take long."""
+    for count, field in enumerate(fields_of(data, begin, end)):
+        if count == MAX_WALKED:
+            raise TooMuchError(f"a part of a request may have {MAX_WALKED} fields")
+        yield field
 
 
 def _runs(data: bytes, begin: int, end: int, large: int) -> Iterator[tuple[int, int, int]]:
