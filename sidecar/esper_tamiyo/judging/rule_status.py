@@ -223,16 +223,27 @@ class RuleTarget:
 
 
 def usual(
-    values: Values, active: Iterable[tuple[CompiledRule, RuleStatus, RuleTarget]], step: int
+    values: Values,
+    active: Iterable[tuple[CompiledRule, RuleStatus, RuleTarget]],
+    step: int,
+    is_warming_up: bool = False,
 ) -> Values:
     """``values`` without the gradient norm while updates are made with the usual one.
 
     It would become the usual one itself, and the next update be made with it. The first such
     steps count: single ones belong to what the run is used to.
+
+    In the warm-up of a phase the learning rate is the script's own, where decisions have cut
+    the one that is used: later rates are compared with it, and the cut will end.
     """
     for entry, status, _ in active:
         if entry.keeps_norm and step - status.since >= ONCE:
-            return {key: value for key, value in values.items() if key != "gradient_norm"}
+            values = {key: value for key, value in values.items() if key != "gradient_norm"}
+            break
+    if is_warming_up and "optimizer_lr" in values:
+        factor = values.get("lr_scale", 1.0)
+        if 0.0 < factor < 1.0:
+            values = {**values, "optimizer_lr": values["optimizer_lr"] / factor}
     return values
 
 

@@ -384,8 +384,10 @@ class RunState:
 
     def _remember(self, frame: StepFrame) -> None:
         """Make a frame part of the past, and compare what the other ranks have told by now."""
-        self.warm_up.steps += 1
-        self._rank.history.absorb(usual(frame.values, self._active, self.newest))
+        warm_up = self.warm_up
+        warm_up.steps += 1
+        values = usual(frame.values, self._active, self.newest, warm_up.under_way)
+        self._rank.history.absorb(values)
         for seed in self._live:
             seed.history.absorb(seed.values)
         self.renew_guards()
