@@ -9,7 +9,6 @@ where the framework is not installed.
 from __future__ import annotations
 
 import importlib
-import logging
 import tempfile
 from collections.abc import Callable
 from time import perf_counter_ns
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from testkit.quiet_trainers import lightning_trainer, transformers_arguments
 from testkit.stopwatch import STOPWATCH
 
 ROWS, BATCH = 64, 8
@@ -91,17 +91,8 @@ def lightning(accumulate: int = 1, watch: bool = False) -> list[float]:
         from esper_otel.integrations.lightning import EsperCallback
 
         callbacks = [EsperCallback()]
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accumulate_grad_batches=accumulate,
-        val_check_interval=4,
-        callbacks=callbacks,
+    trainer = lightning_trainer(
+        accumulate_grad_batches=accumulate, val_check_interval=4, callbacks=callbacks
     )
     trainer.fit(Module(), loader(), loader())
     return losses
@@ -138,15 +129,10 @@ def transformers(accumulate: int = 1, watch: bool = False) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=Model(),
-            args=hf.TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=BATCH,
+            args=transformers_arguments(
+                folder,
+                BATCH,
                 gradient_accumulation_steps=accumulate,
-                num_train_epochs=1,
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-                use_cpu=True,
                 learning_rate=1e-3,
                 max_grad_norm=0,
             ),

@@ -26,6 +26,7 @@ from testkit.ledger import (
     rate_of,
     samples,
 )
+from testkit.quiet_trainers import lightning_trainer, transformers_arguments
 
 
 def _trained(module: Any, ledger: Ledger, optimizer: Callable[[], Any]) -> Any:
@@ -56,19 +57,7 @@ def _trained(module: Any, ledger: Ledger, optimizer: Callable[[], Any]) -> Any:
 
 
 def _fit(module: Any, **options: Any) -> None:
-    import lightning.pytorch as pl
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(module, loader())
+    lightning_trainer(**options).fit(module, loader())
 
 
 def lightning(ledger: Ledger, **options: Any) -> None:
@@ -220,17 +209,7 @@ def _trainer(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=hf.TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=BATCH,
-                num_train_epochs=1,
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-                use_cpu=True,
-                learning_rate=1e-2,
-                **options,
-            ),
+            args=transformers_arguments(folder, BATCH, learning_rate=1e-2, **options),
             train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
         )
         trainer.remove_callback(hf.PrinterCallback)

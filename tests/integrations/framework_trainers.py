@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from testkit import quiet_trainers
 from testkit.framework_loops import BATCH, dataset, network
 
 
@@ -30,16 +31,10 @@ def lightning_module():
 
 def lightning_trainer(folder, *, watched=False, **options):
     """Of one epoch; with our callback, where it is ``watched``."""
-    pl = pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("lightning.pytorch")
     from esper_otel.integrations.lightning import EsperCallback
 
-    return pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    return quiet_trainers.lightning_trainer(
         default_root_dir=folder,
         callbacks=[EsperCallback()] if watched else [],
         **options,
@@ -65,16 +60,7 @@ def transformers_trainer(model, folder, *, watched=False, **arguments):
     data = [{"x": x, "labels": y} for x, y in zip(*dataset().tensors, strict=True)]
     return hf.Trainer(
         model=model,
-        args=hf.TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            **arguments,
-        ),
+        args=quiet_trainers.transformers_arguments(folder, BATCH, **arguments),
         train_dataset=data,
         eval_dataset=data,
         callbacks=[EsperCallback()] if watched else [],

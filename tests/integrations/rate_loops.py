@@ -8,7 +8,6 @@ the weights, so that a loop sets the same rates however its updates are scaled.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
+
+from testkit.quiet_trainers import lightning_trainer, transformers_arguments
 
 STEPS = 72
 BATCH = 4
@@ -427,16 +428,7 @@ def lightning(rates: Rates) -> None:
             schedule = schedulers.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        gradient_clip_val=1.0,
-    ).fit(Module(), loader())
+    lightning_trainer(gradient_clip_val=1.0).fit(Module(), loader())
 
 
 def transformers(schedule: str) -> Callable[[Rates], None]:
@@ -470,14 +462,9 @@ def transformers(schedule: str) -> Callable[[Rates], None]:
         with tempfile.TemporaryDirectory() as folder:
             trainer = hf.Trainer(
                 model=model,
-                args=hf.TrainingArguments(
-                    output_dir=folder,
-                    per_device_train_batch_size=BATCH,
-                    num_train_epochs=1,
-                    report_to=[],
-                    save_strategy="no",
-                    disable_tqdm=True,
-                    use_cpu=True,
+                args=transformers_arguments(
+                    folder,
+                    BATCH,
                     learning_rate=1e-3,
                     warmup_steps=30,
                     lr_scheduler_type=schedule,

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from esper_otel.leyline import wire  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, decision_about  # noqa: E402
+from testkit.quiet_trainers import lightning_trainer  # noqa: E402
 
 BAD = 8
 """The step whose batch is not a number."""
@@ -173,15 +174,7 @@ def test_lightning_which_always_passes_a_closure_is_checked(captured, enforced):
     module = Module()
     data = TensorDataset(torch.cat([batch(step) for step in range(1, 13)]))
     with enforced() as sidecar:
-        trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        trainer.fit(module, DataLoader(data, 4))
+        lightning_trainer().fit(module, DataLoader(data, 4))
     assert is_finite(module)
     assert [check.step for check in sidecar.checks] == [BAD]
 

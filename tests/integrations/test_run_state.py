@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 import esper_otel  # noqa: E402
 from esper_otel.integrations.torch import TorchInstrumentor  # noqa: E402
 from tamiyo.fake_sidecar import FakeSidecar, all_is_well, answer  # noqa: E402
+from testkit.quiet_trainers import lightning_trainer, transformers_arguments  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks, about one another
 
@@ -131,15 +132,8 @@ class Lit:
 
 
 def fit_lightning(epochs, folder, resume=None):
-    lightning = pytest.importorskip("lightning")
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    pytest.importorskip("lightning")
+    trainer = lightning_trainer(max_epochs=epochs)
     trainer.fit(Lit(), DataLoader(rows(), 8), ckpt_path=resume)
     path = folder / "lightning.ckpt"
     trainer.save_checkpoint(path)
@@ -158,14 +152,8 @@ def train_transformers(epochs, folder, resume=None):
             return {"loss": nn.functional.mse_loss(self.net(x), labels)}
 
     data = [{"x": x, "labels": y} for x, y in rows()]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "out"),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=8,
-        save_strategy="epoch",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+    arguments = transformers_arguments(
+        folder / "out", 8, num_train_epochs=epochs, save_strategy="epoch"
     )
     trainer = transformers.Trainer(Model(), arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=resume)
