@@ -11,7 +11,7 @@ def lightning_trainer(**options: Any) -> Any:
     import lightning.pytorch as pl
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet = {
+    quiet: dict[str, Any] = {
         "max_epochs": 1,
         "accelerator": "cpu",
         "logger": False,
@@ -26,7 +26,7 @@ def transformers_arguments(folder: object, batch: int, **options: Any) -> Any:
     """``TrainingArguments`` of Transformers, with these ``options`` besides."""
     import transformers as hf
 
-    quiet = {
+    quiet: dict[str, Any] = {
         "num_train_epochs": 1,
         "report_to": [],
         "save_strategy": "no",
