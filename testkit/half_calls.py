@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import struct
 
+from testkit.patience import PATIENCE_S
+
 EXPORT = b"/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 DATA, HEADERS, SETTINGS, PING, WINDOW = 0, 1, 4, 6, 8
 END_HEADERS = 4
@@ -38,7 +40,7 @@ class HalfCalls:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=10)
+        self._socket = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0))
         self._received = b""
         self._windows = {0: WINDOW_BYTES}
@@ -79,7 +81,7 @@ class HalfCalls:
         except TimeoutError:
             return False
         finally:
-            self._socket.settimeout(10)
+            self._socket.settimeout(PATIENCE_S)
         if not received:
             return False
         self._received += received
