@@ -114,16 +114,30 @@ def test_what_comes_of_the_first_try_in_the_end_is_thrown_away(planted):
     assert slot.hook.seed is module
 
 
+def is_free(driven):
+    """Whether its slot is, a step later: the thread of a culled seed may not have ended yet."""
+    driven.step(idle)
+    return driven.garden.slots["1"] is Stage.DORMANT
+
+
+def is_there(driven):
+    """Whether the kernel is in its slot, a step later."""
+    driven.step(idle)
+    return driven.garden.slot("1").hook.occupied
+
+
+def test_nothing_keeps_the_kernel_of_a_culled_seed(planted):
+    driven, _ = planted(holds=0)
+    until(lambda: is_there(driven))
+    driven.garden.cull("s")
+    until(lambda: is_free(driven))
+
+
 def test_a_kernel_that_fails_of_itself_is_not_tried_again(planted, monkeypatch):
     driven, _ = planted(holds=0)
     slot = driven.garden.slot("1")
     driven.garden.cull("s")
-
-    def is_free():
-        driven.step(idle)
-        return driven.garden.slots["1"] is Stage.DORMANT
-
-    until(is_free)  # steps are quick, and the culled seed's thread may not have had its turn
+    until(lambda: is_free(driven))
 
     def broken(shape):
         raise RuntimeError("no such thing")

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from time import perf_counter_ns
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,8 @@ class KernelFetcher:
         self._compiler = compiler
         self._clock = clock
         self._workers = [_Worker()]
-        self._under_way: list[Fetch] = []
+        self._fetches: WeakSet[Fetch] = WeakSet()
+        """Weakly: each has its module, and a slot that is reset waits until that is gone."""
         self._stopped = False
         warm = threading.Event()
         self._workers[0].do(lambda: _warm_up(warm))
@@ -174,8 +176,7 @@ class KernelFetcher:
         if worker is None:
             fetch.abandon(STOPPED if self._stopped else f"{MOST_WORKERS} others still run")
             return fetch
-        self._under_way = [other for other in self._under_way if not other.done()]
-        self._under_way.append(fetch)
+        self._fetches.add(fetch)
         worker.do(lambda: self._build(fetch, blueprint, activation, seed))
         return fetch
 
@@ -194,9 +195,8 @@ class KernelFetcher:
     def stop(self, timeout_s: float = 0.2) -> None:
         """Give up what is under way, waiting ``timeout_s`` at most for the threads."""
         self._stopped = True
-        for fetch in self._under_way:
+        for fetch in self._fetches:
             fetch.abandon(STOPPED)
-        self._under_way = []
         for worker in self._workers:
             worker.quit()
         end = perf_counter_ns() + int(timeout_s * 1e9)
