@@ -1,5 +1,7 @@
 """A request that is cut into pieces says what it says in one piece, within its limits."""
 
+from types import SimpleNamespace
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
 from esper_otel.leyline.frames import MAX_NAME, MAX_SEEDS_PER_FRAME, MAX_TIME_UNIX_NANO
 from esper_otel.leyline.protobuf import FieldError
@@ -185,6 +188,23 @@ def test_of_too_many_seeds_in_a_request_the_first_are_taken(monkeypatch):
     harvest, _ = gathered(otlp_of(*frames).SerializeToString())
     assert sum(len(one.seeds) for one in harvest.frames) == 10
     assert harvest.reasons == {AMOUNT: 6}
+
+
+@pytest.mark.parametrize(("length", "is_parsed"), [(1000, True), (1100, False)])
+def test_a_name_too_long_for_a_metric_is_not_parsed_with_each_part(
+    length, is_parsed, monkeypatch
+):
+    parsed = []
+
+    def counted(part):
+        parsed.append(len(part))
+        return Metric.FromString(part)
+
+    monkeypatch.setattr(pieces, "Metric", SimpleNamespace(FromString=counted))
+    parts = field(1, b"x" * length) + b"\x2a\x00" * pieces.PIECE
+    gathered(field(1, field(2, field(2, parts))))
+    assert len(parsed) == pieces.PIECE
+    assert (min(parsed) > length) is is_parsed
 
 
 TOO_MANY = b"\x22\x00" * (MAX_WALKED + 1)
